@@ -1,0 +1,90 @@
+"""CLIP's image preprocessing, the same in training, evaluation and prediction.
+
+Two stages: `pixels` (resize, crop: once an image) makes uint8, `normalize` (mean and standard
+deviation) runs batched, on whatever device the pixels are.
+"""
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from models.errors import InputError
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+STRIP = 100  # an image this many times longer than wide is never enlarged as a whole
+
+
+def open_image(path: str | os.PathLike) -> Image.Image:
+    """The picture in a file, decoded, upright, in RGB; the first frame of an animation.
+
+    Raises `InputError` that names the file where there is no readable picture.
+    """
+    try:
+        with Image.open(Path(path).expanduser()) as image:
+            return upright_rgb(image)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such image file") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{path}: not an image, or of a format that Pillow cannot read") from None
+    except Exception as error:  # a broken file can make Pillow's decoders raise anything
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: not a readable image ({reason})") from None
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF data says, in RGB.
+
+    Transparency is dropped, as CLIP does it: the colours that it hides are seen. 16-bit grey keeps
+    its upper 8 bits.
+    """
+    image.load()  # a broken picture raises here, so what the next lines pass over is broken EXIF
+    with suppress(Exception):
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # Pillow would make all above 255 white
+        grey = np.asarray(image) >> 8
+        image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+    if "transparency" in image.info:  # straight to RGB, Pillow warns about some palettes
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def pixels(image: Image.Image, side: int) -> Tensor:
+    """An RGB image -> uint8 `[3, side, side]`: its short side resized bicubically, its centre cut
+    out, pixel for pixel as torchvision's `Resize` and `CenterCrop` do it."""
+    short, long = min(image.size), max(image.size)
+    enlarged = int(side * long / short)
+    width, height = (side, enlarged) if image.width == short else (enlarged, side)
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    box = (left, top, left + side, top + side)
+    if long <= STRIP * short:
+        image = image.resize((width, height), Image.Resampling.BICUBIC).crop(box)
+    else:  # the same up to rounding, without the memory for what is cut off
+        x, y = image.width / width, image.height / height
+        box = (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
+        image = image.resize((side, side), Image.Resampling.BICUBIC, box=box)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def normalize(images: Tensor) -> Tensor:
+    """uint8 `[..., 3, r, r]` -> float32, each channel less its mean, by its standard deviation."""
+    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
+    std = torch.tensor(STD, device=images.device).view(3, 1, 1)
+    return (images.float() / 255 - mean) / std
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """An image of any size and mode -> what a model of resolution `side` reads, float32
+    `[3, side, side]`."""
+
+    side: int
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return normalize(pixels(upright_rgb(image), self.side))

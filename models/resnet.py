@@ -1,0 +1,118 @@
+"""CLIP's ResNet tower (He et al. 2016, as changed by Radford et al. 2021, section 2.4)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions around a shortcut; a stride is an average pooling before the last
+    convolution, so that no pixel is skipped (Zhang 2019)."""
+
+    expansion = 4
+
+    def __init__(self, inplanes: int, planes: int, stride: int = 1):
+        super().__init__()
+        outplanes = planes * self.expansion
+        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.conv3 = nn.Conv2d(planes, outplanes, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outplanes)
+        self.downsample = None
+        if stride > 1 or inplanes != outplanes:
+            # The names are the published ones: the pooling has no weights and is called "-1".
+            self.downsample = nn.Sequential()
+            self.downsample.add_module("-1", nn.AvgPool2d(stride))
+            self.downsample.add_module("0", nn.Conv2d(inplanes, outplanes, 1, bias=False))
+            self.downsample.add_module("1", nn.BatchNorm2d(outplanes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        x = self.bn3(self.conv3(self.avgpool(x)))
+        return F.relu(x + shortcut)
+
+
+class AttentionPool2d(nn.Module):
+    """`[n, c, h, w]` -> `[n, output_dim]`: the mean over all places attends to them and itself."""
+
+    def __init__(self, side: int, width: int, heads: int, output_dim: int):
+        super().__init__()
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(torch.empty(side**2 + 1, width))
+        self.k_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.c_proj = nn.Linear(width, output_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(2).transpose(1, 2)  # [n, hw, c]
+        x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding
+        query = self._split(self.q_proj(x[:, :1]))
+        key, value = self._split(self.k_proj(x)), self._split(self.v_proj(x))
+        mixed = F.scaled_dot_product_attention(query, key, value)  # [n, heads, 1, c / heads]
+        return self.c_proj(mixed.flatten(1))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class ModifiedResNet(nn.Module):
+    """Images `[n, 3, r, r]` -> features `[n, output_dim]`: a stem of three convolutions, four
+    stages of bottlenecks, attention pooling."""
+
+    def __init__(
+        self,
+        layers: tuple[int, int, int, int],
+        output_dim: int,
+        heads: int,
+        input_resolution: int,
+        width: int,
+    ):
+        super().__init__()
+        self.input_resolution = input_resolution
+        self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width // 2)
+        self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width // 2)
+        self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        self.avgpool = nn.AvgPool2d(2)
+
+        expansion = Bottleneck.expansion
+        self.layer1 = _stage(width, width, layers[0])
+        self.layer2 = _stage(width * expansion, width * 2, layers[1], stride=2)
+        self.layer3 = _stage(width * 2 * expansion, width * 4, layers[2], stride=2)
+        self.layer4 = _stage(width * 4 * expansion, width * 8, layers[3], stride=2)
+        self.attnpool = AttentionPool2d(
+            input_resolution // 32, width * 8 * expansion, heads, output_dim
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(images)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        x = F.relu(self.bn3(self.conv3(x)))
+        x = self.layer2(self.layer1(self.avgpool(x)))
+        return self.attnpool(self.layer4(self.layer3(x)))
+
+    def initialize(self) -> None:
+        """Random weights for training from scratch; every residual branch starts at zero (Goyal et
+        al. 2017, section 5.1)."""
+        pool = self.attnpool
+        std = pool.c_proj.in_features**-0.5
+        nn.init.normal_(pool.positional_embedding, std=std)
+        for projection in (pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj):
+            nn.init.normal_(projection.weight, std=std)
+        for module in self.modules():
+            if isinstance(module, Bottleneck):
+                nn.init.zeros_(module.bn3.weight)
+
+
+def _stage(inplanes: int, planes: int, blocks: int, stride: int = 1) -> nn.Sequential:
+    first = Bottleneck(inplanes, planes, stride)
+    others = (Bottleneck(planes * Bottleneck.expansion, planes) for _ in range(blocks - 1))
+    return nn.Sequential(first, *others)

@@ -1,0 +1,173 @@
+"""Reading weights from the kinds of files people have, without running anything that is in them."""
+
+import mmap
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.errors import InputError
+
+NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # buffers of published archives
+ALIGNED = mmap.ALLOCATIONGRANULARITY
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The weights in a TorchScript archive as published, a state dict (.pt, .pth, .safetensors), a
+    checkpoint of ours (under `model`) or of open_clip (under `state_dict`, keys `module....`).
+
+    Raises `InputError` that names the file and says what it is instead.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: is a folder, not a weights file")
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"PK"):
+        content = _read_torchscript(path) if _is_torchscript(path) else _torch_load(path)
+    elif path.suffix == ".safetensors" or start[8:9] == b"{":
+        content = _read_safetensors(path)
+    elif start.startswith(b"\x80"):
+        content = _torch_load(path)
+    else:
+        raise InputError(f"{path}: {_describe(start)}; download the weights anew")
+    return _unwrap(path, content)
+
+
+def _unwrap(path: Path, content: object) -> dict[str, Tensor]:
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds {type(content).__name__}, not a state dict")
+    prefix = "module." if all(str(key).startswith("module.") for key in content) else ""
+    weights = {str(key).removeprefix(prefix): value for key, value in content.items()}
+    weights = {key: value for key, value in weights.items() if key not in NO_WEIGHTS}
+    strange = [key for key, value in weights.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise InputError(f"{path}: no state dict: {', '.join(strange[:5])} hold no tensors")
+    return weights
+
+
+def _describe(start: bytes) -> str:
+    """What a file that begins so is, when it holds no weights."""
+    text = start.lstrip().lower()
+    if not text:
+        return "is empty"
+    if text.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the file it points to (git lfs pull)"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "is a web page, probably an error message of the server it came from"
+    return "is no weights file (TorchScript archive, state dict, or safetensors)"
+
+
+def _torch_load(path: Path) -> object:
+    is_zip = zipfile.is_zipfile(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{path}: holds more than tensors, and nothing in it was run ({reason}); "
+            "save a plain state dict instead"
+        ) from None
+    except Exception as error:  # a damaged file can break torch's reader in any way
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: truncated or damaged ({reason}); download it anew") from None
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise InputError(f"{path}: truncated or damaged ({error}); download it anew") from None
+
+
+def _is_torchscript(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return False
+
+
+def _read_torchscript(path: Path) -> dict[str, Tensor]:
+    """Parameters and buffers of a TorchScript archive, floats as float32.
+
+    Such an archive is an uncompressed zip: `data.pkl` pickles the tree of modules, `data/<n>` holds
+    the n-th tensor's bytes. Only the tensors are taken, each mapped, converted and let go, so that
+    memory holds no second copy; the code beside them is never looked at.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            pickled = next(n for n in archive.namelist() if n.endswith("/data.pkl"))
+            reader = _ModuleReader(archive, file, pickled.removesuffix("data.pkl"), pickled)
+            return dict(_named_tensors(reader.load()))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except Exception as error:  # a damaged pickle can break in any way
+        reason = str(error) or type(error).__name__
+        raise InputError(f"{path}: truncated or damaged ({reason}); download it anew") from None
+
+
+class _Module:
+    """Stands for every class of a TorchScript archive: it only holds attributes."""
+
+
+def _named_tensors(module: _Module, prefix: str = ""):
+    for name, value in vars(module).items():
+        if isinstance(value, Tensor):
+            yield prefix + name, value
+        elif isinstance(value, _Module):
+            yield from _named_tensors(value, f"{prefix}{name}.")
+
+
+class _ModuleReader(pickle.Unpickler):
+    """Unpickles modules and tensors; every other global is refused."""
+
+    def __init__(self, archive: zipfile.ZipFile, file: Any, root: str, pickled: str):
+        super().__init__(archive.open(pickled))
+        self.archive, self.file, self.root = archive, file, root
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("__torch__"):
+            return type(name, (_Module,), {})
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _as_float32
+        if module == "torch" and name.endswith("Storage"):
+            return getattr(torch, name).dtype
+        if module == "torch.jit._pickle":  # lists of numbers, marked with their type
+            return _first_argument
+        raise InputError(f"asks for {module}.{name}, which no weights need; nothing of it was run")
+
+    def persistent_load(self, reference: tuple) -> Tensor:
+        """The flat tensor of a storage, mapped from the file."""
+        _, dtype, record, _, numel = reference
+        info = self.archive.getinfo(f"{self.root}data/{record}")
+        nbytes = numel * dtype.itemsize
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size < nbytes:
+            raise InputError(f"its record {info.filename} is shorter than it says")
+        if numel == 0:
+            return torch.empty(0, dtype=dtype)
+        self.file.seek(info.header_offset + 26)
+        name_length, extra_length = (int.from_bytes(self.file.read(2), "little") for _ in "ab")
+        start = info.header_offset + 30 + name_length + extra_length
+        skip = start % ALIGNED
+        mapped = mmap.mmap(
+            self.file.fileno(), nbytes + skip, access=mmap.ACCESS_COPY, offset=start - skip
+        )
+        return torch.frombuffer(mapped, dtype=dtype, count=numel, offset=skip)
+
+
+def _as_float32(storage: Tensor, offset: int, size: tuple, stride: tuple, *_: object) -> Tensor:
+    tensor = storage.as_strided(size, stride, offset)
+    return tensor.float() if tensor.is_floating_point() else tensor.clone()
+
+
+def _first_argument(value: object, *_: object) -> object:
+    return value

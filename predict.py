@@ -1,0 +1,130 @@
+"""Rank captions by how well they describe an image, and draw the ranking.
+
+python predict.py photo.jpg --text "a dog runs" "a cat sleeps"
+python predict.py photo.jpg            the validation captions of the data the weights came from
+python predict.py                      asks for images, until an empty line
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from models.errors import InputError, run_script
+
+TOP = 5  # captions shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("image", nargs="?", metavar="IMAGE", help="path; without it you are asked")
+    parser.add_argument(
+        "--weights",
+        metavar="NAME_OR_PATH",
+        help="weights file or model name (default: the newest logs/*/weights/"
+        "best_epoch_weights.pth)",
+    )
+    parser.add_argument("--text", nargs="+", metavar="CAPTION", help="captions to choose from")
+    parser.add_argument(
+        "--captions_file", type=Path, metavar="FILE", help="captions to choose from, one a line"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="the picture of the ranking (default: predictions/ in the folder of the run)",
+    )
+    parser.add_argument("--show", action="store_true", help="open the picture in a window as well")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args()
+
+    from models import load, tokenize
+    from models.preprocess import open_image
+    from utils.engine import encode_texts
+    from utils.ranking import draw_ranking, rank_captions
+
+    weights = args.weights or newest_weights()
+    captions = list(dict.fromkeys(args.text or read_captions(args.captions_file, weights)))
+    model, preprocess = load(weights, args.device)
+    text_features = encode_texts(model, tokenize(captions, truncate=True))
+
+    for path in [args.image] if args.image else ask_for_images():
+        try:
+            image = open_image(path)
+            ranked = rank_captions(model, preprocess(image), captions, text_features)[:TOP]
+            output = args.output or output_folder(weights) / f"{Path(path).stem}.png"
+            for place, (caption, probability, similarity) in enumerate(ranked, 1):
+                print(f"{place}. {probability:7.2%}  similarity {similarity:.3f}  {caption}")
+            draw_ranking(image, ranked, output)
+            print(f"picture: {output}")
+            if args.show:
+                open_image(output).show()
+        except InputError as error:
+            if args.image:
+                raise
+            print(f"error: {error}")
+
+
+def newest_weights() -> Path:
+    """The best weights of the run that was trained last."""
+    found = list(Path("logs").glob("*/weights/best_epoch_weights.pth"))
+    if not found:
+        raise InputError(
+            "logs: no run with weights/best_epoch_weights.pth in it; train one (python train.py "
+            "--demo), or name weights with --weights"
+        )
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
+    """The lines of `captions_file`, or the validation captions of the data set that the run of
+    `weights` was trained on."""
+    from utils.annotations import read_annotations
+
+    if captions_file:
+        try:
+            lines = captions_file.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{captions_file}: cannot be read as UTF-8 text ({error})") from None
+        captions = [line.strip() for line in lines if line.strip()]
+        if not captions:
+            raise InputError(f"{captions_file}: no captions in it; write one a line")
+        return captions
+    arguments = run_folder(weights) / "arguments.json"
+    if not arguments.is_file():
+        raise InputError(
+            f"{weights}: lies in no run of train.py, so there are no captions to choose from; "
+            "give some with --text or --captions_file"
+        )
+    trained = json.loads(arguments.read_text(encoding="utf-8"))
+    validation = Path(trained["dataset_path"]) / f"{trained['language']}_val.json"
+    return [caption for _, captions in read_annotations(validation) for caption in captions]
+
+
+def run_folder(weights: str | Path) -> Path:
+    """The run that a weights file belongs to, `RUN/weights/<file>`."""
+    return Path(weights).expanduser().parent.parent
+
+
+def output_folder(weights: str | Path) -> Path:
+    """`predictions/` in the run's folder, or here for weights that belong to no run."""
+    run = run_folder(weights)
+    return (run if (run / "arguments.json").is_file() else Path()) / "predictions"
+
+
+def ask_for_images():
+    """Paths typed by the user, until an empty line or the end of the input."""
+    while True:
+        try:
+            path = input("image path (empty to stop): ").strip().strip("'\"")
+        except EOFError:
+            return
+        if not path:
+            return
+        yield path
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,55 @@
+"""Which of some labels an image shows, without training for them (Radford et al. 2021, section 3.1).
+
+python predict_zero_shot.py photo.jpg --labels "a dog" "a cat"
+"""
+
+import argparse
+
+from models.errors import InputError, run_script
+
+LABELS = ["two line charts", "a schematic diagram", "a landscape photo", "a oil painting"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "image", nargs="?", default="R_mAP.png", metavar="IMAGE", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--labels", nargs="+", default=LABELS, metavar="LABEL", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--weights",
+        default="ViT-B/32",
+        metavar="NAME_OR_PATH",
+        help="model name, downloaded if need be, or weights file (default: %(default)s)",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args()
+    if not all(label.strip() for label in args.labels):
+        raise InputError("--labels: one of them is empty")
+
+    import torch
+
+    from models import load, tokenize
+    from models.preprocess import open_image
+
+    image = open_image(args.image)
+    tokens = tokenize(args.labels)
+    model, preprocess = load(args.weights, args.device)
+    with torch.inference_mode():
+        logits_per_image, _ = model(preprocess(image)[None].to(model.device), tokens)
+        probs = logits_per_image.softmax(dim=-1).cpu().numpy()
+
+    ranked = sorted(zip(args.labels, probs[0], strict=True), key=lambda pair: -pair[1])
+    best_label, best_prob = ranked[0]
+    print("Label probs:", probs)
+    print(f"{best_label}: {best_prob.item()}")
+    print(f"image 0: [{', '.join(f'({label!r}, {prob})' for label, prob in ranked)}]")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,77 @@
+"""The files of a run: weights to use, a checkpoint to continue from, a row of scores an epoch."""
+
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.clip import CLIP
+from models.errors import InputError
+from utils.files import replaced_whole
+
+FORMAT = 1  # of checkpoint.pth; raised whenever an older program could not read it
+
+
+def new_run_folder(log_dir: str | os.PathLike, name: str) -> Path:
+    """Make `LOG_DIR/<name>/weights/` and return `LOG_DIR/<name>`, numbered if the name is taken."""
+    number = 1
+    while True:
+        folder = Path(log_dir) / (name if number == 1 else f"{name}_{number}")
+        try:
+            folder.mkdir(parents=True)
+            (folder / "weights").mkdir()
+            return folder
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise InputError(f"--log_dir {log_dir}: cannot be written ({error.strerror})") from None
+
+
+def save_weights(model: CLIP, path: Path) -> None:
+    """The model's state dict, floats as float16, half the size and all that prediction needs."""
+    weights = {
+        key: tensor.half() if tensor.is_floating_point() else tensor
+        for key, tensor in model.state_dict().items()
+    }
+    with replaced_whole(path) as temporary:
+        torch.save(weights, temporary)
+
+
+def save_checkpoint(path: Path, **state: Any) -> None:
+    """Everything needed to continue a run: plain numbers, strings, lists, dicts and tensors."""
+    with replaced_whole(path) as temporary:
+        torch.save({"format": FORMAT, **state}, temporary)
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict[str, Any] | None:
+    """What `save_checkpoint` wrote, or None if the file is something else."""
+    if not Path(path).is_file():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # whatever else is in there is for the reader of weights to judge
+        return None
+    if not isinstance(state, dict) or "format" not in state or "optimizer" not in state:
+        return None
+    if state["format"] != FORMAT:
+        raise InputError(
+            f"{path}: a checkpoint of format {state['format']}, where this program reads {FORMAT}; "
+            "continue it with the version that wrote it, or start anew from its weights"
+        )
+    return state
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A table with a header line; all rows anew, so that it always agrees with the checkpoint."""
+    with replaced_whole(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    with replaced_whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

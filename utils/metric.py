@@ -1,0 +1,224 @@
+"""Retrieval scores: Recall@K, mAP@K and ranks, images to texts and texts to images.
+
+As a script it scores a weights file on the validation set:
+
+    python utils/metric.py --weights logs/<run>/weights/best_epoch_weights.pth
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.errors import InputError, run_script
+from utils.files import replaced_whole
+
+K_VALUES = (1, 5, 10)
+TITLES = {"i2t": "image to text", "t2i": "text to image"}
+BLOCK_BYTES = 2**26  # of scores that exist at once
+Metrics = dict[str, dict[str, float]]
+
+
+def compute_metrics(
+    scores_i2t: Tensor | np.ndarray,
+    img2txt: Mapping[int, int | list[int]],
+    scores_t2i: Tensor | np.ndarray,
+    txt2img: Mapping[int, int | list[int]],
+    k_values: Iterable[int] = K_VALUES,
+) -> Metrics:
+    """Scores of retrieval in both directions, from similarities.
+
+    scores_i2t  `[images, texts]`, the higher the more alike
+    img2txt     indices of the right texts of each image
+    scores_t2i  `[texts, images]`
+    txt2img     index of the right image of each text
+
+    Returns `{"i2t": {...}, "t2i": {...}}`, each with, for every K of `k_values`, in percent:
+
+    R@K    share of queries with at least one ground truth among the first K
+    mAP@K  mean over the queries of: the sum of precision@position over the ground truths found
+           among the first K, divided by min(number of ground truths, K)
+
+    and `median_rank` and `mean_rank` (from 1) of the best-placed ground truth. Ties count against
+    us: a ground truth stands after everything that is not one and has the same score. Raises
+    `InputError` for a NaN, or a query without ground truth.
+    """
+    metrics = {}
+    for direction, scores, truth in (("i2t", scores_i2t, img2txt), ("t2i", scores_t2i, txt2img)):
+        scores = torch.as_tensor(scores)
+        columns = _ground_truth(truth, *scores.shape)
+        positions = [_positions(scores[rows], columns[rows]) for rows in _blocks(*scores.shape)]
+        metrics[direction] = _summarize(torch.cat(positions), k_values)
+    return metrics
+
+
+def retrieval_metrics(
+    image_features: Tensor,
+    text_features: Tensor,
+    img2txt: Mapping[int, int | list[int]],
+    txt2img: Mapping[int, int | list[int]],
+    k_values: Iterable[int] = K_VALUES,
+) -> Metrics:
+    """`compute_metrics` of the similarities between features `[images, d]` and `[texts, d]`, made
+    block by block: memory does not grow with their number."""
+    metrics = {}
+    for direction, queries, gallery, truth in (
+        ("i2t", image_features, text_features, img2txt),
+        ("t2i", text_features, image_features, txt2img),
+    ):
+        columns = _ground_truth(truth, len(queries), len(gallery))
+        positions = [
+            _positions(queries[rows] @ gallery.T, columns[rows])
+            for rows in _blocks(len(queries), len(gallery))
+        ]
+        metrics[direction] = _summarize(torch.cat(positions), k_values)
+    return metrics
+
+
+def _blocks(queries: int, gallery: int) -> Iterator[slice]:
+    rows = max(1, BLOCK_BYTES // (4 * gallery))
+    return (slice(start, start + rows) for start in range(0, queries, rows))
+
+
+def _ground_truth(truth: Mapping[int, int | list[int]], queries: int, gallery: int) -> Tensor:
+    """Gallery indices `[queries, most]` of each query's ground truths, -1 where there are fewer."""
+    lists = [np.atleast_1d(truth.get(query, [])) for query in range(queries)]
+    counts = np.array([len(indices) for indices in lists])
+    if not counts.all():
+        raise InputError(f"query {int(counts.argmin())} has no ground truth")
+    flat = np.concatenate(lists)
+    if flat.min() < 0 or flat.max() >= gallery:
+        raise InputError(f"ground truth {flat.max()} is not among the {gallery} that are ranked")
+    padded = np.full((queries, counts.max()), -1)
+    padded[np.arange(counts.max()) < counts[:, None]] = flat
+    return torch.from_numpy(padded)
+
+
+def _positions(scores: Tensor, columns: Tensor) -> Tensor:
+    """Positions `[q, most]` (from 1, ascending) of the ground truths `columns` `[q, most]` when
+    each row of `scores` `[q, gallery]` is ranked; infinite where a query has fewer."""
+    if scores.isnan().any():
+        raise InputError("the scores hold NaN: the features of this model are not finite")
+    columns = columns.to(scores.device)
+    absent = columns < 0
+    own = scores.gather(1, columns.clamp(min=0)).masked_fill(absent, -torch.inf)
+    own = own.sort(dim=1, descending=True, stable=True).values  # stable: the absent stay last
+    positions = torch.empty(own.shape, dtype=torch.float64, device=scores.device)
+    for nth, threshold in enumerate(own.split(1, dim=1)):
+        # What scores as high and is no ground truth stands before; so do the better ground truths.
+        as_high = (scores >= threshold).sum(dim=1)
+        own_as_high = ((own >= threshold) & ~absent).sum(dim=1)
+        positions[:, nth] = as_high - own_as_high + nth + 1
+    return positions.masked_fill(absent, torch.inf).cpu()
+
+
+def _summarize(positions: Tensor, k_values: Iterable[int]) -> dict[str, float]:
+    found = positions.isfinite()
+    truths = found.sum(dim=1)
+    precision = found.cumsum(dim=1) / positions
+    scores = {}
+    for k in k_values:
+        scores[f"R@{k}"] = 100 * (positions[:, 0] <= k).double().mean().item()
+    for k in k_values:
+        gained = (precision * (positions <= k)).sum(dim=1)
+        scores[f"mAP@{k}"] = 100 * (gained / truths.clamp(max=k)).mean().item()
+    scores["median_rank"] = float(np.median(positions[:, 0]))
+    scores["mean_rank"] = positions[:, 0].mean().item()
+    return scores
+
+
+def mean_recall(metrics: Metrics) -> float:
+    """The mean of all R@K in both directions: what decides which epoch is the best."""
+    return float(np.mean([v for s in metrics.values() for k, v in s.items() if k.startswith("R@")]))
+
+
+def format_table(metrics: Metrics, k_values: Iterable[int] = K_VALUES) -> str:
+    """The metrics as lines of text, a line a direction."""
+    names = [f"{score}@{k}" for score in ("R", "mAP") for k in k_values]
+    names += ["median_rank", "mean_rank"]
+    lines = [" " * 13 + "".join(f"{name.replace('_', ' '):>13}" for name in names)]
+    for direction, title in TITLES.items():
+        lines.append(title + "".join(f"{metrics[direction][name]:13.2f}" for name in names))
+    return "\n".join(lines)
+
+
+def plot_metrics(metrics: Metrics, path: Path) -> None:
+    """Recall@K and mAP@K against K, one panel a direction, as a picture at `path`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, (direction, title) in zip(panels, TITLES.items(), strict=True):
+        for score, label, style in (("R", "Recall@K", "o-"), ("mAP", "mAP@K", "s--")):
+            points = {
+                int(name.split("@")[1]): value
+                for name, value in metrics[direction].items()
+                if name.startswith(f"{score}@")
+            }
+            panel.plot(list(points), list(points.values()), style, label=label)
+            for k in K_VALUES:
+                panel.annotate(f"{points[k]:.1f}", (k, points[k]), (0, 6), ha="center",
+                               textcoords="offset points")  # fmt: skip
+        panel.set(title=title.capitalize(), xlabel="K", xticks=list(points), ylim=(0, 105))
+        panel.grid(alpha=0.3)
+        panel.legend(loc="lower right")
+    panels[0].set_ylabel("percent")
+    with replaced_whole(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Score a CLIP on the validation set: Recall@K and mAP@K in both directions."
+    )
+    parser.add_argument("--weights", required=True, help="weights file, or a name like ViT-B/32")
+    parser.add_argument(
+        "--dataset_path", default="flickr8k", help="folder of the data (default: %(default)s)"
+    )
+    parser.add_argument("--language", choices=["en", "cn"], default="en", help="of the captions")
+    parser.add_argument("--batch_size", type=int, default=64, help="images at a time")
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that read images")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the metrics, K from 1 to 10"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="write the plot of both against K, e.g. R_mAP.png"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args()
+
+    from models import load
+    from utils.engine import encode_images, encode_texts
+    from utils.flickr8k_dataloader import Flickr8kDataset
+
+    model, _ = load(args.weights, args.device)
+    dataset = Flickr8kDataset(
+        args.dataset_path, model.visual.input_resolution, args.language, is_train=False
+    )
+    image_features = encode_images(model, dataset, args.batch_size, args.num_workers)
+    text_features = encode_texts(model, dataset.tokens)
+    metrics = retrieval_metrics(
+        image_features, text_features, dataset.img_to_txt, dataset.txt_to_img, range(1, 11)
+    )
+    print(f"{len(dataset)} images, {len(dataset.text)} captions (percent; ranks from 1)")
+    print(format_table(metrics))
+    if args.json:
+        with replaced_whole(args.json) as temporary:
+            temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        print(f"metrics written to {args.json}")
+    if args.plot:
+        plot_metrics(metrics, args.plot)
+        print(f"plot written to {args.plot}")
+
+
+if __name__ == "__main__":
+    run_script(main)

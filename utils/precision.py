@@ -1,0 +1,38 @@
+"""Number formats of training: float32, or mixed precision with float32 master weights."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Precision:
+    """Autocast for the forward pass, and the backward pass and update that go with it.
+
+    Mixed precision is bfloat16 where the device computes in it, else float16 with a loss scale
+    that keeps small gradients from vanishing (Micikevicius et al. 2018, section 3.2).
+    """
+
+    def __init__(self, device: torch.device, use_amp: bool):
+        has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(False)
+        self.dtype = torch.bfloat16 if has_bfloat16 else torch.float16
+        self.device = device
+        self.use_amp = use_amp
+        self.scaler = torch.amp.GradScaler(
+            device.type, enabled=use_amp and self.dtype is torch.float16
+        )
+
+    def __str__(self) -> str:
+        return f"mixed, {self.dtype}".replace("torch.", "") if self.use_amp else "float32"
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.use_amp)
+
+    def step(
+        self, loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float
+    ) -> None:
+        """Backward pass, gradients clipped to a norm of `max_norm`, one update."""
+        optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        self.scaler.step(optimizer)
+        self.scaler.update()
