@@ -1,0 +1,106 @@
+"""The same weights in open_clip's and transformers' CLIP, to compare with ours."""
+
+import open_clip
+import torch
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel
+
+from models.clip_utils import ARCHITECTURES
+
+TEXT = {"context_length": 77, "vocab_size": 49408}
+
+
+def open_clip_model(name: str, vision_layers=None, text_layers: int | None = None) -> nn.Module:
+    """open_clip's model of a published architecture (or of less depth), every weight random."""
+    sizes = ARCHITECTURES[name]
+    vision = {
+        "layers": vision_layers or sizes["vision_layers"],
+        "width": sizes["vision_width"],
+        "patch_size": sizes["vision_patch_size"],
+        "image_size": sizes["image_resolution"],
+    }
+    text = TEXT | {
+        "width": sizes["transformer_width"],
+        "heads": sizes["transformer_heads"],
+        "layers": text_layers or sizes["transformer_layers"],
+    }
+    torch.manual_seed(0)
+    model = open_clip.model.CLIP(sizes["embed_dim"], vision, text, quick_gelu=True)
+    disturb(model)
+    return model.eval()
+
+
+def disturb(model: nn.Module) -> None:
+    """Move what initialisation leaves at zero or one, so that no weight is without effect."""
+    with torch.no_grad():
+        for key, tensor in model.state_dict().items():
+            if key.endswith("running_var"):
+                tensor.uniform_(0.5, 1.5)
+            elif tensor.is_floating_point() and tensor.ndim == 1:
+                tensor.add_(torch.randn_like(tensor) * 0.1)
+
+
+def transformers_model(weights: dict[str, Tensor]) -> CLIPModel:
+    """transformers' ViT CLIP with these weights."""
+    width, _, patch, _ = weights["visual.conv1.weight"].shape
+    side = int((len(weights["visual.positional_embedding"]) - 1) ** 0.5) * patch
+    text_width = len(weights["ln_final.weight"])
+
+    def tower(width: int, prefix: str) -> dict:
+        layers = 1 + max(
+            int(k[len(prefix) :].split(".")[0]) for k in weights if k.startswith(prefix)
+        )
+        return {
+            "hidden_size": width,
+            "intermediate_size": 4 * width,
+            "num_attention_heads": width // 64,
+            "num_hidden_layers": layers,
+        }
+
+    config = CLIPConfig(
+        text_config=tower(text_width, "transformer.resblocks.")
+        | {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 49407},
+        vision_config=tower(width, "visual.transformer.resblocks.")
+        | {"image_size": side, "patch_size": patch},
+        projection_dim=weights["text_projection"].shape[1],
+    )
+    model = CLIPModel(config)
+    model.load_state_dict(to_transformers(weights), strict=False)
+    return model.eval()
+
+
+def to_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Published keys -> transformers' keys; works for gradients as well as for weights."""
+    renamed = {
+        "logit_scale": weights["logit_scale"],
+        "visual_projection.weight": weights["visual.proj"].T,
+        "text_projection.weight": weights["text_projection"].T,
+        "text_model.embeddings.token_embedding.weight": weights["token_embedding.weight"],
+        "text_model.embeddings.position_embedding.weight": weights["positional_embedding"],
+        "vision_model.embeddings.class_embedding": weights["visual.class_embedding"],
+        "vision_model.embeddings.patch_embedding.weight": weights["visual.conv1.weight"],
+        "vision_model.embeddings.position_embedding.weight": weights["visual.positional_embedding"],
+    }
+    norms = {"ln_final": "text_model.final_layer_norm", "visual.ln_pre": "vision_model.pre_layrnorm",
+             "visual.ln_post": "vision_model.post_layernorm"}  # fmt: skip
+    for ours, theirs in norms.items():
+        for kind in ("weight", "bias"):
+            renamed[f"{theirs}.{kind}"] = weights[f"{ours}.{kind}"]
+    towers = {"transformer": "text_model", "visual.transformer": "vision_model"}
+    parts = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1",
+             "mlp.c_proj": "mlp.fc2", "attn.out_proj": "self_attn.out_proj"}  # fmt: skip
+    for key, tensor in weights.items():
+        tower, found, rest = key.partition(".resblocks.")
+        if not found:
+            continue
+        number, part = rest.split(".", 1)
+        layer = f"{towers[tower]}.encoder.layers.{number}."
+        if part.startswith("attn.in_proj_"):
+            for name, third in zip("qkv", tensor.chunk(3), strict=True):
+                renamed[f"{layer}self_attn.{name}_proj.{part.removeprefix('attn.in_proj_')}"] = (
+                    third
+                )
+        else:
+            module, kind = part.rsplit(".", 1)
+            renamed[f"{layer}{parts[module]}.{kind}"] = tensor
+    return renamed
