@@ -126,7 +126,7 @@ def load(
     try:
         model = build_model(read_state_dict(path), input_shape)
     except InputError as error:
-        raise error if str(path) in str(error) else InputError(f"{path}: {error}") from None
+        raise InputError(f"{path}: {error}") from None
     return model.to(device), Preprocess(model.visual.input_resolution)
 
 

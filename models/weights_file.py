@@ -3,6 +3,8 @@
 import mmap
 import pickle
 import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,14 @@ from torch import Tensor
 from models.errors import InputError
 
 NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # buffers of published archives
+STORAGES = {
+    "BFloat16Storage": torch.bfloat16,
+    "HalfStorage": torch.float16,
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "IntStorage": torch.int32,
+    "LongStorage": torch.int64,
+}
 ALIGNED = mmap.ALLOCATIONGRANULARITY
 
 
@@ -19,10 +29,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """The weights in a TorchScript archive as published, a state dict (.pt, .pth, .safetensors), a
     checkpoint of ours (under `model`) or of open_clip (under `state_dict`, keys `module....`).
 
-    Raises `InputError` that names the file and says what it is instead.
+    Raises `InputError` that says what the file is instead; the caller names it.
     """
     if not path.is_file():
-        raise InputError(f"{path}: is a folder, not a weights file")
+        raise InputError("is a folder, not a weights file")
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith(b"PK"):
@@ -32,22 +42,22 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     elif start.startswith(b"\x80"):
         content = _torch_load(path)
     else:
-        raise InputError(f"{path}: {_describe(start)}; download the weights anew")
-    return _unwrap(path, content)
+        raise InputError(f"{_describe(start)}; download the weights anew")
+    return _unwrap(content)
 
 
-def _unwrap(path: Path, content: object) -> dict[str, Tensor]:
+def _unwrap(content: object) -> dict[str, Tensor]:
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict):
-        raise InputError(f"{path}: holds {type(content).__name__}, not a state dict")
+        raise InputError(f"holds {type(content).__name__}, not a state dict")
     prefix = "module." if all(str(key).startswith("module.") for key in content) else ""
     weights = {str(key).removeprefix(prefix): value for key, value in content.items()}
     weights = {key: value for key, value in weights.items() if key not in NO_WEIGHTS}
     strange = [key for key, value in weights.items() if not isinstance(value, Tensor)]
     if strange:
-        raise InputError(f"{path}: no state dict: {', '.join(strange[:5])} hold no tensors")
+        raise InputError(f"no state dict: {', '.join(strange[:5])} hold no tensors")
     return weights
 
 
@@ -70,12 +80,12 @@ def _torch_load(path: Path) -> object:
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise InputError(
-            f"{path}: holds more than tensors, and nothing in it was run ({reason}); "
+            f"holds more than tensors, and nothing in it was run ({reason}); "
             "save a plain state dict instead"
         ) from None
     except Exception as error:  # a damaged file can break torch's reader in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: truncated or damaged ({reason}); download it anew") from None
+        raise InputError(f"truncated or damaged ({reason}); download it anew") from None
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -85,7 +95,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, ValueError, OSError) as error:
-        raise InputError(f"{path}: truncated or damaged ({error}); download it anew") from None
+        raise InputError(f"truncated or damaged ({error}); download it anew") from None
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -108,18 +118,18 @@ def _read_torchscript(path: Path) -> dict[str, Tensor]:
             pickled = next(n for n in archive.namelist() if n.endswith("/data.pkl"))
             reader = _ModuleReader(archive, file, pickled.removesuffix("data.pkl"), pickled)
             return dict(_named_tensors(reader.load()))
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    except InputError:
+        raise
     except Exception as error:  # a damaged pickle can break in any way
         reason = str(error) or type(error).__name__
-        raise InputError(f"{path}: truncated or damaged ({reason}); download it anew") from None
+        raise InputError(f"truncated or damaged ({reason}); download it anew") from None
 
 
 class _Module:
     """Stands for every class of a TorchScript archive: it only holds attributes."""
 
 
-def _named_tensors(module: _Module, prefix: str = ""):
+def _named_tensors(module: _Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     for name, value in vars(module).items():
         if isinstance(value, Tensor):
             yield prefix + name, value
@@ -139,8 +149,10 @@ class _ModuleReader(pickle.Unpickler):
             return type(name, (_Module,), {})
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return _as_float32
-        if module == "torch" and name.endswith("Storage"):
-            return getattr(torch, name).dtype
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
         if module == "torch.jit._pickle":  # lists of numbers, marked with their type
             return _first_argument
         raise InputError(f"asks for {module}.{name}, which no weights need; nothing of it was run")

@@ -81,8 +81,11 @@ def to_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         "vision_model.embeddings.patch_embedding.weight": weights["visual.conv1.weight"],
         "vision_model.embeddings.position_embedding.weight": weights["visual.positional_embedding"],
     }
-    norms = {"ln_final": "text_model.final_layer_norm", "visual.ln_pre": "vision_model.pre_layrnorm",
-             "visual.ln_post": "vision_model.post_layernorm"}  # fmt: skip
+    norms = {
+        "ln_final": "text_model.final_layer_norm",
+        "visual.ln_pre": "vision_model.pre_layrnorm",
+        "visual.ln_post": "vision_model.post_layernorm",
+    }
     for ours, theirs in norms.items():
         for kind in ("weight", "bias"):
             renamed[f"{theirs}.{kind}"] = weights[f"{ours}.{kind}"]

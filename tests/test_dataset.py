@@ -1,0 +1,149 @@
+"""The data set and the training batches."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+
+from models import tokenize
+from models.errors import InputError
+from models.preprocess import normalize
+from utils import Flickr8kDataset
+from utils.flickr8k_dataloader import TrainLoader
+
+CPU = torch.device("cpu")
+FLICKR8K = Path(__file__).resolve().parents[2] / "shared" / "flickr8k"
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Eleven training and three validation images of several sizes, with one to five captions."""
+    random = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for split, count in (("train", 11), ("val", 3)):
+        entries = []
+        for i in range(count):
+            size = (40 + 7 * i, 60 - 3 * i)
+            pixels = random.integers(0, 256, (*size, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((90, 70)).save(tmp_path / f"images/{split}{i}.png")
+            captions = [f"{split} image {i} caption {c}" for c in range(1 + i % 5)]
+            separator = "\\" if i % 2 else "/"
+            entries.append(
+                {
+                    "image": f"images{separator}{split}{i}.png",
+                    "caption": captions if len(captions) > 1 else captions[0],
+                }
+            )
+        text = json.dumps(entries)
+        (tmp_path / f"en_{split}.json").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def test_attributes_agree_with_the_file(root):
+    dataset = Flickr8kDataset(root, 32)
+    entries = json.loads((root / "en_train.json").read_text("utf-8"))
+    assert len(dataset) == len(dataset.image) == 11
+    assert dataset.txt_to_img.keys() == set(range(len(dataset.text)))
+    for i, entry in enumerate(entries):
+        captions = [entry["caption"]] if isinstance(entry["caption"], str) else entry["caption"]
+        assert Path(dataset.image[i]) == root / entry["image"].replace("\\", "/")
+        assert [dataset.text[c] for c in dataset.img_to_txt[i]] == captions
+        assert all(dataset.txt_to_img[c] == i for c in dataset.img_to_txt[i])
+
+
+def test_images_are_what_open_clip_makes_of_them(root):
+    dataset = Flickr8kDataset(root, 32, is_train=False)
+    transform = image_transform_v2(PreprocessCfg(size=(32, 32)), is_train=False)
+    for i, path in enumerate(dataset.image):
+        image, captions = dataset[i]
+        assert image.dtype == torch.uint8
+        torch.testing.assert_close(normalize(image), transform(Image.open(path)))
+        assert captions == [dataset.text[c] for c in dataset.img_to_txt[i]]
+
+
+def test_a_transform_of_ones_own_is_used(root):
+    dataset = Flickr8kDataset(root, 32, transform=lambda image: torch.tensor(image.size))
+    assert dataset[0][0].tolist() == [90, 70]
+
+
+def batches(loader, epoch):
+    return [(images.clone(), tokens.clone()) for images, tokens in loader.epoch(epoch)]
+
+
+def equal(first, second):
+    first, second = [[x for batch in one for x in batch] for one in (first, second)]
+    return len(first) == len(second) and all(map(torch.equal, first, second))
+
+
+def test_batches_follow_from_seed_and_epoch_alone(root):
+    dataset = Flickr8kDataset(root, 32)
+    loader = TrainLoader(dataset, 4, CPU, seed=1)
+    first = batches(loader, 1)
+    assert len(first) == len(loader) == 2
+    torch.manual_seed(99)
+    list(loader.epoch(2))
+    assert equal(first, batches(loader, 1))
+    assert equal(first, batches(TrainLoader(dataset, 4, CPU, seed=1, num_workers=2), 1))
+    assert not equal(first, batches(loader, 2))
+    assert not equal(first, batches(TrainLoader(dataset, 4, CPU, seed=2), 1))
+
+
+def test_each_image_comes_once_with_one_of_its_captions_and_in_time_with_all(root):
+    dataset = Flickr8kDataset(root, 32)
+    pictures = normalize(torch.stack([dataset[i][0] for i in range(len(dataset))]))
+    loader = TrainLoader(dataset, 11, CPU, augment=False)
+    seen = set()
+    for epoch in range(1, 60):
+        ((images, tokens),) = batches(loader, epoch)
+        found = [
+            next(i for i, picture in enumerate(pictures) if torch.equal(picture, image))
+            for image in images
+        ]
+        assert sorted(found) == list(range(11))
+        for i, row in zip(found, tokens, strict=True):
+            own = [c for c in dataset.img_to_txt[i] if torch.equal(dataset.tokens[c], row)]
+            assert len(own) == 1
+            seen.add(own[0])
+    assert seen == set(range(len(dataset.text)))
+
+
+def test_augmentation_changes_pixels_a_little_and_captions_not(root):
+    dataset = Flickr8kDataset(root, 32)
+    plain = batches(TrainLoader(dataset, 11, CPU, augment=False), 1)
+    augmented = batches(TrainLoader(dataset, 11, CPU), 1)
+    assert torch.equal(plain[0][1], augmented[0][1])
+    assert not torch.equal(plain[0][0], augmented[0][0])
+
+
+def test_long_captions_are_cut_and_counted(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    fits, cut = "dog " * 75, "dog " * 76
+    entry = {"image": "a.png", "caption": [fits, cut, "short"]}
+    (tmp_path / "en_train.json").write_text(json.dumps([entry]))
+    dataset = Flickr8kDataset(tmp_path, 8)
+    assert dataset.count_cut_captions() == 1
+    assert torch.equal(dataset.tokens[0], dataset.tokens[1])
+    assert torch.equal(dataset.tokens, tokenize(dataset.text, truncate=True))
+
+
+def test_a_missing_image_and_too_large_a_batch_are_named(root):
+    dataset = Flickr8kDataset(root, 32)
+    with pytest.raises(InputError, match="--batch_size 12 is more than the 11"):
+        TrainLoader(dataset, 12, CPU)
+    (root / "images" / "train4.png").unlink()
+    with pytest.raises(InputError, match=r"en_train\.json: 1 of its 11 images.*train4\.png"):
+        Flickr8kDataset(root, 32)
+
+
+@pytest.mark.skipif(not FLICKR8K.exists(), reason="needs Flickr8k")
+@pytest.mark.parametrize("language", ["en", "cn"])
+@pytest.mark.parametrize("is_train, count", [(True, 6000), (False, 1000)])
+def test_flickr8k(language, is_train, count):
+    dataset = Flickr8kDataset(FLICKR8K, 224, language, is_train)
+    assert len(dataset) == count
+    assert len(dataset.text) == 5 * count
+    assert dataset[count - 1][0].shape == (3, 224, 224)
