@@ -147,7 +147,7 @@ def main() -> None:
     else:
         resumed = checkpoint.read_checkpoint(args.resume_training)
         if resumed:
-            parser.set_defaults(**resumed["arguments"])
+            parser.set_defaults(**resumed["arguments"] | {"model": None})
     args = parser.parse_args()
     if args.demo and args.dataset_path == DEMO["dataset_path"]:
         render_demo(Path(args.dataset_path))

@@ -51,7 +51,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any] | None:
     if not Path(path).is_file():
         return None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # whatever else is in there is for the reader of weights to judge
         return None
     if not isinstance(state, dict) or "format" not in state or "optimizer" not in state:
