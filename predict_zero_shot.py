@@ -1,4 +1,4 @@
-"""Which of some labels an image shows, without training for them (Radford et al. 2021, section 3.1).
+"""Which of some labels an image shows, without training for them (Radford et al. 2021, 3.1).
 
 python predict_zero_shot.py photo.jpg --labels "a dog" "a cat"
 """

@@ -211,8 +211,9 @@ def main() -> None:
         history.val_loss = [row["val_loss"] for row in rows]
         del resumed  # a second copy of the weights
 
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{len(train_set)} training images, {len(val_set)} validation images, {device}, "
-          f"{precision}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")  # fmt: skip
+          f"{precision}, {millions:.1f} M parameters")  # fmt: skip
     cut = train_set.count_cut_captions() + val_set.count_cut_captions()
     if cut:
         print(f"{cut} captions are longer than 77 tokens and were cut")

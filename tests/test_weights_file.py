@@ -83,7 +83,8 @@ def test_every_kind_of_file_loads_to_the_same_float32_weights(demo, tmp_path, ki
 def test_a_published_archive_gives_the_features_that_open_clip_reads_from_it(tmp_path, name, depth):
     weights = open_clip_model(name, **depth, text_layers=1).state_dict()
     path = save_published(weights, tmp_path / "archive.pt")
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         theirs = open_clip.load_openai_model(str(path), precision="fp32", device="cpu").eval()
     ours, _ = load(path, "cpu")
     images, tokens = torch.randn(2, 3, 224, 224), tokenize(["a dog", "two cats on a mat"])

@@ -56,6 +56,6 @@ def draw_ranking(image: Image.Image, ranked: list[Ranked], path: Path) -> None:
     chart.set(xlim=(0, 1), ylim=(len(ranked) - 0.5, -0.9), yticks=[], xlabel="probability")
     chart.spines[["top", "right", "left"]].set_visible(False)
     suffix = path.suffix.lstrip(".") or "png"
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # missing glyphs
-        with replaced_whole(path) as temporary:
-            figure.savefig(temporary, format=suffix, dpi=120)
+    with warnings.catch_warnings(), replaced_whole(path) as temporary:
+        warnings.simplefilter("ignore", UserWarning)  # no installed font has some character
+        figure.savefig(temporary, format=suffix, dpi=120)
