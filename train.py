@@ -18,9 +18,9 @@ DEMO = {
     "dataset_path": "flickr8k/demo",
     "resume_training": "none",
     "model": "ViT-demo",
-    "epochs": 25,
-    "batch_size": 100,
-    "lr": 1e-3,
+    "epochs": 28,
+    "batch_size": 50,
+    "lr": 5e-4,
 }
 
 

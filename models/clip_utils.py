@@ -66,7 +66,7 @@ ARCHITECTURES = {
     "ViT-L/14": _architecture(768, 224, 24, 1024, 14, 768),
     "ViT-L/14@336px": _architecture(768, 336, 24, 1024, 14, 768),
     # Ours: small enough to train on a CPU in minutes; there are no published weights for it.
-    "ViT-demo": _architecture(256, 64, 4, 256, 16, 128, text_layers=3),
+    "ViT-demo": _architecture(256, 64, 3, 192, 16, 128, text_layers=3),
 }
 
 

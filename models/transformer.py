@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class Layout(NamedTuple):
@@ -25,6 +26,13 @@ class Layout(NamedTuple):
         if self.cells is not None:
             x = x.new_zeros(n * self.length, channels).index_copy(0, self.cells, x)
         return x.view(n, self.length, channels)
+
+    def mask(self) -> Tensor | None:
+        """bool `[n, 1, 1, length]`: which cells of the grid hold a token; None: all do."""
+        if self.cells is None:
+            return None
+        mask = torch.zeros(len(self.read) * self.length, dtype=torch.bool, device=self.cells.device)
+        return mask.index_fill(0, self.cells, True).view(len(self.read), 1, 1, self.length)
 
     def packed(self, x: Tensor) -> Tensor:
         """`[n, length, c]` -> `[t, c]`, the inverse of `grid`."""
@@ -54,9 +62,23 @@ class MultiheadAttention(nn.Module):
         """`[t, w]` -> `[t, w]`."""
         # With causal attention a real token never sees the zeros after the end of its sequence.
         qkv = layout.grid(F.linear(x, self.in_proj_weight, self.in_proj_bias))
-        query, key, value = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = self._heads(qkv, 3)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=layout.causal)
         return self.out_proj(layout.packed(mixed.transpose(1, 2).flatten(2)))
+
+    def read(self, x: Tensor, layout: Layout) -> Tensor:
+        """`[t, w]` -> `[n, w]`: the same at the tokens that are read, which see all of theirs."""
+        width = x.shape[1]
+        query_weight, weight = self.in_proj_weight.split([width, 2 * width])
+        query_bias, bias = self.in_proj_bias.split([width, 2 * width])
+        (query,) = self._heads(F.linear(x[layout.read], query_weight, query_bias)[:, None], 1)
+        key, value = self._heads(layout.grid(F.linear(x, weight, bias)), 2)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=layout.mask())
+        return self.out_proj(mixed.flatten(1))
+
+    def _heads(self, x: Tensor, parts: int) -> Tensor:
+        """`[n, length, parts * w]` -> `[parts, n, heads, length, w / heads]`."""
+        return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 class ResidualAttentionBlock(nn.Module):
@@ -77,21 +99,31 @@ class ResidualAttentionBlock(nn.Module):
         x = x + self.attn(self.ln_1(x), layout)
         return x + self.mlp(self.ln_2(x))
 
+    def read(self, x: Tensor, layout: Layout) -> Tensor:
+        """`[t, w]` -> `[n, w]`: the same at the tokens that are read."""
+        x = x[layout.read] + self.attn.read(self.ln_1(x), layout)
+        return x + self.mlp(self.ln_2(x))
+
 
 class Transformer(nn.Module):
-    """A stack of blocks, read at one token of each sequence."""
+    """A stack of blocks, read at one token of each sequence: the last block works on no other."""
 
     def __init__(self, width: int, layers: int, heads: int):
         super().__init__()
+        self.grad_checkpointing = False  # keep only the blocks' inputs (Chen et al. 2016)
         self.resblocks = nn.Sequential(
             *(ResidualAttentionBlock(width, heads) for _ in range(layers))
         )
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """`[t, w]` -> `[n, w]`, the rows `layout.read`."""
-        for block in self.resblocks:
-            x = block(x, layout)
-        return x[layout.read]
+        *blocks, last = self.resblocks
+        for block in blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, layout, use_reentrant=False)
+            else:
+                x = block(x, layout)
+        return last.read(x, layout)
 
     def initialize(self) -> None:
         """Random weights as for GPT-2 (Radford et al. 2019): what joins the residual stream shrinks
