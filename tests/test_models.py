@@ -199,7 +199,7 @@ def test_wrong_keys_are_listed_in_one_error():
     message = str(error.value)
     assert "missing: visual.ln_post.bias" in message
     assert "unknown: visual.extra" in message
-    assert "visual.ln_pre.bias [7] instead of [256]" in message
+    assert "visual.ln_pre.bias [7] instead of [192]" in message
 
 
 def test_inputs_of_the_wrong_shape_are_named():

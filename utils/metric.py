@@ -114,7 +114,7 @@ def _positions(scores: Tensor, columns: Tensor) -> Tensor:
     positions = torch.empty(own.shape, dtype=torch.float64, device=scores.device)
     for nth, threshold in enumerate(own.split(1, dim=1)):
         # What scores as high and is no ground truth stands before; so do the better ground truths.
-        as_high = (scores >= threshold).sum(dim=1)
+        as_high = (scores >= threshold).sum(dim=1, dtype=torch.int32)
         own_as_high = ((own >= threshold) & ~absent).sum(dim=1)
         positions[:, nth] = as_high - own_as_high + nth + 1
     return positions.masked_fill(absent, torch.inf).cpu()
