@@ -189,6 +189,10 @@ def main() -> None:
     show_config(args=args)
     history = LossHistory(str(run), model, (side, side))  # leaves the model on the CPU
     model.to(device)
+    if args.grad_checkpointing:
+        model.enable_grad_checkpointing()
+    if args.compile:
+        model.compile_towers()
 
     # Optimisation
     precision = Precision(device, args.use_amp)

@@ -103,6 +103,17 @@ class CLIP(nn.Module):
         """Keep logits from being scaled by more than 100 (Radford et al. 2021, section 2.5)."""
         self.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
 
+    def enable_grad_checkpointing(self) -> None:
+        """Keep fewer activations for the gradient: transformers compute theirs a second time."""
+        for module in self.modules():
+            if isinstance(module, Transformer):
+                module.grad_checkpointing = True
+
+    def compile_towers(self) -> None:
+        """Have `torch.compile` fuse what the towers do; the text's length varies by batch."""
+        self.visual.compile()
+        self.transformer.compile(dynamic=True)
+
     def initialize(self) -> "CLIP":
         """Random weights for training from scratch."""
         self.visual.initialize()

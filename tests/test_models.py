@@ -114,6 +114,21 @@ def test_what_follows_the_end_token_does_not_matter(pair):
         assert torch.equal(ours.encode_text(noisy), ours.encode_text(tokens))
 
 
+def test_gradient_checkpointing_changes_no_gradient(pair):
+    ours, _, images, tokens = pair
+
+    def loss():
+        image_features, text_features = ours.encode_image(images), ours.encode_text(tokens)
+        return contrastive_loss(image_features, text_features, ours.logit_scale)
+
+    plain = {name: g.clone() for name, g in gradients(ours, loss()).items()}
+    ours.enable_grad_checkpointing()
+    assert_gradients_equal(gradients(ours, loss()), plain)
+    for module in ours.modules():
+        if hasattr(module, "grad_checkpointing"):
+            module.grad_checkpointing = False
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_is_inferred_from_its_shapes(name):
     with torch.device("meta"):

@@ -32,15 +32,19 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Train for an epoch; `rate_at(step)` is the learning rate of each step, counted over the run.
 
-    Returns the mean loss, the last learning rate and images/s. A loss that is not finite raises
-    `InputError`.
+    Returns the mean loss, the last learning rate, images/s and the share of time spent waiting for
+    data. A loss that is not finite raises `InputError`.
     """
     model.train()
     losses: list[Tensor] = []
+    batches = loader.epoch(epoch)
+    waited = 0.0
     start = time.perf_counter()
     with tqdm(total=len(loader) * loader.batch_size, unit="img", desc=f"epoch {epoch}") as bar:
-        for i, (images, tokens) in enumerate(loader.epoch(epoch)):
-            step = (epoch - 1) * len(loader) + i
+        for step in range((epoch - 1) * len(loader), epoch * len(loader)):
+            asked = time.perf_counter()
+            images, tokens = next(batches)
+            waited += time.perf_counter() - asked
             rate = rate_at(step)
             set_learning_rate(optimizer, rate)
             with precision.autocast():
@@ -59,6 +63,7 @@ def train_one_epoch(
         "train_loss": torch.stack(losses).mean().item(),
         "lr": rate,
         "images_per_second": len(losses) * loader.batch_size / seconds,
+        "data_wait_percent": 100 * waited / seconds,
     }
 
 
