@@ -196,7 +196,7 @@ def main() -> None:
 
     # Optimisation
     precision = Precision(device, args.use_amp)
-    groups = parameter_groups(model, args.momentum, args.weight_decay, device.type == "cuda")
+    groups = parameter_groups(model, args.momentum, args.weight_decay)
     optimizer = get_optimizer(
         SimpleNamespace(parameters=lambda: groups), args.optimizer_type, args.lr
     )

@@ -184,7 +184,7 @@ def test_arguments_that_cannot_work_are_refused(arguments, named, data, work):
 
 def test_weight_decay_is_for_matrices_only():
     model = create_model("ViT-demo")
-    decayed, others = parameter_groups(model, 0.9, 0.1, on_gpu=False)
+    decayed, others = parameter_groups(model, 0.9, 0.1)
     assert decayed["weight_decay"] == 0.1 and others["weight_decay"] == 0
     assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
     names = {id(p): name for name, p in model.named_parameters()}

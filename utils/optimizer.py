@@ -6,9 +6,7 @@ import torch
 from torch import nn
 
 
-def parameter_groups(
-    model: nn.Module, momentum: float, weight_decay: float, on_gpu: bool
-) -> list[dict]:
+def parameter_groups(model: nn.Module, momentum: float, weight_decay: float) -> list[dict]:
     """Two groups: matrices, which decay, and all else (biases, gains, the logit scale), which does
     not. The groups carry CLIP's settings for Adam: beta2 0.98 and epsilon 1e-6 (Radford et al.
     2021, table 18)."""
@@ -17,7 +15,7 @@ def parameter_groups(
         "eps": 1e-6,
         "momentum": momentum,
         "nesterov": momentum > 0,
-        "fused": on_gpu,
+        "fused": True,
     }
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
