@@ -29,98 +29,52 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "--demo",
-        action="store_true",
-        help="render the demo set and train ViT-demo on it, a few minutes on a CPU",
-    )
-    add(
-        "--resume_training",
-        default="ViT-B/32",
-        metavar="NAME_OR_PATH",
+    # fmt: off
+    add("--demo", action="store_true",
+        help="render the demo set and train ViT-demo on it, a few minutes on a CPU")
+    add("--resume_training", default="ViT-B/32", metavar="NAME_OR_PATH",
         help="what to start from: a model name (downloaded if need be), a weights file, a run's "
         "weights/checkpoint.pth to continue that run with its own arguments, or none to train "
-        "--model from scratch (default: %(default)s)",
-    )
+        "--model from scratch (default: %(default)s)")
     add("--model", help="architecture to train from scratch, with --resume_training none")
-    add(
-        "--dataset_path",
-        default="flickr8k",
-        help="folder with images/ and {en,cn}_{train,val}.json (default: %(default)s)",
-    )
-    add(
-        "--language",
-        choices=["en", "cn"],
-        default="en",
-        help="captions to train on (default: %(default)s)",
-    )
+    add("--dataset_path", default="flickr8k",
+        help="folder with images/ and {en,cn}_{train,val}.json (default: %(default)s)")
+    add("--language", choices=["en", "cn"], default="en",
+        help="captions to train on (default: %(default)s)")
     add("--log_dir", default="logs", help="folder for the runs (default: %(default)s)")
     add("--epochs", type=integer(1), default=10, help="default: %(default)s")
-    add(
-        "--input_shape",
-        type=integer(1),
-        metavar="PIXELS",
+    add("--input_shape", type=integer(1), metavar="PIXELS",
         help="side of the images (default: the model's own); another one than the weights' "
-        "interpolates the positional embedding",
-    )
-    add(
-        "--batch_size",
-        type=integer(2),
-        default=64,
-        help="image-caption pairs a step; more pairs are more negatives (default: %(default)s)",
-    )
+        "interpolates the positional embedding")
+    add("--batch_size", type=integer(2), default=64,
+        help="image-caption pairs a step; more pairs are more negatives (default: %(default)s)")
     add("--lr", type=positive, default=1e-5, help="peak learning rate (default: %(default)s)")
-    add(
-        "--warmup_epochs",
-        type=number(),
-        default=1.0,
+    add("--warmup_epochs", type=number(), default=1.0,
         help="epochs in which the rate rises to its peak, before it falls along a cosine "
-        "(default: %(default)s)",
-    )
-    add(
-        "--optimizer_type",
-        choices=["adam", "adamw", "sgd"],
-        default="adamw",
-        help="default: %(default)s",
-    )
-    add(
-        "--momentum",
-        type=number(below=1),
-        default=0.9,
-        help="of SGD, or beta1 of Adam and AdamW (default: %(default)s)",
-    )
-    add(
-        "--weight_decay",
-        type=number(),
-        default=0.1,
-        help="on matrices; biases and gains are never decayed (default: %(default)s)",
-    )
-    add(
-        "--use_amp",
-        action="store_true",
-        help="mixed precision: bfloat16 where the device has it, else float16",
-    )
-    add(
-        "--no_augment",
-        action="store_true",
-        help="train on whole images; otherwise a random crop keeps at least 90%% of each",
-    )
-    add(
-        "--freq",
-        type=integer(1),
-        default=5,
-        metavar="EPOCHS",
-        help="keep the weights of every EPOCHS-th epoch (default: %(default)s)",
-    )
-    add(
-        "--num_workers",
-        type=integer(0),
-        help="processes that read images (default: 4 with a GPU, 0 without)",
-    )
+        "(default: %(default)s)")
+    add("--optimizer_type", choices=["adam", "adamw", "sgd"], default="adamw",
+        help="default: %(default)s")
+    add("--momentum", type=number(below=1), default=0.9,
+        help="of SGD, or beta1 of Adam and AdamW (default: %(default)s)")
+    add("--weight_decay", type=number(), default=0.1,
+        help="on matrices; biases and gains are never decayed (default: %(default)s)")
+    add("--use_amp", action="store_true",
+        help="mixed precision: bfloat16 where the device has it, else float16")
+    add("--grad_checkpointing", action="store_true",
+        help="less memory, more time: transformers compute their activations twice")
+    add("--compile", action="store_true",
+        help="torch.compile both towers: a slow first step, then faster ones on a GPU")
+    add("--no_augment", action="store_true",
+        help="train on whole images; otherwise a random crop keeps at least 90%% of each")
+    add("--freq", type=integer(1), default=5, metavar="EPOCHS",
+        help="keep the weights of every EPOCHS-th epoch (default: %(default)s)")
+    add("--num_workers", type=integer(0),
+        help="processes that read images (default: 4 with a GPU, 0 without)")
     add("--seed", type=integer(0), default=0, help="of every random choice (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--debug", action="store_true", help="show the traceback of an error")
-    return parser  # fmt: skip
+    # fmt: on
+    return parser
 
 
 def main() -> None:

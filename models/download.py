@@ -14,7 +14,6 @@ import hashlib
 import os
 import sys
 import time
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.client import HTTPException, HTTPResponse
@@ -26,6 +25,7 @@ from urllib.request import Request, urlopen
 from tqdm import tqdm
 
 from models.errors import InputError
+from models.file_kind import describe
 
 if sys.platform == "win32":
     import msvcrt
@@ -75,7 +75,7 @@ def _verify(url: str, path: Path, digest: str) -> None:
         return
     if _hash(path, digest) != digest:
         raise InputError(
-            f"{path}: not the file of {url}, but {_describe(path)}; "
+            f"{path}: not the file of {url}, but {describe(path)}; "
             "delete it, and the next run downloads it anew"
         )
     with suppress(OSError):  # a read-only folder: checked again next time
@@ -88,7 +88,7 @@ def _fetch(url: str, path: Path, digest: str) -> None:
     continued = part.exists()
     _receive_all(url, path, part)
     if _hash(part, digest) != digest:
-        received = _describe(part)
+        received = describe(part)
         part.unlink()
         if continued:  # what an earlier run left may be at fault
             _fetch(url, path, digest)
@@ -207,20 +207,6 @@ def _record(path: Path, digest: str) -> tuple[Path, str]:
     status = path.stat()
     text = f"# {status.st_size} bytes, mtime {status.st_mtime_ns} ns\n{digest}  {path.name}\n"
     return _beside(path, ALGORITHMS[len(digest)]), text
-
-
-def _describe(path: Path) -> str:
-    """What a file that should be another one probably is."""
-    size = f"{path.stat().st_size:,} bytes"
-    with path.open("rb") as file:
-        start = file.read(256).lstrip().lower()
-    if start.startswith((b"<!doctype html", b"<html")):
-        return f"an HTML page of {size}"
-    if start.startswith(b"version https://git-lfs"):
-        return f"a Git LFS pointer of {size} without the file itself"
-    if start.startswith(b"pk\3\4") and not zipfile.is_zipfile(path):
-        return f"an archive cut short at {size}"
-    return f"another file of {size}"
 
 
 def _by_hand(path: Path) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from models.errors import InputError
+from models.file_kind import describe
 
 NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # buffers of published archives
 STORAGES = {
@@ -34,7 +35,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise InputError("is a folder, not a weights file")
     with path.open("rb") as file:
-        start = file.read(64)
+        start = file.read(9)
     if start.startswith(b"PK"):
         content = _read_torchscript(path) if _is_torchscript(path) else _torch_load(path)
     elif path.suffix == ".safetensors" or start[8:9] == b"{":
@@ -42,7 +43,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     elif start.startswith(b"\x80"):
         content = _torch_load(path)
     else:
-        raise InputError(f"{_describe(start)}; download the weights anew")
+        raise InputError(f"{describe(path)}, not weights; download it anew")
     return _unwrap(content)
 
 
@@ -59,18 +60,6 @@ def _unwrap(content: object) -> dict[str, Tensor]:
     if strange:
         raise InputError(f"no state dict: {', '.join(strange[:5])} hold no tensors")
     return weights
-
-
-def _describe(start: bytes) -> str:
-    """What a file that begins so is, when it holds no weights."""
-    text = start.lstrip().lower()
-    if not text:
-        return "is empty"
-    if text.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer, not the file it points to (git lfs pull)"
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "is a web page, probably an error message of the server it came from"
-    return "is no weights file (TorchScript archive, state dict, or safetensors)"
 
 
 def _torch_load(path: Path) -> object:

@@ -273,10 +273,10 @@ class TestFileThatIsThere:
     @pytest.mark.parametrize(
         ("content", "described"),
         [
-            (b"\n<!DOCTYPE html>\n<html>", "an HTML page of 23 bytes"),
+            (b"\n<!DOCTYPE html>\n<html>", "a web page of 23 bytes"),
             (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer of 43 bytes"),
             (archive_cut_short(), "an archive cut short at 326,9"),
-            (b"", "another file of 0 bytes"),
+            (b"", "an empty file of 0 bytes"),
         ],
     )
     def test_another_file_is_described_and_kept(self, path, content, described):
@@ -379,9 +379,9 @@ class TestWrongBytes:
         ("answer", "described"),
         [
             (partial(whole, body=PAYLOAD[::-1]), f"another file of {len(PAYLOAD):,} bytes"),
-            (partial(whole, body=b"<html>Log in</html>"), "an HTML page of 19 bytes"),
+            (partial(whole, body=b"<html>Log in</html>"), "a web page of 19 bytes"),
             (partial(whole, lie=-1000), f"another file of {len(PAYLOAD) - 1000:,} bytes"),
-            (partial(whole, body=b""), "another file of 0 bytes"),
+            (partial(whole, body=b""), "an empty file of 0 bytes"),
         ],
     )
     def test_they_are_deleted(self, serve, path, answer, described):

@@ -153,10 +153,10 @@ def test_a_record_that_lies_about_its_length_is_refused(archive, tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"", "is empty"),
+        (b"", "an empty file"),
         (b"<!DOCTYPE html><html><body>404</body></html>", "web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n", "Git LFS"),
-        (b"ftypisom and so on", "no weights file"),
+        (b"ftypisom and so on", "another file of 18 bytes, not weights"),
         (b"PK\x03\x04 and nothing else", "truncated or damaged"),
         (b"\x80\x02 and nothing else", "download it anew|plain state dict"),
         (b"\xff\xff\xff\xff\xff\xff\xff\x7f{}", "truncated or damaged"),
