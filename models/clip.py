@@ -44,7 +44,9 @@ class CLIP(nn.Module):
                 vision_layers, embed_dim, heads, image_resolution, vision_width
             )
         self.transformer = Transformer(transformer_width, transformer_layers, transformer_heads)
-        self.token_embedding = nn.Embedding(vocab_size, transformer_width)
+        # Not nn.Embedding(...): drawing initial values on the meta device loads torch's compiler.
+        table = torch.empty(vocab_size, transformer_width)
+        self.token_embedding = nn.Embedding.from_pretrained(table, freeze=False)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, transformer_width))
         self.ln_final = nn.LayerNorm(transformer_width)
         self.text_projection = nn.Parameter(torch.empty(transformer_width, embed_dim))

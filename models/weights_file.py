@@ -6,7 +6,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ STORAGES = {
     "IntStorage": torch.int32,
     "LongStorage": torch.int64,
 }
-ALIGNED = mmap.ALLOCATIONGRANULARITY
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -105,8 +104,7 @@ def _read_torchscript(path: Path) -> dict[str, Tensor]:
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             pickled = next(n for n in archive.namelist() if n.endswith("/data.pkl"))
-            reader = _ModuleReader(archive, file, pickled.removesuffix("data.pkl"), pickled)
-            return dict(_named_tensors(reader.load()))
+            return dict(_named_tensors(_ModuleReader(archive, file, pickled).load()))
     except InputError:
         raise
     except Exception as error:  # a damaged pickle can break in any way
@@ -126,18 +124,28 @@ def _named_tensors(module: _Module, prefix: str = "") -> Iterator[tuple[str, Ten
             yield from _named_tensors(value, f"{prefix}{name}.")
 
 
+class _Storage(NamedTuple):
+    """Where the numbers of a tensor are in the file."""
+
+    dtype: torch.dtype
+    numel: int
+    start: int  # byte
+
+
 class _ModuleReader(pickle.Unpickler):
     """Unpickles modules and tensors; every other global is refused."""
 
-    def __init__(self, archive: zipfile.ZipFile, file: Any, root: str, pickled: str):
+    def __init__(self, archive: zipfile.ZipFile, file: IO[bytes], pickled: str):
         super().__init__(archive.open(pickled))
-        self.archive, self.file, self.root = archive, file, root
+        self.archive = archive
+        self.file = file
+        self.root = pickled.removesuffix("data.pkl")
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("__torch__"):
             return type(name, (_Module,), {})
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _as_float32
+            return self.read_tensor
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
         if (module, name) == ("collections", "OrderedDict"):
@@ -146,28 +154,28 @@ class _ModuleReader(pickle.Unpickler):
             return _first_argument
         raise InputError(f"asks for {module}.{name}, which no weights need; nothing of it was run")
 
-    def persistent_load(self, reference: tuple) -> Tensor:
-        """The flat tensor of a storage, mapped from the file."""
+    def persistent_load(self, reference: tuple) -> _Storage:
         _, dtype, record, _, numel = reference
         info = self.archive.getinfo(f"{self.root}data/{record}")
-        nbytes = numel * dtype.itemsize
-        if info.compress_type != zipfile.ZIP_STORED or info.file_size < nbytes:
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size < numel * dtype.itemsize:
             raise InputError(f"its record {info.filename} is shorter than it says")
-        if numel == 0:
-            return torch.empty(0, dtype=dtype)
         self.file.seek(info.header_offset + 26)
         name_length, extra_length = (int.from_bytes(self.file.read(2), "little") for _ in "ab")
-        start = info.header_offset + 30 + name_length + extra_length
-        skip = start % ALIGNED
-        mapped = mmap.mmap(
-            self.file.fileno(), nbytes + skip, access=mmap.ACCESS_COPY, offset=start - skip
-        )
-        return torch.frombuffer(mapped, dtype=dtype, count=numel, offset=skip)
+        return _Storage(dtype, numel, info.header_offset + 30 + name_length + extra_length)
 
-
-def _as_float32(storage: Tensor, offset: int, size: tuple, stride: tuple, *_: object) -> Tensor:
-    tensor = storage.as_strided(size, stride, offset)
-    return tensor.float() if tensor.is_floating_point() else tensor.clone()
+    def read_tensor(
+        self, storage: _Storage, offset: int, size: tuple, stride: tuple, *_: object
+    ) -> Tensor:
+        """A tensor in memory of its own, floats as float32."""
+        if storage.numel == 0:
+            return torch.empty(size)
+        skip = storage.start % mmap.ALLOCATIONGRANULARITY  # a map starts at a page
+        length = skip + storage.numel * storage.dtype.itemsize
+        begin = storage.start - skip
+        mapped = mmap.mmap(self.file.fileno(), length, access=mmap.ACCESS_COPY, offset=begin)
+        numbers = torch.frombuffer(mapped, dtype=storage.dtype, count=storage.numel, offset=skip)
+        dtype = torch.float32 if storage.dtype.is_floating_point else storage.dtype
+        return numbers.as_strided(size, stride, offset).to(dtype, copy=True)
 
 
 def _first_argument(value: object, *_: object) -> object:
