@@ -151,26 +151,29 @@ def format_table(metrics: Metrics, k_values: Iterable[int] = K_VALUES) -> str:
 
 
 def plot_metrics(metrics: Metrics, path: Path) -> None:
-    """Recall@K and mAP@K against K, one panel a direction, as a picture at `path`."""
+    """Recall@K and mAP@K against K from 1 to 10, one panel a direction, as a picture at `path`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
+    top = 0.0
     for panel, (direction, title) in zip(panels, TITLES.items(), strict=True):
-        for score, label, style in (("R", "Recall@K", "o-"), ("mAP", "mAP@K", "s--")):
+        for score, style, above in (("R", "o-", 6), ("mAP", "s--", -14)):
             points = {
                 int(name.split("@")[1]): value
                 for name, value in metrics[direction].items()
                 if name.startswith(f"{score}@")
             }
-            panel.plot(list(points), list(points.values()), style, label=label)
+            top = max(top, *points.values())
+            label = "Recall@K" if score == "R" else "mAP@K"
+            (line,) = panel.plot(list(points), list(points.values()), style, label=label)
             for k in K_VALUES:
-                panel.annotate(f"{points[k]:.1f}", (k, points[k]), (0, 6), ha="center",
-                               textcoords="offset points")  # fmt: skip
-        panel.set(title=title.capitalize(), xlabel="K", xticks=list(points), ylim=(0, 105))
+                panel.annotate(f"{points[k]:.1f}", (k, points[k]), (0, above), ha="center",
+                               textcoords="offset points", color=line.get_color())  # fmt: skip
+        panel.set(title=title.capitalize(), xlabel="K", xticks=list(points), xlim=(0.5, 10.5))
         panel.grid(alpha=0.3)
-        panel.legend(loc="lower right")
-    panels[0].set_ylabel("percent")
+        panel.legend(loc="lower right" if points[1] > top / 2 else "upper left")
+    panels[0].set(ylabel="percent", ylim=(0, min(1.15 * top, 108)))
     with replaced_whole(path) as temporary:
         figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=120)
 

@@ -51,7 +51,7 @@ def draw_ranking(image: Image.Image, ranked: list[Ranked], path: Path) -> None:
     rows = range(len(ranked))
     chart.barh(rows, [r.probability for r in ranked], height=0.3, color="tab:blue", alpha=0.6)
     for row, (caption, probability, similarity) in enumerate(ranked):
-        text = textwrap.fill(f"{caption}  ({probability:.1%}, {similarity:.3f})", 68)
+        text = textwrap.fill(f"{caption}  ({probability:.1%}, similarity {similarity:.3f})", 68)
         chart.text(0, row - 0.22, text, va="bottom", fontfamily=fonts, fontsize=9)
     chart.set(xlim=(0, 1), ylim=(len(ranked) - 0.5, -0.9), yticks=[], xlabel="probability")
     chart.spines[["top", "right", "left"]].set_visible(False)
