@@ -68,6 +68,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="train on whole images; otherwise a random crop keeps at least 90%% of each")
     add("--freq", type=integer(1), default=5, metavar="EPOCHS",
         help="keep the weights of every EPOCHS-th epoch (default: %(default)s)")
+    add("--cache", nargs="?", const="", metavar="FOLDER",
+        help="decode every image once into a file in FOLDER (default: .cache in the data set), "
+        "kept on the GPU where it fits")
     add("--num_workers", type=integer(0),
         help="processes that read images (default: 4 with a GPU, 0 without)")
     add("--seed", type=integer(0), default=0, help="of every random choice (default: %(default)s)")
@@ -127,6 +130,9 @@ def main() -> None:
     # Data
     train_set = Flickr8kDataset(args.dataset_path, side, args.language, is_train=True)
     val_set = Flickr8kDataset(args.dataset_path, side, args.language, is_train=False)
+    if args.cache is not None:
+        for dataset in (train_set, val_set):
+            dataset.cache(args.cache or None, device, num_workers)
     loader = TrainLoader(
         train_set, args.batch_size, device, args.seed, num_workers, not args.no_augment
     )

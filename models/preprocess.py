@@ -76,7 +76,7 @@ def normalize(images: Tensor) -> Tensor:
     """uint8 `[..., 3, r, r]` -> float32, each channel less its mean, by its standard deviation."""
     mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
     std = torch.tensor(STD, device=images.device).view(3, 1, 1)
-    return (images.float() / 255 - mean) / std
+    return images.float().div_(255).sub_(mean).div_(std)
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,13 @@ def test_each_image_comes_once_with_one_of_its_captions_and_in_time_with_all(roo
     assert seen == set(range(len(dataset.text)))
 
 
+def test_captions_and_crops_go_with_their_images_whatever_the_batch_size(root):
+    dataset = Flickr8kDataset(root, 32)
+    small, (large,) = (batches(TrainLoader(dataset, size, CPU), 1) for size in (4, 8))
+    for of_small, of_large in zip(zip(*small, strict=True), large, strict=True):
+        torch.testing.assert_close(torch.cat(of_small), of_large)
+
+
 def test_augmentation_changes_pixels_a_little_and_captions_not(root):
     dataset = Flickr8kDataset(root, 32)
     plain = batches(TrainLoader(dataset, 11, CPU, augment=False), 1)

@@ -16,6 +16,9 @@ from models.errors import InputError
 from models.preprocess import normalize, open_image, pixels
 from utils.annotations import read_annotations
 from utils.augment import crop, draw_crops
+from utils.image_cache import cached_pixels, gather, on_device_if_small
+
+BUILD_BATCH = 32  # images decoded at a time for the cache
 
 
 class Flickr8kDataset(Dataset):
@@ -39,9 +42,12 @@ class Flickr8kDataset(Dataset):
         transform: Callable[[Image.Image], Tensor] | None = None,
     ):
         root = Path(root_dir).expanduser()
-        file = root / f"{language}_{'train' if is_train else 'val'}.json"
+        self.root = root
+        self.split = "train" if is_train else "val"
+        file = root / f"{language}_{self.split}.json"
         self.target_shape = target_shape
         self.transform = transform
+        self.cached: Tensor | None = None
         self.image: list[str] = []
         self.text: list[str] = []
         self.img_to_txt: dict[int, list[int]] = {}
@@ -68,6 +74,30 @@ class Flickr8kDataset(Dataset):
         """IntTensor `[captions, 77]`: every caption tokenised once; what does not fit is cut."""
         return tokenize(self.text, truncate=True)
 
+    def cache(
+        self,
+        folder: str | os.PathLike | None = None,
+        device: torch.device | str = "cpu",
+        num_workers: int = 0,
+    ) -> None:
+        """Have `image_batches` read pixels, decoded once, from a file in `folder` (`.cache` in
+        `root_dir`), which all runs share; they live on the device where they take at most a quarter
+        of its free memory. Raises `InputError` where the file cannot be written.
+        """
+        if self.transform is not None:
+            raise InputError("the cache keeps what CLIP makes of the images: it takes no transform")
+        root = self.root.resolve()
+        folder = root / ".cache" if folder is None else Path(folder).expanduser()
+        batches = torch.arange(len(self)).split(BUILD_BATCH)
+        pixels = cached_pixels(
+            folder / f"{root.name}_{self.split}_{self.target_shape}.pixels",
+            self.root,
+            self.image,
+            self.target_shape,
+            _decode(self, [rows.tolist() for rows in batches], num_workers),
+        )
+        self.cached = on_device_if_small(pixels, torch.device(device))
+
     def count_cut_captions(self) -> int:
         """How many captions are longer than the text tower reads."""
         full = self.tokens[:, -1].nonzero().flatten().tolist()
@@ -82,20 +112,48 @@ class Flickr8kDataset(Dataset):
             )
 
 
-def image_batches(dataset: Flickr8kDataset, batches: list, num_workers: int) -> DataLoader:
-    """Batches of images, `[n, 3, r, r]` on the CPU, for lists of image indices."""
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=_stack_images,
+def image_batches(
+    dataset: Flickr8kDataset, batches: list[list[int]], num_workers: int
+) -> Iterator[Tensor]:
+    """Batches of images, `[n, 3, r, r]`, for lists of image indices: on the CPU, or on the GPU that
+    holds the cached set."""
+    if dataset.cached is not None:
+        return gather(dataset.cached, batches)
+    return _decode(dataset, batches, num_workers)
+
+
+def _decode(
+    dataset: Flickr8kDataset, batches: list[list[int]], num_workers: int
+) -> Iterator[Tensor]:
+    loader = DataLoader(
+        _Batches(dataset, batches),
+        batch_size=None,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # leaves the global one as it is
     )
+    for images in loader:
+        if isinstance(images, InputError):
+            raise images
+        yield images
 
 
-def _stack_images(items: list[tuple[Tensor, list[str]]]) -> Tensor:
-    return torch.stack([image for image, _ in items])
+class _Batches(Dataset):
+    """Item i is the i-th batch of images, or the error that one of them brings: what a worker
+    process raises would arrive with the worker's traceback in its message."""
+
+    def __init__(self, dataset: Flickr8kDataset, batches: list[list[int]]):
+        self.dataset = dataset
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Tensor | InputError:
+        try:
+            return torch.stack([self.dataset[row][0] for row in self.batches[index]])
+        except InputError as error:
+            return error
 
 
 class TrainLoader:
@@ -132,15 +190,14 @@ class TrainLoader:
         random = np.random.default_rng((self.seed, epoch))
         order = random.permutation(len(self.dataset))
         batches = order[: len(self) * self.batch_size].reshape(len(self), -1)
-        captions = self._draw_captions(random)
-        crops = draw_crops(len(self.dataset), random)
-        for batch, images in zip(
-            batches, image_batches(self.dataset, batches.tolist(), self.num_workers), strict=True
-        ):
+        captions = self._draw_captions(random)[batches]
+        crops = draw_crops(len(self.dataset), random)[batches].to(self.device)
+        loaded = image_batches(self.dataset, batches.tolist(), self.num_workers)
+        for step, images in enumerate(loaded):
             images = normalize(images.to(self.device, non_blocking=True))
             if self.augment:
-                images = crop(images, crops[batch].to(self.device, non_blocking=True))
-            yield images, self.dataset.tokens[captions[batch]]
+                images = crop(images, crops[step])
+            yield images, self.dataset.tokens[captions[step]]
 
     def _draw_captions(self, random: np.random.Generator) -> Tensor:
         """For each image the index of one of its captions."""

@@ -1,0 +1,80 @@
+"""What the benchmarks share: taking turns, and tables for the README.
+
+Importing it lets a benchmark import the repository's packages, and `peers` and `published`. It does
+not import torch, so that `cold_start.py` stays small.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from tqdm import tqdm  # noqa: E402
+
+Seconds = dict[str, list[float]]
+
+
+def alternate(
+    contestants: dict[str, Callable[[Any], object]],
+    rounds: Iterable,
+    finish: Callable[[], object] = lambda: None,
+) -> Seconds:
+    """Wall-clock seconds of each contestant in each round.
+
+    Every contestant is called with every item of `rounds`; whoever came first in a round comes last
+    in the next, so that neither a busy machine nor the order favours one. `finish` waits for a
+    device. The first round, in which memory is got and code is loaded, is not counted.
+    """
+    names = list(contestants)
+    seconds: Seconds = {name: [] for name in names}
+    for item in tqdm(rounds, desc="rounds", leave=False):
+        for name in names:
+            finish()
+            start = time.perf_counter()
+            contestants[name](item)
+            finish()
+            seconds[name].append(time.perf_counter() - start)
+        names.append(names.pop(0))
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def times_as_fast(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """How many times faster ours is: the median over the rounds of their seconds by ours."""
+    return f"{median(b / a for a, b in zip(ours, theirs, strict=True)):.2f}"
+
+
+def matmul(side: int, dtype, device) -> Callable[[Any], object]:
+    """A contestant that multiplies two square matrices: `2 * side**3` operations."""
+    import torch
+
+    a, b = torch.randn(2, side, side, device=device).to(dtype)
+    product = torch.empty_like(a)
+    return lambda _: torch.mm(a, b, out=product)
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A Markdown table: the first column to the left, numbers to the right."""
+    lines = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    for row in (lines[0], rule, *lines[1:]):
+        cells = [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
+        print(f"| {' | '.join(cells)} |")
+    print()
+
+
+def describe_cpu() -> str:
+    """The processor and the threads that torch uses on it."""
+    import torch
+
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else "CPU"
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"

@@ -1,0 +1,172 @@
+"""Training steps of ours and of the peers, on the same weights and batches, and what they cost."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+import measure  # noqa: F401 (the import path)
+import torch
+import torch.nn.functional as F
+from open_clip.loss import ClipLoss
+from peers import to_transformers
+from torch import Tensor, nn
+
+from models.clip import MAX_LOGIT_SCALE
+from models.clip_utils import ARCHITECTURES
+from models.errors import InputError
+from models.preprocess import normalize, open_image, pixels
+from utils import Flickr8kDataset, contrastive_loss
+
+VIT_MODELS = [name for name, sizes in ARCHITECTURES.items() if sizes["vision_patch_size"]]
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+def our_loss(model: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:
+    image_features, text_features = model.encode_image(images), model.encode_text(tokens)
+    return contrastive_loss(image_features, text_features, model.logit_scale)
+
+
+def open_clip_loss(model: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:
+    """As open_clip trains: every text padded to 77 tokens."""
+    image_features, text_features, scale = model(images, tokens.to(images.device).long())[:3]
+    return ClipLoss()(image_features, text_features, scale)
+
+
+def open_clip_cut_loss(model: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:
+    """open_clip, padding no further than the batch's longest text."""
+    image_features = model.encode_image(images, normalize=True)
+    text_features = F.normalize(open_clip_cut_text(model, tokens), dim=-1)
+    return ClipLoss()(image_features, text_features, model.logit_scale.exp())
+
+
+def open_clip_cut_text(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Features `[n, d]` from open_clip's text tower, which itself takes 77 tokens and no fewer."""
+    length = longest(tokens)
+    tokens = tokens[:, :length].to(model.text_projection.device).long()
+    x = model.token_embedding(tokens) + model.positional_embedding[:length]
+    x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
+    return x[torch.arange(len(x), device=x.device), tokens.argmax(dim=1)] @ model.text_projection
+
+
+def transformers_loss(model: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:
+    """As transformers' processor prepares a batch: padded to the longest text, with a mask."""
+    tokens = tokens[:, : longest(tokens)]
+    mask = torch.arange(tokens.shape[1]) <= tokens.argmax(dim=1)[:, None]
+    return model(
+        input_ids=tokens.to(images.device).long(),
+        attention_mask=mask.to(images.device).long(),
+        pixel_values=images,
+        return_loss=True,
+    ).loss
+
+
+def longest(tokens: Tensor) -> int:
+    """Tokens in the longest text."""
+    return int(tokens.argmax(dim=1).max()) + 1
+
+
+def adamw(model: nn.Module) -> torch.optim.AdamW:
+    """The same optimizer for everyone; its rate is so low that the weights stay comparable."""
+    return torch.optim.AdamW(
+        model.parameters(), lr=1e-7, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1, fused=True
+    )
+
+
+def train(
+    model: nn.Module,
+    loss: Loss,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    tokens: Tensor,
+    autocast: AbstractContextManager,
+) -> None:
+    """One step: forward, loss, backward, update, the logit scale kept below its limit."""
+    with autocast:
+        value = loss(model, images, tokens)
+    value.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+
+
+def real_batches(
+    data: str, side: int, batch_size: int, count: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`count` batches of training images, normalised and on the device, and one caption of each."""
+    dataset = Flickr8kDataset(data, side)
+    if len(dataset) < batch_size:
+        raise InputError(f"{data} has {len(dataset)} training images, too few for {batch_size}")
+    for first in range(0, count * batch_size, batch_size):
+        rows = [i % len(dataset) for i in range(first, first + batch_size)]
+        images = torch.stack([pixels(open_image(dataset.image[row]), side) for row in rows])
+        captions = [dataset.img_to_txt[row] for row in rows]
+        chosen = [indices[row % len(indices)] for row, indices in zip(rows, captions, strict=True)]
+        yield normalize(images.to(device)), dataset.tokens[chosen]
+
+
+def check_agreement(
+    ours: nn.Module, peers: dict[str, tuple[nn.Module, Loss]], images: Tensor, tokens: Tensor
+) -> None:
+    """Assert that the loss and all gradients of ours are each peer's within 1e-4, in float32."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        loss, gradients = _loss_and_gradients(ours, our_loss, images, tokens)
+        for name, (model, peer_loss) in peers.items():
+            their_loss, theirs = _loss_and_gradients(model, peer_loss, images, tokens)
+            mine = gradients if gradients.keys() == theirs.keys() else to_transformers(gradients)
+            loss_error = abs(loss - their_loss) / abs(their_loss)
+            error = relative_difference(mine, theirs)
+            print(f"ours and {name}: loss differs by {loss_error:.1e}, gradients by {error:.1e}")
+            assert loss_error <= 1e-4 and error <= 1e-4
+
+
+def _loss_and_gradients(
+    model: nn.Module, loss: Loss, images: Tensor, tokens: Tensor
+) -> tuple[float, dict[str, Tensor]]:
+    value = loss(model, images, tokens)
+    value.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    return value.item(), gradients
+
+
+def relative_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """The largest difference between gradients, by the gradient's norm. A thousandth of the largest
+    norm is added to it: some gradients are zero but for rounding (that of a key's bias)."""
+    largest = max(gradient.norm().item() for gradient in theirs.values())
+    return max(
+        ((ours[name] - gradient).norm() / (gradient.norm() + 1e-3 * largest)).item()
+        for name, gradient in theirs.items()
+    )
+
+
+def step_flops(sizes: dict, tokens: Tensor) -> float:
+    """Floating-point operations that a training step cannot do without.
+
+    Counted from shapes, 2 m n k a matrix product, backward twice the forward: real tokens only,
+    causal attention as far as it looks, and in a tower's last block what the tokens that are read
+    depend on. `sizes` are those of `ARCHITECTURES`, `tokens` `[n, 77]` the texts. The same number
+    stands for everyone: padding counts as time and not as work.
+    """
+    n, d = len(tokens), sizes["embed_dim"]
+    width, patch = sizes["vision_width"], sizes["vision_patch_size"]
+    patches = (sizes["image_resolution"] // patch) ** 2
+    lengths = torch.full((n,), patches + 1)
+    embedding = 2 * n * patches * 3 * patch**2 * width  # its input needs no gradient: backward once
+    images = _tower_flops(lengths, lengths**2, width, sizes["vision_layers"])
+
+    lengths = tokens.argmax(dim=1) + 1
+    text_width = sizes["transformer_width"]
+    seen = lengths * (lengths + 1) // 2
+    texts = _tower_flops(lengths, seen, text_width, sizes["transformer_layers"])
+    joint = 2 * n * d * (width + text_width) + 2 * n * n * d
+    return 2 * embedding + 3 * (images + texts + joint)
+
+
+def _tower_flops(lengths: Tensor, pairs: Tensor, width: int, layers: int) -> int:
+    """The forward pass of a tower over sequences of `lengths` `[n]`, in each of which as many
+    `pairs` `[n]` of tokens attend to each other."""
+    n, total = len(lengths), int(lengths.sum())
+    products = 12 * total * width**2  # query, key, value 3; output 1; MLP 4 + 4
+    attention = 2 * int(pairs.sum()) * width  # scores, and sums of the values
+    last = (2 * total + 10 * n) * width**2 + 2 * total * width
+    return 2 * ((layers - 1) * (products + attention) + last)
