@@ -69,6 +69,9 @@ def retrieval_metrics(
 ) -> Metrics:
     """`compute_metrics` of the similarities between features `[images, d]` and `[texts, d]`, made
     block by block: memory does not grow with their number."""
+    if 4 * len(image_features) * len(text_features) <= BLOCK_BYTES:
+        scores = image_features @ text_features.T
+        return compute_metrics(scores, img2txt, scores.T, txt2img, k_values)
     metrics = {}
     for direction, queries, gallery, truth in (
         ("i2t", image_features, text_features, img2txt),
@@ -105,7 +108,7 @@ def _ground_truth(truth: Mapping[int, int | list[int]], queries: int, gallery: i
 def _positions(scores: Tensor, columns: Tensor) -> Tensor:
     """Positions `[q, most]` (from 1, ascending) of the ground truths `columns` `[q, most]` when
     each row of `scores` `[q, gallery]` is ranked; infinite where a query has fewer."""
-    if scores.isnan().any():
+    if scores.amax().isnan():
         raise InputError("the scores hold NaN: the features of this model are not finite")
     columns = columns.to(scores.device)
     absent = columns < 0
