@@ -86,6 +86,8 @@ class CLIP(nn.Module):
         cells = (positions <= ends[:, None]).flatten().nonzero().flatten()
         ids = tokens[:, :length].flatten()[cells]
         read = (ends + 1).cumsum(0) - 1
+        if tokens.device.type == "cpu" and self.device.type == "cuda":
+            ids, cells, read = (t.pin_memory() for t in (ids, cells, read))
         ids, cells, read = (t.to(self.device, non_blocking=True) for t in (ids, cells, read))
 
         x = self.token_embedding(ids) + self.positional_embedding[cells % length]

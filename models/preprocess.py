@@ -7,6 +7,7 @@ deviation) runs batched, on whatever device the pixels are.
 import os
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -74,9 +75,14 @@ def pixels(image: Image.Image, side: int) -> Tensor:
 
 def normalize(images: Tensor) -> Tensor:
     """uint8 `[..., 3, r, r]` -> float32, each channel less its mean, by its standard deviation."""
-    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(STD, device=images.device).view(3, 1, 1)
+    mean, std = _mean_and_std(images.device)
     return images.float().div_(255).sub_(mean).div_(std)
+
+
+@lru_cache
+def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Made once a device: copying numbers to a GPU waits for all that it is doing."""
+    return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
 
 
 @dataclass(frozen=True)
