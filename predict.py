@@ -40,6 +40,8 @@ def main() -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
 
+    from PIL import ImageShow
+
     from models import load, tokenize
     from models.preprocess import open_image
     from utils.engine import encode_texts
@@ -59,8 +61,8 @@ def main() -> None:
                 print(f"{place}. {probability:7.2%}  similarity {similarity:.3f}  {caption}")
             draw_ranking(image, ranked, output)
             print(f"picture: {output}")
-            if args.show:
-                open_image(output).show()
+            if args.show and not ImageShow.show(open_image(output)):
+                print("there is no program here to show it with")
         except InputError as error:
             if args.image:
                 raise

@@ -5,12 +5,13 @@ import sys
 
 import pytest
 import torch
+from peers import open_clip_model
 from scripts import ROOT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from flickr8k.render_demo import render_demo
-from models import tokenize
+from models import build_model, tokenize
 from models.clip_utils import ARCHITECTURES, create_model
 
 sys.path.append(str(ROOT / "tests" / "benchmarks"))
@@ -18,6 +19,8 @@ sys.path.append(str(ROOT / "tests" / "benchmarks"))
 import cold_start
 import evaluation
 import gpu
+import loss
+import measure
 import text_encoding
 import train_step
 import training
@@ -63,6 +66,11 @@ def test_evaluation(rows):
     assert "a sort a query" in printed and "60 images, 300 captions" in printed
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_loss(rows):
+    assert rows(loss, "--batch_size", 64, "--rounds", 1)[-2:] == ["ours", "open_clip"]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="memory is read by wait4")
 def test_cold_start(tmp_path, data, capsys):
     archive = str(tmp_path / "archive.pt")
@@ -81,6 +89,24 @@ def test_gpu(rows, data, monkeypatch):
     monkeypatch.setattr(gpu, "in_a_process", lambda function, *arguments: function(*arguments))
     small = ["--device", "cpu", "--tiny", "--models", "ViT-demo", "--no_compile", "--repeats", 2]
     assert rows(gpu, "--data", data, *small)[2:] == ["ours", "open_clip"]
+
+
+@pytest.mark.parametrize("wrong", [0.2, float("nan")])
+def test_a_difference_is_never_passed_over(wrong):
+    with pytest.raises(ArithmeticError, match="scores differ by"):
+        measure.check("scores", [0.0, wrong, 0.01], 0.1)
+    measure.check("scores", [0.0, 0.1], 0.1)
+
+
+@pytest.mark.parametrize("weight", ["visual.proj", "transformer.resblocks.0.mlp.c_fc.bias"])
+def test_a_changed_weight_is_noticed(weight):
+    theirs = open_clip_model("ViT-demo")
+    weights = {key: tensor.clone() for key, tensor in theirs.state_dict().items()}
+    weights[weight].mul_(1.01)
+    peers = {"open_clip": (theirs, training.open_clip_loss)}
+    tokens = tokenize(["a red ball", "two dogs", "a cat"])
+    with pytest.raises(ArithmeticError):
+        training.check_agreement(build_model(weights), peers, torch.randn(3, 3, 64, 64), tokens)
 
 
 @pytest.mark.parametrize("largest", [1, 3, 64, 100, 1000])

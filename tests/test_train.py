@@ -138,12 +138,13 @@ def test_fine_tuning_starts_from_weights_in_bfloat16_at_another_resolution(train
         "train.py", "--resume_training", weights, "--dataset_path", data, "--epochs", 1,
         "--warmup_epochs", 0.5, "--batch_size", 16, "--input_shape", 96, "--use_amp",
         "--optimizer_type", "sgd", "--lr", 1e-4, "--language", "cn", "--num_workers", 1,
-        "--log_dir", "tuned", cwd=work,
+        "--grad_checkpointing", "--cache", "pixels", "--log_dir", "tuned", cwd=work,
     )  # fmt: skip
     assert "before training" in done.stdout and "mixed, bfloat16" in done.stdout
     (run,) = (work / "tuned").iterdir()
     model, _ = load(run / "weights" / "best_epoch_weights.pth", "cpu")
     assert model.visual.input_resolution == 96
+    assert {path.suffix for path in (work / "pixels").iterdir()} == {".pixels"}
 
 
 def test_no_data_says_what_to_do(work):

@@ -24,7 +24,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from measure import ROOT, print_table
+from measure import ROOT, check, print_table
 from tqdm import tqdm
 
 from models.errors import InputError, run_script
@@ -157,9 +157,8 @@ def check_answers(printed: dict[str, str]) -> None:
     print("ours answers", ours)
     for name, theirs in answers.items():
         if theirs:
-            difference = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
-            print(f"ours and {name}: probabilities differ by at most {difference:.1e}")
-            assert difference <= TOLERANCE
+            differences = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+            check(f"ours and {name}: probabilities", differences, TOLERANCE)
 
 
 def probabilities(printed: str) -> list[float]:

@@ -12,13 +12,12 @@ import argparse
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measure import alternate, describe_cpu, print_table, times_as_fast
+from measure import alternate, check, describe_cpu, extra_peak_megabytes, print_table, times_as_fast
 from torch import Tensor
 
 from models.errors import run_script
@@ -74,13 +73,13 @@ def compare(images: int, rounds: int) -> None:
         results["theirs"] = recalls_by_sorting(*features, *truth)
 
     seconds = alternate({"ours": ours, "a sort a query": theirs}, range(rounds + 1))
-    difference = max(
+    differences = [
         abs(results["ours"][way][f"R@{k}"] - results["theirs"][way][k])
         for way in results["theirs"]
         for k in K_VALUES
-    )
-    print(f"R@K, {format_recalls(results['theirs'])}: they differ by at most {difference:.1e}\n")
-    assert difference < 1e-6
+    ]
+    check(f"R@K, {format_recalls(results['theirs'])}:", differences, 1e-6)
+    print()
     print_table(
         [f"{images:,} images, {CAPTIONS * images:,} captions", "s", "ours: times as fast"],
         (
@@ -132,16 +131,9 @@ def measure_alone(images: int) -> tuple[float, float]:
     """Seconds, and MB at the peak beyond those before, of one evaluation."""
     features, truth = random_features(images), ground_truth(images)
     retrieval_metrics(*random_features(8), *ground_truth(8))  # loads what is loaded on first use
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before = status_megabytes("VmRSS")
     start = time.perf_counter()
-    retrieval_metrics(*features, *truth)
-    return time.perf_counter() - start, status_megabytes("VmHWM") - before
-
-
-def status_megabytes(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**10
+    megabytes = extra_peak_megabytes(lambda: retrieval_metrics(*features, *truth))
+    return time.perf_counter() - start, megabytes
 
 
 if __name__ == "__main__":

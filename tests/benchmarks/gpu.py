@@ -22,7 +22,7 @@ from multiprocessing import get_context
 from statistics import median
 
 import torch
-from measure import alternate, matmul, print_table
+from measure import alternate, check, matmul, print_table
 from peers import open_clip_model
 from torch import Tensor
 from tqdm import tqdm
@@ -139,9 +139,9 @@ def run_in_turn(
 
 def print_results(model: str, results: dict[Contender, list[Result]], rate: float) -> None:
     losses = [result.checked_loss for taken in results.values() for result in taken]
-    difference = (max(losses) - min(losses)) / min(losses)
-    print(f"the bfloat16 losses of {CHECKED} pairs differ by {difference:.1e} at most\n")
-    assert difference <= LOSS_TOLERANCE
+    differences = [abs(loss / losses[0] - 1) for loss in losses]
+    check(f"the bfloat16 losses of {CHECKED} pairs", differences, LOSS_TOLERANCE)
+    print()
     images_per_second = {
         contender: taken[0].batch / median(s for result in taken for s in result.seconds)
         for contender, taken in results.items()

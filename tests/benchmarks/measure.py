@@ -49,6 +49,16 @@ def times_as_fast(ours: Sequence[float], theirs: Sequence[float]) -> str:
     return f"{median(b / a for a, b in zip(ours, theirs, strict=True)):.2f}"
 
 
+def check(what: str, differences: Iterable[float], tolerance: float) -> None:
+    """Print the largest difference; raise `ArithmeticError` if any is larger than `tolerance`, or
+    NaN."""
+    differences = list(differences)
+    print(f"{what} differ by at most {max(differences):.1e}")
+    wrong = [difference for difference in differences if not difference <= tolerance]
+    if wrong:
+        raise ArithmeticError(f"{what} differ by {wrong[0]:.1e}, more than {tolerance:.0e}")
+
+
 def matmul(side: int, dtype, device) -> Callable[[Any], object]:
     """A contestant that multiplies two square matrices: `2 * side**3` operations."""
     import torch
@@ -56,6 +66,19 @@ def matmul(side: int, dtype, device) -> Callable[[Any], object]:
     a, b = torch.randn(2, side, side, device=device).to(dtype)
     product = torch.empty_like(a)
     return lambda _: torch.mm(a, b, out=product)
+
+
+def extra_peak_megabytes(function: Callable[[], object]) -> float:
+    """Memory of this process at its peak while `function` runs, beyond that before. Linux only."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = _status_megabytes("VmRSS")
+    function()
+    return _status_megabytes("VmHWM") - before
+
+
+def _status_megabytes(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**10
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -13,7 +13,7 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
-from measure import alternate, describe_cpu, print_table, times_as_fast
+from measure import alternate, check, describe_cpu, print_table, times_as_fast
 from peers import open_clip_model, transformers_model
 from torch import Tensor
 from training import VIT_MODELS, longest, open_clip_cut_text
@@ -70,9 +70,8 @@ def main() -> None:
         torch.cuda.synchronize if args.device == "cuda" else lambda: None,
     )
     for name in list(encoders)[1:]:
-        difference = (torch.cat(features["ours"]) - torch.cat(features[name])).abs().max().item()
-        print(f"ours and {name}: normalised features differ by at most {difference:.1e}")
-        assert difference <= TOLERANCE
+        differences = (torch.cat(features["ours"]) - torch.cat(features[name])).abs()
+        check(f"ours and {name}: normalised features", [differences.max().item()], TOLERANCE)
     print(describe_cpu() if args.device == "cpu" else torch.cuda.get_device_name())
     title = f"{args.model}, {len(tokens)} captions, {args.device}"
     print()

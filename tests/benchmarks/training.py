@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
-import measure  # noqa: F401 (the import path)
 import torch
 import torch.nn.functional as F
+from measure import check
 from open_clip.loss import ClipLoss
 from peers import to_transformers
 from torch import Tensor, nn
@@ -15,8 +15,10 @@ from models.clip_utils import ARCHITECTURES
 from models.errors import InputError
 from models.preprocess import normalize, open_image, pixels
 from utils import Flickr8kDataset, contrastive_loss
+from utils.optimizer import parameter_groups
 
 VIT_MODELS = [name for name, sizes in ARCHITECTURES.items() if sizes["vision_patch_size"]]
+TOLERANCE = 1e-4  # relative, of losses and gradients
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
@@ -66,9 +68,7 @@ def longest(tokens: Tensor) -> int:
 
 def adamw(model: nn.Module) -> torch.optim.AdamW:
     """The same optimizer for everyone; its rate is so low that the weights stay comparable."""
-    return torch.optim.AdamW(
-        model.parameters(), lr=1e-7, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1, fused=True
-    )
+    return torch.optim.AdamW(parameter_groups(model, momentum=0.9, weight_decay=0.1), lr=1e-7)
 
 
 def train(
@@ -107,16 +107,14 @@ def real_batches(
 def check_agreement(
     ours: nn.Module, peers: dict[str, tuple[nn.Module, Loss]], images: Tensor, tokens: Tensor
 ) -> None:
-    """Assert that the loss and all gradients of ours are each peer's within 1e-4, in float32."""
+    """Check that the loss and all gradients of ours are each peer's within 1e-4, in float32."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         loss, gradients = _loss_and_gradients(ours, our_loss, images, tokens)
         for name, (model, peer_loss) in peers.items():
             their_loss, theirs = _loss_and_gradients(model, peer_loss, images, tokens)
             mine = gradients if gradients.keys() == theirs.keys() else to_transformers(gradients)
-            loss_error = abs(loss - their_loss) / abs(their_loss)
-            error = relative_difference(mine, theirs)
-            print(f"ours and {name}: loss differs by {loss_error:.1e}, gradients by {error:.1e}")
-            assert loss_error <= 1e-4 and error <= 1e-4
+            check(f"ours and {name}: losses", [abs(loss / their_loss - 1)], TOLERANCE)
+            check(f"ours and {name}: gradients", relative_differences(mine, theirs), TOLERANCE)
 
 
 def _loss_and_gradients(
@@ -129,14 +127,14 @@ def _loss_and_gradients(
     return value.item(), gradients
 
 
-def relative_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """The largest difference between gradients, by the gradient's norm. A thousandth of the largest
+def relative_differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[float]:
+    """The differences between gradients, each by the gradient's norm. A thousandth of the largest
     norm is added to it: some gradients are zero but for rounding (that of a key's bias)."""
     largest = max(gradient.norm().item() for gradient in theirs.values())
-    return max(
+    return [
         ((ours[name] - gradient).norm() / (gradient.norm() + 1e-3 * largest)).item()
         for name, gradient in theirs.items()
-    )
+    ]
 
 
 def step_flops(sizes: dict, tokens: Tensor) -> float:
