@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from models.errors import InputError, run_script
+from utils.arguments import path
 
 TOP = 5  # captions shown
 
@@ -27,11 +28,11 @@ def main() -> None:
     )
     parser.add_argument("--text", nargs="+", metavar="CAPTION", help="captions to choose from")
     parser.add_argument(
-        "--captions_file", type=Path, metavar="FILE", help="captions to choose from, one a line"
+        "--captions_file", type=path, metavar="FILE", help="captions to choose from, one a line"
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="the picture of the ranking (default: predictions/ in the folder of the run)",
     )
@@ -39,6 +40,9 @@ def main() -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
+
+    if args.output and not args.image:
+        raise InputError("--output is for one picture: name the IMAGE as well")
 
     from PIL import ImageShow
 
@@ -52,11 +56,11 @@ def main() -> None:
     model, preprocess = load(weights, args.device)
     text_features = encode_texts(model, tokenize(captions, truncate=True))
 
-    for path in [args.image] if args.image else ask_for_images():
+    for name in [args.image] if args.image else ask_for_images():
         try:
-            image = open_image(path)
+            image = open_image(name)
             ranked = rank_captions(model, preprocess(image), captions, text_features)[:TOP]
-            output = args.output or output_folder(weights) / f"{Path(path).stem}.png"
+            output = args.output or output_folder(weights) / f"{Path(name).stem}.png"
             for place, (caption, probability, similarity) in enumerate(ranked, 1):
                 print(f"{place}. {probability:7.2%}  similarity {similarity:.3f}  {caption}")
             draw_ranking(image, ranked, output)
@@ -107,13 +111,13 @@ def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
 
 def run_folder(weights: str | Path) -> Path:
     """The run that a weights file belongs to, `RUN/weights/<file>`."""
-    return Path(weights).expanduser().parent.parent
+    return Path(weights).expanduser().resolve().parent.parent
 
 
 def output_folder(weights: str | Path) -> Path:
     """`predictions/` in the run's folder, or here for weights that belong to no run."""
     run = run_folder(weights)
-    return (run if (run / "arguments.json").is_file() else Path()) / "predictions"
+    return (run if (run / "arguments.json").is_file() else Path.cwd()) / "predictions"
 
 
 def ask_for_images():

@@ -6,13 +6,14 @@ python train.py --resume_training RUN/weights/checkpoint.pth       go on with a 
 """
 
 import argparse
+import os
 import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 from models.errors import InputError, run_script
-from utils.arguments import integer, number, positive
+from utils.arguments import integer, number, path, positive
 
 DEMO = {
     "dataset_path": "flickr8k/demo",
@@ -32,28 +33,32 @@ def build_parser() -> argparse.ArgumentParser:
     # fmt: off
     add("--demo", action="store_true",
         help="render the demo set and train ViT-demo on it, a few minutes on a CPU")
-    add("--resume_training", default="ViT-B/32", metavar="NAME_OR_PATH",
+    add("--resume_training", type=os.path.expanduser, default="ViT-B/32", metavar="NAME_OR_PATH",
         help="what to start from: a model name (downloaded if need be), a weights file, a run's "
-        "weights/checkpoint.pth to continue that run with its own arguments, or none to train "
+        "weights/checkpoint.pth to continue that run with its own arguments and those given now, "
+        "or none to train "
         "--model from scratch (default: %(default)s)")
     add("--model", help="architecture to train from scratch, with --resume_training none")
-    add("--dataset_path", default="flickr8k",
+    add("--dataset_path", type=path, default="flickr8k",
         help="folder with images/ and {en,cn}_{train,val}.json (default: %(default)s)")
     add("--language", choices=["en", "cn"], default="en",
         help="captions to train on (default: %(default)s)")
-    add("--log_dir", default="logs", help="folder for the runs (default: %(default)s)")
-    add("--epochs", type=integer(1), default=10, help="default: %(default)s")
+    add("--log_dir", type=path, default="logs", help="folder for the runs (default: %(default)s)")
+    add("--epochs", type=integer(1), default=10,
+        help="passes over the training images; the learning rate ends at zero after the last "
+        "(default: %(default)s)")
     add("--input_shape", type=integer(1), metavar="PIXELS",
         help="side of the images (default: the model's own); another one than the weights' "
         "interpolates the positional embedding")
     add("--batch_size", type=integer(2), default=64,
         help="image-caption pairs a step; more pairs are more negatives (default: %(default)s)")
     add("--lr", type=positive, default=1e-5, help="peak learning rate (default: %(default)s)")
-    add("--warmup_epochs", type=number(), default=1.0,
+    add("--warmup_epochs", type=number(),
         help="epochs in which the rate rises to its peak, before it falls along a cosine "
-        "(default: %(default)s)")
+        "(default: 1, or a tenth of --epochs if that is less)")
     add("--optimizer_type", choices=["adam", "adamw", "sgd"], default="adamw",
-        help="default: %(default)s")
+        help="adamw decays weights apart from the gradient, adam and sgd through it; sgd needs a "
+        "far higher --lr (default: %(default)s)")
     add("--momentum", type=number(below=1), default=0.9,
         help="of SGD, or beta1 of Adam and AdamW (default: %(default)s)")
     add("--weight_decay", type=number(), default=0.1,
@@ -63,7 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--grad_checkpointing", action="store_true",
         help="less memory, more time: transformers compute their activations twice")
     add("--compile", action="store_true",
-        help="torch.compile both towers: a slow first step, then faster ones on a GPU")
+        help="torch.compile both towers: a slow first step, then faster ones on a GPU; "
+        "needs a C++ compiler on a CPU, Triton on a GPU")
     add("--no_augment", action="store_true",
         help="train on whole images; otherwise a random crop keeps at least 90%% of each")
     add("--freq", type=integer(1), default=5, metavar="EPOCHS",
@@ -73,7 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
         "kept on the GPU where it fits")
     add("--num_workers", type=integer(0),
         help="processes that read images (default: 4 with a GPU, 0 without)")
-    add("--seed", type=integer(0), default=0, help="of every random choice (default: %(default)s)")
+    add("--seed", type=integer(0, 2**32 - 1), default=0,
+        help="of every random choice (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--debug", action="store_true", help="show the traceback of an error")
     # fmt: on
@@ -84,32 +91,34 @@ def main() -> None:
     parser = build_parser()
     args = parser.parse_args()
 
-    import torch
-
     from models.clip import build_model
-    from models.clip_utils import create_model, load
+    from models.clip_utils import create_model, load, pick_device
     from utils import checkpoint
     from utils.engine import evaluate, peak_memory_mb, train_one_epoch
     from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
     from utils.metric import format_table, mean_recall, plot_metrics
-    from utils.optimizer import learning_rate, parameter_groups
+    from utils.optimizer import learning_rate, parameter_groups, restore
     from utils.precision import Precision
 
-    # Where to start. What a demo or an earlier run sets, the command line can still override.
-    resumed = None
+    # Where to start: a demo and an earlier run bring arguments, which the command line overrides.
+    resumed = None if args.demo else checkpoint.read_checkpoint(args.resume_training)
     if args.demo:
+        parser.set_defaults(**DEMO)
+    elif resumed:
+        started_with = {"demo", "model", "resume_training"}
+        saved = {k: v for k, v in resumed["arguments"].items() if k not in started_with}
+        parser.set_defaults(**saved)
+    args = parser.parse_args()
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(1.0, args.epochs / 10)
+    if resumed:
+        check_resumed(args, saved, len(resumed["rows"]))
+    if args.demo and args.dataset_path == Path(DEMO["dataset_path"]):
         from flickr8k.render_demo import render_demo
 
-        parser.set_defaults(**DEMO)
-    else:
-        resumed = checkpoint.read_checkpoint(args.resume_training)
-        if resumed:
-            parser.set_defaults(**resumed["arguments"] | {"model": None})
-    args = parser.parse_args()
-    if args.demo and args.dataset_path == DEMO["dataset_path"]:
-        render_demo(Path(args.dataset_path))
+        render_demo(args.dataset_path)
     check_arguments(args)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = pick_device(args.device)
     num_workers = args.num_workers
     if num_workers is None:
         num_workers = 4 if device.type == "cuda" else 0
@@ -140,13 +149,14 @@ def main() -> None:
     # Run folder
     started = time.strftime("%Y-%m-%d_%H-%M-%S")
     if resumed:
-        run = Path(args.resume_training).resolve().parents[1]
+        run = checkpoint.run_of_checkpoint(args.resume_training)
     else:
         run = checkpoint.new_run_folder(args.log_dir, started)
     weights = run / "weights"
-    checkpoint.write_json(run / "arguments.json", vars(args))
+    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    checkpoint.write_json(run / "arguments.json", arguments)
     redirect_console(str(run / f"console_{started}.log"))
-    show_config(args=args)
+    show_config(args=args, color="bold")
     history = LossHistory(str(run), model, (side, side))  # leaves the model on the CPU
     model.to(device)
     if args.grad_checkpointing:
@@ -157,7 +167,7 @@ def main() -> None:
     # Optimisation
     precision = Precision(device, args.use_amp)
     groups = parameter_groups(model, args.momentum, args.weight_decay)
-    optimizer = get_optimizer(
+    optimizer = get_optimizer(  # takes a model, and asks it only for its parameters
         SimpleNamespace(parameters=lambda: groups), args.optimizer_type, args.lr
     )
     rate_at = partial(
@@ -168,8 +178,9 @@ def main() -> None:
     )
     rows, best = [], -1.0
     if resumed:
-        optimizer.load_state_dict(resumed["optimizer"])
-        precision.scaler.load_state_dict(resumed["scaler"])
+        restore(optimizer, resumed["optimizer"])
+        if resumed["scaler"]:  # empty where no loss scale was needed
+            precision.scaler.load_state_dict(resumed["scaler"])
         rows, best = resumed["rows"], resumed["best"]
         history.losses = [row["train_loss"] for row in rows]
         history.val_loss = [row["val_loss"] for row in rows]
@@ -207,7 +218,7 @@ def main() -> None:
         checkpoint.save_weights(model, weights / "last_epoch_weights.pth")
         checkpoint.save_checkpoint(
             weights / "checkpoint.pth",
-            arguments=vars(args), model=model.state_dict(), optimizer=optimizer.state_dict(),
+            arguments=arguments, model=model.state_dict(), optimizer=optimizer.state_dict(),
             scaler=precision.scaler.state_dict(), rows=rows, best=best,
         )  # fmt: skip
         checkpoint.write_csv(run / "metrics.csv", rows)
@@ -226,8 +237,22 @@ def main() -> None:
           f"--labels \"{val_set.text[0]}\" \"{val_set.text[-1]}\"")  # fmt: skip
 
 
+def check_resumed(args: argparse.Namespace, saved: dict, epochs_done: int) -> None:
+    """Raise `InputError` for arguments with which a run cannot go on."""
+    for name in ("input_shape", "optimizer_type"):
+        if getattr(args, name) != saved[name]:
+            raise InputError(
+                f"--{name}: a run goes on with its own, {saved[name]}; to change it, start a new "
+                "run from the run's weights/last_epoch_weights.pth"
+            )
+    if args.epochs < epochs_done:
+        raise InputError(f"--epochs {args.epochs}: the run has {epochs_done} epochs already")
+
+
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise `InputError` for arguments that contradict each other, or data that is not there."""
+    if args.demo and args.resume_training != "none":
+        raise InputError("--demo trains from scratch: leave --resume_training out")
     if args.resume_training == "none" and not args.model:
         raise InputError("--resume_training none trains from scratch and needs --model, such as "
                          "ViT-demo or ViT-B/32")  # fmt: skip
@@ -237,7 +262,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.warmup_epochs >= args.epochs:
         raise InputError(f"--warmup_epochs {args.warmup_epochs:g} should be less than --epochs "
                          f"{args.epochs}")  # fmt: skip
-    if not (Path(args.dataset_path) / f"{args.language}_train.json").is_file():
+    if not (args.dataset_path / f"{args.language}_train.json").is_file():
         raise InputError(
             f"{args.dataset_path}: there is no {args.language}_train.json in it. To get Flickr8k: "
             "python flickr8k/prepare.py --download; for data of yours: --dataset_path FOLDER; to "

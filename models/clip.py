@@ -178,10 +178,10 @@ def infer_architecture(state_dict: dict[str, Tensor]) -> dict:
                 "vision_patch_size": None,
                 "image_resolution": math.isqrt(places) * 32,
             }
-    except (KeyError, IndexError, ValueError) as error:
-        raise InputError(
-            f"these are not the weights of a CLIP model: {error} is missing or has another shape"
-        ) from None
+    except KeyError as error:
+        raise InputError(f"these are not the weights of a CLIP model: {error} is missing") from None
+    except (IndexError, ValueError):
+        raise InputError("these are not the weights of a CLIP model: shapes differ") from None
     return sizes | vision
 
 

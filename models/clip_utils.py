@@ -121,13 +121,27 @@ def load(
     or of open_clip. `device=None`: CUDA if there is one, else the CPU. `input_shape`: another image
     resolution than the weights' own. Raises `InputError` for a file that holds no CLIP.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(device)
     path = find_weights(name, download_root)
     try:
         model = build_model(read_state_dict(path), input_shape)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return model.to(device), Preprocess(model.visual.input_resolution)
+
+
+def pick_device(device: str | torch.device | None = None) -> torch.device:
+    """The device of that name; None: CUDA if there is one, else the CPU."""
+    try:
+        picked = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise InputError(f"--device {device}: no such device; try cpu, cuda or cuda:1") from None
+    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"--device {device}: torch finds {torch.cuda.device_count()} CUDA devices here; use "
+            "--device cpu, or install a torch built for CUDA"
+        )
+    return picked
 
 
 @lru_cache

@@ -13,13 +13,16 @@ class InputError(ValueError):
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main()`; an `InputError` becomes a clean message and exit code 2.
+    """Run a script's `main()`; an `InputError`, or an error of the file system, which names its
+    file, becomes a clean message and exit code 2.
 
     `--debug` among the arguments shows the traceback instead.
     """
+    for stream in (sys.stdout, sys.stderr):  # captions hold characters that a console may lack
+        stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         if "--debug" in sys.argv:
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -74,7 +74,12 @@ def pixels(image: Image.Image, side: int) -> Tensor:
 
 
 def normalize(images: Tensor) -> Tensor:
-    """uint8 `[..., 3, r, r]` -> float32, each channel less its mean, by its standard deviation."""
+    """uint8 `[..., 3, r, r]` -> float32, each channel less its mean, by its standard deviation.
+
+    Floats are returned as they are: a transform of the user's own has normalised them.
+    """
+    if images.is_floating_point():
+        return images
     mean, std = _mean_and_std(images.device)
     return images.float().div_(255).sub_(mean).div_(std)
 

@@ -36,7 +36,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         start = file.read(9)
     if start.startswith(b"PK"):
-        content = _read_torchscript(path) if _is_torchscript(path) else _torch_load(path)
+        content = _read_torchscript(path) if is_torchscript(path) else _torch_load(path)
     elif path.suffix == ".safetensors" or start[8:9] == b"{":
         content = _read_safetensors(path)
     elif start.startswith(b"\x80"):
@@ -86,7 +86,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"truncated or damaged ({error}); download it anew") from None
 
 
-def _is_torchscript(path: Path) -> bool:
+def is_torchscript(path: Path) -> bool:
+    """Whether the file is an archive of `torch.jit.save`."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())

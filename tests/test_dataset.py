@@ -11,7 +11,7 @@ from PIL import Image
 
 from models import tokenize
 from models.errors import InputError
-from models.preprocess import normalize
+from models.preprocess import Preprocess, normalize
 from utils import Flickr8kDataset
 from utils.flickr8k_dataloader import TrainLoader
 
@@ -68,6 +68,12 @@ def test_images_are_what_open_clip_makes_of_them(root):
 def test_a_transform_of_ones_own_is_used(root):
     dataset = Flickr8kDataset(root, 32, transform=lambda image: torch.tensor(image.size))
     assert dataset[0][0].tolist() == [90, 70]
+
+
+def test_what_a_transform_has_normalised_is_not_normalised_again(root):
+    plain = TrainLoader(Flickr8kDataset(root, 32), 11, CPU, augment=False)
+    own = Flickr8kDataset(root, 32, transform=Preprocess(32))
+    assert equal(batches(plain, 1), batches(TrainLoader(own, 11, CPU, augment=False), 1))
 
 
 def batches(loader, epoch):

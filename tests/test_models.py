@@ -121,9 +121,15 @@ def test_gradient_checkpointing_changes_no_gradient(pair):
         image_features, text_features = ours.encode_image(images), ours.encode_text(tokens)
         return contrastive_loss(image_features, text_features, ours.logit_scale)
 
+    passes = []
+    block = ours.transformer.resblocks[0]
+    hook = block.register_forward_pre_hook(lambda *_: passes.append(1))
     plain = {name: g.clone() for name, g in gradients(ours, loss()).items()}
+    assert len(passes) == 1
     ours.enable_grad_checkpointing()
     assert_gradients_equal(gradients(ours, loss()), plain)
+    assert len(passes) == 3  # one more forward, and one to compute the activations again
+    hook.remove()
     for module in ours.modules():
         if hasattr(module, "grad_checkpointing"):
             module.grad_checkpointing = False
@@ -152,6 +158,7 @@ def test_every_published_architecture_has_open_clip_keys_and_shapes(name):
 
 
 def test_a_model_from_scratch_starts_where_clip_does():
+    torch.manual_seed(0)
     model = create_model("ViT-demo")
     assert model.logit_scale.item() == pytest.approx(2.6592600)  # log(1 / 0.07)
     images = torch.randn(8, 3, 64, 64)

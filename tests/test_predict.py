@@ -119,6 +119,8 @@ def test_what_cannot_be_predicted_is_named(work, photo, tmp_path):
     weights = work / "logs" / "a run" / "weights" / "best_epoch_weights.pth"
     alone = tmp_path / "alone.pth"
     alone.write_bytes(weights.read_bytes())
+    bad = ["--text", "a", "--output", "ranking.xyz"]
+    assert "ranking.xyz" in error_line("predict.py", photo, *bad, cwd=work)
     assert "text.png" in error_line("predict.py", "text.png", "--text", "a", cwd=work)
     assert "none.txt" in error_line("predict.py", photo, "--captions_file", "none.txt", cwd=work)
     assert "--text" in error_line("predict.py", photo, "--weights", alone, cwd=work)

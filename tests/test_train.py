@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -132,6 +133,42 @@ def test_a_killed_run_goes_on_to_the_same_weights(trained, data, work):
     assert same[0] == same[1]
 
 
+def test_a_run_goes_on_with_what_is_given_now(trained, work):
+    """More epochs, another weight decay; a finished demo run goes on like any other."""
+    run, _ = trained
+    copy = work / "longer" / "run"
+    shutil.copytree(run, copy)
+    checkpoint = copy / "weights" / "checkpoint.pth"
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save(state | {"arguments": state["arguments"] | {"demo": True}}, checkpoint)
+    given = ["--epochs", 5, "--weight_decay", 0.5]
+    run_script("train.py", "--resume_training", checkpoint, *given, cwd=work)
+    assert [row["epoch"] for row in read_rows(copy)] == ["1", "2", "3", "4", "5"]
+    state = torch.load(checkpoint, weights_only=True)
+    groups = state["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0]
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--input_shape", "96"], "--input_shape"),
+        (["--optimizer_type", "sgd"], "--optimizer_type"),
+        (["--epochs", "3"], "has 4 epochs"),
+    ],
+)
+def test_a_run_cannot_go_on_as_another(trained, work, arguments, named):
+    checkpoint = trained[0] / "weights" / "checkpoint.pth"
+    line = error_line("train.py", "--resume_training", checkpoint, *arguments, cwd=work)
+    assert named in line
+
+
+def test_a_checkpoint_away_from_its_run_is_not_continued(trained, work):
+    shutil.copy(trained[0] / "weights" / "checkpoint.pth", work / "checkpoint.pth")
+    line = error_line("train.py", "--resume_training", "checkpoint.pth", cwd=work)
+    assert "RUN/weights/checkpoint.pth" in line
+
+
 def test_fine_tuning_starts_from_weights_in_bfloat16_at_another_resolution(trained, data, work):
     weights = trained[0] / "weights" / "best_epoch_weights.pth"
     done = run_script(
@@ -167,6 +204,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, work):
         (["--epochs", "2", "--warmup_epochs", "2"], "--warmup_epochs"),
         (["--batch_size", "1"], "--batch_size"),
         (["--lr", "0"], "--lr"),
+        (["--demo", "--resume_training", "ViT-B/32"], "--demo"),
+        (["--device", "quantum"], "--device"),
         (["--lr", "nan"], "--lr"),
         (["--epochs", "-1"], "--epochs"),
         (["--momentum", "1"], "--momentum"),

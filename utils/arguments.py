@@ -1,15 +1,22 @@
-"""Types of command-line numbers: a value out of range is refused with the range."""
+"""Types of command-line values: a number out of range is refused with the range."""
 
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 
-def integer(minimum: int) -> Callable[[str], int]:
-    """An integer of at least `minimum`."""
+def integer(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
+    """An integer of at least `minimum`, and at most `maximum`."""
+    upper = "" if maximum is None else f" and at most {maximum}"
 
     def parse(text: str) -> int:
-        return _parse(text, int, lambda n: n >= minimum, f"an integer of at least {minimum}")
+        return _parse(
+            text,
+            int,
+            lambda n: n >= minimum and (maximum is None or n <= maximum),
+            f"an integer of at least {minimum}{upper}",
+        )
 
     return parse
 
@@ -29,6 +36,11 @@ def number(minimum: float = 0.0, below: float = math.inf) -> Callable[[str], flo
 def positive(text: str) -> float:
     """A finite number above zero."""
     return _parse(text, float, lambda x: 0 < x < math.inf, "a number above 0")
+
+
+def path(text: str) -> Path:
+    """A path, `~` being the user's home."""
+    return Path(text).expanduser()
 
 
 def _parse(text: str, kind: type, is_in_range: Callable, wanted: str):

@@ -10,6 +10,7 @@ import torch
 
 from models.clip import CLIP
 from models.errors import InputError
+from models.weights_file import is_torchscript
 from utils.files import replaced_whole
 
 FORMAT = 1  # of checkpoint.pth; raised whenever an older program could not read it
@@ -30,6 +31,17 @@ def new_run_folder(log_dir: str | os.PathLike, name: str) -> Path:
             raise InputError(f"--log_dir {log_dir}: cannot be written ({error.strerror})") from None
 
 
+def run_of_checkpoint(path: str | os.PathLike) -> Path:
+    """The folder of the run that `RUN/weights/checkpoint.pth` belongs to."""
+    weights = Path(path).resolve().parent
+    if weights.name != "weights":
+        raise InputError(
+            f"{path}: put it back where it was, RUN/weights/checkpoint.pth: a run goes on in its "
+            "own folder"
+        )
+    return weights.parent
+
+
 def save_weights(model: CLIP, path: Path) -> None:
     """The model's state dict, floats as float16, half the size and all that prediction needs."""
     weights = {
@@ -48,7 +60,7 @@ def save_checkpoint(path: Path, **state: Any) -> None:
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any] | None:
     """What `save_checkpoint` wrote, or None if the file is something else."""
-    if not Path(path).is_file():
+    if not Path(path).is_file() or is_torchscript(Path(path)):
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from models.errors import InputError
 from models.preprocess import normalize
 from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader, image_batches
 from utils.loss import contrastive_loss
-from utils.metric import retrieval_metrics
+from utils.metric import K_VALUES, retrieval_metrics
 from utils.optimizer import set_learning_rate
 from utils.precision import Precision
 
@@ -113,7 +113,7 @@ def evaluate(
     batch_size: int,
     num_workers: int,
     precision: Precision,
-    k_values: tuple[int, ...] = (1, 5, 10),
+    k_values: Iterable[int] = K_VALUES,
 ) -> tuple[dict[str, dict[str, float]], float]:
     """Retrieval metrics over the whole set, and the loss over batches of the training size, of each
     image and its first caption."""

@@ -5,6 +5,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from models.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @contextmanager
@@ -27,6 +33,16 @@ def replaced_whole(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a matplotlib figure, in the format that the path's suffix names; PNG without one."""
+    kind = path.suffix.lstrip(".").lower() or "png"
+    known = figure.canvas.get_supported_filetypes()
+    if kind not in known:
+        raise InputError(f"{path}: no format for pictures; those are {', '.join(sorted(known))}")
+    with replaced_whole(path) as temporary:
+        figure.savefig(temporary, format=kind, dpi=120)
 
 
 def _umask() -> int:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from models.errors import InputError, run_script
-from utils.files import replaced_whole
+from utils.arguments import integer, path
+from utils.files import replaced_whole, save_figure
 
 K_VALUES = (1, 5, 10)
 TITLES = {"i2t": "image to text", "t2i": "text to image"}
@@ -98,9 +99,10 @@ def _ground_truth(truth: Mapping[int, int | list[int]], queries: int, gallery: i
     if not counts.all():
         raise InputError(f"query {int(counts.argmin())} has no ground truth")
     flat = np.concatenate(lists)
-    if flat.min() < 0 or flat.max() >= gallery:
-        raise InputError(f"ground truth {flat.max()} is not among the {gallery} that are ranked")
-    padded = np.full((queries, counts.max()), -1)
+    outside = flat[(flat < 0) | (flat >= gallery)]
+    if len(outside):
+        raise InputError(f"ground truth {outside[0]} is not among the {gallery} that are ranked")
+    padded = np.full((queries, counts.max()), -1, dtype=np.int64)
     padded[np.arange(counts.max()) < counts[:, None]] = flat
     return torch.from_numpy(padded)
 
@@ -114,13 +116,13 @@ def _positions(scores: Tensor, columns: Tensor) -> Tensor:
     absent = columns < 0
     own = scores.gather(1, columns.clamp(min=0)).masked_fill(absent, -torch.inf)
     own = own.sort(dim=1, descending=True, stable=True).values  # stable: the absent stay last
-    positions = torch.empty(own.shape, dtype=torch.float64, device=scores.device)
+    positions = torch.empty(own.shape, dtype=torch.int64, device=scores.device)
     for nth, threshold in enumerate(own.split(1, dim=1)):
         # What scores as high and is no ground truth stands before; so do the better ground truths.
         as_high = (scores >= threshold).sum(dim=1, dtype=torch.int32)
         own_as_high = ((own >= threshold) & ~absent).sum(dim=1)
         positions[:, nth] = as_high - own_as_high + nth + 1
-    return positions.masked_fill(absent, torch.inf).cpu()
+    return positions.cpu().double().masked_fill(absent.cpu(), torch.inf)
 
 
 def _summarize(positions: Tensor, k_values: Iterable[int]) -> dict[str, float]:
@@ -177,8 +179,7 @@ def plot_metrics(metrics: Metrics, path: Path) -> None:
         panel.grid(alpha=0.3)
         panel.legend(loc="lower right" if points[1] > top / 2 else "upper left")
     panels[0].set(ylabel="percent", ylim=(0, min(1.15 * top, 108)))
-    with replaced_whole(path) as temporary:
-        figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=120)
+    save_figure(figure, path)
 
 
 def main() -> None:
@@ -187,33 +188,38 @@ def main() -> None:
     )
     parser.add_argument("--weights", required=True, help="weights file, or a name like ViT-B/32")
     parser.add_argument(
-        "--dataset_path", default="flickr8k", help="folder of the data (default: %(default)s)"
+        "--dataset_path",
+        type=path,
+        default="flickr8k",
+        help="folder of the data (default: %(default)s)",
     )
     parser.add_argument("--language", choices=["en", "cn"], default="en", help="of the captions")
-    parser.add_argument("--batch_size", type=int, default=64, help="images at a time")
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that read images")
+    parser.add_argument("--batch_size", type=integer(1), default=64, help="images at a time")
+    parser.add_argument(
+        "--num_workers", type=integer(0), default=0, help="processes that read images"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the metrics, K from 1 to 10"
+        "--json", type=path, metavar="FILE", help="write the metrics, K from 1 to 10"
     )
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="write the plot of both against K, e.g. R_mAP.png"
+        "--plot", type=path, metavar="FILE", help="write the plot of both against K, e.g. R_mAP.png"
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
 
     from models import load
-    from utils.engine import encode_images, encode_texts
+    from utils.engine import evaluate
     from utils.flickr8k_dataloader import Flickr8kDataset
+    from utils.precision import Precision
 
     model, _ = load(args.weights, args.device)
     dataset = Flickr8kDataset(
         args.dataset_path, model.visual.input_resolution, args.language, is_train=False
     )
-    image_features = encode_images(model, dataset, args.batch_size, args.num_workers)
-    text_features = encode_texts(model, dataset.tokens)
-    metrics = retrieval_metrics(
-        image_features, text_features, dataset.img_to_txt, dataset.txt_to_img, range(1, 11)
+    precision = Precision(model.device, use_amp=False)
+    metrics, _ = evaluate(
+        model, dataset, args.batch_size, args.num_workers, precision, range(1, 11)
     )
     print(f"{len(dataset)} images, {len(dataset.text)} captions (percent; ranks from 1)")
     print(format_table(metrics))

@@ -25,6 +25,17 @@ def parameter_groups(model: nn.Module, momentum: float, weight_decay: float) -> 
     ]
 
 
+def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load saved moments; settings stay those that the optimizer was made with."""
+    settings = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+
+
 def learning_rate(step: int, peak: float, warmup_steps: int, total_steps: int) -> float:
     """Linear warmup from zero to `peak`, then half a cosine to zero (Loshchilov & Hutter 2017)."""
     if step < warmup_steps:

@@ -12,7 +12,9 @@ class Precision:
     """
 
     def __init__(self, device: torch.device, use_amp: bool):
-        has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(False)
+        has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(
+            including_emulation=False
+        )
         self.dtype = torch.bfloat16 if has_bfloat16 else torch.float16
         self.device = device
         self.use_amp = use_amp
@@ -21,7 +23,9 @@ class Precision:
         )
 
     def __str__(self) -> str:
-        return f"mixed, {self.dtype}".replace("torch.", "") if self.use_amp else "float32"
+        if self.use_amp:
+            return f"mixed, {self.dtype}".replace("torch.", "")
+        return "float32, TF32 products" if self.device.type == "cuda" else "float32"
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.use_amp)
@@ -30,9 +34,9 @@ class Precision:
         self, loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float
     ) -> None:
         """Backward pass, gradients clipped to a norm of `max_norm`, one update."""
-        optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         self.scaler.step(optimizer)
         self.scaler.update()
+        optimizer.zero_grad()  # here, so that no gradient lies beside the next activations

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from models.clip import CLIP
-from utils.files import replaced_whole
+from utils.files import save_figure
 
 # The first that is installed draws what the others lack: captions can be Chinese.
 FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "PingFang SC",
@@ -52,10 +52,10 @@ def draw_ranking(image: Image.Image, ranked: list[Ranked], path: Path) -> None:
     chart.barh(rows, [r.probability for r in ranked], height=0.3, color="tab:blue", alpha=0.6)
     for row, (caption, probability, similarity) in enumerate(ranked):
         text = textwrap.fill(f"{caption}  ({probability:.1%}, similarity {similarity:.3f})", 68)
-        chart.text(0, row - 0.22, text, va="bottom", fontfamily=fonts, fontsize=9)
+        chart.text(0, row - 0.22, text, va="bottom", fontfamily=fonts, fontsize=9,
+                   parse_math=False)  # fmt: skip
     chart.set(xlim=(0, 1), ylim=(len(ranked) - 0.5, -0.9), yticks=[], xlabel="probability")
     chart.spines[["top", "right", "left"]].set_visible(False)
-    suffix = path.suffix.lstrip(".") or "png"
-    with warnings.catch_warnings(), replaced_whole(path) as temporary:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # no installed font has some character
-        figure.savefig(temporary, format=suffix, dpi=120)
+        save_figure(figure, path)
