@@ -90,7 +90,8 @@ class CLIP(nn.Module):
             ids, cells, read = (t.pin_memory() for t in (ids, cells, read))
         ids, cells, read = (t.to(self.device, non_blocking=True) for t in (ids, cells, read))
 
-        x = self.token_embedding(ids) + self.positional_embedding[cells % length]
+        # Not by indexing, whose gradient adds up in an order that differs from run to run.
+        x = self.token_embedding(ids) + F.embedding(cells % length, self.positional_embedding)
         x = self.transformer(x, Layout(length, read, cells, causal=True))
         return self.ln_final(x) @ self.text_projection
 

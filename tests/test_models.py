@@ -114,6 +114,22 @@ def test_what_follows_the_end_token_does_not_matter(pair):
         assert torch.equal(ours.encode_text(noisy), ours.encode_text(tokens))
 
 
+def test_gradients_are_the_same_bits_every_time():
+    torch.manual_seed(0)
+    model = create_model("ViT-demo")
+    images = torch.randn(32, 3, 64, 64)
+    tokens = tokenize([f"{'a dog ' * (n % 9)}runs" for n in range(32)])
+
+    def loss():
+        image_features, text_features = model.encode_image(images), model.encode_text(tokens)
+        return contrastive_loss(image_features, text_features, model.logit_scale)
+
+    first = {name: g.clone() for name, g in gradients(model, loss()).items()}
+    for _ in range(5):
+        again = gradients(model, loss())
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
 def test_gradient_checkpointing_changes_no_gradient(pair):
     ours, _, images, tokens = pair
 
