@@ -48,7 +48,7 @@ def main() -> None:
     best_label, best_prob = ranked[0]
     print("Label probs:", probs)
     print(f"{best_label}: {best_prob.item()}")
-    print(f"image 0: [{', '.join(f'({label!r}, {prob})' for label, prob in ranked)}]")
+    print(f"image 0: [{', '.join(f'({label!r}, {prob!s})' for label, prob in ranked)}]")
 
 
 if __name__ == "__main__":

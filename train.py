@@ -8,6 +8,7 @@ python train.py --resume_training RUN/weights/checkpoint.pth       go on with a 
 import argparse
 import os
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,6 +124,7 @@ def main() -> None:
     if num_workers is None:
         num_workers = 4 if device.type == "cuda" else 0
 
+    warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # a package of pyzjr's uses it
     from pyzjr import LossHistory, SeedEvery, get_optimizer, redirect_console, show_config
 
     SeedEvery(args.seed)

@@ -61,6 +61,8 @@ def test_zero_shot_prints_the_probabilities_of_the_labels(work):
     order = np.argsort(-expected)
     assert [label for label, _ in pairs] == [LABELS[i] for i in order]
     assert [p for _, p in pairs] == pytest.approx(expected[order], rel=1e-4)
+    for _, p in pairs:  # as float32 prints, such as 0.9547376
+        assert f", {np.float32(p)!s})" in third
 
 
 def test_zero_shot_reads_a_published_archive_and_labels_of_ones_own(work, photo):
