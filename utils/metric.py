@@ -8,7 +8,7 @@ As a script it scores a weights file on the validation set:
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -52,13 +52,11 @@ def compute_metrics(
     us: a ground truth stands after everything that is not one and has the same score. Raises
     `InputError` for a NaN, or a query without ground truth.
     """
-    metrics = {}
-    for direction, scores, truth in (("i2t", scores_i2t, img2txt), ("t2i", scores_t2i, txt2img)):
-        scores = torch.as_tensor(scores)
-        columns = _ground_truth(truth, *scores.shape)
-        positions = [_positions(scores[rows], columns[rows]) for rows in _blocks(*scores.shape)]
-        metrics[direction] = _summarize(torch.cat(positions), k_values)
-    return metrics
+    scores_i2t, scores_t2i = torch.as_tensor(scores_i2t), torch.as_tensor(scores_t2i)
+    return {
+        "i2t": _score(lambda rows: scores_i2t[rows], *scores_i2t.shape, img2txt, k_values),
+        "t2i": _score(lambda rows: scores_t2i[rows], *scores_t2i.shape, txt2img, k_values),
+    }
 
 
 def retrieval_metrics(
@@ -73,18 +71,28 @@ def retrieval_metrics(
     if 4 * len(image_features) * len(text_features) <= BLOCK_BYTES:
         scores = image_features @ text_features.T
         return compute_metrics(scores, img2txt, scores.T, txt2img, k_values)
-    metrics = {}
-    for direction, queries, gallery, truth in (
-        ("i2t", image_features, text_features, img2txt),
-        ("t2i", text_features, image_features, txt2img),
-    ):
-        columns = _ground_truth(truth, len(queries), len(gallery))
-        positions = [
-            _positions(queries[rows] @ gallery.T, columns[rows])
-            for rows in _blocks(len(queries), len(gallery))
-        ]
-        metrics[direction] = _summarize(torch.cat(positions), k_values)
-    return metrics
+    images, texts = len(image_features), len(text_features)
+    return {
+        "i2t": _score(
+            lambda rows: image_features[rows] @ text_features.T, images, texts, img2txt, k_values
+        ),
+        "t2i": _score(
+            lambda rows: text_features[rows] @ image_features.T, texts, images, txt2img, k_values
+        ),
+    }
+
+
+def _score(
+    scores_of: Callable[[slice], Tensor],
+    queries: int,
+    gallery: int,
+    truth: Mapping[int, int | list[int]],
+    k_values: Iterable[int],
+) -> dict[str, float]:
+    """The metrics of one direction; `scores_of` gives some rows of the scores."""
+    columns = _ground_truth(truth, queries, gallery)
+    positions = [_positions(scores_of(rows), columns[rows]) for rows in _blocks(queries, gallery)]
+    return _summarize(torch.cat(positions), k_values)
 
 
 def _blocks(queries: int, gallery: int) -> Iterator[slice]:
