@@ -6,7 +6,6 @@ As a script it scores a weights file on the validation set:
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from models.errors import InputError, run_script
 from utils.arguments import integer, path
-from utils.files import replaced_whole, save_figure
+from utils.files import save_figure
 
 K_VALUES = (1, 5, 10)
 TITLES = {"i2t": "image to text", "t2i": "text to image"}
@@ -217,6 +216,7 @@ def main() -> None:
     args = parser.parse_args()
 
     from models import load
+    from utils.checkpoint import write_json
     from utils.engine import evaluate
     from utils.flickr8k_dataloader import Flickr8kDataset
     from utils.precision import Precision
@@ -232,8 +232,7 @@ def main() -> None:
     print(f"{len(dataset)} images, {len(dataset.text)} captions (percent; ranks from 1)")
     print(format_table(metrics))
     if args.json:
-        with replaced_whole(args.json) as temporary:
-            temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, metrics)
         print(f"metrics written to {args.json}")
     if args.plot:
         plot_metrics(metrics, args.plot)
