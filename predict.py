@@ -6,11 +6,12 @@ python predict.py                      asks for images, until an empty line
 """
 
 import argparse
-import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from models.errors import InputError, run_script
-from utils.arguments import path
+from utils.arguments import name_or_path, path, run_folder, trained_on
 
 TOP = 5  # captions shown
 
@@ -22,12 +23,14 @@ def main() -> None:
     parser.add_argument("image", nargs="?", metavar="IMAGE", help="path; without it you are asked")
     parser.add_argument(
         "--weights",
+        type=name_or_path,
         metavar="NAME_OR_PATH",
         help="weights file or model name (default: the newest logs/*/weights/"
         "best_epoch_weights.pth)",
     )
-    parser.add_argument("--text", nargs="+", metavar="CAPTION", help="captions to choose from")
-    parser.add_argument(
+    captions = parser.add_mutually_exclusive_group()
+    captions.add_argument("--text", nargs="+", metavar="CAPTION", help="captions to choose from")
+    captions.add_argument(
         "--captions_file", type=path, metavar="FILE", help="captions to choose from, one a line"
     )
     parser.add_argument(
@@ -43,15 +46,19 @@ def main() -> None:
 
     if args.output and not args.image:
         raise InputError("--output is for one picture: name the IMAGE as well")
+    if not all(caption.strip() for caption in args.text or []):
+        raise InputError("--text: one of the captions is empty")
 
     from PIL import ImageShow
 
-    from models import load, tokenize
+    from models.clip_utils import find_weights, load, tokenize
     from models.preprocess import open_image
     from utils.engine import encode_texts
     from utils.ranking import draw_ranking, rank_captions
 
-    weights = args.weights or newest_weights()
+    if args.image:
+        open_image(args.image)  # a wrong one is told before all that takes time
+    weights = find_weights(args.weights or newest_weights())
     captions = list(dict.fromkeys(args.text or read_captions(args.captions_file, weights)))
     model, preprocess = load(weights, args.device)
     text_features = encode_texts(model, tokenize(captions, truncate=True))
@@ -87,7 +94,7 @@ def newest_weights() -> Path:
 def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
     """The lines of `captions_file`, or the validation captions of the data set that the run of
     `weights` was trained on."""
-    from utils.annotations import read_annotations
+    from utils.annotations import missing_annotations, read_annotations
 
     if captions_file:
         try:
@@ -98,30 +105,33 @@ def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
         if not captions:
             raise InputError(f"{captions_file}: no captions in it; write one a line")
         return captions
-    arguments = run_folder(weights) / "arguments.json"
-    if not arguments.is_file():
+    trained = trained_on(weights)
+    if trained is None:
         raise InputError(
             f"{weights}: lies in no run of train.py, so there are no captions to choose from; "
             "give some with --text or --captions_file"
         )
-    trained = json.loads(arguments.read_text(encoding="utf-8"))
-    validation = Path(trained["dataset_path"]) / f"{trained['language']}_val.json"
-    return [caption for _, captions in read_annotations(validation) for caption in captions]
-
-
-def run_folder(weights: str | Path) -> Path:
-    """The run that a weights file belongs to, `RUN/weights/<file>`."""
-    return Path(weights).expanduser().resolve().parent.parent
+    captions = []
+    for language in trained.languages:
+        validation = trained.dataset_path / f"{language}_val.json"
+        missing = missing_annotations(validation)
+        if missing:
+            raise InputError(
+                f"{missing}, where the weights were trained; give captions to choose from with "
+                "--text or --captions_file"
+            )
+        captions += [caption for _, texts in read_annotations(validation) for caption in texts]
+    return captions
 
 
 def output_folder(weights: str | Path) -> Path:
     """`predictions/` in the run's folder, or here for weights that belong to no run."""
-    run = run_folder(weights)
-    return (run if (run / "arguments.json").is_file() else Path.cwd()) / "predictions"
+    return (run_folder(weights) or Path.cwd()) / "predictions"
 
 
-def ask_for_images():
+def ask_for_images() -> Iterator[str]:
     """Paths typed by the user, until an empty line or the end of the input."""
+    sys.stdin.reconfigure(errors="surrogateescape")  # file names may be of any bytes
     while True:
         try:
             path = input("image path (empty to stop): ").strip().strip("'\"")

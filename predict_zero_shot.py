@@ -6,6 +6,7 @@ python predict_zero_shot.py photo.jpg --labels "a dog" "a cat"
 import argparse
 
 from models.errors import InputError, run_script
+from utils.arguments import name_or_path
 
 LABELS = ["two line charts", "a schematic diagram", "a landscape photo", "a oil painting"]
 
@@ -22,6 +23,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--weights",
+        type=name_or_path,
         default="ViT-B/32",
         metavar="NAME_OR_PATH",
         help="model name, downloaded if need be, or weights file (default: %(default)s)",
@@ -29,8 +31,7 @@ def main() -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
-    if not all(label.strip() for label in args.labels):
-        raise InputError("--labels: one of them is empty")
+    check_labels(args.labels)
 
     import torch
 
@@ -49,6 +50,21 @@ def main() -> None:
     print("Label probs:", probs)
     print(f"{best_label}: {best_prob.item()}")
     print(f"image 0: [{', '.join(f'({label!r}, {prob!s})' for label, prob in ranked)}]")
+
+
+def check_labels(labels: list[str]) -> None:
+    """Raise `InputError` for an empty label, and for two that are the same text to the model: each
+    would get half of a probability that belongs to both."""
+    from models.simple_tokenizer import clean
+
+    same: dict[str, str] = {}
+    for label in labels:
+        text = clean(label)
+        if not text:
+            raise InputError("--labels: one of them is empty")
+        if text in same:
+            raise InputError(f"--labels: {label!r} repeats {same[text]!r}; leave one of them out")
+        same[text] = label
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.errors import InputError, run_script
+from utils import arguments
 from utils.annotations import annotations_json, refuse_another_set, write_set
 
 Captions = dict[str, list[str]]  # of an image, by its name
@@ -205,12 +206,13 @@ def read_karpathy(file: SourceFile) -> tuple[Captions, Splits]:
     """Karpathy's captions and splits, in one JSON."""
     captions: Captions = {}
     splits: Splits = {split: [] for split in SPLIT_LISTS}
+    text = file.read_text()
     try:
-        for image in json.loads(file.read_text())["images"]:
+        for image in json.loads(text)["images"]:
             name = image["filename"].strip()
             splits[image["split"]].append(name)
             captions[name] = [sentence["raw"].strip() for sentence in image["sentences"]]
-    except (LookupError, TypeError, AttributeError, json.JSONDecodeError, RecursionError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise InputError(
             f"{file}: is not Karpathy's JSON ({type(error).__name__}: {error}); it should hold "
             "images with filename, split (train, val or test) and sentences with raw"
@@ -364,7 +366,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--source",
-        type=Path,
+        type=arguments.path,
         nargs="+",
         default=[],
         metavar="PATH",
@@ -374,7 +376,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=arguments.path,
         default=Path(__file__).resolve().parent,
         help="folder to write into (default: the folder of this script)",
     )

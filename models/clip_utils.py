@@ -4,8 +4,10 @@ As a script it downloads weights: `python models/clip_utils.py --model ViT-B/16`
 """
 
 import argparse
+import difflib
 import os
 import sys
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from models.weights_file import read_state_dict
 MODELS_PTH = Path(__file__).with_name("models_pth")
 BASE_URL = "https://openaipublic.azureedge.net/clip/models"
 CONTEXT_LENGTH = 77
+TRAIN_DEMO = "python train.py --resume_training none --model ViT-demo"
 SHOWN = 60  # characters of a text that an error message shows
 
 SHA256 = {
@@ -78,12 +81,20 @@ def available_models() -> list[str]:
 def create_model(name: str, input_shape: int | None = None) -> CLIP:
     """A model of a registered architecture with random weights, for training from scratch."""
     if name not in ARCHITECTURES:
-        raise InputError(f"no model is called {name!r}; there are {', '.join(ARCHITECTURES)}")
+        near = near_names(name, ARCHITECTURES)
+        raise InputError(f"no model is called {name!r}{near}; there are {', '.join(ARCHITECTURES)}")
     architecture = ARCHITECTURES[name]
     if input_shape is not None:
         check_resolution(architecture, input_shape)
         architecture = architecture | {"image_resolution": input_shape}
     return CLIP(**architecture).initialize()
+
+
+def near_names(name: str, known: Iterable[str]) -> str:
+    """`; did you mean ...?` for the known names that are much like `name`, whatever their case."""
+    by_lower = {known_name.lower(): known_name for known_name in known}
+    near = difflib.get_close_matches(name.lower(), by_lower, cutoff=0.7)
+    return f"; did you mean {' or '.join(by_lower[match] for match in near)}?" if near else ""
 
 
 def weights_url(name: str) -> str:
@@ -103,8 +114,12 @@ def find_weights(name: str | os.PathLike, download_root: str | os.PathLike = MOD
         return download(weights_url(name), path, SHA256[name])
     path = Path(name).expanduser()
     if not path.exists():
+        near = near_names(str(name), ARCHITECTURES)
         known = ", ".join(available_models())
-        raise InputError(f"{name}: neither a file nor the name of a model; the names are {known}")
+        raise InputError(
+            f"{name}: neither a file nor the name of published weights{near}; the names are "
+            f"{known} (ViT-demo has no published weights: train it, {TRAIN_DEMO})"
+        )
     return path
 
 
@@ -178,12 +193,15 @@ def tokenize(
 
 
 def list_models(download_root: str | os.PathLike = MODELS_PTH) -> None:
-    """Print each published model: its sizes, and its file if it is there, else the address."""
+    """Print each model: its sizes, and its file if it is there, else the address, or how to train
+    the one that has no published weights."""
     print(f"{'model':15} {'embed dim':>9} {'resolution':>10}  weights")
-    for name in available_models():
-        sizes = ARCHITECTURES[name]
+    for name, sizes in ARCHITECTURES.items():
         path = Path(download_root).expanduser() / weights_filename(name)
-        weights = path if path.exists() else weights_url(name)
+        if name not in SHA256:
+            weights = f"none published: {TRAIN_DEMO}"
+        else:
+            weights = path if path.exists() else weights_url(name)
         print(f"{name:15} {sizes['embed_dim']:9} {sizes['image_resolution']:10}  {weights}")
 
 

@@ -20,18 +20,19 @@ from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import IO
 from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from tqdm import tqdm
 
 from models.errors import InputError
-from models.file_kind import describe
+from models.file_kind import describe, one_line
 
 if sys.platform == "win32":
     import msvcrt
 else:
     import fcntl
 
+WEB = ("http://", "https://")
 ALGORITHMS = {32: "md5", 64: "sha256"}  # by the number of hexadecimal digits
 CHUNK = 1 << 16  # bytes
 TIMEOUT = 30  # seconds without a byte
@@ -44,13 +45,22 @@ class _Interrupted(Exception):
     """The download stopped for a reason that may pass."""
 
 
+class _WebOnly(HTTPRedirectHandler):
+    """Follows redirects within the web: a server has no say over this machine's files."""
+
+    def redirect_request(self, request, file, code, message, headers, new_url):
+        if not new_url.lower().startswith(WEB):
+            raise HTTPError(new_url, code, "a redirect that leaves the web", headers, file)
+        return super().redirect_request(request, file, code, message, headers, new_url)
+
+
 def download(url: str, path: str | os.PathLike, digest: str) -> Path:
     """The file at `path`, downloaded from `url` unless it is there, never with a wrong digest.
 
     `digest`: 32 hexadecimal digits are an MD5, 64 a SHA-256. A file put there by hand is checked
     too. Raises `InputError` if the file cannot be had, cannot be saved, or is another one.
     """
-    if not url.startswith(("http://", "https://")):
+    if not url.startswith(WEB):
         raise InputError(f"{url}: not an http or https address")
     path = Path(path)
     try:
@@ -143,15 +153,17 @@ def _open(url: str, path: Path, offset: int) -> HTTPResponse | None:
     """The server's answer from byte `offset` on; None if it has nothing beyond."""
     request = Request(url, headers={"Range": f"bytes={offset}-"} if offset else {})
     try:
-        return urlopen(request, timeout=TIMEOUT)
+        return build_opener(_WebOnly).open(request, timeout=TIMEOUT)
     except HTTPError as error:
         error.close()
         if error.code == 416 and offset:
             return None
         if error.code in PASSING:
-            raise _Interrupted(error) from error
+            raise _Interrupted(one_line(error)) from error
+        reason = one_line(error)  # the server's words
+        where = f" (at {error.url})" if error.url != url else ""
         raise InputError(
-            f"{url}: {error}; look whether it has moved, or {_by_hand(path)}"
+            f"{url}: {reason}{where}; look whether it has moved, or {_by_hand(path)}"
         ) from error
     except (OSError, HTTPException) as error:
         raise _Interrupted(_reason(error)) from error
@@ -168,16 +180,36 @@ def _chunks(response: HTTPResponse) -> Iterator[bytes]:
 
 @contextmanager
 def _locked(lock: Path) -> Iterator[None]:
-    """Hold the lock of one download; the lock file goes when the download has succeeded."""
-    with lock.open("ab") as file:
-        if not _try_lock(file):
+    """Hold the lock of one download. The lock file goes with it, however the download ends."""
+    with _lock(lock) as file:
+        try:
+            yield
+        finally:
+            if sys.platform == "win32":  # removes no open file, so neither one that another locks
+                file.close()
+            with suppress(OSError):
+                lock.unlink()
+
+
+def _lock(lock: Path) -> IO[bytes]:
+    """The lock file, open and locked, and the very one that another process would open."""
+    waiting = False
+    while True:
+        file = lock.open("ab")
+        if _try_lock(file) and _is_at(file, lock):
+            return file
+        file.close()  # another's, or one that its owner has removed meanwhile
+        if not waiting:
             print(f"{lock.stem}: waiting for another process to download it", file=sys.stderr)
-            while not _try_lock(file):
-                time.sleep(LOCK_POLL)
-        yield
-    # Whoever locks a new file after this finds the download done.
-    with suppress(OSError):  # Windows: another process has it open
-        lock.unlink()
+            waiting = True
+        time.sleep(LOCK_POLL)
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _try_lock(file: IO[bytes]) -> bool:
@@ -222,4 +254,4 @@ def _size(path: Path) -> int:
 
 
 def _reason(error: Exception) -> str:
-    return str(error.reason if isinstance(error, URLError) else error)
+    return one_line(error.reason if isinstance(error, URLError) else error)

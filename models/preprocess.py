@@ -16,26 +16,38 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from models.errors import InputError
+from models.file_kind import describe, one_line
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+RUN_BY_OTHERS = {"EPS", "WMF"}  # Pillow has Ghostscript, or Windows, carry out what such files say
 STRIP = 100  # an image this many times longer than wide is never enlarged as a whole
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
     """The picture in a file, decoded, upright, in RGB; the first frame of an animation.
 
-    Raises `InputError` that names the file where there is no readable picture.
+    Raises `InputError` that names the file, on one line, where there is no readable picture.
     """
     try:
-        with Image.open(Path(path).expanduser()) as image:
+        file = Path(path).expanduser()
+        if not file.is_file():  # a pipe would be waited for, without end
+            raise InputError(f"{path}: {'is no file' if file.exists() else 'no such image file'}")
+        with Image.open(file) as image:
+            if image.format in RUN_BY_OTHERS:
+                raise InputError(
+                    f"{path}: {image.format} is not read, since drawing it runs a program on it; "
+                    "save it as PNG"
+                )
             return upright_rgb(image)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such image file") from None
+    except InputError:
+        raise
     except UnidentifiedImageError:
-        raise InputError(f"{path}: not an image, or of a format that Pillow cannot read") from None
+        raise InputError(
+            f"{path}: not an image that Pillow can read, but {describe(file)}"
+        ) from None
     except Exception as error:  # a broken file can make Pillow's decoders raise anything
-        reason = getattr(error, "strerror", None) or error
+        reason = one_line(getattr(error, "strerror", None) or error) or type(error).__name__
         raise InputError(f"{path}: not a readable image ({reason})") from None
 
 

@@ -21,6 +21,8 @@ END_OF_TEXT = "<|endoftext|>"
 
 # English contractions, runs of letters, single digits, runs of anything else but space.
 WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+# A reference like &#000233; to a character, up to its eighth digit; a longer number is none.
+REFERENCE = regex.compile(r"&#0*([0-9]{1,8})[0-9]*")
 
 
 def byte_symbols() -> dict[int, str]:
@@ -37,8 +39,13 @@ def byte_symbols() -> dict[int, str]:
 
 def clean(text: str) -> str:
     """Mend broken Unicode, unescape HTML (twice: web text is often escaped twice), fold spaces."""
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    text = unescape(unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
+
+
+def unescape(text: str) -> str:
+    """`html.unescape`, which raises `ValueError` for a reference of more than 4,300 digits."""
+    return html.unescape(REFERENCE.sub(r"&#\1", text) if "&#" in text else text)
 
 
 class SimpleTokenizer:

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from models.errors import InputError
-from utils.annotations import read_annotations
+from utils.annotations import missing_annotations, read_annotations, shared_images_warning
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "flickr8k"
 
@@ -66,7 +66,6 @@ def test_flickr8k(language, split, count):
 @pytest.mark.parametrize(
     ("content", "where"),
     [
-        ("", "at line 1, column 1:"),
         ('[\n {"image": "a.jpg",\n  "caption": nothing}]', "at line 3, column 14:"),
         ('[{"image": "a.jpg" "caption": "x"}]', "at line 1, column 20:"),
         ("[" * 200_000, ""),
@@ -80,43 +79,83 @@ def test_broken_json_is_located(file, content, where):
     assert where in message
 
 
-def test_another_encoding(file):
-    file.write_text('[{"image": "a.jpg", "caption": "狗"}]', encoding="utf-16")
+@pytest.mark.parametrize("content", ["", " \n"])
+def test_empty_file(file, content):
+    file.write_text(content, encoding="utf-8-sig")
+    assert "is empty" in refusal(file)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32-be", "gb18030", "latin-1"])
+def test_another_encoding(file, encoding):
+    caption = "Ä" if encoding == "latin-1" else "狗"
+    write(file, [{"image": "a.jpg", "caption": caption}], encoding)
     assert "UTF-8" in refusal(file)
+    if encoding.startswith("utf"):  # plain ASCII looks like UTF-8 with NUL bytes
+        write(file, [{"image": "a.jpg", "caption": "x"}], encoding)
+        assert "UTF-8" in refusal(file)
 
 
-def test_missing_file_and_folder(tmp_path):
-    assert "No such file" in refusal(tmp_path / "en_val.json")
+def test_missing_folder_is_told_from_missing_file(tmp_path):
+    """And what is there instead is named: another language, another split is no help."""
+
+    def missing(file: Path) -> str:
+        with pytest.raises(InputError) as caught:
+            read_annotations(file)
+        problem = missing_annotations(file)
+        assert str(caught.value).startswith(problem)
+        assert "--dataset_path" in str(caught.value) and "prepare.py" in str(caught.value)
+        return problem
+
+    absent = tmp_path / "absent"
+    assert missing(absent / "en_train.json") == f"{absent}: no such folder"
+    assert missing(tmp_path / "en_train.json") == f"{tmp_path}: no en_train.json in it"
+    for name in ("fr_train.json", "cn_train.json", "en_val.json", "notes.txt"):
+        (tmp_path / name).touch()
+    assert missing(tmp_path / "en_train.json") == (
+        f"{tmp_path}: no en_train.json in it, only cn_train.json, fr_train.json"
+    )
+    assert missing_annotations(tmp_path / "cn_train.json") is None
+    assert missing_annotations(tmp_path / "notes.txt" / "en_train.json") == (
+        f"{tmp_path / 'notes.txt'}: is no folder"
+    )
+
+
+def test_folder_in_place_of_the_file(tmp_path):
     refusal(tmp_path)
 
 
-@pytest.mark.parametrize("content", [[], {}, "text", 3, None, {"image": "a.jpg", "caption": "x"}])
+@pytest.mark.parametrize("content", [{}, "text", 3, None, {"image": "a.jpg", "caption": "x"}])
 def test_not_a_list_of_entries(file, content):
-    assert "should be a list" in refusal(write(file, content))
+    assert "is no list" in refusal(write(file, content))
+
+
+def test_no_images(file):
+    assert "lists no images" in refusal(write(file, []))
 
 
 @pytest.mark.parametrize(
     "image",
     [
         *("..\\..\\secret.jpg", "../secret.jpg", "images/../../secret.jpg", "images\\..\\a.jpg"),
+        *("images/.. /a.jpg", "~/a.jpg", "~root\\a.jpg", "~"),
         *("/etc/passwd", "\\a.jpg", "C:\\a.jpg", "C:a.jpg", "c:/a.jpg", "\\\\host\\share\\a.jpg"),
     ],
 )
 def test_path_that_leaves_the_data_folder(file, image):
     message = refusal(write(file, [{"image": image, "caption": ["x"]}]))
-    assert f'entry 0: "image" {image} leaves the data folder' in message
+    assert f'entry 0 ({json.dumps(image)}): "image" leaves the data folder' in message
 
 
 @pytest.mark.parametrize("image", ["", "  ", ".", "./", 3, None, ["a.jpg"], {}])
 def test_image_that_is_no_path(file, image):
     message = refusal(write(file, [{"image": image, "caption": ["x"]}]))
-    assert 'entry 0: "image" should be the path of a file' in message
+    assert "entry 0" in message and '"image" should be the path of a file' in message
 
 
 @pytest.mark.parametrize("caption", ["", " \n", [], [""], ["x", "  "], ["x", 3], 3, None, {}])
 def test_caption_that_is_no_text(file, caption):
     message = refusal(write(file, [{"image": "a.jpg", "caption": caption}]))
-    assert 'entry 0: "caption" of a.jpg' in message
+    assert 'entry 0 ("a.jpg"): "caption" ' in message
 
 
 @pytest.mark.parametrize("entry", ["a.jpg", 3, None, ["a.jpg", "x"]])
@@ -125,15 +164,26 @@ def test_entry_that_is_no_object(file, entry):
 
 
 def test_missing_fields(file):
-    message = refusal(write(file, [{"caption": "x"}, {"image": "a.jpg"}, {"img": "a.jpg"}]))
-    assert [line.split(":")[0].strip() for line in message.splitlines()[1:]] == [
-        *("entry 0", "entry 1", "entry 2")
+    entries = [{"caption": "x"}, {"image": "a.jpg"}, {"img": "a.jpg"}, {"image": "/a.jpg"}]
+    assert [line.strip() for line in refusal(write(file, entries)).splitlines()[1:]] == [
+        'entry 0: "image" is missing',
+        'entry 1 ("a.jpg"): "caption" is missing',
+        'entry 2: "image" is missing; "caption" is missing',
+        'entry 3 ("/a.jpg"): "image" leaves the data folder; give the path relative to it; '
+        '"caption" is missing',
     ]
 
 
 def test_duplicate_names_both_entries(file):
     entries = [{"image": image, "caption": "x"} for image in ("a/1.jpg", "2.jpg", "a\\1.jpg")]
-    assert "entry 2: image a/1.jpg is listed already in entry 0" in refusal(write(file, entries))
+    message = refusal(write(file, entries))
+    assert 'entry 2 ("a\\\\1.jpg"): this image is listed already, in entry 0' in message
+
+
+def test_a_long_or_odd_name_stays_on_its_line(file):
+    image = "../" + "a\n\x1b[2J" * 10_000
+    _, line = refusal(write(file, [{"image": image, "caption": "x"}])).split("\n")
+    assert line.isprintable() and len(line) < 300
 
 
 def test_all_problems_at_once_and_ten_in_full(file):
@@ -141,10 +191,20 @@ def test_all_problems_at_once_and_ten_in_full(file):
     bad = [{"image": f"{i}.jpg", "caption": 3} for i in range(13)]
     first, *lines = refusal(write(file, [good, *bad])).splitlines()
     assert "13 of 14 entries" in first
-    assert [line.split(":")[0].strip() for line in lines[:-1]] == [
+    assert [line.split(" (")[0].strip() for line in lines[:-1]] == [
         f"entry {i}" for i in range(1, 11)
     ]
     assert lines[-1].strip() == "... and 3 more"
+
+
+def test_images_in_both_splits_are_counted_and_named():
+    train, val = [f"images/{i}.jpg" for i in range(9)], ["images/x.jpg", "images/9.jpg"]
+    assert shared_images_warning(train, val) is None
+    assert shared_images_warning([], []) is None
+    message = shared_images_warning(train, [*val, "images/5.jpg", "images/2.jpg"])
+    assert ": 2 (images/2.jpg, images/5.jpg)" in message
+    message = shared_images_warning(train, train)
+    assert ": 9 (" in message and message.count(".jpg") == 3 and ", ...)" in message
 
 
 anything = st.recursive(

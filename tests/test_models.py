@@ -3,11 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from open_clip import get_tokenizer
 from open_clip.loss import ClipLoss
 from peers import open_clip_model, to_transformers, transformers_model
 
-from models import CLIP, available_models, build_model, tokenize
+from models import CLIP, available_models, build_model, load, tokenize
 from models.clip import MAX_LOGIT_SCALE
 from models.clip_utils import ARCHITECTURES, create_model
 from models.errors import InputError
@@ -238,6 +240,65 @@ def test_wrong_keys_are_listed_in_one_error():
     assert "missing: visual.ln_post.bias" in message
     assert "unknown: visual.extra" in message
     assert "visual.ln_pre.bias [7] instead of [192]" in message
+
+
+def test_a_long_list_of_keys_is_cut():
+    weights = create_model("ViT-demo").state_dict()
+    with pytest.raises(InputError, match=r"unknown: x0, x1, .* and 997 more") as error:
+        build_model(weights | {f"x{n}": torch.zeros(1) for n in range(1000)})
+    assert len(str(error.value)) < 200
+
+
+@st.composite
+def spoilt_weights(draw):
+    """Weights of a small model, some of them gone, renamed, of other shapes or types, or NaN."""
+    weights = dict(create_model("ViT-demo").state_dict())
+    for key in draw(st.lists(st.sampled_from(sorted(weights)), min_size=1, max_size=3)):
+        tensor = weights.pop(key, torch.zeros(1))
+        change = draw(st.sampled_from(["gone", "renamed", "shape", "cut", "type", "NaN", "same"]))
+        if change == "renamed":
+            weights[draw(st.text(max_size=9)) + key] = tensor
+        elif change == "shape":
+            weights[key] = draw(st.lists(st.integers(0, 70), max_size=4).map(torch.zeros))
+        elif change == "cut":
+            weights[key] = tensor[: draw(st.integers(0, 64))] if tensor.ndim else tensor
+        elif change == "type":
+            weights[key] = tensor.to(draw(st.sampled_from([torch.int64, torch.bool, torch.half])))
+        elif change == "NaN":
+            weights[key] = torch.full_like(tensor, torch.nan)
+        elif change == "same":
+            weights[key] = tensor
+    return weights
+
+
+@settings(max_examples=150, deadline=None)
+@given(spoilt_weights(), st.sampled_from([None, 64, 96]))
+def test_any_weights_are_a_model_that_works_or_refused_in_one_line(weights, side):
+    try:
+        model = build_model(weights, side)
+    except InputError as error:
+        assert str(error).isprintable() and len(str(error)) < 2000
+        return
+    side = model.visual.input_resolution
+    with torch.no_grad():
+        logits, _ = model(torch.zeros(1, 3, side, side), tokenize(["a dog"]))
+    assert logits.shape == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "name, near", [("ViT-B-32", "ViT-B/32"), ("vit-demo", "ViT-demo"), ("ViT-L/14-336px", "@336px")]
+)
+def test_an_unknown_name_is_answered_with_near_ones(name, near):
+    with pytest.raises(InputError, match=rf"did you mean .*{near}.*\?.*RN50x64"):
+        create_model(name)
+    with pytest.raises(InputError, match=rf"did you mean .*{near}.*--model ViT-demo"):
+        load(name, "cpu")
+
+
+def test_a_name_like_none_gets_no_suggestion():
+    with pytest.raises(InputError) as error:
+        create_model("resnet")
+    assert "did you mean" not in str(error.value)
 
 
 def test_inputs_of_the_wrong_shape_are_named():

@@ -1,8 +1,11 @@
 """predict.py and predict_zero_shot.py, run as a user runs them."""
 
 import ast
+import json
 import os
 import re
+import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,12 +14,16 @@ from PIL import Image
 from published import save_published
 from scripts import ROOT, error_line, run_script
 
+import predict
+import predict_zero_shot
 from flickr8k.render_demo import render_demo
 from models import load, tokenize
 from models.clip_utils import create_model
+from models.errors import InputError
 from models.preprocess import open_image
 from predict_zero_shot import LABELS
 from utils.checkpoint import save_weights, write_json
+from utils.ranking import Ranked, draw_ranking
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -115,17 +122,120 @@ def test_predict_asks_for_images_until_an_empty_line(work, photo):
     assert "nowhere.png: no such image file" in done.stdout
 
 
-def test_what_cannot_be_predicted_is_named(work, photo, tmp_path):
-    (work / "none.txt").write_text("\n")
+@pytest.fixture
+def error_of(work, monkeypatch, capsys):
+    """What a script's main() ends on when it is called in the folder of the run."""
+
+    def call(main: Callable[[], None], *arguments: object) -> str:
+        monkeypatch.chdir(work)
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+        with pytest.raises((InputError, SystemExit)) as caught:
+            main()
+        if caught.type is InputError:
+            return str(caught.value)
+        assert caught.value.code == 2
+        return capsys.readouterr().err
+
+    return call
+
+
+def test_what_cannot_be_predicted_ends_in_one_line(work, tmp_path):
     (work / "text.png").write_text("no image")
-    weights = work / "logs" / "a run" / "weights" / "best_epoch_weights.pth"
-    alone = tmp_path / "alone.pth"
-    alone.write_bytes(weights.read_bytes())
-    bad = ["--text", "a", "--output", "ranking.xyz"]
-    assert "ranking.xyz" in error_line("predict.py", photo, *bad, cwd=work)
-    assert "text.png" in error_line("predict.py", "text.png", "--text", "a", cwd=work)
-    assert "none.txt" in error_line("predict.py", photo, "--captions_file", "none.txt", cwd=work)
-    assert "--text" in error_line("predict.py", photo, "--weights", alone, cwd=work)
-    assert "train.py" in error_line("predict.py", photo, cwd=tmp_path)
-    assert "--labels" in error_line("predict_zero_shot.py", photo, "--labels", " ", cwd=work)
+    assert "text.png: not an image" in error_line("predict.py", "text.png", cwd=work)
     assert "nowhere.png" in error_line("predict_zero_shot.py", "nowhere.png", cwd=work)
+    assert "train.py" in error_line("predict.py", ROOT / "R_mAP.png", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--text", "a dog", " "], "--text: one of the captions is empty"),
+        (["--text"], "--text: expected at least one argument"),
+        (["--text", "a", "--captions_file", "b.txt"], "--captions_file: not allowed with .*--text"),
+        (["--captions_file", "gone.txt"], "gone.txt: cannot be read"),
+        (["--captions_file", "none.txt"], "none.txt: no captions in it"),
+        (["--weights", "alone.pth"], "alone.pth: lies in no run .* --text or --captions_file"),
+        (["--weights", "ViT-B/33"], "ViT-B/33: neither a file nor .* the names are RN50, RN101"),
+        (["--weights", ""], "--weights: the path is empty"),
+        (["--text", "a", "--output", "ranking.xyz"], "ranking.xyz: no format .* png"),
+        (["--device", "gpu"], "--device gpu: no such device; try cpu"),
+    ],
+)
+def test_predict_names_what_it_cannot_use(work, photo, error_of, arguments, message):
+    (work / "none.txt").write_text("\n")
+    weights = work / "logs" / "a run" / "weights" / "best_epoch_weights.pth"
+    (work / "alone.pth").write_bytes(weights.read_bytes())
+    assert re.search(message, error_of(predict.main, photo, *arguments))
+
+
+def test_predict_looks_at_the_image_before_weights_and_captions(error_of, work):
+    weights = work / "broken.pth"
+    weights.write_text("no weights")
+    arguments = ("nowhere.png", "--weights", weights)
+    assert error_of(predict.main, *arguments) == "nowhere.png: no such image file"
+
+
+def test_predict_takes_the_captions_of_all_languages_of_its_run(work):
+    weights = work / "elsewhere" / "weights" / "best_epoch_weights.pth"
+    arguments = {"dataset_path": str(work / "data"), "language": ["cn", "en"]}
+    save_weights(create_model("ViT-demo"), weights)
+    write_json(weights.parents[1] / "arguments.json", arguments)
+    captions = predict.read_captions(None, weights)
+    entries = []
+    for language in ("cn", "en"):
+        entries += json.loads((work / "data" / f"{language}_val.json").read_text("utf-8"))
+    assert captions == [caption for entry in entries for caption in entry["caption"]]
+
+    write_json(weights.parents[1] / "arguments.json", arguments | {"language": ["en", "fr"]})
+    with pytest.raises(
+        InputError, match=r"no fr_val\.json in it, only .* --text or --captions_file"
+    ):
+        predict.read_captions(None, weights)
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        (["a dog", " "], "--labels: one of them is empty"),
+        (["a dog", "&nbsp;"], "--labels: one of them is empty"),
+        (["a dog", "a cat", "a dog"], "--labels: 'a dog' repeats 'a dog'"),
+        (["A  dog", "a cat", "a dog "], "--labels: 'a dog ' repeats 'A  dog'"),
+        ([], "--labels: expected at least one argument"),
+        (["a dog", "word " * 99], "text 1 has 101 tokens, where 77 fit"),
+    ],
+)
+def test_labels_that_give_no_probabilities_are_named(photo, error_of, labels, message):
+    assert message in error_of(predict_zero_shot.main, photo, "--labels", *labels)
+
+
+def test_predict_takes_any_path_and_the_home_folder(work, photo, monkeypatch):
+    """The tilde is quoted, or typed where no shell expands it."""
+    home = work / "home 家"
+    home.mkdir()
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(home))
+    names = ["two words.png", "图片 一.png", "it's (1) [x] #5 100%.png"]
+    for name in names:
+        (home / name).write_bytes(photo.read_bytes())
+    typed = [f"~/{names[0]}", *(f'"{home / name}"' for name in names[1:])]
+    texts = ["--text", "a", "b"]
+    run_script("predict.py", *texts, cwd=work, stdin="\n".join(typed))
+    predictions = work / "logs" / "a run" / "predictions"
+    assert {*names} <= {file.name for file in predictions.iterdir()}
+    run_script("predict.py", f"~/{names[1]}", *texts, "--output", "~/ranking.png", cwd=work)
+    assert (home / "ranking.png").is_file()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (10_000, 10), (10, 10_000)])
+def test_any_picture_and_caption_can_be_drawn(tmp_path, size):
+    captions = [
+        "a dog " * 10_000,
+        "x" * 10_000,
+        "\ud800\0\x1b[2J",
+        "$x^{2 \\frac",
+        "👨\u200d👩 狗\n\t",
+    ]
+    ranked = [Ranked(caption, 0.2, 0.3) for caption in captions]
+    draw_ranking(Image.new("RGB", size), ranked, tmp_path / "ranking.png")
+    with Image.open(tmp_path / "ranking.png") as image:
+        assert min(image.size) > 300

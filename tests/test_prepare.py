@@ -449,6 +449,18 @@ UNUSABLE = {
         ["dataset_flickr8k.json", "JSON"],
     ),
     "another JSON": (karpathy() | IMAGES | {JSON: b"[]"}, ["dataset_flickr8k.json", "filename"]),
+    "a number too long to read": (
+        changed(karpathy() | IMAGES, JSON, lambda c: c[:-1] + b', "n": ' + b"9" * 5000 + b"}"),
+        ["dataset_flickr8k.json", "JSON"],
+    ),
+    "JSON nested too deeply": (
+        karpathy() | IMAGES | {JSON: b"[" * 200_000},
+        ["dataset_flickr8k.json", "JSON"],
+    ),
+    "JSON that is not UTF-8": (
+        changed(karpathy() | IMAGES, JSON, lambda c: c.replace(b"company", b"\xff")),
+        ["dataset_flickr8k.json", "UTF-8"],
+    ),
     "an unknown split": (
         changed(karpathy() | IMAGES, JSON, lambda c: c.replace(b'"val"', b'"restval"')),
         ["dataset_flickr8k.json", "restval"],
@@ -512,6 +524,21 @@ def test_script(tmp_path):
     assert absent.returncode == 2
     assert absent.stderr.startswith("error: nowhere") and "Traceback" not in absent.stderr
     assert "Traceback" in run("--source", "nowhere", "--output", "other", "--debug").stderr
+
+
+def test_script_takes_a_tilde_and_refuses_empty_paths(tmp_path, monkeypatch, capsys):
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    as_folder(tmp_path / "kept apart", OFFICIAL)
+    for source, output in (("~/kept apart", "~/made"), ("", "made"), ("~/kept apart", "")):
+        monkeypatch.setattr(sys, "argv", ["prepare.py", "--source", source, "--output", output])
+        if source and output:
+            module.main()
+            check(tmp_path / "made")
+        else:
+            with pytest.raises(SystemExit, match="2"):
+                module.main()
+            assert "the path is empty" in capsys.readouterr().err
 
 
 def test_preparing_does_not_load_torch():

@@ -4,6 +4,7 @@ import json
 import random
 import re
 import string
+import sys
 from pathlib import Path
 
 import open_clip
@@ -112,6 +113,31 @@ def test_special_tokens_are_not_made_from_text(ours, literal):
     assert not {START, END} & set(ours.encode(f"{before}{literal}{after}"))
     row = tokenize(f"{before} {literal} {after}")[0]
     assert row.argmax() == len(ids) + 1  # where the text tower takes the feature
+
+
+zeros_and_digits = st.tuples(
+    st.sampled_from(["&#", "&amp;#", "&#x"]),
+    st.sampled_from([0, 1, 7, 5000]),
+    st.text("0123456789", min_size=1, max_size=9) | st.sampled_from(["233", "1114111", "9" * 5000]),
+    st.sampled_from([";", " ", "a", "é"]),
+)
+
+
+@settings(deadline=None)
+@given(parts=zeros_and_digits)
+@example(parts=("&#", 5000, "233", ";"))
+@example(parts=("&amp;#", 0, "9" * 5000, ";"))
+def test_character_references_of_any_length(ours, reference, parts):
+    """open_clip's, with Python's limit on the digits of a number lifted."""
+    start, zeros, digits, end = parts
+    text = f"a{start}{'0' * zeros}{digits}{end}b"
+    ids = ours.encode(text)
+    limit = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
+    try:
+        assert ids == reference.encode(text)
+    finally:
+        sys.set_int_max_str_digits(limit)
 
 
 # --- decode ---------------------------------------------------------------------------------------

@@ -1,9 +1,15 @@
-"""Types of command-line values: a number out of range is refused with the range."""
+"""Command-line values: types that refuse what is out of range, and what a run was started with."""
 
 import argparse
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
+
+from models.errors import InputError
+
+SHOWN = 60  # characters of a refused value that its message shows
 
 
 def integer(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
@@ -38,9 +44,25 @@ def positive(text: str) -> float:
     return _parse(text, float, lambda x: 0 < x < math.inf, "a number above 0")
 
 
+def fraction(text: str) -> float:
+    """A number from 0 to 1."""
+    return _parse(text, float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+
+
 def path(text: str) -> Path:
     """A path, `~` being the user's home."""
-    return Path(text).expanduser()
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text:.{SHOWN}}: there is no such user") from None
+
+
+def name_or_path(text: str) -> str:
+    """A model's name as it is, or a path, `~` being the user's home."""
+    expanded = path(text)
+    return str(expanded) if text.startswith("~") else text
 
 
 def _parse(text: str, kind: type, is_in_range: Callable, wanted: str):
@@ -49,5 +71,36 @@ def _parse(text: str, kind: type, is_in_range: Callable, wanted: str):
     except ValueError:
         value = None
     if value is None or not is_in_range(value):
-        raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+        raise argparse.ArgumentTypeError(f"{text:.{SHOWN}} is not {wanted}")
     return value
+
+
+class TrainedOn(NamedTuple):
+    dataset_path: Path
+    languages: list[str]
+
+
+def run_folder(weights: str | Path) -> Path | None:
+    """The run that a weights file, `RUN/weights/<file>`, belongs to; None if it is of no run."""
+    file = Path(weights).expanduser().resolve()
+    run = file.parent.parent
+    return run if file.is_file() and (run / "arguments.json").is_file() else None
+
+
+def trained_on(weights: str | Path) -> TrainedOn | None:
+    """The data set and the languages that the run of a weights file was trained on; None if the
+    file is of no run. Raises `InputError` where its arguments.json does not tell."""
+    run = run_folder(weights)
+    if run is None:
+        return None
+    file = run / "arguments.json"
+    try:
+        arguments = json.loads(file.read_text(encoding="utf-8"))
+        languages = arguments["language"]
+        languages = [languages] if isinstance(languages, str) else [str(la) for la in languages]
+        return TrainedOn(Path(arguments["dataset_path"]), languages)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise InputError(
+            f"{file}: should hold the dataset_path and language of its run, but cannot be used; "
+            "give both, or mend it"
+        ) from None

@@ -11,9 +11,9 @@ import torch
 from models.clip import CLIP
 from models.errors import InputError
 from models.weights_file import is_torchscript
-from utils.files import replaced_whole
+from utils.files import TEMPORARY, replaced_whole
 
-FORMAT = 1  # of checkpoint.pth; raised whenever an older program could not read it
+FORMAT = 2  # of checkpoint.pth; raised whenever an older program could not read it
 
 
 def new_run_folder(log_dir: str | os.PathLike, name: str) -> Path:
@@ -33,13 +33,20 @@ def new_run_folder(log_dir: str | os.PathLike, name: str) -> Path:
 
 def run_of_checkpoint(path: str | os.PathLike) -> Path:
     """The folder of the run that `RUN/weights/checkpoint.pth` belongs to."""
-    weights = Path(path).resolve().parent
+    weights = Path(path).expanduser().resolve().parent
     if weights.name != "weights":
         raise InputError(
             f"{path}: put it back where it was, RUN/weights/checkpoint.pth: a run goes on in its "
             "own folder"
         )
     return weights.parent
+
+
+def remove_unfinished(run: Path) -> None:
+    """Delete the temporary files of a run that was killed while it wrote them."""
+    for folder in (run, run / "weights"):
+        for file in folder.glob(f"{TEMPORARY}*"):
+            file.unlink()
 
 
 def save_weights(model: CLIP, path: Path) -> None:
@@ -60,7 +67,8 @@ def save_checkpoint(path: Path, **state: Any) -> None:
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any] | None:
     """What `save_checkpoint` wrote, or None if the file is something else."""
-    if not Path(path).is_file() or is_torchscript(Path(path)):
+    path = Path(path).expanduser()
+    if not path.is_file() or is_torchscript(path):
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

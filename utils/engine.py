@@ -14,10 +14,13 @@ from models.clip import CLIP
 from models.errors import InputError
 from models.preprocess import normalize
 from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader, image_batches
+from utils.gradients import accumulate_gradients
+from utils.layers import train_mode
 from utils.loss import contrastive_loss
 from utils.metric import K_VALUES, retrieval_metrics
 from utils.optimizer import set_learning_rate
 from utils.precision import Precision
+from utils.ranks import ALONE, Ranks
 
 MAX_GRAD_NORM = 1.0
 
@@ -29,40 +32,52 @@ def train_one_epoch(
     precision: Precision,
     epoch: int,
     rate_at: Callable[[int], float],
+    after_step: Callable[[list[Tensor]], None],
+    losses: list[Tensor],
+    grad_cache: int | None = None,
 ) -> dict[str, float]:
-    """Train for an epoch; `rate_at(step)` is the learning rate of each step, counted over the run.
+    """Train for an epoch, or for what is left of it after the steps whose `losses` are given.
 
-    Returns the mean loss, the last learning rate, images/s and the share of time spent waiting for
-    data. A loss that is not finite raises `InputError`.
+    `rate_at(step)` is the learning rate of each step, counted over the run; `after_step` is called
+    with the losses so far; `grad_cache` is the chunk of `accumulate_gradients`. Returns the mean
+    loss, the last learning rate, images/s and the share of time spent waiting for data. A loss that
+    is not finite raises `InputError`.
     """
-    model.train()
-    losses: list[Tensor] = []
-    batches = loader.epoch(epoch)
+    train_mode(model)
+    losses = list(losses)
+    done = len(losses)
+    batches = loader.epoch(epoch, start=done)
+    first_step = (epoch - 1) * len(loader)
     waited = 0.0
     start = time.perf_counter()
-    with tqdm(total=len(loader) * loader.batch_size, unit="img", desc=f"epoch {epoch}") as bar:
-        for step in range((epoch - 1) * len(loader), epoch * len(loader)):
+    with tqdm(
+        total=len(loader) * loader.batch_size,
+        initial=done * loader.batch_size,
+        unit="img",
+        desc=f"epoch {epoch}",
+        disable=not loader.ranks.is_first,
+    ) as bar:
+        for step in range(first_step + done, first_step + len(loader)):
             asked = time.perf_counter()
-            images, tokens = next(batches)
+            batch = next(batches)
             waited += time.perf_counter() - asked
-            rate = rate_at(step)
-            set_learning_rate(optimizer, rate)
-            with precision.autocast():
-                image_features = model.encode_image(images)
-                text_features = model.encode_text(tokens)
-            loss = contrastive_loss(image_features, text_features, model.logit_scale)
-            precision.step(loss, model, optimizer, MAX_GRAD_NORM)
+            set_learning_rate(optimizer, rate_at(step))
+            loss = accumulate_gradients(model, batch, precision, loader.ranks, grad_cache)
+            loader.ranks.sum_gradients(model)
+            precision.update(model, optimizer, MAX_GRAD_NORM)
             model.clamp_logit_scale()
-            if losses:  # a step late, so that a GPU has work while the bar is drawn
-                _show(bar, losses[-1], rate, step - 1)
-            losses.append(loss.detach())
+            if len(losses) > done:  # a step late, so that a GPU has work while the bar is drawn
+                _show(bar, losses[-1], rate_at(step - 1), step - 1)
+            losses.append(loader.ranks.sum(loss))
             bar.update(loader.batch_size)
-        _show(bar, losses[-1], rate, step)
+            after_step(losses)
+        rate = rate_at(first_step + len(loader) - 1)
+        _show(bar, losses[-1], rate, first_step + len(loader) - 1)
     seconds = time.perf_counter() - start
     return {
         "train_loss": torch.stack(losses).mean().item(),
         "lr": rate,
-        "images_per_second": len(losses) * loader.batch_size / seconds,
+        "images_per_second": (len(losses) - done) * loader.batch_size / seconds,
         "data_wait_percent": 100 * waited / seconds,
     }
 
@@ -79,31 +94,41 @@ def _show(bar: tqdm, loss: Tensor, rate: float, step: int) -> None:
 
 @torch.inference_mode()
 def encode_images(
-    model: CLIP, dataset: Flickr8kDataset, batch_size: int, num_workers: int
+    model: CLIP, dataset: Flickr8kDataset, batch_size: int, num_workers: int, ranks: Ranks = ALONE
 ) -> Tensor:
-    """Normalised float32 features `[n, d]` of all images, on the model's device."""
+    """Normalised float32 features `[n, d]` of all images, on the model's device; each rank encodes
+    some of the batches."""
     model.eval()
-    features = torch.empty(len(dataset), model.embed_dim, device=model.device)
-    indices = torch.arange(len(dataset)).split(batch_size)
-    batches = image_batches(dataset, [rows.tolist() for rows in indices], num_workers)
-    with tqdm(total=len(dataset), desc="encoding images", unit="img", leave=False) as bar:
-        for rows, images in zip(indices, batches, strict=True):
+    features = torch.zeros(len(dataset), model.embed_dim, device=model.device)
+    own = torch.arange(len(dataset)).split(batch_size)[ranks.rank :: ranks.size]
+    batches = image_batches(dataset, [rows.tolist() for rows in own], num_workers)
+    with _bar(own, "encoding images", "img", ranks) as bar:
+        for rows, images in zip(own, batches, strict=True):
             images = normalize(images.to(model.device, non_blocking=True))
             features[rows] = F.normalize(model.encode_image(images).float(), dim=-1)
             bar.update(len(rows))
-    return features
+    return ranks.sum(features)
 
 
 @torch.inference_mode()
-def encode_texts(model: CLIP, tokens: Tensor, batch_size: int = 256) -> Tensor:
-    """Normalised float32 features `[n, d]` of `tokens` `[n, <=77]`, on the model's device."""
+def encode_texts(
+    model: CLIP, tokens: Tensor, batch_size: int = 256, ranks: Ranks = ALONE
+) -> Tensor:
+    """Normalised float32 features `[n, d]` of `tokens` `[n, <=77]`, on the model's device; each
+    rank encodes some of the batches."""
     model.eval()
-    features = torch.empty(len(tokens), model.embed_dim, device=model.device)
-    with tqdm(total=len(tokens), desc="encoding captions", unit="caption", leave=False) as bar:
-        for rows in torch.arange(len(tokens)).split(batch_size):
+    features = torch.zeros(len(tokens), model.embed_dim, device=model.device)
+    own = torch.arange(len(tokens)).split(batch_size)[ranks.rank :: ranks.size]
+    with _bar(own, "encoding captions", "caption", ranks) as bar:
+        for rows in own:
             features[rows] = F.normalize(model.encode_text(tokens[rows]).float(), dim=-1)
             bar.update(len(rows))
-    return features
+    return ranks.sum(features)
+
+
+def _bar(batches: tuple[Tensor, ...], title: str, unit: str, ranks: Ranks) -> tqdm:
+    total = sum(map(len, batches))
+    return tqdm(total=total, desc=title, unit=unit, leave=False, disable=not ranks.is_first)
 
 
 @torch.inference_mode()
@@ -114,12 +139,15 @@ def evaluate(
     num_workers: int,
     precision: Precision,
     k_values: Iterable[int] = K_VALUES,
+    ranks: Ranks = ALONE,
 ) -> tuple[dict[str, dict[str, float]], float]:
     """Retrieval metrics over the whole set, and the loss over batches of the training size, of each
     image and its first caption."""
     with precision.autocast():
-        image_features = encode_images(model, dataset, batch_size, num_workers)
-        text_features = encode_texts(model, dataset.tokens)
+        image_features = encode_images(model, dataset, batch_size, num_workers, ranks)
+        text_features = encode_texts(model, dataset.tokens, ranks=ranks)
+    if not ranks.is_first:
+        return ranks.from_first(None)
     metrics = retrieval_metrics(
         image_features, text_features, dataset.img_to_txt, dataset.txt_to_img, k_values
     )
@@ -131,7 +159,7 @@ def evaluate(
         )
         if len(images) == min(batch_size, len(dataset))
     ]
-    return metrics, torch.stack(losses).mean().item()
+    return ranks.from_first((metrics, torch.stack(losses).mean().item()))
 
 
 def peak_memory_mb(device: torch.device) -> float:

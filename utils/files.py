@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+TEMPORARY = ".unfinished."  # how names of files that are being written begin
+
+
 @contextmanager
 def replaced_whole(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path`; after the block, flush it to disk and rename it.
@@ -21,7 +24,9 @@ def replaced_whole(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+    handle, name = tempfile.mkstemp(
+        dir=path.parent, prefix=f"{TEMPORARY}{path.stem}.", suffix=path.suffix
+    )
     os.close(handle)
     temporary = Path(name)
     try:

@@ -1,15 +1,19 @@
 """Captioned images: the data set and the batches that training takes from it."""
 
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from models.clip_utils import CONTEXT_LENGTH, tokenize, tokenizer
 from models.errors import InputError
@@ -17,12 +21,15 @@ from models.preprocess import normalize, open_image, pixels
 from utils.annotations import read_annotations
 from utils.augment import crop, draw_crops
 from utils.image_cache import cached_pixels, gather, on_device_if_small
+from utils.interrupt import leave_signals_to_parent
+from utils.ranks import ALONE, Ranks
 
 BUILD_BATCH = 32  # images decoded at a time for the cache
 
 
 class Flickr8kDataset(Dataset):
     """Images and their captions, `{language}_train.json` or `{language}_val.json` in `root_dir`.
+    With several languages an image has its captions in all of them.
 
     `dataset[i]` is (image, captions): uint8 pixels `[3, target_shape, target_shape]`, resized and
     cut as CLIP does it, or whatever `transform` makes of the PIL image; and the list of strings.
@@ -37,27 +44,31 @@ class Flickr8kDataset(Dataset):
         self,
         root_dir: str | os.PathLike,
         target_shape: int = 224,
-        language: str = "en",
+        language: str | Sequence[str] = "en",
         is_train: bool = True,
         transform: Callable[[Image.Image], Tensor] | None = None,
     ):
         root = Path(root_dir).expanduser()
         self.root = root
         self.split = "train" if is_train else "val"
-        file = root / f"{language}_{self.split}.json"
         self.target_shape = target_shape
         self.transform = transform
         self.cached: Tensor | None = None
+        self.unreadable: dict[int, str] = {}  # what is wrong with images, once `cache` knows
         self.image: list[str] = []
         self.text: list[str] = []
         self.img_to_txt: dict[int, list[int]] = {}
         self.txt_to_img: dict[int, int] = {}
-        for i, (image, captions) in enumerate(read_annotations(file)):
+        captions_of: dict[str, list[str]] = {}
+        for name in [language] if isinstance(language, str) else language:
+            for image, captions in read_annotations(root / f"{name}_{self.split}.json"):
+                captions_of.setdefault(image, []).extend(captions)
+        for i, (image, captions) in enumerate(captions_of.items()):
             self.image.append(str(root / image))
             self.img_to_txt[i] = list(range(len(self.text), len(self.text) + len(captions)))
             self.txt_to_img |= dict.fromkeys(self.img_to_txt[i], i)
             self.text += captions
-        self._check_images_exist(file)
+        self._check_images_exist(root, is_train)
 
     def __len__(self) -> int:
         return len(self.image)
@@ -88,14 +99,18 @@ class Flickr8kDataset(Dataset):
             raise InputError("the cache keeps what CLIP makes of the images: it takes no transform")
         root = self.root.resolve()
         folder = root / ".cache" if folder is None else Path(folder).expanduser()
-        batches = torch.arange(len(self)).split(BUILD_BATCH)
-        pixels = cached_pixels(
+        batches = [rows.tolist() for rows in torch.arange(len(self)).split(BUILD_BATCH)]
+        pixels, unreadable = cached_pixels(
             folder / f"{root.name}_{self.split}_{self.target_shape}.pixels",
             self.root,
             self.image,
             self.target_shape,
-            _decode(self, [rows.tolist() for rows in batches], num_workers),
+            (
+                (loaded.images, loaded.problems)
+                for loaded in _decode(_Batches(self, batches, substitute=True), num_workers)
+            ),
         )
+        self.unreadable = {row: self._problem(row) for row in unreadable}
         self.cached = on_device_if_small(pixels, torch.device(device))
 
     def count_cut_captions(self) -> int:
@@ -103,63 +118,143 @@ class Flickr8kDataset(Dataset):
         full = self.tokens[:, -1].nonzero().flatten().tolist()
         return sum(len(tokenizer().encode(self.text[i])) + 2 > CONTEXT_LENGTH for i in full)
 
-    def _check_images_exist(self, file: Path) -> None:
+    def _problem(self, row: int) -> str:
+        try:
+            self[row]
+        except InputError as error:
+            return str(error)
+        return f"{self.image[row]}: could not be read when the cache was written"
+
+    def _check_images_exist(self, root: Path, is_train: bool) -> None:
+        """In training another image takes the place of a missing one, but not of all of them."""
         missing = [image for image in self.image if not Path(image).is_file()]
-        if missing:
+        if missing and (not is_train or len(missing) == len(self.image)):
             raise InputError(
-                f"{file}: {len(missing)} of its {len(self.image)} images are missing, the first "
-                f"is {missing[0]}; put them there or remove their entries"
+                f"{root}: {len(missing)} of the {len(self.image)} {self.split} images are missing, "
+                f"the first is {missing[0]}; put them there or remove their entries"
             )
+
+
+class Loaded(NamedTuple):
+    """Images of a batch, `[n, 3, r, r]`, on the CPU, or on the GPU that holds the cached set; their
+    indices; and what is wrong with others that could not be read."""
+
+    images: Tensor
+    rows: list[int]
+    problems: dict[int, str]
 
 
 def image_batches(
     dataset: Flickr8kDataset, batches: list[list[int]], num_workers: int
 ) -> Iterator[Tensor]:
-    """Batches of images, `[n, 3, r, r]`, for lists of image indices: on the CPU, or on the GPU that
-    holds the cached set."""
-    if dataset.cached is not None:
-        return gather(dataset.cached, batches)
-    return _decode(dataset, batches, num_workers)
+    """Batches of images, `[n, 3, r, r]`, for lists of image indices. Raises `InputError` for one
+    that cannot be read."""
+    if dataset.cached is None:
+        yield from (loaded.images for loaded in _decode(_Batches(dataset, batches), num_workers))
+        return
+    for problem in dataset.unreadable.values():
+        raise InputError(problem)
+    yield from gather(dataset.cached, batches)
 
 
-def _decode(
-    dataset: Flickr8kDataset, batches: list[list[int]], num_workers: int
-) -> Iterator[Tensor]:
+def _decode(batches: "_Batches", num_workers: int) -> Iterator[Loaded]:
     loader = DataLoader(
-        _Batches(dataset, batches),
+        batches,
         batch_size=None,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # leaves the global one as it is
+        worker_init_fn=leave_signals_to_parent,
     )
-    for images in loader:
-        if isinstance(images, InputError):
-            raise images
-        yield images
+    for loaded in loader:
+        if isinstance(loaded, InputError):
+            raise loaded
+        yield loaded
 
 
 class _Batches(Dataset):
-    """Item i is the i-th batch of images, or the error that one of them brings: what a worker
-    process raises would arrive with the worker's traceback in its message."""
+    """Item i is the i-th batch, or its `own` rows; with `substitute` another image takes the place
+    of one that cannot be read. Else it is the error that one of them brings: what a worker process
+    raises would arrive with the worker's traceback in its message.
+    """
 
-    def __init__(self, dataset: Flickr8kDataset, batches: list[list[int]]):
+    def __init__(
+        self,
+        dataset: Flickr8kDataset,
+        batches: list[list[int]],
+        own: slice = slice(None),
+        substitute: bool = False,
+    ):
         self.dataset = dataset
         self.batches = batches
+        self.own = own
+        self.substitute = substitute
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, index: int) -> Tensor | InputError:
-        try:
-            return torch.stack([self.dataset[row][0] for row in self.batches[index]])
-        except InputError as error:
-            return error
+    def __getitem__(self, index: int) -> Loaded | InputError:
+        batch = self.batches[index]
+        images, rows, problems = [], [], {}
+        for row in batch[self.own]:
+            for candidate in substitutes(row, batch, len(self.dataset)):
+                try:
+                    images.append(self.dataset[candidate][0])
+                    rows.append(candidate)
+                    break
+                except InputError as error:
+                    if not self.substitute:
+                        return error
+                    problems[candidate] = str(error)
+            else:
+                return InputError(f"none of the images can be read; {problems[row]}")
+        return Loaded(torch.stack(images), rows, problems)
+
+
+def substitutes(row: int, batch: list[int], n: int) -> Iterator[int]:
+    """`row`, then the indices of all n images in the order in which one would take its place: those
+    that are not in the batch come first."""
+    yield row
+    others = [other % n for other in range(row + 1, row + n)]
+    taken = set(batch)
+    yield from (other for other in others if other not in taken)
+    yield from (other for other in others if other in taken)
+
+
+class Batch(NamedTuple):
+    """A rank's part of a training batch: n images and k captions of each.
+
+    images  `[n, 3, r, r]` on the device, uint8
+    crops   `[n, 3]` of `draw_crops`, or None for whole images
+    tokens  `[n * k, 77]` on the CPU, image by image
+    """
+
+    images: Tensor
+    crops: Tensor | None
+    tokens: Tensor
+
+    def split(self, size: int) -> list["Batch"]:
+        """The batch in parts of `size` images; the last may have fewer."""
+        k = len(self.tokens) // len(self.images)
+        images = self.images.split(size)
+        crops = [None] * len(images) if self.crops is None else self.crops.split(size)
+        return [
+            Batch(*part) for part in zip(images, crops, self.tokens.split(size * k), strict=True)
+        ]
+
+    def augmented_images(self) -> Tensor:
+        """`[n, 3, r, r]`, normalised and cropped."""
+        images = normalize(self.images)
+        return images if self.crops is None else crop(images, self.crops)
 
 
 class TrainLoader:
-    """Shuffled batches of (images, tokens); an image brings one of its captions, drawn anew each
-    epoch. Every random choice follows from the seed and the epoch alone, so it does not depend on
-    the number of workers, nor on what ran before. Images that fill no whole batch sit out an epoch.
+    """Shuffled batches; an image brings k of its captions, drawn anew each epoch. Every random
+    choice follows from the seed and the epoch alone, so it does not depend on the number of workers
+    or ranks, nor on what ran before. Images that fill no whole batch sit out an epoch.
+
+    An image that cannot be read is reported once, and another takes its place; with `strict` it is
+    an `InputError`.
     """
 
     def __init__(
@@ -170,37 +265,76 @@ class TrainLoader:
         seed: int = 0,
         num_workers: int = 0,
         augment: bool = True,
+        captions_per_image: int = 1,
+        strict: bool = False,
+        ranks: Ranks = ALONE,
     ):
         if len(dataset) < batch_size:
             raise InputError(
-                f"--batch_size {batch_size} is more than the {len(dataset)} training images"
+                f"--batch_size {batch_size} is more than the {len(dataset)} training images: give "
+                f"--batch_size {len(dataset)} or less"
             )
+        if batch_size < ranks.size:
+            raise InputError(f"--batch_size {batch_size} is less than the {ranks.size} processes")
         self.dataset = dataset
         self.batch_size = batch_size
         self.device = device
         self.seed = seed
         self.num_workers = num_workers
         self.augment = augment
+        self.captions_per_image = captions_per_image
+        self.strict = strict
+        self.ranks = ranks
+        self.reported: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.dataset) // self.batch_size
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Normalised images `[n, 3, r, r]` on the device, tokens `[n, 77]` on the CPU."""
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """This rank's part of the epoch's batches, from the `start`-th on."""
         random = np.random.default_rng((self.seed, epoch))
         order = random.permutation(len(self.dataset))
-        batches = order[: len(self) * self.batch_size].reshape(len(self), -1)
-        captions = self._draw_captions(random)[batches]
-        crops = draw_crops(len(self.dataset), random)[batches].to(self.device)
-        loaded = image_batches(self.dataset, batches.tolist(), self.num_workers)
-        for step, images in enumerate(loaded):
-            images = normalize(images.to(self.device, non_blocking=True))
-            if self.augment:
-                images = crop(images, crops[step])
-            yield images, self.dataset.tokens[captions[step]]
+        batches = order[: len(self) * self.batch_size].reshape(len(self), -1)[start:].tolist()
+        captions = self._draw_captions(random)
+        crops = draw_crops(len(self.dataset), random)
+        for loaded in self._load(batches):
+            self._report(loaded.problems)
+            yield Batch(
+                loaded.images.to(self.device, non_blocking=True),
+                crops[loaded.rows].to(self.device, non_blocking=True) if self.augment else None,
+                self.dataset.tokens[captions[loaded.rows].flatten()],
+            )
+
+    def _load(self, batches: list[list[int]]) -> Iterator[Loaded]:
+        share = self.ranks.share(self.batch_size)
+        own = slice(share.start, share.stop)
+        cached, unreadable = self.dataset.cached, self.dataset.unreadable
+        if cached is None:
+            decoded = _Batches(self.dataset, batches, own, substitute=not self.strict)
+            return _decode(decoded, self.num_workers)
+        for problem in unreadable.values() if self.strict else ():
+            raise InputError(problem)
+        n = len(self.dataset)
+        rows = [
+            [next(r for r in substitutes(row, batch, n) if r not in unreadable)
+             for row in batch[own]]
+            for batch in batches
+        ]  # fmt: skip
+        return map(Loaded, gather(cached, rows), rows, repeat(unreadable))
+
+    def _report(self, problems: dict[int, str]) -> None:
+        """Print what is wrong with images that were not reported yet."""
+        for row in problems.keys() - self.reported:
+            console = None if self.ranks.is_first else sys.stderr
+            tqdm.write(f"{problems[row]}; another image takes its place", file=console)
+        self.reported |= problems.keys()
 
     def _draw_captions(self, random: np.random.Generator) -> Tensor:
-        """For each image the index of one of its captions."""
+        """For each image the indices of k of its captions, `[n, k]`: all different if it has k,
+        else all of them, some again."""
         first = np.array([captions[0] for captions in self.dataset.img_to_txt.values()])
         count = np.array([len(captions) for captions in self.dataset.img_to_txt.values()])
-        return torch.from_numpy(first + random.integers(count))
+        drawn = random.random((len(count), count.max()))
+        drawn[np.arange(count.max()) >= count[:, None]] = 2  # what is not there comes last
+        nth = np.arange(self.captions_per_image) % count[:, None]
+        return torch.from_numpy(first[:, None] + np.take_along_axis(drawn.argsort(), nth, axis=1))

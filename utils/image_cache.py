@@ -20,35 +20,40 @@ from tqdm import tqdm
 from models.errors import InputError
 from utils.files import replaced_whole
 
-FORMAT = 1  # to be raised when `models.preprocess.pixels` makes other pixels of the same image
+FORMAT = 2  # of the file; to be raised when `models.preprocess.pixels` makes other pixels
 
 
 def cached_pixels(
-    file: Path, root: Path, images: list[str], side: int, batches: Iterable[Tensor]
-) -> Tensor:
-    """uint8 `[n, 3, side, side]` of `images` (paths below `root`), mapped from `file`, read-only.
+    file: Path,
+    root: Path,
+    images: list[str],
+    side: int,
+    batches: Iterable[tuple[Tensor, Iterable[int]]],
+) -> tuple[Tensor, list[int]]:
+    """uint8 `[n, 3, side, side]` of `images` (paths below `root`), mapped from `file`, read-only;
+    and the indices of those whose pixels are not theirs, since they could not be read.
 
-    Where `file` is missing or stale, `batches`, which decode the images in their order, are written
-    to it. Runs that start at once each write a file of their own and rename it. Raises `InputError`
-    where `file` cannot be written.
+    Where `file` is missing or stale, `batches` are written to it: images in their order, and the
+    indices of unreadable ones. Runs that start at once each write a file of their own and rename
+    it. Raises `InputError` where `file` cannot be written.
     """
     shape = (len(images), 3, side, side)
     fingerprint = _fingerprint(root, images, side)
-    pixels = _mapped(file, shape, fingerprint)
-    if pixels is not None:
-        return pixels
+    mapped = _mapped(file, shape, fingerprint)
+    if mapped is not None:
+        return mapped
     try:
         _write(file, len(images), fingerprint, batches)
     except OSError as error:
         # Windows does not replace a file that another run has written and mapped by now.
-        pixels = _mapped(file, shape, fingerprint)
-        if pixels is None:
+        mapped = _mapped(file, shape, fingerprint)
+        if mapped is None:
             raise InputError(
                 f"{file}: cannot be written ({error.strerror or error}); it takes "
                 f"{math.prod(shape) / 1e6:.0f} MB. Make room, name a folder for it "
                 "(--cache FOLDER), or train without --cache"
             ) from error
-        return pixels
+        return mapped
     return _mapped(file, shape, fingerprint)
 
 
@@ -56,38 +61,52 @@ def _fingerprint(root: Path, images: list[str], side: int) -> bytes:
     """32 bytes that change with whatever can change the pixels, but not when `root` moves."""
     digest = hashlib.sha256(f"{FORMAT} {PIL.__version__} {side}\n".encode())
     for image in images:
-        status = Path(image).stat()
-        path = Path(image).relative_to(root).as_posix()
-        digest.update(f"{status.st_size} {status.st_mtime_ns} {path}\n".encode())
+        path = Path(image)
+        status = path.stat() if path.exists() else None
+        version = f"{status.st_size} {status.st_mtime_ns}" if status else "missing"
+        digest.update(f"{version} {path.relative_to(root).as_posix()}\n".encode())
     return digest.digest()
 
 
-def _mapped(file: Path, shape: tuple[int, ...], fingerprint: bytes) -> Tensor | None:
-    """The pixels in `file`; None where it is missing, of another length or stale."""
-    length = math.prod(shape)
+def _mapped(
+    file: Path, shape: tuple[int, ...], fingerprint: bytes
+) -> tuple[Tensor, list[int]] | None:
+    """The pixels in `file` and the unreadable images' indices; None where it is missing or stale.
+
+    Behind the pixels stand the fingerprint, the indices as int64, and how many they are.
+    """
     try:
         with file.open("rb") as stream:
-            stream.seek(length)
-            if stream.read(len(fingerprint) + 1) != fingerprint:
+            stream.seek(math.prod(shape))
+            found, rest = stream.read(len(fingerprint)), stream.read()
+            if found != fingerprint or len(rest) % 8 or not rest:
+                return None
+            *unreadable, count = np.frombuffer(rest, "<i8").tolist()
+            if count != len(unreadable):
                 return None
             pixels = np.memmap(stream, np.uint8, "r", shape=shape)
     except OSError:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch has no read-only tensors; nobody writes to this one
-        return torch.from_numpy(pixels)
+        return torch.from_numpy(pixels), unreadable
 
 
-def _write(file: Path, n: int, fingerprint: bytes, batches: Iterable[Tensor]) -> None:
+def _write(
+    file: Path, n: int, fingerprint: bytes, batches: Iterable[tuple[Tensor, Iterable[int]]]
+) -> None:
+    unreadable: list[int] = []
     with (
         replaced_whole(file) as temporary,
         temporary.open("wb") as stream,
         tqdm(total=n, desc=f"writing {file.name}", unit="img") as bar,
     ):
-        for images in batches:
+        for images, problems in batches:
             stream.write(images.numpy())
+            unreadable += problems
             bar.update(len(images))
         stream.write(fingerprint)
+        stream.write(np.array([*unreadable, len(unreadable)], "<i8").tobytes())
 
 
 def on_device_if_small(pixels: Tensor, device: torch.device) -> Tensor:

@@ -1,33 +1,63 @@
-"""The contrastive loss (Radford et al. 2021, figure 3)."""
+"""The contrastive loss (Radford et al. 2021, figure 3), with one or several captions an image."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from models.errors import InputError
+from utils.ranks import ALONE, Ranks
+
 BLOCK = 1024  # rows of the similarity matrix that exist at once
 
 
-def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
-    """The mean of the two cross-entropies over the similarity matrix of n pairs, a scalar.
+def contrastive_loss(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, ranks: Ranks = ALONE
+) -> Tensor:
+    """The mean of the two cross-entropies over the similarities of images and texts, a scalar.
 
-    Features `[n, d]` need not be normalised; `logit_scale` is the logarithm of the scale, as in
-    `CLIP.logit_scale`. Computed in float32 in blocks of rows, each made anew for the gradient, so
-    that the `[n, n]` matrix never exists.
+    Image features are `[n, d]`, text features `[n * k, d]`: the k captions of the first image, then
+    those of the second, and so on. Each caption is one right answer of its image; the image's other
+    captions are no wrong ones and stand in neither cross-entropy. Features need not be normalised;
+    `logit_scale` is the logarithm of the scale, as in `CLIP.logit_scale`.
+
+    Computed in float32 in blocks of rows, each made anew for the gradient, so that the `[n, n * k]`
+    matrix never exists. With several `ranks` each gives the features of its own images and captions
+    and gets its part of the loss: the parts, and the gradients that each rank's part brings to its
+    parameters, add up to those of one process with all of them.
     """
+    n = len(image_features)
+    k, rest = divmod(len(text_features), n)
+    if rest or not k:
+        raise InputError(f"{len(text_features)} texts for {n} images: each needs equally many")
     image_features = F.normalize(image_features.float(), dim=-1) * logit_scale.exp()
     text_features = F.normalize(text_features.float(), dim=-1)
-    matching = (image_features * text_features).sum(dim=1)
+    matching = (image_features.repeat_interleave(k, dim=0) * text_features).sum(dim=1)
+
+    share = ranks.share_with(n)
+    everyones_texts = share.gather(text_features)
+    starts = range(0, n, BLOCK)
     blocks = [
-        checkpoint(_log_sums, rows, text_features, use_reentrant=False)
-        for rows in image_features.split(BLOCK)
-    ]
-    over_texts = torch.cat([row_sums for row_sums, _ in blocks])
-    over_images = torch.stack([column_sums for _, column_sums in blocks]).logsumexp(dim=0)
-    return (over_texts + over_images).mean() / 2 - matching.mean()
+        checkpoint(
+            _negatives, image_features[i : i + BLOCK], everyones_texts, share.start + i, k,
+            use_reentrant=False,
+        )
+        for i in starts
+    ]  # fmt: skip
+    other_texts = torch.cat([over_texts for over_texts, _ in blocks]).repeat_interleave(k)
+    other_images = torch.stack([over_images for _, over_images in blocks]).logsumexp(dim=0)
+    other_images = ranks.share_with(1).gather(other_images[None]).logsumexp(dim=0)
+    other_images = other_images[share.start * k : share.stop * k]
+
+    over_texts = torch.logaddexp(matching, other_texts)
+    over_images = torch.logaddexp(matching, other_images)
+    return ((over_texts + over_images) / 2 - matching).sum() / (share.total * k)
 
 
-def _log_sums(rows: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+def _negatives(rows: Tensor, texts: Tensor, start: int, k: int) -> tuple[Tensor, Tensor]:
+    """log-sum-exp of the logits over other images' texts `[b]`, and over other images `[n * k]`,
+    for the images `start` to `start + b`."""
     with torch.autocast(rows.device.type, enabled=False):
-        logits = rows @ text_features.T
+        logits = rows @ texts.T
+    logits.unflatten(1, (-1, k)).diagonal(start).fill_(-torch.inf)  # an image with its own captions
     return logits.logsumexp(dim=1), logits.logsumexp(dim=0)

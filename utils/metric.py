@@ -8,6 +8,7 @@ As a script it scores a weights file on the validation set:
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Integral
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor
 
 from models.errors import InputError, run_script
-from utils.arguments import integer, path
+from utils.annotations import missing_annotations
+from utils.arguments import TrainedOn, integer, name_or_path, path, trained_on
 from utils.files import save_figure
 
 K_VALUES = (1, 5, 10)
@@ -48,10 +50,19 @@ def compute_metrics(
            among the first K, divided by min(number of ground truths, K)
 
     and `median_rank` and `mean_rank` (from 1) of the best-placed ground truth. Ties count against
-    us: a ground truth stands after everything that is not one and has the same score. Raises
-    `InputError` for a NaN, or a query without ground truth.
+    us: a ground truth stands after everything that is not one and has the same score. A K beyond
+    the gallery takes all of it: R@K is 100, and mAP@K what it is at K = the gallery's size.
+
+    Raises `InputError` for a NaN, a query without ground truth or with one twice, shapes that do
+    not match, or a K that is no positive integer.
     """
-    scores_i2t, scores_t2i = torch.as_tensor(scores_i2t), torch.as_tensor(scores_t2i)
+    scores_i2t, scores_t2i = _floats(scores_i2t), _floats(scores_t2i)
+    if scores_i2t.ndim != 2 or scores_t2i.shape != scores_i2t.shape[::-1]:
+        raise InputError(
+            f"scores_i2t {[*scores_i2t.shape]} should be [images, texts], and scores_t2i "
+            f"{[*scores_t2i.shape]} [texts, images]"
+        )
+    k_values = _positive_integers(k_values)
     return {
         "i2t": _score(lambda rows: scores_i2t[rows], *scores_i2t.shape, img2txt, k_values),
         "t2i": _score(lambda rows: scores_t2i[rows], *scores_t2i.shape, txt2img, k_values),
@@ -71,6 +82,7 @@ def retrieval_metrics(
         scores = image_features @ text_features.T
         return compute_metrics(scores, img2txt, scores.T, txt2img, k_values)
     images, texts = len(image_features), len(text_features)
+    k_values = _positive_integers(k_values)
     return {
         "i2t": _score(
             lambda rows: image_features[rows] @ text_features.T, images, texts, img2txt, k_values
@@ -81,12 +93,25 @@ def retrieval_metrics(
     }
 
 
+def _floats(scores: Tensor | np.ndarray) -> Tensor:
+    scores = torch.as_tensor(scores)
+    return scores if scores.is_floating_point() else scores.double()
+
+
+def _positive_integers(k_values: Iterable[int]) -> tuple[int, ...]:
+    k_values = tuple(k_values)
+    for k in k_values:
+        if not isinstance(k, Integral) or isinstance(k, bool) or k < 1:
+            raise InputError(f"k_values: {k!r} is no positive integer")
+    return k_values
+
+
 def _score(
     scores_of: Callable[[slice], Tensor],
     queries: int,
     gallery: int,
     truth: Mapping[int, int | list[int]],
-    k_values: Iterable[int],
+    k_values: tuple[int, ...],
 ) -> dict[str, float]:
     """The metrics of one direction; `scores_of` gives some rows of the scores."""
     columns = _ground_truth(truth, queries, gallery)
@@ -101,16 +126,26 @@ def _blocks(queries: int, gallery: int) -> Iterator[slice]:
 
 def _ground_truth(truth: Mapping[int, int | list[int]], queries: int, gallery: int) -> Tensor:
     """Gallery indices `[queries, most]` of each query's ground truths, -1 where there are fewer."""
+    if not queries or not gallery:
+        raise InputError(f"nothing to score: {queries} queries, {gallery} to rank")
+    if len(truth) > queries:
+        raise InputError(f"ground truth of {len(truth)} queries, where {queries} have scores")
     lists = [np.atleast_1d(truth.get(query, [])) for query in range(queries)]
     counts = np.array([len(indices) for indices in lists])
     if not counts.all():
         raise InputError(f"query {int(counts.argmin())} has no ground truth")
     flat = np.concatenate(lists)
+    if flat.dtype.kind not in "iu":
+        raise InputError(f"ground truths should be integers, not {flat.dtype}")
     outside = flat[(flat < 0) | (flat >= gallery)]
     if len(outside):
         raise InputError(f"ground truth {outside[0]} is not among the {gallery} that are ranked")
     padded = np.full((queries, counts.max()), -1, dtype=np.int64)
     padded[np.arange(counts.max()) < counts[:, None]] = flat
+    ordered = np.sort(padded, axis=1)
+    twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(axis=1)
+    if twice.any():
+        raise InputError(f"query {int(twice.argmax())} has the same ground truth twice")
     return torch.from_numpy(padded)
 
 
@@ -132,7 +167,7 @@ def _positions(scores: Tensor, columns: Tensor) -> Tensor:
     return positions.cpu().double().masked_fill(absent.cpu(), torch.inf)
 
 
-def _summarize(positions: Tensor, k_values: Iterable[int]) -> dict[str, float]:
+def _summarize(positions: Tensor, k_values: tuple[int, ...]) -> dict[str, float]:
     found = positions.isfinite()
     truths = found.sum(dim=1)
     precision = found.cumsum(dim=1) / positions
@@ -193,14 +228,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Score a CLIP on the validation set: Recall@K and mAP@K in both directions."
     )
-    parser.add_argument("--weights", required=True, help="weights file, or a name like ViT-B/32")
+    parser.add_argument(
+        "--weights",
+        type=name_or_path,
+        required=True,
+        help="weights file, or a name like ViT-B/32",
+    )
     parser.add_argument(
         "--dataset_path",
         type=path,
-        default="flickr8k",
-        help="folder of the data (default: %(default)s)",
+        help="folder of the data (default: what the weights' run was trained on, else flickr8k)",
     )
-    parser.add_argument("--language", choices=["en", "cn"], default="en", help="of the captions")
+    parser.add_argument(
+        "--language",
+        nargs="+",
+        choices=["en", "cn"],
+        help="of the captions, one or both (default: those of the weights' run, else en)",
+    )
     parser.add_argument("--batch_size", type=integer(1), default=64, help="images at a time")
     parser.add_argument(
         "--num_workers", type=integer(0), default=0, help="processes that read images"
@@ -215,15 +259,17 @@ def main() -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
 
-    from models import load
+    from models.clip_utils import find_weights, load
     from utils.checkpoint import write_json
     from utils.engine import evaluate
     from utils.flickr8k_dataloader import Flickr8kDataset
     from utils.precision import Precision
 
-    model, _ = load(args.weights, args.device)
+    weights = find_weights(args.weights)
+    dataset_path, languages = data_to_score_on(args)
+    model, _ = load(weights, args.device)
     dataset = Flickr8kDataset(
-        args.dataset_path, model.visual.input_resolution, args.language, is_train=False
+        dataset_path, model.visual.input_resolution, languages, is_train=False
     )
     precision = Precision(model.device, use_amp=False)
     metrics, _ = evaluate(
@@ -237,6 +283,22 @@ def main() -> None:
     if args.plot:
         plot_metrics(metrics, args.plot)
         print(f"plot written to {args.plot}")
+
+
+def data_to_score_on(args: argparse.Namespace) -> TrainedOn:
+    """What the command line names, or else what the weights were trained on. Raises `InputError`
+    where its validation captions are missing."""
+    run = None if args.dataset_path and args.language else trained_on(args.weights)
+    run = run or TrainedOn(Path("flickr8k"), ["en"])
+    dataset_path = args.dataset_path or run.dataset_path
+    languages = list(dict.fromkeys(args.language or run.languages))
+    for language in languages:
+        missing = missing_annotations(dataset_path / f"{language}_val.json")
+        if missing:
+            raise InputError(
+                f"{missing}; name the data to score on with --dataset_path and --language"
+            )
+    return TrainedOn(dataset_path, languages)
 
 
 if __name__ == "__main__":

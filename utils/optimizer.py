@@ -1,15 +1,23 @@
-"""What is decayed, and how the learning rate moves."""
+"""What is decayed, how fast each layer learns, and how the learning rate moves."""
 
 import math
 
 import torch
-from torch import nn
+
+from models.clip import CLIP
+from utils.layers import distance_from_end
 
 
-def parameter_groups(model: nn.Module, momentum: float, weight_decay: float) -> list[dict]:
-    """Two groups: matrices, which decay, and all else (biases, gains, the logit scale), which does
-    not. The groups carry CLIP's settings for Adam: beta2 0.98 and epsilon 1e-6 (Radford et al.
-    2021, table 18)."""
+def parameter_groups(
+    model: CLIP, momentum: float, weight_decay: float, layer_decay: float = 1.0
+) -> list[dict]:
+    """Groups for an optimiser. Matrices decay; biases, gains and the logit scale do not. A layer's
+    learning rate is `layer_decay` times that of the layer after it (Clark et al. 2020, "ELECTRA",
+    section 3.1), kept as the group's `rate_factor`.
+
+    The groups carry CLIP's settings for Adam: beta2 0.98 and epsilon 1e-6 (Radford et al. 2021,
+    table 18).
+    """
     settings = {
         "betas": (momentum, 0.98),
         "eps": 1e-6,
@@ -17,12 +25,23 @@ def parameter_groups(model: nn.Module, momentum: float, weight_decay: float) -> 
         "nesterov": momentum > 0,
         "fused": True,
     }
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    return [
-        {"params": matrices, "weight_decay": weight_decay, **settings},
-        {"params": others, "weight_decay": 0.0, **settings},
-    ]
+    distances = distance_from_end(model)
+    groups: dict[tuple[float, bool], dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        factor, decays = layer_decay ** distances[name], parameter.ndim >= 2
+        group = groups.setdefault(
+            (factor, decays),
+            {
+                "params": [],
+                "weight_decay": weight_decay if decays else 0.0,
+                "rate_factor": factor,
+                **settings,
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
 
 
 def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
@@ -45,5 +64,6 @@ def learning_rate(step: int, peak: float, warmup_steps: int, total_steps: int) -
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set every group's rate: `rate`, that of the layers nearest the features, times its factor."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["rate_factor"]

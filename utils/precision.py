@@ -30,11 +30,12 @@ class Precision:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.use_amp)
 
-    def step(
-        self, loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float
-    ) -> None:
-        """Backward pass, gradients clipped to a norm of `max_norm`, one update."""
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`, scaled in float16."""
         self.scaler.scale(loss).backward()
+
+    def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+        """One update with the gradients, unscaled and clipped to a norm of `max_norm`."""
         self.scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         self.scaler.step(optimizer)

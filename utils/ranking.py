@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from models.clip import CLIP
+from models.file_kind import one_line
 from utils.files import save_figure
 
 # The first that is installed draws what the others lack: captions can be Chinese.
@@ -51,6 +52,7 @@ def draw_ranking(image: Image.Image, ranked: list[Ranked], path: Path) -> None:
     rows = range(len(ranked))
     chart.barh(rows, [r.probability for r in ranked], height=0.3, color="tab:blue", alpha=0.6)
     for row, (caption, probability, similarity) in enumerate(ranked):
+        caption = one_line(caption)  # some characters cannot be drawn, a page of them not in time
         text = textwrap.fill(f"{caption}  ({probability:.1%}, similarity {similarity:.3f})", 68)
         chart.text(0, row - 0.22, text, va="bottom", fontfamily=fonts, fontsize=9,
                    parse_math=False)  # fmt: skip

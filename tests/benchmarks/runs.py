@@ -1,0 +1,75 @@
+"""Training runs that a benchmark starts, and their scores: each is made once, and kept in a file.
+
+Runs are processes of their own; one that was broken off goes on where it stopped. All scores are
+those of `utils.metric`, over the same images and captions for everyone.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from measure import ROOT
+
+from models.errors import InputError
+from utils.checkpoint import write_json
+from utils.engine import encode_images, encode_texts
+from utils.flickr8k_dataloader import Flickr8kDataset
+from utils.metric import TITLES, Metrics, mean_recall, retrieval_metrics
+
+EVALUATION_BATCH = 200
+
+
+def once(file: Path, compute: Callable[[], dict | list]) -> dict | list:
+    """What `compute` returns, read from `file` if an earlier run wrote it there."""
+    if not file.exists():
+        write_json(file, compute())
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def train(log_dir: Path, *arguments: object) -> Path:
+    """The folder in `log_dir` of a finished run of train.py with these arguments."""
+    checkpoints = sorted(log_dir.glob("*/weights/checkpoint.pth"))
+    if not any(log_dir.glob("*/R_mAP.png")):  # the last file that a run writes
+        start = ["--resume_training", checkpoints[-1]] if checkpoints else arguments
+        call(ROOT / "train.py", *start, "--log_dir", log_dir)
+    return next(log_dir.glob("*/R_mAP.png")).parent
+
+
+def call(*command: object) -> None:
+    """Run Python with these arguments; its output is seen as it comes."""
+    command = [sys.executable, *map(str, command)]
+    print(f"\n$ {' '.join(command)}", flush=True)
+    code = subprocess.run(command, check=False).returncode
+    if code:
+        raise InputError(f"the command above ended with code {code}; what came before it is kept")
+
+
+def score(model: torch.nn.Module, dataset: Flickr8kDataset) -> Metrics:
+    """R@K, mAP@K and ranks in both directions over the whole set."""
+    tokens = dataset.tokens[:, : model.context_length]  # the models compared cut no caption
+    return retrieval_metrics(
+        encode_images(model, dataset, EVALUATION_BATCH, num_workers=0),
+        encode_texts(model, tokens),
+        dataset.img_to_txt,
+        dataset.txt_to_img,
+    )
+
+
+def recalls(metrics: Metrics) -> list[float]:
+    """R@1, 5, 10 image to text, the same text to image, and the mean of the six."""
+    each = [metrics[way][f"R@{k}"] for way in TITLES for k in (1, 5, 10)]
+    return [*each, mean_recall(metrics)]
+
+
+RECALL_NAMES = [f"{way} R@{k}" for way in TITLES for k in (1, 5, 10)] + ["mean recall"]
+
+
+def over_seeds(values: Iterable[float]) -> str:
+    """Mean and standard deviation (of a sample) as `4.31 ± 0.12`."""
+    values = list(values)
+    spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{mean(values):.2f}{spread}"

@@ -1,0 +1,28 @@
+"""Ctrl-C and SIGTERM, noted so that the step under way can end and be saved."""
+
+import signal
+
+
+class Interrupt:
+    """From its making on, the first Ctrl-C or SIGTERM is noted in `signal`; another Ctrl-C ends the
+    program at once."""
+
+    def __init__(self):
+        self.signal: signal.Signals | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: object) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+
+    def exit(self) -> SystemExit:
+        """The end of a program that a signal has stopped, with the exit code that shells expect."""
+        return SystemExit(128 + (self.signal or signal.SIGTERM))
+
+
+def leave_signals_to_parent(_worker: int) -> None:
+    """For a worker process: Ctrl-C reaches the whole group, and it is the parent that ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
