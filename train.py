@@ -216,7 +216,7 @@ def main() -> None:
     if ranks.is_first:
         if resumed:
             run = checkpoint.run_of_checkpoint(args.resume_training)
-            checkpoint.remove_unfinished(run)
+            checkpoint.restore_folder(run, rows)
         else:
             run = checkpoint.new_run_folder(args.log_dir, started)
         weights = run / "weights"
@@ -274,6 +274,8 @@ def main() -> None:
         metrics, _ = score()
         print(f"before training:\n{format_table(metrics)}")
 
+    if len(rows) == args.epochs:
+        print(f"the run has all {args.epochs} epochs behind it; --epochs with more goes on")
     interrupt = Interrupt()
 
     def save(losses: list[torch.Tensor]) -> None:

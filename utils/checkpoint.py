@@ -42,11 +42,17 @@ def run_of_checkpoint(path: str | os.PathLike) -> Path:
     return weights.parent
 
 
-def remove_unfinished(run: Path) -> None:
-    """Delete the temporary files of a run that was killed while it wrote them."""
+def restore_folder(run: Path, rows: list[dict[str, Any]]) -> None:
+    """Make the folder of a run that was killed agree with the `rows` of its checkpoint: without
+    files that were being written, and with tables that end where the checkpoint does."""
     for folder in (run, run / "weights"):
         for file in folder.glob(f"{TEMPORARY}*"):
             file.unlink()
+    history = [f"Epoch {r['epoch']}: train: {r['train_loss']} val: {r['val_loss']}\n" for r in rows]
+    with replaced_whole(run / "epoch_loss.txt") as temporary:
+        temporary.write_text("".join(history))
+    if rows:
+        write_csv(run / "metrics.csv", rows)
 
 
 def save_weights(model: CLIP, path: Path) -> None:

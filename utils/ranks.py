@@ -120,9 +120,18 @@ def join_ranks(device: str | None) -> tuple[Ranks, torch.device]:
         raise InputError(f"--device {device}: leave it out, torchrun gives each process its GPU")
     dist.init_process_group("cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo")
     ranks = Ranks(dist.get_rank(), size)
+    sys.excepthook = _without_traceback_of_lost_peers
     if not ranks.is_first:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - for as long as the process lives
     return ranks, picked
+
+
+def _without_traceback_of_lost_peers(kind, error, traceback) -> None:
+    """Only the process that fails first has something to tell."""
+    if any(text in str(error) for text in ("closed by peer", "reset by peer", "NCCL")):
+        print("stopped: another process of this run has ended", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
 
 
 class _Gather(torch.autograd.Function):
