@@ -14,6 +14,7 @@ from models.errors import InputError
 from models.preprocess import Preprocess, normalize
 from utils import Flickr8kDataset
 from utils.flickr8k_dataloader import TrainLoader
+from utils.ranks import Ranks
 
 CPU = torch.device("cpu")
 FLICKR8K = Path(__file__).resolve().parents[2] / "shared" / "flickr8k"
@@ -76,8 +77,8 @@ def test_what_a_transform_has_normalised_is_not_normalised_again(root):
     assert equal(batches(plain, 1), batches(TrainLoader(own, 11, CPU, augment=False), 1))
 
 
-def batches(loader, epoch):
-    return [(images.clone(), tokens.clone()) for images, tokens in loader.epoch(epoch)]
+def batches(loader, epoch, start=0):
+    return [(batch.augmented_images(), batch.tokens) for batch in loader.epoch(epoch, start)]
 
 
 def equal(first, second):
@@ -143,13 +144,118 @@ def test_long_captions_are_cut_and_counted(tmp_path):
     assert torch.equal(dataset.tokens, tokenize(dataset.text, truncate=True))
 
 
-def test_a_missing_image_and_too_large_a_batch_are_named(root):
+def test_the_rest_of_an_epoch_is_what_it_would_have_been(root):
+    loader = TrainLoader(Flickr8kDataset(root, 32), 3, CPU, seed=1, captions_per_image=2)
+    assert equal(batches(loader, 2)[1:], batches(loader, 2, start=1))
+    assert batches(loader, 2, start=3) == []
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_share_the_batches_of_one_process(root, size):
     dataset = Flickr8kDataset(root, 32)
-    with pytest.raises(InputError, match="--batch_size 12 is more than the 11"):
-        TrainLoader(dataset, 12, CPU)
-    (root / "images" / "train4.png").unlink()
-    with pytest.raises(InputError, match=r"en_train\.json: 1 of its 11 images.*train4\.png"):
+    whole = batches(TrainLoader(dataset, 5, CPU, captions_per_image=2), 1)
+    parts = [
+        batches(TrainLoader(dataset, 5, CPU, captions_per_image=2, ranks=Ranks(rank, size)), 1)
+        for rank in range(size)
+    ]
+    joined = [
+        tuple(map(torch.cat, zip(*of_a_step, strict=True)))
+        for of_a_step in zip(*parts, strict=True)
+    ]
+    assert equal(whole, joined)
+
+
+def test_several_captions_of_an_image_are_different_while_it_has_enough(root):
+    dataset = Flickr8kDataset(root, 32)
+    loader = TrainLoader(dataset, 11, CPU, augment=False, captions_per_image=3)
+    pictures = normalize(torch.stack([dataset[i][0] for i in range(len(dataset))]))
+    for epoch in range(1, 20):
+        ((images, tokens),) = batches(loader, epoch)
+        for image, rows in zip(images, tokens.split(3), strict=True):
+            i = next(i for i, picture in enumerate(pictures) if torch.equal(picture, image))
+            own = dataset.tokens[dataset.img_to_txt[i]]
+            drawn = [next(c for c, t in enumerate(own) if torch.equal(t, row)) for row in rows]
+            assert len(set(drawn)) == min(3, len(own))
+
+
+def test_two_languages_bring_an_images_captions_in_both(root):
+    entries = [{"image": "images/train3.png", "caption": ["一", "二"]},
+               {"image": "images/val0.png", "caption": "三"}]  # fmt: skip
+    (root / "cn_train.json").write_text(json.dumps(entries), "utf-8")
+    english, both = Flickr8kDataset(root, 32), Flickr8kDataset(root, 32, ["en", "cn"])
+    assert both.image == [*english.image, str(root / "images/val0.png")]
+    texts = [[both.text[c] for c in captions] for captions in both.img_to_txt.values()]
+    expected = [[english.text[c] for c in captions] for captions in english.img_to_txt.values()]
+    expected[3] += ["一", "二"]
+    assert texts == [*expected, ["三"]]
+    assert all(c in both.img_to_txt[i] for c, i in both.txt_to_img.items())
+
+
+def test_too_large_a_batch_is_named(root):
+    with pytest.raises(InputError, match=r"--batch_size 12 is more than the 11.*--batch_size 11"):
+        TrainLoader(Flickr8kDataset(root, 32), 12, CPU)
+
+
+def test_missing_images_of_the_validation_set_or_all_of_them_are_named(root):
+    (root / "images" / "val1.png").unlink()
+    with pytest.raises(InputError, match=r"1 of the 3 val images are missing.*val1\.png"):
+        Flickr8kDataset(root, 32, is_train=False)
+    for image in (root / "images").glob("train*"):
+        image.unlink()
+    with pytest.raises(InputError, match="11 of the 11 train images are missing"):
         Flickr8kDataset(root, 32)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("cache", [False, True])
+def test_another_image_takes_the_place_of_a_bad_one_which_is_reported_once(
+    root, num_workers, cache, capsys
+):
+    (root / "images" / "train4.png").unlink()
+    (root / "images" / "train7.png").write_bytes(b"<html>")
+    dataset = Flickr8kDataset(root, 32)
+    if cache:
+        dataset.cache(num_workers=num_workers)
+        dataset = Flickr8kDataset(root, 32)  # as the next run finds it
+        dataset.cache()
+    loader = TrainLoader(dataset, 5, CPU, num_workers=num_workers, augment=False)
+    good = {i: normalize(dataset[i][0]) for i in range(11) if i not in (4, 7)}
+    capsys.readouterr()
+    for epoch in range(1, 12):
+        for images, tokens in batches(loader, epoch):
+            rows = [next(i for i, p in good.items() if torch.equal(p, image)) for image in images]
+            assert len(set(rows)) == 5
+            for i, row in zip(rows, tokens, strict=True):
+                assert any(torch.equal(dataset.tokens[c], row) for c in dataset.img_to_txt[i])
+    printed = capsys.readouterr().out
+    assert printed.count("train4.png") == printed.count("train7.png") == 1
+    assert printed.count("another image takes its place") == 2
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("cache", [False, True])
+def test_strict_training_stops_at_a_bad_image(root, num_workers, cache):
+    (root / "images" / "train7.png").write_bytes(b"<html>")
+    dataset = Flickr8kDataset(root, 32)
+    if cache:
+        dataset.cache()
+    loader = TrainLoader(dataset, 11, CPU, num_workers=num_workers, strict=True)
+    with pytest.raises(InputError, match=r"train7\.png") as error:
+        batches(loader, 1)
+    assert "\n" not in str(error.value)
+
+
+def test_without_any_good_image_there_is_no_training(root):
+    for image in (root / "images").glob("train*"):
+        image.write_bytes(b"")
+    with pytest.raises(InputError, match="none of the images can be read"):
+        batches(TrainLoader(Flickr8kDataset(root, 32), 4, CPU), 1)
+
+
+def test_in_a_batch_of_all_images_a_good_one_stands_twice(root):
+    (root / "images" / "train7.png").write_bytes(b"")
+    ((images, _),) = batches(TrainLoader(Flickr8kDataset(root, 32), 11, CPU, augment=False), 1)
+    assert len({image.numpy().tobytes() for image in images}) == 10
 
 
 @pytest.mark.skipif(not FLICKR8K.exists(), reason="needs Flickr8k")

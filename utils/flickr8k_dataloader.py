@@ -197,7 +197,7 @@ class _Batches(Dataset):
         batch = self.batches[index]
         images, rows, problems = [], [], {}
         for row in batch[self.own]:
-            for candidate in substitutes(row, batch, len(self.dataset)):
+            for candidate in substitutes(row, len(self.dataset), batch, rows):
                 try:
                     images.append(self.dataset[candidate][0])
                     rows.append(candidate)
@@ -211,14 +211,14 @@ class _Batches(Dataset):
         return Loaded(torch.stack(images), rows, problems)
 
 
-def substitutes(row: int, batch: list[int], n: int) -> Iterator[int]:
+def substitutes(row: int, n: int, *taken: list[int]) -> Iterator[int]:
     """`row`, then the indices of all n images in the order in which one would take its place: those
-    that are not in the batch come first."""
+    that are not `taken` come first."""
     yield row
     others = [other % n for other in range(row + 1, row + n)]
-    taken = set(batch)
-    yield from (other for other in others if other not in taken)
-    yield from (other for other in others if other in taken)
+    in_use = set().union(*taken)
+    yield from (other for other in others if other not in in_use)
+    yield from (other for other in others if other in in_use)
 
 
 class Batch(NamedTuple):
@@ -314,13 +314,15 @@ class TrainLoader:
             return _decode(decoded, self.num_workers)
         for problem in unreadable.values() if self.strict else ():
             raise InputError(problem)
-        n = len(self.dataset)
-        rows = [
-            [next(r for r in substitutes(row, batch, n) if r not in unreadable)
-             for row in batch[own]]
-            for batch in batches
-        ]  # fmt: skip
+        rows = [self._readable(batch, own) for batch in batches]
         return map(Loaded, gather(cached, rows), rows, repeat(unreadable))
+
+    def _readable(self, batch: list[int], own: slice) -> list[int]:
+        rows: list[int] = []
+        for row in batch[own]:
+            candidates = substitutes(row, len(self.dataset), batch, rows)
+            rows.append(next(r for r in candidates if r not in self.dataset.unreadable))
+        return rows
 
     def _report(self, problems: dict[int, str]) -> None:
         """Print what is wrong with images that were not reported yet."""

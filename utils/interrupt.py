@@ -23,6 +23,7 @@ class Interrupt:
 
 
 def leave_signals_to_parent(_worker: int) -> None:
-    """For a worker process: Ctrl-C reaches the whole group, and it is the parent that ends it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """For a worker process: a terminal's Ctrl-C and a scheduler's SIGTERM reach the whole group,
+    but the parent still needs its workers to end the step; without it they end by themselves."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
