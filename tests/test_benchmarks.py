@@ -19,6 +19,7 @@ sys.path.append(str(ROOT / "tests" / "benchmarks"))
 import cold_start
 import evaluation
 import gpu
+import grad_cache
 import loss
 import measure
 import text_encoding
@@ -69,6 +70,12 @@ def test_evaluation(rows):
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_loss(rows):
     assert rows(loss, "--batch_size", 64, "--rounds", 1)[-2:] == ["ours", "open_clip"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+def test_grad_cache(rows):
+    printed = rows(grad_cache, "--model", "ViT-demo", "--batch_size", 8, "--chunk", 3, "--check", 7)
+    assert printed[-2:] == ["batch 3", "batch 8 in chunks of 3"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="memory is read by wait4")
