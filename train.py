@@ -23,8 +23,9 @@ DEMO = {
     "model": "ViT-demo",
     "epochs": 28,
     "batch_size": 50,
-    "lr": 5e-4,
 }
+FROM_SCRATCH = {"lr": 5e-4, "layer_decay": 1.0}
+FINE_TUNING = {"lr": 1e-4, "layer_decay": 0.7}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -73,7 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
         "(default: %(default)s)")
     add("--batch_size", type=integer(2), default=64,
         help="images a step, on all GPUs together; more are more negatives (default: %(default)s)")
-    add("--lr", type=positive, default=1e-5, help="peak learning rate (default: %(default)s)")
+    add("--lr", type=positive,
+        help="peak learning rate, that of the last layers (default: 1e-4, from scratch 5e-4)")
     add("--warmup_epochs", type=number(),
         help="epochs in which the rate rises to its peak, before it falls along a cosine "
         "(default: 1, or a tenth of --epochs if that is less)")
@@ -88,8 +90,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="stop after so many epochs without a better mean recall")
 
     add = parser.add_argument_group("keeping what the weights could do").add_argument
-    add("--layer_decay", type=fraction, default=1.0, metavar="FACTOR",
-        help="each layer learns at FACTOR times the rate of the one after it (default: 1)")
+    add("--layer_decay", type=fraction, metavar="FACTOR",
+        help="each layer learns at FACTOR times the rate of the one after it (default: 0.7, from "
+        "scratch 1)")
     add("--lock_image", type=integer(0), nargs="?", const=0, metavar="N",
         help="keep the image tower as it is, but for its last N blocks (default: none of them)")
     add("--lock_text", type=integer(0), nargs="?", const=0, metavar="N",
@@ -156,8 +159,10 @@ def main() -> None:
         saved = {k: v for k, v in resumed["arguments"].items() if k not in started_with}
         parser.set_defaults(**saved)
     args = parser.parse_args()
-    if args.warmup_epochs is None:
-        args.warmup_epochs = min(1.0, args.epochs / 10)
+    recipe = FROM_SCRATCH if args.resume_training == "none" else FINE_TUNING
+    for name, value in {**recipe, "warmup_epochs": min(1.0, args.epochs / 10)}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if resumed:
         check_resumed(args, saved, resumed)
     ranks, device = join_ranks(args.device)

@@ -61,14 +61,27 @@ def save_weights(model: CLIP, path: Path) -> None:
         key: tensor.half() if tensor.is_floating_point() else tensor
         for key, tensor in model.state_dict().items()
     }
-    with replaced_whole(path) as temporary:
-        torch.save(weights, temporary)
+    _save(weights, path)
 
 
 def save_checkpoint(path: Path, **state: Any) -> None:
     """Everything needed to continue a run: plain numbers, strings, lists, dicts and tensors."""
-    with replaced_whole(path) as temporary:
-        torch.save({"format": FORMAT, **state}, temporary)
+    _save({"format": FORMAT, **state}, path)
+
+
+def _save(content: dict[str, Any], path: Path) -> None:
+    try:
+        with replaced_whole(path) as temporary:
+            torch.save(content, temporary)
+    except (OSError, RuntimeError) as error:
+        # torch hides why a file could not be written behind a failed check of its own.
+        if not isinstance(error, OSError) and "inline_container" not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or "no room on the disk"
+        raise InputError(
+            f"{path}: cannot be written ({reason}); what stood there is kept. Make room, then go "
+            "on with --resume_training RUN/weights/checkpoint.pth"
+        ) from error
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any] | None:

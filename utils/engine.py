@@ -13,6 +13,7 @@ from tqdm import tqdm
 from models.clip import CLIP
 from models.errors import InputError
 from models.preprocess import normalize
+from utils.failures import explained
 from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader, image_batches
 from utils.gradients import accumulate_gradients
 from utils.layers import train_mode
@@ -25,6 +26,7 @@ from utils.ranks import ALONE, Ranks
 MAX_GRAD_NORM = 1.0
 
 
+@explained()
 def train_one_epoch(
     model: CLIP,
     loader: TrainLoader,
@@ -131,6 +133,7 @@ def _bar(batches: tuple[Tensor, ...], title: str, unit: str, ranks: Ranks) -> tq
     return tqdm(total=total, desc=title, unit=unit, leave=False, disable=not ranks.is_first)
 
 
+@explained()
 @torch.inference_mode()
 def evaluate(
     model: CLIP,

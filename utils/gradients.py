@@ -21,30 +21,32 @@ def accumulate_gradients(
     gradient of the whole batch, at the cost of a second forward pass.
     """
 
-    def features(batch: Batch) -> tuple[Tensor, Tensor]:
+    def image_features(batch: Batch) -> Tensor:
         with precision.autocast():
-            return model.encode_image(batch.augmented_images()), model.encode_text(batch.tokens)
+            return model.encode_image(batch.augmented_images())
 
+    def text_features(batch: Batch) -> Tensor:
+        with precision.autocast():
+            return model.encode_text(batch.tokens)
+
+    towers = (image_features, text_features)
     if chunk is None or chunk >= len(batch.images):
-        loss = contrastive_loss(*features(batch), model.logit_scale, ranks)
+        loss = contrastive_loss(*(encode(batch) for encode in towers), model.logit_scale, ranks)
         precision.backward(loss)
         return loss.detach()
 
     chunks = batch.split(chunk)
     with torch.no_grad():
-        parts = [features(part) for part in chunks]
-    image_features, text_features = (
-        torch.cat(towers).requires_grad_() for towers in zip(*parts, strict=True)
-    )
-    loss = contrastive_loss(image_features, text_features, model.logit_scale, ranks)
+        features = [torch.cat([encode(part) for part in chunks]) for encode in towers]
+    for tower in features:
+        tower.requires_grad_()
+    loss = contrastive_loss(*features, model.logit_scale, ranks)
     precision.backward(loss)
-    k = len(text_features) // len(image_features)
-    gradients = zip(
-        image_features.grad.split(chunk), text_features.grad.split(chunk * k), strict=True
-    )
-    for part, gradient in zip(chunks, gradients, strict=True):
-        trained = [
-            pair for pair in zip(features(part), gradient, strict=True) if pair[0].requires_grad
-        ]  # fmt: skip - a locked tower's do not
-        torch.autograd.backward(*zip(*trained, strict=True))
+    # Tower by tower: the activations of one meet the gradients of few parameters of the other.
+    for encode, of_all in zip(towers, features, strict=True):
+        gradients = of_all.grad.split(chunk * len(of_all) // len(batch.images))
+        for part, gradient in zip(chunks, gradients, strict=True):
+            of_part = encode(part)
+            if of_part.requires_grad:  # a locked tower's do not
+                of_part.backward(gradient)
     return loss.detach()
