@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 from models.errors import InputError, run_script
 from utils.annotations import missing_annotations, shared_images_warning
-from utils.arguments import fraction, integer, number, path, positive
+from utils.arguments import fraction, integer, name_or_path, number, path, positive
 
 DEMO = {
     "dataset_path": "flickr8k/demo",
@@ -54,8 +54,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--input_shape", type=integer(1), metavar="PIXELS",
         help="side of the images (default: the model's own); another one than the weights' "
         "interpolates the positional embedding")
-    add("--captions_per_image", type=integer(1), default=1, metavar="K",
-        help="captions of an image in a step, all of them right answers (default: %(default)s)")
+    add("--captions_per_image", type=integer(1), default=2, metavar="K",
+        help="captions of an image in a step, all of them right answers; where no image has so "
+        "many, as many as there are (default: %(default)s)")
     add("--no_augment", action="store_true",
         help="train on whole images; otherwise a random crop keeps at least 90%% of each")
     add("--check_data", action="store_true",
@@ -124,7 +125,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def starting_point(text: str) -> str:
     """A name or path as it is, but for a run's folder its checkpoint."""
-    checkpoint = Path(text).expanduser() / "weights" / "checkpoint.pth"
+    text = name_or_path(text)
+    checkpoint = Path(text) / "weights" / "checkpoint.pth"
     return str(checkpoint) if checkpoint.is_file() else text
 
 

@@ -60,7 +60,7 @@ class Flickr8kDataset(Dataset):
         self.img_to_txt: dict[int, list[int]] = {}
         self.txt_to_img: dict[int, int] = {}
         captions_of: dict[str, list[str]] = {}
-        for name in [language] if isinstance(language, str) else language:
+        for name in dict.fromkeys([language] if isinstance(language, str) else language):
             for image, captions in read_annotations(root / f"{name}_{self.split}.json"):
                 captions_of.setdefault(image, []).extend(captions)
         for i, (image, captions) in enumerate(captions_of.items()):
@@ -249,9 +249,10 @@ class Batch(NamedTuple):
 
 
 class TrainLoader:
-    """Shuffled batches; an image brings k of its captions, drawn anew each epoch. Every random
-    choice follows from the seed and the epoch alone, so it does not depend on the number of workers
-    or ranks, nor on what ran before. Images that fill no whole batch sit out an epoch.
+    """Shuffled batches; an image brings `captions_per_image` of its captions, drawn anew each
+    epoch (as many as there are, where no image has so many). Every random choice follows from the
+    seed and the epoch alone, so it does not depend on the number of workers or ranks, nor on what
+    ran before. Images that fill no whole batch sit out an epoch.
 
     An image that cannot be read is reported once, and another takes its place; with `strict` it is
     an `InputError`.
@@ -282,7 +283,8 @@ class TrainLoader:
         self.seed = seed
         self.num_workers = num_workers
         self.augment = augment
-        self.captions_per_image = captions_per_image
+        most = max(map(len, dataset.img_to_txt.values()))
+        self.captions_per_image = min(captions_per_image, most)
         self.strict = strict
         self.ranks = ranks
         self.reported: set[int] = set()
