@@ -296,7 +296,9 @@ def main() -> None:
             )  # fmt: skip
 
     def end() -> None:
-        launch = f"torchrun --nproc_per_node={ranks.size}" if ranks.size > 1 else "python"
+        launch = (
+            f"torchrun --standalone --nproc_per_node={ranks.size}" if ranks.size > 1 else "python"
+        )
         if ranks.is_first:
             print(f"stopped by a signal; to go on:\n  {launch} train.py --resume_training "
                   f"{weights / 'checkpoint.pth'}")  # fmt: skip
@@ -400,6 +402,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.wise_ft and args.resume_training == "none":
         raise InputError("--wise_ft mixes tuned weights with those they started from: it needs "
                          "--resume_training WEIGHTS")  # fmt: skip
+    if args.lock_image == 0 and args.lock_text == 0:
+        raise InputError("--lock_image and --lock_text together leave nothing to train: unlock "
+                         "some blocks of one, such as --lock_text 2")  # fmt: skip
     if args.warmup_epochs >= args.epochs:
         raise InputError(f"--warmup_epochs {args.warmup_epochs:g} should be less than --epochs "
                          f"{args.epochs}")  # fmt: skip

@@ -607,6 +607,25 @@ class TestTwoProcesses:
         assert (first.returncode, second.returncode) == (1, 0)
         assert path.read_bytes() == PAYLOAD
 
+    @pytest.mark.skipif(os.name == "nt", reason="an open file cannot be removed there")
+    def test_a_lock_file_removed_before_it_is_locked_is_no_lock(self, path, monkeypatch):
+        """Its owner takes it away between the opening and the locking of one that waits."""
+        path.parent.mkdir()
+        lock, try_lock, tried = beside(path, "lock"), module._try_lock, []
+
+        def too_late(file) -> bool:
+            if not tried:
+                lock.unlink()
+            tried.append(file)
+            return try_lock(file)
+
+        monkeypatch.setattr(module, "_try_lock", too_late)
+        with module._locked(lock):
+            assert len(tried) == 2
+            with lock.open("ab") as another:
+                assert not try_lock(another)
+        assert not lock.exists()
+
     def test_of_many_that_fail_and_succeed_only_one_at_a_time_downloads(self, serve, path):
         """Each that fails takes its lock file away, while others wait for that very file."""
         busy, most = threading.Semaphore(1), []

@@ -152,6 +152,14 @@ def test_code_in_a_file_is_not_run(archive, tmp_path):
     assert sprung.exists()  # the trap works
 
 
+def test_numbers_in_another_byte_order_are_refused(tmp_path):
+    little, big = saved({"a": torch.ones(1)}, tmp_path / "little.pt"), tmp_path / "big.pt"
+    with zipfile.ZipFile(little) as source, zipfile.ZipFile(big, "w") as copy:
+        for name in source.namelist():
+            copy.writestr(name, b"big" if name.endswith("/byteorder") else source.read(name))
+    assert "big-endian" in refusal(big)
+
+
 def test_a_record_that_lies_about_its_length_is_refused(archive, tmp_path):
     with zipfile.ZipFile(archive) as source, zipfile.ZipFile(tmp_path / "short.pt", "w") as copy:
         for name in source.namelist():
