@@ -71,7 +71,7 @@ def main() -> None:
         help="folder for splits, runs and results (default: %(default)s)")
     add("--seeds", type=integer(0), nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     add("--ours", default="", metavar="ARGUMENTS",
-        help="arguments of train.py in place of its defaults, in quotes: --ours='--lr 1e-4'")
+        help="of train.py in place of its defaults, in quotes: --ours='--lr 1e-4'")
     add("--plot", type=path, default=Path(__file__).with_suffix(".png"), metavar="FILE",
         help="(default: %(default)s)")
     # fmt: on

@@ -59,8 +59,8 @@ def main() -> None:
     add("--seeds", type=integer(0), nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     add("--epochs", type=integer(5), default=10,
         help="of ours, a multiple of 5; open_clip takes a fifth (default: %(default)s)")
-    add("--ours", default="--captions_per_image 2", metavar="ARGUMENTS",
-        help="of train.py in place of its defaults, in quotes (default: %(default)s)")
+    add("--ours", default="", metavar="ARGUMENTS",
+        help="of train.py in place of its defaults, in quotes: --ours='--lr 1e-3'")
     add("--languages", nargs="+", default=["en", "cn", "en cn"], metavar="LANGUAGES",
         help="each trained on apart (default: en cn 'en cn')")
     # fmt: on
