@@ -9,50 +9,51 @@ from models.clip import CLIP
 from models.errors import InputError
 
 LAYER = re.compile(r"(?:transformer\.resblocks\.|visual\.layer)(\d+)\.")
-HEAD = re.compile(r"(?:visual\.)?(?:ln_post|ln_final|proj|text_projection|attnpool)(?:\.|$)")
+HEAD = re.compile(
+    r"(?:visual\.)?(?:ln_post|ln_final|proj|text_projection|attnpool|logit_scale)(?:\.|$)"
+)
 
 
 def distance_from_end(model: CLIP) -> dict[str, int]:
     """How many layers stand between each named parameter and the features: 0 for the projection
     and the norm before it (a ResNet's attention pooling), 1 for the last block (a ResNet's last
     stage), and so on; most for what comes before the first block. The logit scale: 0."""
+    blocks: dict[str, set[int]] = {"image": set(), "text": set()}
     names = [name for name, _ in model.named_parameters()]
-    depths = {}
     for name in names:
-        tower = "visual." if name.startswith("visual.") else ""
-        numbers = [
-            int(found[1])
-            for other in names
-            if other.startswith("visual.") == bool(tower) and (found := LAYER.search(other))
-        ]
-        own = LAYER.search(name)
-        if HEAD.match(name) or name == "logit_scale":
-            depths[name] = 0
-        elif own:
-            depths[name] = max(numbers) - int(own[1]) + 1
+        if found := LAYER.search(name):
+            blocks[tower_of(name)].add(int(found[1]))
+    distances = {}
+    for name in names:
+        numbers, own = blocks[tower_of(name)], LAYER.search(name)
+        if own:
+            distances[name] = max(numbers) - int(own[1]) + 1
+        elif HEAD.match(name):
+            distances[name] = 0
         else:
-            depths[name] = max(numbers) - min(numbers) + 2
-    return depths
+            distances[name] = len(numbers) + 1
+    return distances
+
+
+def tower_of(name: str) -> str:
+    """The tower that a parameter is part of, `"image"` or `"text"`."""
+    return "image" if name.startswith("visual.") else "text"
 
 
 def lock(model: CLIP, tower: str, unlocked: int) -> None:
     """Keep a tower, `"image"` or `"text"`, from being trained, but for its last `unlocked` blocks
     and what comes after them; with 0 all of it (Zhai et al. 2022, "LiT")."""
     distances = distance_from_end(model)
-    blocks = max(d for name, d in distances.items() if in_tower(name, tower)) - 1
+    own = [name for name in distances if tower_of(name) == tower and name != "logit_scale"]
+    blocks = max(distances[name] for name in own) - 1
     if unlocked > blocks:
         raise InputError(
             f"--lock_{tower} {unlocked}: this tower has {blocks} blocks; leave --lock_{tower} out "
             "to train all of it"
         )
-    for name, parameter in model.named_parameters():
-        if in_tower(name, tower) and (unlocked == 0 or distances[name] > unlocked):
-            parameter.requires_grad_(False)
-
-
-def in_tower(name: str, tower: str) -> bool:
-    """Whether the parameter of that name is part of the tower, `"image"` or `"text"`."""
-    return name != "logit_scale" and name.startswith("visual.") == (tower == "image")
+    for name in own:
+        if unlocked == 0 or distances[name] > unlocked:
+            model.get_parameter(name).requires_grad_(False)
 
 
 def train_mode(model: nn.Module) -> None:
