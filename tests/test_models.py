@@ -253,7 +253,9 @@ def test_a_long_list_of_keys_is_cut():
 def spoilt_weights(draw):
     """Weights of a small model, some of them gone, renamed, of other shapes or types, or NaN."""
     weights = dict(create_model("ViT-demo").state_dict())
-    for key in draw(st.lists(st.sampled_from(sorted(weights)), min_size=1, max_size=3)):
+    for key in draw(
+        st.lists(st.sampled_from(sorted(weights)), min_size=1, max_size=3, unique=True)
+    ):
         tensor = weights.pop(key, torch.zeros(1))
         change = draw(st.sampled_from(["gone", "renamed", "shape", "cut", "type", "NaN", "same"]))
         if change == "renamed":
@@ -280,8 +282,10 @@ def test_any_weights_are_a_model_that_works_or_refused_in_one_line(weights, side
         assert str(error).isprintable() and len(str(error)) < 2000
         return
     side = model.visual.input_resolution
+    last = model.token_embedding.num_embeddings - 1  # a table that was cut knows fewer tokens
+    tokens = torch.full((1, min(2, model.context_length)), last)
     with torch.no_grad():
-        logits, _ = model(torch.zeros(1, 3, side, side), tokenize(["a dog"]))
+        logits, _ = model(torch.zeros(1, 3, side, side), tokens)
     assert logits.shape == (1, 1)
 
 
