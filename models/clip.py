@@ -143,13 +143,14 @@ def build_model(state_dict: dict[str, Tensor], input_shape: int | None = None) -
     """
     architecture = infer_architecture(state_dict)
     weights = {key: t.float() if t.is_floating_point() else t for key, t in state_dict.items()}
-    if input_shape is not None and input_shape != architecture["image_resolution"]:
-        weights = resize_positional_embedding(weights, architecture, input_shape)
-        architecture = architecture | {"image_resolution": input_shape}
     with torch.device("meta"):  # shapes only: no time is spent on initial values
         model = CLIP(**architecture)
     check_keys(weights, model.state_dict())
     check_finite(weights)
+    if input_shape is not None and input_shape != architecture["image_resolution"]:
+        weights = resize_positional_embedding(weights, architecture, input_shape)
+        with torch.device("meta"):
+            model = CLIP(**architecture | {"image_resolution": input_shape})
     model.load_state_dict(weights, assign=True)
     return model.eval()
 
