@@ -102,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="score and save an exponential moving average of the weights, such as 0.999")
     add("--wise_ft", type=fraction, nargs="+", metavar="ALPHA",
         help="score the weights between the start (0) and the best epoch (1) at each ALPHA, such "
-        "as 0 0.25 0.5 0.75 1, and save the best")
+        "as 0 0.25 0.5 0.75 1, and save the best; with 0 it is never worse than the start")
 
     add = parser.add_argument_group("memory, speed, interruptions").add_argument
     add("--use_amp", action="store_true",
@@ -211,6 +211,13 @@ def main() -> None:
         with ranks.first_ahead():  # which decodes
             for dataset in (train_set, val_set):
                 dataset.cache(args.cache or None, device, num_workers)
+    data = train_set.fingerprint() + val_set.fingerprint()
+    if resumed and data != resumed["data"]:
+        raise InputError(
+            f"--dataset_path {args.dataset_path}: its images or captions are not those of the run "
+            "(or --language is not); to train on others, start a new run from the run's "
+            "weights/last_epoch_weights.pth"
+        )
     loader = TrainLoader(
         train_set, args.batch_size, device, args.seed, num_workers, not args.no_augment,
         args.captions_per_image, args.strict, ranks,
@@ -218,7 +225,10 @@ def main() -> None:
 
     # Run folder; the first of several processes writes it
     started = time.strftime("%Y-%m-%d_%H-%M-%S")
-    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    given = vars(args) | {"dataset_path": args.dataset_path.resolve()}
+    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
+    if resumed:  # what the run was started with
+        arguments |= {name: resumed["arguments"][name] for name in started_with}
     rows = resumed["rows"] if resumed else []
     if ranks.is_first:
         if resumed:
@@ -287,20 +297,18 @@ def main() -> None:
 
     def save(losses: list[torch.Tensor]) -> None:
         """Write everything needed to go on after an epoch's steps with these losses."""
-        if ranks.is_first and all(torch.stack(losses).isfinite() if losses else ()):
+        if ranks.is_first:
             checkpoint.save_checkpoint(
                 weights / "checkpoint.pth",
-                arguments=arguments, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                scaler=precision.scaler.state_dict(), rows=rows, losses=[x.item() for x in losses],
-                average=average.state_dict() if average else None,
+                arguments=arguments, data=data, rows=rows, losses=[x.item() for x in losses],
+                model=model.state_dict(), average=average.state_dict() if average else None,
+                optimizer=optimizer.state_dict(), scaler=precision.scaler.state_dict(),
             )  # fmt: skip
 
     def end() -> None:
-        launch = (
-            f"torchrun --standalone --nproc_per_node={ranks.size}" if ranks.size > 1 else "python"
-        )
+        launch = "torchrun [as before]" if ranks.size > 1 else "python"
         if ranks.is_first:
-            print(f"stopped by a signal; to go on:\n  {launch} train.py --resume_training "
+            print(f"\nstopped by a signal; to go on:\n  {launch} train.py --resume_training "
                   f"{weights / 'checkpoint.pth'}")  # fmt: skip
         raise interrupt.exit()
 
@@ -308,8 +316,10 @@ def main() -> None:
         if average:
             average.update_parameters(model)
         stop = ranks.any(interrupt.signal is not None)
-        if stop or (args.save_steps and len(losses) % args.save_steps == 0):
-            save(losses)
+        due = stop or (args.save_steps and len(losses) % args.save_steps == 0)
+        if not due or not losses[-1].isfinite():  # such a loss ends the run with the next step
+            return
+        save(losses)
         if stop:
             end()
 
@@ -343,6 +353,7 @@ def main() -> None:
             history.append_loss(epoch, trained["train_loss"], val_loss)
         if ranks.any(interrupt.signal is not None):
             end()
+    interrupt.release()
     if not ranks.is_first:
         return
     history.close()
@@ -377,7 +388,7 @@ def check_resumed(args: argparse.Namespace, saved: dict, resumed: dict) -> None:
     """Raise `InputError` for arguments with which a run cannot go on."""
     fixed = ["input_shape", "optimizer_type", "layer_decay", "lock_image", "lock_text", "wise_ft"]
     if resumed["losses"]:  # in the middle of an epoch
-        fixed += ["batch_size", "captions_per_image", "language", "seed"]
+        fixed += ["batch_size", "captions_per_image", "no_augment", "seed"]
     for name in fixed:
         if getattr(args, name) != saved[name]:
             raise InputError(

@@ -1,11 +1,13 @@
 """Runs that are stopped at any moment and go on to what they would have been."""
 
 import csv
+import json
 import multiprocessing
 import os
 import random
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import torch
 from scripts import ROOT, error_line, run_script
 
 from flickr8k.render_demo import render_demo
+from utils.interrupt import Interrupt
 
 KILLS = 24
 TIMES = {"images_per_second", "data_wait_percent", "peak_memory_mb"}  # what no two runs share
@@ -176,6 +179,44 @@ def test_a_checkpoint_of_another_version_says_so(whole, tmp_path):
 def test_in_the_middle_of_an_epoch_the_batches_cannot_change(whole, tmp_path):
     state = torch.load(whole / "weights" / "checkpoint.pth", weights_only=True)
     torch.save(state | {"losses": [1.0]}, tmp_path / "checkpoint.pth")
-    for changed in (["--batch_size", 8], ["--seed", 3], ["--captions_per_image", 1]):
+    changes = (["--batch_size", 8], ["--seed", 3], ["--captions_per_image", 1], ["--no_augment"])
+    for changed in changes:
         line = error_line("train.py", "--resume_training", "checkpoint.pth", *changed, cwd=tmp_path)
         assert changed[0] in line
+
+
+def test_a_run_goes_on_with_its_own_data_alone_wherever_they_lie(data, whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    moved = tmp_path / "moved"
+    shutil.copytree(data, moved)
+    arguments = ["--resume_training", run, "--epochs", 7]
+    for changed in (["--language", "cn"], ["--language", "en", "cn"]):
+        line = error_line("train.py", *arguments, *changed, cwd=tmp_path)
+        assert "--language" in line and "last_epoch_weights.pth" in line
+    run_script("train.py", *arguments, "--dataset_path", "moved", cwd=tmp_path)
+    found = json.loads((run / "arguments.json").read_text())
+    assert found["dataset_path"] == str(moved.resolve())
+    started = json.loads((whole / "arguments.json").read_text())
+    for name in ("model", "resume_training"):
+        assert found[name] == started[name] is not None
+    entries = json.loads((moved / "en_train.json").read_text("utf-8"))
+    (moved / "en_train.json").write_text(json.dumps(entries[:-1]), "utf-8")
+    line = error_line("train.py", "--resume_training", run, "--epochs", 8, cwd=tmp_path)
+    assert "--dataset_path" in line
+
+
+def test_signals_are_noted_until_they_are_released():
+    def handlers():
+        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    before = handlers()
+    interrupt = Interrupt()
+    try:
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupt.signal == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        interrupt.release()
+    assert handlers() == before

@@ -13,7 +13,7 @@ from models.errors import InputError
 from models.weights_file import is_torchscript
 from utils.files import TEMPORARY, replaced_whole
 
-FORMAT = 2  # of checkpoint.pth; raised whenever an older program could not read it
+FORMAT = 3  # of checkpoint.pth; raised whenever an older program could not read it
 
 
 def new_run_folder(log_dir: str | os.PathLike, name: str) -> Path:

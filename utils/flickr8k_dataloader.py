@@ -1,5 +1,7 @@
 """Captioned images: the data set and the batches that training takes from it."""
 
+import hashlib
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -112,6 +114,12 @@ class Flickr8kDataset(Dataset):
         )
         self.unreadable = {row: self._problem(row) for row in unreadable}
         self.cached = on_device_if_small(pixels, torch.device(device))
+
+    def fingerprint(self) -> str:
+        """Changes with the images' names, the captions and their order, not with where they lie."""
+        images = [Path(image).relative_to(self.root).as_posix() for image in self.image]
+        listed = json.dumps([images, list(self.txt_to_img.values()), self.text])
+        return hashlib.sha256(listed.encode()).hexdigest()
 
     def count_cut_captions(self) -> int:
         """How many captions are longer than the text tower reads."""

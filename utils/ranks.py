@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from models.clip_utils import pick_device
 from models.errors import InputError
 
 T = TypeVar("T")
+PATIENCE = timedelta(hours=12)  # of ranks while the first downloads, checks or decodes
 
 
 class Share(NamedTuple):
@@ -118,7 +120,8 @@ def join_ranks(device: str | None) -> tuple[Ranks, torch.device]:
     picked = pick_device(device)
     if picked.type == "cuda" and picked.index != local:
         raise InputError(f"--device {device}: leave it out, torchrun gives each process its GPU")
-    dist.init_process_group("cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE)
     ranks = Ranks(dist.get_rank(), size)
     sys.excepthook = _without_traceback_of_lost_peers
     if not ranks.is_first:
