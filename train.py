@@ -3,7 +3,7 @@
 python train.py --demo                                    a small model, minutes on a CPU
 python train.py --resume_training ViT-B/32                the published weights, on flickr8k/
 python train.py --resume_training RUN/weights/checkpoint.pth       go on with a run
-torchrun --nproc_per_node=2 train.py ...                           on two GPUs
+torchrun --standalone --nproc_per_node=2 train.py ...              on two GPUs
 """
 
 import argparse
@@ -146,7 +146,7 @@ def main() -> None:
     from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
     from utils.interrupt import Interrupt
     from utils.layers import lock, whole_batch_norms
-    from utils.metric import format_table, mean_recall, plot_metrics
+    from utils.metric import columns, format_table, mean_recall, plot_metrics
     from utils.optimizer import learning_rate, parameter_groups, restore
     from utils.precision import Precision
     from utils.ranks import join_ranks
@@ -334,8 +334,7 @@ def main() -> None:
         recall = mean_recall(metrics)
         is_best = all(recall > row["mean_recall"] for row in rows)
         row = {"epoch": epoch, **trained, "val_loss": val_loss, "mean_recall": recall}
-        row |= {f"{way}_{name}": value for way in metrics for name, value in metrics[way].items()}
-        rows.append(row | {"peak_memory_mb": peak_memory_mb(device)})
+        rows.append(row | columns(metrics) | {"peak_memory_mb": peak_memory_mb(device)})
         losses = []
         print(
             f"epoch {epoch}/{args.epochs}: train loss {trained['train_loss']:.4f}, validation loss "

@@ -1,6 +1,7 @@
 """Two and three processes against one with the same global batch."""
 
 import csv
+import os
 import subprocess
 import sys
 
@@ -108,13 +109,13 @@ def test_sharded_evaluation_has_the_metrics_of_one_process(data):
         assert loss == pytest.approx(expected_loss, rel=1e-6)
 
 
-def train_with(data, cwd, size, *arguments):
+def train_with(data, cwd, size, *arguments, environment=None):
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={size}",
                "--standalone", str(ROOT / "train.py"), "--dataset_path", str(data),
                "--resume_training", "none", "--model", "ViT-demo", "--batch_size", "11",
                "--lr", "1e-3", "--device", "cpu", *arguments]  # fmt: skip
     return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=180, check=False
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
 
 
@@ -156,16 +157,7 @@ def test_a_rank_that_dies_ends_the_job(data, tmp_path):
         "    def die(*_): os.kill(os.getpid(), signal.SIGKILL)\n"
         "    utils.gradients.contrastive_loss = die\n"
     )
-    import os
-
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-               "--standalone", str(ROOT / "train.py"), "--dataset_path", str(data),
-               "--resume_training", "none", "--model", "ViT-demo", "--batch_size", "11",
-               "--device", "cpu"]  # fmt: skip
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
-        check=False,
-    )  # fmt: skip
+    done = train_with(data, tmp_path, 2, environment=environment)
     assert done.returncode != 0
     assert "rank      : 1" in done.stderr and "SIGKILL" in done.stderr

@@ -70,7 +70,7 @@ class Flickr8kDataset(Dataset):
             self.img_to_txt[i] = list(range(len(self.text), len(self.text) + len(captions)))
             self.txt_to_img |= dict.fromkeys(self.img_to_txt[i], i)
             self.text += captions
-        self._check_images_exist(root, is_train)
+        self._check_images_exist()
 
     def __len__(self) -> int:
         return len(self.image)
@@ -133,13 +133,13 @@ class Flickr8kDataset(Dataset):
             return str(error)
         return f"{self.image[row]}: could not be read when the cache was written"
 
-    def _check_images_exist(self, root: Path, is_train: bool) -> None:
+    def _check_images_exist(self) -> None:
         """In training another image takes the place of a missing one, but not of all of them."""
         missing = [image for image in self.image if not Path(image).is_file()]
-        if missing and (not is_train or len(missing) == len(self.image)):
+        if missing and (self.split == "val" or len(missing) == len(self.image)):
             raise InputError(
-                f"{root}: {len(missing)} of the {len(self.image)} {self.split} images are missing, "
-                f"the first is {missing[0]}; put them there or remove their entries"
+                f"{self.root}: {len(missing)} of the {len(self.image)} {self.split} images are "
+                f"missing, the first is {missing[0]}; put them there or remove their entries"
             )
 
 

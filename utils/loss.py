@@ -46,7 +46,7 @@ def contrastive_loss(
     ]  # fmt: skip
     other_texts = torch.cat([over_texts for over_texts, _ in blocks]).repeat_interleave(k)
     other_images = torch.stack([over_images for _, over_images in blocks]).logsumexp(dim=0)
-    other_images = ranks.share_with(1).gather(other_images[None]).logsumexp(dim=0)
+    other_images = ranks.share(ranks.size).gather(other_images[None]).logsumexp(dim=0)
     other_images = other_images[share.start * k : share.stop * k]
 
     over_texts = torch.logaddexp(matching, other_texts)

@@ -187,6 +187,11 @@ def mean_recall(metrics: Metrics) -> float:
     return float(np.mean([v for s in metrics.values() for k, v in s.items() if k.startswith("R@")]))
 
 
+def columns(metrics: Metrics) -> dict[str, float]:
+    """The metrics as fields of one row of a table, `i2t_R@1` and so on."""
+    return {f"{way}_{name}": value for way in metrics for name, value in metrics[way].items()}
+
+
 def format_table(metrics: Metrics, k_values: Iterable[int] = K_VALUES) -> str:
     """The metrics as lines of text, a line a direction."""
     names = [f"{score}@{k}" for score in ("R", "mAP") for k in k_values]

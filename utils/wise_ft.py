@@ -8,7 +8,7 @@ from torch import Tensor
 from models.clip import CLIP
 from utils.checkpoint import save_weights, write_csv
 from utils.files import save_figure
-from utils.metric import TITLES, Metrics, mean_recall
+from utils.metric import TITLES, Metrics, columns, mean_recall
 
 
 def interpolate(start: dict[str, Tensor], tuned: dict[str, Tensor], alpha: float) -> dict:
@@ -41,7 +41,7 @@ def evaluate_path(
         row = {"alpha": alpha, "mean_recall": mean_recall(metrics), "val_loss": val_loss}
         if all(row["mean_recall"] > other["mean_recall"] for other in rows):  # the first is, too
             save_weights(model, run / "weights" / "wise_ft_weights.pth")
-        rows.append(row | {f"{way}_{k}": v for way in metrics for k, v in metrics[way].items()})
+        rows.append(row | columns(metrics))
         write_csv(run / "wise_ft.csv", rows)
     plot_path(rows, run / "wise_ft.png")
     return rows

@@ -17,7 +17,6 @@ Reported are the scores on the validation images, epoch by epoch, and retention:
 validation images. All runs are kept in `--output`; what is there is not trained again.
 """
 
-import argparse
 import math
 import random
 import shutil
@@ -30,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from measure import print_table
 from PIL import Image, ImageOps
-from runs import RECALL_NAMES, once, over_seeds, recalls, score, train
+from runs import RECALL_NAMES, build_parser, once, over_seeds, recalls, score, train
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -40,7 +39,7 @@ from models.clip import CLIP
 from models.clip_utils import ARCHITECTURES
 from models.errors import InputError, run_script
 from utils.annotations import annotations_json, read_annotations
-from utils.arguments import integer, path
+from utils.arguments import path
 from utils.checkpoint import write_json
 from utils.files import save_figure
 from utils.flickr8k_dataloader import Flickr8kDataset
@@ -60,16 +59,9 @@ Epochs = list[dict]  # of a run: scores before training, then after each epoch
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = build_parser(__doc__, output="logs/fine_tuning")
     add = parser.add_argument
     # fmt: off
-    add("--dataset_path", type=path, default="flickr8k",
-        help="Flickr8k as prepare.py makes it (default: %(default)s)")
-    add("--output", type=path, default="logs/fine_tuning",
-        help="folder for splits, runs and results (default: %(default)s)")
-    add("--seeds", type=integer(0), nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     add("--ours", default="", metavar="ARGUMENTS",
         help="of train.py in place of its defaults, in quotes: --ours='--lr 1e-4'")
     add("--plot", type=path, default=Path(__file__).with_suffix(".png"), metavar="FILE",

@@ -21,13 +21,13 @@ import csv
 from pathlib import Path
 
 from measure import print_table
-from runs import RECALL_NAMES, call, once, over_seeds, recalls, score, train
+from runs import RECALL_NAMES, build_parser, call, once, over_seeds, recalls, score, train
 
 from models import load
 from models.clip_utils import ARCHITECTURES
 from models.errors import run_script
 from utils.annotations import read_annotations
-from utils.arguments import integer, path
+from utils.arguments import integer
 from utils.checkpoint import write_json
 from utils.files import replaced_whole
 from utils.flickr8k_dataloader import Flickr8kDataset
@@ -47,16 +47,9 @@ MAIN = (  # open_clip_train.main takes no model but those that are registered
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = build_parser(__doc__, output="logs/from_scratch")
     add = parser.add_argument
     # fmt: off
-    add("--dataset_path", type=path, default="flickr8k",
-        help="Flickr8k as prepare.py makes it (default: %(default)s)")
-    add("--output", type=path, default="logs/from_scratch",
-        help="folder for runs and results (default: %(default)s)")
-    add("--seeds", type=integer(0), nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     add("--epochs", type=integer(5), default=10,
         help="of ours, a multiple of 5; open_clip takes a fifth (default: %(default)s)")
     add("--ours", default="", metavar="ARGUMENTS",

@@ -4,6 +4,7 @@ Runs are processes of their own; one that was broken off goes on where it stoppe
 those of `utils.metric`, over the same images and captions for everyone.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -15,12 +16,29 @@ import torch
 from measure import ROOT
 
 from models.errors import InputError
+from utils.arguments import integer, path
 from utils.checkpoint import write_json
 from utils.engine import encode_images, encode_texts
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.metric import TITLES, Metrics, mean_recall, retrieval_metrics
 
 EVALUATION_BATCH = 200
+
+
+def build_parser(description: str, output: str) -> argparse.ArgumentParser:
+    """A parser with the arguments that these benchmarks share; `output` is the default folder."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    # fmt: off
+    add("--dataset_path", type=path, default="flickr8k",
+        help="Flickr8k as prepare.py makes it (default: %(default)s)")
+    add("--output", type=path, default=output,
+        help="folder for runs and results (default: %(default)s)")
+    add("--seeds", type=integer(0), nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
+    # fmt: on
+    return parser
 
 
 def once(file: Path, compute: Callable[[], dict | list]) -> dict | list:
