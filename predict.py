@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from models.errors import InputError, run_script
-from utils.arguments import name_or_path, path, run_folder, trained_on
+from utils.runs.arguments import name_or_path, path, run_folder, trained_on
 
 TOP = 5  # captions shown
 
@@ -53,8 +53,8 @@ def main() -> None:
 
     from models.clip_utils import find_weights, load, tokenize
     from models.preprocess import open_image
-    from utils.engine import encode_texts
-    from utils.ranking import draw_ranking, rank_captions
+    from utils.retrieval.encode import encode_texts
+    from utils.retrieval.ranking import draw_ranking, rank_captions
 
     if args.image:
         open_image(args.image)  # a wrong one is told before all that takes time
@@ -94,7 +94,7 @@ def newest_weights() -> Path:
 def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
     """The lines of `captions_file`, or the validation captions of the data set that the run of
     `weights` was trained on."""
-    from utils.annotations import missing_annotations, read_annotations
+    from utils.data.annotations import missing_annotations, read_annotations
 
     if captions_file:
         try:

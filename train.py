@@ -11,21 +11,9 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 from models.errors import InputError, run_script
-from utils.annotations import missing_annotations, shared_images_warning
-from utils.arguments import fraction, integer, name_or_path, number, path, positive
-
-DEMO = {
-    "dataset_path": "flickr8k/demo",
-    "resume_training": "none",
-    "model": "ViT-demo",
-    "epochs": 28,
-    "batch_size": 50,
-}
-FROM_SCRATCH = {"lr": 5e-4, "layer_decay": 1.0}
-FINE_TUNING = {"lr": 1e-4, "layer_decay": 0.7}
+from utils.runs.arguments import fraction, integer, number, path, positive, starting_point
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -123,307 +111,235 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def starting_point(text: str) -> str:
-    """A name or path as it is, but for a run's folder its checkpoint."""
-    text = name_or_path(text)
-    checkpoint = Path(text) / "weights" / "checkpoint.pth"
-    return str(checkpoint) if checkpoint.is_file() else text
-
-
 def main() -> None:
     parser = build_parser()
-    args = parser.parse_args()
+    parser.parse_args()  # --help and typing errors answer at once, before torch is imported
 
-    import torch
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+    from utils.machine.interrupt import Interrupt
+    from utils.machine.memory import explained
+    from utils.machine.processes import join_processes
+    from utils.metric import evaluate
+    from utils.retrieval.report import format_table
+    from utils.training.gradients import GradientExchange, accumulate_gradients
+    from utils.training.layer_groups import train_mode
+    from utils.training.optimizer import learning_rate, set_learning_rate
+    from utils.training.progress import Progress
+    from utils.training.settings import settle
 
-    from models.clip import build_model
-    from models.clip_utils import create_model, load
-    from models.weights_file import read_state_dict
-    from utils import checkpoint
-    from utils.check_data import check_images
-    from utils.engine import evaluate, peak_memory_mb, train_one_epoch
-    from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
-    from utils.interrupt import Interrupt
-    from utils.layers import lock, whole_batch_norms
-    from utils.metric import columns, format_table, mean_recall, plot_metrics
-    from utils.optimizer import learning_rate, parameter_groups, restore
-    from utils.precision import Precision
-    from utils.ranks import join_ranks
-    from utils.wise_ft import evaluate_path
+    args, resumed = settle(parser)
+    processes, device = join_processes(args.device)
+    prepare(args, processes)
 
-    # Where to start: a demo and an earlier run bring arguments, which the command line overrides.
-    resumed = None if args.demo else checkpoint.read_checkpoint(args.resume_training)
-    if args.demo:
-        parser.set_defaults(**DEMO)
-    elif resumed:
-        started_with = {"demo", "model", "resume_training"}
-        saved = {k: v for k, v in resumed["arguments"].items() if k not in started_with}
-        parser.set_defaults(**saved)
-    args = parser.parse_args()
-    recipe = FROM_SCRATCH if args.resume_training == "none" else FINE_TUNING
-    for name, value in {**recipe, "warmup_epochs": min(1.0, args.epochs / 10)}.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if resumed:
-        check_resumed(args, saved, resumed)
-    ranks, device = join_ranks(args.device)
+    model = get_model(args, resumed, device, processes)
+    loader, val_set = get_data(args, model.visual.input_resolution, device, processes)
+    run = open_run(args, resumed, model, loader, val_set)
+    state = get_state(args, resumed, model, device)
+    del resumed  # a second copy of the moments
+
+    announce(args, state, loader, val_set, run.folder)
+    score = partial(evaluate, state.scored, val_set, args.batch_size, loader.num_workers,
+                    state.precision, processes=processes)  # fmt: skip
+    if state.is_at_start and args.resume_training != "none":
+        print(f"before training:\n{format_table(score()[0])}")
+
+    rate_at = partial(learning_rate, peak=args.lr, total_steps=args.epochs * len(loader),
+                      warmup_steps=round(args.warmup_epochs * len(loader)))  # fmt: skip
+    exchange = GradientExchange(model, processes)
+    interrupt = Interrupt()
+    for epoch in range(len(state.epochs) + 1, args.epochs + 1):
+        if args.patience and state.epochs_since_best >= args.patience:
+            print(f"no better mean recall in {args.patience} epochs (--patience): training ends")
+            break
+        train_mode(model)
+        done = len(state.losses)  # steps of an epoch that was interrupted
+        with explained(), Progress(loader, epoch, done) as progress:
+            first = (epoch - 1) * len(loader) + done
+            for step, batch in enumerate(progress.timed(loader.epoch(epoch, done)), first):
+                set_learning_rate(state.optimizer, rate_at(step))
+                loss = accumulate_gradients(
+                    model, batch, state.precision, exchange, args.grad_cache
+                )
+                state.update(processes.sum(loss))
+                progress.advance(state.losses[-1], rate_at(step), step)
+                stop = processes.any(interrupt.signal is not None)
+                due = stop or (args.save_steps and len(state.losses) % args.save_steps == 0)
+                if due and state.losses[-1].isfinite():  # another one ends the run in the next step
+                    run.save_checkpoint(state.state_dict())
+                    if stop:
+                        raise run.stopped(interrupt)
+            trained = progress.summary(state.losses, rate_at(epoch * len(loader) - 1))
+        metrics, val_loss = score()
+        row = state.finish_epoch(trained, metrics, val_loss)
+        print(
+            f"epoch {epoch}/{args.epochs}: train loss {row['train_loss']:.4f}, validation loss "
+            f"{val_loss:.4f}, mean recall {row['mean_recall']:.2f}\n{format_table(metrics)}"
+        )
+        run.save_epoch(state.scored, state.state_dict(), args.freq)
+        if processes.any(interrupt.signal is not None):
+            raise run.stopped(interrupt)
+    interrupt.release()
+    run.close()
+    if processes.is_first:
+        finish(args, run.folder, val_set, loader.num_workers, state.precision)
+
+
+def prepare(args: argparse.Namespace, processes) -> None:
+    """Check the arguments, render the demo's images, seed every random choice."""
+    from flickr8k.render_demo import render_demo
+    from utils.training.settings import DEMO, check_arguments
+
     if args.demo and args.dataset_path == Path(DEMO["dataset_path"]):
-        from flickr8k.render_demo import render_demo
-
-        with ranks.first_ahead():
+        with processes.first_ahead():
             render_demo(args.dataset_path)
     check_arguments(args)
-    num_workers = args.num_workers
-    if num_workers is None:
-        num_workers = 4 if device.type == "cuda" else 0
-
     warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # a package of pyzjr's uses it
-    from pyzjr import LossHistory, SeedEvery, get_optimizer, redirect_console, show_config
+    from pyzjr import SeedEvery
 
     SeedEvery(args.seed)
 
-    # Model
-    with ranks.first_ahead():  # which downloads
+
+def get_model(args: argparse.Namespace, resumed: dict | None, device, processes):
+    """The model to train, on the CPU: from a checkpoint, from weights, or with random weights."""
+    from models.clip import build_model
+    from models.clip_utils import create_model, load
+    from utils.training.layer_groups import lock, whole_batch_norms
+
+    with processes.first_ahead():  # which downloads
         if resumed:
             model = build_model(resumed["model"], args.input_shape)
         elif args.resume_training == "none":
             model = create_model(args.model, args.input_shape)
         else:
             model, _ = load(args.resume_training, "cpu", input_shape=args.input_shape)
-    side = model.visual.input_resolution
     for tower, unlocked in (("image", args.lock_image), ("text", args.lock_text)):
         if unlocked is not None:
             lock(model, tower, unlocked)
-    if ranks.size > 1 or args.grad_cache:
+    if processes.size > 1 or args.grad_cache:
         model = whole_batch_norms(model, device, args.grad_cache)
+    return model
 
-    # Data
+
+def get_data(args: argparse.Namespace, side: int, device, processes):
+    """The batches to train on, and the images to score with, `side` pixels wide and high."""
+    from utils.data.annotations import shared_images_warning
+    from utils.data.check_images import check_images
+    from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
+
+    num_workers = args.num_workers
+    if num_workers is None:
+        num_workers = 4 if device.type == "cuda" else 0
     train_set = Flickr8kDataset(args.dataset_path, side, args.language, is_train=True)
     val_set = Flickr8kDataset(args.dataset_path, side, args.language, is_train=False)
-    if ranks.is_first:
+    if processes.is_first:
         if warning := shared_images_warning(train_set.image, val_set.image):
             print(f"warning: {warning}")
         checked = [train_set, val_set] if args.check_data else [val_set]
         if broken := [line for one in checked for line in check_images(one, num_workers)]:
             raise InputError("\n  ".join([f"{len(broken)} images cannot be read:", *broken]))
     if args.cache is not None:
-        with ranks.first_ahead():  # which decodes
+        with processes.first_ahead():  # which decodes
             for dataset in (train_set, val_set):
                 dataset.cache(args.cache or None, device, num_workers)
-    data = train_set.fingerprint() + val_set.fingerprint()
-    if resumed and data != resumed["data"]:
-        raise InputError(
-            f"--dataset_path {args.dataset_path}: its images or captions are not those of the run "
-            "(or --language is not); to train on others, start a new run from the run's "
-            "weights/last_epoch_weights.pth"
-        )
     loader = TrainLoader(
         train_set, args.batch_size, device, args.seed, num_workers, not args.no_augment,
-        args.captions_per_image, args.strict, ranks,
+        args.captions_per_image, args.strict, processes,
     )  # fmt: skip
+    return loader, val_set
 
-    # Run folder; the first of several processes writes it
+
+def open_run(args: argparse.Namespace, resumed: dict | None, model, loader, val_set):
+    """The run's folder with its arguments, the console's log and the history of losses."""
+    from pyzjr import LossHistory, redirect_console, show_config
+
+    from utils.runs.checkpoint import save_weights, write_json
+    from utils.runs.folder import Run, new_run_folder, reopen_run_folder
+    from utils.training.settings import as_saved, check_same_data
+
+    data = loader.dataset.fingerprint() + val_set.fingerprint()
+    if resumed:
+        check_same_data(args, data, resumed)
+    run = Run(loader.processes, as_saved(args, resumed), data)
+    if not loader.processes.is_first:
+        return run
     started = time.strftime("%Y-%m-%d_%H-%M-%S")
-    given = vars(args) | {"dataset_path": args.dataset_path.resolve()}
-    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
-    if resumed:  # what the run was started with
-        arguments |= {name: resumed["arguments"][name] for name in started_with}
     rows = resumed["rows"] if resumed else []
-    if ranks.is_first:
-        if resumed:
-            run = checkpoint.run_of_checkpoint(args.resume_training)
-            checkpoint.restore_folder(run, rows)
-        else:
-            run = checkpoint.new_run_folder(args.log_dir, started)
-        weights = run / "weights"
-        checkpoint.write_json(run / "arguments.json", arguments)
-        redirect_console(str(run / f"console_{started}.log"))
-        show_config(args=args, color="bold")
-        history = LossHistory(str(run), model, (side, side))  # leaves the model on the CPU
-        history.losses = [row["train_loss"] for row in rows]
-        history.val_loss = [row["val_loss"] for row in rows]
-        if args.wise_ft and not resumed:
-            checkpoint.save_weights(model, weights / "start_weights.pth")
+    if resumed:
+        run.folder = reopen_run_folder(args.resume_training, rows)
+    else:
+        run.folder = new_run_folder(args.log_dir, started)
+    write_json(run.folder / "arguments.json", run.arguments)
+    redirect_console(str(run.folder / f"console_{started}.log"))
+    show_config(args=args, color="bold")
+    side = model.visual.input_resolution
+    run.loss_history = LossHistory(str(run.folder), model, (side, side))
+    run.loss_history.losses = [row["train_loss"] for row in rows]
+    run.loss_history.val_loss = [row["val_loss"] for row in rows]
+    if args.wise_ft and not resumed:
+        save_weights(model, run.weights / "start_weights.pth")
+    return run
 
-    # Optimisation
+
+def get_state(args: argparse.Namespace, resumed: dict | None, model, device):
+    """What training starts with: the model on its device, an optimizer in which each layer has a
+    learning rate and a decay of its own, and all that the checkpoint carries."""
+    from pyzjr import get_optimizer
+
+    from utils.machine.precision import Precision
+    from utils.training.optimizer import parameter_groups, replace_groups
+    from utils.training.state import State
+
     model.to(device)
-    average = (
-        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
+    optimizer = get_optimizer(model, args.optimizer_type, args.lr)
+    replace_groups(
+        optimizer, parameter_groups(model, args.momentum, args.weight_decay, args.layer_decay)
     )
-    scored = average.module if average else model
+    state = State(model, optimizer, Precision(device, args.use_amp), args.ema)
+    if resumed:
+        state.restore(resumed)
     if args.grad_checkpointing:
         model.enable_grad_checkpointing()
     if args.compile:
         model.compile_towers()
-    precision = Precision(device, args.use_amp)
-    groups = parameter_groups(model, args.momentum, args.weight_decay, args.layer_decay)
-    optimizer = get_optimizer(  # takes a model, and asks it only for its parameters
-        SimpleNamespace(parameters=lambda: groups), args.optimizer_type, args.lr
-    )
-    rate_at = partial(
-        learning_rate,
-        peak=args.lr,
-        warmup_steps=round(args.warmup_epochs * len(loader)),
-        total_steps=args.epochs * len(loader),
-    )
-    losses = []  # of the steps that an interrupted epoch has behind it
-    if resumed:
-        restore(optimizer, resumed["optimizer"])
-        if resumed["scaler"]:  # empty where no loss scale was needed
-            precision.scaler.load_state_dict(resumed["scaler"])
-        if average and resumed["average"]:
-            average.load_state_dict(resumed["average"])
-        losses = list(torch.tensor(resumed["losses"], device=device))
-        del resumed  # a second copy of the weights
+    return state
 
-    if ranks.is_first:
-        millions = sum(p.numel() for p in model.parameters()) / 1e6
-        processes = f"{ranks.size} processes, " if ranks.size > 1 else ""
-        print(f"{len(train_set)} training images, {len(val_set)} validation images, {processes}"
-              f"{device}, {precision}, {millions:.1f} M parameters")  # fmt: skip
-        texts = len(train_set.text) + len(val_set.text)
-        if cut := train_set.count_cut_captions() + val_set.count_cut_captions():
-            print(f"{cut} captions ({cut / texts:.2%}) are longer than 77 tokens and were cut")
-        print(f"results in {run}")
-    score = partial(evaluate, scored, val_set, args.batch_size, num_workers, precision, ranks=ranks)
-    if not rows and not losses and args.resume_training != "none":
-        metrics, _ = score()
-        print(f"before training:\n{format_table(metrics)}")
 
-    if len(rows) == args.epochs:
+def announce(args: argparse.Namespace, state, loader, val_set, folder: Path | None) -> None:
+    """Print what is trained, on what, and where results will be."""
+    train_set = loader.dataset
+    millions = sum(p.numel() for p in state.model.parameters()) / 1e6
+    size = loader.processes.size
+    processes = f"{size} processes, " if size > 1 else ""
+    print(f"{len(train_set)} training images, {len(val_set)} validation images, {processes}"
+          f"{loader.device}, {state.precision}, {millions:.1f} M parameters")  # fmt: skip
+    texts = len(train_set.text) + len(val_set.text)
+    if cut := train_set.count_cut_captions() + val_set.count_cut_captions():
+        print(f"{cut} captions ({cut / texts:.2%}) are longer than 77 tokens and were cut")
+    print(f"results in {folder}")
+    if len(state.epochs) == args.epochs:
         print(f"the run has all {args.epochs} epochs behind it; --epochs with more goes on")
-    interrupt = Interrupt()
 
-    def save(losses: list[torch.Tensor]) -> None:
-        """Write everything needed to go on after an epoch's steps with these losses."""
-        if ranks.is_first:
-            checkpoint.save_checkpoint(
-                weights / "checkpoint.pth",
-                arguments=arguments, data=data, rows=rows, losses=[x.item() for x in losses],
-                model=model.state_dict(), average=average.state_dict() if average else None,
-                optimizer=optimizer.state_dict(), scaler=precision.scaler.state_dict(),
-            )  # fmt: skip
 
-    def end() -> None:
-        launch = "torchrun [as before]" if ranks.size > 1 else "python"
-        if ranks.is_first:
-            print(f"\nstopped by a signal; to go on:\n  {launch} train.py --resume_training "
-                  f"{weights / 'checkpoint.pth'}")  # fmt: skip
-        raise interrupt.exit()
+def finish(args: argparse.Namespace, folder: Path, val_set, num_workers: int, precision) -> None:
+    """Score the best epoch, read back from its file, and the weights on the way to it."""
+    from models.clip_utils import load
+    from models.weights.read import read_state_dict
+    from utils.metric import evaluate
+    from utils.retrieval.report import format_table, plot_metrics
+    from utils.training.wise_ft import evaluate_path
 
-    def after_step(losses: list[torch.Tensor]) -> None:
-        if average:
-            average.update_parameters(model)
-        stop = ranks.any(interrupt.signal is not None)
-        due = stop or (args.save_steps and len(losses) % args.save_steps == 0)
-        if not due or not losses[-1].isfinite():  # such a loss ends the run with the next step
-            return
-        save(losses)
-        if stop:
-            end()
-
-    for epoch in range(len(rows) + 1, args.epochs + 1):
-        if args.patience and epochs_since_best(rows) >= args.patience:
-            print(f"no better mean recall in {args.patience} epochs (--patience): training ends")
-            break
-        trained = train_one_epoch(
-            model, loader, optimizer, precision, epoch, rate_at, after_step, losses, args.grad_cache
-        )
-        metrics, val_loss = score()
-        recall = mean_recall(metrics)
-        is_best = all(recall > row["mean_recall"] for row in rows)
-        row = {"epoch": epoch, **trained, "val_loss": val_loss, "mean_recall": recall}
-        rows.append(row | columns(metrics) | {"peak_memory_mb": peak_memory_mb(device)})
-        losses = []
-        print(
-            f"epoch {epoch}/{args.epochs}: train loss {trained['train_loss']:.4f}, validation loss "
-            f"{val_loss:.4f}, mean recall {recall:.2f}\n{format_table(metrics)}"
-        )
-        if ranks.is_first:
-            if is_best:
-                checkpoint.save_weights(scored, weights / "best_epoch_weights.pth")
-            if epoch % args.freq == 0:
-                named = f"loss{trained['train_loss']:.3f}_val_loss{val_loss:.3f}"
-                checkpoint.save_weights(scored, weights / f"ep{epoch:03}_{named}.pth")
-            checkpoint.save_weights(scored, weights / "last_epoch_weights.pth")
-            save(losses)
-            checkpoint.write_csv(run / "metrics.csv", rows)
-            history.append_loss(epoch, trained["train_loss"], val_loss)
-        if ranks.any(interrupt.signal is not None):
-            end()
-    interrupt.release()
-    if not ranks.is_first:
-        return
-    history.close()
-
-    # The best epoch, read back from its file, and the way to it
-    best_weights = weights / "best_epoch_weights.pth"
-    model, _ = load(best_weights, device)
+    best_weights = folder / "weights" / "best_epoch_weights.pth"
+    model, _ = load(best_weights, precision.device)
     score = partial(evaluate, model, val_set, args.batch_size, num_workers, precision)
     metrics, _ = score(k_values=range(1, 11))
-    plot_metrics(metrics, run / "R_mAP.png")
-    print(f"the best epoch:\n{format_table(metrics)}\nplot: {run / 'R_mAP.png'}")
+    plot_metrics(metrics, folder / "R_mAP.png")
+    print(f"the best epoch:\n{format_table(metrics)}\nplot: {folder / 'R_mAP.png'}")
     if args.wise_ft:
-        start = read_state_dict(weights / "start_weights.pth")
-        curve = evaluate_path(model, start, args.wise_ft, score, run)
-        best = max(curve, key=lambda point: point["mean_recall"])
-        print("WiSE-FT, mean recall at alpha:", ", ".join(
-            f"{point['mean_recall']:.2f} at {point['alpha']:g}" for point in curve))  # fmt: skip
-        best_weights = weights / "wise_ft_weights.pth"
-        print(f"the best, alpha {best['alpha']:g}: {best_weights}; plot: {run / 'wise_ft.png'}")
+        start = read_state_dict(folder / "weights" / "start_weights.pth")
+        evaluate_path(model, start, args.wise_ft, score, folder)
+        best_weights = folder / "weights" / "wise_ft_weights.pth"
     print(f"now try\n  python predict.py {val_set.image[0]} --weights {best_weights}")
     print(f"  python predict_zero_shot.py {val_set.image[0]} --weights {best_weights} "
           f"--labels \"{val_set.text[0]}\" \"{val_set.text[-1]}\"")  # fmt: skip
-
-
-def epochs_since_best(rows: list[dict]) -> int:
-    """How many epochs have passed since the one with the best mean recall."""
-    recalls = [row["mean_recall"] for row in rows]
-    return len(rows) - 1 - recalls.index(max(recalls)) if rows else 0
-
-
-def check_resumed(args: argparse.Namespace, saved: dict, resumed: dict) -> None:
-    """Raise `InputError` for arguments with which a run cannot go on."""
-    fixed = ["input_shape", "optimizer_type", "layer_decay", "lock_image", "lock_text", "wise_ft"]
-    if resumed["losses"]:  # in the middle of an epoch
-        fixed += ["batch_size", "captions_per_image", "no_augment", "seed"]
-    for name in fixed:
-        if getattr(args, name) != saved[name]:
-            raise InputError(
-                f"--{name}: a run goes on with its own, {saved[name]}; to change it, start a new "
-                "run from the run's weights/last_epoch_weights.pth"
-            )
-    epochs_done = len(resumed["rows"])
-    if args.epochs < epochs_done:
-        raise InputError(f"--epochs {args.epochs}: the run has {epochs_done} epochs already")
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Raise `InputError` for arguments that contradict each other, or data that is not there."""
-    if args.demo and args.resume_training != "none":
-        raise InputError("--demo trains from scratch: leave --resume_training out")
-    if args.resume_training == "none" and not args.model:
-        raise InputError("--resume_training none trains from scratch and needs --model, such as "
-                         "ViT-demo or ViT-B/32")  # fmt: skip
-    if args.model and args.resume_training != "none":
-        raise InputError("--model is for training from scratch: add --resume_training none, or "
-                         "leave --model out, since weights bring their architecture")  # fmt: skip
-    if args.wise_ft and args.resume_training == "none":
-        raise InputError("--wise_ft mixes tuned weights with those they started from: it needs "
-                         "--resume_training WEIGHTS")  # fmt: skip
-    if args.lock_image == 0 and args.lock_text == 0:
-        raise InputError("--lock_image and --lock_text together leave nothing to train: unlock "
-                         "some blocks of one, such as --lock_text 2")  # fmt: skip
-    if args.warmup_epochs >= args.epochs:
-        raise InputError(f"--warmup_epochs {args.warmup_epochs:g} should be less than --epochs "
-                         f"{args.epochs}")  # fmt: skip
-    for language in args.language:
-        if missing := missing_annotations(args.dataset_path / f"{language}_train.json"):
-            raise InputError(
-                f"{missing}. To get Flickr8k: python flickr8k/prepare.py --download; for data of "
-                "yours: --dataset_path FOLDER; to see it work without any: python train.py --demo"
-            )
 
 
 if __name__ == "__main__":

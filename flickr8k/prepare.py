@@ -40,7 +40,7 @@ if not __package__:  # run as a script
 
 from models.errors import InputError, run_script
 from utils import arguments
-from utils.annotations import annotations_json, refuse_another_set, write_set
+from utils.data.annotations import annotations_json, refuse_another_set, write_set
 
 Captions = dict[str, list[str]]  # of an image, by its name
 Splits = dict[str, list[str]]  # images' names, by split
@@ -338,7 +338,7 @@ def prepare(root: Path, sources: Iterable[Path] = (), fetch: bool = False) -> di
 
 
 def _download(name: str, root: Path) -> Path:
-    from models.download import download
+    from models.weights.download import download
 
     return download(f"{RELEASE}/{name}", root / "downloads" / name, MD5[name])
 

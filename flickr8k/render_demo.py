@@ -26,7 +26,7 @@ if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.errors import run_script
-from utils.annotations import annotations_json, write_set
+from utils.data.annotations import annotations_json, write_set
 
 Colour = tuple[int, int, int]
 Points = list[tuple[float, float]]

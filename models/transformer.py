@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+HEAD_WIDTH = 64  # of every attention head in the published models
+
 
 class Layout(NamedTuple):
     """How n sequences lie in a `[t, w]` tensor, and which token of each is read in the end."""

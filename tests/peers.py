@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
-from models.clip_utils import ARCHITECTURES
+from models.weights.registry import ARCHITECTURES
 
 TEXT = {"context_length": 77, "vocab_size": 49408}
 

@@ -14,17 +14,18 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from models.clip_utils import CONTEXT_LENGTH, tokenize, tokenizer
+from models.clip_utils import tokenize, tokenizer
 from models.errors import InputError
 from models.preprocess import normalize, open_image, pixels
-from utils.annotations import read_annotations
-from utils.augment import crop, draw_crops
-from utils.image_cache import cached_pixels, gather, on_device_if_small
-from utils.interrupt import leave_signals_to_parent
-from utils.ranks import ALONE, Ranks
+from models.weights.registry import CONTEXT_LENGTH
+from utils.data.annotations import read_annotations
+from utils.data.augment import crop, draw_crops
+from utils.data.image_cache import cached_pixels, gather, on_device_if_small
+from utils.data.reading import Loaded, read_batches, substitutes
+from utils.machine.processes import ALONE, Processes
 
 BUILD_BATCH = 32  # images decoded at a time for the cache
 
@@ -109,7 +110,7 @@ class Flickr8kDataset(Dataset):
             self.target_shape,
             (
                 (loaded.images, loaded.problems)
-                for loaded in _decode(_Batches(self, batches, substitute=True), num_workers)
+                for loaded in read_batches(self, batches, num_workers, substitute=True)
             ),
         )
         self.unreadable = {row: self._problem(row) for row in unreadable}
@@ -143,94 +144,21 @@ class Flickr8kDataset(Dataset):
             )
 
 
-class Loaded(NamedTuple):
-    """Images of a batch, `[n, 3, r, r]`, on the CPU, or on the GPU that holds the cached set; their
-    indices; and what is wrong with others that could not be read."""
-
-    images: Tensor
-    rows: list[int]
-    problems: dict[int, str]
-
-
 def image_batches(
     dataset: Flickr8kDataset, batches: list[list[int]], num_workers: int
 ) -> Iterator[Tensor]:
     """Batches of images, `[n, 3, r, r]`, for lists of image indices. Raises `InputError` for one
     that cannot be read."""
     if dataset.cached is None:
-        yield from (loaded.images for loaded in _decode(_Batches(dataset, batches), num_workers))
+        yield from (loaded.images for loaded in read_batches(dataset, batches, num_workers))
         return
     for problem in dataset.unreadable.values():
         raise InputError(problem)
     yield from gather(dataset.cached, batches)
 
 
-def _decode(batches: "_Batches", num_workers: int) -> Iterator[Loaded]:
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # leaves the global one as it is
-        worker_init_fn=leave_signals_to_parent,
-    )
-    for loaded in loader:
-        if isinstance(loaded, InputError):
-            raise loaded
-        yield loaded
-
-
-class _Batches(Dataset):
-    """Item i is the i-th batch, or its `own` rows; with `substitute` another image takes the place
-    of one that cannot be read. Else it is the error that one of them brings: what a worker process
-    raises would arrive with the worker's traceback in its message.
-    """
-
-    def __init__(
-        self,
-        dataset: Flickr8kDataset,
-        batches: list[list[int]],
-        own: slice = slice(None),
-        substitute: bool = False,
-    ):
-        self.dataset = dataset
-        self.batches = batches
-        self.own = own
-        self.substitute = substitute
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> Loaded | InputError:
-        batch = self.batches[index]
-        images, rows, problems = [], [], {}
-        for row in batch[self.own]:
-            for candidate in substitutes(row, len(self.dataset), batch, rows):
-                try:
-                    images.append(self.dataset[candidate][0])
-                    rows.append(candidate)
-                    break
-                except InputError as error:
-                    if not self.substitute:
-                        return error
-                    problems[candidate] = str(error)
-            else:
-                return InputError(f"none of the images can be read; {problems[row]}")
-        return Loaded(torch.stack(images), rows, problems)
-
-
-def substitutes(row: int, n: int, *taken: list[int]) -> Iterator[int]:
-    """`row`, then the indices of all n images in the order in which one would take its place: those
-    that are not `taken` come first."""
-    yield row
-    others = [other % n for other in range(row + 1, row + n)]
-    in_use = set().union(*taken)
-    yield from (other for other in others if other not in in_use)
-    yield from (other for other in others if other in in_use)
-
-
 class Batch(NamedTuple):
-    """A rank's part of a training batch: n images and k captions of each.
+    """A process's part of a training batch: n images and k captions of each.
 
     images  `[n, 3, r, r]` on the device, uint8
     crops   `[n, 3]` of `draw_crops`, or None for whole images
@@ -259,8 +187,8 @@ class Batch(NamedTuple):
 class TrainLoader:
     """Shuffled batches; an image brings `captions_per_image` of its captions, drawn anew each
     epoch (as many as there are, where no image has so many). Every random choice follows from the
-    seed and the epoch alone, so it does not depend on the number of workers or ranks, nor on what
-    ran before. Images that fill no whole batch sit out an epoch.
+    seed and the epoch alone, so it does not depend on the number of workers or processes, nor on
+    what ran before. Images that fill no whole batch sit out an epoch.
 
     An image that cannot be read is reported once, and another takes its place; with `strict` it is
     an `InputError`.
@@ -276,15 +204,17 @@ class TrainLoader:
         augment: bool = True,
         captions_per_image: int = 1,
         strict: bool = False,
-        ranks: Ranks = ALONE,
+        processes: Processes = ALONE,
     ):
         if len(dataset) < batch_size:
             raise InputError(
                 f"--batch_size {batch_size} is more than the {len(dataset)} training images: give "
                 f"--batch_size {len(dataset)} or less"
             )
-        if batch_size < ranks.size:
-            raise InputError(f"--batch_size {batch_size} is less than the {ranks.size} processes")
+        if batch_size < processes.size:
+            raise InputError(
+                f"--batch_size {batch_size} is less than the {processes.size} processes"
+            )
         self.dataset = dataset
         self.batch_size = batch_size
         self.device = device
@@ -294,14 +224,14 @@ class TrainLoader:
         most = max(map(len, dataset.img_to_txt.values()))
         self.captions_per_image = min(captions_per_image, most)
         self.strict = strict
-        self.ranks = ranks
+        self.processes = processes
         self.reported: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.dataset) // self.batch_size
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """This rank's part of the epoch's batches, from the `start`-th on."""
+        """This process's part of the epoch's batches, from the `start`-th on."""
         random = np.random.default_rng((self.seed, epoch))
         order = random.permutation(len(self.dataset))
         batches = order[: len(self) * self.batch_size].reshape(len(self), -1)[start:].tolist()
@@ -316,12 +246,11 @@ class TrainLoader:
             )
 
     def _load(self, batches: list[list[int]]) -> Iterator[Loaded]:
-        share = self.ranks.share(self.batch_size)
+        share = self.processes.share(self.batch_size)
         own = slice(share.start, share.stop)
         cached, unreadable = self.dataset.cached, self.dataset.unreadable
         if cached is None:
-            decoded = _Batches(self.dataset, batches, own, substitute=not self.strict)
-            return _decode(decoded, self.num_workers)
+            return read_batches(self.dataset, batches, self.num_workers, own, not self.strict)
         for problem in unreadable.values() if self.strict else ():
             raise InputError(problem)
         rows = [self._readable(batch, own) for batch in batches]
@@ -337,7 +266,7 @@ class TrainLoader:
     def _report(self, problems: dict[int, str]) -> None:
         """Print what is wrong with images that were not reported yet."""
         for row in problems.keys() - self.reported:
-            console = None if self.ranks.is_first else sys.stderr
+            console = None if self.processes.is_first else sys.stderr
             tqdm.write(f"{problems[row]}; another image takes its place", file=console)
         self.reported |= problems.keys()
 

@@ -6,13 +6,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from models.errors import InputError
-from utils.ranks import ALONE, Ranks
+from utils.machine.processes import ALONE, Processes
 
 BLOCK = 1024  # rows of the similarity matrix that exist at once
 
 
 def contrastive_loss(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, ranks: Ranks = ALONE
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, processes: Processes = ALONE
 ) -> Tensor:
     """The mean of the two cross-entropies over the similarities of images and texts, a scalar.
 
@@ -21,10 +21,10 @@ def contrastive_loss(
     captions are no wrong ones and stand in neither cross-entropy. Features need not be normalised;
     `logit_scale` is the logarithm of the scale, as in `CLIP.logit_scale`.
 
-    Computed in float32 in blocks of rows, each made anew for the gradient, so that the `[n, n * k]`
-    matrix never exists. With several `ranks` each gives the features of its own images and captions
-    and gets its part of the loss: the parts, and the gradients that each rank's part brings to its
-    parameters, add up to those of one process with all of them.
+    Computed in float32 in blocks of rows, and once more for the gradient, so that the `[n, n * k]`
+    matrix never exists. Of several `processes` each gives the features of its own images and
+    captions and gets its part of the loss. The parts, and the gradients that come of them in each
+    process, add up to the loss and the gradients of one process with all images.
     """
     n = len(image_features)
     k, rest = divmod(len(text_features), n)
@@ -34,7 +34,7 @@ def contrastive_loss(
     text_features = F.normalize(text_features.float(), dim=-1)
     matching = (image_features.repeat_interleave(k, dim=0) * text_features).sum(dim=1)
 
-    share = ranks.share_with(n)
+    share = processes.share_with(n)
     everyones_texts = share.gather(text_features)
     starts = range(0, n, BLOCK)
     blocks = [
@@ -46,7 +46,7 @@ def contrastive_loss(
     ]  # fmt: skip
     other_texts = torch.cat([over_texts for over_texts, _ in blocks]).repeat_interleave(k)
     other_images = torch.stack([over_images for _, over_images in blocks]).logsumexp(dim=0)
-    other_images = ranks.share(ranks.size).gather(other_images[None]).logsumexp(dim=0)
+    other_images = processes.share(processes.size).gather(other_images[None]).logsumexp(dim=0)
     other_images = other_images[share.start * k : share.stop * k]
 
     over_texts = torch.logaddexp(matching, other_texts)

@@ -18,15 +18,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.clip import CLIP
 from models.errors import InputError, run_script
-from utils.annotations import missing_annotations
-from utils.arguments import TrainedOn, integer, name_or_path, path, trained_on
-from utils.files import save_figure
+from utils.data.annotations import missing_annotations
+from utils.flickr8k_dataloader import Flickr8kDataset
+from utils.loss import contrastive_loss
+from utils.machine.memory import explained
+from utils.machine.precision import Precision
+from utils.machine.processes import ALONE, Processes
+from utils.retrieval.encode import encode_images, encode_texts
+from utils.retrieval.report import K_VALUES, Metrics, format_table, plot_metrics
+from utils.runs.arguments import TrainedOn, integer, name_or_path, path, trained_on
+from utils.runs.checkpoint import write_json
 
-K_VALUES = (1, 5, 10)
-TITLES = {"i2t": "image to text", "t2i": "text to image"}
 BLOCK_BYTES = 2**26  # of scores that exist at once
-Metrics = dict[str, dict[str, float]]
 
 
 def compute_metrics(
@@ -187,46 +192,36 @@ def mean_recall(metrics: Metrics) -> float:
     return float(np.mean([v for s in metrics.values() for k, v in s.items() if k.startswith("R@")]))
 
 
-def columns(metrics: Metrics) -> dict[str, float]:
-    """The metrics as fields of one row of a table, `i2t_R@1` and so on."""
-    return {f"{way}_{name}": value for way in metrics for name, value in metrics[way].items()}
-
-
-def format_table(metrics: Metrics, k_values: Iterable[int] = K_VALUES) -> str:
-    """The metrics as lines of text, a line a direction."""
-    names = [f"{score}@{k}" for score in ("R", "mAP") for k in k_values]
-    names += ["median_rank", "mean_rank"]
-    lines = [" " * 13 + "".join(f"{name.replace('_', ' '):>13}" for name in names)]
-    for direction, title in TITLES.items():
-        lines.append(title + "".join(f"{metrics[direction][name]:13.2f}" for name in names))
-    return "\n".join(lines)
-
-
-def plot_metrics(metrics: Metrics, path: Path) -> None:
-    """Recall@K and mAP@K against K from 1 to 10, one panel a direction, as a picture at `path`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    top = 0.0
-    for panel, (direction, title) in zip(panels, TITLES.items(), strict=True):
-        for score, style, above in (("R", "o-", 6), ("mAP", "s--", -14)):
-            points = {
-                int(name.split("@")[1]): value
-                for name, value in metrics[direction].items()
-                if name.startswith(f"{score}@")
-            }
-            top = max(top, *points.values())
-            label = "Recall@K" if score == "R" else "mAP@K"
-            (line,) = panel.plot(list(points), list(points.values()), style, label=label)
-            for k in K_VALUES:
-                panel.annotate(f"{points[k]:.1f}", (k, points[k]), (0, above), ha="center",
-                               textcoords="offset points", color=line.get_color())  # fmt: skip
-        panel.set(title=title.capitalize(), xlabel="K", xticks=list(points), xlim=(0.5, 10.5))
-        panel.grid(alpha=0.3)
-        panel.legend(loc="lower right" if points[1] > top / 2 else "upper left")
-    panels[0].set(ylabel="percent", ylim=(0, min(1.15 * top, 108)))
-    save_figure(figure, path)
+@explained()
+@torch.inference_mode()
+def evaluate(
+    model: CLIP,
+    dataset: Flickr8kDataset,
+    batch_size: int,
+    num_workers: int,
+    precision: Precision,
+    k_values: Iterable[int] = K_VALUES,
+    processes: Processes = ALONE,
+) -> tuple[Metrics, float]:
+    """Retrieval metrics over the whole set, and the mean loss over batches of `batch_size` images,
+    each with its first caption."""
+    with precision.autocast():
+        image_features = encode_images(model, dataset, batch_size, num_workers, processes)
+        text_features = encode_texts(model, dataset.tokens, processes=processes)
+    if not processes.is_first:
+        return processes.from_first(None)
+    metrics = retrieval_metrics(
+        image_features, text_features, dataset.img_to_txt, dataset.txt_to_img, k_values
+    )
+    first = [captions[0] for captions in dataset.img_to_txt.values()]
+    losses = [
+        contrastive_loss(images, texts, model.logit_scale)
+        for images, texts in zip(
+            image_features.split(batch_size), text_features[first].split(batch_size), strict=True
+        )
+        if len(images) == min(batch_size, len(dataset))
+    ]
+    return processes.from_first((metrics, torch.stack(losses).mean().item()))
 
 
 def main() -> None:
@@ -265,10 +260,6 @@ def main() -> None:
     args = parser.parse_args()
 
     from models.clip_utils import find_weights, load
-    from utils.checkpoint import write_json
-    from utils.engine import evaluate
-    from utils.flickr8k_dataloader import Flickr8kDataset
-    from utils.precision import Precision
 
     weights = find_weights(args.weights)
     dataset_path, languages = data_to_score_on(args)

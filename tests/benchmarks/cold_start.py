@@ -28,7 +28,7 @@ from measure import ROOT, check, print_table
 from tqdm import tqdm
 
 from models.errors import InputError, run_script
-from utils.annotations import read_annotations
+from utils.data.annotations import read_annotations
 
 LABELS = ["a dog on grass", "two people in the snow", "a child in water", "a red car"]
 TOLERANCE = 1e-3

@@ -36,14 +36,14 @@ from tqdm import tqdm
 
 from models import load, tokenize
 from models.clip import CLIP
-from models.clip_utils import ARCHITECTURES
 from models.errors import InputError, run_script
-from utils.annotations import annotations_json, read_annotations
-from utils.arguments import path
-from utils.checkpoint import write_json
-from utils.files import save_figure
+from models.weights.registry import ARCHITECTURES
+from utils.data.annotations import annotations_json, read_annotations
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.metric import mean_recall
+from utils.runs.arguments import path
+from utils.runs.checkpoint import write_json
+from utils.runs.files import save_figure
 
 PRETRAINING = [
     "--resume_training", "none", "--model", "ViT-demo",

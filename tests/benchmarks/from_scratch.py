@@ -24,14 +24,15 @@ from measure import print_table
 from runs import RECALL_NAMES, build_parser, call, once, over_seeds, recalls, score, train
 
 from models import load
-from models.clip_utils import ARCHITECTURES
 from models.errors import run_script
-from utils.annotations import read_annotations
-from utils.arguments import integer
-from utils.checkpoint import write_json
-from utils.files import replaced_whole
+from models.weights.registry import ARCHITECTURES
+from utils.data.annotations import read_annotations
 from utils.flickr8k_dataloader import Flickr8kDataset
-from utils.metric import Metrics, mean_recall
+from utils.metric import mean_recall
+from utils.retrieval.report import Metrics
+from utils.runs.arguments import integer
+from utils.runs.checkpoint import write_json
+from utils.runs.files import replaced_whole
 
 MODEL = "ViT-demo"
 BATCH = 128  # of open_clip, as its manual has it

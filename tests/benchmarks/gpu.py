@@ -37,10 +37,10 @@ from training import (
 )
 
 from models import build_model
-from models.clip import infer_architecture
 from models.errors import InputError, run_script
+from models.weights.architecture import infer_architecture
 from utils import Flickr8kDataset
-from utils.engine import peak_memory_mb
+from utils.machine.memory import peak_memory_mb
 
 LOSS_TOLERANCE = 0.02  # of bfloat16 losses, relative: its numbers have 8 bits
 CHECKED = 8  # pairs whose losses and gradients are compared

@@ -16,14 +16,15 @@ from time import perf_counter
 import torch
 from measure import check, describe_cpu, extra_peak_megabytes, print_table
 
-from models.clip_utils import ARCHITECTURES, create_model, tokenize
+from models.clip_utils import create_model, tokenize
 from models.errors import run_script
-from utils.arguments import integer
+from models.weights.registry import ARCHITECTURES
 from utils.flickr8k_dataloader import Batch
-from utils.gradients import accumulate_gradients
-from utils.optimizer import parameter_groups
-from utils.precision import Precision
-from utils.ranks import ALONE
+from utils.machine.precision import Precision
+from utils.machine.processes import ALONE
+from utils.runs.arguments import integer
+from utils.training.gradients import GradientExchange, accumulate_gradients
+from utils.training.optimizer import parameter_groups
 
 CPU = torch.device("cpu")
 WORDS = 11  # of a caption: 14 tokens with start and end, as Flickr8k's have on average
@@ -67,7 +68,7 @@ def compare_gradients(model_name: str, n: int, chunk: int) -> None:
     model, batch, precision = create_model(model_name), random_batch(model_name, n), float32()
     gradients = []
     for size in (None, chunk):
-        accumulate_gradients(model, batch, precision, ALONE, size)
+        accumulate_gradients(model, batch, precision, GradientExchange(model, ALONE), size)
         gradients.append([p.grad for p in model.parameters()])
         model.zero_grad()
     whole, chunked = (torch.cat([g.flatten() for g in one]) for one in gradients)
@@ -91,7 +92,7 @@ def measure_steps(model_name: str, n: int, chunk: int | None) -> tuple[float, fl
         optimizer = torch.optim.AdamW(parameter_groups(model, 0.9, 0.1), lr=1e-5)
         for _ in range(2):  # the second has the optimiser's moments
             start = perf_counter()
-            accumulate_gradients(model, batch, precision, ALONE, chunk)
+            accumulate_gradients(model, batch, precision, GradientExchange(model, ALONE), chunk)
             precision.update(model, optimizer, max_norm=1.0)
             seconds = perf_counter() - start
 

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from models.errors import run_script
 from models.preprocess import normalize
-from utils.arguments import integer
 from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader, image_batches
+from utils.runs.arguments import integer
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from models.errors import run_script
 from utils import contrastive_loss
-from utils.arguments import integer
+from utils.runs.arguments import integer
 
 DIMENSIONS = 512
 

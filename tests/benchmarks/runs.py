@@ -16,11 +16,12 @@ import torch
 from measure import ROOT
 
 from models.errors import InputError
-from utils.arguments import integer, path
-from utils.checkpoint import write_json
-from utils.engine import encode_images, encode_texts
 from utils.flickr8k_dataloader import Flickr8kDataset
-from utils.metric import TITLES, Metrics, mean_recall, retrieval_metrics
+from utils.metric import mean_recall, retrieval_metrics
+from utils.retrieval.encode import encode_images, encode_texts
+from utils.retrieval.report import TITLES, Metrics
+from utils.runs.arguments import integer, path
+from utils.runs.checkpoint import write_json
 
 EVALUATION_BATCH = 200
 

@@ -32,8 +32,8 @@ from training import (
 )
 
 from models import build_model
-from models.clip import infer_architecture
 from models.errors import run_script
+from models.weights.architecture import infer_architecture
 
 MATMUL = "matrix product"
 

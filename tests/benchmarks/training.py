@@ -11,11 +11,11 @@ from peers import to_transformers
 from torch import Tensor, nn
 
 from models.clip import MAX_LOGIT_SCALE
-from models.clip_utils import ARCHITECTURES
 from models.errors import InputError
 from models.preprocess import normalize, open_image, pixels
+from models.weights.registry import ARCHITECTURES
 from utils import Flickr8kDataset, contrastive_loss
-from utils.optimizer import parameter_groups
+from utils.training.optimizer import parameter_groups
 
 VIT_MODELS = [name for name, sizes in ARCHITECTURES.items() if sizes["vision_patch_size"]]
 TOLERANCE = 1e-4  # relative, of losses and gradients

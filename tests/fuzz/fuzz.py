@@ -17,8 +17,14 @@ import atheris
 
 LIMITS = ["-timeout=10", "-rss_limit_mb=2048"]  # seconds for one input; memory
 INSTRUMENTED = [
-    *("models.weights_file", "models.plain_pickle", "models.file_kind", "pickletools", "zipfile"),
-    *("utils.annotations", "json.decoder"),
+    *(
+        "models.weights.read",
+        "models.weights.unpickle",
+        "models.weights.file_kind",
+        "pickletools",
+        "zipfile",
+    ),
+    *("utils.data.annotations", "json.decoder"),
 ]
 HERE = Path(__file__).resolve().parent
 

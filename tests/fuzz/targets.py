@@ -14,8 +14,8 @@ import torch
 from published import save_published
 
 from models.errors import InputError
-from models.weights_file import LEGACY_MAGIC, read_state_dict
-from utils.annotations import read_annotations
+from models.weights.read import LEGACY_MAGIC, read_state_dict
+from utils.data.annotations import read_annotations
 
 LONGEST_MESSAGE = 1000  # characters
 RECORD = bytes(range(64))

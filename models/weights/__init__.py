@@ -1,0 +1,1 @@
+"""Everything between a weights file and a state dict."""

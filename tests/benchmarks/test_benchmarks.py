@@ -1,0 +1,141 @@
+"""The benchmarks at tiny sizes: the checks inside them hold, and their tables are printed."""
+
+import re
+import sys
+
+import pytest
+import torch
+from peers import open_clip_model
+from script_runs import ROOT
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from flickr8k.render_demo import render_demo
+from models import build_model, tokenize
+from models.clip_utils import create_model
+from models.weights.registry import ARCHITECTURES
+
+sys.path.append(str(ROOT / "tests" / "benchmarks"))
+
+import cold_start
+import evaluation
+import gpu
+import grad_cache
+import loss
+import measure
+import text_encoding
+import train_step
+import training
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return render_demo(tmp_path_factory.mktemp("data"), n_train=20, n_val=8)
+
+
+@pytest.fixture
+def rows(monkeypatch, capsys):
+    """Run a benchmark's main() with arguments; the first cells of the rows it prints."""
+
+    def run(benchmark, *arguments):
+        monkeypatch.setattr(sys, "argv", [benchmark.__name__, *map(str, arguments)])
+        benchmark.main()
+        return first_cells(capsys.readouterr().out)
+
+    return run
+
+
+def first_cells(printed: str) -> list[str]:
+    return re.findall(r"^\| (.*?) +\|.*\|$", printed, re.MULTILINE)
+
+
+def test_train_step(rows, data):
+    small = ["--model", "ViT-demo", "--layers", 1, "--batch_size", 4, 8, "--rounds", 1]
+    printed = rows(train_step, "--data", data, *small, "--side", 64)
+    assert printed.count("ours") == printed.count("transformers") == 2
+
+
+def test_text_encoding(rows, data):
+    printed = rows(text_encoding, "--data", data, "--model", "ViT-demo", "--batch_size", 16)
+    assert printed[2:] == ["ours", "open_clip", "open_clip, text cut", "transformers"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_evaluation(rows):
+    printed = rows(evaluation, "--compared", 40, "--images", 60, "--rounds", 1)
+    assert "a sort a query" in printed and "60 images, 300 captions" in printed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_loss(rows):
+    assert rows(loss, "--batch_size", 64, "--rounds", 1)[-2:] == ["ours", "open_clip"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+def test_grad_cache(rows):
+    printed = rows(grad_cache, "--model", "ViT-demo", "--batch_size", 8, "--chunk", 3, "--check", 7)
+    assert printed[-2:] == ["batch 3", "batch 8 in chunks of 3"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="memory is read by wait4")
+def test_cold_start(tmp_path, data, capsys):
+    archive = str(tmp_path / "archive.pt")
+    cold_start.make_archive(archive, "ViT-demo", 1)
+    image = str(next((data / "images").glob("val_*.png")))
+    commands = cold_start.commands(archive, image, clip_python=None)
+    runs = {name: [cold_start.run(commands[name])] for name in ("ours", "open_clip")}
+    cold_start.check_answers({name: taken[0].printed for name, taken in runs.items()})
+    cold_start.print_results("ViT-demo", runs)
+    printed = capsys.readouterr().out
+    assert "ours and open_clip: probabilities differ" in printed
+    assert first_cells(printed)[2:] == ["ours", "open_clip"]
+
+
+def test_gpu(rows, data, monkeypatch):
+    monkeypatch.setattr(gpu, "in_a_process", lambda function, *arguments: function(*arguments))
+    small = ["--device", "cpu", "--tiny", "--models", "ViT-demo", "--no_compile", "--repeats", 2]
+    assert rows(gpu, "--data", data, *small)[2:] == ["ours", "open_clip"]
+
+
+@pytest.mark.parametrize("wrong", [0.2, float("nan")])
+def test_a_difference_is_never_passed_over(wrong):
+    with pytest.raises(ArithmeticError, match="scores differ by"):
+        measure.check("scores", [0.0, wrong, 0.01], 0.1)
+    measure.check("scores", [0.0, 0.1], 0.1)
+
+
+@pytest.mark.parametrize("weight", ["visual.proj", "transformer.resblocks.0.mlp.c_fc.bias"])
+def test_a_changed_weight_is_noticed(weight):
+    theirs = open_clip_model("ViT-demo")
+    weights = {key: tensor.clone() for key, tensor in theirs.state_dict().items()}
+    weights[weight].mul_(1.01)
+    peers = {"open_clip": (theirs, training.open_clip_loss)}
+    tokens = tokenize(["a red ball", "two dogs", "a cat"])
+    with pytest.raises(ArithmeticError):
+        training.check_agreement(build_model(weights), peers, torch.randn(3, 3, 64, 64), tokens)
+
+
+@pytest.mark.parametrize("largest", [1, 3, 64, 100, 1000])
+@pytest.mark.parametrize("first", [1, 2, 64])
+def test_the_largest_batch_is_the_largest_power_of_two_that_fits(largest, first):
+    expected = max(2**n for n in range(9) if 2**n <= min(largest, 256))
+    assert gpu.largest_batch(lambda batch: batch <= largest, first, 256) == expected
+
+
+def test_step_flops_are_those_that_torch_counts():
+    """But for what causal attention does not look at, which its counter takes for work too."""
+    name, n = "ViT-demo", 3
+    model, sizes = create_model(name), ARCHITECTURES[name]
+    tokens = tokenize(["a red ball", "a dog runs", "two big cats"])
+    lengths = tokens.argmax(dim=1) + 1
+    assert (lengths == lengths[0]).all()  # without padding
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        images = torch.randn(n, 3, 64, 64)
+        training.our_loss(model, images, tokens).backward()
+    length, width = int(lengths[0]), sizes["transformer_width"]
+    unseen = n * length * (length - 1) // 2 * (sizes["transformer_layers"] - 1)
+    recomputed = 2 * n * n * sizes["embed_dim"]  # the loss makes its matrix anew for the gradient
+    expected = counter.get_total_flops() - 3 * 4 * unseen * width - recomputed
+    assert training.step_flops(sizes, tokens) == expected

@@ -1,0 +1,314 @@
+"""Our CLIP against open_clip's and transformers', with the same weights."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from open_clip import get_tokenizer
+from open_clip.loss import ClipLoss
+from peers import open_clip_model, to_transformers, transformers_model
+
+from models import CLIP, available_models, build_model, load, tokenize
+from models.clip import MAX_LOGIT_SCALE
+from models.clip_utils import create_model
+from models.errors import InputError
+from models.weights.registry import ARCHITECTURES
+from utils import contrastive_loss
+
+CAPTIONS = [
+    "a brown dog runs across a wet beach with a red ball in its mouth",
+    "two climbers",
+    "一个穿红色衣服的女孩在草地上奔跑。",
+    "a man in a hat is sitting on a bench, reading a newspaper, while pigeons walk around his feet "
+    "and a child on a bicycle looks at them from the other side of the fountain in the old square",
+]
+CASES = {
+    "ViT-B/32": {},
+    "ViT-B/16": {"vision_layers": 2, "text_layers": 2},
+    "ViT-L/14@336px": {"vision_layers": 2, "text_layers": 2},
+    "RN50": {"vision_layers": (1, 2, 1, 1), "text_layers": 2},
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request):
+    """(ours, open_clip's, images, tokens) of a case."""
+    theirs = open_clip_model(request.param, **CASES[request.param])
+    ours = build_model({k: v.clone() for k, v in theirs.state_dict().items()})
+    side = ours.visual.input_resolution
+    images = torch.randn(len(CAPTIONS), 3, side, side, generator=torch.Generator().manual_seed(1))
+    return ours, theirs, images, tokenize(CAPTIONS)
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_gradients_equal(ours, theirs):
+    """Within 1e-4 of each gradient's norm, or of rounding where a gradient vanishes (that of a
+    key's bias: softmax does not change when all scores move together)."""
+    largest = max(g.norm() for g in theirs.values())
+    for name, gradient in theirs.items():
+        error = (ours[name] - gradient).norm()
+        assert error <= 1e-4 * gradient.norm() + 1e-7 * largest, (name, error, gradient.norm())
+
+
+def test_features_and_logits_equal_open_clip(pair):
+    ours, theirs, images, tokens = pair
+    with torch.no_grad():
+        mine = ours.encode_image(images), ours.encode_text(tokens), *ours(images, tokens)
+        other = theirs.encode_image(images), theirs.encode_text(tokens), *theirs.get_logits(
+            images, tokens
+        )  # fmt: skip
+    for a, b in zip(mine, other, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_loss_and_gradients_equal_open_clip(pair):
+    ours, theirs, images, tokens = pair
+    loss = contrastive_loss(ours.encode_image(images), ours.encode_text(tokens), ours.logit_scale)
+    image_features, text_features, scale = theirs(images, tokens)[:3]
+    their_loss = ClipLoss()(image_features, text_features, scale)
+    torch.testing.assert_close(loss, their_loss, atol=1e-4, rtol=1e-4)
+    assert_gradients_equal(gradients(ours, loss), gradients(theirs, their_loss))
+
+
+def test_features_loss_and_gradients_equal_transformers(pair):
+    ours, _, images, tokens = pair
+    if "visual.proj" not in ours.state_dict():
+        pytest.skip("transformers has no CLIP with a ResNet")
+    theirs = transformers_model(ours.state_dict())
+    output = theirs(
+        input_ids=tokens.long(), pixel_values=images, return_loss=True,
+        attention_mask=torch.ones_like(tokens),
+    )  # fmt: skip
+    image_features, text_features = ours.encode_image(images), ours.encode_text(tokens)
+    loss = contrastive_loss(image_features, text_features, ours.logit_scale)
+    for a, b in [
+        (F.normalize(image_features, dim=-1), output.image_embeds),
+        (F.normalize(text_features, dim=-1), output.text_embeds),
+        (ours(images, tokens)[0], output.logits_per_image),
+        (loss, output.loss),
+    ]:
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    mine = to_transformers(gradients(ours, loss))
+    assert_gradients_equal(mine, gradients(theirs, output.loss))
+
+
+def test_padding_length_does_not_matter(pair):
+    ours, _, _, tokens = pair
+    longest = int(tokens.argmax(1).max()) + 1
+    with torch.no_grad():
+        whole, cut = ours.encode_text(tokens), ours.encode_text(tokens[:, :longest])
+        alone = torch.cat([ours.encode_text(row[None]) for row in tokens])
+    torch.testing.assert_close(whole, cut, atol=0, rtol=0)
+    torch.testing.assert_close(whole, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_what_follows_the_end_token_does_not_matter(pair):
+    ours, _, _, tokens = pair
+    noisy = tokens.clone()
+    for row in noisy:
+        row[int(row.argmax()) + 1 :] = 320
+    with torch.no_grad():
+        assert torch.equal(ours.encode_text(noisy), ours.encode_text(tokens))
+
+
+def test_gradients_are_the_same_bits_every_time():
+    torch.manual_seed(0)
+    model = create_model("ViT-demo")
+    images = torch.randn(32, 3, 64, 64)
+    tokens = tokenize([f"{'a dog ' * (n % 9)}runs" for n in range(32)])
+
+    def loss():
+        image_features, text_features = model.encode_image(images), model.encode_text(tokens)
+        return contrastive_loss(image_features, text_features, model.logit_scale)
+
+    first = {name: g.clone() for name, g in gradients(model, loss()).items()}
+    for _ in range(5):
+        again = gradients(model, loss())
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_gradient_checkpointing_changes_no_gradient(pair):
+    ours, _, images, tokens = pair
+
+    def loss():
+        image_features, text_features = ours.encode_image(images), ours.encode_text(tokens)
+        return contrastive_loss(image_features, text_features, ours.logit_scale)
+
+    passes = []
+    block = ours.transformer.resblocks[0]
+    hook = block.register_forward_pre_hook(lambda *_: passes.append(1))
+    plain = {name: g.clone() for name, g in gradients(ours, loss()).items()}
+    assert len(passes) == 1
+    ours.enable_grad_checkpointing()
+    assert_gradients_equal(gradients(ours, loss()), plain)
+    assert len(passes) == 3  # one more forward, and one to compute the activations again
+    hook.remove()
+    for module in ours.modules():
+        if hasattr(module, "grad_checkpointing"):
+            module.grad_checkpointing = False
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_is_inferred_from_its_shapes(name):
+    with torch.device("meta"):
+        expected = CLIP(**ARCHITECTURES[name])
+    from models.weights.architecture import infer_architecture
+
+    assert infer_architecture(expected.state_dict()) == ARCHITECTURES[name]
+
+
+@pytest.mark.parametrize("name", available_models())
+def test_every_published_architecture_has_open_clip_keys_and_shapes(name):
+    with torch.device("meta"):
+        ours = CLIP(**ARCHITECTURES[name]).state_dict()
+    import open_clip
+
+    config = open_clip.get_model_config(name.replace("/", "-").replace("@336px", "-336"))
+    config.pop("quick_gelu", None)
+    with torch.device("meta"):
+        theirs = open_clip.model.CLIP(**config, quick_gelu=True).state_dict()
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+
+
+def test_a_model_from_scratch_starts_where_clip_does():
+    torch.manual_seed(0)
+    model = create_model("ViT-demo")
+    assert model.logit_scale.item() == pytest.approx(2.6592600)  # log(1 / 0.07)
+    images = torch.randn(8, 3, 64, 64)
+    tokens = get_tokenizer("ViT-B-32")([f"a photo of {n} dogs" for n in range(8)])
+    loss = contrastive_loss(
+        model.encode_image(images), model.encode_text(tokens), model.logit_scale
+    )
+    assert all(g.isfinite().all() and g.any() for g in gradients(model, loss).values())
+
+
+def test_logit_scale_is_kept_below_a_hundred():
+    model = create_model("ViT-demo")
+    model.logit_scale.data.fill_(7.0)
+    model.clamp_logit_scale()
+    assert model.logit_scale.item() == pytest.approx(MAX_LOGIT_SCALE)
+    assert model.logit_scale.exp().item() == pytest.approx(100)
+
+
+@pytest.mark.parametrize("name, side", [("ViT-demo", 96), ("RN50", 288)])
+def test_another_resolution_interpolates_the_positional_embedding(name, side):
+    """As torch's bicubic interpolation of the grid, which open_clip uses for the same purpose."""
+    weights = create_model(name).state_dict() if name == "ViT-demo" else None
+    if weights is None:
+        theirs = open_clip_model(name, vision_layers=(1, 1, 1, 1), text_layers=1)
+        weights = theirs.state_dict()
+    model = build_model(weights, input_shape=side)
+    assert model.visual.input_resolution == side
+    key = (
+        "visual.positional_embedding"
+        if name == "ViT-demo"
+        else "visual.attnpool.positional_embedding"
+    )
+    old, new = weights[key], model.state_dict()[key]
+    cell = 16 if name == "ViT-demo" else 32
+    torch.testing.assert_close(new[0], old[0], atol=0, rtol=0)
+    n = int((len(old) - 1) ** 0.5)
+    for channel in (0, 5):
+        grid = old[1:, channel].reshape(1, 1, n, n)
+        expected = F.interpolate(grid, (side // cell,) * 2, mode="bicubic", antialias=True)
+        torch.testing.assert_close(new[1:, channel], expected.flatten())
+    assert model.encode_image(torch.zeros(1, 3, side, side)).shape == (1, model.embed_dim)
+
+
+@pytest.mark.parametrize("side", [0, 8, 50])
+def test_a_resolution_that_patches_do_not_divide_is_refused(side):
+    weights = create_model("ViT-demo").state_dict()
+    with pytest.raises(InputError, match=r"--input_shape.*multiple of 16"):
+        build_model(weights, input_shape=side)
+    with pytest.raises(InputError, match="multiple of 16"):
+        create_model("ViT-demo", input_shape=side)
+
+
+def test_wrong_keys_are_listed_in_one_error():
+    weights = create_model("ViT-demo").state_dict()
+    del weights["visual.ln_post.bias"]
+    weights["visual.extra"] = torch.zeros(1)
+    weights["visual.ln_pre.bias"] = torch.zeros(7)
+    with pytest.raises(InputError) as error:
+        build_model(weights)
+    message = str(error.value)
+    assert "missing: visual.ln_post.bias" in message
+    assert "unknown: visual.extra" in message
+    assert "visual.ln_pre.bias [7] instead of [192]" in message
+
+
+def test_a_long_list_of_keys_is_cut():
+    weights = create_model("ViT-demo").state_dict()
+    with pytest.raises(InputError, match=r"unknown: x0, x1, .* and 997 more") as error:
+        build_model(weights | {f"x{n}": torch.zeros(1) for n in range(1000)})
+    assert len(str(error.value)) < 200
+
+
+@st.composite
+def spoilt_weights(draw):
+    """Weights of a small model, some of them gone, renamed, of other shapes or types, or NaN."""
+    weights = dict(create_model("ViT-demo").state_dict())
+    for key in draw(
+        st.lists(st.sampled_from(sorted(weights)), min_size=1, max_size=3, unique=True)
+    ):
+        tensor = weights.pop(key, torch.zeros(1))
+        change = draw(st.sampled_from(["gone", "renamed", "shape", "cut", "type", "NaN", "same"]))
+        if change == "renamed":
+            weights[draw(st.text(max_size=9)) + key] = tensor
+        elif change == "shape":
+            weights[key] = draw(st.lists(st.integers(0, 70), max_size=4).map(torch.zeros))
+        elif change == "cut":
+            weights[key] = tensor[: draw(st.integers(0, 64))] if tensor.ndim else tensor
+        elif change == "type":
+            weights[key] = tensor.to(draw(st.sampled_from([torch.int64, torch.bool, torch.half])))
+        elif change == "NaN":
+            weights[key] = torch.full_like(tensor, torch.nan)
+        elif change == "same":
+            weights[key] = tensor
+    return weights
+
+
+@settings(max_examples=150, deadline=None)
+@given(spoilt_weights(), st.sampled_from([None, 64, 96]))
+def test_any_weights_are_a_model_that_works_or_refused_in_one_line(weights, side):
+    try:
+        model = build_model(weights, side)
+    except InputError as error:
+        assert str(error).isprintable() and len(str(error)) < 2000
+        return
+    side = model.visual.input_resolution
+    last = model.token_embedding.num_embeddings - 1  # a table that was cut knows fewer tokens
+    tokens = torch.full((1, min(2, model.context_length)), last)
+    with torch.no_grad():
+        logits, _ = model(torch.zeros(1, 3, side, side), tokens)
+    assert logits.shape == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "name, near", [("ViT-B-32", "ViT-B/32"), ("vit-demo", "ViT-demo"), ("ViT-L/14-336px", "@336px")]
+)
+def test_an_unknown_name_is_answered_with_near_ones(name, near):
+    with pytest.raises(InputError, match=rf"did you mean .*{near}.*\?.*RN50x64"):
+        create_model(name)
+    with pytest.raises(InputError, match=rf"did you mean .*{near}.*--model ViT-demo"):
+        load(name, "cpu")
+
+
+def test_a_name_like_none_gets_no_suggestion():
+    with pytest.raises(InputError) as error:
+        create_model("resnet")
+    assert "did you mean" not in str(error.value)
+
+
+def test_inputs_of_the_wrong_shape_are_named():
+    model = create_model("ViT-demo")
+    with pytest.raises(InputError, match=r"\[n, 3, 64, 64\]"):
+        model.encode_image(torch.zeros(1, 3, 224, 224))
+    with pytest.raises(InputError, match="78 tokens"):
+        model.encode_text(torch.zeros(1, 78, dtype=torch.int32))

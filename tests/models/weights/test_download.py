@@ -1,0 +1,722 @@
+"""Downloads from a local server that does all that servers and networks do wrong.
+
+What should arrive is known beforehand and judged by hashlib; the server's answers follow RFC 9110.
+"""
+
+import hashlib
+import io
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from script_runs import ROOT
+
+from models import download as module
+from models.errors import InputError, run_script
+from models.weights.download import CHUNK, download
+
+PAYLOAD = random.Random(0).randbytes(5 * CHUNK + 123)
+SHA256 = hashlib.sha256(PAYLOAD).hexdigest()
+MD5 = hashlib.md5(PAYLOAD).hexdigest()
+SCRIPT = "import sys; from models.weights.download import download; download(*sys.argv[1:])"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers the n-th request with the server's n-th answer, and later ones with the last."""
+
+    def do_GET(self):
+        server = self.server
+        server.requests.append((self.path, self.headers["Range"]))
+        answer = server.answers[min(len(server.requests), len(server.answers)) - 1]
+        with suppress(ConnectionError):
+            answer(self)
+
+    def start(self, status: int, **headers) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+Answer = Callable[[Handler], None]
+
+
+def whole(
+    handler: Handler, body: bytes = PAYLOAD, end: int | None = None, lie: int = 0, ranges=True
+) -> None:
+    """All that was asked for, up to byte `end` of the file; the promised length is off by `lie`."""
+    asked = handler.headers["Range"] if ranges else None
+    start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
+    if asked and start >= len(body):
+        handler.start(416, Content_Range=f"bytes */{len(body)}", Content_Length=0)
+        return
+    length = len(body) - start + lie
+    if asked:
+        span = f"bytes {start}-{len(body) - 1}/{len(body)}"
+        handler.start(206, Content_Length=length, Content_Range=span)
+    else:
+        handler.start(200, Content_Length=length)
+    handler.wfile.write(body[start:end])
+
+
+def no_ranges(handler: Handler) -> None:
+    whole(handler, ranges=False)
+
+
+def breaks_off(end: int, ranges: bool = True) -> Answer:
+    return partial(whole, end=end, ranges=ranges)
+
+
+def stalls(end: int) -> Answer:
+    """Sends up to byte `end`, then nothing until the test is over."""
+
+    def answer(handler: Handler) -> None:
+        whole(handler, end=end)
+        handler.server.over.wait()
+
+    return answer
+
+
+def status(code: int) -> Answer:
+    return lambda handler: handler.start(code, Content_Length=0)
+
+
+def redirect(to: str) -> Answer:
+    return lambda handler: handler.start(302, Location=to, Content_Length=0)
+
+
+def is_silent(handler: Handler) -> None:
+    """Takes the request, and does not answer until the test is over."""
+    handler.server.over.wait()
+
+
+def hangs_up(handler: Handler) -> None:
+    """Closes the connection without an answer."""
+
+
+def chunked(end: int | None = None) -> Answer:
+    """No promised length; cut short at `end`, the last chunk does not come."""
+
+    def answer(handler: Handler) -> None:
+        handler.protocol_version = "HTTP/1.1"
+        handler.start(200, Transfer_Encoding="chunked", Connection="close")
+        for start in range(0, len(PAYLOAD[:end]), CHUNK):
+            data = PAYLOAD[:end][start : start + CHUNK]
+            handler.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
+        if end is None:
+            handler.wfile.write(b"0\r\n\r\n")
+
+    return answer
+
+
+@contextmanager
+def running(handler=Handler, answers=(whole,)):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.answers, server.requests, server.over = answers, [], threading.Event()
+    server.root = f"http://127.0.0.1:{server.server_port}"
+    server.url = f"{server.root}/weights.pt"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.over.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def serve():
+    """serve(answer, ...): a server that gives these answers, one after the other."""
+    stack = []
+
+    def start(*answers: Answer):
+        stack.append(running(answers=answers))
+        return stack[-1].__enter__()
+
+    yield start
+    for context in stack:
+        context.__exit__(None, None, None)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(module, "BACK_OFF", (0, 0))
+    monkeypatch.setattr(module, "LOCK_POLL", 0.01)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "models_pth" / "weights.pt"
+
+
+@pytest.fixture
+def closed_port_url():
+    with running() as server:
+        return server.url
+
+
+def beside(path: Path, suffix: str) -> Path:
+    return path.with_name(f"{path.name}.{suffix}")
+
+
+def leave(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to that"
+        time.sleep(0.01)
+
+
+def ranges(server) -> list[str | None]:
+    return [asked for _, asked in server.requests]
+
+
+@pytest.mark.parametrize(("digest", "record"), [(SHA256, "sha256"), (MD5, "md5")])
+def test_brings_the_file_and_leaves_nothing_else_but_its_record(serve, path, digest, record):
+    server = serve(whole)
+    assert download(server.url, path, digest) == path
+    assert path.read_bytes() == PAYLOAD
+    assert {file.name for file in path.parent.iterdir()} == {path.name, f"{path.name}.{record}"}
+
+
+@pytest.mark.parametrize(("tool", "digest"), [("sha256sum", SHA256), ("md5sum", MD5)])
+def test_the_record_is_one_that_the_tools_of_the_trade_read(serve, path, tool, digest):
+    if shutil.which(tool) is None:
+        pytest.skip(f"no {tool} here")
+    download(serve(whole).url, path, digest)
+    record = beside(path, tool.removesuffix("sum"))
+    check = [tool, "--check", "--strict", record.name]
+    assert subprocess.run(check, cwd=path.parent, check=False).returncode == 0
+    path.write_bytes(PAYLOAD[:-1])
+    assert subprocess.run(check, cwd=path.parent, check=False).returncode != 0
+
+
+def test_a_server_of_the_standard_library(tmp_path):
+    """It knows no ranges."""
+    source, target = tmp_path / "source", tmp_path / "target" / "weights.pt"
+    leave(source / "weights.pt", PAYLOAD)
+    leave(beside(target, "part"), PAYLOAD[:1000])
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    with running(partial(Quiet, directory=source)) as server:
+        assert download(server.url, target, SHA256).read_bytes() == PAYLOAD
+
+
+class TestFileThatIsThere:
+    def test_put_by_hand_is_read_through_once(self, path, monkeypatch):
+        leave(path, PAYLOAD)
+        reading = Mock(wraps=module._hash)
+        monkeypatch.setattr(module, "_hash", reading)
+        for _ in range(3):
+            assert download("http://127.0.0.1:1/weights.pt", path, SHA256) == path
+        assert reading.call_count == 1
+
+    def test_downloaded_is_not_read_through_again(self, serve, path, monkeypatch):
+        url = serve(whole).url
+        download(url, path, SHA256)
+        monkeypatch.setattr(module, "_hash", None)
+        assert download(url, path, SHA256) == path
+
+    @pytest.mark.parametrize("change", ["size", "content", "other digest"])
+    def test_changed_after_its_verification_is_found_out(self, serve, path, change):
+        url, digest = serve(whole).url, SHA256
+        download(url, path, SHA256)
+        if change == "size":
+            modified = path.stat().st_mtime_ns
+            path.write_bytes(PAYLOAD + b"!")
+            os.utime(path, ns=(modified, modified))
+        elif change == "content":
+            time.sleep(0.02)  # the clock of some file systems ticks slowly
+            path.write_bytes(PAYLOAD[::-1])
+        else:
+            digest = hashlib.sha256(b"a newer release").hexdigest()
+        for _ in range(2):
+            with pytest.raises(InputError, match="delete it"):
+                download(url, path, digest)
+
+    @pytest.mark.parametrize("record", [b"", b"\xff\xfe", SHA256.encode() + b"  weights.pt\n"])
+    def test_a_record_that_is_none_vouches_for_nothing(self, path, record):
+        leave(path, b"something else")
+        leave(beside(path, "sha256"), record)
+        with pytest.raises(InputError, match="delete it"):
+            download("http://127.0.0.1:1/weights.pt", path, SHA256)
+
+    def archive_cut_short() -> bytes:
+        archive = io.BytesIO()
+        with zipfile.ZipFile(archive, "w") as file:
+            file.writestr("data.pkl", PAYLOAD)
+        return archive.getvalue()[:-1000]
+
+    @pytest.mark.parametrize(
+        ("content", "described"),
+        [
+            (b"\n<!DOCTYPE html>\n<html>", "a web page of 23 bytes"),
+            (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer of 43 bytes"),
+            (archive_cut_short(), "an archive cut short at 326,9"),
+            (b"", "an empty file of 0 bytes"),
+        ],
+    )
+    def test_another_file_is_described_and_kept(self, path, content, described):
+        leave(path, content)
+        url = "http://127.0.0.1:1/weights.pt"
+        with pytest.raises(InputError) as caught:
+            download(url, path, SHA256)
+        for part in (str(path), url, described, "delete it"):
+            assert part in str(caught.value)
+        assert path.read_bytes() == content
+
+    def test_a_folder_of_that_name(self, path):
+        path.mkdir(parents=True)
+        with pytest.raises(InputError, match=r"weights\.pt: cannot be"):
+            download("http://127.0.0.1:1/weights.pt", path, SHA256)
+
+
+class TestNetwork:
+    def test_a_part_is_continued(self, serve, path):
+        server = serve(whole)
+        leave(beside(path, "part"), PAYLOAD[:70_000])
+        assert download(server.url, path, SHA256).read_bytes() == PAYLOAD
+        assert ranges(server) == ["bytes=70000-"]
+
+    def test_what_has_arrived_is_not_asked_for_again(self, serve, path):
+        server = serve(breaks_off(CHUNK), breaks_off(3 * CHUNK), whole)
+        assert download(server.url, path, SHA256).read_bytes() == PAYLOAD
+        assert ranges(server) == [None, f"bytes={CHUNK}-", f"bytes={3 * CHUNK}-"]
+
+    def test_many_break_offs_are_fine_as_long_as_bytes_arrive(self, serve, path):
+        steps = [breaks_off(end) for end in range(CHUNK // 2, len(PAYLOAD), CHUNK // 2)]
+        assert len(steps) > len(module.BACK_OFF) + 1
+        assert download(serve(*steps, whole).url, path, SHA256).read_bytes() == PAYLOAD
+
+    def test_a_stalled_server_is_asked_again(self, serve, path, monkeypatch):
+        monkeypatch.setattr(module, "TIMEOUT", 0.2)
+        server = serve(stalls(CHUNK), whole)
+        assert download(server.url, path, SHA256).read_bytes() == PAYLOAD
+        assert ranges(server) == [None, f"bytes={CHUNK}-"]
+
+    def test_a_server_that_never_answers_is_given_up(self, serve, path, monkeypatch):
+        monkeypatch.setattr(module, "TIMEOUT", 0.2)
+        server = serve(is_silent)
+        with pytest.raises(InputError, match=r"timed out; try again later"):
+            download(server.url, path, SHA256)
+        assert len(server.requests) == len(module.BACK_OFF) + 1
+
+    def test_a_redirect_to_another_protocol_is_not_followed(self, serve, path):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            listener.setblocking(False)
+            ftp = f"ftp://127.0.0.1:{listener.getsockname()[1]}/weights.pt"
+            for target in (ftp, "file:///etc/hosts", "FILE:///etc/hosts"):
+                server = serve(redirect(target))
+                with pytest.raises(InputError) as caught:
+                    download(server.url, path, SHA256)
+                assert len(server.requests) == 1
+                for part in (server.url, target, f"save it as {path}"):
+                    assert part in str(caught.value)
+            with pytest.raises(BlockingIOError):
+                listener.accept()
+
+    def test_a_redirect_in_a_circle_ends_in_one_line(self, serve, path):
+        server = serve(redirect("/weights.pt"))
+        with pytest.raises(InputError, match="redirect") as caught:
+            download(server.url, path, SHA256)
+        assert len(server.requests) < 20
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("part", [b"", PAYLOAD[:1000]])
+    def test_a_redirect_is_followed_with_the_range(self, serve, path, part):
+        target = serve(whole)
+        server = serve(redirect(target.url))
+        leave(beside(path, "part"), part)
+        assert download(server.url, path, SHA256).read_bytes() == PAYLOAD
+        assert ranges(target) == (["bytes=1000-"] if part else [None])
+
+    @pytest.mark.parametrize(
+        "answer", [status(429), status(500), status(502), status(503), hangs_up, chunked(CHUNK)]
+    )
+    def test_trouble_that_passes(self, serve, path, answer):
+        assert download(serve(answer, whole).url, path, SHA256).read_bytes() == PAYLOAD
+
+    @pytest.mark.parametrize("code", [401, 403, 404, 410, 416])
+    def test_a_refusal_is_final(self, serve, path, code):
+        server = serve(status(code))
+        with pytest.raises(InputError) as caught:
+            download(server.url, path, SHA256)
+        assert len(server.requests) == 1
+        for part in (server.url, str(code), f"save it as {path}"):
+            assert part in str(caught.value)
+        assert not list(path.parent.iterdir())
+
+    @pytest.mark.parametrize(
+        "answer", [status(500), status(503), hangs_up, breaks_off(0), breaks_off(CHUNK)]
+    )
+    def test_trouble_that_stays_ends_after_a_few_attempts(self, serve, path, answer, monkeypatch):
+        waits = []
+        monkeypatch.setattr(module, "BACK_OFF", (1, 2, 4))
+        monkeypatch.setattr(module.time, "sleep", waits.append)
+        server = serve(answer)
+        with pytest.raises(InputError) as caught:
+            download(server.url, path, SHA256)
+        assert waits[-3:] == [1, 2, 4]
+        assert len(server.requests) == len(waits) + 1 <= 5
+        assert server.url in str(caught.value)
+        assert f"save it as {path}" in str(caught.value)
+
+    def test_a_server_that_ignores_ranges_and_always_breaks_off(self, serve, path):
+        with pytest.raises(InputError, match=f"broke off at {CHUNK:,} of {len(PAYLOAD):,} bytes"):
+            download(serve(breaks_off(CHUNK, ranges=False)).url, path, SHA256)
+
+    @pytest.mark.parametrize("host", ["closed port", "no such name"])
+    def test_no_connection(self, closed_port_url, path, host):
+        url = closed_port_url if host == "closed port" else "http://no-such-name.invalid/weights.pt"
+        with pytest.raises(InputError) as caught:
+            download(url, path, SHA256)
+        assert url in str(caught.value)
+        assert f"save it as {path}" in str(caught.value)
+
+    @pytest.mark.parametrize(
+        "url", ["file:///etc/hosts", "ftp://127.0.0.1/weights.pt", "weights.pt"]
+    )
+    def test_other_addresses_are_refused(self, path, url):
+        with pytest.raises(InputError, match="not an http or https address"):
+            download(url, path, SHA256)
+        assert not path.parent.exists()
+
+
+class TestWrongBytes:
+    @pytest.mark.parametrize(
+        ("answer", "described"),
+        [
+            (partial(whole, body=PAYLOAD[::-1]), f"another file of {len(PAYLOAD):,} bytes"),
+            (partial(whole, body=b"<html>Log in</html>"), "a web page of 19 bytes"),
+            (partial(whole, lie=-1000), f"another file of {len(PAYLOAD) - 1000:,} bytes"),
+            (partial(whole, body=b""), "an empty file of 0 bytes"),
+        ],
+    )
+    def test_they_are_deleted(self, serve, path, answer, described):
+        server = serve(answer)
+        with pytest.raises(InputError) as caught:
+            download(server.url, path, SHA256)
+        for part in (server.url, "wrong digest", described, "deleted", f"save it as {path}"):
+            assert part in str(caught.value)
+        assert not list(path.parent.iterdir())
+
+    def test_a_promise_of_more_than_there_is(self, serve, path):
+        """The file is whole, only the length was wrong: asked for the rest, the server has none."""
+        server = serve(partial(whole, lie=1000))
+        assert download(server.url, path, SHA256).read_bytes() == PAYLOAD
+        assert ranges(server) == [None, f"bytes={len(PAYLOAD)}-"]
+
+    @pytest.mark.parametrize("lie", [0, 1000])
+    def test_a_part_that_is_whole_already(self, serve, path, lie):
+        server = serve(partial(whole, lie=lie))
+        leave(beside(path, "part"), PAYLOAD)
+        assert download(server.url, path, SHA256).read_bytes() == PAYLOAD
+        assert ranges(server) == [f"bytes={len(PAYLOAD)}-"]
+
+    @pytest.mark.parametrize("part", [bytes(1000), PAYLOAD + b"!", bytes(len(PAYLOAD))])
+    def test_a_part_of_another_file_is_given_up(self, serve, path, part):
+        server = serve(whole)
+        leave(beside(path, "part"), part)
+        assert download(server.url, path, SHA256).read_bytes() == PAYLOAD
+        assert ranges(server) == [f"bytes={len(part)}-", None]
+
+
+offsets = st.integers(0, len(PAYLOAD))
+answers = st.one_of(
+    st.just(whole),
+    st.just(hangs_up),
+    st.just(chunked()),
+    st.builds(breaks_off, offsets, st.booleans()),
+    st.builds(chunked, offsets),
+    st.builds(status, st.sampled_from([403, 404, 416, 429, 500, 503])),
+    st.builds(partial, st.just(whole), lie=st.integers(-1000, 1000)),
+    st.builds(partial, st.just(whole), body=st.binary(max_size=100)),
+)
+parts = st.one_of(st.none(), st.builds(lambda end: PAYLOAD[:end], offsets), st.binary(max_size=100))
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(answers, min_size=1, max_size=6), parts)
+def test_whatever_the_server_does_the_file_is_right_or_absent(answers, part):
+    with tempfile.TemporaryDirectory() as folder, running(answers=answers) as server:
+        path = Path(folder) / "weights.pt"
+        if part is not None:
+            leave(beside(path, "part"), part)
+        with suppress(InputError):
+            download(server.url, path, SHA256)
+            assert path.exists()
+        assert not path.exists() or path.read_bytes() == PAYLOAD
+        # What a failure leaves stands in no later run's way.
+        server.answers = [whole]
+        assert download(server.url, path, SHA256).read_bytes() == PAYLOAD
+
+
+class TestDisk:
+    def test_a_file_in_the_folder_s_place(self, serve, tmp_path):
+        leave(tmp_path / "models_pth", b"not a folder")
+        path = tmp_path / "models_pth" / "weights.pt"
+        with pytest.raises(InputError, match="cannot be saved") as caught:
+            download(serve(whole).url, path, SHA256)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    @pytest.fixture
+    def read_only(self):
+        """A path in a folder that may be read, not written; root has to be someone else for it."""
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder).chmod(0o555)
+            is_root = hasattr(os, "geteuid") and os.geteuid() == 0
+            if is_root:
+                os.seteuid(65534)
+            try:
+                if os.access(folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+                    pytest.skip("nothing is read-only to this user")
+                yield Path(folder) / "weights.pt"
+            finally:
+                if is_root:
+                    os.seteuid(0)
+                Path(folder).chmod(0o755)
+
+    def test_a_read_only_folder(self, serve, read_only):
+        with pytest.raises(InputError, match="cannot be saved") as caught:
+            download(serve(whole).url, read_only, SHA256)
+        for part in (str(read_only), "Permission denied", "choose another folder"):
+            assert part in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+    def test_a_file_whose_record_cannot_be_written_is_used(self, path):
+        leave(path, PAYLOAD)
+        beside(path, "sha256").symlink_to(path.parent / "no such folder" / "record")
+        assert download("http://127.0.0.1:1/weights.pt", path, SHA256) == path
+
+    def test_a_full_disk(self, serve, path):
+        if not Path("/dev/full").exists():
+            pytest.skip("needs /dev/full")
+        path.parent.mkdir()
+        beside(path, "part").symlink_to("/dev/full")
+        with pytest.raises(InputError, match=r"No space left on device.*make room"):
+            download(serve(whole).url, path, SHA256)
+        assert not path.exists()
+
+    def test_what_fitted_on_the_disk_is_kept(self, serve, path):
+        resource = pytest.importorskip("resource")
+        server = serve(whole)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3 * CHUNK, hard))
+        try:
+            with pytest.raises(InputError, match="is kept"):
+                download(server.url, path, SHA256)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert beside(path, "part").read_bytes() == PAYLOAD[: 3 * CHUNK]
+        assert download(server.url, path, SHA256).read_bytes() == PAYLOAD
+        assert ranges(server) == [None, f"bytes={3 * CHUNK}-"]
+
+
+class TestTwoProcesses:
+    @pytest.fixture
+    def start(self, path):
+        """start(url): another process that downloads the file."""
+        processes = []
+
+        def start(url: str) -> subprocess.Popen:
+            command = [sys.executable, "-c", SCRIPT, url, str(path), SHA256]
+            process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+            processes.append(process)
+            return process
+
+        yield start
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+    def test_one_downloads_and_the_other_waits(self, serve, path, start):
+        def after_release(handler: Handler) -> None:
+            release.wait(30)
+            whole(handler)
+
+        release = threading.Event()
+        server = serve(after_release)
+        first = start(server.url)
+        until(lambda: server.requests)
+        second = start(server.url)
+        assert "waiting for another process" in second.stderr.readline()
+        release.set()
+        for process in (first, second):
+            process.communicate(timeout=30)
+            assert process.returncode == 0
+        assert len(server.requests) == 1
+        assert path.read_bytes() == PAYLOAD
+        assert {file.suffix for file in path.parent.iterdir()} == {".pt", ".sha256"}
+
+    def test_a_killed_one_leaves_its_part_and_no_lock(self, serve, path, start):
+        server = serve(stalls(2 * CHUNK), whole)
+        process = start(server.url)
+        part = beside(path, "part")
+        until(lambda: part.exists() and part.stat().st_size == 2 * CHUNK)
+        process.kill()
+        process.wait(30)
+        assert not path.exists()
+        assert download(server.url, path, SHA256).read_bytes() == PAYLOAD
+        assert ranges(server) == [None, f"bytes={2 * CHUNK}-"]
+
+    def test_the_one_that_waits_takes_over_from_one_that_fails(self, serve, path, start):
+        def after_release(handler: Handler) -> None:
+            release.wait(30)
+            status(404)(handler)
+
+        release = threading.Event()
+        server = serve(after_release, whole)
+        first = start(server.url)
+        until(lambda: server.requests)
+        second = start(server.url)
+        assert "waiting for another process" in second.stderr.readline()
+        release.set()
+        for process in (first, second):
+            process.communicate(timeout=30)
+        assert (first.returncode, second.returncode) == (1, 0)
+        assert path.read_bytes() == PAYLOAD
+
+    @pytest.mark.skipif(os.name == "nt", reason="an open file cannot be removed there")
+    def test_a_lock_file_removed_before_it_is_locked_is_no_lock(self, path, monkeypatch):
+        """Its owner takes it away between the opening and the locking of one that waits."""
+        path.parent.mkdir()
+        lock, try_lock, tried = beside(path, "lock"), module._try_lock, []
+
+        def too_late(file) -> bool:
+            if not tried:
+                lock.unlink()
+            tried.append(file)
+            return try_lock(file)
+
+        monkeypatch.setattr(module, "_try_lock", too_late)
+        with module._locked(lock):
+            assert len(tried) == 2
+            with lock.open("ab") as another:
+                assert not try_lock(another)
+        assert not lock.exists()
+
+    def test_of_many_that_fail_and_succeed_only_one_at_a_time_downloads(self, serve, path):
+        """Each that fails takes its lock file away, while others wait for that very file."""
+        busy, most = threading.Semaphore(1), []
+
+        def answer(handler: Handler) -> None:
+            most.append(busy.acquire(blocking=False))
+            time.sleep(0.05)
+            (status(404) if len(most) < 8 else whole)(handler)
+            busy.release()
+
+        def try_it() -> None:
+            with suppress(InputError):
+                download(server.url, path, SHA256)
+
+        server = serve(answer)
+        threads = [threading.Thread(target=try_it) for _ in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert len(most) == 8 and all(most)
+        assert path.read_bytes() == PAYLOAD
+        assert {file.suffix for file in path.parent.iterdir()} == {".pt", ".sha256"}
+
+
+class TestCommandLine:
+    """`python models/clip_utils.py`"""
+
+    @pytest.fixture
+    def run(self, monkeypatch, tmp_path):
+        """run(argument, ...): the script on the folder `tmp_path`, in this process."""
+        from models import clip_utils
+
+        def run(*arguments: str, base_url: str) -> None:
+            monkeypatch.setattr(clip_utils, "BASE_URL", base_url)
+            monkeypatch.setitem(clip_utils.SHA256, "ViT-B/16", SHA256)
+            arguments = ["clip_utils.py", "--download_root", str(tmp_path), *arguments]
+            monkeypatch.setattr(sys, "argv", arguments)
+            run_script(clip_utils.main)
+
+        return run
+
+    def test_model(self, run, serve, tmp_path, capsys):
+        server = serve(whole)
+        run("--model", "ViT-B/16", base_url=server.root)
+        assert server.requests == [(f"/{SHA256}/ViT-B-16.pt", None)]
+        assert capsys.readouterr().out.strip() == str(tmp_path / "ViT-B-16.pt")
+        assert (tmp_path / "ViT-B-16.pt").read_bytes() == PAYLOAD
+
+    def test_offline(self, run, closed_port_url, tmp_path, capsys):
+        root = closed_port_url.removesuffix("/weights.pt")
+        with pytest.raises(SystemExit) as caught:
+            run("--model", "ViT-B/16", base_url=root)
+        assert caught.value.code == 2
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert message.startswith("error: ")
+        assert f"{root}/{SHA256}/ViT-B-16.pt" in message
+        assert f"save it as {tmp_path / 'ViT-B-16.pt'}" in message
+
+    @pytest.mark.parametrize("is_there", [True, False])
+    def test_what_is_not_verified_is_never_read(self, run, serve, tmp_path, monkeypatch, is_there):
+        """A wrong file, put there or downloaded: `load` ends before it looks into it."""
+        from models import clip_utils
+
+        wrong = PAYLOAD[::-1]
+        server = serve(partial(whole, body=wrong))
+        monkeypatch.setattr(clip_utils, "BASE_URL", server.root)
+        monkeypatch.setitem(clip_utils.SHA256, "ViT-B/16", SHA256)
+        read = Mock()
+        monkeypatch.setattr(clip_utils, "read_state_dict", read)
+        if is_there:
+            leave(tmp_path / "ViT-B-16.pt", wrong)
+        with pytest.raises(InputError, match="delete it" if is_there else "wrong digest"):
+            clip_utils.load("ViT-B/16", "cpu", download_root=tmp_path)
+        assert not read.called
+
+    def test_list(self, run, tmp_path, capsys):
+        leave(tmp_path / "RN50.pt", b"")
+        run("--list", base_url="http://127.0.0.1:1")
+        rows = {row.split()[0]: row.split()[1:] for row in capsys.readouterr().out.splitlines()}
+        assert rows["RN50"] == ["1024", "224", str(tmp_path / "RN50.pt")]
+        assert rows["ViT-B/16"] == ["512", "224", f"http://127.0.0.1:1/{SHA256}/ViT-B-16.pt"]
+        assert rows["ViT-L/14@336px"][:2] == ["768", "336"]
+        assert "--resume_training none --model ViT-demo" in " ".join(rows["ViT-demo"])
+
+    def test_help_from_any_folder(self, tmp_path):
+        command = [sys.executable, str(ROOT / "models" / "clip_utils.py"), "--help"]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert "--download_root" in result.stdout
+
+
+def test_torch_is_not_needed():
+    code = "import sys, models.weights.download; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -1,0 +1,477 @@
+"""Every kind of weights file loads to the same model; every other file is refused unharmed."""
+
+import copy
+import json
+import pickle
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peers import disturb, open_clip_model
+from published import save_published
+from safetensors.torch import save_file
+from script_runs import ROOT
+
+from models import load, tokenize
+from models.clip_utils import create_model
+from models.errors import InputError
+from models.weights.read import NO_WEIGHTS, read_state_dict
+from utils.runs.checkpoint import save_weights
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """A small model whose weights are whole float16 numbers, so that no file format rounds them."""
+    torch.manual_seed(0)
+    model = create_model("ViT-demo")
+    disturb(model)
+    return model.half().float().eval()
+
+
+@pytest.fixture(scope="module")
+def archive(demo, tmp_path_factory):
+    return save_published(demo.state_dict(), tmp_path_factory.mktemp("archive") / "demo.pt")
+
+
+def save_as(kind: str, model, path: Path) -> Path:
+    weights = model.state_dict()
+    half = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
+    if kind == "published":
+        return save_published(weights, path.with_suffix(".pt"))
+    if kind.startswith("safetensors"):
+        save_file(half if kind.endswith("half") else weights, path.with_suffix(".safetensors"))
+        return path.with_suffix(".safetensors")
+    if kind == "ours, best weights":
+        save_weights(model, path)
+        return path
+    content = {
+        "float32": weights,
+        "float16": half,
+        "before torch 1.6": weights,
+        "ours, checkpoint": {"format": 1, "model": weights, "optimizer": {}, "rows": []},
+        "open_clip": {
+            "epoch": 3,
+            "name": "run",
+            "state_dict": {f"module.{k}": v for k, v in weights.items()},
+            "optimizer": {},
+        },
+    }[kind]
+    torch.save(content, path, _use_new_zipfile_serialization=kind != "before torch 1.6")
+    return path
+
+
+KINDS = ["published", "float32", "float16", "before torch 1.6", "safetensors", "safetensors half",
+         "ours, best weights", "ours, checkpoint", "open_clip"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_file_loads_to_the_same_float32_weights(demo, tmp_path, kind):
+    path = save_as(kind, demo, tmp_path / "weights.pth")
+    model, preprocess = load(path, "cpu")
+    loaded, expected = model.state_dict(), demo.state_dict()
+    assert loaded.keys() == expected.keys()
+    for key, tensor in loaded.items():
+        assert torch.equal(tensor, expected[key]) and tensor.dtype == expected[key].dtype, key
+    assert not model.training and preprocess.side == 64
+
+
+@pytest.mark.parametrize(
+    "name, depth",
+    [("ViT-B/16", {"vision_layers": 1}), ("RN50", {"vision_layers": (1, 1, 1, 1)})],
+)
+def test_a_published_archive_gives_the_features_that_open_clip_reads_from_it(tmp_path, name, depth):
+    weights = open_clip_model(name, **depth, text_layers=1).state_dict()
+    path = save_published(weights, tmp_path / "archive.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = open_clip.load_openai_model(str(path), precision="fp32", device="cpu").eval()
+    ours, _ = load(path, "cpu")
+    images, tokens = torch.randn(2, 3, 224, 224), tokenize(["a dog", "two cats on a mat"])
+    with torch.no_grad():
+        for mine, other in [
+            (ours.encode_image(images), theirs.encode_image(images)),
+            (ours.encode_text(tokens), theirs.encode_text(tokens)),
+        ]:
+            torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_loaded_from_an_archive_trains(archive):
+    model, _ = load(archive, "cpu")
+    model.encode_image(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert model.visual.conv1.weight.grad.isfinite().all()
+    before = archive.read_bytes()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert archive.read_bytes() == before
+
+
+class Trap:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def with_pickle(archive: Path, target: Path, content: bytes) -> Path:
+    """A copy of a TorchScript archive with another data.pkl."""
+    with zipfile.ZipFile(archive) as source, zipfile.ZipFile(target, "w") as copy:
+        for name in source.namelist():
+            copy.writestr(name, content if name.endswith("/data.pkl") else source.read(name))
+    return target
+
+
+def test_code_in_a_file_is_not_run(archive, tmp_path):
+    sprung = tmp_path / "sprung"
+    plain, legacy = tmp_path / "plain.pt", tmp_path / "legacy.pt"
+    torch.save({"a": Trap(sprung)}, plain)
+    torch.save({"a": Trap(sprung)}, legacy, _use_new_zipfile_serialization=False)
+    bare = tmp_path / "bare.pt"
+    bare.write_bytes(pickle.dumps(Trap(sprung)))
+    script = with_pickle(archive, tmp_path / "script.pt", pickle.dumps(Trap(sprung)))
+    for path in (plain, legacy, bare, script):
+        with pytest.raises(InputError, match=path.name):
+            load(path, "cpu")
+        assert not sprung.exists(), path.name
+    pickle.loads(pickle.dumps(Trap(sprung)))
+    assert sprung.exists()  # the trap works
+
+
+def test_numbers_in_another_byte_order_are_refused(tmp_path):
+    little, big = saved({"a": torch.ones(1)}, tmp_path / "little.pt"), tmp_path / "big.pt"
+    with zipfile.ZipFile(little) as source, zipfile.ZipFile(big, "w") as copy:
+        for name in source.namelist():
+            copy.writestr(name, b"big" if name.endswith("/byteorder") else source.read(name))
+    assert "big-endian" in refusal(big)
+
+
+def test_a_record_that_lies_about_its_length_is_refused(archive, tmp_path):
+    with zipfile.ZipFile(archive) as source, zipfile.ZipFile(tmp_path / "short.pt", "w") as copy:
+        for name in source.namelist():
+            data = source.read(name)
+            copy.writestr(name, data[:-2] if name.endswith("/data/0") else data)
+    with pytest.raises(InputError, match="shorter than it says"):
+        load(tmp_path / "short.pt", "cpu")
+
+
+def refusal(path: Path) -> str:
+    """What `load` says of a file: one line that starts with its name and is not long."""
+    with pytest.raises(InputError) as caught:
+        load(path, "cpu")
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and message.isprintable()
+    assert len(message) < len(str(path)) + 500
+    return message.removeprefix(f"{path}: ")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "an empty file"),
+        (b"<!DOCTYPE html><html><body>404</body></html>", "a web page"),
+        (b"\xef\xbb\xbf<!-- moved -->\n<html></html>", "a web page"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n",
+            "a Git LFS pointer",
+        ),
+        (b"ftypisom and so on", "another file of 18 bytes, not weights"),
+        (b"PK\x03\x04 and nothing else", "truncated or damaged"),
+        (b"\x80\x02 and nothing else", "truncated or damaged"),
+        (b"\xff\xff\xff\xff\xff\xff\xff\x7f{}", "truncated or damaged"),
+    ],
+)
+def test_a_file_that_holds_no_weights_says_what_it_is(tmp_path, content, message, suffix):
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(content)
+    said = refusal(path)
+    assert said.startswith(message)
+    assert "download it anew" in said or "git lfs pull" in said
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
+def test_a_truncated_file_is_refused(demo, tmp_path, kind, share):
+    path = save_as(kind, demo, tmp_path / "weights.pth")
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(InputError, match=path.name):
+        load(path, "cpu")
+
+
+def write_safetensors(path: Path, header: bytes, data: bytes = bytes(64)) -> Path:
+    """By the format's specification: the header's length, the header (JSON), the numbers."""
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": [17]},
+        {"shape": [2**40, 2**40]},
+        {"shape": [-16]},
+        {"shape": [0, 2**62]},
+        {"data_offsets": [0, 2**40]},
+        {"data_offsets": [64, 0]},
+        {"data_offsets": [32, 96]},
+        {"dtype": "F64"},
+        {"dtype": "F4"},
+        {"dtype": "no such type"},
+        {"dtype": None},
+    ],
+    ids=str,
+)
+def test_a_safetensors_header_that_lies_is_refused(tmp_path, change):
+    entry = {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}
+    honest = write_safetensors(tmp_path / "a.safetensors", json.dumps({"a": entry}).encode())
+    assert torch.equal(read_state_dict(honest)["a"], torch.zeros(16))
+    header = json.dumps({"a": entry | change}).encode()
+    assert "damaged" in refusal(write_safetensors(tmp_path / "b.safetensors", header))
+
+
+@pytest.mark.parametrize("length", [0, 1, 2**31, 2**40, 2**64 - 1])
+def test_a_safetensors_length_that_lies_is_refused(demo, tmp_path, length):
+    path = save_as("safetensors", demo, tmp_path / "weights")
+    path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
+    assert "damaged" in refusal(path)
+
+
+@pytest.mark.parametrize("length", [0x4B50, 0x0280])
+def test_a_safetensors_length_that_looks_like_another_format(tmp_path, length):
+    """Its first bytes are "PK", as of a zip, or 80 02, as of a pickle."""
+    header = json.dumps({"a": {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}}).encode()
+    path = write_safetensors(tmp_path / "a.safetensors", header.ljust(length))
+    assert torch.equal(read_state_dict(path)["a"], torch.zeros(16))
+
+
+@st.composite
+def tensors(draw):
+    """Tensors of every type a file may hold, some of them views with strides of their own."""
+    kinds = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8,
+             torch.int8, torch.int16, torch.int32, torch.int64]  # fmt: skip
+    tensor = torch.randn(draw(st.lists(st.integers(0, 5), max_size=4)))
+    tensor = tensor.mul(100).to(draw(st.sampled_from(kinds)))
+    if draw(st.booleans()):
+        tensor = tensor.permute(draw(st.permutations(range(tensor.ndim))))
+    if tensor.ndim and draw(st.booleans()):
+        tensor = tensor[draw(st.integers(0, 2)) :: draw(st.integers(1, 2))]
+    return tensor if draw(st.booleans()) else torch.nn.Parameter(tensor, requires_grad=False)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(st.text(min_size=1, max_size=5), tensors(), max_size=4), st.booleans())
+def test_tensors_are_those_that_torch_load_reads(weights, is_zip):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weights.pt"
+        torch.save(weights, path, _use_new_zipfile_serialization=is_zip)
+        expected, ours = torch.load(path, weights_only=True), read_state_dict(path)
+    assert list(ours) == [key for key in expected if key not in NO_WEIGHTS]
+    for key, tensor in ours.items():
+        like = expected[key].float() if expected[key].is_floating_point() else expected[key]
+        assert torch.equal(tensor, like) and tensor.dtype == like.dtype
+
+
+def test_what_a_checkpoint_holds_beside_its_weights_is_passed_over(demo, tmp_path):
+    beside = {
+        "optimizer": {"state": {0: {"step": torch.ones(1)}}, "param_groups": [{"betas": (0.9, 1)}]},
+        "random": (torch.get_rng_state(), 2**70, [None, True], {1}, b"bytes", "文"),
+        "types": [torch.float16, torch.Size([1]), torch.device("cuda:0"), OrderedDict(a=1)],
+    }
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"format": 1, "model": demo.state_dict(), **beside}, path)
+    loaded = load(path, "cpu")[0].state_dict()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in demo.state_dict().items())
+
+
+# --- Files made to fill the memory or to hang -----------------------------------------------------
+
+
+def saved(content: object, path: Path) -> Path:
+    torch.save(content, path)
+    return path
+
+
+def nested_key() -> bytes:
+    """A pickle of a dict whose key is a tuple of itself, twice, and that again, sixty times."""
+    doubled = b"".join(b"h%ch%c\x86q%c" % (n, n, n + 1) for n in range(60))
+    return b"\x80\x02)q\0" + doubled + b"}h<K\1s."
+
+
+def tree(depth: int, name: bytes, twice: bool) -> bytes:
+    """A pickle of modules within modules, by a name, or each by two."""
+    new = b"c__torch__.M\nM\n)\x81q"
+    content, above = b"\x80\x02" + new + b"\0", b"h\0"
+    for _ in range(depth):
+        attributes = b"(X\1\0\0\0x" + above + (b"X\1\0\0\0y" + above if twice else b"") + b"u"
+        content += new + b"\1}" + attributes.replace(b"X\1\0\0\0x", name) + b"bq\0"
+    return content + b"."
+
+
+@pytest.fixture(scope="module")
+def bombs(tmp_path_factory):
+    """Small files that ask for a lot, each with what is said of it."""
+    folder = tmp_path_factory.mktemp("bombs")
+    plain = saved({"a": torch.zeros(1)}, folder / "plain.pt")
+
+    def pickled(name: str, content: bytes) -> Path:
+        return with_pickle(plain, folder / f"{name}.pt", content)
+
+    zipped = folder / "deflated.pt"
+    with zipfile.ZipFile(zipped, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02X\0\0\0\x20" + bytes(2**29) + b".")
+    shared = torch.zeros(2**16, dtype=torch.float16)
+    storage = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuK\0tQ"
+    empty = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage
+    empty += b"K\0J\0\0\0\x40\x85K\1\x85\x89}tR"
+    header = {"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
+    long_name = b"X\0\0\1\0" + b"n" * 2**16 + b"q\2"
+    return {
+        pickled("memo", b"\x80\x02}r\xff\xff\xff\x07."): "ln_final.weight",
+        pickled("bytearray", b"\x80\x02c__builtin__\nbytearray\nJ\0\0\0\x40\x85R."): "bytearray",
+        pickled("array5", b"\x80\x05\x96\0\0\0\x40\0\0\0\0."): "bytearray8",
+        pickled("key", nested_key()): "tuple in an unfit place",
+        pickled("shared", tree(100, b"X\1\0\0\0x", twice=True)): "ln_final.weight",
+        pickled("names", tree(2, long_name, twice=False)): "nested too deep",
+        pickled("empty", b"\x80\x02}X\1\0\0\0a" + empty + b"s."): "a claims more numbers",
+        zipped: "compressed",
+        saved({"a": torch.zeros(1).expand(2**30)}, folder / "expanded.pt"): "claims more numbers",
+        saved({f"a{n}": shared for n in range(20_000)}, folder / "often.pt"): "claim 2,621,440,000",
+        write_safetensors(folder / "h.safetensors", json.dumps(header).encode()): "damaged",
+        saved({f"visual.transformer.resblocks.{n}.x": torch.zeros(1) for n in range(9999)}
+              | {"ln_final.weight": torch.zeros(64), "text_projection": torch.zeros(64, 64),
+                 "positional_embedding": torch.zeros(77, 64), "visual.proj": torch.zeros(64, 64),
+                 "token_embedding.weight": torch.zeros(9, 64),
+                 "visual.conv1.weight": torch.zeros(64, 3, 8, 8),
+                 "visual.positional_embedding": torch.zeros(5, 64),
+                 "transformer.resblocks.0.x": torch.zeros(1)}, folder / "deep.pt"):
+            "vision_layers would be 9999",
+    }  # fmt: skip
+
+
+def test_a_file_that_asks_for_more_than_it_holds_gets_nothing(bombs):
+    """In a process of its own, whose peak memory is theirs alone; a hang ends the test."""
+    code = """if True:
+        import resource, sys
+        from pathlib import Path
+        from models import load
+        from models.errors import InputError
+        import models.clip_utils, safetensors.torch
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for path in sys.argv[1:]:
+            try:
+                load(path, "cpu")
+                print("loaded")
+            except InputError as error:
+                print(error)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """
+    pytest.importorskip("resource")
+    command = [sys.executable, "-c", code, *map(str, bombs)]
+    result = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+    )
+    *messages, grown = result.stdout.splitlines()
+    for (path, said), message in zip(bombs.items(), messages, strict=True):
+        assert message.startswith(str(path)) and said in message
+    assert int(grown) < 200 * (1 if sys.platform == "darwin" else 2**10) * 2**10 / 2**10
+
+
+# --- Weights of another model, or of a broken one -------------------------------------------------
+
+
+def without(weights: dict, *prefixes: str) -> dict:
+    return {key: tensor for key, tensor in weights.items() if not key.startswith(prefixes)}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda w: without(w, "visual."), "half a CLIP model: the image tower is missing"),
+        (
+            lambda w: {k: t for k, t in w.items() if k.startswith("visual.")},
+            "half a CLIP model: the text tower is missing",
+        ),
+        (lambda w: dict(list(w.items())[: len(w) // 2]), "half a CLIP model: the text tower"),
+        (
+            lambda w: without(w, "visual.transformer.resblocks.1.", "transformer.resblocks.0."),
+            r"missing: visual\S+resblocks\.1\..*; unknown: visual\S+resblocks\.2\.",
+        ),
+        (lambda w: without(w, "visual.transformer."), "its vision_layers would be 0"),
+        (lambda w: {k: t.int() for k, t in w.items()}, "of another type: .* torch.int32 instead"),
+        (lambda w: {f"text_model.{k}": t for k, t in w.items()}, r"its keys: text_model\.\w+"),
+        (lambda w: {}, "its keys: none"),
+        (
+            lambda w: w | {"visual.positional_embedding": torch.zeros(16, 192)},
+            "15 places of an image are no square",
+        ),
+        (
+            lambda w: w | {"ln_final.weight": torch.zeros(100)},
+            "transformer_width 100 is no multiple of 64",
+        ),
+    ],
+    ids=lambda value: value[:30] if isinstance(value, str) else "",
+)
+def test_weights_of_another_model_say_what_they_are(demo, tmp_path, change, message):
+    path = saved(change(demo.state_dict()), tmp_path / "other.pt")
+    said = refusal(path)
+    assert re.search(message, said)
+    assert "give " in said or "save them anew" in said
+
+
+def test_names_made_to_deceive_a_terminal_are_shown_as_they_are(demo, tmp_path):
+    odd = {"\x1b[2Jx\nfake: all is well": torch.zeros(1)}
+    said = refusal(saved(demo.state_dict() | odd, tmp_path / "odd.pt"))
+    assert r"unknown: '\x1b[2Jx\nfake" in said
+    refusal(saved({"\n" * 9000: 3}, tmp_path / "odd.pt"))
+
+
+@pytest.mark.parametrize("kind", ["published", "safetensors", "ours, best weights", "open_clip"])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf, 1e30])
+def test_weights_that_are_not_finite_are_refused_by_name(demo, tmp_path, kind, number):
+    """1e30 is infinite as float16, and a float32 like any other."""
+    model = copy.deepcopy(demo)
+    key = "visual.transformer.resblocks.1.mlp.c_fc.weight"
+    model.get_parameter(key).data[3, 4] = number
+    path = save_as(kind, model, tmp_path / "weights.pth")
+    if number == 1e30 and kind in ("safetensors", "open_clip"):
+        loaded = load(path, "cpu")[0].get_parameter(key)
+        assert torch.equal(loaded, model.get_parameter(key))
+        return
+    said = refusal(path)
+    assert said.startswith("NaN or infinity in the weights") and key in said
+    assert "more" not in said
+
+
+def test_large_finite_weights_are_not_taken_for_infinite(demo, tmp_path):
+    """Their sum overflows."""
+    weights = demo.state_dict() | {"visual.proj": torch.full((192, 256), 3e38)}
+    load(saved(weights, tmp_path / "weights.pt"), "cpu")
+
+
+def test_what_is_no_clip_says_so(tmp_path):
+    assert "is a folder" in refusal(tmp_path)
+    with pytest.raises(InputError, match=r"neither a file.*ViT-B/32"):
+        load("ViT-B-32", "cpu")
+    other = tmp_path / "other.pt"
+    torch.save(torch.nn.Linear(2, 2).state_dict(), other)
+    with pytest.raises(InputError, match=r"other\.pt.*ln_final\.weight"):
+        load(other, "cpu")
+    torch.save([1, 2], other)
+    with pytest.raises(InputError, match=r"other\.pt: holds list"):
+        load(other, "cpu")

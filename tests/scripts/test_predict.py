@@ -1,0 +1,241 @@
+"""predict.py and predict_zero_shot.py, run as a user runs them."""
+
+import ast
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from published import save_published
+from script_runs import ROOT, error_line, run_script
+
+import predict
+import predict_zero_shot
+from flickr8k.render_demo import render_demo
+from models import load, tokenize
+from models.clip_utils import create_model
+from models.errors import InputError
+from models.preprocess import open_image
+from predict_zero_shot import LABELS
+from utils.retrieval.ranking import Ranked, draw_ranking
+from utils.runs.checkpoint import save_weights, write_json
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with a data set, and a run in logs/ that was trained on it."""
+    work = tmp_path_factory.mktemp("predict")
+    data = render_demo(work / "data", n_train=4, n_val=8)
+    weights = work / "logs" / "a run" / "weights" / "best_epoch_weights.pth"
+    torch.manual_seed(0)
+    save_weights(create_model("ViT-demo"), weights)
+    write_json(weights.parents[1] / "arguments.json", {"dataset_path": str(data), "language": "en"})
+    return work
+
+
+@pytest.fixture(scope="module")
+def photo(work):
+    return next((work / "data" / "images").glob("val_*.png"))
+
+
+def test_zero_shot_prints_the_probabilities_of_the_labels(work):
+    """The owner's three lines; probabilities as a softmax of the logits, computed here anew."""
+    weights = work / "logs" / "a run" / "weights" / "best_epoch_weights.pth"
+    image = ROOT / "R_mAP.png"
+    done = run_script("predict_zero_shot.py", image, "--weights", weights, cwd=work)
+    first, second, third = done.stdout.splitlines()
+
+    model, preprocess = load(weights, "cpu")
+    with torch.no_grad():
+        logits, _ = model(preprocess(open_image(image))[None], tokenize(LABELS))
+    expected = np.exp(logits[0].double().numpy())
+    expected /= expected.sum()
+
+    printed = re.fullmatch(r"Label probs: \[\[([^\[\]]*)\]\]", first)
+    assert [float(p) for p in printed[1].split()] == pytest.approx(expected, rel=1e-4)
+    best = int(expected.argmax())
+    label, probability = second.rsplit(": ", 1)
+    assert label == LABELS[best] and float(probability) == pytest.approx(expected[best], rel=1e-4)
+    assert third.startswith("image 0: ")
+    pairs = ast.literal_eval(third.removeprefix("image 0: "))
+    order = np.argsort(-expected)
+    assert [label for label, _ in pairs] == [LABELS[i] for i in order]
+    assert [p for _, p in pairs] == pytest.approx(expected[order], rel=1e-4)
+    for _, p in pairs:  # as float32 prints, such as 0.9547376
+        assert f", {np.float32(p)!s})" in third
+
+
+def test_zero_shot_reads_a_published_archive_and_labels_of_ones_own(work, photo):
+    torch.manual_seed(1)
+    archive = save_published(create_model("ViT-demo").state_dict(), work / "published.pt")
+    odd = work / "ein Bild 图片.png"
+    odd.write_bytes(photo.read_bytes())
+    done = run_script(
+        "predict_zero_shot.py", odd.name, "--weights", archive, "--labels", "a dog", "一只猫",
+        cwd=work,
+    )  # fmt: skip
+    assert len(done.stdout.splitlines()) == 3 and "一只猫" in done.stdout
+
+
+def test_predict_ranks_the_captions_it_is_given(work, photo):
+    texts = ["a dog", "a cat", "an old tree"]
+    done = run_script("predict.py", photo, "--text", *texts, cwd=work)
+    lines = [line for line in done.stdout.splitlines() if re.match(r"\d\. ", line)]
+    model, preprocess = load(work / "logs/a run/weights/best_epoch_weights.pth", "cpu")
+    with torch.no_grad():
+        logits, _ = model(preprocess(open_image(photo))[None], tokenize(texts))
+    probabilities = logits[0].double().softmax(0)
+    expected = probabilities.argsort(descending=True).tolist()
+    for place, (line, i) in enumerate(zip(lines, expected, strict=True), 1):
+        assert line.startswith(f"{place}. ") and line.endswith(texts[i])
+        assert f"{probabilities[i]:7.2%}" in line
+    picture = work / "logs" / "a run" / "predictions" / f"{photo.stem}.png"
+    assert str(picture.relative_to(work)) in done.stdout.replace(os.sep, "/")
+    assert Image.open(picture).format == "PNG"
+
+
+def test_predict_chooses_among_the_validation_captions_of_its_data_set(work, photo):
+    done = run_script("predict.py", photo, "--output", "out/ranking.jpg", cwd=work)
+    captions = [
+        line.split("  ")[-1] for line in done.stdout.splitlines() if re.match(r"\d\. ", line)
+    ]
+    assert len(captions) == 5
+    validation = (work / "data" / "en_val.json").read_text("utf-8")
+    assert all(f'"{caption}"' in validation for caption in captions)
+    assert Image.open(work / "out" / "ranking.jpg").format == "JPEG"
+
+
+def test_predict_asks_for_images_until_an_empty_line(work, photo):
+    (work / "captions.txt").write_text("a dog\n\na cat\n", encoding="utf-8")
+    done = run_script(
+        "predict.py", "--captions_file", "captions.txt", cwd=work,
+        stdin=f"{photo}\nnowhere.png\n'{photo}'\n\n{photo}\n",
+    )  # fmt: skip
+    assert done.stdout.count("picture: ") == 2
+    assert "nowhere.png: no such image file" in done.stdout
+
+
+@pytest.fixture
+def error_of(work, monkeypatch, capsys):
+    """What a script's main() ends on when it is called in the folder of the run."""
+
+    def call(main: Callable[[], None], *arguments: object) -> str:
+        monkeypatch.chdir(work)
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+        with pytest.raises((InputError, SystemExit)) as caught:
+            main()
+        if caught.type is InputError:
+            return str(caught.value)
+        assert caught.value.code == 2
+        return capsys.readouterr().err
+
+    return call
+
+
+def test_what_cannot_be_predicted_ends_in_one_line(work, tmp_path):
+    (work / "text.png").write_text("no image")
+    assert "text.png: not an image" in error_line("predict.py", "text.png", cwd=work)
+    assert "nowhere.png" in error_line("predict_zero_shot.py", "nowhere.png", cwd=work)
+    assert "train.py" in error_line("predict.py", ROOT / "R_mAP.png", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--text", "a dog", " "], "--text: one of the captions is empty"),
+        (["--text"], "--text: expected at least one argument"),
+        (["--text", "a", "--captions_file", "b.txt"], "--captions_file: not allowed with .*--text"),
+        (["--captions_file", "gone.txt"], "gone.txt: cannot be read"),
+        (["--captions_file", "none.txt"], "none.txt: no captions in it"),
+        (["--weights", "alone.pth"], "alone.pth: lies in no run .* --text or --captions_file"),
+        (["--weights", "ViT-B/33"], "ViT-B/33: neither a file nor .* the names are RN50, RN101"),
+        (["--weights", ""], "--weights: the path is empty"),
+        (["--text", "a", "--output", "ranking.xyz"], "ranking.xyz: no format .* png"),
+        (["--device", "gpu"], "--device gpu: no such device; try cpu"),
+    ],
+)
+def test_predict_names_what_it_cannot_use(work, photo, error_of, arguments, message):
+    (work / "none.txt").write_text("\n")
+    weights = work / "logs" / "a run" / "weights" / "best_epoch_weights.pth"
+    (work / "alone.pth").write_bytes(weights.read_bytes())
+    assert re.search(message, error_of(predict.main, photo, *arguments))
+
+
+def test_predict_looks_at_the_image_before_weights_and_captions(error_of, work):
+    weights = work / "broken.pth"
+    weights.write_text("no weights")
+    arguments = ("nowhere.png", "--weights", weights)
+    assert error_of(predict.main, *arguments) == "nowhere.png: no such image file"
+
+
+def test_predict_takes_the_captions_of_all_languages_of_its_run(work):
+    weights = work / "elsewhere" / "weights" / "best_epoch_weights.pth"
+    arguments = {"dataset_path": str(work / "data"), "language": ["cn", "en"]}
+    save_weights(create_model("ViT-demo"), weights)
+    write_json(weights.parents[1] / "arguments.json", arguments)
+    captions = predict.read_captions(None, weights)
+    entries = []
+    for language in ("cn", "en"):
+        entries += json.loads((work / "data" / f"{language}_val.json").read_text("utf-8"))
+    assert captions == [caption for entry in entries for caption in entry["caption"]]
+
+    write_json(weights.parents[1] / "arguments.json", arguments | {"language": ["en", "fr"]})
+    with pytest.raises(
+        InputError, match=r"no fr_val\.json in it, only .* --text or --captions_file"
+    ):
+        predict.read_captions(None, weights)
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        (["a dog", " "], "--labels: one of them is empty"),
+        (["a dog", "&nbsp;"], "--labels: one of them is empty"),
+        (["a dog", "a cat", "a dog"], "--labels: 'a dog' repeats 'a dog'"),
+        (["A  dog", "a cat", "a dog "], "--labels: 'a dog ' repeats 'A  dog'"),
+        ([], "--labels: expected at least one argument"),
+        (["a dog", "word " * 99], "text 1 has 101 tokens, where 77 fit"),
+    ],
+)
+def test_labels_that_give_no_probabilities_are_named(photo, error_of, labels, message):
+    assert message in error_of(predict_zero_shot.main, photo, "--labels", *labels)
+
+
+def test_predict_takes_any_path_and_the_home_folder(work, photo, monkeypatch):
+    """The tilde is quoted, or typed where no shell expands it."""
+    home = work / "home 家"
+    home.mkdir()
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(home))
+    names = ["two words.png", "图片 一.png", "it's (1) [x] #5 100%.png"]
+    for name in names:
+        (home / name).write_bytes(photo.read_bytes())
+    typed = [f"~/{names[0]}", *(f'"{home / name}"' for name in names[1:])]
+    texts = ["--text", "a", "b"]
+    run_script("predict.py", *texts, cwd=work, stdin="\n".join(typed))
+    predictions = work / "logs" / "a run" / "predictions"
+    assert {*names} <= {file.name for file in predictions.iterdir()}
+    run_script("predict.py", f"~/{names[1]}", *texts, "--output", "~/ranking.png", cwd=work)
+    assert (home / "ranking.png").is_file()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (10_000, 10), (10, 10_000)])
+def test_any_picture_and_caption_can_be_drawn(tmp_path, size):
+    captions = [
+        "a dog " * 10_000,
+        "x" * 10_000,
+        "\ud800\0\x1b[2J",
+        "$x^{2 \\frac",
+        "👨\u200d👩 狗\n\t",
+    ]
+    ranked = [Ranked(caption, 0.2, 0.3) for caption in captions]
+    draw_ranking(Image.new("RGB", size), ranked, tmp_path / "ranking.png")
+    with Image.open(tmp_path / "ranking.png") as image:
+        assert min(image.size) > 300

@@ -1,0 +1,222 @@
+"""Runs that are stopped at any moment and go on to what they would have been."""
+
+import csv
+import json
+import multiprocessing
+import os
+import random
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from script_runs import ROOT, error_line, run_script
+
+from flickr8k.render_demo import render_demo
+from utils.machine.interrupt import Interrupt
+
+KILLS = 24
+TIMES = {"images_per_second", "data_wait_percent", "peak_memory_mb"}  # what no two runs share
+ARGUMENTS = ["--resume_training", "none", "--model", "ViT-demo", "--lr", "1e-3", "--epochs", "6",
+             "--batch_size", "4", "--captions_per_image", "2", "--ema", "0.9", "--patience", "5",
+             "--save_steps", "1", "--freq", "3"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return render_demo(tmp_path_factory.mktemp("data"), n_train=66, n_val=8)
+
+
+def train(arguments, cwd):
+    """What `python train.py` does, in a process that has its packages imported already."""
+    os.chdir(cwd)
+    sys.argv = ["train.py", *map(str, arguments)]
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+
+
+@pytest.fixture(scope="module")
+def start(data, tmp_path_factory):
+    """Start a training process in a folder."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torchvision", "pyzjr"])
+
+    def start(arguments, cwd):
+        process = context.Process(target=train, args=(arguments, cwd))
+        process.start()
+        return process
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def whole(data, start, tmp_path_factory):
+    """The folder of a run that nothing stops."""
+    cwd = tmp_path_factory.mktemp("whole")
+    process = start([*ARGUMENTS, "--dataset_path", data], cwd)
+    process.join()
+    assert process.exitcode == 0
+    (run,) = (cwd / "logs").iterdir()
+    return run
+
+
+def wait_for_saves(process, checkpoint, saves):
+    """Wait until the checkpoint has been written so many times, or the process has ended."""
+    seen = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+    while saves and process.is_alive():
+        now = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        saves -= now != seen
+        seen = now
+        time.sleep(0.002)
+
+
+def assert_same_run(run, whole):
+    def rows(folder):
+        with (folder / "metrics.csv").open(newline="") as file:
+            return [
+                {k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)
+            ]
+
+    def content(folder, name):
+        return torch.load(folder / "weights" / name, weights_only=True)
+
+    assert rows(run) == rows(whole)
+    assert (run / "epoch_loss.txt").read_text() == (whole / "epoch_loss.txt").read_text()
+    names = {path.name for path in (whole / "weights").iterdir()}
+    assert {path.name for path in (run / "weights").iterdir()} == names
+    for name in names - {"checkpoint.pth"}:
+        found, expected = content(run, name), content(whole, name)
+        assert all(torch.equal(found[key], expected[key]) for key in expected), name
+    found, expected = content(run, "checkpoint.pth"), content(whole, "checkpoint.pth")
+    for part in ("model", "average"):
+        for key, tensor in expected[part].items():
+            assert torch.equal(found[part][key], tensor), (part, key)
+    for number, state in expected["optimizer"]["state"].items():
+        for key, value in state.items():
+            assert torch.equal(found["optimizer"]["state"][number][key], value)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a fork server")
+def test_a_run_killed_again_and_again_ends_bit_for_bit_as_one_that_was_not(
+    data, start, whole, tmp_path
+):
+    moments = random.Random(0)
+    arguments = [*ARGUMENTS, "--dataset_path", data]
+    process = start(arguments, tmp_path)
+    while not (runs := list(tmp_path.glob("logs/*/weights"))):
+        time.sleep(0.002)
+    run = runs[0].parent
+    checkpoint = run / "weights" / "checkpoint.pth"
+    wait_for_saves(process, checkpoint, 1)
+    process.kill()
+    process.join()
+    kills = 1
+    while True:
+        workers = moments.choice([0, 0, 1])
+        process = start(["--resume_training", checkpoint, "--num_workers", workers], tmp_path)
+        if kills < KILLS:
+            # Before, between and while files are written; now and then before the first step.
+            wait_for_saves(process, checkpoint, moments.randrange(7))
+            time.sleep(moments.uniform(0, 0.3))
+            process.kill()
+        process.join()
+        if kills >= KILLS:
+            break
+        assert process.exitcode == -signal.SIGKILL, "the run ended before it was killed"
+        kills += 1
+    assert process.exitcode == 0
+    assert list((tmp_path / "logs").iterdir()) == [run]
+    assert (run / "R_mAP.png").exists()
+    assert_same_run(run, whole)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_saves_and_names_the_command_that_goes_on(
+    data, whole, tmp_path, number
+):
+    arguments = [a for a in ARGUMENTS if a not in ("--save_steps", "1")]
+    command = [sys.executable, "-u", str(ROOT / "train.py"), *arguments,
+               "--dataset_path", str(data), "--num_workers", "1"]  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    seen = ""
+    while not re.search(r"epoch 1: +[1-9]", seen):
+        assert process.poll() is None
+        seen += process.stderr.read(1)
+    os.killpg(process.pid, number)  # as a terminal does it: the workers get it, too
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    assert "Traceback" not in errors
+    path = re.search(r"python train\.py --resume_training (\S+checkpoint\.pth)", printed)[1]
+    state = torch.load(tmp_path / path, weights_only=True)
+    assert 0 < len(state["losses"]) <= 16
+    run_script("train.py", "--resume_training", path, "--save_steps", 1, cwd=tmp_path)
+    (run,) = (tmp_path / "logs").iterdir()
+    assert_same_run(run, whole)
+
+
+def test_a_run_that_has_ended_says_so(whole, tmp_path):
+    done = run_script("train.py", "--resume_training", whole, cwd=tmp_path)
+    assert "all 6 epochs" in done.stdout and "--epochs" in done.stdout
+
+
+def test_a_checkpoint_of_another_version_says_so(whole, tmp_path):
+    state = torch.load(whole / "weights" / "checkpoint.pth", weights_only=True)
+    for version in (state["format"] - 1, state["format"] + 1):
+        torch.save(state | {"format": version}, tmp_path / "checkpoint.pth")
+        line = error_line("train.py", "--resume_training", "checkpoint.pth", cwd=tmp_path)
+        assert "checkpoint.pth" in line and f"format {version}" in line
+
+
+def test_in_the_middle_of_an_epoch_the_batches_cannot_change(whole, tmp_path):
+    state = torch.load(whole / "weights" / "checkpoint.pth", weights_only=True)
+    torch.save(state | {"losses": [1.0]}, tmp_path / "checkpoint.pth")
+    changes = (["--batch_size", 8], ["--seed", 3], ["--captions_per_image", 1], ["--no_augment"])
+    for changed in changes:
+        line = error_line("train.py", "--resume_training", "checkpoint.pth", *changed, cwd=tmp_path)
+        assert changed[0] in line
+
+
+def test_a_run_goes_on_with_its_own_data_alone_wherever_they_lie(data, whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    moved = tmp_path / "moved"
+    shutil.copytree(data, moved)
+    arguments = ["--resume_training", run, "--epochs", 7]
+    for changed in (["--language", "cn"], ["--language", "en", "cn"]):
+        line = error_line("train.py", *arguments, *changed, cwd=tmp_path)
+        assert "--language" in line and "last_epoch_weights.pth" in line
+    run_script("train.py", *arguments, "--dataset_path", "moved", cwd=tmp_path)
+    found = json.loads((run / "arguments.json").read_text())
+    assert found["dataset_path"] == str(moved.resolve())
+    started = json.loads((whole / "arguments.json").read_text())
+    for name in ("model", "resume_training"):
+        assert found[name] == started[name] is not None
+    entries = json.loads((moved / "en_train.json").read_text("utf-8"))
+    (moved / "en_train.json").write_text(json.dumps(entries[:-1]), "utf-8")
+    line = error_line("train.py", "--resume_training", run, "--epochs", 8, cwd=tmp_path)
+    assert "--dataset_path" in line
+
+
+def test_signals_are_noted_until_they_are_released():
+    def handlers():
+        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    before = handlers()
+    interrupt = Interrupt()
+    try:
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupt.signal == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        interrupt.release()
+    assert handlers() == before

@@ -1,0 +1,237 @@
+"""Runs of train.py on a small demo set, and the pieces it is made of."""
+
+import csv
+import json
+import math
+import re
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from script_runs import error_line, run_script
+
+from flickr8k.render_demo import render_demo
+from models import load
+from models.clip_utils import create_model
+from utils.machine.precision import Precision
+from utils.training.optimizer import learning_rate, parameter_groups
+
+SCRATCH = ["--resume_training", "none", "--model", "ViT-demo", "--lr", "1e-3", "--batch_size", "16"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return render_demo(tmp_path_factory.mktemp("data"), n_train=70, n_val=16)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture(scope="module")
+def trained(data, work):
+    """(run folder, what was printed) of four epochs from scratch."""
+    arguments = ["--dataset_path", data, "--epochs", 4, "--freq", 2, "--log_dir", "logs"]
+    done = run_script("train.py", *SCRATCH, *arguments, cwd=work)
+    (run,) = (work / "logs").iterdir()
+    return run, done.stdout
+
+
+def read_rows(run):
+    with (run / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_leaves_its_files(trained):
+    run, printed = trained
+    weights = {path.name for path in (run / "weights").iterdir()}
+    kept = {re.sub(r"_loss.*", "", name) for name in weights}
+    assert {"best_epoch_weights.pth", "last_epoch_weights.pth", "checkpoint.pth"} <= weights
+    assert {"ep002", "ep004"} <= kept and len(weights) == 5
+    assert len((run / "epoch_loss.txt").read_text().splitlines()) == 4
+    for picture in ("epoch_loss.png", "R_mAP.png"):
+        Image.open(run / picture).verify()
+    (log,) = run.glob("console_*.log")
+    assert "epoch 4/4" in log.read_text("utf-8") and "epoch 4/4" in printed
+    assert json.loads((run / "arguments.json").read_text())["batch_size"] == 16
+
+
+def test_metrics_csv_has_a_row_an_epoch(trained):
+    rows = read_rows(trained[0])
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
+    names = {f"{way}_{score}@{k}" for way in ("i2t", "t2i") for score in ("R", "mAP")
+             for k in (1, 5, 10)}  # fmt: skip
+    names |= {"train_loss", "val_loss", "lr", "images_per_second", "peak_memory_mb", "mean_recall"}
+    for row in rows:
+        assert names <= row.keys()
+        assert all(math.isfinite(float(value)) for value in row.values())
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+    assert float(rows[0]["train_loss"]) < math.log(16) + 1
+
+
+def test_best_weights_are_those_of_the_best_mean_recall(trained):
+    run, _ = trained
+    rows = read_rows(run)
+    best = max(range(4), key=lambda i: float(rows[i]["mean_recall"]))
+    contents = {
+        name: torch.load(run / "weights" / name, weights_only=True)
+        for name in ("best_epoch_weights.pth", "last_epoch_weights.pth")
+    }
+    assert all(t.dtype == torch.float16 for t in contents["best_epoch_weights.pth"].values())
+    same = all(
+        torch.equal(contents["best_epoch_weights.pth"][key], tensor)
+        for key, tensor in contents["last_epoch_weights.pth"].items()
+    )
+    assert same == (best == 3)
+
+
+def test_scoring_the_best_weights_gives_the_best_row(trained, data, work):
+    run, _ = trained
+    weights = run / "weights" / "best_epoch_weights.pth"
+    done = run_script(
+        "utils/metric.py", "--weights", weights, "--dataset_path", data,
+        "--json", "scores/metrics.json", "--plot", "R_mAP.png", cwd=work,
+    )  # fmt: skip
+    metrics = json.loads((work / "scores" / "metrics.json").read_text())
+    row = max(read_rows(run), key=lambda row: float(row["mean_recall"]))
+    for way in ("i2t", "t2i"):
+        for name in ("R@1", "R@5", "R@10"):  # float16 weights can move a close call
+            assert metrics[way][name] == pytest.approx(float(row[f"{way}_{name}"]), abs=3)
+            assert f"{metrics[way][name]:.2f}" in done.stdout
+    assert Image.open(work / "R_mAP.png").format == "PNG"
+
+
+def test_a_run_goes_on_with_what_is_given_now(trained, work):
+    """More epochs, another weight decay; a finished demo run goes on like any other."""
+    run, _ = trained
+    copy = work / "longer" / "run"
+    shutil.copytree(run, copy)
+    checkpoint = copy / "weights" / "checkpoint.pth"
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save(state | {"arguments": state["arguments"] | {"demo": True}}, checkpoint)
+    given = ["--epochs", 5, "--weight_decay", 0.5]
+    run_script("train.py", "--resume_training", checkpoint, *given, cwd=work)
+    assert [row["epoch"] for row in read_rows(copy)] == ["1", "2", "3", "4", "5"]
+    state = torch.load(checkpoint, weights_only=True)
+    groups = state["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0]
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--input_shape", "96"], "--input_shape"),
+        (["--optimizer_type", "sgd"], "--optimizer_type"),
+        (["--epochs", "3"], "has 4 epochs"),
+    ],
+)
+def test_a_run_cannot_go_on_as_another(trained, work, arguments, named):
+    checkpoint = trained[0] / "weights" / "checkpoint.pth"
+    line = error_line("train.py", "--resume_training", checkpoint, *arguments, cwd=work)
+    assert named in line
+
+
+def test_a_checkpoint_away_from_its_run_is_not_continued(trained, work):
+    shutil.copy(trained[0] / "weights" / "checkpoint.pth", work / "checkpoint.pth")
+    line = error_line("train.py", "--resume_training", "checkpoint.pth", cwd=work)
+    assert "RUN/weights/checkpoint.pth" in line
+
+
+def test_fine_tuning_starts_from_weights_in_bfloat16_at_another_resolution(trained, data, work):
+    weights = trained[0] / "weights" / "best_epoch_weights.pth"
+    done = run_script(
+        "train.py", "--resume_training", weights, "--dataset_path", data, "--epochs", 1,
+        "--warmup_epochs", 0.5, "--batch_size", 16, "--input_shape", 96, "--use_amp",
+        "--optimizer_type", "sgd", "--lr", 1e-4, "--language", "cn", "--num_workers", 1,
+        "--grad_checkpointing", "--cache", "pixels", "--log_dir", "tuned", cwd=work,
+    )  # fmt: skip
+    assert "before training" in done.stdout and "mixed, bfloat16" in done.stdout
+    (run,) = (work / "tuned").iterdir()
+    model, _ = load(run / "weights" / "best_epoch_weights.pth", "cpu")
+    assert model.visual.input_resolution == 96
+    assert {path.suffix for path in (work / "pixels").iterdir()} == {".pixels"}
+
+
+def test_no_data_says_what_to_do(work):
+    line = error_line("train.py", "--dataset_path", "nowhere", cwd=work)
+    for way_out in ("nowhere", "prepare.py --download", "--dataset_path", "--demo"):
+        assert way_out in line
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data, work):
+    arguments = [*SCRATCH, "--dataset_path", data, "--log_dir", "burst", "--optimizer_type", "sgd"]
+    line = error_line("train.py", *arguments, "--lr", "1e30", cwd=work)
+    assert re.search(r"loss is nan at step \d+, learning rate .*--lr", line)
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--resume_training", "none"], "--model"),
+        (["--model", "ViT-demo"], "--resume_training none"),
+        (["--epochs", "2", "--warmup_epochs", "2"], "--warmup_epochs"),
+        (["--batch_size", "1"], "--batch_size"),
+        (["--lock_image", "--lock_text"], "--lock_text 2"),
+        ([*SCRATCH, "--lock_image", "4"], "this tower has 3 blocks"),
+        ([*SCRATCH, "--grad_cache", "4", "--model", "RN50", "--input_shape", "32"], "--grad_cache"),
+        (["--wise_ft", "2"], "from 0 to 1"),
+        (["--language", "fr"], "cn"),
+        (["--dataset_path", "nowhere"], "nowhere: no such folder"),
+        (["--lr", "0"], "--lr"),
+        (["--demo", "--resume_training", "ViT-B/32"], "--demo"),
+        (["--device", "quantum"], "--device"),
+        (["--lr", "nan"], "--lr"),
+        (["--epochs", "-1"], "--epochs"),
+        (["--momentum", "1"], "--momentum"),
+        (["--optimizer_type", "lion"], "adamw"),
+        ([*SCRATCH[:3], "ViT-B"], "ViT-demo"),
+        (["--resume_training", "nothing.pth"], "nothing.pth"),
+        ([*SCRATCH, "--batch_size", "71"], "--batch_size"),
+        ([*SCRATCH, "--input_shape", "50"], "--input_shape"),
+        ([*SCRATCH, "--log_dir", "a_file"], "--log_dir"),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused(arguments, named, data, work):
+    (work / "a_file").touch()
+    assert named in error_line("train.py", "--dataset_path", data, *arguments, cwd=work)
+
+
+def test_weight_decay_is_for_matrices_only():
+    model = create_model("ViT-demo")
+    decayed, others = parameter_groups(model, 0.9, 0.1)
+    assert decayed["weight_decay"] == 0.1 and others["weight_decay"] == 0
+    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)] for p in others["params"]} == {
+        name
+        for name in names.values()
+        if name.endswith("bias") or ".ln_" in name or name.startswith("ln_")
+        or name in ("logit_scale", "visual.class_embedding")
+    }  # fmt: skip
+
+
+def test_the_learning_rate_rises_then_falls_along_a_cosine():
+    rates = [learning_rate(step, 2.0, 10, 110) for step in range(110)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert rates[10:] == pytest.approx([1 + math.cos(math.pi * i / 100) for i in range(100)])
+
+
+def test_a_step_in_float16_is_scaled_clipped_and_skipped_when_it_overflows():
+    """The update of plain SGD is the clipped gradient, whatever the scale of the loss."""
+    linear = torch.nn.Linear(4, 1, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+    precision = Precision(torch.device("cpu"), use_amp=False)
+    precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = torch.optim.SGD(linear.parameters(), lr=1.0)
+    direction = torch.tensor([[3.0, 0.0, 4.0, 0.0]])
+    precision.backward((linear.weight * direction).sum())
+    precision.update(linear, optimizer, max_norm=1.0)
+    assert linear.weight.tolist()[0] == pytest.approx([1 - 0.6, 2, 3 - 0.8, 4])
+    before = linear.weight.clone()
+    precision.backward((linear.weight * 1e38).sum())
+    precision.update(linear, optimizer, max_norm=1.0)
+    assert torch.equal(linear.weight, before)
+    assert precision.scaler.get_scale() == 2.0**9

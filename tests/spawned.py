@@ -1,0 +1,42 @@
+"""Several processes that compute together, as torchrun would start them."""
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from typing import Any
+
+from torch.distributed import TCPStore
+
+from utils.machine.processes import join_processes
+
+
+def in_processes(size: int, function: Callable, *arguments: object) -> list[Any]:
+    """What `function(processes, *arguments)` returns in each of `size` processes, first to last."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    # The system picks a free port; the processes find this store there, as torchrun provides one.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    children = [
+        context.Process(target=_run, args=(rank, size, store.port, results, function, arguments))
+        for rank in range(size)
+    ]
+    for child in children:
+        child.start()
+    returned = dict(results.get(timeout=120) for _ in children)
+    for child in children:
+        child.join()
+        assert child.exitcode == 0
+    return [returned[rank] for rank in range(size)]
+
+
+def _run(rank, size, port, results, function, arguments) -> None:
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # do not start a store of one's own
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+    }
+    processes, _ = join_processes("cpu")
+    results.put((rank, function(processes, *arguments)))

@@ -1,0 +1,75 @@
+"""Random crops against Pillow's resizing of the same boxes."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from utils.data.augment import MIN_AREA, crop, draw_crops
+
+
+def pillow_crop(image: torch.Tensor, side: float, x: float, y: float) -> torch.Tensor:
+    """The crop of one image `[3, r, r]`, bilinear, each channel a float picture."""
+    r = image.shape[-1]
+    left, top = (1 + x - side) / 2 * r, (1 + y - side) / 2 * r
+    box = (max(left, 0), max(top, 0), min(left + side * r, r), min(top + side * r, r))
+    channels = [Image.fromarray(channel.numpy()) for channel in image]
+    resized = [c.resize((r, r), Image.Resampling.BILINEAR, box=box) for c in channels]
+    return torch.from_numpy(np.stack([np.asarray(c) for c in resized]))
+
+
+def random_images(n: int, r: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, 3, r, r, generator=torch.Generator().manual_seed(seed))
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 2**32), r=st.integers(2, 80), n=st.integers(1, 4))
+def test_crop_is_that_of_pillow(seed, r, n):
+    images = random_images(n, r)
+    crops = draw_crops(n, np.random.default_rng(seed))
+    expected = [pillow_crop(i, *c) for i, c in zip(images, crops.tolist(), strict=True)]
+    torch.testing.assert_close(crop(images, crops), torch.stack(expected), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("x", "y"), [(0.05, -0.05), (-0.05, 0.05), (0, 0)])
+def test_x_moves_right_and_y_moves_down(x, y):
+    """In a picture of its own coordinates, a crop's mean is its centre."""
+    axis = (torch.arange(40) + 0.5) / 20 - 1
+    image = torch.stack([*torch.meshgrid(axis, axis, indexing="xy"), torch.zeros(40, 40)])
+    column, row, _ = crop(image[None], torch.tensor([[0.9, x, y]]))[0].mean((1, 2)).tolist()
+    assert column == pytest.approx(x, abs=1e-3)
+    assert row == pytest.approx(y, abs=1e-3)
+
+
+def test_whole_image_comes_back():
+    images = random_images(2, 224)
+    whole = torch.tensor([[1.0, 0.0, 0.0]]).repeat(2, 1)
+    torch.testing.assert_close(crop(images, whole), images, atol=1e-3, rtol=0)
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**32), n=st.integers(0, 300))
+def test_crops_are_large_and_within_the_image(seed, n):
+    crops = draw_crops(n, np.random.default_rng(seed))
+    assert crops.shape == (n, 3)
+    assert crops.dtype == torch.float32
+    side, centre = crops[:, :1], crops[:, 1:]
+    assert ((side**2 >= MIN_AREA - 1e-6) & (side <= 1)).all()
+    assert (centre.abs() + side <= 1 + 1e-6).all()
+
+
+def test_crops_spread_over_what_is_allowed():
+    side, x, y = draw_crops(20_000, np.random.default_rng(0)).double().unbind(1)
+    x, y = x / (1 - side), y / (1 - side)
+    area = (side**2 - MIN_AREA) / (1 - MIN_AREA)
+    for values, low in ((area, 0), (x, -1), (y, -1)):
+        shares = torch.histc(values, 10, low, 1) / len(values)
+        torch.testing.assert_close(shares, torch.full_like(shares, 0.1), atol=0.012, rtol=0)
+
+
+def test_crops_follow_from_the_seed():
+    first, again, other = (draw_crops(9, np.random.default_rng(seed)) for seed in (5, 5, 6))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)

@@ -1,0 +1,116 @@
+"""Reading every image of a data set before training: all bad ones are told, and none ends it."""
+
+import io
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from utils import Flickr8kDataset
+from utils.data.check_images import check_images
+
+
+def encoded(image: Image.Image, format: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def noise(mode: str, size: tuple[int, int] = (24, 16)) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+PHOTO = encoded(noise("RGB"), "jpeg")
+BITMAP = encoded(noise("RGB"), "bmp")
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
+GOOD = {
+    "photo.jpg": PHOTO,
+    "a photo 照片.jpg": PHOTO,
+    "webp.jpg": encoded(noise("RGB"), "webp"),
+    "png.jpg": encoded(noise("RGB"), "png"),
+    "cmyk.jpg": encoded(noise("CMYK"), "jpeg"),
+    "grey.png": encoded(noise("L"), "png"),
+    "16-bit.png": encoded(Image.fromarray(np.full((9, 9), 40_000, np.uint16)), "png"),
+    "palette.png": encoded(noise("P"), "png", transparency=b"\0\x80"),
+    "animated.gif": encoded(noise("P"), "gif", save_all=True, append_images=[noise("L")]),
+    "turned.jpg": encoded(noise("RGB"), "jpeg", exif=TURNED),
+    "1x1.png": encoded(noise("RGB", (1, 1)), "png"),
+    "wide.png": encoded(noise("RGB", (10_000, 10)), "png"),
+}
+BAD = {
+    "truncated.jpg": (PHOTO[: len(PHOTO) // 2], "truncated"),
+    "empty.jpg": (b"", "empty file"),
+    "text.jpg": (b"a dog", "not an image"),
+    "page.jpg": (b"<html>404</html>", "web page"),
+    "bomb.bmp": (BITMAP[:18] + struct.pack("<II", 1 << 18, 1 << 18) + BITMAP[26:], "bomb"),
+    "drawing.jpg": (encoded(noise("RGB"), "eps"), "EPS is not read"),
+    "missing.jpg": (None, "no such image file"),
+    "folder.jpg": (None, "is no file"),
+}
+
+
+def data_set(root: Path, names: list[str]) -> Flickr8kDataset:
+    entries = [{"image": f"images\\{name}", "caption": "a dog"} for name in names]
+    (root / "en_train.json").write_text(json.dumps(entries), encoding="utf-8")
+    (root / "images").mkdir(exist_ok=True)
+    for name in names:
+        (root / "images" / name).write_bytes(PHOTO)
+    return Flickr8kDataset(root, 8)
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_every_bad_image_is_told_once_in_order_and_no_good_one(tmp_path, num_workers):
+    names = [*GOOD, *BAD]
+    np.random.default_rng(num_workers).shuffle(names)
+    dataset = data_set(tmp_path, names)
+    for name in names:
+        file = tmp_path / "images" / name
+        content = GOOD.get(name) or BAD[name][0]
+        if content is None:
+            file.unlink()
+        else:
+            file.write_bytes(content)
+    (tmp_path / "images" / "folder.jpg").mkdir()
+
+    problems = check_images(dataset, num_workers)
+    bad = [name for name in names if name in BAD]
+    assert len(problems) == len(bad)
+    for name, problem in zip(bad, problems, strict=True):
+        assert problem.startswith(f"{tmp_path / 'images' / name}: ")
+        assert BAD[name][1] in problem
+        assert len(problem.splitlines()) == 1
+
+
+def test_truncation_is_found_at_any_place_of_the_data(tmp_path):
+    """A header alone can be read: all pixels have to be."""
+    whole = encoded(noise("RGB", (200, 100)), "jpeg")
+    names = [f"{percent}.jpg" for percent in range(5, 100, 10)]
+    dataset = data_set(tmp_path, names)
+    for name in names:
+        file = tmp_path / "images" / name
+        file.write_bytes(whole[: len(whole) * int(name.removesuffix(".jpg")) // 100])
+    assert len(check_images(dataset)) == len(names)
+
+
+def test_images_may_be_on_another_disk(tmp_path):
+    """The image folder is a link, and so may be the data folder and single images."""
+    names = ["1.jpg", "2.jpg"]
+    data_set(tmp_path, names)
+    (tmp_path / "images").rename(tmp_path / "other disk")
+    try:
+        (tmp_path / "images").symlink_to(tmp_path / "other disk", target_is_directory=True)
+        (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+        (tmp_path / "other disk" / "2.jpg").unlink()
+        (tmp_path / "other disk" / "2.jpg").symlink_to("1.jpg")
+    except OSError:
+        pytest.skip("needs the right to make links")
+    for root in (tmp_path, tmp_path / "link"):
+        dataset = Flickr8kDataset(root, 8)
+        assert [Path(image).name for image in dataset.image] == names
+        assert check_images(dataset) == []
+        assert dataset[1][0].shape == (3, 8, 8)

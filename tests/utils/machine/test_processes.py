@@ -1,0 +1,165 @@
+"""Two and three processes against one with the same global batch."""
+
+import csv
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from script_runs import ROOT, run_script
+from spawned import in_processes
+
+from flickr8k.render_demo import render_demo
+from models.clip_utils import create_model
+from utils import Flickr8kDataset, contrastive_loss
+from utils.flickr8k_dataloader import TrainLoader
+from utils.machine.precision import Precision
+from utils.machine.processes import ALONE, Processes
+from utils.metric import evaluate
+from utils.training.gradients import GradientExchange, accumulate_gradients
+
+CPU = torch.device("cpu")
+CASES = [(7, 1, 5), (7, 2, 3), (8, 1, 16), (3, 4, 4)]  # images, captions of each, channels
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return render_demo(tmp_path_factory.mktemp("data"), n_train=23, n_val=11)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_shares_are_even_and_cover_all_rows_in_order(size):
+    for n in (size, 16, 23):
+        shares = [Processes(rank, size).share(n) for rank in range(size)]
+        assert [row for s in shares for row in range(s.start, s.stop)] == list(range(n))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        assert all(share.total == n for share in shares)
+
+
+def features_of(n, k, d):
+    generator = torch.Generator().manual_seed(n * k)
+    return torch.randn(n, d, generator=generator), torch.randn(n * k, d, generator=generator)
+
+
+def shared_losses(processes):
+    results = []
+    for n, k, d in CASES:
+        share = processes.share(n)
+        images, texts = features_of(n, k, d)
+        images = images[share.start : share.stop].requires_grad_()
+        texts = texts[share.start * k : share.stop * k].requires_grad_()
+        scale = torch.tensor(2.0, requires_grad=True)
+        loss = contrastive_loss(images, texts, scale, processes)
+        gradients = torch.autograd.grad(loss, [images, texts, scale])
+        results.append([loss.detach(), *gradients])
+    return [[tensor.numpy() for tensor in case] for case in results]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_parts_of_the_loss_and_their_gradients_are_those_of_one_process(size):
+    parts = in_processes(size, shared_losses)
+    for case, (n, k, d) in enumerate(CASES):
+        inputs = [x.requires_grad_() for x in (*features_of(n, k, d), torch.tensor(2.0))]
+        loss = contrastive_loss(*inputs)
+        images, texts, scale = torch.autograd.grad(loss, inputs)
+        losses, of_images, of_texts, scales = zip(*(part[case] for part in parts), strict=True)
+        assert sum(losses) == pytest.approx(loss.item(), rel=1e-6)
+        assert sum(scales) == pytest.approx(scale.item(), rel=1e-5)
+        for found, expected in ((of_images, images), (of_texts, texts)):
+            difference = np.concatenate(found) - expected.numpy()
+            assert np.linalg.norm(difference) <= 1e-5 * expected.norm()
+
+
+def step_gradients(processes, data, chunk):
+    torch.manual_seed(0)
+    model = create_model("ViT-demo")
+    dataset = Flickr8kDataset(data, 64)
+    loader = TrainLoader(dataset, 11, CPU, captions_per_image=2, processes=processes)
+    batch = next(loader.epoch(1))
+    exchange = GradientExchange(model, processes)
+    for _ in range(2):  # the first step learns the order in which gradients are sent
+        model.zero_grad()
+        loss = accumulate_gradients(model, batch, Precision(CPU, use_amp=False), exchange, chunk)
+    gradients = {name: p.grad.numpy() for name, p in model.named_parameters()}
+    return processes.sum(loss).item(), gradients
+
+
+@pytest.mark.parametrize("size, chunk", [(2, None), (3, 2)])
+def test_a_step_has_the_gradients_of_one_process_with_the_whole_batch(data, size, chunk):
+    expected_loss, expected = step_gradients(ALONE, data, None)
+    total = np.sqrt(sum(np.linalg.norm(g) ** 2 for g in expected.values()))
+    for loss, found in in_processes(size, step_gradients, data, chunk):
+        assert loss == pytest.approx(expected_loss, rel=1e-6)
+        for name, gradient in expected.items():
+            bound = max(1e-5 * np.linalg.norm(gradient), 1e-7 * total)
+            assert np.linalg.norm(found[name] - gradient) <= bound, name
+
+
+def scores(processes, data):
+    torch.manual_seed(0)
+    model = create_model("ViT-demo")
+    dataset = Flickr8kDataset(data, 64, is_train=False)
+    return evaluate(model, dataset, 2, 0, Precision(CPU, use_amp=False), processes=processes)
+
+
+def test_sharded_evaluation_has_the_metrics_of_one_process(data):
+    expected, expected_loss = scores(ALONE, data)
+    for metrics, loss in in_processes(3, scores, data):
+        assert metrics == expected
+        assert loss == pytest.approx(expected_loss, rel=1e-6)
+
+
+def train_with(data, cwd, size, *arguments, environment=None):
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={size}",
+               "--standalone", str(ROOT / "train.py"), "--dataset_path", str(data),
+               "--resume_training", "none", "--model", "ViT-demo", "--batch_size", "11",
+               "--lr", "1e-3", "--device", "cpu", *arguments]  # fmt: skip
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def read_rows(folder):
+    (file,) = folder.glob("*/metrics.csv")
+    with file.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_torchrun_trains_as_one_process_does(data, tmp_path):
+    arguments = ["--epochs", "2", "--save_steps", "1", "--grad_cache", "3"]
+    done = train_with(data, tmp_path, 2, "--log_dir", "two", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 2/2") == 1 and "2 processes" in done.stdout
+    run_script("train.py", "--dataset_path", data, "--resume_training", "none", "--model",
+               "ViT-demo", "--batch_size", 11, "--lr", 1e-3, "--epochs", 2, "--log_dir", "one",
+               cwd=tmp_path)  # fmt: skip
+    two, one = read_rows(tmp_path / "two"), read_rows(tmp_path / "one")
+    for row, expected in zip(two, one, strict=True):
+        for name in ("train_loss", "val_loss"):
+            assert float(row[name]) == pytest.approx(float(expected[name]), rel=1e-4)
+
+
+def test_an_error_on_every_rank_ends_the_job_with_its_line(data, tmp_path):
+    done = train_with(data, tmp_path, 2, "--language", "cn", "--input_shape", "50")
+    assert done.returncode != 0
+    assert "--input_shape 50 is not a multiple of 16" in done.stderr
+    assert 'train.py", line' not in done.stderr
+
+
+def test_a_rank_that_dies_ends_the_job(data, tmp_path):
+    """The second process kills itself in its first step, as a machine that runs out of memory does
+    to it."""
+    killer = tmp_path / "sitecustomize.py"
+    killer.write_text(
+        "import os, signal\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    import utils.training.gradients\n"
+        "    def die(*_): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    utils.training.gradients.contrastive_loss = die\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = train_with(data, tmp_path, 2, environment=environment)
+    assert done.returncode != 0
+    assert "rank      : 1" in done.stderr and "SIGKILL" in done.stderr

@@ -1,0 +1,271 @@
+"""The data set and the training batches."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from script_runs import ROOT
+
+from models import tokenize
+from models.errors import InputError
+from models.preprocess import Preprocess, normalize
+from utils import Flickr8kDataset
+from utils.flickr8k_dataloader import TrainLoader
+from utils.machine.processes import Processes
+
+CPU = torch.device("cpu")
+FLICKR8K = ROOT.parent / "shared" / "flickr8k"
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Eleven training and three validation images of several sizes, with one to five captions."""
+    random = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for split, count in (("train", 11), ("val", 3)):
+        entries = []
+        for i in range(count):
+            size = (40 + 7 * i, 60 - 3 * i)
+            pixels = random.integers(0, 256, (*size, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((90, 70)).save(tmp_path / f"images/{split}{i}.png")
+            captions = [f"{split} image {i} caption {c}" for c in range(1 + i % 5)]
+            separator = "\\" if i % 2 else "/"
+            entries.append(
+                {
+                    "image": f"images{separator}{split}{i}.png",
+                    "caption": captions if len(captions) > 1 else captions[0],
+                }
+            )
+        text = json.dumps(entries)
+        (tmp_path / f"en_{split}.json").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def test_attributes_agree_with_the_file(root):
+    dataset = Flickr8kDataset(root, 32)
+    entries = json.loads((root / "en_train.json").read_text("utf-8"))
+    assert len(dataset) == len(dataset.image) == 11
+    assert dataset.txt_to_img.keys() == set(range(len(dataset.text)))
+    for i, entry in enumerate(entries):
+        captions = [entry["caption"]] if isinstance(entry["caption"], str) else entry["caption"]
+        assert Path(dataset.image[i]) == root / entry["image"].replace("\\", "/")
+        assert [dataset.text[c] for c in dataset.img_to_txt[i]] == captions
+        assert all(dataset.txt_to_img[c] == i for c in dataset.img_to_txt[i])
+
+
+def test_images_are_what_open_clip_makes_of_them(root):
+    dataset = Flickr8kDataset(root, 32, is_train=False)
+    transform = image_transform_v2(PreprocessCfg(size=(32, 32)), is_train=False)
+    for i, path in enumerate(dataset.image):
+        image, captions = dataset[i]
+        assert image.dtype == torch.uint8
+        torch.testing.assert_close(normalize(image), transform(Image.open(path)))
+        assert captions == [dataset.text[c] for c in dataset.img_to_txt[i]]
+
+
+def test_a_transform_of_ones_own_is_used(root):
+    dataset = Flickr8kDataset(root, 32, transform=lambda image: torch.tensor(image.size))
+    assert dataset[0][0].tolist() == [90, 70]
+
+
+def test_what_a_transform_has_normalised_is_not_normalised_again(root):
+    plain = TrainLoader(Flickr8kDataset(root, 32), 11, CPU, augment=False)
+    own = Flickr8kDataset(root, 32, transform=Preprocess(32))
+    assert equal(batches(plain, 1), batches(TrainLoader(own, 11, CPU, augment=False), 1))
+
+
+def batches(loader, epoch, start=0):
+    return [(batch.augmented_images(), batch.tokens) for batch in loader.epoch(epoch, start)]
+
+
+def equal(first, second):
+    first, second = [[x for batch in one for x in batch] for one in (first, second)]
+    return len(first) == len(second) and all(map(torch.equal, first, second))
+
+
+def test_batches_follow_from_seed_and_epoch_alone(root):
+    dataset = Flickr8kDataset(root, 32)
+    loader = TrainLoader(dataset, 4, CPU, seed=1)
+    first = batches(loader, 1)
+    assert len(first) == len(loader) == 2
+    torch.manual_seed(99)
+    list(loader.epoch(2))
+    assert equal(first, batches(loader, 1))
+    assert equal(first, batches(TrainLoader(dataset, 4, CPU, seed=1, num_workers=2), 1))
+    assert not equal(first, batches(loader, 2))
+    assert not equal(first, batches(TrainLoader(dataset, 4, CPU, seed=2), 1))
+
+
+def test_each_image_comes_once_with_one_of_its_captions_and_in_time_with_all(root):
+    dataset = Flickr8kDataset(root, 32)
+    pictures = normalize(torch.stack([dataset[i][0] for i in range(len(dataset))]))
+    loader = TrainLoader(dataset, 11, CPU, augment=False)
+    seen = set()
+    for epoch in range(1, 60):
+        ((images, tokens),) = batches(loader, epoch)
+        found = [
+            next(i for i, picture in enumerate(pictures) if torch.equal(picture, image))
+            for image in images
+        ]
+        assert sorted(found) == list(range(11))
+        for i, row in zip(found, tokens, strict=True):
+            own = [c for c in dataset.img_to_txt[i] if torch.equal(dataset.tokens[c], row)]
+            assert len(own) == 1
+            seen.add(own[0])
+    assert seen == set(range(len(dataset.text)))
+
+
+def test_captions_and_crops_go_with_their_images_whatever_the_batch_size(root):
+    dataset = Flickr8kDataset(root, 32)
+    small, (large,) = (batches(TrainLoader(dataset, size, CPU), 1) for size in (4, 8))
+    for of_small, of_large in zip(zip(*small, strict=True), large, strict=True):
+        torch.testing.assert_close(torch.cat(of_small), of_large)
+
+
+def test_augmentation_changes_pixels_a_little_and_captions_not(root):
+    dataset = Flickr8kDataset(root, 32)
+    plain = batches(TrainLoader(dataset, 11, CPU, augment=False), 1)
+    augmented = batches(TrainLoader(dataset, 11, CPU), 1)
+    assert torch.equal(plain[0][1], augmented[0][1])
+    assert not torch.equal(plain[0][0], augmented[0][0])
+
+
+def test_long_captions_are_cut_and_counted(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    fits, cut = "dog " * 75, "dog " * 76
+    entry = {"image": "a.png", "caption": [fits, cut, "short"]}
+    (tmp_path / "en_train.json").write_text(json.dumps([entry]))
+    dataset = Flickr8kDataset(tmp_path, 8)
+    assert dataset.count_cut_captions() == 1
+    assert torch.equal(dataset.tokens[0], dataset.tokens[1])
+    assert torch.equal(dataset.tokens, tokenize(dataset.text, truncate=True))
+
+
+def test_the_rest_of_an_epoch_is_what_it_would_have_been(root):
+    loader = TrainLoader(Flickr8kDataset(root, 32), 3, CPU, seed=1, captions_per_image=2)
+    assert equal(batches(loader, 2)[1:], batches(loader, 2, start=1))
+    assert batches(loader, 2, start=3) == []
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_share_the_batches_of_one_process(root, size):
+    dataset = Flickr8kDataset(root, 32)
+    whole = batches(TrainLoader(dataset, 5, CPU, captions_per_image=2), 1)
+    parts = [
+        batches(
+            TrainLoader(dataset, 5, CPU, captions_per_image=2, processes=Processes(rank, size)), 1
+        )
+        for rank in range(size)
+    ]
+    joined = [
+        tuple(map(torch.cat, zip(*of_a_step, strict=True)))
+        for of_a_step in zip(*parts, strict=True)
+    ]
+    assert equal(whole, joined)
+
+
+def test_several_captions_of_an_image_are_different_while_it_has_enough(root):
+    dataset = Flickr8kDataset(root, 32)
+    loader = TrainLoader(dataset, 11, CPU, augment=False, captions_per_image=3)
+    pictures = normalize(torch.stack([dataset[i][0] for i in range(len(dataset))]))
+    for epoch in range(1, 20):
+        ((images, tokens),) = batches(loader, epoch)
+        for image, rows in zip(images, tokens.split(3), strict=True):
+            i = next(i for i, picture in enumerate(pictures) if torch.equal(picture, image))
+            own = dataset.tokens[dataset.img_to_txt[i]]
+            drawn = [next(c for c, t in enumerate(own) if torch.equal(t, row)) for row in rows]
+            assert len(set(drawn)) == min(3, len(own))
+
+
+def test_two_languages_bring_an_images_captions_in_both(root):
+    entries = [{"image": "images/train3.png", "caption": ["一", "二"]},
+               {"image": "images/val0.png", "caption": "三"}]  # fmt: skip
+    (root / "cn_train.json").write_text(json.dumps(entries), "utf-8")
+    english, both = Flickr8kDataset(root, 32), Flickr8kDataset(root, 32, ["en", "cn"])
+    assert both.image == [*english.image, str(root / "images/val0.png")]
+    texts = [[both.text[c] for c in captions] for captions in both.img_to_txt.values()]
+    expected = [[english.text[c] for c in captions] for captions in english.img_to_txt.values()]
+    expected[3] += ["一", "二"]
+    assert texts == [*expected, ["三"]]
+    assert all(c in both.img_to_txt[i] for c, i in both.txt_to_img.items())
+
+
+def test_too_large_a_batch_is_named(root):
+    with pytest.raises(InputError, match=r"--batch_size 12 is more than the 11.*--batch_size 11"):
+        TrainLoader(Flickr8kDataset(root, 32), 12, CPU)
+
+
+def test_missing_images_of_the_validation_set_or_all_of_them_are_named(root):
+    (root / "images" / "val1.png").unlink()
+    with pytest.raises(InputError, match=r"1 of the 3 val images are missing.*val1\.png"):
+        Flickr8kDataset(root, 32, is_train=False)
+    for image in (root / "images").glob("train*"):
+        image.unlink()
+    with pytest.raises(InputError, match="11 of the 11 train images are missing"):
+        Flickr8kDataset(root, 32)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("cache", [False, True])
+def test_another_image_takes_the_place_of_a_bad_one_which_is_reported_once(
+    root, num_workers, cache, capsys
+):
+    (root / "images" / "train4.png").unlink()
+    (root / "images" / "train7.png").write_bytes(b"<html>")
+    dataset = Flickr8kDataset(root, 32)
+    if cache:
+        dataset.cache(num_workers=num_workers)
+        dataset = Flickr8kDataset(root, 32)  # as the next run finds it
+        dataset.cache()
+    loader = TrainLoader(dataset, 5, CPU, num_workers=num_workers, augment=False)
+    good = {i: normalize(dataset[i][0]) for i in range(11) if i not in (4, 7)}
+    capsys.readouterr()
+    for epoch in range(1, 12):
+        for images, tokens in batches(loader, epoch):
+            rows = [next(i for i, p in good.items() if torch.equal(p, image)) for image in images]
+            assert len(set(rows)) == 5
+            for i, row in zip(rows, tokens, strict=True):
+                assert any(torch.equal(dataset.tokens[c], row) for c in dataset.img_to_txt[i])
+    printed = capsys.readouterr().out
+    assert printed.count("train4.png") == printed.count("train7.png") == 1
+    assert printed.count("another image takes its place") == 2
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("cache", [False, True])
+def test_strict_training_stops_at_a_bad_image(root, num_workers, cache):
+    (root / "images" / "train7.png").write_bytes(b"<html>")
+    dataset = Flickr8kDataset(root, 32)
+    if cache:
+        dataset.cache()
+    loader = TrainLoader(dataset, 11, CPU, num_workers=num_workers, strict=True)
+    with pytest.raises(InputError, match=r"train7\.png") as error:
+        batches(loader, 1)
+    assert "\n" not in str(error.value)
+
+
+def test_without_any_good_image_there_is_no_training(root):
+    for image in (root / "images").glob("train*"):
+        image.write_bytes(b"")
+    with pytest.raises(InputError, match="none of the images can be read"):
+        batches(TrainLoader(Flickr8kDataset(root, 32), 4, CPU), 1)
+
+
+def test_in_a_batch_of_all_images_a_good_one_stands_twice(root):
+    (root / "images" / "train7.png").write_bytes(b"")
+    ((images, _),) = batches(TrainLoader(Flickr8kDataset(root, 32), 11, CPU, augment=False), 1)
+    assert len({image.numpy().tobytes() for image in images}) == 10
+
+
+@pytest.mark.skipif(not FLICKR8K.exists(), reason="needs Flickr8k")
+@pytest.mark.parametrize("language", ["en", "cn"])
+@pytest.mark.parametrize("is_train, count", [(True, 6000), (False, 1000)])
+def test_flickr8k(language, is_train, count):
+    dataset = Flickr8kDataset(FLICKR8K, 224, language, is_train)
+    assert len(dataset) == count
+    assert len(dataset.text) == 5 * count
+    assert dataset[count - 1][0].shape == (3, 224, 224)

@@ -1,0 +1,294 @@
+"""Retrieval scores against their definition, written out query by query."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flickr8k.render_demo import render_demo
+from models.clip_utils import create_model
+from models.errors import InputError
+from utils.metric import (
+    compute_metrics,
+    format_table,
+    main,
+    mean_recall,
+    plot_metrics,
+    retrieval_metrics,
+)
+from utils.runs.checkpoint import save_weights, write_json
+
+K_VALUES = (1, 2, 3, 5, 10, 50)
+
+
+def by_definition(scores, truth, k_values):
+    """R@K, mAP@K and ranks of one direction, as DESIGN and docstring define them: sort each query's
+    row, what is no ground truth first among equals, then walk down the list."""
+    recalls = {k: [] for k in k_values}
+    precisions = {k: [] for k in k_values}
+    ranks = []
+    for query, row in enumerate(np.asarray(scores)):
+        right = set(np.atleast_1d(truth[query]).tolist())
+        ranking = sorted(range(len(row)), key=lambda item: (-row[item], item in right))
+        hits = [item in right for item in ranking]
+        ranks.append(hits.index(True) + 1)
+        for k in k_values:
+            recalls[k].append(any(hits[:k]))
+            gained = sum(sum(hits[: i + 1]) / (i + 1) for i in range(min(k, len(hits))) if hits[i])
+            precisions[k].append(gained / min(len(right), k))
+    scores = {f"R@{k}": 100 * np.mean(recalls[k]) for k in k_values}
+    scores |= {f"mAP@{k}": 100 * np.mean(precisions[k]) for k in k_values}
+    return scores | {"median_rank": np.median(ranks), "mean_rank": np.mean(ranks)}
+
+
+@st.composite
+def retrieval_problems(draw):
+    """Few distinct scores, so that many tie, and images with one to six captions."""
+    counts = draw(st.lists(st.integers(1, 6), min_size=1, max_size=8))
+    seed, levels = draw(st.integers(0, 2**31)), draw(st.integers(1, 12))
+    random = np.random.default_rng(seed)
+    images, texts = len(counts), sum(counts)
+    owner = random.permutation(np.repeat(np.arange(images), counts))
+    img2txt = {i: np.flatnonzero(owner == i).tolist() for i in range(images)}
+    txt2img = dict(enumerate(owner.tolist()))
+    scores = random.integers(0, levels, (images, texts)).astype(np.float32)
+    other = random.integers(0, levels, (texts, images)).astype(np.float32)
+    return scores, img2txt, other, txt2img
+
+
+@settings(max_examples=300, deadline=None)
+@given(retrieval_problems())
+def test_compute_metrics_is_the_definition(problem):
+    scores_i2t, img2txt, scores_t2i, txt2img = problem
+    metrics = compute_metrics(scores_i2t, img2txt, scores_t2i, txt2img, K_VALUES)
+    assert metrics["i2t"] == pytest.approx(by_definition(scores_i2t, img2txt, K_VALUES))
+    assert metrics["t2i"] == pytest.approx(by_definition(scores_t2i, txt2img, K_VALUES))
+
+
+@settings(max_examples=100, deadline=None)
+@given(retrieval_problems(), st.integers(1, 200))
+def test_retrieval_metrics_from_features_is_the_same(problem, block_bytes):
+    """Small whole numbers: products are exact, so ties tie; blocks of any size."""
+    scores, img2txt, _, txt2img = problem
+    random = np.random.default_rng(scores.size)
+    images = torch.from_numpy(random.integers(-2, 3, (len(img2txt), 3)).astype(np.float32))
+    texts = torch.from_numpy(random.integers(-2, 3, (len(txt2img), 3)).astype(np.float32))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("utils.metric.BLOCK_BYTES", block_bytes)
+        metrics = retrieval_metrics(images, texts, img2txt, txt2img, K_VALUES)
+    scores = images @ texts.T
+    assert metrics == compute_metrics(scores, img2txt, scores.T, txt2img, K_VALUES)
+
+
+def test_average_precision_is_scikit_learns_when_k_covers_the_gallery():
+    from sklearn.metrics import average_precision_score
+
+    random = np.random.default_rng(0)
+    scores = random.normal(size=(20, 60))
+    img2txt = {i: list(range(3 * i, 3 * i + 3)) for i in range(20)}
+    txt2img = {t: t // 3 for t in range(60)}
+    expected = [
+        average_precision_score(np.isin(np.arange(60), img2txt[i]), scores[i]) for i in range(20)
+    ]
+    metrics = compute_metrics(scores, img2txt, scores.T, txt2img, (60,))
+    assert metrics["i2t"]["mAP@60"] == pytest.approx(100 * np.mean(expected))
+
+
+def test_a_model_that_says_the_same_to_everything_gets_nothing():
+    scores = np.zeros((10, 50))
+    img2txt = {i: list(range(5 * i, 5 * i + 5)) for i in range(10)}
+    metrics = compute_metrics(scores, img2txt, scores.T, {t: t // 5 for t in range(50)}, (1, 5))
+    assert metrics["i2t"]["R@5"] == metrics["t2i"]["R@5"] == 0
+    assert metrics["i2t"]["median_rank"] == 46
+    assert metrics["t2i"]["median_rank"] == 10
+
+
+def test_minus_infinity_is_a_score_like_any_other():
+    scores = np.array([[-np.inf, 1.0, 0.0], [2.0, -np.inf, -np.inf]])
+    img2txt = {0: [0], 1: [1, 2]}
+    metrics = compute_metrics(scores, img2txt, scores.T, {0: 0, 1: 1, 2: 1}, (1, 2, 3))
+    assert metrics["i2t"] == pytest.approx(by_definition(scores, img2txt, (1, 2, 3)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(retrieval_problems(), st.integers(0, 9))
+def test_a_k_beyond_the_gallery_takes_all_of_it(problem, beyond):
+    scores_i2t, img2txt, *_ = problem
+    images, texts = scores_i2t.shape
+    k_values = (images, texts, texts + beyond)
+    metrics = compute_metrics(*problem, k_values)
+    assert metrics["i2t"] == pytest.approx(by_definition(scores_i2t, img2txt, k_values))
+    for direction, gallery in (("i2t", texts), ("t2i", images)):
+        assert metrics[direction][f"R@{texts + beyond}"] == 100
+        of_all = metrics[direction][f"mAP@{gallery}"]
+        assert metrics[direction][f"mAP@{texts + beyond}"] == pytest.approx(of_all)
+
+
+@pytest.mark.parametrize("k", [0, -1, 2.0, 1.5, "5", None, True, float("nan")])
+def test_a_k_that_is_no_positive_integer_is_named(k):
+    features, truth = torch.eye(2), {0: 0, 1: 1}
+    for score in (
+        lambda: compute_metrics(np.eye(2), truth, np.eye(2), truth, (1, k)),
+        lambda: retrieval_metrics(features, features, truth, truth, (1, k)),
+    ):
+        with pytest.raises(InputError, match=r"k_values: .* is no positive integer"):
+            score()
+
+
+@pytest.mark.parametrize("block_bytes", [1, 2**26])
+def test_k_values_may_be_read_only_once_and_of_numpy(block_bytes, monkeypatch):
+    monkeypatch.setattr("utils.metric.BLOCK_BYTES", block_bytes)
+    features, truth = torch.eye(3), {0: 0, 1: 1, 2: 2}
+    expected = compute_metrics(np.eye(3), truth, np.eye(3), truth, (1, 5))
+    assert set(expected["t2i"]) == {"R@1", "R@5", "mAP@1", "mAP@5", "median_rank", "mean_rank"}
+    for k_values in (iter((1, 5)), np.array([1, 5])):
+        assert retrieval_metrics(features, features, truth, truth, k_values) == expected
+
+
+@pytest.mark.parametrize("dtype", [np.int64, bool, np.float16])
+def test_scores_of_any_number_format(dtype):
+    scores = np.array([[1, 0, 0], [0, 1, 1]])
+    img2txt, txt2img = {0: 0, 1: [1, 2]}, {0: 0, 1: 1, 2: 1}
+    metrics = compute_metrics(scores.astype(dtype), img2txt, scores.T.astype(dtype), txt2img, (1,))
+    assert metrics["i2t"] == pytest.approx(by_definition(scores, img2txt, (1,)))
+
+
+@pytest.mark.parametrize(
+    "img2txt, message",
+    [
+        ({0: [0], 1: []}, "query 1 has no"),
+        ({0: [0]}, "query 1 has no"),
+        ({0: [0], 2: [1]}, "query 1 has no"),
+        ({0: [0], 1: [2]}, "2 is not among the 2"),
+        ({0: [0], 1: [-1]}, "-1 is not among the 2"),
+        ({0: [0], 1: [1, 0, 1]}, "query 1 has the same ground truth twice"),
+        ({0: [0], 1: [0.5]}, "should be integers"),
+        ({0: [0], 1: [1], 2: [0]}, "of 3 queries, where 2 have scores"),
+    ],
+)
+def test_unusable_ground_truth_is_named(img2txt, message):
+    with pytest.raises(InputError, match=message):
+        compute_metrics(np.eye(2), img2txt, np.eye(2), {0: 0, 1: 1})
+
+
+@pytest.mark.parametrize("shapes", [((2, 3), (2, 3)), ((2, 3), (3, 3)), ((2,), (2,))])
+def test_scores_of_shapes_that_do_not_match(shapes):
+    first, second = (np.zeros(shape) for shape in shapes)
+    with pytest.raises(InputError, match=r"scores_t2i \[[\d, ]+\] \[texts, images\]"):
+        compute_metrics(first, {0: 0, 1: 1}, second, {0: 0, 1: 1, 2: 1})
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (0, 3), (3, 0)])
+def test_nothing_to_score(shape):
+    scores = np.zeros(shape)
+    with pytest.raises(InputError, match="nothing to score"):
+        compute_metrics(scores, {}, scores.T, {})
+
+
+def test_nan_is_refused():
+    scores = np.array([[1.0, np.nan], [0.0, 1.0]])
+    with pytest.raises(InputError, match="NaN"):
+        compute_metrics(scores, {0: 0, 1: 1}, scores.T, {0: 0, 1: 1})
+
+
+def test_table_plot_and_json_hold_the_metrics(tmp_path):
+    scores = np.random.default_rng(0).normal(size=(20, 40))
+    img2txt = {i: [2 * i, 2 * i + 1] for i in range(20)}
+    txt2img = {t: t // 2 for t in range(40)}
+    metrics = compute_metrics(scores, img2txt, scores.T, txt2img, range(1, 11))
+    assert json.loads(json.dumps(metrics)) == metrics
+    table = format_table(metrics)
+    for direction in metrics:
+        for name in ("R@1", "R@5", "R@10", "mAP@1", "mAP@5", "mAP@10", "median_rank", "mean_rank"):
+            assert f"{metrics[direction][name]:.2f}" in table
+    assert mean_recall(metrics) == pytest.approx(
+        np.mean([metrics[d][f"R@{k}"] for d in metrics for k in range(1, 11)])
+    )
+    plot_metrics(metrics, tmp_path / "plot.png")
+    from PIL import Image
+
+    with Image.open(tmp_path / "plot.png") as image:
+        assert image.format == "PNG" and min(image.size) > 300
+
+
+# --- the script -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Weights in a run, beside a data set of 8 validation images."""
+    work = tmp_path_factory.mktemp("metric")
+    render_demo(work / "data", n_train=2, n_val=8)
+    weights = work / "logs" / "a run" / "weights" / "last.pth"
+    torch.manual_seed(0)
+    save_weights(create_model("ViT-demo"), weights)
+    return weights
+
+
+@pytest.fixture
+def score(trained, monkeypatch, capsys):
+    """Runs the script on these weights, whose run was started with `run`; returns what it prints,
+    with argparse's errors raised as `InputError`."""
+
+    def call(*arguments: object, run: object) -> str:
+        write_json(trained.parents[1] / "arguments.json", run)
+        monkeypatch.chdir(trained.parents[3])
+        command = ["metric.py", "--weights", trained, "--device", "cpu", *arguments]
+        monkeypatch.setattr(sys, "argv", [str(argument) for argument in command])
+        try:
+            main()
+        except SystemExit as end:
+            assert end.code == 2
+            raise InputError(capsys.readouterr().err) from None
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.mark.parametrize("language, captions", [("en", 40), (["cn"], 40), (["en", "cn"], 80)])
+def test_script_scores_on_what_the_run_was_trained_on(trained, score, language, captions):
+    run = {"dataset_path": str(trained.parents[3] / "data"), "language": language}
+    assert f"8 images, {captions} captions" in score(run=run)
+
+
+def test_script_scores_on_what_it_is_told(score):
+    run = {"dataset_path": "elsewhere", "language": "en"}
+    arguments = ("--dataset_path", "data", "--language", "cn", "en", "cn")
+    assert "8 images, 80 captions" in score(*arguments, run=run)
+    assert "8 images, 80 captions" in score(*arguments, run="not asked for what is told")
+
+
+@pytest.mark.parametrize(
+    "run, arguments, message",
+    [
+        (("gone", "en"), [], "gone: no such folder; name the data to score on with --dataset_path"),
+        (("mine", "en"), [], "mine: no en_val.json in it, only cn_val.json; .* and --language"),
+        (("data", ["en", "fr"]), [], "data: no fr_val.json in it, only cn_val.json, en_val.json"),
+        (("gone", "en"), ["--dataset_path", "also gone"], "also gone: no such folder"),
+        (("data", "en"), ["--weights", "gone.pth"], "gone.pth: neither a file nor"),
+        (("data", "en"), ["--weights", "ViT-B/33"], "the names are RN50, RN101"),
+        ((3, "en"), [], "arguments.json: should hold the dataset_path and language"),
+        (("data", None), [], "arguments.json: should hold the dataset_path and language"),
+        (("data", "en"), ["--batch_size", "0"], "--batch_size: 0 is not an integer of at least 1"),
+        (("data", "en"), ["--batch_size", "1.5"], "1.5 is not an integer of at least 1"),
+        (("data", "en"), ["--batch_size", "9" * 5000], r"--batch_size: 9{60} is not an integer"),
+        (("data", "en"), ["--num_workers", "-1"], "-1 is not an integer of at least 0"),
+        (("data", "en"), ["--language", "fr"], r"--language: .*choose from '?en'?, '?cn'?"),
+        (("data", "en"), ["--dataset_path", " "], "--dataset_path: the path is empty"),
+        (
+            ("data", "en"),
+            ["--json", "~nobody-at-all/x"],
+            "--json: ~nobody-at-all/x: .*such user",
+        ),
+    ],
+)
+def test_script_names_what_it_cannot_use(trained, score, run, arguments, message):
+    mine = trained.parents[3] / "mine"
+    mine.mkdir(exist_ok=True)
+    (mine / "cn_val.json").touch()
+    with pytest.raises(InputError, match=message):
+        score(*arguments, run=dict(zip(("dataset_path", "language"), run, strict=True)))

@@ -1,0 +1,73 @@
+"""Gradients chunk by chunk against those of the whole batch at once."""
+
+import pytest
+import torch
+
+from models.clip_utils import create_model, tokenize
+from utils.flickr8k_dataloader import Batch
+from utils.machine.precision import Precision
+from utils.machine.processes import ALONE
+from utils.training.gradients import GradientExchange, accumulate_gradients
+from utils.training.layer_groups import lock
+
+CPU = torch.device("cpu")
+
+
+def batch_of(n, k):
+    generator = torch.Generator().manual_seed(n)
+    images = torch.randint(0, 256, (n, 3, 64, 64), dtype=torch.uint8, generator=generator)
+    crops = torch.tensor([[0.96, 0.02, -0.03]]).repeat(n, 1)
+    return Batch(images, crops, tokenize([f"{'a red ' * (i % 5)}bird {i}" for i in range(n * k)]))
+
+
+def gradients(model, batch, precision, chunk):
+    model.zero_grad()
+    loss = accumulate_gradients(model, batch, precision, GradientExchange(model, ALONE), chunk)
+    return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("n, k, chunk", [(12, 1, 5), (12, 3, 4), (7, 2, 1), (6, 1, 6), (6, 1, 99)])
+@pytest.mark.parametrize("locked", [(), ("image",), ("text",)])
+def test_chunks_bring_the_gradients_of_the_whole_batch(n, k, chunk, locked):
+    torch.manual_seed(0)
+    model = create_model("ViT-demo")
+    for tower in locked:
+        lock(model, tower, unlocked=0)
+    precision = Precision(CPU, use_amp=False)
+    loss, expected = gradients(model, batch_of(n, k), precision, None)
+    chunked_loss, found = gradients(model, batch_of(n, k), precision, chunk)
+    assert chunked_loss == pytest.approx(loss.item(), rel=1e-6)
+    assert found.keys() == expected.keys()
+    total = torch.stack([g.norm() for g in expected.values()]).norm()
+    for name, gradient in expected.items():
+        # A gradient that is zero but for rounding (of a key's bias) has no direction to compare.
+        assert (found[name] - gradient).norm() <= max(1e-5 * gradient.norm(), 1e-7 * total), name
+
+
+def test_chunks_in_mixed_precision_bring_the_gradients_of_the_whole_batch_to_its_rounding():
+    """The rounding of bfloat16 itself is the measure: chunks may not be further from float32 than
+    the whole batch in bfloat16 is."""
+    torch.manual_seed(0)
+    model = create_model("ViT-demo")
+    batch = batch_of(12, 2)
+    _, exact = gradients(model, batch, Precision(CPU, use_amp=False), None)
+    mixed = Precision(CPU, use_amp=True)
+    _, whole = gradients(model, batch, mixed, None)
+    _, chunked = gradients(model, batch, mixed, 5)
+
+    def distance(a, b):
+        return torch.stack([(a[name].float() - b[name].float()).norm() for name in a]).norm()
+
+    assert distance(chunked, exact) <= 1.5 * distance(whole, exact)
+    assert distance(whole, exact) > 0
+
+
+def test_a_scaled_loss_scales_the_gradients_of_every_chunk():
+    torch.manual_seed(0)
+    model = create_model("ViT-demo")
+    precision = Precision(CPU, use_amp=False)
+    _, expected = gradients(model, batch_of(6, 1), precision, 4)
+    precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    _, scaled = gradients(model, batch_of(6, 1), precision, 4)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(scaled[name] / 2**10, gradient, rtol=1e-3, atol=1e-7)

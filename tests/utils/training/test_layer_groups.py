@@ -1,0 +1,88 @@
+"""Layers by their distance from the features: locking and layer-wise learning rates."""
+
+import pytest
+import torch
+
+from models.clip import CLIP
+from models.clip_utils import create_model
+from models.errors import InputError
+from utils.training.layer_groups import distance_from_end, lock, train_mode
+from utils.training.optimizer import parameter_groups, set_learning_rate
+
+
+def small_resnet():
+    return CLIP(64, 32, (1, 1, 1, 1), 8, None, 8, 100, 64, 1, 2).initialize()
+
+
+def test_distances_count_the_blocks_from_the_features():
+    distances = distance_from_end(create_model("ViT-demo"))  # three blocks in each tower
+    for prefix, first in (("visual.", "conv1.weight"), ("", "token_embedding.weight")):
+        last = "proj" if prefix else "text_projection"
+        norm = "ln_post.bias" if prefix else "ln_final.bias"
+        assert distances[prefix + last] == distances[prefix + norm] == 0
+        for block in range(3):
+            assert distances[f"{prefix}transformer.resblocks.{block}.ln_1.weight"] == 3 - block
+        assert distances[prefix + first] == distances[prefix + "positional_embedding"] == 4
+    assert distances["logit_scale"] == 0 and distances["visual.ln_pre.weight"] == 4
+    resnet = distance_from_end(small_resnet())
+    assert resnet["visual.attnpool.c_proj.weight"] == 0 and resnet["visual.conv1.weight"] == 5
+    assert [resnet[f"visual.layer{s}.0.conv1.weight"] for s in (4, 3, 2, 1)] == [1, 2, 3, 4]
+    assert resnet["transformer.resblocks.0.ln_1.bias"] == 2
+
+
+def outputs(model):
+    images = torch.linspace(-1, 1, 2 * 3 * 64 * 64).view(2, 3, 64, 64)
+    tokens = torch.tensor([[49406, 5, 49407], [49406, 49407, 0]])
+    return model.encode_image(images), model.encode_text(tokens)
+
+
+@pytest.mark.parametrize("unlocked, trained", [(0, 0), (1, 1), (3, 3)])
+def test_a_locked_tower_is_what_it_was_but_for_its_last_blocks(unlocked, trained):
+    torch.manual_seed(0)
+    model = create_model("ViT-demo")
+    lock(model, "image", unlocked)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.9, 0.1), lr=1e-2)
+    image_features, text_features = outputs(model)
+    (image_features @ text_features.T).square().sum().backward()
+    set_learning_rate(optimizer, 1e-2)
+    optimizer.step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    blocks = {name.split(".")[3] for name in moved if name.startswith("visual.transformer")}
+    assert blocks == {str(block) for block in range(3 - trained, 3)}
+    assert ("visual.proj" in moved) == (trained > 0)
+    assert "visual.conv1.weight" not in moved and "token_embedding.weight" in moved
+
+
+def test_more_blocks_than_there_are_cannot_be_left_open():
+    with pytest.raises(InputError, match="--lock_text 4: this tower has 3 blocks"):
+        lock(create_model("ViT-demo"), "text", 4)
+
+
+def test_batch_norms_of_a_locked_tower_keep_their_statistics():
+    model = small_resnet()
+    lock(model, "image", 1)
+    train_mode(model)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.visual(torch.randn(4, 3, 32, 32))
+    moved = {
+        name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])
+    }
+    assert moved and all(name.startswith("visual.layer4.") for name in moved)
+
+
+def test_a_layers_rate_is_that_of_the_next_times_the_decay():
+    """One step of plain SGD on the sum of all parameters moves each by its layer's rate."""
+    model = create_model("ViT-demo")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    groups = parameter_groups(model, 0.0, 0.0, layer_decay=0.5)
+    optimizer = torch.optim.SGD(
+        [{k: g[k] for k in ("params", "rate_factor")} for g in groups], lr=1.0
+    )
+    sum(p.double().sum() for p in model.parameters()).backward()
+    set_learning_rate(optimizer, 0.25)
+    optimizer.step()
+    distances = distance_from_end(model)
+    for name, parameter in model.named_parameters():
+        expected = torch.full_like(parameter, 0.25 * 0.5 ** distances[name])
+        torch.testing.assert_close(before[name] - parameter, expected, atol=1e-6, rtol=1e-4)

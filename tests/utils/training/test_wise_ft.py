@@ -1,0 +1,78 @@
+"""Weight interpolation and what a fine-tuning run makes of it."""
+
+import csv
+
+import pytest
+import torch
+from PIL import Image
+from script_runs import error_line, run_script
+
+from flickr8k.render_demo import render_demo
+from models.clip_utils import create_model
+from utils.training.wise_ft import evaluate_path, interpolate
+
+SCRATCH = ["--resume_training", "none", "--model", "ViT-demo", "--lr", "1e-3", "--batch_size", "16"]
+
+
+def test_between_the_weights_everything_moves_in_proportion():
+    start = {"w": torch.tensor([0.0, 4.0]), "steps": torch.tensor(3)}
+    tuned = {"w": torch.tensor([1.0, 0.0]), "steps": torch.tensor(8)}
+    assert interpolate(start, tuned, 0.25)["w"].tolist() == [0.25, 3.0]
+    for alpha, end in ((0, start), (1, tuned)):
+        assert torch.equal(interpolate(start, tuned, alpha)["w"], end["w"])
+
+
+def test_the_best_point_of_the_path_is_kept(tmp_path):
+    """With a score that is highest half way, the weights half way are saved."""
+    model = create_model("ViT-demo")
+    tuned = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    start = {key: torch.zeros_like(tensor) for key, tensor in tuned.items()}
+
+    def score():
+        alpha = (model.visual.proj / tuned["visual.proj"]).median().item()
+        recalls = {f"R@{k}": 100 * (1 - abs(alpha - 0.5)) for k in (1, 5, 10)}
+        return {"i2t": recalls, "t2i": recalls}, 0.0
+
+    (tmp_path / "weights").mkdir()
+    curve = evaluate_path(model, start, [1.0, 0.5, 0.0], score, tmp_path)
+    assert [point["mean_recall"] for point in curve] == pytest.approx([50, 100, 50])
+    saved = torch.load(tmp_path / "weights" / "wise_ft_weights.pth", weights_only=True)
+    expected = (tuned["visual.proj"] / 2).half()
+    torch.testing.assert_close(saved["visual.proj"], expected)
+
+
+def test_fine_tuning_with_all_that_keeps_old_abilities(tmp_path):
+    """Layer decay, locked blocks, an average of weights, patience, a path of weights: the path ends
+    at the scores of the best epoch and starts at those before training."""
+    data = render_demo(tmp_path / "data", n_train=48, n_val=16)
+    run_script("train.py", *SCRATCH, "--dataset_path", data, "--epochs", 3, "--log_dir", "first",
+               cwd=tmp_path)  # fmt: skip
+    (weights,) = (tmp_path / "first").glob("*/weights/best_epoch_weights.pth")
+    done = run_script(
+        "train.py", "--resume_training", weights, "--dataset_path", data, "--epochs", 6,
+        "--batch_size", 16, "--lr", 1e-6, "--layer_decay", 0.8, "--lock_text", 1, "--ema", 0.5,
+        "--captions_per_image", 3, "--patience", 1, "--wise_ft", 0, 0.5, 1, "--log_dir", "tuned",
+        cwd=tmp_path,
+    )  # fmt: skip
+    (run,) = (tmp_path / "tuned").iterdir()
+    start = torch.load(run / "weights" / "start_weights.pth", weights_only=True)
+    tuned = torch.load(run / "weights" / "last_epoch_weights.pth", weights_only=True)
+    assert torch.equal(start["token_embedding.weight"], tuned["token_embedding.weight"])
+    assert not torch.equal(start["text_projection"], tuned["text_projection"])
+    with (run / "wise_ft.csv").open(newline="") as file:
+        curve = {float(row["alpha"]): float(row["mean_recall"]) for row in csv.DictReader(file)}
+    with (run / "metrics.csv").open(newline="") as file:
+        epochs = [float(row["mean_recall"]) for row in csv.DictReader(file)]
+    assert list(curve) == [0, 0.5, 1]
+    assert curve[1] == pytest.approx(max(epochs), abs=3)  # float16 weights can move a close call
+    Image.open(run / "wise_ft.png").verify()
+    assert "wise_ft_weights.pth" in done.stdout
+    if len(epochs) < 6:
+        assert "--patience" in done.stdout
+        assert epochs[-1] <= max(epochs[:-1])
+
+
+def test_a_path_needs_weights_to_start_from(tmp_path):
+    data = render_demo(tmp_path / "data", n_train=16, n_val=4)
+    line = error_line("train.py", *SCRATCH, "--dataset_path", data, "--wise_ft", 0, 1, cwd=tmp_path)
+    assert "--wise_ft" in line and "--resume_training" in line

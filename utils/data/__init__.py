@@ -1,0 +1,1 @@
+"""The captioned images: caption files, decoded pixels, batches."""

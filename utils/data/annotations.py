@@ -1,0 +1,197 @@
+"""The caption files, `{language}_{train,val}.json`: reading them, and writing a set of them."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path, PureWindowsPath
+from tempfile import TemporaryDirectory
+
+from tqdm import tqdm
+
+from models.errors import InputError
+from utils.runs.files import replaced_whole
+
+SHOWN = 10  # problems printed of one file
+SHOWN_SHARED = 3  # images printed that are in both splits
+SHOWN_PATH = 100  # characters printed of a path
+
+
+def missing_annotations(file: Path) -> str | None:
+    """What is missing where a caption file is not: its folder, or the file alone, and which others
+    of its split there are. None where it is there."""
+    root = file.parent
+    if not root.is_dir():
+        return f"{root}: {'is no folder' if root.exists() else 'no such folder'}"
+    if file.is_file():
+        return None
+    split = file.name.rpartition("_")[2]
+    others = sorted(other.name for other in root.glob(f"*_{split}") if other.is_file())
+    return f"{root}: no {file.name} in it" + (f", only {', '.join(others)}" if others else "")
+
+
+def shared_images_warning(train: Iterable[str], val: Iterable[str]) -> str | None:
+    """A warning that names images listed in both splits; None where there are none."""
+    held_out = set(val)
+    shared = [image for image in train if image in held_out]
+    if not shared:
+        return None
+    more = ", ..." if len(shared) > SHOWN_SHARED else ""
+    return (
+        f"images in both training and validation: {len(shared)} ({', '.join(shared[:SHOWN_SHARED])}"
+        f"{more}); the scores are too good by what the model has seen, list each image once"
+    )
+
+
+def read_annotations(path: Path) -> list[tuple[str, list[str]]]:
+    """The (image path relative to the root, captions) pairs of a caption file.
+
+    The file is a list of `{"image": "images/1.jpg", "caption": ["...", ...]}`; backslashes in paths
+    and a plain string as caption are fine. All problems of a file come in one `InputError`.
+    """
+    entries = _read_json(path)
+    if not isinstance(entries, list) or not entries:
+        found = "lists no images" if entries == [] else "is no list"
+        raise InputError(f'{path}: {found}; it should hold [{{"image": ..., "caption": ...}}, ...]')
+    problems: list[str] = []
+    pairs = []
+    seen: dict[str, int] = {}
+    for number, entry in enumerate(entries):
+        try:
+            image, captions = _read_entry(entry)
+            if image in seen:
+                raise ValueError(f"this image is listed already, in entry {seen[image]}")
+            seen[image] = number
+            pairs.append((image, captions))
+        except ValueError as error:
+            problems.append(f"entry {number}{_name(entry)}: {error}")
+    if problems:
+        shown = "".join(f"\n  {problem}" for problem in problems[:SHOWN])
+        more = f"\n  ... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        count = f"{len(problems)} of {len(entries)} entries cannot be used; mend or remove them:"
+        raise InputError(f"{path}: {count}{shown}{more}")
+    return pairs
+
+
+def annotations_json(entries: Iterable[tuple[str, list[str]]]) -> bytes:
+    """The content of a caption file for (image path relative to the root, captions) pairs."""
+    lines = [
+        json.dumps({"image": image, "caption": captions}, ensure_ascii=False)
+        for image, captions in entries
+    ]
+    return "[\n{}\n]\n".format(",\n".join(lines)).encode()
+
+
+def refuse_another_set(annotations: dict[Path, bytes]) -> None:
+    """Raise `InputError` where a caption file stands already with other content."""
+    for path, content in annotations.items():
+        if path.exists() and path.read_bytes() != content:
+            raise InputError(
+                f"{path} belongs to another data set, which is not overwritten: "
+                "remove that set, or write into another folder (--output)"
+            )
+
+
+def write_set(
+    root: Path,
+    images: list[str],
+    write_image: Callable[[str, Path], None],
+    annotations: dict[Path, bytes],
+    progress: str,
+) -> None:
+    """Write `images` (paths relative to `root`), each whole or not at all, then `annotations`.
+
+    Where the annotations stand, the images are complete. `write_image(image, path)` writes one to a
+    path beside the images' folder, from where it is moved: flushing every file to disk takes far
+    longer. Raises `InputError` for a folder or a disk that cannot be written, and for another set's
+    annotations; what is complete by then is kept.
+    """
+    refuse_another_set(annotations)
+    try:
+        if images:
+            _write_images(root, tqdm(images, desc=progress, unit="image"), write_image)
+        for path, content in annotations.items():
+            if not path.exists():
+                with replaced_whole(path) as temporary:
+                    temporary.write_bytes(content)
+    except OSError as error:
+        raise InputError(
+            f"{root}: cannot be written ({error.strerror or error}); make room or choose another "
+            "folder (--output), then run this again: what is complete is kept"
+        ) from error
+
+
+def _write_images(
+    root: Path, images: Iterable[str], write_image: Callable[[str, Path], None]
+) -> None:
+    (root / "images").mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=root, prefix=".images.") as staging:
+        for image in images:
+            path = Path(staging) / PureWindowsPath(image).name
+            write_image(image, path)
+            path.replace(root / image)
+
+
+def _read_json(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise InputError(
+            f"{missing_annotations(path)}; name another folder (--dataset_path), or get Flickr8k: "
+            "python flickr8k/prepare.py --download"
+        ) from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except json.JSONDecodeError as error:
+        if not error.doc.strip():
+            raise InputError(f"{path}: is empty; get a new copy, or write it anew") from None
+        where = f"line {error.lineno}, column {error.colno}"
+        nul = "; it holds NUL bytes: save it as UTF-8" if "\0" in error.doc else ""
+        raise InputError(f"{path}: broken JSON at {where}: {error.msg}{nul}") from None
+    except (RecursionError, ValueError) as error:  # nested too deeply; a number of 5,000 digits
+        raise InputError(f"{path}: broken JSON: {error}") from None
+
+
+def _read_entry(entry: object) -> tuple[str, list[str]]:
+    """Raises `ValueError` with all that is wrong with it."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"is {type(entry).__name__}, not an object with image and caption")
+    read, problems = [], []
+    for field, parse in (("image", _image_path), ("caption", _captions)):
+        try:
+            if field not in entry:
+                raise ValueError("is missing")
+            read.append(parse(entry[field]))
+        except ValueError as error:
+            problems.append(f'"{field}" {error}')
+    if problems:
+        raise ValueError("; ".join(problems))
+    return tuple(read)
+
+
+def _name(entry: object) -> str:
+    """The image of an entry, written as in the file, to search for it there."""
+    image = entry.get("image") if isinstance(entry, dict) else None
+    if not isinstance(image, str):
+        return ""
+    return f" ({json.dumps(image, ensure_ascii=False)[:SHOWN_PATH]})"
+
+
+def _image_path(image: object) -> str:
+    path = PureWindowsPath(image.strip() if isinstance(image, str) else "")  # takes both slashes
+    # Joined to the root ".", a leading ~ would become the user's home.
+    upwards = any(not part.strip(" .") for part in path.parts)  # Windows drops spaces at the end
+    if path.anchor or upwards or path.as_posix().startswith("~"):
+        raise ValueError("leaves the data folder; give the path relative to it")
+    if not path.name:
+        raise ValueError("should be the path of a file")
+    return path.as_posix()
+
+
+def _captions(captions: object) -> list[str]:
+    captions = [captions] if isinstance(captions, str) else captions
+    if not isinstance(captions, list) or not captions:
+        raise ValueError("should be a string or a list of strings")
+    if not all(isinstance(caption, str) and caption.strip() for caption in captions):
+        raise ValueError("holds an empty or non-text caption")
+    return captions

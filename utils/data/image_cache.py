@@ -1,0 +1,139 @@
+"""Decoded images in one file, mapped into memory: each is decoded once, then only read.
+
+The file holds the uint8 pixels, image after image, and behind them a fingerprint of what they were
+made from. A file of another length or with another fingerprint is stale and is written anew.
+"""
+
+import hashlib
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from models.errors import InputError
+from utils.runs.files import replaced_whole
+
+FORMAT = 2  # of the file; to be raised when `models.preprocess.pixels` makes other pixels
+
+
+def cached_pixels(
+    file: Path,
+    root: Path,
+    images: list[str],
+    side: int,
+    batches: Iterable[tuple[Tensor, Iterable[int]]],
+) -> tuple[Tensor, list[int]]:
+    """uint8 `[n, 3, side, side]` of `images` (paths below `root`), mapped from `file`, read-only;
+    and the indices of those whose pixels are not theirs, since they could not be read.
+
+    Where `file` is missing or stale, `batches` are written to it: images in their order, and the
+    indices of unreadable ones. Runs that start at once each write a file of their own and rename
+    it. Raises `InputError` where `file` cannot be written.
+    """
+    shape = (len(images), 3, side, side)
+    fingerprint = _fingerprint(root, images, side)
+    mapped = _mapped(file, shape, fingerprint)
+    if mapped is not None:
+        return mapped
+    try:
+        _write(file, len(images), fingerprint, batches)
+    except OSError as error:
+        # Windows does not replace a file that another run has written and mapped by now.
+        mapped = _mapped(file, shape, fingerprint)
+        if mapped is None:
+            raise InputError(
+                f"{file}: cannot be written ({error.strerror or error}); it takes "
+                f"{math.prod(shape) / 1e6:.0f} MB. Make room, name a folder for it "
+                "(--cache FOLDER), or train without --cache"
+            ) from error
+        return mapped
+    return _mapped(file, shape, fingerprint)
+
+
+def _fingerprint(root: Path, images: list[str], side: int) -> bytes:
+    """32 bytes that change with whatever can change the pixels, but not when `root` moves."""
+    digest = hashlib.sha256(f"{FORMAT} {PIL.__version__} {side}\n".encode())
+    for image in images:
+        path = Path(image)
+        status = path.stat() if path.exists() else None
+        version = f"{status.st_size} {status.st_mtime_ns}" if status else "missing"
+        digest.update(f"{version} {path.relative_to(root).as_posix()}\n".encode())
+    return digest.digest()
+
+
+def _mapped(
+    file: Path, shape: tuple[int, ...], fingerprint: bytes
+) -> tuple[Tensor, list[int]] | None:
+    """The pixels in `file` and the unreadable images' indices; None where it is missing or stale.
+
+    Behind the pixels stand the fingerprint, the indices as int64, and how many they are.
+    """
+    try:
+        with file.open("rb") as stream:
+            stream.seek(math.prod(shape))
+            found, rest = stream.read(len(fingerprint)), stream.read()
+            if found != fingerprint or len(rest) % 8 or not rest:
+                return None
+            *unreadable, count = np.frombuffer(rest, "<i8").tolist()
+            if count != len(unreadable):
+                return None
+            pixels = np.memmap(stream, np.uint8, "r", shape=shape)
+    except OSError:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch has no read-only tensors; nobody writes to this one
+        return torch.from_numpy(pixels), unreadable
+
+
+def _write(
+    file: Path, n: int, fingerprint: bytes, batches: Iterable[tuple[Tensor, Iterable[int]]]
+) -> None:
+    unreadable: list[int] = []
+    with (
+        replaced_whole(file) as temporary,
+        temporary.open("wb") as stream,
+        tqdm(total=n, desc=f"writing {file.name}", unit="img") as bar,
+    ):
+        for images, problems in batches:
+            stream.write(images.numpy())
+            unreadable += problems
+            bar.update(len(images))
+        stream.write(fingerprint)
+        stream.write(np.array([*unreadable, len(unreadable)], "<i8").tobytes())
+
+
+def on_device_if_small(pixels: Tensor, device: torch.device) -> Tensor:
+    """`pixels` on a GPU, where they take at most a quarter of its free memory."""
+    if device.type == "cuda" and pixels.nbytes <= torch.cuda.mem_get_info(device)[0] / 4:
+        return pixels.to(device)
+    return pixels
+
+
+def gather(pixels: Tensor, batches: list[list[int]]) -> Iterator[Tensor]:
+    """Batches of images, `[n, 3, r, r]`, for lists of their indices, where `pixels` are."""
+    indices = torch.tensor([index for batch in batches for index in batch], device=pixels.device)
+    indices = indices.split([len(batch) for batch in batches])
+    if pixels.is_cuda:
+        yield from (pixels.index_select(0, rows) for rows in indices)
+        return
+    with ThreadPoolExecutor(max_workers=1) as thread:  # one batch ahead of who trains on them
+        coming = thread.submit(_gather_pinned, pixels, indices[0])
+        for rows in indices[1:]:
+            images = coming.result()
+            coming = thread.submit(_gather_pinned, pixels, rows)
+            yield images
+        yield coming.result()
+
+
+def _gather_pinned(pixels: Tensor, rows: Tensor) -> Tensor:
+    """A batch from the file, pinned where there is a GPU to copy it to without waiting."""
+    shape = (len(rows), *pixels.shape[1:])
+    images = torch.empty(shape, dtype=pixels.dtype, pin_memory=torch.cuda.is_available())
+    return torch.index_select(pixels, 0, rows, out=images)

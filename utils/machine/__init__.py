@@ -1,0 +1,1 @@
+"""The machine a run works on: its processes, number formats, memory and signals."""

@@ -1,0 +1,1 @@
+"""Retrieval: features of a whole data set, rankings and tables of scores."""

@@ -1,0 +1,54 @@
+"""Features of a whole data set: its images and its texts, encoded batch by batch."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from models.clip import CLIP
+from models.preprocess import normalize
+from utils.flickr8k_dataloader import Flickr8kDataset, image_batches
+from utils.machine.processes import ALONE, Processes
+
+
+@torch.inference_mode()
+def encode_images(
+    model: CLIP,
+    dataset: Flickr8kDataset,
+    batch_size: int,
+    num_workers: int,
+    processes: Processes = ALONE,
+) -> Tensor:
+    """Normalised float32 features `[n, d]` of all images, on the model's device. Each process
+    encodes some of the batches, and all get the features of all."""
+    model.eval()
+    features = torch.zeros(len(dataset), model.embed_dim, device=model.device)
+    own = torch.arange(len(dataset)).split(batch_size)[processes.rank :: processes.size]
+    batches = image_batches(dataset, [rows.tolist() for rows in own], num_workers)
+    with _progress_bar(own, "encoding images", "img", processes) as bar:
+        for rows, images in zip(own, batches, strict=True):
+            images = normalize(images.to(model.device, non_blocking=True))
+            features[rows] = F.normalize(model.encode_image(images).float(), dim=-1)
+            bar.update(len(rows))
+    return processes.sum(features)
+
+
+@torch.inference_mode()
+def encode_texts(
+    model: CLIP, tokens: Tensor, batch_size: int = 256, processes: Processes = ALONE
+) -> Tensor:
+    """Normalised float32 features `[n, d]` of `tokens` `[n, <=77]`, on the model's device. Each
+    process encodes some of the batches, and all get the features of all."""
+    model.eval()
+    features = torch.zeros(len(tokens), model.embed_dim, device=model.device)
+    own = torch.arange(len(tokens)).split(batch_size)[processes.rank :: processes.size]
+    with _progress_bar(own, "encoding captions", "caption", processes) as bar:
+        for rows in own:
+            features[rows] = F.normalize(model.encode_text(tokens[rows]).float(), dim=-1)
+            bar.update(len(rows))
+    return processes.sum(features)
+
+
+def _progress_bar(batches: tuple[Tensor, ...], title: str, unit: str, processes: Processes) -> tqdm:
+    total = sum(map(len, batches))
+    return tqdm(total=total, desc=title, unit=unit, leave=False, disable=not processes.is_first)

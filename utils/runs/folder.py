@@ -1,0 +1,108 @@
+"""The folder of a run, `LOG_DIR/<time>/`: its weights, its checkpoint, its tables."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from models.clip import CLIP
+from models.errors import InputError
+from utils.machine.interrupt import Interrupt
+from utils.machine.processes import Processes
+from utils.runs.checkpoint import save_checkpoint, save_weights, write_csv
+from utils.runs.files import TEMPORARY, replaced_whole
+
+
+class Run:
+    """What a run writes. Only the first of its processes writes.
+
+    arguments     what the run was started with, as saved in arguments.json
+    data          fingerprint of the data set, with which alone the run may go on
+    folder        in the first process; None in the others
+    loss_history  pyzjr's, in the first process; draws the losses of each epoch
+    """
+
+    def __init__(self, processes: Processes, arguments: dict[str, Any], data: str):
+        self.processes = processes
+        self.arguments = arguments
+        self.data = data
+        self.folder: Path | None = None
+        self.loss_history: Any = None
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / "weights"
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Write everything needed to go on from `State.state_dict()`."""
+        if self.processes.is_first:
+            file = self.weights / "checkpoint.pth"
+            save_checkpoint(file, arguments=self.arguments, data=self.data, **state)
+
+    def save_epoch(self, model: CLIP, state: dict[str, Any], keep_every: int) -> None:
+        """Write the weights, the checkpoint and the tables at the end of an epoch. `model` has the
+        weights that were scored; those of every `keep_every`-th epoch stay."""
+        if not self.processes.is_first:
+            return
+        *earlier, row = state["rows"]
+        losses = row["train_loss"], row["val_loss"]
+        if all(row["mean_recall"] > other["mean_recall"] for other in earlier):
+            save_weights(model, self.weights / "best_epoch_weights.pth")
+        if row["epoch"] % keep_every == 0:
+            name = "ep{:03}_loss{:.3f}_val_loss{:.3f}.pth".format(row["epoch"], *losses)
+            save_weights(model, self.weights / name)
+        save_weights(model, self.weights / "last_epoch_weights.pth")
+        self.save_checkpoint(state)
+        write_csv(self.folder / "metrics.csv", state["rows"])
+        self.loss_history.append_loss(row["epoch"], *losses)
+
+    def stopped(self, interrupt: Interrupt) -> SystemExit:
+        """Say how to go on after a signal; return what ends the program."""
+        if self.processes.is_first:
+            launch = "torchrun [as before]" if self.processes.size > 1 else "python"
+            print(f"\nstopped by a signal; to go on:\n  {launch} train.py --resume_training "
+                  f"{self.weights / 'checkpoint.pth'}")  # fmt: skip
+        return interrupt.exit()
+
+    def close(self) -> None:
+        if self.processes.is_first:
+            self.loss_history.close()
+
+
+def new_run_folder(log_dir: str | os.PathLike, name: str) -> Path:
+    """Make `LOG_DIR/<name>/weights/` and return `LOG_DIR/<name>`, numbered if the name is taken."""
+    number = 1
+    while True:
+        folder = Path(log_dir) / (name if number == 1 else f"{name}_{number}")
+        try:
+            folder.mkdir(parents=True)
+            (folder / "weights").mkdir()
+            return folder
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise InputError(f"--log_dir {log_dir}: cannot be written ({error.strerror})") from None
+
+
+def reopen_run_folder(checkpoint: str | os.PathLike, rows: list[dict[str, Any]]) -> Path:
+    """The folder of the run that `RUN/weights/checkpoint.pth` belongs to.
+
+    A run that was killed may have left files half written, and tables that are ahead of the
+    checkpoint: the former are removed, the latter end where the checkpoint's `rows` do. Raises
+    `InputError` for a checkpoint outside the folder of a run.
+    """
+    weights = Path(checkpoint).expanduser().resolve().parent
+    if weights.name != "weights":
+        raise InputError(
+            f"{checkpoint}: put it back where it was, RUN/weights/checkpoint.pth: a run goes on in "
+            "its own folder"
+        )
+    run = weights.parent
+    for folder in (run, weights):
+        for file in folder.glob(f"{TEMPORARY}*"):
+            file.unlink()
+    history = [f"Epoch {r['epoch']}: train: {r['train_loss']} val: {r['val_loss']}\n" for r in rows]
+    with replaced_whole(run / "epoch_loss.txt") as temporary:
+        temporary.write_text("".join(history))
+    if rows:
+        write_csv(run / "metrics.csv", rows)
+    return run

@@ -1,0 +1,116 @@
+"""The gradients of one batch: at once or chunk by chunk, by one process or by several."""
+
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from models.clip import CLIP
+from utils.flickr8k_dataloader import Batch
+from utils.loss import contrastive_loss
+from utils.machine.precision import Precision
+from utils.machine.processes import Processes
+
+
+class GradientExchange:
+    """Sums every gradient over the processes while the backward pass still runs.
+
+    A parameter's gradient is sent as soon as it is complete. All processes send in one order, that
+    in which the first process completed them in its first step: the sums would mix parameters if
+    one process were ahead of another. (DistributedDataParallel would do this for one forward and
+    one backward pass a step; gradient caching has many.)
+    """
+
+    def __init__(self, model: CLIP, processes: Processes):
+        self.processes = processes
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.order: list[int] | None = None
+        # Whether the coming backward pass completes the gradients that it reaches.
+        self.completes = True
+        self._complete: list[int] = []
+        self._under_way: list[dist.Work] = []
+        if processes.size > 1:
+            for number, parameter in enumerate(self.parameters):
+                hook = partial(self._note, number)
+                parameter.register_post_accumulate_grad_hook(hook)
+
+    def finish(self) -> None:
+        """Wait until every gradient is the sum over all processes."""
+        if self.processes.size == 1:
+            return
+        if self.order is None:
+            self.order = self.processes.from_first(self._complete)
+        self._send()
+        for exchange in self._under_way:
+            exchange.wait()
+        self._under_way.clear()
+        self._complete.clear()
+
+    def _note(self, number: int, _parameter: Tensor) -> None:
+        if self.completes:
+            self._complete.append(number)
+            if self.order is not None:
+                self._send()
+
+    def _send(self) -> None:
+        """Send what is next in the order, as far as it is complete."""
+        complete = set(self._complete)
+        while len(self._under_way) < len(self.order):
+            number = self.order[len(self._under_way)]
+            if number not in complete:
+                return
+            self._under_way.append(dist.all_reduce(self.parameters[number].grad, async_op=True))
+
+
+def accumulate_gradients(
+    model: CLIP,
+    batch: Batch,
+    precision: Precision,
+    exchange: GradientExchange,
+    chunk: int | None = None,
+) -> Tensor:
+    """Set the parameters' gradients to those of the loss of the whole batch, of which `batch` is
+    this process's part; return this process's part of the loss.
+
+    With `chunk`, activations exist for so many images at a time (gradient caching, Gao et al.
+    2021): features of the whole batch first, then the loss and its gradient for each feature, then
+    each chunk's features again and from their gradients those of the parameters. The sum is the
+    gradient of the whole batch, at the cost of a second forward pass.
+    """
+    if chunk is None or chunk >= len(batch.images):
+        features = [_encode(model, batch, tower, precision) for tower in ("image", "text")]
+        loss = contrastive_loss(*features, model.logit_scale, exchange.processes)
+        precision.backward(loss)
+        exchange.finish()
+        return loss.detach()
+
+    chunks = batch.split(chunk)
+    with torch.no_grad():
+        image_features, text_features = (
+            torch.cat([_encode(model, part, tower, precision) for part in chunks])
+            for tower in ("image", "text")
+        )
+    image_features.requires_grad_()
+    text_features.requires_grad_()
+    loss = contrastive_loss(image_features, text_features, model.logit_scale, exchange.processes)
+    precision.backward(loss)
+    # Tower by tower: the activations of one meet the gradients of few parameters of the other.
+    for tower, features in (("image", image_features), ("text", text_features)):
+        gradients = features.grad.split(chunk * len(features) // len(batch.images))
+        for part, gradient in zip(chunks, gradients, strict=True):
+            exchange.completes = part is chunks[-1]
+            of_part = _encode(model, part, tower, precision)
+            if of_part.requires_grad:  # a locked tower's do not
+                of_part.backward(gradient)
+    exchange.completes = True
+    exchange.finish()
+    return loss.detach()
+
+
+def _encode(model: CLIP, batch: Batch, tower: str, precision: Precision) -> Tensor:
+    """The features of the batch's images `[n, d]` or of its captions `[n * k, d]`."""
+    with precision.autocast():
+        if tower == "image":
+            return model.encode_image(batch.augmented_images())
+        return model.encode_text(batch.tokens)

@@ -1,0 +1,76 @@
+"""What is decayed, how fast each layer learns, and how the learning rate moves."""
+
+import math
+
+import torch
+
+from models.clip import CLIP
+from utils.training.layer_groups import distance_from_end
+
+
+def parameter_groups(
+    model: CLIP, momentum: float, weight_decay: float, layer_decay: float = 1.0
+) -> list[dict]:
+    """Groups for an optimiser. Matrices decay; biases, gains and the logit scale do not. A layer's
+    learning rate is `layer_decay` times that of the layer after it (Clark et al. 2020, "ELECTRA",
+    section 3.1), kept as the group's `rate_factor`.
+
+    The groups carry CLIP's settings for Adam: beta2 0.98 and epsilon 1e-6 (Radford et al. 2021,
+    table 18).
+    """
+    settings = {
+        "betas": (momentum, 0.98),
+        "eps": 1e-6,
+        "momentum": momentum,
+        "nesterov": momentum > 0,
+        "fused": True,
+    }
+    distances = distance_from_end(model)
+    groups: dict[tuple[float, bool], dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        factor, decays = layer_decay ** distances[name], parameter.ndim >= 2
+        group = groups.setdefault(
+            (factor, decays),
+            {
+                "params": [],
+                "weight_decay": weight_decay if decays else 0.0,
+                "rate_factor": factor,
+                **settings,
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def replace_groups(optimizer: torch.optim.Optimizer, groups: list[dict]) -> None:
+    """Give a new optimizer other groups of parameters than it was made with."""
+    optimizer.param_groups.clear()
+    for group in groups:
+        optimizer.add_param_group(group)
+
+
+def restore_moments(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load saved moments; settings stay those that the optimizer was made with."""
+    settings = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+
+
+def learning_rate(step: int, peak: float, warmup_steps: int, total_steps: int) -> float:
+    """Linear warmup from zero to `peak`, then half a cosine to zero (Loshchilov & Hutter 2017)."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return peak * (1 + math.cos(math.pi * progress)) / 2
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set every group's rate: `rate`, that of the layers nearest the features, times its factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["rate_factor"]

@@ -1,0 +1,77 @@
+"""The progress bar of an epoch, and its time: for data, and for all."""
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from models.errors import InputError
+from utils.flickr8k_dataloader import Batch, TrainLoader
+
+
+class Progress:
+    """Follows the steps of an epoch, of which `done` were made before this program started. Use it
+    as a context manager."""
+
+    def __init__(self, loader: TrainLoader, epoch: int, done: int = 0):
+        self.batch_size = loader.batch_size
+        self.bar = tqdm(
+            total=len(loader) * loader.batch_size,
+            initial=done * loader.batch_size,
+            unit="img",
+            desc=f"epoch {epoch}",
+            disable=not loader.processes.is_first,
+        )
+        self.steps = 0
+        self.seconds_waited = 0.0
+        self.started = time.perf_counter()
+        self._last: tuple[Tensor, float, int] | None = None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches, while the time spent waiting for them is measured."""
+        asked = time.perf_counter()
+        for batch in batches:
+            self.seconds_waited += time.perf_counter() - asked
+            yield batch
+            asked = time.perf_counter()
+
+    def advance(self, loss: Tensor, rate: float, step: int) -> None:
+        """Count a step. Its loss is shown with the next one's, so that a GPU has work while the bar
+        is drawn. A loss that is not finite raises `InputError` then."""
+        self._show_last()
+        self._last = loss, rate, step
+        self.steps += 1
+        self.bar.update(self.batch_size)
+
+    def summary(self, losses: list[Tensor], rate: float) -> dict[str, float]:
+        """The mean of the epoch's `losses`, its last learning `rate`, images/s, and the share of
+        time spent waiting for data in percent."""
+        self._show_last()
+        seconds = time.perf_counter() - self.started
+        return {
+            "train_loss": torch.stack(losses).mean().item(),
+            "lr": rate,
+            "images_per_second": self.steps * self.batch_size / seconds,
+            "data_wait_percent": 100 * self.seconds_waited / seconds,
+        }
+
+    def _show_last(self) -> None:
+        if self._last is None:
+            return
+        loss, rate, step = self._last
+        value = loss.item()
+        if not math.isfinite(value):
+            raise InputError(
+                f"the loss is {value} at step {step}, learning rate {rate:.3g}; lower --lr, raise "
+                "--warmup_epochs, or train without --use_amp; earlier weights are kept"
+            )
+        self.bar.set_postfix(loss=f"{value:.4f}", lr=f"{rate:.2e}")

@@ -1,0 +1,112 @@
+"""The arguments of train.py once it is known what they start from: filled in, and checked."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from models.errors import InputError
+from utils.data.annotations import missing_annotations
+from utils.runs.checkpoint import read_checkpoint
+
+DEMO = {
+    "dataset_path": "flickr8k/demo",
+    "resume_training": "none",
+    "model": "ViT-demo",
+    "epochs": 28,
+    "batch_size": 50,
+}
+FROM_SCRATCH = {"lr": 5e-4, "layer_decay": 1.0}
+FINE_TUNING = {"lr": 1e-4, "layer_decay": 0.7}
+# What a run was started with stays in its records, however it goes on.
+OF_THE_START = ("demo", "model", "resume_training")
+# What the saved moments and the weights at the start belong to.
+FIXED = ("input_shape", "optimizer_type", "layer_decay", "lock_image", "lock_text", "wise_ft")
+# What decides which images and captions the rest of an epoch brings.
+FIXED_IN_AN_EPOCH = ("batch_size", "captions_per_image", "no_augment", "seed")
+
+
+def settle(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict[str, Any] | None]:
+    """The arguments, and the checkpoint of the run that they continue, or None.
+
+    What the command line leaves open comes from the run that is continued or from the demo's
+    settings, then from the recipe for training from scratch or for fine-tuning. Raises `InputError`
+    for arguments that contradict each other or the run.
+    """
+    args = parser.parse_args()
+    resumed = None if args.demo else read_checkpoint(args.resume_training)
+    saved: dict[str, Any] = {}
+    if args.demo:
+        parser.set_defaults(**DEMO)
+    elif resumed:
+        saved = {k: v for k, v in resumed["arguments"].items() if k not in OF_THE_START}
+        parser.set_defaults(**saved)
+    args = parser.parse_args()
+    recipe = FROM_SCRATCH if args.resume_training == "none" else FINE_TUNING
+    for name, value in {**recipe, "warmup_epochs": min(1.0, args.epochs / 10)}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if resumed:
+        _check_continued(args, saved, resumed)
+    return args, resumed
+
+
+def as_saved(args: argparse.Namespace, resumed: dict[str, Any] | None) -> dict[str, Any]:
+    """The arguments as a run's arguments.json and checkpoint keep them."""
+    given = vars(args) | {"dataset_path": args.dataset_path.resolve()}
+    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
+    if resumed:
+        arguments |= {name: resumed["arguments"][name] for name in OF_THE_START}
+    return arguments
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise `InputError` for arguments that contradict each other, or data that is not there."""
+    if args.demo and args.resume_training != "none":
+        raise InputError("--demo trains from scratch: leave --resume_training out")
+    if args.resume_training == "none" and not args.model:
+        raise InputError("--resume_training none trains from scratch and needs --model, such as "
+                         "ViT-demo or ViT-B/32")  # fmt: skip
+    if args.model and args.resume_training != "none":
+        raise InputError("--model is for training from scratch: add --resume_training none, or "
+                         "leave --model out, since weights bring their architecture")  # fmt: skip
+    if args.wise_ft and args.resume_training == "none":
+        raise InputError("--wise_ft mixes tuned weights with those they started from: it needs "
+                         "--resume_training WEIGHTS")  # fmt: skip
+    if args.lock_image == 0 and args.lock_text == 0:
+        raise InputError("--lock_image and --lock_text together leave nothing to train: unlock "
+                         "some blocks of one, such as --lock_text 2")  # fmt: skip
+    if args.warmup_epochs >= args.epochs:
+        raise InputError(f"--warmup_epochs {args.warmup_epochs:g} should be less than --epochs "
+                         f"{args.epochs}")  # fmt: skip
+    for language in args.language:
+        if missing := missing_annotations(args.dataset_path / f"{language}_train.json"):
+            raise InputError(
+                f"{missing}. To get Flickr8k: python flickr8k/prepare.py --download; for data of "
+                "yours: --dataset_path FOLDER; to see it work without any: python train.py --demo"
+            )
+
+
+def check_same_data(args: argparse.Namespace, data: str, resumed: dict[str, Any]) -> None:
+    """Raise `InputError` unless `data`, the fingerprint of the data set, is that of the run."""
+    if data != resumed["data"]:
+        raise InputError(
+            f"--dataset_path {args.dataset_path}: its images or captions are not those of the run "
+            "(or --language is not); to train on others, start a new run from the run's "
+            "weights/last_epoch_weights.pth"
+        )
+
+
+def _check_continued(
+    args: argparse.Namespace, saved: dict[str, Any], resumed: dict[str, Any]
+) -> None:
+    """Raise `InputError` for arguments with which a run cannot go on."""
+    fixed = FIXED + FIXED_IN_AN_EPOCH if resumed["losses"] else FIXED
+    for name in fixed:
+        if getattr(args, name) != saved[name]:
+            raise InputError(
+                f"--{name}: a run goes on with its own, {saved[name]}; to change it, start a new "
+                "run from the run's weights/last_epoch_weights.pth"
+            )
+    epochs_done = len(resumed["rows"])
+    if args.epochs < epochs_done:
+        raise InputError(f"--epochs {args.epochs}: the run has {epochs_done} epochs already")

@@ -1,0 +1,103 @@
+"""What training changes, and a checkpoint carries: weights, moments, averages, losses, scores."""
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from models.clip import CLIP
+from utils.machine.memory import peak_memory_mb
+from utils.machine.precision import Precision
+from utils.metric import Metrics, mean_recall
+from utils.retrieval.report import columns
+from utils.training.optimizer import restore_moments
+
+MAX_GRAD_NORM = 1.0
+
+
+class State:
+    """A training run between two steps.
+
+    model      the weights that are trained
+    optimizer  their moments
+    average    an exponential moving average of the weights with decay `ema`, or None
+    precision  number formats; holds the loss scale of float16
+    epochs     a row of losses and scores for each epoch that is done
+    losses     of the steps that the epoch under way has behind it, on the model's device
+    """
+
+    def __init__(
+        self,
+        model: CLIP,
+        optimizer: torch.optim.Optimizer,
+        precision: Precision,
+        ema: float | None = None,
+    ):
+        self.model = model
+        self.optimizer = optimizer
+        self.precision = precision
+        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
+        self.epochs: list[dict[str, float]] = []
+        self.losses: list[Tensor] = []
+
+    @property
+    def scored(self) -> CLIP:
+        """The model that is scored and saved: the average if there is one."""
+        return self.average.module if self.average else self.model
+
+    @property
+    def is_at_start(self) -> bool:
+        """Whether no step has been taken yet."""
+        return not self.epochs and not self.losses
+
+    @property
+    def epochs_since_best(self) -> int:
+        """How many epochs have passed since the one with the best mean recall."""
+        recalls = [row["mean_recall"] for row in self.epochs]
+        return len(recalls) - 1 - recalls.index(max(recalls)) if recalls else 0
+
+    def update(self, loss: Tensor) -> None:
+        """One step of the optimizer with the gradients that the parameters have; `loss` is the
+        batch's."""
+        self.precision.update(self.model, self.optimizer, MAX_GRAD_NORM)
+        self.model.clamp_logit_scale()
+        if self.average:
+            self.average.update_parameters(self.model)
+        self.losses.append(loss)
+
+    def finish_epoch(
+        self, trained: dict[str, float], metrics: Metrics, val_loss: float
+    ) -> dict[str, float]:
+        """Add the row of the epoch that has ended, and return it. `trained` is what
+        `Progress.summary` says of its steps."""
+        row = {
+            "epoch": len(self.epochs) + 1,
+            **trained,
+            "val_loss": val_loss,
+            "mean_recall": mean_recall(metrics),
+            **columns(metrics),
+            "peak_memory_mb": peak_memory_mb(self.model.device),
+        }
+        self.epochs.append(row)
+        self.losses = []
+        return row
+
+    def state_dict(self) -> dict:
+        """Everything that `restore` needs: tensors, numbers, lists and dicts."""
+        return {
+            "rows": self.epochs,
+            "losses": [loss.item() for loss in self.losses],
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.precision.scaler.state_dict(),
+        }
+
+    def restore(self, saved: dict) -> None:
+        """Go on from a `state_dict`, whose weights the model was built with."""
+        restore_moments(self.optimizer, saved["optimizer"])
+        if saved["scaler"]:  # empty where no loss scale was needed
+            self.precision.scaler.load_state_dict(saved["scaler"])
+        if self.average and saved["average"]:
+            self.average.load_state_dict(saved["average"])
+        self.epochs = saved["rows"]
+        self.losses = list(torch.tensor(saved["losses"], device=self.model.device))
