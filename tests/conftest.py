@@ -6,5 +6,6 @@ import torch
 
 
 def pytest_configure() -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:  # several workers share the cores
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
+        os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)

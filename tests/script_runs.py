@@ -1,18 +1,39 @@
 """Running the project's scripts as a user does."""
 
+import multiprocessing
+import os
+import runpy
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+# Importing these takes seconds, which a new process would need for every script.
+PRELOADED = ["torch", "torchvision", "pyzjr", "matplotlib.figure"]
 
 
-def run_script(script: str, *arguments: object, cwd: Path, stdin: str = "", code: int = 0):
-    """Run a script of the repository in folder `cwd`; check its exit code, return the process."""
-    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    done = subprocess.run(
-        command, cwd=cwd, input=stdin, capture_output=True, text=True, encoding="utf-8", check=False
-    )
+def run_script(
+    script: str,
+    *arguments: object,
+    cwd: Path,
+    stdin: str = "",
+    code: int = 0,
+    fresh: bool = sys.platform == "win32",
+) -> subprocess.CompletedProcess:
+    """Run a script of the repository in folder `cwd`; check its exit code.
+
+    The script runs in a fork of a process that has imported its packages, or, if `fresh`, in a new
+    process with this one's environment.
+    """
+    if fresh:
+        command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+        done = subprocess.run(
+            command, cwd=cwd, input=stdin, capture_output=True, encoding="utf-8", check=False
+        )
+    else:
+        done = _run_forked(script, arguments, cwd, stdin)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
@@ -24,3 +45,45 @@ def error_line(script: str, *arguments: object, cwd: Path, code: int = 2) -> str
     lines = [line for line in done.stderr.splitlines() if "error: " in line]
     assert len(lines) == 1, done.stderr
     return lines[0]
+
+
+def start_script(
+    script: str, *arguments: object, cwd: Path, streams: Sequence[Path | str] = (os.devnull,) * 3
+) -> multiprocessing.Process:
+    """Start a script in a fork; `streams` are the files of standard input, output and error."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=_script, args=(script, arguments, cwd, streams))
+    process.start()
+    return process
+
+
+def _run_forked(
+    script: str, arguments: Sequence[object], cwd: Path, stdin: str
+) -> subprocess.CompletedProcess:
+    with tempfile.TemporaryDirectory() as folder:
+        given, printed, errors = (Path(folder) / name for name in ("in", "out", "err"))
+        given.write_text(stdin, "utf-8", "surrogateescape")
+        process = start_script(script, *arguments, cwd=cwd, streams=(given, printed, errors))
+        process.join()
+        texts = [file.read_text("utf-8") for file in (printed, errors)]
+    return subprocess.CompletedProcess(script, process.exitcode, *texts)
+
+
+def _script(
+    script: str, arguments: Sequence[object], cwd: Path, streams: Sequence[Path | str]
+) -> None:
+    """What `python script arguments` does, in a process that has its packages imported already."""
+    for number, file in enumerate(streams):
+        flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT
+        os.dup2(os.open(file, flags), number)
+    sys.stdin, sys.stdout, sys.stderr = (
+        open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115
+        for number, mode in enumerate("rww")
+    )
+    os.chdir(cwd)
+    sys.argv = [script, *map(str, arguments)]
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    finally:
+        sys.stdout.flush()

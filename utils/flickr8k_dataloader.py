@@ -31,11 +31,12 @@ BUILD_BATCH = 32  # images decoded at a time for the cache
 
 
 class Flickr8kDataset(Dataset):
-    """Images and their captions, `{language}_train.json` or `{language}_val.json` in `root_dir`.
-    With several languages an image has its captions in all of them.
+    """Images and their captions, from `{language}_train.json` or `{language}_val.json` in
+    `root_dir`. With several languages an image has its captions in all of them.
 
-    `dataset[i]` is (image, captions): uint8 pixels `[3, target_shape, target_shape]`, resized and
-    cut as CLIP does it, or whatever `transform` makes of the PIL image; and the list of strings.
+    `dataset[i]` is (image, captions). The image is uint8 pixels `[3, target_shape, target_shape]`,
+    resized and cropped as CLIP does it, or what `transform` makes of the PIL image; the captions
+    are strings. Raises `InputError` for caption files that cannot be used and for missing images.
 
     image       paths of the image files
     text        all captions, image by image
@@ -57,7 +58,7 @@ class Flickr8kDataset(Dataset):
         self.target_shape = target_shape
         self.transform = transform
         self.cached: Tensor | None = None
-        self.unreadable: dict[int, str] = {}  # what is wrong with images, once `cache` knows
+        self.unreadable: dict[int, str] = {}  # what is wrong with images, found by `cache`
         self.image: list[str] = []
         self.text: list[str] = []
         self.img_to_txt: dict[int, list[int]] = {}
@@ -85,7 +86,7 @@ class Flickr8kDataset(Dataset):
 
     @cached_property
     def tokens(self) -> Tensor:
-        """IntTensor `[captions, 77]`: every caption tokenised once; what does not fit is cut."""
+        """All captions as IntTensor `[captions, 77]`; those that are too long are cut."""
         return tokenize(self.text, truncate=True)
 
     def cache(
@@ -94,16 +95,17 @@ class Flickr8kDataset(Dataset):
         device: torch.device | str = "cpu",
         num_workers: int = 0,
     ) -> None:
-        """Have `image_batches` read pixels, decoded once, from a file in `folder` (`.cache` in
-        `root_dir`), which all runs share; they live on the device where they take at most a quarter
-        of its free memory. Raises `InputError` where the file cannot be written.
+        """Decode all images into a file in `folder` (by default `.cache` in `root_dir`), which all
+        runs share, and have `image_batches` read the pixels from there. They are kept on the device
+        if they take at most a quarter of its free memory. Raises `InputError` if the file cannot be
+        written.
         """
         if self.transform is not None:
             raise InputError("the cache keeps what CLIP makes of the images: it takes no transform")
         root = self.root.resolve()
         folder = root / ".cache" if folder is None else Path(folder).expanduser()
         batches = [rows.tolist() for rows in torch.arange(len(self)).split(BUILD_BATCH)]
-        pixels, unreadable = cached_pixels(
+        decoded, unreadable = cached_pixels(
             folder / f"{root.name}_{self.split}_{self.target_shape}.pixels",
             self.root,
             self.image,
@@ -114,10 +116,11 @@ class Flickr8kDataset(Dataset):
             ),
         )
         self.unreadable = {row: self._problem(row) for row in unreadable}
-        self.cached = on_device_if_small(pixels, torch.device(device))
+        self.cached = on_device_if_small(decoded, torch.device(device))
 
     def fingerprint(self) -> str:
-        """Changes with the images' names, the captions and their order, not with where they lie."""
+        """A digest of the images' names, the captions and their order. It stays the same when the
+        folder is moved."""
         images = [Path(image).relative_to(self.root).as_posix() for image in self.image]
         listed = json.dumps([images, list(self.txt_to_img.values()), self.text])
         return hashlib.sha256(listed.encode()).hexdigest()
@@ -135,7 +138,8 @@ class Flickr8kDataset(Dataset):
         return f"{self.image[row]}: could not be read when the cache was written"
 
     def _check_images_exist(self) -> None:
-        """In training another image takes the place of a missing one, but not of all of them."""
+        """Refuse a set with missing images. While training, others take their place, but some image
+        must be there."""
         missing = [image for image in self.image if not Path(image).is_file()]
         if missing and (self.split == "val" or len(missing) == len(self.image)):
             raise InputError(
@@ -147,8 +151,8 @@ class Flickr8kDataset(Dataset):
 def image_batches(
     dataset: Flickr8kDataset, batches: list[list[int]], num_workers: int
 ) -> Iterator[Tensor]:
-    """Batches of images, `[n, 3, r, r]`, for lists of image indices. Raises `InputError` for one
-    that cannot be read."""
+    """Batches of images, `[n, 3, r, r]`, for lists of image indices. Raises `InputError` for an
+    image that cannot be read."""
     if dataset.cached is None:
         yield from (loaded.images for loaded in read_batches(dataset, batches, num_workers))
         return
@@ -158,7 +162,7 @@ def image_batches(
 
 
 class Batch(NamedTuple):
-    """A process's part of a training batch: n images and k captions of each.
+    """One process's part of a training batch: n images and k captions of each.
 
     images  `[n, 3, r, r]` on the device, uint8
     crops   `[n, 3]` of `draw_crops`, or None for whole images
@@ -185,10 +189,10 @@ class Batch(NamedTuple):
 
 
 class TrainLoader:
-    """Shuffled batches; an image brings `captions_per_image` of its captions, drawn anew each
-    epoch (as many as there are, where no image has so many). Every random choice follows from the
-    seed and the epoch alone, so it does not depend on the number of workers or processes, nor on
-    what ran before. Images that fill no whole batch sit out an epoch.
+    """Shuffled batches of images, each with `captions_per_image` of its captions, drawn anew in
+    every epoch; if no image has so many, as many as the richest has. Random choices follow from the
+    seed and the epoch alone, not from the number of workers or processes, nor from what ran before.
+    Images that are left over after the last whole batch sit out the epoch.
 
     An image that cannot be read is reported once, and another takes its place; with `strict` it is
     an `InputError`.
@@ -272,10 +276,10 @@ class TrainLoader:
 
     def _draw_captions(self, random: np.random.Generator) -> Tensor:
         """For each image the indices of k of its captions, `[n, k]`: all different if it has k,
-        else all of them, some again."""
+        else all of them, and some again."""
         first = np.array([captions[0] for captions in self.dataset.img_to_txt.values()])
         count = np.array([len(captions) for captions in self.dataset.img_to_txt.values()])
         drawn = random.random((len(count), count.max()))
-        drawn[np.arange(count.max()) >= count[:, None]] = 2  # what is not there comes last
+        drawn[np.arange(count.max()) >= count[:, None]] = 2  # missing captions are sorted last
         nth = np.arange(self.captions_per_image) % count[:, None]
         return torch.from_numpy(first[:, None] + np.take_along_axis(drawn.argsort(), nth, axis=1))

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from models.errors import InputError
 from utils.machine.processes import ALONE, Processes
@@ -17,9 +17,9 @@ def contrastive_loss(
     """The mean of the two cross-entropies over the similarities of images and texts, a scalar.
 
     Image features are `[n, d]`, text features `[n * k, d]`: the k captions of the first image, then
-    those of the second, and so on. Each caption is one right answer of its image; the image's other
-    captions are no wrong ones and stand in neither cross-entropy. Features need not be normalised;
-    `logit_scale` is the logarithm of the scale, as in `CLIP.logit_scale`.
+    those of the second, and so on. Each caption is a right answer for its image; the image's other
+    captions are left out of that cross-entropy, since they are not wrong. Features need not be
+    normalised; `logit_scale` is the logarithm of the scale, as in `CLIP.logit_scale`.
 
     Computed in float32 in blocks of rows, and once more for the gradient, so that the `[n, n * k]`
     matrix never exists. Of several `processes` each gives the features of its own images and
@@ -38,7 +38,7 @@ def contrastive_loss(
     everyones_texts = share.gather(text_features)
     starts = range(0, n, BLOCK)
     blocks = [
-        checkpoint(
+        recomputed(
             _negatives, image_features[i : i + BLOCK], everyones_texts, share.start + i, k,
             use_reentrant=False,
         )
@@ -55,8 +55,9 @@ def contrastive_loss(
 
 
 def _negatives(rows: Tensor, texts: Tensor, start: int, k: int) -> tuple[Tensor, Tensor]:
-    """log-sum-exp of the logits over other images' texts `[b]`, and over other images `[n * k]`,
-    for the images `start` to `start + b`."""
+    """The logits of wrong answers, of the images `start` to `start + b`, whose scaled features are
+    `rows` `[b, d]`, with all texts, `[n * k, d]`. Returns the log-sum-exp for each image over the
+    texts of other images, `[b]`, and for each text over other images than its own, `[n * k]`."""
     with torch.autocast(rows.device.type, enabled=False):
         logits = rows @ texts.T
     logits.unflatten(1, (-1, k)).diagonal(start).fill_(-torch.inf)  # an image with its own captions

@@ -1,6 +1,6 @@
 """Retrieval scores: Recall@K, mAP@K and ranks, images to texts and texts to images.
 
-As a script it scores a weights file on the validation set:
+As a script, it scores a weights file on the validation set:
 
     python utils/metric.py --weights logs/<run>/weights/best_epoch_weights.pth
 """
@@ -31,7 +31,7 @@ from utils.retrieval.report import K_VALUES, Metrics, format_table, plot_metrics
 from utils.runs.arguments import TrainedOn, integer, name_or_path, path, trained_on
 from utils.runs.checkpoint import write_json
 
-BLOCK_BYTES = 2**26  # of scores that exist at once
+BLOCK_BYTES = 2**26  # of the scores that are in memory at once
 
 
 def compute_metrics(
@@ -55,8 +55,8 @@ def compute_metrics(
            among the first K, divided by min(number of ground truths, K)
 
     and `median_rank` and `mean_rank` (from 1) of the best-placed ground truth. Ties count against
-    us: a ground truth stands after everything that is not one and has the same score. A K beyond
-    the gallery takes all of it: R@K is 100, and mAP@K what it is at K = the gallery's size.
+    the model: a ground truth stands after everything with the same score that is not one. For a K
+    larger than the gallery, R@K is 100 and mAP@K the same as for K = the gallery's size.
 
     Raises `InputError` for a NaN, a query without ground truth or with one twice, shapes that do
     not match, or a K that is no positive integer.
@@ -81,8 +81,8 @@ def retrieval_metrics(
     txt2img: Mapping[int, int | list[int]],
     k_values: Iterable[int] = K_VALUES,
 ) -> Metrics:
-    """`compute_metrics` of the similarities between features `[images, d]` and `[texts, d]`, made
-    block by block: memory does not grow with their number."""
+    """`compute_metrics` of the similarities between features `[images, d]` and `[texts, d]`, which
+    are computed block by block, so that memory does not grow with their number."""
     if 4 * len(image_features) * len(text_features) <= BLOCK_BYTES:
         scores = image_features @ text_features.T
         return compute_metrics(scores, img2txt, scores.T, txt2img, k_values)
@@ -118,7 +118,7 @@ def _score(
     truth: Mapping[int, int | list[int]],
     k_values: tuple[int, ...],
 ) -> dict[str, float]:
-    """The metrics of one direction; `scores_of` gives some rows of the scores."""
+    """The metrics of one direction; `scores_of(rows)` computes these rows of the scores."""
     columns = _ground_truth(truth, queries, gallery)
     positions = [_positions(scores_of(rows), columns[rows]) for rows in _blocks(queries, gallery)]
     return _summarize(torch.cat(positions), k_values)
@@ -165,7 +165,7 @@ def _positions(scores: Tensor, columns: Tensor) -> Tensor:
     own = own.sort(dim=1, descending=True, stable=True).values  # stable: the absent stay last
     positions = torch.empty(own.shape, dtype=torch.int64, device=scores.device)
     for nth, threshold in enumerate(own.split(1, dim=1)):
-        # What scores as high and is no ground truth stands before; so do the better ground truths.
+        # Before it stand all others that score as high, and the better ground truths.
         as_high = (scores >= threshold).sum(dim=1, dtype=torch.int32)
         own_as_high = ((own >= threshold) & ~absent).sum(dim=1)
         positions[:, nth] = as_high - own_as_high + nth + 1
@@ -282,8 +282,8 @@ def main() -> None:
 
 
 def data_to_score_on(args: argparse.Namespace) -> TrainedOn:
-    """What the command line names, or else what the weights were trained on. Raises `InputError`
-    where its validation captions are missing."""
+    """The data that the command line names, or else that the weights were trained on. Raises
+    `InputError` if its validation captions are missing."""
     run = None if args.dataset_path and args.language else trained_on(args.weights)
     run = run or TrainedOn(Path("flickr8k"), ["en"])
     dataset_path = args.dataset_path or run.dataset_path

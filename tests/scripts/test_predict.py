@@ -219,10 +219,12 @@ def test_predict_takes_any_path_and_the_home_folder(work, photo, monkeypatch):
         (home / name).write_bytes(photo.read_bytes())
     typed = [f"~/{names[0]}", *(f'"{home / name}"' for name in names[1:])]
     texts = ["--text", "a", "b"]
-    run_script("predict.py", *texts, cwd=work, stdin="\n".join(typed))
+    run_script("predict.py", *texts, cwd=work, stdin="\n".join(typed), fresh=True)
     predictions = work / "logs" / "a run" / "predictions"
     assert {*names} <= {file.name for file in predictions.iterdir()}
-    run_script("predict.py", f"~/{names[1]}", *texts, "--output", "~/ranking.png", cwd=work)
+    run_script(
+        "predict.py", f"~/{names[1]}", *texts, "--output", "~/ranking.png", cwd=work, fresh=True
+    )
     assert (home / "ranking.png").is_file()
 
 

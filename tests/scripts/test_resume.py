@@ -2,11 +2,9 @@
 
 import csv
 import json
-import multiprocessing
 import os
 import random
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -15,7 +13,7 @@ import time
 
 import pytest
 import torch
-from script_runs import ROOT, error_line, run_script
+from script_runs import ROOT, error_line, run_script, start_script
 
 from flickr8k.render_demo import render_demo
 from utils.machine.interrupt import Interrupt
@@ -32,35 +30,11 @@ def data(tmp_path_factory):
     return render_demo(tmp_path_factory.mktemp("data"), n_train=66, n_val=8)
 
 
-def train(arguments, cwd):
-    """What `python train.py` does, in a process that has its packages imported already."""
-    os.chdir(cwd)
-    sys.argv = ["train.py", *map(str, arguments)]
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
-    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-
-
 @pytest.fixture(scope="module")
-def start(data, tmp_path_factory):
-    """Start a training process in a folder."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torchvision", "pyzjr"])
-
-    def start(arguments, cwd):
-        process = context.Process(target=train, args=(arguments, cwd))
-        process.start()
-        return process
-
-    return start
-
-
-@pytest.fixture(scope="module")
-def whole(data, start, tmp_path_factory):
+def whole(data, tmp_path_factory):
     """The folder of a run that nothing stops."""
     cwd = tmp_path_factory.mktemp("whole")
-    process = start([*ARGUMENTS, "--dataset_path", data], cwd)
-    process.join()
-    assert process.exitcode == 0
+    run_script("train.py", *ARGUMENTS, "--dataset_path", data, cwd=cwd)
     (run,) = (cwd / "logs").iterdir()
     return run
 
@@ -102,12 +76,9 @@ def assert_same_run(run, whole):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a fork server")
-def test_a_run_killed_again_and_again_ends_bit_for_bit_as_one_that_was_not(
-    data, start, whole, tmp_path
-):
+def test_a_run_killed_again_and_again_ends_bit_for_bit_as_one_that_was_not(data, whole, tmp_path):
     moments = random.Random(0)
-    arguments = [*ARGUMENTS, "--dataset_path", data]
-    process = start(arguments, tmp_path)
+    process = start_script("train.py", *ARGUMENTS, "--dataset_path", data, cwd=tmp_path)
     while not (runs := list(tmp_path.glob("logs/*/weights"))):
         time.sleep(0.002)
     run = runs[0].parent
@@ -118,7 +89,9 @@ def test_a_run_killed_again_and_again_ends_bit_for_bit_as_one_that_was_not(
     kills = 1
     while True:
         workers = moments.choice([0, 0, 1])
-        process = start(["--resume_training", checkpoint, "--num_workers", workers], tmp_path)
+        process = start_script(
+            "train.py", "--resume_training", checkpoint, "--num_workers", workers, cwd=tmp_path
+        )
         if kills < KILLS:
             # Before, between and while files are written; now and then before the first step.
             wait_for_saves(process, checkpoint, moments.randrange(7))
@@ -158,7 +131,7 @@ def test_a_signal_ends_the_step_saves_and_names_the_command_that_goes_on(
     path = re.search(r"python train\.py --resume_training (\S+checkpoint\.pth)", printed)[1]
     state = torch.load(tmp_path / path, weights_only=True)
     assert 0 < len(state["losses"]) <= 16
-    run_script("train.py", "--resume_training", path, "--save_steps", 1, cwd=tmp_path)
+    run_script("train.py", "--resume_training", path, cwd=tmp_path)
     (run,) = (tmp_path / "logs").iterdir()
     assert_same_run(run, whole)
 

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from definitions import by_definition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,26 +24,6 @@ from utils.metric import (
 from utils.runs.checkpoint import save_weights, write_json
 
 K_VALUES = (1, 2, 3, 5, 10, 50)
-
-
-def by_definition(scores, truth, k_values):
-    """R@K, mAP@K and ranks of one direction, as DESIGN and docstring define them: sort each query's
-    row, what is no ground truth first among equals, then walk down the list."""
-    recalls = {k: [] for k in k_values}
-    precisions = {k: [] for k in k_values}
-    ranks = []
-    for query, row in enumerate(np.asarray(scores)):
-        right = set(np.atleast_1d(truth[query]).tolist())
-        ranking = sorted(range(len(row)), key=lambda item: (-row[item], item in right))
-        hits = [item in right for item in ranking]
-        ranks.append(hits.index(True) + 1)
-        for k in k_values:
-            recalls[k].append(any(hits[:k]))
-            gained = sum(sum(hits[: i + 1]) / (i + 1) for i in range(min(k, len(hits))) if hits[i])
-            precisions[k].append(gained / min(len(right), k))
-    scores = {f"R@{k}": 100 * np.mean(recalls[k]) for k in k_values}
-    scores |= {f"mAP@{k}": 100 * np.mean(precisions[k]) for k in k_values}
-    return scores | {"median_rank": np.median(ranks), "mean_rank": np.mean(ranks)}
 
 
 @st.composite

@@ -10,14 +10,14 @@ from tqdm import tqdm
 from models.errors import InputError
 from utils.runs.files import replaced_whole
 
-SHOWN = 10  # problems printed of one file
-SHOWN_SHARED = 3  # images printed that are in both splits
-SHOWN_PATH = 100  # characters printed of a path
+PROBLEMS_SHOWN = 10  # of one caption file
+SHARED_SHOWN = 3  # images that are in both splits
+PATH_LENGTH = 100  # characters shown of a path
 
 
 def missing_annotations(file: Path) -> str | None:
-    """What is missing where a caption file is not: its folder, or the file alone, and which others
-    of its split there are. None where it is there."""
+    """Why a caption file is not found: there is no such folder, or no such file in it, only others
+    of its split. None if the file is there."""
     root = file.parent
     if not root.is_dir():
         return f"{root}: {'is no folder' if root.exists() else 'no such folder'}"
@@ -34,18 +34,18 @@ def shared_images_warning(train: Iterable[str], val: Iterable[str]) -> str | Non
     shared = [image for image in train if image in held_out]
     if not shared:
         return None
-    more = ", ..." if len(shared) > SHOWN_SHARED else ""
+    more = ", ..." if len(shared) > SHARED_SHOWN else ""
     return (
-        f"images in both training and validation: {len(shared)} ({', '.join(shared[:SHOWN_SHARED])}"
-        f"{more}); the scores are too good by what the model has seen, list each image once"
+        f"images in both training and validation: {len(shared)} ({', '.join(shared[:SHARED_SHOWN])}"
+        f"{more}); scores on images seen in training are too good; list each image once"
     )
 
 
 def read_annotations(path: Path) -> list[tuple[str, list[str]]]:
     """The (image path relative to the root, captions) pairs of a caption file.
 
-    The file is a list of `{"image": "images/1.jpg", "caption": ["...", ...]}`; backslashes in paths
-    and a plain string as caption are fine. All problems of a file come in one `InputError`.
+    The file is a list of `{"image": "images/1.jpg", "caption": ["...", ...]}`; paths may have
+    backslashes, and a caption may be a plain string. One `InputError` names all problems.
     """
     entries = _read_json(path)
     if not isinstance(entries, list) or not entries:
@@ -64,8 +64,9 @@ def read_annotations(path: Path) -> list[tuple[str, list[str]]]:
         except ValueError as error:
             problems.append(f"entry {number}{_name(entry)}: {error}")
     if problems:
-        shown = "".join(f"\n  {problem}" for problem in problems[:SHOWN])
-        more = f"\n  ... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        shown = "".join(f"\n  {problem}" for problem in problems[:PROBLEMS_SHOWN])
+        others = len(problems) - PROBLEMS_SHOWN
+        more = f"\n  ... and {others} more" if others > 0 else ""
         count = f"{len(problems)} of {len(entries)} entries cannot be used; mend or remove them:"
         raise InputError(f"{path}: {count}{shown}{more}")
     return pairs
@@ -99,10 +100,10 @@ def write_set(
 ) -> None:
     """Write `images` (paths relative to `root`), each whole or not at all, then `annotations`.
 
-    Where the annotations stand, the images are complete. `write_image(image, path)` writes one to a
-    path beside the images' folder, from where it is moved: flushing every file to disk takes far
-    longer. Raises `InputError` for a folder or a disk that cannot be written, and for another set's
-    annotations; what is complete by then is kept.
+    The annotations come last, so where they are, all images are. `write_image(image, path)` writes
+    one image to a path outside the images' folder, and the file is then moved there: this is much
+    faster than flushing every file to disk. Raises `InputError` for a folder or a disk that cannot
+    be written, and for another set's annotations; images that are complete by then stay.
     """
     refuse_another_set(annotations)
     try:
@@ -153,28 +154,28 @@ def _read_json(path: Path) -> object:
 
 
 def _read_entry(entry: object) -> tuple[str, list[str]]:
-    """Raises `ValueError` with all that is wrong with it."""
+    """(image path, captions) of one entry. Raises `ValueError` that names all its problems."""
     if not isinstance(entry, dict):
         raise ValueError(f"is {type(entry).__name__}, not an object with image and caption")
-    read, problems = [], []
+    fields, problems = [], []
     for field, parse in (("image", _image_path), ("caption", _captions)):
         try:
             if field not in entry:
                 raise ValueError("is missing")
-            read.append(parse(entry[field]))
+            fields.append(parse(entry[field]))
         except ValueError as error:
             problems.append(f'"{field}" {error}')
     if problems:
         raise ValueError("; ".join(problems))
-    return tuple(read)
+    return tuple(fields)
 
 
 def _name(entry: object) -> str:
-    """The image of an entry, written as in the file, to search for it there."""
+    """The image of an entry, spelled as in the file, so that one can search for it there."""
     image = entry.get("image") if isinstance(entry, dict) else None
     if not isinstance(image, str):
         return ""
-    return f" ({json.dumps(image, ensure_ascii=False)[:SHOWN_PATH]})"
+    return f" ({json.dumps(image, ensure_ascii=False)[:PATH_LENGTH]})"
 
 
 def _image_path(image: object) -> str:

@@ -1,7 +1,7 @@
 """Light augmentation of training images: a crop that keeps nearly everything.
 
 No flip, no rotation, no change of colour: each of them can make a caption wrong ("on the left", "a
-red shirt"). A crop of nine tenths cannot, unless what it names is at the very edge.
+red shirt"). A crop that keeps nine tenths of the image leaves nearly every caption true.
 """
 
 import numpy as np
@@ -13,10 +13,11 @@ MIN_AREA = 0.9
 
 
 def draw_crops(n: int, random: np.random.Generator) -> Tensor:
-    """n random square crops `[n, 3]`: side, centre x, centre y.
+    """n random square crops, `[n, 3]`: side, centre x, centre y.
 
-    The side is a share of the image's; the centre is in coordinates from -1 to 1, y downwards. The
-    area is uniform from `MIN_AREA` to 1, the place uniform over what keeps the crop in the image.
+    The side is relative to the image's side; the centre is in coordinates from -1 to 1, y
+    downwards. The area is uniform from `MIN_AREA` to 1; the centre is uniform over all places at
+    which the crop lies within the image.
     """
     side = np.sqrt(random.uniform(MIN_AREA, 1, n))
     centre = random.uniform(-1, 1, (n, 2)) * (1 - side[:, None])
@@ -24,7 +25,7 @@ def draw_crops(n: int, random: np.random.Generator) -> Tensor:
 
 
 def crop(images: Tensor, crops: Tensor) -> Tensor:
-    """Cut `crops` `[n, 3]` out of float images `[n, 3, r, r]`, enlarged to `[n, 3, r, r]`."""
+    """Cut `crops` `[n, 3]` out of float images `[n, 3, r, r]` and enlarge them to the same size."""
     side, x, y = crops.unbind(1)
     zero = torch.zeros_like(side)
     rows = [torch.stack([side, zero, x], 1), torch.stack([zero, side, y], 1)]

@@ -1,4 +1,4 @@
-"""Whether every image of a data set can be read, found out before training starts."""
+"""A look at every image before training starts: which ones cannot be read."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,11 +10,8 @@ from utils.flickr8k_dataloader import Flickr8kDataset
 
 
 def check_images(dataset: Flickr8kDataset, num_workers: int = 0) -> list[str]:
-    """Decode every image of `dataset`, `num_workers` at a time; what is wrong with each bad one, as
-    "path: reason", in the order of the data set.
-
-    The workers are threads: decoders let other threads run.
-    """
+    """Decode every image of `dataset`, `num_workers` at a time, in threads. Returns "path: reason"
+    for each image that cannot be read, in the order of the data set."""
     problems = []
     with (
         ThreadPoolExecutor(max(1, num_workers)) as threads,

@@ -1,7 +1,7 @@
-"""Decoded images in one file, mapped into memory: each is decoded once, then only read.
+"""Decoded images in one file that is mapped into memory, so that each is decoded only once.
 
-The file holds the uint8 pixels, image after image, and behind them a fingerprint of what they were
-made from. A file of another length or with another fingerprint is stale and is written anew.
+The file holds the uint8 pixels, image after image, and after them a fingerprint of the image files
+that they were made from. A file with another fingerprint or length is stale and is written anew.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from models.errors import InputError
 from utils.runs.files import replaced_whole
 
-FORMAT = 2  # of the file; to be raised when `models.preprocess.pixels` makes other pixels
+FORMAT = 2  # of the file; raise it when `models.preprocess.pixels` makes other pixels
 
 
 def cached_pixels(
@@ -30,12 +30,12 @@ def cached_pixels(
     side: int,
     batches: Iterable[tuple[Tensor, Iterable[int]]],
 ) -> tuple[Tensor, list[int]]:
-    """uint8 `[n, 3, side, side]` of `images` (paths below `root`), mapped from `file`, read-only;
-    and the indices of those whose pixels are not theirs, since they could not be read.
+    """The pixels of `images` (paths below `root`), uint8 `[n, 3, side, side]`, mapped from `file`,
+    read-only; and the indices of unreadable images, in whose place another image's pixels stand.
 
-    Where `file` is missing or stale, `batches` are written to it: images in their order, and the
-    indices of unreadable ones. Runs that start at once each write a file of their own and rename
-    it. Raises `InputError` where `file` cannot be written.
+    If `file` is missing or stale, it is written from `batches`: the images in their order, and the
+    indices of unreadable ones. Several runs may do so at once: each writes a file of its own and
+    then renames it. Raises `InputError` if `file` cannot be written.
     """
     shape = (len(images), 3, side, side)
     fingerprint = _fingerprint(root, images, side)
@@ -58,7 +58,7 @@ def cached_pixels(
 
 
 def _fingerprint(root: Path, images: list[str], side: int) -> bytes:
-    """32 bytes that change with whatever can change the pixels, but not when `root` moves."""
+    """32 bytes that change when a file, the side or Pillow does, but not when `root` is moved."""
     digest = hashlib.sha256(f"{FORMAT} {PIL.__version__} {side}\n".encode())
     for image in images:
         path = Path(image)
@@ -71,9 +71,9 @@ def _fingerprint(root: Path, images: list[str], side: int) -> bytes:
 def _mapped(
     file: Path, shape: tuple[int, ...], fingerprint: bytes
 ) -> tuple[Tensor, list[int]] | None:
-    """The pixels in `file` and the unreadable images' indices; None where it is missing or stale.
+    """The pixels in `file` and the unreadable images' indices; None if it is missing or stale.
 
-    Behind the pixels stand the fingerprint, the indices as int64, and how many they are.
+    The file ends with the fingerprint, the indices as int64, and their number.
     """
     try:
         with file.open("rb") as stream:
@@ -110,20 +110,20 @@ def _write(
 
 
 def on_device_if_small(pixels: Tensor, device: torch.device) -> Tensor:
-    """`pixels` on a GPU, where they take at most a quarter of its free memory."""
+    """`pixels` on the GPU, if they take at most a quarter of its free memory; else as they are."""
     if device.type == "cuda" and pixels.nbytes <= torch.cuda.mem_get_info(device)[0] / 4:
         return pixels.to(device)
     return pixels
 
 
 def gather(pixels: Tensor, batches: list[list[int]]) -> Iterator[Tensor]:
-    """Batches of images, `[n, 3, r, r]`, for lists of their indices, where `pixels` are."""
+    """Batches of images, `[n, 3, r, r]`, for lists of their indices, on the device of `pixels`."""
     indices = torch.tensor([index for batch in batches for index in batch], device=pixels.device)
     indices = indices.split([len(batch) for batch in batches])
     if pixels.is_cuda:
         yield from (pixels.index_select(0, rows) for rows in indices)
         return
-    with ThreadPoolExecutor(max_workers=1) as thread:  # one batch ahead of who trains on them
+    with ThreadPoolExecutor(max_workers=1) as thread:  # prepares the next batch meanwhile
         coming = thread.submit(_gather_pinned, pixels, indices[0])
         for rows in indices[1:]:
             images = coming.result()
@@ -133,7 +133,7 @@ def gather(pixels: Tensor, batches: list[list[int]]) -> Iterator[Tensor]:
 
 
 def _gather_pinned(pixels: Tensor, rows: Tensor) -> Tensor:
-    """A batch from the file, pinned where there is a GPU to copy it to without waiting."""
+    """A batch from the file; if there is a GPU, in pinned memory, to copy it without waiting."""
     shape = (len(rows), *pixels.shape[1:])
     images = torch.empty(shape, dtype=pixels.dtype, pin_memory=torch.cuda.is_available())
     return torch.index_select(pixels, 0, rows, out=images)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, noted so that the step under way can end and be saved."""
+"""Ctrl-C and SIGTERM: they are noted, so that the step under way can end and be saved."""
 
 import signal
 
@@ -6,7 +6,7 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupt:
-    """From its making to `release`, the first Ctrl-C or SIGTERM is noted in `signal`; another
+    """Notes the first Ctrl-C or SIGTERM in `signal`, from its creation until `release`. A second
     Ctrl-C ends the program at once."""
 
     def __init__(self):
@@ -14,7 +14,7 @@ class Interrupt:
         self.before = {number: signal.signal(number, self._note) for number in STOPPING}
 
     def release(self) -> None:
-        """Let the signals do what they did before."""
+        """Give the signals their earlier handlers back."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -24,12 +24,12 @@ class Interrupt:
         self.signal = signal.Signals(number)
 
     def exit(self) -> SystemExit:
-        """The end of a program that a signal has stopped, with the exit code that shells expect."""
+        """What ends a program that a signal has stopped, with the exit code that shells expect."""
         return SystemExit(128 + (self.signal or signal.SIGTERM))
 
 
 def leave_signals_to_parent(_worker: int) -> None:
-    """For a worker process: a terminal's Ctrl-C and a scheduler's SIGTERM reach the whole group,
-    but the parent still needs its workers to end the step; without it they end by themselves."""
+    """Make a worker process ignore signals. A terminal's Ctrl-C and a scheduler's SIGTERM reach the
+    workers too, but the parent needs them to end its step; they end when the parent ends."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class Precision:
-    """Autocast for the forward pass, and the backward pass and update that go with it.
+    """How numbers are rounded in the forward pass, the backward pass and the update.
 
     Mixed precision is bfloat16 where the device computes in it, else float16 with a loss scale
     that keeps small gradients from vanishing (Micikevicius et al. 2018, section 3.2).
@@ -28,16 +28,18 @@ class Precision:
         return "float32, TF32 products" if self.device.type == "cuda" else "float32"
 
     def autocast(self) -> torch.autocast:
+        """The context of a forward pass."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.use_amp)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of `loss`, scaled in float16."""
+        """Add the gradients of `loss` to the parameters'; in float16, times the loss scale."""
         self.scaler.scale(loss).backward()
 
     def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
-        """One update with the gradients, unscaled and clipped to a norm of `max_norm`."""
+        """One step of the optimizer. The gradients are freed from the loss scale and clipped to a
+        norm of `max_norm` before it, and deleted after it."""
         self.scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         self.scaler.step(optimizer)
         self.scaler.update()
-        optimizer.zero_grad()  # here, so that no gradient lies beside the next activations
+        optimizer.zero_grad()  # now: the next activations need the memory

@@ -1,4 +1,4 @@
-"""Captions ranked for one image, and the picture of it."""
+"""Captions ranked for one image, and a picture of the ranking."""
 
 import textwrap
 import warnings
@@ -14,7 +14,7 @@ from models.clip import CLIP
 from models.weights.file_kind import one_line
 from utils.runs.files import save_figure
 
-# The first that is installed draws what the others lack: captions can be Chinese.
+# Captions can be Chinese: each character is drawn with the first of these fonts that has it.
 FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "PingFang SC",
          "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "WenQuanYi Zen Hei"]  # fmt: skip
 
@@ -29,8 +29,8 @@ class Ranked(NamedTuple):
 def rank_captions(
     model: CLIP, image: Tensor, captions: list[str], text_features: Tensor
 ) -> list[Ranked]:
-    """Captions by falling similarity to a preprocessed `image` `[3, r, r]`; `text_features`
-    `[captions, d]` are theirs, normalised."""
+    """The captions, the most similar to `image` first. `image` is preprocessed, `[3, r, r]`;
+    `text_features` are the captions' normalised features, `[captions, d]`."""
     image_features = F.normalize(model.encode_image(image[None].to(model.device)), dim=-1)
     similarity = (text_features @ image_features.T).squeeze(1)
     probability = (model.logit_scale.exp() * similarity).softmax(dim=0)
@@ -39,7 +39,8 @@ def rank_captions(
 
 
 def draw_ranking(image: Image.Image, ranked: list[Ranked], path: Path) -> None:
-    """Write a picture: the image, and beside it a bar for the probability of each caption."""
+    """Write a picture to `path`: the image, and beside it each caption with a bar for its
+    probability."""
     from matplotlib import font_manager
     from matplotlib.figure import Figure
 
@@ -52,7 +53,7 @@ def draw_ranking(image: Image.Image, ranked: list[Ranked], path: Path) -> None:
     rows = range(len(ranked))
     chart.barh(rows, [r.probability for r in ranked], height=0.3, color="tab:blue", alpha=0.6)
     for row, (caption, probability, similarity) in enumerate(ranked):
-        caption = one_line(caption)  # some characters cannot be drawn, a page of them not in time
+        caption = one_line(caption)  # control characters and whole pages cannot be drawn
         text = textwrap.fill(f"{caption}  ({probability:.1%}, similarity {similarity:.3f})", 68)
         chart.text(0, row - 0.22, text, va="bottom", fontfamily=fonts, fontsize=9,
                    parse_math=False)  # fmt: skip

@@ -83,12 +83,14 @@ def _parse(text: str, kind: type, is_in_range: Callable, wanted: str):
 
 
 class TrainedOn(NamedTuple):
+    """The data that a run was trained on."""
+
     dataset_path: Path
     languages: list[str]
 
 
 def run_folder(weights: str | Path) -> Path | None:
-    """The run that a weights file, `RUN/weights/<file>`, belongs to; None if it is of no run."""
+    """The run that a weights file, `RUN/weights/<file>`, belongs to; None if it belongs to none."""
     file = Path(weights).expanduser().resolve()
     run = file.parent.parent
     return run if file.is_file() and (run / "arguments.json").is_file() else None
@@ -96,7 +98,7 @@ def run_folder(weights: str | Path) -> Path | None:
 
 def trained_on(weights: str | Path) -> TrainedOn | None:
     """The data set and the languages that the run of a weights file was trained on; None if the
-    file is of no run. Raises `InputError` where its arguments.json does not tell."""
+    file belongs to no run. Raises `InputError` for an arguments.json that does not say."""
     run = run_folder(weights)
     if run is None:
         return None

@@ -17,7 +17,7 @@ FORMAT = 3  # of checkpoint.pth; raised whenever an older program could not read
 
 
 def save_weights(model: CLIP, path: Path) -> None:
-    """The model's state dict, floats as float16, half the size and all that prediction needs."""
+    """The model's state dict with floats as float16: half the size, and enough to predict."""
     weights = {
         key: tensor.half() if tensor.is_floating_point() else tensor
         for key, tensor in model.state_dict().items()
@@ -26,7 +26,7 @@ def save_weights(model: CLIP, path: Path) -> None:
 
 
 def save_checkpoint(path: Path, **state: Any) -> None:
-    """Everything needed to continue a run: plain numbers, strings, lists, dicts and tensors."""
+    """Write everything needed to continue a run: numbers, strings, lists, dicts and tensors."""
     _save({"format": FORMAT, **state}, path)
 
 
@@ -35,24 +35,25 @@ def _save(content: dict[str, Any], path: Path) -> None:
         with replaced_whole(path) as temporary:
             torch.save(content, temporary)
     except (OSError, RuntimeError) as error:
-        # torch hides why a file could not be written behind a failed check of its own.
+        # When a file cannot be written, torch reports a failed check of its own, not the reason.
         if not isinstance(error, OSError) and "inline_container" not in str(error):
             raise
         reason = getattr(error, "strerror", None) or "no room on the disk"
         raise InputError(
-            f"{path}: cannot be written ({reason}); what stood there is kept. Make room, then go "
+            f"{path}: cannot be written ({reason}); the earlier file is kept. Make room, then go "
             "on with --resume_training RUN/weights/checkpoint.pth"
         ) from error
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any] | None:
-    """What `save_checkpoint` wrote, or None if the file is something else."""
+    """What `save_checkpoint` wrote to `path`; None if the file is something else. Raises
+    `InputError` for a checkpoint of another format."""
     path = Path(path).expanduser()
     if not path.is_file() or is_torchscript(path):
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # whatever else is in there is for the reader of weights to judge
+    except Exception:  # not a checkpoint; the reader of weights will say what it is
         return None
     if not isinstance(state, dict) or "format" not in state or "optimizer" not in state:
         return None
@@ -65,7 +66,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """A table with a header line; all rows anew, so that it always agrees with the checkpoint."""
+    """Write a table with a header line; all of it, so that it always agrees with the checkpoint."""
     with replaced_whole(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
@@ -73,5 +74,6 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` as indented JSON, whole or not at all."""
     with replaced_whole(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -13,15 +13,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-TEMPORARY = ".unfinished."  # how names of files that are being written begin
+TEMPORARY = ".unfinished."  # start of the names of files that are being written
 
 
 @contextmanager
 def replaced_whole(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; after the block, flush it to disk and rename it.
-
-    If the block raises, the temporary file goes and what stood at `path` stays as it was.
-    """
+    """Yield a temporary path beside `path` to write to. After the block, the file is flushed to the
+    disk and renamed to `path`; if the block raises, it is deleted, and `path` stays as it was."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(
@@ -41,7 +39,8 @@ def replaced_whole(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a matplotlib figure, in the format that the path's suffix names; PNG without one."""
+    """Write a matplotlib figure in the format of the path's suffix, or as PNG without one. Raises
+    `InputError` for a suffix that is no format for pictures."""
     kind = path.suffix.lstrip(".").lower() or "png"
     known = figure.canvas.get_supported_filetypes()
     if kind not in known:

@@ -1,4 +1,4 @@
-"""Which tower and which layer a parameter belongs to: what locking and layer decay go by."""
+"""Which tower and which layer a parameter belongs to; locking a tower, all of it or in part."""
 
 import re
 
@@ -15,9 +15,12 @@ HEAD = re.compile(
 
 
 def distance_from_end(model: CLIP) -> dict[str, int]:
-    """How many layers stand between each named parameter and the features: 0 for the projection
-    and the norm before it (a ResNet's attention pooling), 1 for the last block (a ResNet's last
-    stage), and so on; most for what comes before the first block. The logit scale: 0."""
+    """How many layers lie between each named parameter and the features.
+
+    0: the projection and the norm before it (in a ResNet the attention pooling), and the logit
+    scale; 1: the last block (in a ResNet the last stage); and so on. What comes before the first
+    block, such as embeddings, has the largest number.
+    """
     blocks: dict[str, set[int]] = {"image": set(), "text": set()}
     names = [name for name, _ in model.named_parameters()]
     for name in names:
@@ -41,8 +44,8 @@ def tower_of(name: str) -> str:
 
 
 def lock(model: CLIP, tower: str, unlocked: int) -> None:
-    """Keep a tower, `"image"` or `"text"`, from being trained, but for its last `unlocked` blocks
-    and what comes after them; with 0 all of it (Zhai et al. 2022, "LiT")."""
+    """Exclude a tower, `"image"` or `"text"`, from training, except for its last `unlocked` blocks
+    and what follows them; with 0, all of it is excluded (Zhai et al. 2022, "LiT")."""
     distances = distance_from_end(model)
     own = [name for name in distances if tower_of(name) == tower and name != "logit_scale"]
     blocks = max(distances[name] for name in own) - 1
@@ -57,7 +60,8 @@ def lock(model: CLIP, tower: str, unlocked: int) -> None:
 
 
 def train_mode(model: nn.Module) -> None:
-    """Training mode; batch norms that are locked keep their statistics."""
+    """Put the model into training mode, but locked batch norms into evaluation mode, so that they
+    keep their statistics."""
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.weight.requires_grad:
@@ -65,8 +69,8 @@ def train_mode(model: nn.Module) -> None:
 
 
 def whole_batch_norms(model: CLIP, device: torch.device, grad_cache: int | None) -> CLIP:
-    """The model with batch norms that see the whole batch where several processes share it. Raises
-    `InputError` where that cannot be had: for chunks of a batch, and on CPUs."""
+    """The model with batch norms over the whole batch, of which each process has a part. Raises
+    `InputError` where there is no such batch norm: for chunks of a batch, and on CPUs."""
     if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         return model
     if grad_cache:

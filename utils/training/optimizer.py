@@ -1,4 +1,4 @@
-"""What is decayed, how fast each layer learns, and how the learning rate moves."""
+"""Parameter groups with their decay and learning rates, and the schedule of the learning rate."""
 
 import math
 
@@ -11,9 +11,9 @@ from utils.training.layer_groups import distance_from_end
 def parameter_groups(
     model: CLIP, momentum: float, weight_decay: float, layer_decay: float = 1.0
 ) -> list[dict]:
-    """Groups for an optimiser. Matrices decay; biases, gains and the logit scale do not. A layer's
-    learning rate is `layer_decay` times that of the layer after it (Clark et al. 2020, "ELECTRA",
-    section 3.1), kept as the group's `rate_factor`.
+    """Parameter groups for an optimizer. Matrices have weight decay; biases, gains and the logit
+    scale have none. A layer's learning rate is `layer_decay` times that of the layer after it
+    (Clark et al. 2020, "ELECTRA", section 3.1); the group keeps the product as `rate_factor`.
 
     The groups carry CLIP's settings for Adam: beta2 0.98 and epsilon 1e-6 (Radford et al. 2021,
     table 18).
@@ -52,7 +52,7 @@ def replace_groups(optimizer: torch.optim.Optimizer, groups: list[dict]) -> None
 
 
 def restore_moments(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load saved moments; settings stay those that the optimizer was made with."""
+    """Load the saved moments of an optimizer, but keep its present settings."""
     settings = [
         {key: value for key, value in group.items() if key != "params"}
         for group in optimizer.param_groups
@@ -71,6 +71,6 @@ def learning_rate(step: int, peak: float, warmup_steps: int, total_steps: int) -
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set every group's rate: `rate`, that of the layers nearest the features, times its factor."""
+    """Set every group's learning rate to `rate` times the group's `rate_factor`."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["rate_factor"]

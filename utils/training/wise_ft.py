@@ -1,4 +1,4 @@
-"""Weights between the starting and the tuned ones (WiSE-FT, Wortsman et al. 2022)."""
+"""Mixtures of the weights before and after fine-tuning (WiSE-FT, Wortsman et al. 2022)."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ from utils.runs.files import save_figure
 
 
 def interpolate(start: dict[str, Tensor], tuned: dict[str, Tensor], alpha: float) -> dict:
-    """`(1 - alpha) * start + alpha * tuned` (section 3, equation 2); counters as in `tuned`."""
+    """`(1 - alpha) * start + alpha * tuned` (section 3, equation 2); integers as in `tuned`."""
     return {
         key: start[key].lerp(tensor, alpha) if tensor.is_floating_point() else tensor
         for key, tensor in tuned.items()
