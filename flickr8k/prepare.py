@@ -39,8 +39,8 @@ if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.errors import InputError, run_script
-from utils import arguments
 from utils.data.annotations import annotations_json, refuse_another_set, write_set
+from utils.runs import arguments
 
 Captions = dict[str, list[str]]  # of an image, by its name
 Splits = dict[str, list[str]]  # images' names, by split

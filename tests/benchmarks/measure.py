@@ -1,4 +1,4 @@
-"""What the benchmarks share: taking turns, and tables for the README.
+"""What the benchmarks share: taking turns, and tables for the README beside this file.
 
 Importing it lets a benchmark import the repository's packages, and `peers` and `published`. It does
 not import torch, so that `cold_start.py` stays small.
