@@ -123,7 +123,7 @@ def main() -> None:
     from utils.training.gradients import GradientExchange, accumulate_gradients
     from utils.training.layer_groups import train_mode
     from utils.training.optimizer import learning_rate, set_learning_rate
-    from utils.training.progress import Progress
+    from utils.training.progress import Progress, announce
     from utils.training.settings import settle
 
     args, resumed = settle(parser)
@@ -136,7 +136,7 @@ def main() -> None:
     state = get_state(args, resumed, model, device)
     del resumed  # a second copy of the moments
 
-    announce(args, state, loader, val_set, run.folder)
+    announce(state, loader, val_set, args.epochs, run.folder)
     score = partial(evaluate, state.scored, val_set, args.batch_size, loader.num_workers,
                     state.precision, processes=processes)  # fmt: skip
     if state.is_at_start and args.resume_training != "none":
@@ -233,16 +233,16 @@ def get_data(args: argparse.Namespace, side: int, device, processes):
     if processes.is_first:
         if warning := shared_images_warning(train_set.image, val_set.image):
             print(f"warning: {warning}")
-        checked = [train_set, val_set] if args.check_data else [val_set]
-        if broken := [line for one in checked for line in check_images(one, num_workers)]:
+        checked = train_set.image + val_set.image if args.check_data else val_set.image
+        if broken := check_images(checked, num_workers):
             raise InputError("\n  ".join([f"{len(broken)} images cannot be read:", *broken]))
     if args.cache is not None:
         with processes.first_ahead():  # which decodes
             for dataset in (train_set, val_set):
                 dataset.cache(args.cache or None, device, num_workers)
     loader = TrainLoader(
-        train_set, args.batch_size, device, args.seed, num_workers, not args.no_augment,
-        args.captions_per_image, args.strict, processes,
+        train_set, args.batch_size, device, args.seed, num_workers, augment=not args.no_augment,
+        captions_per_image=args.captions_per_image, strict=args.strict, processes=processes,
     )  # fmt: skip
     return loader, val_set
 
@@ -290,9 +290,8 @@ def get_state(args: argparse.Namespace, resumed: dict | None, model, device):
 
     model.to(device)
     optimizer = get_optimizer(model, args.optimizer_type, args.lr)
-    replace_groups(
-        optimizer, parameter_groups(model, args.momentum, args.weight_decay, args.layer_decay)
-    )
+    groups = parameter_groups(model, args.momentum, args.weight_decay, args.layer_decay)
+    replace_groups(optimizer, groups)
     state = State(model, optimizer, Precision(device, args.use_amp), args.ema)
     if resumed:
         state.restore(resumed)
@@ -301,22 +300,6 @@ def get_state(args: argparse.Namespace, resumed: dict | None, model, device):
     if args.compile:
         model.compile_towers()
     return state
-
-
-def announce(args: argparse.Namespace, state, loader, val_set, folder: Path | None) -> None:
-    """Print what is trained, on what, and where results will be."""
-    train_set = loader.dataset
-    millions = sum(p.numel() for p in state.model.parameters()) / 1e6
-    size = loader.processes.size
-    processes = f"{size} processes, " if size > 1 else ""
-    print(f"{len(train_set)} training images, {len(val_set)} validation images, {processes}"
-          f"{loader.device}, {state.precision}, {millions:.1f} M parameters")  # fmt: skip
-    texts = len(train_set.text) + len(val_set.text)
-    if cut := train_set.count_cut_captions() + val_set.count_cut_captions():
-        print(f"{cut} captions ({cut / texts:.2%}) are longer than 77 tokens and were cut")
-    print(f"results in {folder}")
-    if len(state.epochs) == args.epochs:
-        print(f"the run has all {args.epochs} epochs behind it; --epochs with more goes on")
 
 
 def finish(args: argparse.Namespace, folder: Path, val_set, num_workers: int, precision) -> None:

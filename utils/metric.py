@@ -269,7 +269,7 @@ def main() -> None:
     )
     precision = Precision(model.device, use_amp=False)
     metrics, _ = evaluate(
-        model, dataset, args.batch_size, args.num_workers, precision, range(1, 11)
+        model, dataset, args.batch_size, args.num_workers, precision, k_values=range(1, 11)
     )
     print(f"{len(dataset)} images, {len(dataset.text)} captions (percent; ranks from 1)")
     print(format_table(metrics))

@@ -6,18 +6,17 @@ from tqdm import tqdm
 
 from models.errors import InputError
 from models.preprocess import open_image
-from utils.flickr8k_dataloader import Flickr8kDataset
 
 
-def check_images(dataset: Flickr8kDataset, num_workers: int = 0) -> list[str]:
-    """Decode every image of `dataset`, `num_workers` at a time, in threads. Returns "path: reason"
-    for each image that cannot be read, in the order of the data set."""
+def check_images(images: list[str], num_workers: int = 0) -> list[str]:
+    """Decode the image files at these paths, `num_workers` at a time, in threads. Returns "path:
+    reason" for each that cannot be read, in their order."""
     problems = []
     with (
         ThreadPoolExecutor(max(1, num_workers)) as threads,
-        tqdm(total=len(dataset.image), desc=f"checking {dataset.split} images", unit="img") as bar,
+        tqdm(total=len(images), desc="checking images", unit="img") as bar,
     ):
-        for problem in threads.map(_problem, dataset.image):
+        for problem in threads.map(_problem, images):
             bar.update()
             if problem:
                 problems.append(problem)

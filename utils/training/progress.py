@@ -1,15 +1,36 @@
-"""The progress bar of an epoch, and its time: for data, and for all."""
+"""What a run prints while it trains: what it trains, and the progress bar of an epoch."""
 
 import math
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from models.errors import InputError
-from utils.flickr8k_dataloader import Batch, TrainLoader
+from utils.flickr8k_dataloader import Batch, Flickr8kDataset, TrainLoader
+from utils.training.state import State
+
+
+def announce(
+    state: State, loader: TrainLoader, val_set: Flickr8kDataset, epochs: int, folder: Path | None
+) -> None:
+    """Print what is trained, on what, and where results will be; and whether a run has all its
+    `epochs` behind it."""
+    train_set = loader.dataset
+    millions = sum(p.numel() for p in state.model.parameters()) / 1e6
+    size = loader.processes.size
+    processes = f"{size} processes, " if size > 1 else ""
+    print(f"{len(train_set)} training images, {len(val_set)} validation images, {processes}"
+          f"{loader.device}, {state.precision}, {millions:.1f} M parameters")  # fmt: skip
+    texts = len(train_set.text) + len(val_set.text)
+    if cut := train_set.count_cut_captions() + val_set.count_cut_captions():
+        print(f"{cut} captions ({cut / texts:.2%}) are longer than 77 tokens and were cut")
+    print(f"results in {folder}")
+    if len(state.epochs) == epochs:
+        print(f"the run has all {epochs} epochs behind it; --epochs with more goes on")
 
 
 class Progress:

@@ -77,7 +77,7 @@ def test_every_bad_image_is_told_once_in_order_and_no_good_one(tmp_path, num_wor
             file.write_bytes(content)
     (tmp_path / "images" / "folder.jpg").mkdir()
 
-    problems = check_images(dataset, num_workers)
+    problems = check_images(dataset.image, num_workers)
     bad = [name for name in names if name in BAD]
     assert len(problems) == len(bad)
     for name, problem in zip(bad, problems, strict=True):
@@ -94,7 +94,7 @@ def test_truncation_is_found_at_any_place_of_the_data(tmp_path):
     for name in names:
         file = tmp_path / "images" / name
         file.write_bytes(whole[: len(whole) * int(name.removesuffix(".jpg")) // 100])
-    assert len(check_images(dataset)) == len(names)
+    assert len(check_images(dataset.image)) == len(names)
 
 
 def test_images_may_be_on_another_disk(tmp_path):
@@ -112,5 +112,5 @@ def test_images_may_be_on_another_disk(tmp_path):
     for root in (tmp_path, tmp_path / "link"):
         dataset = Flickr8kDataset(root, 8)
         assert [Path(image).name for image in dataset.image] == names
-        assert check_images(dataset) == []
+        assert check_images(dataset.image) == []
         assert dataset[1][0].shape == (3, 8, 8)
