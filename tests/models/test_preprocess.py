@@ -21,7 +21,7 @@ from script_runs import ROOT
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 
 from models.errors import InputError
-from models.preprocess import STRIP, Preprocess, normalize, open_image, pixels
+from models.preprocess import MAX_ASPECT_RATIO, Preprocess, normalize, open_image, pixels
 
 SHARED = ROOT.parent / "shared"
 
@@ -57,12 +57,12 @@ sizes = st.integers(1, 700)
 @example(width=224, height=224, side=224)
 @example(width=1, height=1, side=224)
 @example(width=3, height=700 // 3, side=64)
-@example(width=STRIP, height=1, side=31)
-@example(width=1, height=STRIP, side=31)
+@example(width=MAX_ASPECT_RATIO, height=1, side=31)
+@example(width=1, height=MAX_ASPECT_RATIO, side=31)
 @example(width=427, height=640, side=288)
 @example(width=375, height=500, side=336)
 def test_pixels_are_those_of_torchvision(width, height, side):
-    assume(max(width, height) <= STRIP * min(width, height))
+    assume(max(width, height) <= MAX_ASPECT_RATIO * min(width, height))
     image = Image.fromarray(noise(width, height))
     assert torch.equal(pixels(image, side), torchvision_pixels(side)(image))
 
@@ -87,7 +87,7 @@ def test_strip_is_not_enlarged_as_a_whole():
 @settings(max_examples=25, deadline=None)
 @given(width=sizes, height=sizes, mode=st.sampled_from(["RGB", "L"]))
 def test_preprocess_equals_open_clip(width, height, mode):
-    assume(max(width, height) <= STRIP * min(width, height))
+    assume(max(width, height) <= MAX_ASPECT_RATIO * min(width, height))
     image = Image.fromarray(noise(width, height)).convert(mode)
     assert torch.equal(Preprocess(224)(image), open_clip_transform(224)(image))
 
