@@ -23,7 +23,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 # Formats that Pillow draws by starting another program (Ghostscript for EPS, Windows for WMF), so
 # that a picture from a stranger could run code.
 DRAWN_BY_PROGRAMS = {"EPS", "WMF"}
-# Long side over short side. Narrower images are not resized whole, which could take too much memory.
+# Long side over short side. A narrower image is not resized whole: that could fill the memory.
 MAX_ASPECT_RATIO = 100
 
 
@@ -39,8 +39,8 @@ def open_image(path: str | os.PathLike) -> Image.Image:
         with Image.open(file) as image:
             if image.format in DRAWN_BY_PROGRAMS:
                 raise InputError(
-                    f"{path}: {image.format} is not read: another program would draw it, and could run "
-                    "code that is in the file; save it as PNG"
+                    f"{path}: {image.format} is not read: another program would draw it, and could "
+                    "run code that is in the file; save it as PNG"
                 )
             return upright_rgb(image)
     except InputError:

@@ -291,23 +291,23 @@ def release(tmp_path, monkeypatch):
 
 def test_download(tmp_path, release):
     root = tmp_path / "flickr8k"
-    prepare(root, fetch=True)
+    prepare(root, download=True)
     check(root)
     assert sorted(release) == ["Flickr8k_Dataset.zip", "Flickr8k_text.zip"]
     times = times_of(root)
-    prepare(root, fetch=True)
+    prepare(root, download=True)
     assert times_of(root) == times
     (root / "downloads" / "Flickr8k_Dataset.zip").unlink()
-    prepare(root, fetch=True)
+    prepare(root, download=True)
     assert len(release) == 2
 
 
 def test_download_brings_only_what_the_sources_lack(tmp_path, release):
     root = tmp_path / "flickr8k"
-    prepare(root, [as_zip(tmp_path / "archive.zip", kaggle())], fetch=True)
+    prepare(root, [as_zip(tmp_path / "archive.zip", kaggle())], download=True)
     check(root)
     assert release == ["Flickr8k_text.zip"]
-    prepare(tmp_path / "other", [as_folder(tmp_path / "json", karpathy())], fetch=True)
+    prepare(tmp_path / "other", [as_folder(tmp_path / "json", karpathy())], download=True)
     check(tmp_path / "other")
     assert release == ["Flickr8k_text.zip", "Flickr8k_Dataset.zip"]
 
@@ -315,7 +315,7 @@ def test_download_brings_only_what_the_sources_lack(tmp_path, release):
 def test_another_set_is_noticed_before_the_images_are_downloaded(tmp_path, release):
     as_folder(tmp_path / "flickr8k", {"en_test.json": b"[]"})
     with pytest.raises(InputError, match=r"en_test\.json.*--output"):
-        prepare(tmp_path / "flickr8k", fetch=True)
+        prepare(tmp_path / "flickr8k", download=True)
     assert release == ["Flickr8k_text.zip"]
 
 

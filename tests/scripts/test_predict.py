@@ -154,7 +154,10 @@ def test_what_cannot_be_predicted_ends_in_one_line(work, tmp_path):
         (["--text", "a", "--captions_file", "b.txt"], "--captions_file: not allowed with .*--text"),
         (["--captions_file", "gone.txt"], "gone.txt: cannot be read"),
         (["--captions_file", "none.txt"], "none.txt: no captions in it"),
-        (["--weights", "alone.pth"], "alone.pth: lies in no run .* --text or --captions_file"),
+        (
+            ["--weights", "alone.pth"],
+            "alone.pth: does not belong to a run of train.py.* --text or --captions_file",
+        ),
         (["--weights", "ViT-B/33"], "ViT-B/33: neither a file nor .* the names are RN50, RN101"),
         (["--weights", ""], "--weights: the path is empty"),
         (["--text", "a", "--output", "ranking.xyz"], "ranking.xyz: no format .* png"),
