@@ -38,8 +38,8 @@ if not __package__:  # as a script: Python looks for modules in this folder, not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.errors import InputError, run_script
-from utils import arguments
 from utils.data.annotations import annotations_json, refuse_another_set, write_set
+from utils.runs import arguments
 
 Captions = dict[str, list[str]]  # name of an image -> its captions
 Splits = dict[str, list[str]]  # "train", "val" or "test" -> names of its images
