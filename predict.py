@@ -1,8 +1,8 @@
 """Rank captions by how well they describe an image, and draw the ranking.
 
 python predict.py photo.jpg --text "a dog runs" "a cat sleeps"
-python predict.py photo.jpg            the validation captions of the data the weights came from
-python predict.py                      asks for images, until an empty line
+python predict.py photo.jpg      ranks the validation captions of the data set of the weights
+python predict.py                asks for one image after another, until an empty line
 """
 
 import argparse
@@ -13,14 +13,16 @@ from pathlib import Path
 from models.errors import InputError, run_script
 from utils.runs.arguments import name_or_path, path, run_folder, trained_on
 
-TOP = 5  # captions shown
+TOP = 5  # captions that are printed and drawn
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("image", nargs="?", metavar="IMAGE", help="path; without it you are asked")
+    parser.add_argument(
+        "image", nargs="?", metavar="IMAGE", help="path (default: you are asked for it)"
+    )
     parser.add_argument(
         "--weights",
         type=name_or_path,
@@ -37,7 +39,7 @@ def main() -> None:
         "--output",
         type=path,
         metavar="FILE",
-        help="the picture of the ranking (default: predictions/ in the folder of the run)",
+        help="file for the picture of the ranking (default: in predictions/ in the run's folder)",
     )
     parser.add_argument("--show", action="store_true", help="open the picture in a window as well")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
@@ -45,7 +47,7 @@ def main() -> None:
     args = parser.parse_args()
 
     if args.output and not args.image:
-        raise InputError("--output is for one picture: name the IMAGE as well")
+        raise InputError("--output is for one picture; name the IMAGE as well")
     if not all(caption.strip() for caption in args.text or []):
         raise InputError("--text: one of the captions is empty")
 
@@ -57,7 +59,7 @@ def main() -> None:
     from utils.retrieval.ranking import draw_ranking, rank_captions
 
     if args.image:
-        open_image(args.image)  # a wrong one is told before all that takes time
+        open_image(args.image)  # to refuse a bad image before weights are loaded
     weights = find_weights(args.weights or newest_weights())
     captions = list(dict.fromkeys(args.text or read_captions(args.captions_file, weights)))
     model, preprocess = load(weights, args.device)
@@ -73,7 +75,7 @@ def main() -> None:
             draw_ranking(image, ranked, output)
             print(f"picture: {output}")
             if args.show and not ImageShow.show(open_image(output)):
-                print("there is no program here to show it with")
+                print("there is no program here that can show it")
         except InputError as error:
             if args.image:
                 raise
@@ -81,19 +83,21 @@ def main() -> None:
 
 
 def newest_weights() -> Path:
-    """The best weights of the run that was trained last."""
+    """The newest `best_epoch_weights.pth` of the runs in logs/. Raises `InputError` if there is
+    none."""
     found = list(Path("logs").glob("*/weights/best_epoch_weights.pth"))
     if not found:
         raise InputError(
-            "logs: no run with weights/best_epoch_weights.pth in it; train one (python train.py "
-            "--demo), or name weights with --weights"
+            "logs: there is no run with weights/best_epoch_weights.pth in it; train one (python "
+            "train.py --demo), or name weights with --weights"
         )
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
 def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
-    """The lines of `captions_file`, or the validation captions of the data set that the run of
-    `weights` was trained on."""
+    """The lines of `captions_file`; without one, the validation captions of the data set that
+    `weights` were trained on, in all languages of their run. Raises `InputError` if there are none
+    to be had."""
     from utils.data.annotations import missing_annotations, read_annotations
 
     if captions_file:
@@ -103,13 +107,13 @@ def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
             raise InputError(f"{captions_file}: cannot be read as UTF-8 text ({error})") from None
         captions = [line.strip() for line in lines if line.strip()]
         if not captions:
-            raise InputError(f"{captions_file}: no captions in it; write one a line")
+            raise InputError(f"{captions_file}: no captions in it; write one on each line")
         return captions
     trained = trained_on(weights)
     if trained is None:
         raise InputError(
-            f"{weights}: lies in no run of train.py, so there are no captions to choose from; "
-            "give some with --text or --captions_file"
+            f"{weights}: does not belong to a run of train.py, so there are no captions "
+            "to choose from; give some with --text or --captions_file"
         )
     captions = []
     for language in trained.languages:
@@ -125,13 +129,14 @@ def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
 
 
 def output_folder(weights: str | Path) -> Path:
-    """`predictions/` in the run's folder, or here for weights that belong to no run."""
+    """The folder for pictures: `predictions/` in the folder of the run that `weights` belong to; in
+    the current folder if they belong to none."""
     return (run_folder(weights) or Path.cwd()) / "predictions"
 
 
 def ask_for_images() -> Iterator[str]:
-    """Paths typed by the user, until an empty line or the end of the input."""
-    sys.stdin.reconfigure(errors="surrogateescape")  # file names may be of any bytes
+    """The paths that the user types, until an empty line or the end of the input."""
+    sys.stdin.reconfigure(errors="surrogateescape")  # file names need not be valid UTF-8
     while True:
         try:
             path = input("image path (empty to stop): ").strip().strip("'\"")

@@ -1,4 +1,5 @@
-"""Which of some labels an image shows, without training for them (Radford et al. 2021, 3.1).
+"""Tell which of some labels fits an image, without training on them (zero-shot prediction, Radford
+et al. 2021, section 3.1).
 
 python predict_zero_shot.py photo.jpg --labels "a dog" "a cat"
 """
@@ -26,7 +27,8 @@ def main() -> None:
         type=name_or_path,
         default="ViT-B/32",
         metavar="NAME_OR_PATH",
-        help="model name, downloaded if need be, or weights file (default: %(default)s)",
+        help="model name, whose weights are downloaded if need be, or weights file "
+        "(default: %(default)s)",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -53,8 +55,8 @@ def main() -> None:
 
 
 def check_labels(labels: list[str]) -> None:
-    """Raise `InputError` for an empty label, and for two that are the same text to the model: each
-    would get half of a probability that belongs to both."""
+    """Raise `InputError` for an empty label, and for two labels that the model reads as the same
+    text, because the two would share one probability."""
     from models.simple_tokenizer import clean
 
     same: dict[str, str] = {}

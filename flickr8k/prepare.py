@@ -1,18 +1,17 @@
-"""Prepare Flickr8k: bring any of its usual copies into the layout that `Flickr8kDataset` reads.
+"""Prepare Flickr8k: turn any of its usual copies into the files that `Flickr8kDataset` reads.
 
     python flickr8k/prepare.py --download
     python flickr8k/prepare.py --source Flickr8k_Dataset.zip Flickr8k_text.zip
 
 writes `images/*.jpg`, `en_train.json`, `en_val.json` (the official development split) and
-`en_test.json` beside this script. A source is a folder, a zip or a single file; together they are
-searched, to any depth, for the images, and for captions and splits in one of these formats:
+`en_test.json` to the folder of this script. A source is a folder, a zip or a single file. The
+sources, with all subfolders, are searched for the images, and for captions and splits in one of
+these formats:
 
-    Flickr8k.token.txt or captions.txt    the official captions, or those of the Kaggle copy
-    Flickr_8k.{train,dev,test}Images.txt  and the official splits (in Flickr8k_text.zip)
-
-    dataset_flickr8k.json                 captions and splits as Karpathy published them
-
-    Flickr8k.token.txt or captions.txt    captions alone: split at random, with a warning
+1. `Flickr8k.token.txt` (the official captions) or `captions.txt` (the Kaggle copy's), and the
+   official splits `Flickr_8k.{train,dev,test}Images.txt`, which are in `Flickr8k_text.zip`;
+2. `dataset_flickr8k.json`, Karpathy's file, which holds both captions and splits;
+3. `Flickr8k.token.txt` or `captions.txt` alone: the images are split at random, with a warning.
 
 Flickr8k (Hodosh, Young, Hockenmaier 2013) is for non-commercial research and education.
 """
@@ -35,19 +34,19 @@ from zipfile import BadZipFile, ZipFile, ZipInfo
 
 from tqdm import tqdm
 
-if not __package__:  # run as a script
+if not __package__:  # as a script: Python looks for modules in this folder, not in the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.errors import InputError, run_script
 from utils.data.annotations import annotations_json, refuse_another_set, write_set
 from utils.runs import arguments
 
-Captions = dict[str, list[str]]  # of an image, by its name
-Splits = dict[str, list[str]]  # images' names, by split
+Captions = dict[str, list[str]]  # name of an image -> its captions
+Splits = dict[str, list[str]]  # "train", "val" or "test" -> names of its images
 
 RELEASE = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"
 IMAGES_ZIP, TEXT_ZIP = "Flickr8k_Dataset.zip", "Flickr8k_text.zip"
-MD5 = {
+MD5 = {  # of the official zips, in hexadecimal
     IMAGES_ZIP: "f18a1e2920de5bd84dae7cf08ec78978",
     TEXT_ZIP: "bf6c1abcb8e4a833b7f922104de18627",
 }
@@ -63,10 +62,10 @@ BLOCK = 1 << 20  # bytes
 
 
 class SourceFile(NamedTuple):
-    """A file of a source: on its own, or a member of the zip at `path`."""
+    """A file of a source: the file at `path`, or a member of the zip at `path`."""
 
     path: Path
-    size: int
+    size: int  # bytes, unpacked
     archive: ZipFile | None = None
     member: ZipInfo | None = None
 
@@ -74,10 +73,12 @@ class SourceFile(NamedTuple):
         return f"{self.path}/{self.member.filename}" if self.archive else str(self.path)
 
     def read_bytes(self) -> bytes:
+        """The content. Raises `InputError` if it cannot be read."""
         with _readable(self):
             return self.archive.read(self.member) if self.archive else self.path.read_bytes()
 
     def read_text(self) -> str:
+        """The content as text. Raises `InputError` if it cannot be read or is not UTF-8."""
         try:
             return self.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError as error:
@@ -86,11 +87,12 @@ class SourceFile(NamedTuple):
             ) from None
 
 
-SourceFiles = dict[str, SourceFile]  # by name without folders
+SourceFiles = dict[str, SourceFile]  # name without folders -> file
 
 
 @contextmanager
 def _readable(file: SourceFile | Path) -> Iterator[None]:
+    """Turn errors of reading `file` in the `with` block into an `InputError` that names it."""
     try:
         yield
     except (OSError, BadZipFile, EOFError, zlib.error, RuntimeError) as error:
@@ -99,11 +101,13 @@ def _readable(file: SourceFile | Path) -> Iterator[None]:
         ) from error
 
 
-def find_files(sources: Iterable[Path], root: Path, opened: ExitStack) -> SourceFiles:
-    """All files of the folders, zips and single files in `sources`, by name.
+def find_files(sources: Iterable[Path], root: Path, open_zips: ExitStack) -> SourceFiles:
+    """All files in `sources`, which are folders, zips and single files.
 
-    Of files with the same name the first one counts, a plain file before a zip's member. The images
-    already prepared in `root` are no source. Zips stay open until `opened` closes.
+    If several files have the same name, a plain file is taken before a member of a zip. Images that
+    stand in `root / "images"` are left out, since they are results and not sources. Zips stay open
+    until `open_zips` is closed. Raises `InputError` for a source that does not exist or cannot be
+    read, and for an official zip with another MD5.
     """
     files: SourceFiles = {}
     zips = []
@@ -118,12 +122,13 @@ def find_files(sources: Iterable[Path], root: Path, opened: ExitStack) -> Source
     for path in zips:
         if path.name in MD5:
             _check_md5(path)
-        files = _zip_members(path, opened) | files
+        files = _zip_members(path, open_zips) | files
     return files
 
 
 def _walk(folder: Path, skipped: Path) -> Iterator[Path]:
-    """The files below `folder`, without hidden ones: what macOS adds, what a killed run left."""
+    """The files below `folder`, except those below `skipped` and hidden ones: macOS adds hidden
+    files, and a run that was killed leaves a hidden folder."""
     for current, subfolders, names in os.walk(folder):
         if Path(current).resolve() == skipped.resolve():
             subfolders.clear()
@@ -133,18 +138,20 @@ def _walk(folder: Path, skipped: Path) -> Iterator[Path]:
         yield from (path for path in paths if path.is_file())
 
 
-def _zip_members(path: Path, opened: ExitStack) -> SourceFiles:
+def _zip_members(path: Path, open_zips: ExitStack) -> SourceFiles:
+    """The files in a zip, which stays open until `open_zips` is closed."""
     with _readable(path):
-        archive = opened.enter_context(ZipFile(path))
+        archive = open_zips.enter_context(ZipFile(path))
     files: SourceFiles = {}
     for member in archive.infolist():
         if not member.is_dir():
-            name = PureWindowsPath(member.filename).name  # takes both slashes
+            name = PureWindowsPath(member.filename).name  # knows both kinds of slashes
             files.setdefault(name, SourceFile(path, member.file_size, archive, member))
     return files
 
 
 def _check_md5(path: Path) -> None:
+    """Raise `InputError` if an official zip has another MD5 than it should."""
     digest = hashlib.md5(usedforsecurity=False)
     size = path.stat().st_size
     with (
@@ -157,13 +164,15 @@ def _check_md5(path: Path) -> None:
             progress.update(len(block))
     if digest.hexdigest() != MD5[path.name]:
         raise InputError(
-            f"{path}: its MD5 is {digest.hexdigest()}, the official file's {MD5[path.name]}: get a "
-            "new copy (--download does), or rename it if it is meant to be another file"
+            f"{path}: its MD5 is {digest.hexdigest()}, but that of the official file is "
+            f"{MD5[path.name]}; get a new copy (for example with --download), or rename the file "
+            "if it is meant to be another one"
         )
 
 
 def read_tokens(file: SourceFile) -> Captions:
-    """The official captions: lines of `name.jpg#0<TAB>caption`."""
+    """The official captions, one a line: `name.jpg#0<TAB>caption`. Raises `InputError` for any
+    other line."""
     captions: Captions = {}
     for number, line in enumerate(file.read_text().split("\n"), start=1):
         if not line.strip():
@@ -177,12 +186,13 @@ def read_tokens(file: SourceFile) -> Captions:
 
 
 def read_list(file: SourceFile) -> list[str]:
-    """An official split: a file name a line."""
+    """The images of an official split, one name a line."""
     return [line.strip() for line in file.read_text().split("\n") if line.strip()]
 
 
 def read_kaggle(file: SourceFile) -> Captions:
-    """The Kaggle copy's captions: CSV with the header `image,caption`."""
+    """The captions of the Kaggle copy: CSV with the header `image,caption`. Raises `InputError` for
+    another header and for a row without exactly these two fields."""
     captions: Captions = {}
     rows = csv.reader(io.StringIO(file.read_text(), newline=""), strict=True)
     try:
@@ -203,7 +213,8 @@ def read_kaggle(file: SourceFile) -> Captions:
 
 
 def read_karpathy(file: SourceFile) -> tuple[Captions, Splits]:
-    """Karpathy's captions and splits, in one JSON."""
+    """Captions and splits from Karpathy's JSON file. Raises `InputError` if it holds anything
+    else."""
     captions: Captions = {}
     splits: Splits = {split: [] for split in SPLIT_LISTS}
     text = file.read_text()
@@ -224,42 +235,46 @@ CAPTION_READERS = {TOKENS: read_tokens, KAGGLE: read_kaggle}
 
 
 def has_official_splits(files: SourceFiles) -> bool:
-    """Whether captions and the split that published scores are measured on are both there."""
+    """Whether the files hold captions together with the official splits, on which published scores
+    are measured."""
     listed = files.keys() >= set(SPLIT_LISTS.values())
     return KARPATHY in files or (listed and not files.keys().isdisjoint(CAPTION_READERS))
 
 
 def read_source(files: SourceFiles, images: Set[str]) -> tuple[Captions, Splits]:
-    """Captions and splits in whichever format is there, the official lists first.
+    """Captions and splits, from the first format of this module's docstring that is there.
 
-    Captions without splits are split anew over those of `images` that have some.
+    Without any official splits, those of `images` that have captions are split at random. Raises
+    `InputError` if there are no captions, or only some of the official split lists.
     """
-    unlisted = [name for name in SPLIT_LISTS.values() if name not in files]
+    missing_lists = [name for name in SPLIT_LISTS.values() if name not in files]
     captions_name = next((name for name in CAPTION_READERS if name in files), None)
-    if KARPATHY in files and (unlisted or not captions_name):
+    if KARPATHY in files and (missing_lists or not captions_name):
         return read_karpathy(files[KARPATHY])
     if not captions_name:
         raise InputError(
-            f"no captions in the {len(files):,} files of the sources: neither {TOKENS}, {KAGGLE} "
-            f"nor {KARPATHY}; name a folder or zip that holds one with --source, or add --download"
+            f"there are no captions in the {len(files):,} files of the sources: none of {TOKENS}, "
+            f"{KAGGLE} and {KARPATHY}; name a folder or zip that holds one of them with --source, "
+            "or add --download"
         )
     captions = CAPTION_READERS[captions_name](files[captions_name])
-    if not unlisted:
+    if not missing_lists:
         return captions, {split: read_list(files[name]) for split, name in SPLIT_LISTS.items()}
-    if len(unlisted) < len(SPLIT_LISTS):
+    if len(missing_lists) < len(SPLIT_LISTS):
         raise InputError(
-            f"some official split lists are there, but not {', '.join(unlisted)}: "
+            f"some official split lists are there, but not {', '.join(missing_lists)}; "
             f"name {TEXT_ZIP} with --source, or add --download"
         )
-    return captions, split_anew(images & captions.keys())
+    return captions, split_at_random(images & captions.keys())
 
 
-def split_anew(names: Set[str]) -> Splits:
-    """The same 6 : 1 : 1 split on every machine, where the official one is not at hand."""
+def split_at_random(names: Set[str]) -> Splits:
+    """Split images 6 : 1 : 1 into train, val and test, and warn that this is not the official
+    split. The same names are split the same way on every machine."""
     _warn(
-        f"the official splits ({TEXT_ZIP}) are in none of the sources: the {len(names):,} images "
-        "with captions are split at random, and scores cannot be compared with published ones; "
-        f"for the official splits name {TEXT_ZIP} with --source too, or add --download"
+        f"the official splits ({TEXT_ZIP}) are in none of the sources; the {len(names):,} images "
+        "with captions are split at random, so scores cannot be compared with published ones; "
+        f"to get the official splits, name {TEXT_ZIP} with --source as well, or add --download"
     )
     shuffled = sorted(names)
     random.Random(0).shuffle(shuffled)
@@ -269,40 +284,45 @@ def split_anew(names: Set[str]) -> Splits:
 
 
 def check_splits(splits: Splits, captions: Captions) -> None:
-    """Raise `InputError` where an image is used twice or has no caption; warn of odd counts."""
+    """Raise `InputError` if a split is empty, or if an image in a split has no caption or is listed
+    twice. Warn if the numbers of images or captions are not those of Flickr8k."""
     names = [name for split in splits.values() for name in split]
     if not all(splits.values()):
         empty = " and ".join(split for split, listed in splits.items() if not listed)
-        raise InputError(f"no images for {empty}: is the source complete (--source)?")
+        raise InputError(f"there are no images for {empty}; is the source complete (--source)?")
     for name, count in Counter(names).items():
         if count > 1:
-            raise InputError(f"{name} is in the splits {count} times: list it once, in one split")
+            raise InputError(f"{name} is in the splits {count} times; list it once, in one split")
         if not captions.get(name):
             raise InputError(
-                f"{name} is in the splits, but has no caption: is the source complete?"
+                f"{name} is in a split, but has no caption; is the source complete (--source)?"
             )
-    odd = [name for name in names if len(captions[name]) != CAPTIONS_PER_IMAGE]
-    if odd:
-        _warn(f"images without exactly {CAPTIONS_PER_IMAGE} captions: {len(odd):,}, as {odd[0]}")
+    other = [name for name in names if len(captions[name]) != CAPTIONS_PER_IMAGE]
+    if other:
+        _warn(
+            f"images without exactly {CAPTIONS_PER_IMAGE} captions: {len(other):,}, for example "
+            f"{other[0]}"
+        )
     counts = {split: len(listed) for split, listed in splits.items()}
     if counts != OFFICIAL_COUNTS:
-        _warn(f"{_in_words(counts)}, where Flickr8k has {_in_words(OFFICIAL_COUNTS)}")
+        _warn(f"found {_in_words(counts)}, but Flickr8k has {_in_words(OFFICIAL_COUNTS)}")
 
 
-def prepare(root: Path, sources: Iterable[Path] = (), fetch: bool = False) -> dict[str, int]:
-    """Write Flickr8k from `sources` below `root` and return the number of images in each split.
+def prepare(root: Path, sources: Iterable[Path] = (), download: bool = False) -> dict[str, int]:
+    """Write Flickr8k from `sources` to the folder `root`; return the number of images by split.
 
-    With `fetch`, what the sources lack is downloaded to `root / "downloads"`. What stands already
-    is left alone: images of the source's size, and annotations of this very set; those of another
-    set are never overwritten (`InputError`).
+    With `download`, what the sources lack is downloaded to `root / "downloads"`. Files that are in
+    `root` already are kept: images that have the same size as in the source, and annotations with
+    the same content. Raises `InputError` if anything is missing or cannot be read or written, and
+    if `root` holds the annotations of another data set, which are never overwritten.
     """
     sizes = {path.name: path.stat().st_size for path in (root / "images").glob("*")}
-    standing = {name: size for name, size in sizes.items() if size}  # empty: after a power cut
-    with ExitStack() as opened:
-        files = find_files(sources, root, opened)
-        if fetch and not has_official_splits(files):
-            files = _zip_members(_download(TEXT_ZIP, root), opened) | files
-        captions, splits = read_source(files, standing.keys() | files.keys())
+    present = {name: size for name, size in sizes.items() if size}  # a power cut leaves empty files
+    with ExitStack() as open_zips:
+        files = find_files(sources, root, open_zips)
+        if download and not has_official_splits(files):
+            files = _zip_members(_download(TEXT_ZIP, root), open_zips) | files
+        captions, splits = read_source(files, present.keys() | files.keys())
         captions = {name: [text for text in texts if text] for name, texts in captions.items()}
         check_splits(splits, captions)
         annotations = {
@@ -314,13 +334,13 @@ def prepare(root: Path, sources: Iterable[Path] = (), fetch: bool = False) -> di
         refuse_another_set(annotations)
 
         needed = [name for names in splits.values() for name in names]
-        if fetch and not set(needed) <= standing.keys() | files.keys():
-            files = _zip_members(_download(IMAGES_ZIP, root), opened) | files
-        missing = [name for name in needed if name not in files and name not in standing]
+        if download and not set(needed) <= present.keys() | files.keys():
+            files = _zip_members(_download(IMAGES_ZIP, root), open_zips) | files
+        missing = [name for name in needed if name not in files and name not in present]
         if missing:
             raise InputError(
-                f"{len(missing):,} of {len(needed):,} images are in none of the sources, as "
-                f"{missing[0]}: name the folder or zip that holds them with --source, "
+                f"{len(missing):,} of {len(needed):,} images are in none of the sources, for "
+                f"example {missing[0]}; name the folder or zip that holds them with --source, "
                 "or add --download"
             )
         write_set(
@@ -328,7 +348,7 @@ def prepare(root: Path, sources: Iterable[Path] = (), fetch: bool = False) -> di
             images=[
                 f"images/{name}"
                 for name in needed
-                if name not in standing or (name in files and files[name].size != standing[name])
+                if name not in present or (name in files and files[name].size != present[name])
             ],
             write_image=lambda image, path: path.write_bytes(files[path.name].read_bytes()),
             annotations=annotations,
@@ -338,6 +358,7 @@ def prepare(root: Path, sources: Iterable[Path] = (), fetch: bool = False) -> di
 
 
 def _download(name: str, root: Path) -> Path:
+    """The path of an official zip, which is downloaded if it is not there yet."""
     from models.weights.download import download
 
     return download(f"{RELEASE}/{name}", root / "downloads" / name, MD5[name])
@@ -354,15 +375,15 @@ def _warn(message: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Bring Flickr8k into the layout that train.py reads: images/*.jpg and "
-        "en_{train,val,test}.json, with the official splits. What is there already is not done "
-        "again. Flickr8k is for non-commercial research and education.",
+        description="Turn Flickr8k into the files that train.py reads: images/*.jpg and "
+        "en_{train,val,test}.json, with the official splits. Files that are there already are not "
+        "written again. Flickr8k is for non-commercial research and education.",
     )
     parser.add_argument(
         "--download",
         action="store_true",
-        help="download what no source holds (all: 1.1 GB) to OUTPUT/downloads; a "
-        f"broken-off download is continued, and {IMAGES_ZIP} may be deleted in the end",
+        help="download what no source holds to OUTPUT/downloads (1.1 GB without any source); an "
+        f"interrupted download is continued; {IMAGES_ZIP} may be deleted in the end",
     )
     parser.add_argument(
         "--source",
@@ -383,8 +404,8 @@ def main() -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     if not (args.download or args.source):
-        parser.error("say where Flickr8k comes from: --download, or --source PATH if you have it")
-    counts = prepare(args.output, args.source, fetch=args.download)
+        parser.error("say where to get Flickr8k: --download, or --source PATH if you have it")
+    counts = prepare(args.output, args.source, download=args.download)
     print(f"Flickr8k in {args.output}: {_in_words(counts)}")
 
 

@@ -1,4 +1,4 @@
-"""Render the demo set: coloured shapes with captions, small enough to train on with a CPU.
+"""Render the demo set: images of coloured shapes with captions, few enough to train on a CPU.
 
     python flickr8k/render_demo.py
 
@@ -7,9 +7,9 @@ Chinese captions, in the layout that `Flickr8kDataset` reads:
 
     flickr8k/demo/images/*.png    flickr8k/demo/{en,cn}_{train,val}.json
 
-An image shows one object: its shape, colour, size and place, and the background's colour, vary.
-No two images agree in all five, and every caption names all five, so that a caption belongs to one
-image only.
+An image shows one object on a plain background. Five attributes vary: the object's shape, colour,
+size and place, and the colour of the background. No two images have all five in common, and every
+caption names all five, so each caption describes one image only.
 """
 
 import argparse
@@ -22,21 +22,21 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
-if not __package__:  # run as a script
+if not __package__:  # as a script: Python looks for modules in this folder, not in the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.errors import run_script
 from utils.data.annotations import annotations_json, write_set
 
-Colour = tuple[int, int, int]
-Points = list[tuple[float, float]]
+Colour = tuple[int, int, int]  # red, green and blue, from 0 to 255
+Points = list[tuple[float, float]]  # x to the right, y down
 
-IMAGE_SIZE = 64
-SUPERSAMPLING = 4
+IMAGE_SIZE = 64  # pixels
+SUPERSAMPLING = 4  # shapes are drawn so many times larger, then reduced, for smooth edges
 PLACE_SPACING = 16  # pixels between neighbouring places
-JITTER = 1.5  # pixels, at most, to either side
-SHADOW_OFFSET = 1.25  # pixels, to the right and down
-SHADOW_BRIGHTNESS = 0.86
+JITTER = 1.5  # pixels that an object may be off its place, in each direction
+SHADOW_OFFSET = 1.25  # pixels to the right, and down
+SHADOW_BRIGHTNESS = 0.86  # of the background's
 
 COLOURS: dict[str, Colour] = {
     "red": (226, 48, 48),
@@ -48,7 +48,7 @@ COLOURS: dict[str, Colour] = {
     "pink": (255, 112, 184),
     "brown": (122, 74, 42),
 }
-# Named by other words than the objects are: no caption needs grammar to be understood.
+# No colour of an object is among them, so the words of a caption tell its attributes in any order.
 BACKGROUNDS: dict[str, Colour] = {
     "white": (252, 252, 252),
     "grey": (190, 194, 202),
@@ -58,7 +58,7 @@ BACKGROUNDS: dict[str, Colour] = {
     "navy": (28, 40, 88),
 }
 RADII = {"small": 7.0, "large": 12.0}  # pixels
-PLACES = {  # steps of PLACE_SPACING to the right and down from the centre
+PLACES = {  # steps of PLACE_SPACING from the centre, to the right and down
     "top left": (-1, -1),
     "top": (0, -1),
     "top right": (1, -1),
@@ -78,12 +78,15 @@ def _arc(radius: float, start: float, stop: float, steps: int = 72, centre_x: fl
 
 
 def _star(inner_radius: float) -> Points:
+    """Five tips on the unit circle, and five notches between them at `inner_radius`."""
     outer = _arc(1.0, -90, 270, steps=5)[:-1]
     inner = _arc(inner_radius, -54, 306, steps=5)[:-1]
     return [point for pair in zip(outer, inner, strict=True) for point in pair]
 
 
 def _heart(steps: int = 72) -> Points:
+    """The heart curve x = 16 sin(t)^3, y = 13 cos(t) - 5 cos(2t) - 2 cos(3t) - cos(4t), y upwards
+    (Weisstein, Heart Curve, MathWorld)."""
     turns = [math.tau * step / steps for step in range(steps)]
     return [
         (
@@ -95,12 +98,14 @@ def _heart(steps: int = 72) -> Points:
 
 
 def _cross(arm: float) -> Points:
+    """A plus sign in the square from -1 to 1, with arms `2 * arm` wide."""
     quarter = [(1.0, arm), (arm, arm), (arm, 1.0), (-arm, 1.0), (-arm, arm), (-1.0, arm)]
     return quarter + [(-x, -y) for x, y in quarter]
 
 
 def _fitted(points: Points, extent: float) -> Points:
-    """Centre the bounding box on the origin and scale its longer half side to `extent`."""
+    """The points, moved and scaled so that the centre of their bounding box is the origin, and half
+    its longer side is `extent`."""
     lowest = [min(axis) for axis in zip(*points, strict=True)]
     highest = [max(axis) for axis in zip(*points, strict=True)]
     centre_x, centre_y = ((low + high) / 2 for low, high in zip(lowest, highest, strict=True))
@@ -108,7 +113,7 @@ def _fitted(points: Points, extent: float) -> Points:
     return [((x - centre_x) * scale, (y - centre_y) * scale) for x, y in points]
 
 
-# Outlines in units of the object's radius; the extents make the shapes look equally large.
+# In units of the object's radius. The extents differ, so that all shapes look equally large.
 OUTLINES = {
     "circle": _fitted(_arc(1.0, 0, 360), 1.0),
     "square": _fitted([(-1, -1), (1, -1), (1, 1), (-1, 1)], 0.88),
@@ -122,7 +127,7 @@ OUTLINES = {
 
 
 class Scene(NamedTuple):
-    """What an image shows and its captions say."""
+    """The five attributes of an image, which its captions name."""
 
     shape: str
     colour: str
@@ -135,10 +140,10 @@ ALL_SCENES = [Scene(*values) for values in product(OUTLINES, COLOURS, RADII, PLA
 
 
 class Wording(NamedTuple):
-    """How a language describes a scene: sentences to fill, and the words for each attribute."""
+    """How a language describes a scene."""
 
-    sentences: tuple[str, ...]
-    words: dict[str, tuple[str, ...]]
+    sentences: tuple[str, ...]  # with a gap for each attribute
+    words: dict[str, tuple[str, ...]]  # value of an attribute -> the words for it
 
 
 WORDINGS = {
@@ -225,7 +230,7 @@ CAPTIONS_PER_IMAGE = 5
 
 
 def describe(scene: Scene, wording: Wording, rng: random.Random) -> list[str]:
-    """Five different captions; each names every attribute of the scene."""
+    """Five captions for a scene. Their sentences differ, and each names all five attributes."""
     captions = []
     for sentence in rng.sample(wording.sentences, CAPTIONS_PER_IMAGE):
         words = {name: rng.choice(wording.words[value]) for name, value in scene._asdict().items()}
@@ -234,7 +239,8 @@ def describe(scene: Scene, wording: Wording, rng: random.Random) -> list[str]:
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """The scene as an RGB image of `IMAGE_SIZE` squared, the object's place slightly jittered."""
+    """The scene as an RGB image of `IMAGE_SIZE` by `IMAGE_SIZE` pixels. `rng` decides how far the
+    object is off its place."""
     background = BACKGROUNDS[scene.background]
     shadow = tuple(round(channel * SHADOW_BRIGHTNESS) for channel in background)
     centre = [
@@ -256,10 +262,11 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
 
 
 def render_demo(root: Path, seed: int = 0, n_train: int = 2000, n_val: int = 200) -> Path:
-    """Write the demo set below `root`, unless it is there already, and return `root`.
+    """Write the demo set to the folder `root`, unless it is there already, and return `root`.
 
-    The same seed gives the same files. The annotations are written last: where they stand, the
-    images are complete. Annotations of another set are never overwritten (`InputError`).
+    The same seed gives the same files. The annotations are written after all images, so where they
+    exist, the images are complete. Raises `InputError` if `root` cannot be written, or if it holds
+    the annotations of another data set, which are never overwritten.
     """
     root = Path(root)
     rng = random.Random(seed)
@@ -275,12 +282,13 @@ def render_demo(root: Path, seed: int = 0, n_train: int = 2000, n_val: int = 200
         annotations[root / f"{language}_train.json"] = annotations_json(entries[:n_train])
         annotations[root / f"{language}_val.json"] = annotations_json(entries[n_train:])
 
-    shown = dict(zip(files, scenes, strict=True))
+    scene_of = dict(zip(files, scenes, strict=True))
     complete = all((root / file).is_file() for file in files)
     write_set(
         root,
-        images=[] if complete else files,  # the places are drawn one after the other
-        write_image=lambda file, path: draw(shown[file], rng).save(path),
+        # All or none, because one sequence of random numbers moves all objects off their places.
+        images=[] if complete else files,
+        write_image=lambda file, path: draw(scene_of[file], rng).save(path),
         annotations=annotations,
         progress="rendering the demo set",
     )
@@ -293,9 +301,11 @@ def main() -> None:
         "--output",
         type=Path,
         default=Path(__file__).resolve().parent / "demo",
-        help="folder to write the set into (default: demo, beside this script)",
+        help="folder to write into (default: demo, in the folder of this script)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another set")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="each seed gives another set (default: %(default)s)"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     root = render_demo(args.output, seed=args.seed)

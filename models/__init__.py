@@ -1,8 +1,8 @@
-"""CLIP in PyTorch: both towers, the tokenizer, and the published weights."""
+"""CLIP in PyTorch (Radford et al. 2021): both towers, the tokenizer, the published weights."""
 
 from importlib import import_module
 
-_HOMES = {
+_HOMES = {  # the module that defines each public name
     "CLIP": "models.clip",
     "build_model": "models.clip",
     "available_models": "models.clip_utils",
@@ -12,8 +12,9 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 
-def __getattr__(name: str):
-    """Import a name when it is first used: torch takes seconds, and not every script needs it."""
+def __getattr__(name: str) -> object:
+    """Import a name only when it is first used, because importing torch takes seconds and not every
+    script needs it."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

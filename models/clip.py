@@ -1,4 +1,4 @@
-"""CLIP: an image tower and a text tower that meet in one space (Radford et al. 2021)."""
+"""CLIP: an image tower and a text tower with features in one space (Radford et al. 2021)."""
 
 import math
 
@@ -17,11 +17,17 @@ from models.weights.architecture import (
     resize_positional_embedding,
 )
 
-MAX_LOGIT_SCALE = math.log(100)
+MAX_LOGIT_SCALE = math.log(100)  # of the parameter, whose exponential multiplies similarities
 
 
 class CLIP(nn.Module):
-    """The two towers joined. `vision_layers` is a number for a ViT, four numbers for a ResNet."""
+    """The image tower `visual`, the text tower, and the scale of their similarities.
+
+    `vision_layers` decides what the image tower is: for a ViT it is the number of blocks; for a
+    ResNet, the number of bottlenecks in each of the four stages, with `vision_patch_size=None`.
+    `image_resolution` and `vision_patch_size` are in pixels, `context_length` in tokens. The
+    parameters are left uninitialised: call `initialize`, or use `build_model` to fill in weights.
+    """
 
     def __init__(
         self,
@@ -49,7 +55,8 @@ class CLIP(nn.Module):
                 vision_layers, embed_dim, heads, image_resolution, vision_width
             )
         self.transformer = Transformer(transformer_width, transformer_layers, transformer_heads)
-        # Not nn.Embedding(...): drawing initial values on the meta device loads torch's compiler.
+        # nn.Embedding(...) would draw initial values, which on the meta device imports torch's
+        # compiler.
         table = torch.empty(vocab_size, transformer_width)
         self.token_embedding = nn.Embedding.from_pretrained(table, freeze=False)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, transformer_width))
@@ -59,14 +66,19 @@ class CLIP(nn.Module):
 
     @property
     def embed_dim(self) -> int:
+        """The number of channels d of a feature, the same in both towers."""
         return self.text_projection.shape[1]
 
     @property
     def device(self) -> torch.device:
+        """The device of the parameters."""
         return self.logit_scale.device
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Preprocessed images `[n, 3, r, r]` -> features `[n, d]`, not normalised."""
+        """Preprocessed images `[n, 3, r, r]` -> features `[n, d]`, not normalised to length 1.
+
+        Raises `InputError` for images of another shape.
+        """
         side = self.visual.input_resolution
         if images.ndim != 4 or images.shape[1:] != (3, side, side):
             given = list(images.shape)
@@ -74,12 +86,14 @@ class CLIP(nn.Module):
         return self.visual(images)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """Token ids `[n, <=context_length]` as `tokenize` makes them -> features `[n, d]`, not
-        normalised.
+        """Token ids `[n, <=context_length]` from `tokenize` -> features `[n, d]`, not normalised to
+        length 1.
 
-        A text is read at its end-of-text token, the largest id in its row. Attention is causal, so
-        nothing after that token can change the feature: those places are left out. With `tokens` on
-        the CPU nothing waits for a GPU.
+        The text tower is pooled at the end-of-text token, which has the largest id in its row
+        (Radford et al. 2021, section 2.4). Attention is causal, so the tokens after it cannot
+        change the feature and are left out. The CPU has to know how many remain: keep `tokens`
+        on the CPU, so that it does not wait for the GPU. Raises `InputError` for rows that are too
+        long.
         """
         if tokens.shape[1] > self.context_length:
             raise InputError(
@@ -90,19 +104,24 @@ class CLIP(nn.Module):
         positions = torch.arange(length, device=tokens.device)
         cells = (positions <= ends[:, None]).flatten().nonzero().flatten()
         ids = tokens[:, :length].flatten()[cells]
-        read = (ends + 1).cumsum(0) - 1
+        pooled = (ends + 1).cumsum(0) - 1
         if tokens.device.type == "cpu" and self.device.type == "cuda":
-            ids, cells, read = (t.pin_memory() for t in (ids, cells, read))
-        ids, cells, read = (t.to(self.device, non_blocking=True) for t in (ids, cells, read))
+            ids, cells, pooled = (t.pin_memory() for t in (ids, cells, pooled))
+        ids, cells, pooled = (t.to(self.device, non_blocking=True) for t in (ids, cells, pooled))
 
-        # Not by indexing, whose gradient adds up in an order that differs from run to run.
+        # F.embedding and not indexing: the gradient of indexing is summed in an order that differs
+        # from run to run.
         x = self.token_embedding(ids) + F.embedding(cells % length, self.positional_embedding)
-        x = self.transformer(x, Layout(length, read, cells, causal=True))
+        x = self.transformer(x, Layout(length, pooled, cells, causal=True))
         return self.ln_final(x) @ self.text_projection
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Scaled cosine similarities, `logits_per_image` `[n, m]` and its transpose
-        `logits_per_text` `[m, n]`."""
+        """Images `[n, 3, r, r]` and token ids `[m, <=context_length]` -> logits.
+
+        `logits_per_image` `[n, m]` are the cosine similarities times `exp(logit_scale)` (Radford et
+        al. 2021, figure 3), and `logits_per_text` `[m, n]` is their transpose. Raises `InputError`
+        as `encode_image` and `encode_text` do.
+        """
         image_features = F.normalize(self.encode_image(images), dim=-1)
         text_features = F.normalize(self.encode_text(tokens), dim=-1)
         logits_per_image = self.logit_scale.exp() * image_features @ text_features.T
@@ -110,22 +129,24 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Keep logits from being scaled by more than 100 (Radford et al. 2021, section 2.5)."""
+        """Lower `exp(logit_scale)` to 100 if it is larger (Radford et al. 2021, section 2.5)."""
         self.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
 
     def enable_grad_checkpointing(self) -> None:
-        """Keep fewer activations for the gradient: transformers compute theirs a second time."""
+        """Save memory in training: transformers do not keep the activations inside their blocks,
+        but compute them again during the backward pass (Chen et al. 2016)."""
         for module in self.modules():
             if isinstance(module, Transformer):
                 module.grad_checkpointing = True
 
     def compile_towers(self) -> None:
-        """Have `torch.compile` fuse what the towers do; the text's length varies by batch."""
+        """Compile both towers with `torch.compile`. The text tower is compiled for any number of
+        tokens, because that number differs from batch to batch."""
         self.visual.compile()
         self.transformer.compile(dynamic=True)
 
     def initialize(self) -> "CLIP":
-        """Random weights for training from scratch."""
+        """Draw random weights for training from scratch, and return the model."""
         self.visual.initialize()
         self.transformer.initialize()
         nn.init.normal_(self.token_embedding.weight, std=0.02)
@@ -136,15 +157,17 @@ class CLIP(nn.Module):
 
 
 def build_model(state_dict: dict[str, Tensor], input_shape: int | None = None) -> CLIP:
-    """A float32 CLIP in evaluation mode with these weights; every size follows from their shapes.
+    """A float32 CLIP in evaluation mode with these weights.
 
-    With `input_shape` the vision tower's positional embedding is interpolated to that resolution.
-    Raises `InputError` for weights that are not finite, or that lists unknown, missing and wrongly
-    shaped keys.
+    The architecture is inferred from the shapes of the weights.
+    `input_shape` is another image resolution, in pixels: the positional embedding of the image
+    tower is interpolated to it. Raises `InputError` if the weights are not those of a CLIP, listing
+    the missing, unknown and wrongly shaped keys; if they hold NaN or infinity; or if the model
+    cannot have that resolution.
     """
     architecture = infer_architecture(state_dict)
     weights = {key: t.float() if t.is_floating_point() else t for key, t in state_dict.items()}
-    with torch.device("meta"):  # shapes only: no time is spent on initial values
+    with torch.device("meta"):  # parameters with shapes but without memory: weights replace them
         model = CLIP(**architecture)
     check_keys(weights, model.state_dict())
     check_finite(weights)

@@ -1,6 +1,9 @@
-"""Models with their weights, and texts as they read them: `load` and `tokenize`.
+"""`load` gives a model with its weights; `tokenize` turns texts into the token ids it takes.
 
-As a script it downloads weights: `python models/clip_utils.py --model ViT-B/16`, or `--list`.
+As a script this file downloads weights, or lists the models:
+
+    python models/clip_utils.py --model ViT-B/16
+    python models/clip_utils.py --list
 """
 
 import argparse
@@ -9,7 +12,7 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # Python looks for modules in this folder only, not in the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
@@ -34,11 +37,15 @@ from models.weights.registry import (
 
 MODELS_PTH = Path(__file__).with_name("models_pth")
 TRAIN_DEMO = "python train.py --resume_training none --model ViT-demo"
-TEXT_SHOWN = 60  # characters of a text in an error message
+MAX_QUOTED = 60  # characters of a text that an error message quotes
 
 
 def create_model(name: str, input_shape: int | None = None) -> CLIP:
-    """A model of a registered architecture with random weights, for training from scratch."""
+    """A model with random weights, for training from scratch.
+
+    `name` is one of `ARCHITECTURES`; `input_shape` is another image resolution, in pixels. Raises
+    `InputError` for an unknown name and for a resolution that the model cannot have.
+    """
     if name not in ARCHITECTURES:
         near = near_names(name, ARCHITECTURES)
         raise InputError(f"no model is called {name!r}{near}; there are {', '.join(ARCHITECTURES)}")
@@ -50,7 +57,11 @@ def create_model(name: str, input_shape: int | None = None) -> CLIP:
 
 
 def find_weights(name: str | os.PathLike, download_root: str | os.PathLike = MODELS_PTH) -> Path:
-    """The file for a registry name, downloaded if need be, or for a path, as it is."""
+    """The weights file that `name` stands for: the name of a model, or a path.
+
+    The published weights of a model are downloaded to the folder `download_root` if they are not
+    there yet. Raises `InputError` if `name` is neither, or if the download fails.
+    """
     if name in SHA256:
         path = Path(download_root).expanduser() / weights_filename(name)
         return download(weights_url(name), path, SHA256[name])
@@ -71,12 +82,16 @@ def load(
     download_root: str | os.PathLike = MODELS_PTH,
     input_shape: int | None = None,
 ) -> tuple[CLIP, Preprocess]:
-    """A model with trained weights, float32, in evaluation mode, and its preprocessing.
+    """A model with trained weights, in float32 and evaluation mode, and its preprocessing.
 
-    `name` is a registry name (`"ViT-B/32"`) or the path of a weights file: a published TorchScript
-    archive, a state dict (.pt, .pth, .safetensors; float16 or float32), a checkpoint of `train.py`
-    or of open_clip. `device=None`: CUDA if there is one, else the CPU. `input_shape`: another image
-    resolution than the weights' own. Raises `InputError` for a file that holds no CLIP.
+    - `name`: the name of a model, such as `"ViT-B/32"`, or the path of a weights file. That may be
+      a published TorchScript archive, a state dict (.pt, .pth or .safetensors, in float16 or
+      float32), or a checkpoint of `train.py` or open_clip.
+    - `device`: by default CUDA if there is a GPU, else the CPU.
+    - `download_root`: the folder for published weights.
+    - `input_shape`: another image resolution than that of the weights, in pixels.
+
+    Raises `InputError` if the weights cannot be had, or are not those of a CLIP model.
     """
     device = pick_device(device)
     path = find_weights(name, download_root)
@@ -88,7 +103,8 @@ def load(
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """The device of that name; None: CUDA if there is one, else the CPU."""
+    """The device of that name; by default CUDA if there is a GPU, else the CPU. Raises `InputError`
+    for a device that does not exist here."""
     try:
         picked = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
@@ -103,17 +119,18 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
 
 @lru_cache
 def tokenizer() -> SimpleTokenizer:
-    """The one tokenizer, read from its file on first use."""
+    """The tokenizer. It is read from its file once, on the first call."""
     return SimpleTokenizer()
 
 
 def tokenize(
     texts: str | list[str], context_length: int = CONTEXT_LENGTH, truncate: bool = False
 ) -> Tensor:
-    """Texts -> IntTensor `[n, context_length]`: start token, text, end token, zeros.
+    """n texts -> int32 token ids `[n, context_length]`.
 
-    A text that does not fit raises `InputError` that names it; with `truncate` it is cut, and still
-    ends with the end token.
+    A row holds the start-of-text token, the tokens of the text, the end-of-text token, and zeros to
+    fill up. A text that is too long is cut if `truncate` is true, and still ends with the
+    end-of-text token; otherwise it raises `InputError`, as does anything that is not a string.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     bpe = tokenizer()
@@ -121,14 +138,14 @@ def tokenize(
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise InputError(
-                f"text {i} is {type(text).__name__}, not a string: {text!r:.{TEXT_SHOWN}}"
+                f"text {i} is {type(text).__name__}, not a string: {text!r:.{MAX_QUOTED}}"
             )
         ids = [bpe.start_of_text, *bpe.encode(text), bpe.end_of_text]
         if len(ids) > context_length:
             if not truncate:
                 raise InputError(
                     f"text {i} has {len(ids)} tokens, where {context_length} fit: "
-                    f"{text[:TEXT_SHOWN]!r}{'...' if len(text) > TEXT_SHOWN else ''}; "
+                    f"{text[:MAX_QUOTED]!r}{'...' if len(text) > MAX_QUOTED else ''}; "
                     "shorten it, or cut it with truncate=True"
                 )
             ids[context_length - 1 :] = [bpe.end_of_text]
@@ -137,8 +154,9 @@ def tokenize(
 
 
 def list_models(download_root: str | os.PathLike = MODELS_PTH) -> None:
-    """Print each model: its sizes, and its file if it is there, else the address, or how to train
-    the one that has no published weights."""
+    """Print a table of the models: name, number of channels of a feature, image resolution in
+    pixels, and where the weights are. That is the file if it has been downloaded, else the web
+    address; for a model without published weights it is the command that trains it."""
     print(f"{'model':15} {'embed dim':>9} {'resolution':>10}  weights")
     for name, sizes in ARCHITECTURES.items():
         path = Path(download_root).expanduser() / weights_filename(name)
@@ -158,7 +176,7 @@ def main() -> None:
     task.add_argument(
         "--list",
         action="store_true",
-        help="list the models, each with its file, or the address of one not yet downloaded",
+        help="list the models, each with its weights file, or the address if it is not downloaded",
     )
     parser.add_argument(
         "--download_root", default=MODELS_PTH, help="folder for the files (default: %(default)s)"

@@ -1,24 +1,25 @@
-"""One exception for everything a user can put right, and the way scripts end on it."""
+"""`InputError`, for everything that a user can put right, and how a script ends with it."""
 
 import sys
 from collections.abc import Callable
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used.
+    """Something that the user gave cannot be used.
 
-    The message is one or a few lines that name the file (and the field in it), what is wrong and
-    what to do. Scripts print it without a traceback and exit with code 2.
+    The message has one or a few lines. It names the file (and the field in it), and says what is
+    wrong and what to do. Scripts print it without a traceback and exit with code 2.
     """
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main()`; an `InputError`, or an error of the file system, which names its
-    file, becomes a clean message and exit code 2.
+    """Run a script's `main()`.
 
-    `--debug` among the arguments shows the traceback instead.
+    An `InputError` ends the script with its message and exit code 2, and so does an `OSError`,
+    whose message names the file. With `--debug` among the arguments the traceback is shown as well.
+    Ctrl-C ends the script with exit code 130.
     """
-    for stream in (sys.stdout, sys.stderr):  # captions hold characters that a console may lack
+    for stream in (sys.stdout, sys.stderr):  # not every console can show every caption
         stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
     try:
         main()

@@ -1,7 +1,7 @@
 """CLIP's image preprocessing, the same in training, evaluation and prediction.
 
-Two stages: `pixels` (resize, crop: once an image) makes uint8, `normalize` (mean and standard
-deviation) runs batched, on whatever device the pixels are.
+It has two stages. `pixels` resizes and crops one image and gives uint8. `normalize` subtracts the
+mean and divides by the standard deviation; it takes a whole batch, on the CPU or on a GPU.
 """
 
 import os
@@ -18,26 +18,29 @@ from torch import Tensor
 from models.errors import InputError
 from models.weights.file_kind import describe, one_line
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of red, green and blue, from 0 to 1
 STD = (0.26862954, 0.26130258, 0.27577711)
-RUN_BY_OTHERS = {"EPS", "WMF"}  # Pillow has Ghostscript, or Windows, carry out what such files say
-STRIP = 100  # an image this many times longer than wide is never enlarged as a whole
+# Formats that Pillow draws by starting another program (Ghostscript for EPS, Windows for WMF), so
+# that a picture from a stranger could run code.
+DRAWN_BY_PROGRAMS = {"EPS", "WMF"}
+# Long side over short side. A narrower image is not resized whole: that could fill the memory.
+MAX_ASPECT_RATIO = 100
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
-    """The picture in a file, decoded, upright, in RGB; the first frame of an animation.
+    """The picture in a file, upright and in RGB; of an animation, the first frame.
 
-    Raises `InputError` that names the file, on one line, where there is no readable picture.
+    Raises `InputError`, with one line that names the file, if it holds no readable picture.
     """
     try:
         file = Path(path).expanduser()
-        if not file.is_file():  # a pipe would be waited for, without end
+        if not file.is_file():  # opening a pipe could wait for ever
             raise InputError(f"{path}: {'is no file' if file.exists() else 'no such image file'}")
         with Image.open(file) as image:
-            if image.format in RUN_BY_OTHERS:
+            if image.format in DRAWN_BY_PROGRAMS:
                 raise InputError(
-                    f"{path}: {image.format} is not read, since drawing it runs a program on it; "
-                    "save it as PNG"
+                    f"{path}: {image.format} is not read: another program would draw it, and could "
+                    "run code that is in the file; save it as PNG"
                 )
             return upright_rgb(image)
     except InputError:
@@ -52,33 +55,37 @@ def open_image(path: str | os.PathLike) -> Image.Image:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF data says, in RGB.
+    """The image in RGB, turned upright as its EXIF data says.
 
-    Transparency is dropped, as CLIP does it: the colours that it hides are seen. 16-bit grey keeps
-    its upper 8 bits.
+    Transparency is dropped, as in the original CLIP: transparent pixels show the colour stored for
+    them. 16-bit grey keeps its upper 8 bits. Raises whatever Pillow raises for a broken picture.
     """
-    image.load()  # a broken picture raises here, so what the next lines pass over is broken EXIF
+    image.load()  # a broken picture raises here, so only broken EXIF data is passed over below
     with suppress(Exception):
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # Pillow would make all above 255 white
+    if image.mode.startswith("I"):  # Pillow's own conversion turns all values above 255 white
         grey = np.asarray(image) >> 8
         image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
-    if "transparency" in image.info:  # straight to RGB, Pillow warns about some palettes
+    if "transparency" in image.info:  # without this step Pillow warns about some palettes
         image = image.convert("RGBA")
     return image.convert("RGB")
 
 
 def pixels(image: Image.Image, side: int) -> Tensor:
-    """An RGB image -> uint8 `[3, side, side]`: its short side resized bicubically, its centre cut
-    out, pixel for pixel as torchvision's `Resize` and `CenterCrop` do it."""
+    """An RGB image -> uint8 `[3, side, side]`, `side` in pixels.
+
+    The image is resized (bicubic) until its short side fits, and the square in its centre is cut
+    out: pixel for pixel what torchvision's `Resize` and `CenterCrop` give. In an image beyond
+    `MAX_ASPECT_RATIO`, values may differ from theirs by rounding.
+    """
     short, long = min(image.size), max(image.size)
     enlarged = int(side * long / short)
     width, height = (side, enlarged) if image.width == short else (enlarged, side)
     left, top = round((width - side) / 2), round((height - side) / 2)
     box = (left, top, left + side, top + side)
-    if long <= STRIP * short:
+    if long <= MAX_ASPECT_RATIO * short:
         image = image.resize((width, height), Image.Resampling.BICUBIC).crop(box)
-    else:  # the same up to rounding, without the memory for what is cut off
+    else:  # resize only the part that is kept
         x, y = image.width / width, image.height / height
         box = (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
         image = image.resize((side, side), Image.Resampling.BICUBIC, box=box)
@@ -86,9 +93,11 @@ def pixels(image: Image.Image, side: int) -> Tensor:
 
 
 def normalize(images: Tensor) -> Tensor:
-    """uint8 `[..., 3, r, r]` -> float32, each channel less its mean, by its standard deviation.
+    """uint8 `[..., 3, r, r]` -> float32 of the same shape: scaled to 0 to 1, minus the mean of its
+    channel, divided by the standard deviation.
 
-    Floats are returned as they are: a transform of the user's own has normalised them.
+    Floats are returned unchanged: they come from a transform of the user's own, which has
+    normalised them already.
     """
     if images.is_floating_point():
         return images
@@ -98,14 +107,15 @@ def normalize(images: Tensor) -> Tensor:
 
 @lru_cache
 def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Made once a device: copying numbers to a GPU waits for all that it is doing."""
+    """Both as float32 `[3, 1, 1]`. They are kept for each device, because a copy to a GPU waits
+    until it has done everything else."""
     return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """An image of any size and mode -> what a model of resolution `side` reads, float32
-    `[3, side, side]`."""
+    """An image of any size and mode -> float32 `[3, side, side]`, for a model whose image
+    resolution is `side` pixels."""
 
     side: int
 

@@ -1,4 +1,4 @@
-"""CLIP's ResNet tower (He et al. 2016, as changed by Radford et al. 2021, section 2.4)."""
+"""The ResNet as image tower (He et al. 2016, as changed by Radford et al. 2021, section 2.4)."""
 
 import torch
 import torch.nn.functional as F
@@ -6,8 +6,11 @@ from torch import Tensor, nn
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions around a shortcut; a stride is an average pooling before the last
-    convolution, so that no pixel is skipped (Zhang 2019)."""
+    """1x1, 3x3 and 1x1 convolutions, with a shortcut around them (He et al. 2016, figure 5).
+
+    With a stride s the block makes the image s times smaller by average pooling, before the last
+    convolution and in the shortcut. A convolution with a stride would skip pixels (Zhang 2019).
+    """
 
     expansion = 4
 
@@ -23,13 +26,15 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(outplanes)
         self.downsample = None
         if stride > 1 or inplanes != outplanes:
-            # The names are the published ones: the pooling has no weights and is called "-1".
+            # In the published weights the convolution is "0" and the norm "1". The pooling comes
+            # before them and has no weights, so it is called "-1".
             self.downsample = nn.Sequential()
             self.downsample.add_module("-1", nn.AvgPool2d(stride))
             self.downsample.add_module("0", nn.Conv2d(inplanes, outplanes, 1, bias=False))
             self.downsample.add_module("1", nn.BatchNorm2d(outplanes))
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[n, inplanes, h, w]` -> `[n, 4 * planes, h / s, w / s]`."""
         shortcut = x if self.downsample is None else self.downsample(x)
         x = F.relu(self.bn1(self.conv1(x)))
         x = F.relu(self.bn2(self.conv2(x)))
@@ -38,7 +43,9 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool2d(nn.Module):
-    """`[n, c, h, w]` -> `[n, output_dim]`: the mean over all places attends to them and itself."""
+    """Multi-head attention that turns a feature map into one feature (Radford et al. 2021, section
+    2.4). The query is the mean over all positions of the map; it attends to every position and to
+    itself."""
 
     def __init__(self, side: int, width: int, heads: int, output_dim: int):
         super().__init__()
@@ -50,6 +57,7 @@ class AttentionPool2d(nn.Module):
         self.c_proj = nn.Linear(width, output_dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[n, c, h, w]` -> `[n, output_dim]`."""
         x = x.flatten(2).transpose(1, 2)  # [n, hw, c]
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding
         query = self._split(self.q_proj(x[:, :1]))
@@ -58,12 +66,16 @@ class AttentionPool2d(nn.Module):
         return self.c_proj(mixed.flatten(1))
 
     def _split(self, x: Tensor) -> Tensor:
+        """`[n, length, c]` -> `[n, heads, length, c / heads]`."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class ModifiedResNet(nn.Module):
-    """Images `[n, 3, r, r]` -> features `[n, output_dim]`: a stem of three convolutions, four
-    stages of bottlenecks, attention pooling."""
+    """A stem of three convolutions, four stages of bottlenecks, then attention pooling.
+
+    `layers` is the number of bottlenecks in each stage, `input_resolution` r is in pixels, and
+    `width` is the number of channels after the stem.
+    """
 
     def __init__(
         self,
@@ -93,6 +105,7 @@ class ModifiedResNet(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
+        """Preprocessed images `[n, 3, r, r]` -> features `[n, output_dim]`."""
         x = F.relu(self.bn1(self.conv1(images)))
         x = F.relu(self.bn2(self.conv2(x)))
         x = F.relu(self.bn3(self.conv3(x)))
@@ -100,8 +113,8 @@ class ModifiedResNet(nn.Module):
         return self.attnpool(self.layer4(self.layer3(x)))
 
     def initialize(self) -> None:
-        """Random weights for training from scratch; every residual branch starts at zero (Goyal et
-        al. 2017, section 5.1)."""
+        """Draw random weights for training from scratch. Every bottleneck starts as its shortcut
+        alone, because the scale of its last norm is zero (Goyal et al. 2017, section 5.1)."""
         pool = self.attnpool
         std = pool.c_proj.in_features**-0.5
         nn.init.normal_(pool.positional_embedding, std=std)

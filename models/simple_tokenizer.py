@@ -1,7 +1,8 @@
-"""CLIP's tokenizer: cleaned, lower-cased text into byte-pair tokens.
+"""CLIP's tokenizer: text, cleaned and in lower case, to the ids of byte-pair tokens.
 
-Byte-pair encoding of words: Sennrich et al. 2016, algorithm 1. It works on UTF-8 bytes, as in GPT-2
-(Radford et al. 2019, section 2.2), so that no text in any language holds an unknown token.
+Byte-pair encoding is described in Sennrich et al. 2016, algorithm 1. Here its symbols are the bytes
+of UTF-8, as in GPT-2 (Radford et al. 2019, section 2.2), so no text in any language is unknown to
+it.
 """
 
 import gzip
@@ -19,16 +20,19 @@ END_OF_WORD = "</w>"
 START_OF_TEXT = "<|startoftext|>"
 END_OF_TEXT = "<|endoftext|>"
 
-# English contractions, runs of letters, single digits, runs of anything else but space.
+# A word is an English contraction, a run of letters, one digit, or a run of any other characters
+# except white space.
 WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
-# A reference like &#000233; to a character, up to its eighth digit; a longer number is none.
+# The number of a character in HTML, like &#000233;. Only its first eight digits after the zeros
+# are captured: the largest number of a character has seven.
 REFERENCE = regex.compile(r"&#0*([0-9]{1,8})[0-9]*")
 
 
 def byte_symbols() -> dict[int, str]:
-    """A visible character for each of the 256 bytes: its own where it prints, else one from 256 up.
+    """A printable character for each of the 256 bytes.
 
-    The order is the vocabulary's: printing bytes first.
+    A byte whose Latin-1 character is printable gets that character; the others get the characters
+    from number 256 on. The printable bytes come first, as in CLIP's vocabulary.
     """
     printing = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
     printing += range(ord("®"), ord("ÿ") + 1)
@@ -38,21 +42,25 @@ def byte_symbols() -> dict[int, str]:
 
 
 def clean(text: str) -> str:
-    """Mend broken Unicode, unescape HTML (twice: web text is often escaped twice), fold spaces."""
+    """Mend broken Unicode, unescape HTML, replace white space by single spaces, lower the case.
+
+    HTML is unescaped twice, because text from the web is often escaped twice.
+    """
     text = unescape(unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 
 
 def unescape(text: str) -> str:
-    """`html.unescape`, which raises `ValueError` for a reference of more than 4,300 digits."""
+    """As `html.unescape`, but without its `ValueError` for a number of more than 4,300 digits."""
     return html.unescape(REFERENCE.sub(r"&#\1", text) if "&#" in text else text)
 
 
 class SimpleTokenizer:
-    """Text to token ids and back, with the vocabulary of all published CLIP models (49,408 ids).
+    """Text to token ids and back, with the 49,408 tokens of all published CLIP models.
 
-    The two special tokens are never made from text: a literal `<|endoftext|>` in a caption is
-    punctuation and letters like any other. So a text cannot end itself early, whoever wrote it.
+    The special tokens `<|startoftext|>` and `<|endoftext|>` are never made from text: where a
+    caption contains `<|endoftext|>`, it becomes tokens for its punctuation and letters. So no
+    caption can end early.
     """
 
     def __init__(self, merges_file: Path = MERGES_FILE):
@@ -65,7 +73,7 @@ class SimpleTokenizer:
 
         self.encoder = {token: i for i, token in enumerate(tokens)}
         self.decoder = tokens
-        self.ranks = {merge: rank for rank, merge in enumerate(merges)}
+        self.priorities = {merge: i for i, merge in enumerate(merges)}  # 0 is merged first
         self.symbol_of_byte = symbols
         self.byte_of_symbol = {symbol: byte for byte, symbol in symbols.items()}
         self.start_of_text = self.encoder[START_OF_TEXT]
@@ -73,13 +81,14 @@ class SimpleTokenizer:
         self.encode_word = lru_cache(maxsize=2**16)(self._encode_word)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without start and end tokens."""
+        """The token ids of `text`, without start-of-text and end-of-text token."""
         return [token for word in WORD.findall(clean(text)) for token in self.encode_word(word)]
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of `tokens`: lower case, a space after each word, special tokens as written.
+        """The text of token ids, in lower case and with a space after each word.
 
-        Bytes that are no UTF-8 (a text cut within a character) become U+FFFD.
+        Special tokens are written out. Where the bytes are not UTF-8, because the text was cut in
+        the middle of a character, U+FFFD stands for them.
         """
         data = bytearray()
         for token in tokens:
@@ -96,32 +105,36 @@ class SimpleTokenizer:
         return tuple(self.encoder[part] for part in self._merge(symbols))
 
     def _merge(self, symbols: list[str]) -> list[str]:
-        """Join neighbours, the pair of lowest rank first, and of equal ones the leftmost.
+        """Merge neighbouring symbols as long as a pair of them is in `priorities`: of all such
+        pairs the one with the lowest number first, and of equal ones the leftmost.
 
-        A merge's rank is above those of the merges that made its parts, so a heap finds the next
-        pair, in O(n log n): a "word" can be a page long, as Chinese has no spaces.
+        n symbols take O(n log n), because a heap gives the next pair. That matters for text without
+        spaces, such as Chinese, where a word can be a page long. The heap gives the right order,
+        because a merge always has a higher number than the merges that made its parts.
         """
-        parts = [*symbols, ""]  # a ring; the empty part, at -1, keeps end and start from joining
+        # `before` and `after` link the parts to a ring. Its last part is empty and stands between
+        # the end and the start of the word, so that those are never merged.
+        parts = [*symbols, ""]
         before = list(range(-1, len(symbols)))
         after = [*range(1, len(parts)), 0]
         heap: list[tuple[int, int]] = []
 
-        def offer(left: int) -> None:
-            rank = self.ranks.get((parts[left], parts[after[left]]))
-            if rank is not None:
-                heappush(heap, (rank, left))
+        def push_pair(left: int) -> None:
+            priority = self.priorities.get((parts[left], parts[after[left]]))
+            if priority is not None:
+                heappush(heap, (priority, left))
 
         for left in range(len(symbols)):
-            offer(left)
+            push_pair(left)
         while heap:
-            rank, left = heappop(heap)
+            priority, left = heappop(heap)
             right = after[left]
-            if self.ranks.get((parts[left], parts[right])) != rank:
-                continue  # one of the two has been merged since
+            if self.priorities.get((parts[left], parts[right])) != priority:
+                continue  # one of the two was merged with another part in the meantime
             parts[left] += parts[right]
             parts[right] = ""
             after[left] = after[right]
             before[after[right]] = left
-            offer(before[left])
-            offer(left)
+            push_pair(before[left])
+            push_pair(left)
         return [part for part in parts if part]

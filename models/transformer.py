@@ -1,7 +1,8 @@
-"""The transformer shared by the vision and the text tower.
+"""The transformer that the image tower and the text tower share (Radford et al. 2021, section 2.4).
 
-Sequences lie end to end in one `[t, w]` tensor, t being the number of real tokens in the batch:
-linear layers and norms never touch padding. Only attention sees them as a grid, one row each.
+The sequences of a batch are packed: they lie end to end in one tensor `[t, w]`, where t is the
+number of tokens in the batch without padding and w is the width. So linear layers and norms do no
+work on padding. Only attention needs a grid, which has one row for each sequence.
 """
 
 from typing import NamedTuple
@@ -9,32 +10,37 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 
 HEAD_WIDTH = 64  # of every attention head in the published models
 
 
 class Layout(NamedTuple):
-    """How n sequences lie in a `[t, w]` tensor, and which token of each is read in the end."""
+    """How n sequences are packed, and which token of each is pooled.
 
-    length: int  # tokens in the longest sequence
-    read: Tensor  # [n] row of the token whose feature stands for its sequence
-    cells: Tensor | None = None  # [t] cell of each token in the grid; None: all equally long
-    causal: bool = False  # a token attends to itself and to those before it
+    The grid has n rows of `length` cells, which are numbered row by row. `cells` is None if all
+    sequences are equally long, so that every cell holds a token.
+    """
+
+    length: int  # number of tokens in the longest sequence
+    pooled: Tensor  # [n] row of the token whose feature stands for its sequence
+    cells: Tensor | None = None  # [t] number of the cell that holds each token
+    causal: bool = False  # a token attends only to itself and to the tokens before it
 
     def grid(self, x: Tensor) -> Tensor:
-        """`[t, c]` -> `[n, length, c]`, zeros where a sequence has ended."""
-        n, channels = len(self.read), x.shape[-1]
+        """`[t, c]` -> `[n, length, c]`, with zeros after the end of a sequence."""
+        n, channels = len(self.pooled), x.shape[-1]
         if self.cells is not None:
             x = x.new_zeros(n * self.length, channels).index_copy(0, self.cells, x)
         return x.view(n, self.length, channels)
 
     def mask(self) -> Tensor | None:
-        """bool `[n, 1, 1, length]`: which cells of the grid hold a token; None: all do."""
+        """bool `[n, 1, 1, length]`: True for the cells that hold a token; None if all cells do."""
         if self.cells is None:
             return None
-        mask = torch.zeros(len(self.read) * self.length, dtype=torch.bool, device=self.cells.device)
-        return mask.index_fill(0, self.cells, True).view(len(self.read), 1, 1, self.length)
+        n = len(self.pooled)
+        mask = torch.zeros(n * self.length, dtype=torch.bool, device=self.cells.device)
+        return mask.index_fill(0, self.cells, True).view(n, 1, 1, self.length)
 
     def packed(self, x: Tensor) -> Tensor:
         """`[n, length, c]` -> `[t, c]`, the inverse of `grid`."""
@@ -43,10 +49,11 @@ class Layout(NamedTuple):
 
 
 class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), the approximation of GELU that the published weights were trained with
-    (Hendrycks & Gimpel 2016, section 2)."""
+    """x * sigmoid(1.702 x), an approximation of GELU (Hendrycks & Gimpel 2016, section 2). The
+    published weights were trained with it."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """A tensor of any shape -> the same shape."""
         return F.silu(1.702 * x) / 1.702
 
 
@@ -61,19 +68,24 @@ class MultiheadAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """`[t, w]` -> `[t, w]`."""
-        # With causal attention a real token never sees the zeros after the end of its sequence.
+        """`[t, w]` -> `[t, w]`: the attention output of every token."""
+        # No mask: sequences of different lengths are causal here, so a token never attends to the
+        # zeros after the end of its sequence.
         qkv = layout.grid(F.linear(x, self.in_proj_weight, self.in_proj_bias))
         query, key, value = self._heads(qkv, 3)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=layout.causal)
         return self.out_proj(layout.packed(mixed.transpose(1, 2).flatten(2)))
 
-    def read(self, x: Tensor, layout: Layout) -> Tensor:
-        """`[t, w]` -> `[n, w]`: the same at the tokens that are read, which see all of theirs."""
+    def forward_pooled(self, x: Tensor, layout: Layout) -> Tensor:
+        """`[t, w]` -> `[n, w]`: the attention output of the pooled tokens only.
+
+        Each of them attends to all tokens of its sequence. For causal attention this means that
+        the pooled token has to be the last one of its sequence.
+        """
         width = x.shape[1]
         query_weight, weight = self.in_proj_weight.split([width, 2 * width])
         query_bias, bias = self.in_proj_bias.split([width, 2 * width])
-        (query,) = self._heads(F.linear(x[layout.read], query_weight, query_bias)[:, None], 1)
+        (query,) = self._heads(F.linear(x[layout.pooled], query_weight, query_bias)[:, None], 1)
         key, value = self._heads(layout.grid(F.linear(x, weight, bias)), 2)
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=layout.mask())
         return self.out_proj(mixed.flatten(1))
@@ -84,7 +96,8 @@ class MultiheadAttention(nn.Module):
 
 
 class ResidualAttentionBlock(nn.Module):
-    """Pre-norm attention and MLP, each added to its input."""
+    """Attention and an MLP, each applied to the layer-normalised input and added to the input
+    (pre-norm, as in Radford et al. 2019, section 2.3)."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -97,45 +110,48 @@ class ResidualAttentionBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """`[t, w]` -> `[t, w]`."""
+        """`[t, w]` -> `[t, w]`: the output of every token."""
         x = x + self.attn(self.ln_1(x), layout)
         return x + self.mlp(self.ln_2(x))
 
-    def read(self, x: Tensor, layout: Layout) -> Tensor:
-        """`[t, w]` -> `[n, w]`: the same at the tokens that are read."""
-        x = x[layout.read] + self.attn.read(self.ln_1(x), layout)
+    def forward_pooled(self, x: Tensor, layout: Layout) -> Tensor:
+        """`[t, w]` -> `[n, w]`: the output of the pooled tokens only."""
+        x = x[layout.pooled] + self.attn.forward_pooled(self.ln_1(x), layout)
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
-    """A stack of blocks, read at one token of each sequence: the last block works on no other."""
+    """A stack of blocks. Its output is the pooled token of each sequence, so the last block
+    computes the other tokens' keys and values only, not their outputs."""
 
     def __init__(self, width: int, layers: int, heads: int):
         super().__init__()
-        self.grad_checkpointing = False  # keep only the blocks' inputs (Chen et al. 2016)
+        # Gradient checkpointing (Chen et al. 2016): keep only the input of a block, and compute
+        # the block again during the backward pass.
+        self.grad_checkpointing = False
         self.resblocks = nn.Sequential(
             *(ResidualAttentionBlock(width, heads) for _ in range(layers))
         )
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """`[t, w]` -> `[n, w]`, the rows `layout.read`."""
+        """`[t, w]` -> `[n, w]`: the output of the pooled tokens."""
         *blocks, last = self.resblocks
         for block in blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, layout, use_reentrant=False)
+                x = recompute(block, x, layout, use_reentrant=False)
             else:
                 x = block(x, layout)
-        return last.read(x, layout)
+        return last.forward_pooled(x, layout)
 
     def initialize(self) -> None:
-        """Random weights as for GPT-2 (Radford et al. 2019): what joins the residual stream shrinks
-        with depth."""
+        """Draw random weights as for GPT-2 (Radford et al. 2019, section 2.3): layers whose output
+        is added to the residual stream start smaller, the more blocks there are."""
         width = self.resblocks[0].ln_1.normalized_shape[0]
-        joining = width**-0.5 * (2 * len(self.resblocks)) ** -0.5
+        residual_std = width**-0.5 * (2 * len(self.resblocks)) ** -0.5
         for block in self.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
             nn.init.zeros_(block.attn.in_proj_bias)
-            nn.init.normal_(block.attn.out_proj.weight, std=joining)
+            nn.init.normal_(block.attn.out_proj.weight, std=residual_std)
             nn.init.zeros_(block.attn.out_proj.bias)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=joining)
+            nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)

@@ -1,4 +1,4 @@
-"""The Vision Transformer tower (Dosovitskiy et al. 2021; for CLIP: Radford et al. 2021, 2.4)."""
+"""The Vision Transformer as image tower (Dosovitskiy et al. 2021; Radford et al. 2021, 2.4)."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,10 @@ from models.transformer import Layout, Transformer
 
 
 class VisionTransformer(nn.Module):
-    """Images `[n, 3, r, r]` -> features `[n, output_dim]`, read at the class token."""
+    """A transformer over square patches of an image, pooled at the class token.
+
+    `input_resolution` r and `patch_size` are in pixels.
+    """
 
     def __init__(
         self,
@@ -30,16 +33,17 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(torch.empty(width, output_dim))
 
     def forward(self, images: Tensor) -> Tensor:
+        """Preprocessed images `[n, 3, r, r]` -> features `[n, output_dim]`."""
         x = self.conv1(images).flatten(2).transpose(1, 2)  # [n, patches, w]
         class_token = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
         x = torch.cat([class_token, x], dim=1) + self.positional_embedding
         n, length, _ = x.shape
-        layout = Layout(length, read=torch.arange(n, device=x.device) * length)
+        layout = Layout(length, pooled=torch.arange(n, device=x.device) * length)
         x = self.transformer(self.ln_pre(x).flatten(0, 1), layout)
         return self.ln_post(x) @ self.proj
 
     def initialize(self) -> None:
-        """Random weights for training from scratch."""
+        """Draw random weights for training from scratch."""
         std = self.proj.shape[0] ** -0.5
         for weight in (self.class_embedding, self.positional_embedding, self.proj):
             nn.init.normal_(weight, std=std)

@@ -1,4 +1,4 @@
-"""The same weights in open_clip's and transformers' CLIP, to compare with ours."""
+"""The CLIP models of open_clip and transformers, to compare ours with, given the same weights."""
 
 import open_clip
 import torch
@@ -10,8 +10,13 @@ from models.weights.registry import ARCHITECTURES
 TEXT = {"context_length": 77, "vocab_size": 49408}
 
 
-def open_clip_model(name: str, vision_layers=None, text_layers: int | None = None) -> nn.Module:
-    """open_clip's model of a published architecture (or of less depth), every weight random."""
+def open_clip_model(
+    name: str,
+    vision_layers: int | tuple[int, ...] | None = None,
+    text_layers: int | None = None,
+) -> nn.Module:
+    """open_clip's model of a published architecture, with random weights. `vision_layers` and
+    `text_layers` are for a model of less depth."""
     sizes = ARCHITECTURES[name]
     vision = {
         "layers": vision_layers or sizes["vision_layers"],
@@ -31,7 +36,8 @@ def open_clip_model(name: str, vision_layers=None, text_layers: int | None = Non
 
 
 def disturb(model: nn.Module) -> None:
-    """Move what initialisation leaves at zero or one, so that no weight is without effect."""
+    """Add noise to biases and norms. They start at zero and one, where an error in their use would
+    not show."""
     with torch.no_grad():
         for key, tensor in model.state_dict().items():
             if key.endswith("running_var"):
@@ -41,7 +47,7 @@ def disturb(model: nn.Module) -> None:
 
 
 def transformers_model(weights: dict[str, Tensor]) -> CLIPModel:
-    """transformers' ViT CLIP with these weights."""
+    """transformers' CLIP with these weights, whose image tower is a ViT."""
     width, _, patch, _ = weights["visual.conv1.weight"].shape
     side = int((len(weights["visual.positional_embedding"]) - 1) ** 0.5) * patch
     text_width = len(weights["ln_final.weight"])
@@ -70,7 +76,7 @@ def transformers_model(weights: dict[str, Tensor]) -> CLIPModel:
 
 
 def to_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Published keys -> transformers' keys; works for gradients as well as for weights."""
+    """Weights, or their gradients, with the published keys -> the same with transformers' keys."""
     renamed = {
         "logit_scale": weights["logit_scale"],
         "visual_projection.weight": weights["visual.proj"].T,

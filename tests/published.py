@@ -1,4 +1,4 @@
-"""Weights files in the format in which OpenAI published theirs."""
+"""Weights files in the format of those that OpenAI published."""
 
 from pathlib import Path
 
@@ -9,14 +9,14 @@ BUFFERS = ("input_resolution", "context_length", "vocab_size")
 
 
 class Part(nn.Module):
-    """A module that holds what it is given; TorchScript wants a forward."""
+    """An empty module to put weights into. TorchScript asks for a `forward`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x
 
 
 def save_published(weights: dict[str, Tensor], path: Path) -> Path:
-    """A TorchScript archive with float16 weights and the three extra buffers."""
+    """Write a TorchScript archive with float16 weights and three extra buffers; return `path`."""
     root = Part()
     for key, tensor in weights.items():
         *parents, name = key.split(".")

@@ -1,1 +1,1 @@
-"""Everything between a weights file and a state dict."""
+"""Weights files: where they come from, how they are read, and which model they fit."""

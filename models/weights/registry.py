@@ -1,12 +1,13 @@
-"""The published models: their names, sizes, addresses and digests."""
+"""The models with a name: their architectures, and the addresses and digests of their weights."""
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 BASE_URL = "https://openaipublic.azureedge.net/clip/models"
-CONTEXT_LENGTH = 77
+CONTEXT_LENGTH = 77  # tokens
 
-SHA256 = {
+SHA256 = {  # of the published weights files, in hexadecimal
     "RN50": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
     "RN101": "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599",
     "RN50x4": "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd",
@@ -19,7 +20,15 @@ SHA256 = {
 }
 
 
-def _architecture(embed, resolution, layers, width, patch, text_width, text_layers=12) -> dict:
+def _architecture(
+    embed: int,
+    resolution: int,
+    layers: int | tuple[int, int, int, int],
+    width: int,
+    patch: int | None,
+    text_width: int,
+    text_layers: int = 12,
+) -> dict[str, Any]:
     return {
         "embed_dim": embed,
         "image_resolution": resolution,
@@ -34,6 +43,7 @@ def _architecture(embed, resolution, layers, width, patch, text_width, text_laye
     }
 
 
+# The arguments of `CLIP` for each model (Radford et al. 2021, tables 19 and 20).
 ARCHITECTURES = {
     "RN50": _architecture(1024, 224, (3, 4, 6, 3), 64, None, 512),
     "RN101": _architecture(512, 224, (3, 4, 23, 3), 64, None, 512),
@@ -44,7 +54,7 @@ ARCHITECTURES = {
     "ViT-B/16": _architecture(512, 224, 12, 768, 16, 512),
     "ViT-L/14": _architecture(768, 224, 24, 1024, 14, 768),
     "ViT-L/14@336px": _architecture(768, 336, 24, 1024, 14, 768),
-    # Ours: small enough to train on a CPU in minutes; there are no published weights for it.
+    # This project's own: it trains on a CPU in minutes. It has no published weights.
     "ViT-demo": _architecture(256, 64, 3, 192, 16, 128, text_layers=3),
 }
 
@@ -55,17 +65,18 @@ def available_models() -> list[str]:
 
 
 def near_names(name: str, known: Iterable[str]) -> str:
-    """`; did you mean ...?` for the known names that are much like `name`, whatever their case."""
+    """The end of an error message, "; did you mean ...?", with the `known` names that are similar
+    to `name`, upper and lower case being the same; empty if there are none."""
     by_lower = {known_name.lower(): known_name for known_name in known}
     near = difflib.get_close_matches(name.lower(), by_lower, cutoff=0.7)
     return f"; did you mean {' or '.join(by_lower[match] for match in near)}?" if near else ""
 
 
 def weights_url(name: str) -> str:
-    """Where the published weights of `name` are; the folder is the file's SHA-256."""
+    """The web address of the published weights. It contains the SHA-256 of the file."""
     return f"{BASE_URL}/{SHA256[name]}/{weights_filename(name)}"
 
 
 def weights_filename(name: str) -> str:
-    """The published file's name: `ViT-L/14@336px` -> `ViT-L-14-336px.pt`."""
+    """The name of a model's weights file: `ViT-L/14@336px` -> `ViT-L-14-336px.pt`."""
     return name.replace("/", "-").replace("@", "-") + ".pt"

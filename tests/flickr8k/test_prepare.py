@@ -1,4 +1,4 @@
-"""Small copies of Flickr8k, built here with the standard library in every format it comes in."""
+"""flickr8k/prepare.py, on small copies of Flickr8k in every format, which are built here."""
 
 import csv
 import functools
@@ -29,7 +29,7 @@ SPLITS = {
     "test": ["90_i.jpg", "80_h.jpg"],
 }
 UNLISTED = ["99_in_no_split.jpg"]
-STRAY = "20_b.jpg.1"  # captions of an image that does not exist, as in the official file
+STRAY = "20_b.jpg.1"  # has captions but is no image; the official file contains such a name
 NAMES = [name for names in SPLITS.values() for name in names]
 LISTS = {"train": "trainImages", "val": "devImages", "test": "testImages"}
 
@@ -117,7 +117,7 @@ def as_zip(path, files):
 
 
 def register(monkeypatch, *zips):
-    """Let the official MD5 of these zips be the one they have."""
+    """Make the MD5s of these zips the official ones."""
     for path in zips:
         monkeypatch.setitem(module.MD5, path.name, hashlib.md5(path.read_bytes()).hexdigest())
 
@@ -148,7 +148,7 @@ def read_entries(root, split):
 
 
 def check(root):
-    """That `root` holds the listed images and their captions, and nothing else."""
+    """Assert that `root` holds the images in `SPLITS` with their captions, and nothing else."""
     annotations = {f"en_{split}.json" for split in SPLITS}
     written = {
         name: content for name, content in files_of(root).items() if "downloads/" not in name
@@ -163,7 +163,8 @@ def check(root):
         assert captions == {f"images/{name}": CAPTIONS[name] for name in names}
 
 
-def source_of(name, folder, monkeypatch):
+def sources_of(name, folder, monkeypatch):
+    """Write the sources of a test case to `folder`, and return their paths."""
     if name == "official zips":
         return official_zips(folder, monkeypatch)
     if name == "folder of official zips":
@@ -209,7 +210,7 @@ def source_of(name, folder, monkeypatch):
     ],
 )
 def test_every_format_gives_the_same_set(name, tmp_path, monkeypatch, capsys):
-    sources = source_of(name, tmp_path / "source", monkeypatch)
+    sources = sources_of(name, tmp_path / "source", monkeypatch)
     before = files_of(tmp_path / "source")
     root = tmp_path / "flickr8k"
     counts = prepare(root, sources)
@@ -231,7 +232,7 @@ def test_formats_agree_byte_for_byte(tmp_path, monkeypatch):
     ]
     sets = []
     for number, name in enumerate(names):
-        sources = source_of(name, tmp_path / f"source{number}", monkeypatch)
+        sources = sources_of(name, tmp_path / f"source{number}", monkeypatch)
         prepare(tmp_path / str(number), sources)
         sets.append(files_of(tmp_path / str(number)))
     assert sets[0] == sets[1] == sets[2]
@@ -273,41 +274,41 @@ def test_any_line_survives_the_token_file(tmp_path_factory, texts):
 
 @pytest.fixture
 def release(tmp_path, monkeypatch):
-    """A local server of the official zips; yields the list of what was asked of it."""
+    """Serve the official zips on this machine, and yield the list of files that are requested."""
     official_zips(tmp_path / "server", monkeypatch)
-    asked = []
+    requested = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_):
-            asked.append(Path(self.path).name)
+            requested.append(Path(self.path).name)
 
     handler = functools.partial(Handler, directory=tmp_path / "server")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(module, "RELEASE", f"http://127.0.0.1:{server.server_port}")
-        yield asked
+        yield requested
         server.shutdown()
 
 
 def test_download(tmp_path, release):
     root = tmp_path / "flickr8k"
-    prepare(root, fetch=True)
+    prepare(root, download=True)
     check(root)
     assert sorted(release) == ["Flickr8k_Dataset.zip", "Flickr8k_text.zip"]
     times = times_of(root)
-    prepare(root, fetch=True)
+    prepare(root, download=True)
     assert times_of(root) == times
     (root / "downloads" / "Flickr8k_Dataset.zip").unlink()
-    prepare(root, fetch=True)
+    prepare(root, download=True)
     assert len(release) == 2
 
 
 def test_download_brings_only_what_the_sources_lack(tmp_path, release):
     root = tmp_path / "flickr8k"
-    prepare(root, [as_zip(tmp_path / "archive.zip", kaggle())], fetch=True)
+    prepare(root, [as_zip(tmp_path / "archive.zip", kaggle())], download=True)
     check(root)
     assert release == ["Flickr8k_text.zip"]
-    prepare(tmp_path / "other", [as_folder(tmp_path / "json", karpathy())], fetch=True)
+    prepare(tmp_path / "other", [as_folder(tmp_path / "json", karpathy())], download=True)
     check(tmp_path / "other")
     assert release == ["Flickr8k_text.zip", "Flickr8k_Dataset.zip"]
 
@@ -315,7 +316,7 @@ def test_download_brings_only_what_the_sources_lack(tmp_path, release):
 def test_another_set_is_noticed_before_the_images_are_downloaded(tmp_path, release):
     as_folder(tmp_path / "flickr8k", {"en_test.json": b"[]"})
     with pytest.raises(InputError, match=r"en_test\.json.*--output"):
-        prepare(tmp_path / "flickr8k", fetch=True)
+        prepare(tmp_path / "flickr8k", download=True)
     assert release == ["Flickr8k_text.zip"]
 
 
@@ -330,7 +331,7 @@ def test_sources_may_lie_in_the_output_folder(tmp_path):
     assert all((tmp_path / "images" / n).read_bytes() == IMAGES[n] for n in NAMES)
 
 
-def test_images_in_place_need_no_source(tmp_path):
+def test_images_that_are_there_need_no_source(tmp_path):
     as_folder(tmp_path / "flickr8k" / "images", {name: IMAGES[name] for name in NAMES})
     source = as_folder(tmp_path / "json", karpathy())
     prepare(tmp_path / "flickr8k", [source])
@@ -406,7 +407,7 @@ def without(files, *names):
     return {name: content for name, content in files.items() if Path(name).name not in names}
 
 
-def doubled(content):
+def with_an_image_added(content):
     return content + NAMES[0].encode()
 
 
@@ -427,7 +428,10 @@ UNUSABLE = {
         changed(OFFICIAL, TOKENS, lambda c: c.replace(NAMES[1].encode(), b"other.jpg")),
         [NAMES[1], "no caption"],
     ),
-    "an image in two splits": (changed(OFFICIAL, DEV, doubled), [NAMES[0], "2 times"]),
+    "an image in two splits": (
+        changed(OFFICIAL, DEV, with_an_image_added),
+        [NAMES[0], "2 times"],
+    ),
     "a list missing": (without(OFFICIAL, DEV), [DEV, "Flickr8k_text.zip"]),
     "a list empty": (changed(OFFICIAL, DEV, lambda c: b"\n"), ["no images for val"]),
     "no tab": (changed(OFFICIAL, TOKENS, lambda c: b"a.jpg#0 caption\n" + c), [TOKENS, "line 1"]),
@@ -498,7 +502,7 @@ def test_damage_inside_a_zip_is_found(tmp_path):
     assert files_of(root) == {f"images/{name}": IMAGES[name] for name in NAMES[:2]}
 
 
-def test_odd_counts_are_told(tmp_path, capsys):
+def test_unusual_counts_give_a_warning(tmp_path, capsys):
     text = changed(OFFICIAL, TOKENS, lambda c: c + f"{NAMES[0]}#5\tA sixth .\n".encode())
     prepare(tmp_path / "flickr8k", [as_folder(tmp_path / "source", text)])
     said = capsys.readouterr().err

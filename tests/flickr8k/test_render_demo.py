@@ -1,4 +1,8 @@
-"""The demo set: its captions, read by this file's own vocabulary, against its pixels."""
+"""The demo set: the pixels of an image show what its captions say.
+
+Both are read here without the renderer's code: captions with a vocabulary of their own, pixels with
+definitions of the colours and shapes.
+"""
 
 import json
 import re
@@ -73,14 +77,15 @@ CHINESE = {
 
 
 def read_caption(caption, language):
-    """{attribute: value} by the words in the caption; a row or column not named is the middle."""
+    """{attribute: value} that a caption names. A row or column that it does not name is the middle
+    one."""
     vocabulary, pattern = {"en": (ENGLISH, r"\b(?:{})\b"), "cn": (CHINESE, r"(?:{})")}[language]
     content = {}
     for attribute, values in vocabulary.items():
         named = [v for v, words in values.items() if re.search(pattern.format(words), caption)]
         if not named and attribute in ("row", "column"):
             named = ["middle"]
-        assert len(named) == 1, f"{attribute} is not plain in {caption!r}: {named}"
+        assert len(named) == 1, f"{attribute} is not clear from {caption!r}: {named}"
         content[attribute] = named[0]
     return content
 
@@ -109,10 +114,11 @@ def background_name(rgb):
 
 
 def shapes_by_definition(n=48):
-    """{shape: bool [n, n]}: which points of the bounding box [-1, 1]^2 lie inside (y is down)."""
+    """{shape: bool [n, n]}: which points of its bounding box, [-1, 1]^2 with y down, lie inside."""
     x, y = np.meshgrid(*[(np.arange(n) + 0.5) / n * 2 - 1] * 2)
     radius = np.hypot(x, y)
-    # A star's ten sides are one side, mirrored: from a tip to the notch 36 degrees further on.
+    # The ten sides of a star are turned or mirrored copies of one side, which goes from a tip to
+    # the notch 36 degrees further on.
     lowest = np.cos(np.radians(36))
     star_x, star_y = x * np.sin(np.radians(72)), (y + 1) / 2 * (lowest + 1) - 1
     turn = np.radians(72)
@@ -137,7 +143,7 @@ DEFINITIONS = shapes_by_definition()
 
 
 def read_pixels(path):
-    """The same {attribute: value} from the picture alone."""
+    """{attribute: value} that an image shows."""
     with Image.open(path) as image:
         assert image.size == (64, 64) and image.mode == "RGB"
         pixels = np.asarray(image).astype(int)
@@ -168,7 +174,7 @@ def read_pixels(path):
 
 
 def read_set(root, language):
-    """All entries of both splits, checked for their counts."""
+    """The entries of both splits. Their numbers are checked."""
     entries = []
     for split, count in SPLITS.items():
         part = json.loads((root / f"{language}_{split}.json").read_text("utf-8"))
@@ -186,7 +192,7 @@ def demo(tmp_path_factory):
     return render_demo(tmp_path_factory.mktemp("set") / "demo")
 
 
-def test_files_are_exactly_those_annotated(demo):
+def test_there_are_annotations_for_each_image_and_no_other_files(demo):
     images = [entry["image"] for entry in read_set(demo, "en")]
     assert images == [entry["image"] for entry in read_set(demo, "cn")]
     annotations = [f"{lang}_{split}.json" for lang in ("en", "cn") for split in SPLITS]
@@ -195,7 +201,7 @@ def test_files_are_exactly_those_annotated(demo):
 
 
 @pytest.mark.parametrize("language", ["en", "cn"])
-def test_captions_identify_their_image(demo, language):
+def test_each_caption_describes_one_image_only(demo, language):
     captions, contents = [], []
     for entry in read_set(demo, language):
         assert len(entry["caption"]) == 5

@@ -1,4 +1,4 @@
-"""Preprocessing against torchvision's and open_clip's, and the files that people really have."""
+"""Preprocessing compared with torchvision and open_clip, and all kinds of image files."""
 
 import contextlib
 import io
@@ -21,7 +21,7 @@ from script_runs import ROOT
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 
 from models.errors import InputError
-from models.preprocess import STRIP, Preprocess, normalize, open_image, pixels
+from models.preprocess import MAX_ASPECT_RATIO, Preprocess, normalize, open_image, pixels
 
 SHARED = ROOT.parent / "shared"
 
@@ -46,7 +46,7 @@ def encoded(image: Image.Image, format: str, **options) -> bytes:
     return buffer.getvalue()
 
 
-# --- the arithmetic -------------------------------------------------------------------------------
+# --- pixels and normalisation ---------------------------------------------------------------------
 
 sizes = st.integers(1, 700)
 
@@ -57,20 +57,20 @@ sizes = st.integers(1, 700)
 @example(width=224, height=224, side=224)
 @example(width=1, height=1, side=224)
 @example(width=3, height=700 // 3, side=64)
-@example(width=STRIP, height=1, side=31)
-@example(width=1, height=STRIP, side=31)
+@example(width=MAX_ASPECT_RATIO, height=1, side=31)
+@example(width=1, height=MAX_ASPECT_RATIO, side=31)
 @example(width=427, height=640, side=288)
 @example(width=375, height=500, side=336)
-def test_pixels_are_those_of_torchvision(width, height, side):
-    assume(max(width, height) <= STRIP * min(width, height))
+def test_pixels_equal_torchvision(width, height, side):
+    assume(max(width, height) <= MAX_ASPECT_RATIO * min(width, height))
     image = Image.fromarray(noise(width, height))
     assert torch.equal(pixels(image, side), torchvision_pixels(side)(image))
 
 
 @pytest.mark.parametrize("size", [(10_000, 10), (10, 10_000), (3, 605), (401, 2)])
-def test_strips_come_out_as_if_resized_whole(size):
-    """Within rounding, on a picture without noise: Pillow may resize height and width in another
-    order."""
+def test_narrow_images_come_out_as_if_resized_whole(size):
+    """They may differ by rounding, because Pillow may resize height and width in another order. The
+    picture is smooth, so that the order makes no larger difference."""
     x, y = np.meshgrid(*(np.linspace(0, 9, n) for n in size))
     waves = np.stack([np.sin(x + y), np.cos(2 * x), np.sin(3 * y)], -1)
     image = Image.fromarray((127.5 * (waves + 1)).round().astype(np.uint8))
@@ -78,8 +78,8 @@ def test_strips_come_out_as_if_resized_whole(size):
     assert difference.abs().max() <= 1
 
 
-def test_strip_is_not_enlarged_as_a_whole():
-    """Resized whole this one would be 224 x 67,200,000 pixels."""
+def test_a_narrow_image_is_not_resized_whole():
+    """This image would have 224 x 67,200,000 pixels, which do not fit into memory."""
     image = Image.new("RGB", (1, 300_000), (1, 2, 3))
     assert pixels(image, 224).flatten(1).unique(dim=1).flatten().tolist() == [1, 2, 3]
 
@@ -87,7 +87,7 @@ def test_strip_is_not_enlarged_as_a_whole():
 @settings(max_examples=25, deadline=None)
 @given(width=sizes, height=sizes, mode=st.sampled_from(["RGB", "L"]))
 def test_preprocess_equals_open_clip(width, height, mode):
-    assume(max(width, height) <= STRIP * min(width, height))
+    assume(max(width, height) <= MAX_ASPECT_RATIO * min(width, height))
     image = Image.fromarray(noise(width, height)).convert(mode)
     assert torch.equal(Preprocess(224)(image), open_clip_transform(224)(image))
 
@@ -119,7 +119,7 @@ def test_normalize_in_float64():
     assert torch.equal(normalize(images[0]), result[0])
 
 
-def test_preprocess_says_what_it_is():
+def test_preprocess_repr_and_equality():
     assert repr(Preprocess(224)) == "Preprocess(side=224)"
     assert Preprocess(224) == Preprocess(224) != Preprocess(336)
 
@@ -134,7 +134,7 @@ def test_torchvision_is_not_imported():
 
 @pytest.fixture
 def picture() -> np.ndarray:
-    """Red above green, and blue above yellow to their right, 12 wide and 8 high."""
+    """12 pixels wide and 8 high: on the left red above green, on the right blue above yellow."""
     image = np.zeros((8, 12, 3), np.uint8)
     image[:4, :6], image[4:, :6] = (255, 0, 0), (0, 255, 0)
     image[:4, 6:], image[4:, 6:] = (0, 0, 255), (255, 255, 0)
@@ -142,7 +142,7 @@ def picture() -> np.ndarray:
 
 
 def opened(tmp_path: Path, content: bytes, name: str = "image.jpg") -> np.ndarray:
-    """What `open_image` makes of a file, as an array; it is plain RGB."""
+    """The RGB image, as an array, that `open_image` reads from a file with this content."""
     file = tmp_path / name
     file.write_bytes(content)
     image = open_image(file)
@@ -151,7 +151,7 @@ def opened(tmp_path: Path, content: bytes, name: str = "image.jpg") -> np.ndarra
 
 
 @pytest.mark.parametrize("format", ["png", "webp", "bmp", "tiff", "gif", "ppm"])
-def test_format_is_told_by_content(tmp_path, picture, format):
+def test_format_is_recognised_by_content(tmp_path, picture, format):
     options = {"lossless": True} if format == "webp" else {}
     content = encoded(Image.fromarray(picture), format, **options)
     assert (opened(tmp_path, content, "image.jpg") == picture).all()
@@ -172,8 +172,8 @@ def test_16_bit_grey_is_scaled(tmp_path, format):
 
 @pytest.mark.parametrize(("colour_type", "channels"), [(2, 3), (4, 2), (6, 4)])
 def test_16_bit_colour_keeps_its_upper_8_bits(tmp_path, colour_type, channels):
-    """Pillow writes no such PNG, so it is put together here from the PNG specification, section 5:
-    RGB, grey with alpha, RGB with alpha."""
+    """RGB, grey with alpha, and RGB with alpha. Pillow cannot write such a PNG, so it is built here
+    as section 5 of the PNG specification says."""
     samples = np.random.default_rng(0).integers(0, 65536, (8, 12, channels), dtype=np.uint16)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
     header = struct.pack(">IIBBBBB", 12, 8, 16, colour_type, 0, 0, 0)
@@ -185,7 +185,7 @@ def test_16_bit_colour_keeps_its_upper_8_bits(tmp_path, colour_type, channels):
     assert (opened(tmp_path, content) == colours >> 8).all()
 
 
-def test_32_bit_grey_keeps_16_bits():
+def test_32_bit_grey_is_cut_to_16_bits():
     grey = np.array([[-5, 0], [65535, 1 << 24]], np.int32)
     image = Image.fromarray(grey)
     assert image.mode == "I"
@@ -227,8 +227,8 @@ def test_animation_gives_its_first_frame(tmp_path, picture):
     assert (opened(tmp_path, content) == picture).all()
 
 
-# What a camera stores of an upright picture when held in each of the eight ways, as EXIF 2.32
-# section 4.6.4 defines them by where row 0 and column 0 of the stored picture are to be seen.
+# How an upright picture is stored, for each of the eight orientations. Section 4.6.4 of EXIF 2.32
+# defines them by the sides of the upright picture that become row 0 and column 0.
 STORED = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -243,7 +243,7 @@ STORED = {
 
 @pytest.mark.parametrize("orientation", STORED)
 @pytest.mark.parametrize("format", ["png", "webp", "tiff"])
-def test_exif_orientation_is_upright(tmp_path, picture, orientation, format):
+def test_exif_orientation_is_applied_once(tmp_path, picture, orientation, format):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](picture)))
@@ -256,7 +256,7 @@ def test_exif_orientation_is_upright(tmp_path, picture, orientation, format):
     assert torch.equal(once, Preprocess(8)(open_image(tmp_path / "image.jpg")))
 
 
-def test_broken_exif_is_passed_over(tmp_path, picture):
+def test_broken_exif_is_ignored(tmp_path, picture):
     content = encoded(Image.fromarray(picture), "png", exif=b"Exif\0\0nonsense")
     assert (opened(tmp_path, content) == picture).all()
 
@@ -272,6 +272,7 @@ def test_tilde_is_the_home_folder(tmp_path, picture, monkeypatch):
 
 
 def refusal(file: Path) -> str:
+    """The message with which `open_image` refuses a file: one line that begins with its name."""
     with pytest.raises(InputError) as caught:
         open_image(file)
     assert str(caught.value).startswith(f"{file}: ")
@@ -298,15 +299,15 @@ def test_missing_file_folder_and_impossible_names(tmp_path):
         *((content, "another file") for content in (b"hello", b"\xff\xd8\xff", b"{}" * 1000)),
     ],
 )
-def test_no_image(tmp_path, content, what):
+def test_a_file_that_is_no_image_is_described(tmp_path, content, what):
     file = tmp_path / "image.jpg"
     file.write_bytes(content)
     assert "not an image" in refusal(file) and what in refusal(file)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Ghostscript is played by a shell script")
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script stands in for Ghostscript")
 def test_postscript_is_not_run(tmp_path, monkeypatch):
-    """Pillow would hand such a file, whatever its name, to Ghostscript."""
+    """Pillow would start Ghostscript for such a file, even if its name ends with .jpg."""
     ghostscript, trace = tmp_path / "gs", tmp_path / "trace"
     ghostscript.write_text(f"#!/bin/sh\necho run >> '{trace}'\nexit 1\n")
     ghostscript.chmod(0o755)
@@ -342,7 +343,7 @@ def test_truncated_image(tmp_path, format):
 
 
 def test_decompression_bomb(tmp_path):
-    """A small file that says it has 2^36 pixels."""
+    """A small file whose header says that it has 2^36 pixels."""
     content = encoded(Image.new("1", (1, 1)), "bmp")
     side = (1 << 18).to_bytes(4, "little")
     file = tmp_path / "image.bmp"
@@ -350,9 +351,9 @@ def test_decompression_bomb(tmp_path):
     assert "bomb" in refusal(file)
 
 
-TURNED = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
-WHOLE = {
-    format: encoded(Image.fromarray(noise(20, 10)), format, exif=TURNED)
+EXIF_ORIENTATION_6 = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+UNDAMAGED = {
+    format: encoded(Image.fromarray(noise(20, 10)), format, exif=EXIF_ORIENTATION_6)
     for format in ("jpeg", "png", "gif", "webp", "tiff", "bmp")
 }
 
@@ -361,14 +362,14 @@ WHOLE = {
     suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300
 )
 @given(
-    format=st.sampled_from(sorted(WHOLE)),
+    format=st.sampled_from(sorted(UNDAMAGED)),
     keep=st.floats(0, 1),
     changes=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=4),
     header=st.booleans(),
 )
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_files_are_read_or_refused(tmp_path, format, keep, changes, header):
-    content = bytearray(WHOLE[format])
+    content = bytearray(UNDAMAGED[format])
     reach = min(64, len(content)) if header else len(content)
     for place, value in changes:
         content[int(place * (reach - 1))] = value

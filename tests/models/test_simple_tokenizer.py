@@ -1,4 +1,4 @@
-"""The tokenizer against open_clip's and transformers', id for id."""
+"""The tokenizer compared with those of open_clip and transformers, id for id."""
 
 import json
 import random
@@ -21,11 +21,12 @@ from models.simple_tokenizer import clean
 SHARED = ROOT.parent / "shared" / "flickr8k"
 START, END = 49406, 49407
 SPECIAL = ("<|startoftext|>", "<|endoftext|>", "<start_of_text>", "<end_of_text>")
-# open_clip makes special tokens of these where they stand in a text; here they are text.
+# open_clip makes special tokens from these even if they are part of a text. Ours does not.
 OPEN_CLIP_SPECIAL = re.compile("<(start|end)_of_text>", re.IGNORECASE)
 
 
 def captions(*files: str) -> list[str]:
+    """All captions in annotation files of Flickr8k; the test is skipped if they are not there."""
     if not SHARED.exists():
         pytest.skip("needs Flickr8k")
     entries = [e for file in files for e in json.loads((SHARED / file).read_text("utf-8"))]
@@ -45,7 +46,7 @@ def reference():
 @pytest.fixture(scope="module")
 def transformers_tokenizer(ours, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    merges = "\n".join(" ".join(merge) for merge in ours.ranks)
+    merges = "\n".join(" ".join(merge) for merge in ours.priorities)
     (folder / "vocab.json").write_text(json.dumps(ours.encoder), encoding="utf-8")
     (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
     return CLIPTokenizer.from_pretrained(folder)
@@ -55,13 +56,14 @@ def test_vocabulary(ours, reference):
     assert ours.decoder[:START] == [reference.decoder[i] for i in range(START)]
     assert len(ours.decoder) == len(ours.encoder) == reference.vocab_size
     assert (ours.start_of_text, ours.end_of_text) == (START, END)
-    assert ours.ranks == reference.bpe_ranks
+    assert ours.priorities == reference.bpe_ranks
 
 
 # --- encode ---------------------------------------------------------------------------------------
 
-# Case folding, kinds of space, combining marks, contractions, entities, mended mojibake.
-odd = st.sampled_from(
+# Letters with unusual lower case, white space, combining marks, contractions, HTML entities,
+# special tokens, and text in the wrong encoding, which ftfy mends.
+unusual = st.sampled_from(
     [
         *("İ", "ı", "ſ", "'ſ", "\u212a", "ß", "ẞ", "Σς", "\u0345", "e\u0301", "١²½ⅷ", "ﬁ"),
         *("\x1c", "\x1f", "\x85", "\xa0", "\u180e", "\u200b", "\u2028", "\u3000", "\ufeff", "\0"),
@@ -70,7 +72,7 @@ odd = st.sampled_from(
         *("<start_of_text", "end_of_text>", "<|", "|>"),
     ]
 )
-texts = st.lists(odd | st.text(max_size=6) | st.characters(categories=None), max_size=20)
+texts = st.lists(unusual | st.text(max_size=6) | st.characters(categories=None), max_size=20)
 texts = texts.map("".join)
 
 
@@ -89,8 +91,9 @@ def test_encode_equals_open_clip_on_long_words(ours, reference, text):
     assert ours.encode(text) == reference.encode(text)
 
 
-def test_a_page_without_spaces(ours):
-    """Such a word holds thousands of different merges; a pass over it for each takes too long."""
+def test_a_page_without_spaces_does_not_take_long(ours):
+    """It is one word with thousands of different merges. To go through the whole word for each of
+    them would take too long."""
     page = "".join(random.Random(0).choices(string.ascii_lowercase, k=200_000))
     assert ours.decode(ours.encode(page)) == page + " "
     tokens = tokenize("狗" + page, truncate=True)
@@ -98,7 +101,7 @@ def test_a_page_without_spaces(ours):
     assert tokens[0, -1] == END
 
 
-def test_tokens_of_transformers(ours, transformers_tokenizer):
+def test_encode_equals_transformers_on_captions(ours, transformers_tokenizer):
     english = captions("en_val.json")
     expected = transformers_tokenizer(english)["input_ids"]
     assert [[START, *ours.encode(text), END] for text in english] == expected
@@ -112,7 +115,7 @@ def test_special_tokens_are_not_made_from_text(ours, literal):
     assert not {START, END} & set(ids)
     assert not {START, END} & set(ours.encode(f"{before}{literal}{after}"))
     row = tokenize(f"{before} {literal} {after}")[0]
-    assert row.argmax() == len(ids) + 1  # where the text tower takes the feature
+    assert row.argmax() == len(ids) + 1  # where the text tower is pooled
 
 
 zeros_and_digits = st.tuples(
@@ -128,7 +131,7 @@ zeros_and_digits = st.tuples(
 @example(parts=("&#", 5000, "233", ";"))
 @example(parts=("&amp;#", 0, "9" * 5000, ";"))
 def test_character_references_of_any_length(ours, reference, parts):
-    """open_clip's, with Python's limit on the digits of a number lifted."""
+    """Compared with open_clip, for which Python's limit on the digits of a number is lifted."""
     start, zeros, digits, end = parts
     text = f"a{start}{'0' * zeros}{digits}{end}b"
     ids = ours.encode(text)
@@ -147,7 +150,7 @@ def test_character_references_of_any_length(ours, reference, parts):
 @given(text=texts)
 def test_decode_equals_open_clip(ours, reference, text):
     ids = ours.encode(text)
-    if "</w>" not in clean(text):  # which open_clip takes for its end-of-word mark
+    if "</w>" not in clean(text):  # open_clip takes it for the mark at the end of a word
         assert ours.decode(ids) == reference.decode(ids)
 
 
@@ -186,14 +189,14 @@ def test_tokenize_start_end_and_padding(ours):
         assert row == ids + [0] * (77 - len(ids))
 
 
-def test_tokenize_one_string_none_and_other_lengths():
+def test_tokenize_takes_a_string_a_tuple_or_no_text():
     assert torch.equal(tokenize("two dogs"), tokenize(["two dogs"]))
     assert torch.equal(tokenize(("two dogs",), context_length=9), tokenize("two dogs")[:, :9])
     assert tokenize([]).shape == (0, 77)
 
 
 @pytest.mark.parametrize("context_length", [4, 77])
-def test_text_fits_or_is_cut(ours, context_length):
+def test_a_text_that_is_too_long_is_refused_or_cut(ours, context_length):
     words = context_length - 2
     assert tokenize("dog " * words, context_length)[0, -1] == END
     long = "dog " * (words + 1)
@@ -214,6 +217,6 @@ def test_too_long_text_is_named():
 
 
 @pytest.mark.parametrize("wrong", [None, 3, b"a dog", ["a dog"], float("nan")])
-def test_what_is_no_text_is_named(wrong):
+def test_a_text_that_is_no_string_is_named(wrong):
     with pytest.raises(InputError, match=f"text 1 is {type(wrong).__name__}, not a string"):
         tokenize(["a dog", wrong])

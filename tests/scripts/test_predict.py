@@ -46,7 +46,8 @@ def photo(work):
 
 
 def test_zero_shot_prints_the_probabilities_of_the_labels(work):
-    """The owner's three lines; probabilities as a softmax of the logits, computed here anew."""
+    """It prints three lines in a format that must stay. The probabilities are the softmax of the
+    logits, computed once more here."""
     weights = work / "logs" / "a run" / "weights" / "best_epoch_weights.pth"
     image = ROOT / "R_mAP.png"
     done = run_script("predict_zero_shot.py", image, "--weights", weights, cwd=work)
@@ -72,7 +73,7 @@ def test_zero_shot_prints_the_probabilities_of_the_labels(work):
         assert f", {np.float32(p)!s})" in third
 
 
-def test_zero_shot_reads_a_published_archive_and_labels_of_ones_own(work, photo):
+def test_zero_shot_takes_a_published_archive_any_labels_and_any_file_name(work, photo):
     torch.manual_seed(1)
     archive = save_published(create_model("ViT-demo").state_dict(), work / "published.pt")
     odd = work / "ein Bild 图片.png"
@@ -124,7 +125,7 @@ def test_predict_asks_for_images_until_an_empty_line(work, photo):
 
 @pytest.fixture
 def error_of(work, monkeypatch, capsys):
-    """What a script's main() ends on when it is called in the folder of the run."""
+    """A function that calls a script's main() in the folder `work`; it returns the message."""
 
     def call(main: Callable[[], None], *arguments: object) -> str:
         monkeypatch.chdir(work)
@@ -139,7 +140,7 @@ def error_of(work, monkeypatch, capsys):
     return call
 
 
-def test_what_cannot_be_predicted_ends_in_one_line(work, tmp_path):
+def test_unusable_images_and_a_missing_run_end_in_one_line(work, tmp_path):
     (work / "text.png").write_text("no image")
     assert "text.png: not an image" in error_line("predict.py", "text.png", cwd=work)
     assert "nowhere.png" in error_line("predict_zero_shot.py", "nowhere.png", cwd=work)
@@ -154,21 +155,24 @@ def test_what_cannot_be_predicted_ends_in_one_line(work, tmp_path):
         (["--text", "a", "--captions_file", "b.txt"], "--captions_file: not allowed with .*--text"),
         (["--captions_file", "gone.txt"], "gone.txt: cannot be read"),
         (["--captions_file", "none.txt"], "none.txt: no captions in it"),
-        (["--weights", "alone.pth"], "alone.pth: lies in no run .* --text or --captions_file"),
+        (
+            ["--weights", "alone.pth"],
+            "alone.pth: does not belong to a run of train.py.* --text or --captions_file",
+        ),
         (["--weights", "ViT-B/33"], "ViT-B/33: neither a file nor .* the names are RN50, RN101"),
         (["--weights", ""], "--weights: the path is empty"),
         (["--text", "a", "--output", "ranking.xyz"], "ranking.xyz: no format .* png"),
         (["--device", "gpu"], "--device gpu: no such device; try cpu"),
     ],
 )
-def test_predict_names_what_it_cannot_use(work, photo, error_of, arguments, message):
+def test_predict_names_the_argument_that_it_cannot_use(work, photo, error_of, arguments, message):
     (work / "none.txt").write_text("\n")
     weights = work / "logs" / "a run" / "weights" / "best_epoch_weights.pth"
     (work / "alone.pth").write_bytes(weights.read_bytes())
     assert re.search(message, error_of(predict.main, photo, *arguments))
 
 
-def test_predict_looks_at_the_image_before_weights_and_captions(error_of, work):
+def test_predict_reads_the_image_before_weights_and_captions(error_of, work):
     weights = work / "broken.pth"
     weights.write_text("no weights")
     arguments = ("nowhere.png", "--weights", weights)
@@ -204,12 +208,12 @@ def test_predict_takes_the_captions_of_all_languages_of_its_run(work):
         (["a dog", "word " * 99], "text 1 has 101 tokens, where 77 fit"),
     ],
 )
-def test_labels_that_give_no_probabilities_are_named(photo, error_of, labels, message):
+def test_unusable_labels_are_named(photo, error_of, labels, message):
     assert message in error_of(predict_zero_shot.main, photo, "--labels", *labels)
 
 
 def test_predict_takes_any_path_and_the_home_folder(work, photo, monkeypatch):
-    """The tilde is quoted, or typed where no shell expands it."""
+    """Here no shell replaces the tilde: it is quoted, or typed when the script asks."""
     home = work / "home 家"
     home.mkdir()
     for variable in ("HOME", "USERPROFILE"):

@@ -418,7 +418,7 @@ def without(weights: dict, *prefixes: str) -> dict:
         (lambda w: {}, "its keys: none"),
         (
             lambda w: w | {"visual.positional_embedding": torch.zeros(16, 192)},
-            "15 places of an image are no square",
+            "the 15 positions in an image do not form a square",
         ),
         (
             lambda w: w | {"ln_final.weight": torch.zeros(100)},
