@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint as recomputed
+from torch.utils.checkpoint import checkpoint as recompute
 
 from models.errors import InputError
 from utils.machine.processes import ALONE, Processes
@@ -38,7 +38,7 @@ def contrastive_loss(
     everyones_texts = share.gather(text_features)
     starts = range(0, n, BLOCK)
     blocks = [
-        recomputed(
+        recompute(
             _negatives, image_features[i : i + BLOCK], everyones_texts, share.start + i, k,
             use_reentrant=False,
         )
