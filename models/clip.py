@@ -160,9 +160,9 @@ def build_model(state_dict: dict[str, Tensor], input_shape: int | None = None) -
     """A float32 CLIP in evaluation mode with these weights.
 
     The architecture is inferred from the shapes of the weights. `input_shape` is another image
-    resolution, in pixels: the positional embedding of the image tower is interpolated to it. Raises `InputError` if the weights are not those of a CLIP, listing
-    the missing, unknown and wrongly shaped keys; if they hold NaN or infinity; or if the model
-    cannot have that resolution.
+    resolution, in pixels: the positional embedding of the image tower is interpolated to it. Raises
+    `InputError` if the weights are not those of a CLIP, listing the missing, unknown and wrongly
+    shaped keys; if they hold NaN or infinity; or if the model cannot have that resolution.
     """
     architecture = infer_architecture(state_dict)
     weights = {key: t.float() if t.is_floating_point() else t for key, t in state_dict.items()}

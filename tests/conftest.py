@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 
 
@@ -9,3 +10,9 @@ def pytest_configure() -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the files that take longest, so that no worker has one left at the end."""
+    slow = [item.path for item in items if item.get_closest_marker("slow")]
+    items.sort(key=lambda item: -slow.count(item.path))

@@ -81,6 +81,8 @@ def _script(
         open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115
         for number, mode in enumerate("rww")
     )
+    # A new process would start its workers in the default way, which is first in this list.
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     os.chdir(cwd)
     sys.argv = [script, *map(str, arguments)]
     try:

@@ -51,34 +51,40 @@ def first_cells(printed: str) -> list[str]:
     return re.findall(r"^\| (.*?) +\|.*\|$", printed, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_train_step(rows, data):
     small = ["--model", "ViT-demo", "--layers", 1, "--batch_size", 4, 8, "--rounds", 1]
     printed = rows(train_step, "--data", data, *small, "--side", 64)
     assert printed.count("ours") == printed.count("transformers") == 2
 
 
+@pytest.mark.slow
 def test_text_encoding(rows, data):
     printed = rows(text_encoding, "--data", data, "--model", "ViT-demo", "--batch_size", 16)
     assert printed[2:] == ["ours", "open_clip", "open_clip, text cut", "transformers"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_evaluation(rows):
     printed = rows(evaluation, "--compared", 40, "--images", 60, "--rounds", 1)
     assert "a sort a query" in printed and "60 images, 300 captions" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_loss(rows):
     assert rows(loss, "--batch_size", 64, "--rounds", 1)[-2:] == ["ours", "open_clip"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
 def test_grad_cache(rows):
     printed = rows(grad_cache, "--model", "ViT-demo", "--batch_size", 8, "--chunk", 3, "--check", 7)
     assert printed[-2:] == ["batch 3", "batch 8 in chunks of 3"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="memory is read by wait4")
 def test_cold_start(tmp_path, data, capsys):
     archive = str(tmp_path / "archive.pt")
@@ -93,6 +99,7 @@ def test_cold_start(tmp_path, data, capsys):
     assert first_cells(printed)[2:] == ["ours", "open_clip"]
 
 
+@pytest.mark.slow
 def test_gpu(rows, data, monkeypatch):
     monkeypatch.setattr(gpu, "in_a_process", lambda function, *arguments: function(*arguments))
     small = ["--device", "cpu", "--tiny", "--models", "ViT-demo", "--no_compile", "--repeats", 2]

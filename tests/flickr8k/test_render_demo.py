@@ -213,6 +213,7 @@ def test_each_caption_describes_one_image_only(demo, language):
     assert len(set(contents)) == 2200
 
 
+@pytest.mark.slow
 def test_pixels_show_what_the_captions_say(demo):
     for entry, translated in zip(read_set(demo, "en"), read_set(demo, "cn"), strict=True):
         said = read_caption(entry["caption"][0], "en")

@@ -31,7 +31,13 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
+LARGE = {"ViT-B/32", "ViT-L/14@336px"}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in CASES],
+)
 def pair(request):
     """(our model, open_clip's model, images, tokens) of a case."""
     theirs = open_clip_model(request.param, **CASES[request.param])
@@ -275,6 +281,7 @@ def damaged_weights(draw):
     return weights
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(damaged_weights(), st.sampled_from([None, 64, 96]))
 def test_damaged_weights_give_a_working_model_or_a_one_line_error(weights, side):

@@ -31,6 +31,7 @@ def run(data, tmp_path_factory):
     return next((cwd / "logs").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
 def test_a_full_disk_stops_the_run_and_leaves_its_files_as_they_were(run, tmp_path):
     copy = tmp_path / "run"
@@ -83,6 +84,7 @@ def test_memory_that_is_full_names_the_arguments_that_help():
         raise RuntimeError("a bug")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 def test_a_killed_worker_ends_the_run_with_one_line(data, tmp_path):
     """An image that is a pipe nobody writes to would hold the worker; one that kills its reader
@@ -127,6 +129,7 @@ def test_check_data_lists_the_bad_images_of_both_splits(data, tmp_path):
     assert not (tmp_path / "logs").exists()
 
 
+@pytest.mark.slow
 def test_a_bad_training_image_is_named_and_the_run_goes_on_or_stops_if_strict(data, tmp_path):
     copy = tmp_path / "data"
     shutil.copytree(data, copy)

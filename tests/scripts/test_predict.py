@@ -212,6 +212,7 @@ def test_unusable_labels_are_named(photo, error_of, labels, message):
     assert message in error_of(predict_zero_shot.main, photo, "--labels", *labels)
 
 
+@pytest.mark.slow
 def test_predict_takes_any_path_and_the_home_folder(work, photo, monkeypatch):
     """Here no shell replaces the tilde: it is quoted, or typed when the script asks."""
     home = work / "home 家"

@@ -75,6 +75,7 @@ def assert_same_run(run, whole):
             assert torch.equal(found["optimizer"]["state"][number][key], value)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a fork server")
 def test_a_run_killed_again_and_again_ends_bit_for_bit_as_one_that_was_not(data, whole, tmp_path):
     moments = random.Random(0)
@@ -108,6 +109,7 @@ def test_a_run_killed_again_and_again_ends_bit_for_bit_as_one_that_was_not(data,
     assert_same_run(run, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_saves_and_names_the_command_that_goes_on(
@@ -136,11 +138,13 @@ def test_a_signal_ends_the_step_saves_and_names_the_command_that_goes_on(
     assert_same_run(run, whole)
 
 
+@pytest.mark.slow
 def test_a_run_that_has_ended_says_so(whole, tmp_path):
     done = run_script("train.py", "--resume_training", whole, cwd=tmp_path)
     assert "all 6 epochs" in done.stdout and "--epochs" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_version_says_so(whole, tmp_path):
     state = torch.load(whole / "weights" / "checkpoint.pth", weights_only=True)
     for version in (state["format"] - 1, state["format"] + 1):
@@ -149,6 +153,7 @@ def test_a_checkpoint_of_another_version_says_so(whole, tmp_path):
         assert "checkpoint.pth" in line and f"format {version}" in line
 
 
+@pytest.mark.slow
 def test_in_the_middle_of_an_epoch_the_batches_cannot_change(whole, tmp_path):
     state = torch.load(whole / "weights" / "checkpoint.pth", weights_only=True)
     torch.save(state | {"losses": [1.0]}, tmp_path / "checkpoint.pth")
@@ -158,6 +163,7 @@ def test_in_the_middle_of_an_epoch_the_batches_cannot_change(whole, tmp_path):
         assert changed[0] in line
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_own_data_alone_wherever_they_lie(data, whole, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole, run)

@@ -57,7 +57,7 @@ def shared_losses(processes):
     return [[tensor.numpy() for tensor in case] for case in results]
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_parts_of_the_loss_and_their_gradients_are_those_of_one_process(size):
     parts = in_processes(size, shared_losses)
     for case, (n, k, d) in enumerate(CASES):
@@ -86,7 +86,7 @@ def step_gradients(processes, data, chunk):
     return processes.sum(loss).item(), gradients
 
 
-@pytest.mark.parametrize("size, chunk", [(2, None), (3, 2)])
+@pytest.mark.parametrize("size, chunk", [(2, None), pytest.param(3, 2, marks=pytest.mark.slow)])
 def test_a_step_has_the_gradients_of_one_process_with_the_whole_batch(data, size, chunk):
     expected_loss, expected = step_gradients(ALONE, data, None)
     total = np.sqrt(sum(np.linalg.norm(g) ** 2 for g in expected.values()))
@@ -104,6 +104,7 @@ def scores(processes, data):
     return evaluate(model, dataset, 2, 0, Precision(CPU, use_amp=False), processes=processes)
 
 
+@pytest.mark.slow
 def test_sharded_evaluation_has_the_metrics_of_one_process(data):
     expected, expected_loss = scores(ALONE, data)
     for metrics, loss in in_processes(3, scores, data):
@@ -127,6 +128,7 @@ def read_rows(folder):
         return list(csv.DictReader(stream))
 
 
+@pytest.mark.slow
 def test_torchrun_trains_as_one_process_does(data, tmp_path):
     arguments = ["--epochs", "2", "--save_steps", "1", "--grad_cache", "3"]
     done = train_with(data, tmp_path, 2, "--log_dir", "two", *arguments)
@@ -141,6 +143,7 @@ def test_torchrun_trains_as_one_process_does(data, tmp_path):
             assert float(row[name]) == pytest.approx(float(expected[name]), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_an_error_on_every_rank_ends_the_job_with_its_line(data, tmp_path):
     done = train_with(data, tmp_path, 2, "--language", "cn", "--input_shape", "50")
     assert done.returncode != 0
@@ -148,6 +151,7 @@ def test_an_error_on_every_rank_ends_the_job_with_its_line(data, tmp_path):
     assert 'train.py", line' not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_job(data, tmp_path):
     """The second process kills itself in its first step, as a machine that runs out of memory does
     to it."""

@@ -41,6 +41,7 @@ def test_the_best_point_of_the_path_is_kept(tmp_path):
     torch.testing.assert_close(saved["visual.proj"], expected)
 
 
+@pytest.mark.slow
 def test_fine_tuning_with_all_that_keeps_old_abilities(tmp_path):
     """Layer decay, locked blocks, an average of weights, patience, a path of weights: the path ends
     at the scores of the best epoch and starts at those before training."""
