@@ -56,7 +56,8 @@ def main() -> None:
     from models.clip_utils import find_weights, load, tokenize
     from models.preprocess import open_image
     from utils.retrieval.encode import encode_texts
-    from utils.retrieval.ranking import draw_ranking, rank_captions
+    from utils.retrieval.plots import draw_ranking
+    from utils.retrieval.ranking import rank_captions
 
     if args.image:
         open_image(args.image)  # to refuse a bad image before weights are loaded

@@ -119,7 +119,7 @@ def main() -> None:
     from utils.machine.memory import explained
     from utils.machine.processes import join_processes
     from utils.metric import evaluate
-    from utils.retrieval.report import format_table
+    from utils.retrieval.tables import format_table
     from utils.training.gradients import GradientExchange, accumulate_gradients
     from utils.training.layer_groups import train_mode
     from utils.training.optimizer import learning_rate, set_learning_rate
@@ -307,7 +307,8 @@ def finish(args: argparse.Namespace, folder: Path, val_set, num_workers: int, pr
     from models.clip_utils import load
     from models.weights.read import read_state_dict
     from utils.metric import evaluate
-    from utils.retrieval.report import format_table, plot_metrics
+    from utils.retrieval.plots import plot_metrics
+    from utils.retrieval.tables import format_table
     from utils.training.wise_ft import evaluate_path
 
     best_weights = folder / "weights" / "best_epoch_weights.pth"

@@ -10,12 +10,8 @@ from models.errors import InputError
 from models.resnet import ModifiedResNet
 from models.transformer import HEAD_WIDTH, Layout, Transformer
 from models.vit import VisionTransformer
-from models.weights.architecture import (
-    check_finite,
-    check_keys,
-    infer_architecture,
-    resize_positional_embedding,
-)
+from models.weights.architecture import infer_architecture, resize_positional_embedding
+from models.weights.checks import check_finite, check_keys
 
 MAX_LOGIT_SCALE = math.log(100)  # of the parameter, whose exponential multiplies similarities
 

@@ -48,7 +48,8 @@ def create_model(name: str, input_shape: int | None = None) -> CLIP:
     """
     if name not in ARCHITECTURES:
         near = near_names(name, ARCHITECTURES)
-        raise InputError(f"no model is called {name!r}{near}; there are {', '.join(ARCHITECTURES)}")
+        known = ", ".join(ARCHITECTURES)
+        raise InputError(f"no model is called {name!r}{near}; the names are {known}")
     architecture = ARCHITECTURES[name]
     if input_shape is not None:
         check_resolution(architecture, input_shape)
@@ -71,7 +72,7 @@ def find_weights(name: str | os.PathLike, download_root: str | os.PathLike = MOD
         known = ", ".join(available_models())
         raise InputError(
             f"{name}: neither a file nor the name of published weights{near}; the names are "
-            f"{known} (ViT-demo has no published weights: train it, {TRAIN_DEMO})"
+            f"{known} (ViT-demo has no published weights; to train it: {TRAIN_DEMO})"
         )
     return path
 

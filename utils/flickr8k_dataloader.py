@@ -24,7 +24,7 @@ from models.weights.registry import CONTEXT_LENGTH
 from utils.data.annotations import read_annotations
 from utils.data.augment import crop, draw_crops
 from utils.data.image_cache import cached_pixels, gather, on_device_if_small
-from utils.data.reading import Loaded, read_batches, substitutes
+from utils.data.image_reading import Loaded, read_batches, substitutes
 from utils.machine.processes import ALONE, Processes
 
 BUILD_BATCH = 32  # images decoded at a time for the cache

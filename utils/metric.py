@@ -27,7 +27,8 @@ from utils.machine.memory import explained
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE, Processes
 from utils.retrieval.encode import encode_images, encode_texts
-from utils.retrieval.report import K_VALUES, Metrics, format_table, plot_metrics
+from utils.retrieval.plots import plot_metrics
+from utils.retrieval.tables import K_VALUES, Metrics, format_table
 from utils.runs.arguments import TrainedOn, integer, name_or_path, path, trained_on
 from utils.runs.checkpoint import write_json
 

@@ -1,8 +1,6 @@
-"""The architecture of a model, inferred from its weights, and checks that the weights fit it."""
+"""The architecture of a model, inferred from the shapes of its weights; other resolutions."""
 
 import math
-from collections.abc import Collection
-from itertools import islice
 from typing import Any
 
 import torch
@@ -11,10 +9,9 @@ from torch import Tensor
 
 from models.errors import InputError
 from models.transformer import HEAD_WIDTH
+from models.weights.checks import listed
 
 MAX_BLOCKS = 500  # of a tower, or of a ResNet's stage; the largest published model has 36
-MAX_KEYS_LISTED = 3  # in an error message
-MAX_KEY_LENGTH = 90  # characters of a key in an error message
 RESNET_STRIDE = 32  # pixels of an image to a position: a ResNet halves the image five times
 
 
@@ -88,71 +85,15 @@ def _not_clip(reason: str, state_dict: dict[str, Tensor]) -> str:
         missing = next(tower for tower, is_there in towers.items() if not is_there)
         return f"half a CLIP model: the {missing} tower is missing; give the weights of both"
     return (
-        f"these are not the weights of a CLIP model: {reason} (its keys: {_listed(state_dict)}); "
+        f"these are not the weights of a CLIP model: {reason} (its keys: {listed(state_dict)}); "
         "give weights with the published names, as open_clip saves them"
     )
-
-
-def _listed(names: Collection[str]) -> str:
-    """The first few names in one line, and the number of the others."""
-    some = [name if name.isprintable() else repr(name) for name in islice(names, MAX_KEYS_LISTED)]
-    listed = ", ".join(
-        name if len(name) <= MAX_KEY_LENGTH else f"{name[:MAX_KEY_LENGTH]}..." for name in some
-    )
-    more = len(names) - len(some)
-    return f"{listed} and {more:,} more" if more else listed or "none"
 
 
 def count_blocks(state_dict: dict[str, Tensor], prefix: str) -> int:
     """The number of blocks of a stack, whose keys are `prefix.0...`, `prefix.1...` and so on."""
     depth = prefix.count(".") + 1
     return len({key.split(".")[depth] for key in state_dict if key.startswith(prefix + ".")})
-
-
-def check_keys(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Raise one `InputError` that lists the keys that are missing, unknown, or of another shape or
-    type than `expected`. A missing `num_batches_tracked` is added to `weights` as zero."""
-    for key in expected.keys() - weights.keys():
-        if key.endswith("num_batches_tracked"):  # has no effect; some files leave it out
-            weights[key] = torch.zeros((), dtype=torch.long)
-    common = [key for key in expected if key in weights]
-    problems = {
-        "missing": [key for key in expected if key not in weights],
-        "unknown": [key for key in weights if key not in expected],
-        "wrongly shaped": [
-            f"{key} {list(weights[key].shape)} instead of {list(expected[key].shape)}"
-            for key in common
-            if weights[key].shape != expected[key].shape
-        ],
-        "of another type": [
-            f"{key} {weights[key].dtype} instead of {expected[key].dtype}"
-            for key in common
-            if expected[key].is_floating_point() and not weights[key].is_floating_point()
-        ],
-    }
-    found = [f"{kind}: {_listed(keys)}" for kind, keys in problems.items() if keys]
-    if found:
-        raise InputError(
-            f"the weights do not fit a CLIP model; {'; '.join(found)}; download or save them anew"
-        )
-
-
-def check_finite(weights: dict[str, Tensor]) -> None:
-    """Raise one `InputError` that lists the tensors with NaN or infinity."""
-    not_finite = [
-        key
-        for key, tensor in weights.items()
-        # The sum comes first, because it needs no memory. If it is finite, all numbers are; if not,
-        # it may be that finite numbers were too large to add up.
-        if tensor.is_floating_point()
-        and not tensor.sum().isfinite()
-        and not tensor.isfinite().all()
-    ]
-    if not_finite:
-        raise InputError(
-            "NaN or infinity in the weights, so that every result would be NaN: "
-            f"{_listed(not_finite)}; take weights from before the training went wrong"
-        )
 
 
 def check_resolution(architecture: dict[str, Any], input_shape: int) -> int:

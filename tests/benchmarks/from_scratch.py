@@ -29,7 +29,7 @@ from models.weights.registry import ARCHITECTURES
 from utils.data.annotations import read_annotations
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.metric import mean_recall
-from utils.retrieval.report import Metrics
+from utils.retrieval.tables import Metrics
 from utils.runs.arguments import integer
 from utils.runs.checkpoint import write_json
 from utils.runs.files import replaced_whole

@@ -19,7 +19,7 @@ from models.errors import InputError
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.metric import mean_recall, retrieval_metrics
 from utils.retrieval.encode import encode_images, encode_texts
-from utils.retrieval.report import TITLES, Metrics
+from utils.retrieval.tables import TITLES, Metrics
 from utils.runs.arguments import integer, path
 from utils.runs.checkpoint import write_json
 

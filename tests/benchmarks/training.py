@@ -141,8 +141,8 @@ def step_flops(sizes: dict, tokens: Tensor) -> float:
     """Floating-point operations that a training step cannot do without.
 
     Counted from shapes, 2 m n k a matrix product, backward twice the forward: real tokens only,
-    causal attention as far as it looks, and in a tower's last block what the tokens that are read
-    depend on. `sizes` are those of `ARCHITECTURES`, `tokens` `[n, 77]` the texts. The same number
+    causal attention as far as it looks, and in a tower's last block what the pooled tokens depend
+    on. `sizes` are those of `ARCHITECTURES`, `tokens` `[n, 77]` the texts. The same number
     stands for everyone: padding counts as time and not as work.
     """
     n, d = len(tokens), sizes["embed_dim"]

@@ -22,7 +22,8 @@ from models.clip_utils import create_model
 from models.errors import InputError
 from models.preprocess import open_image
 from predict_zero_shot import LABELS
-from utils.retrieval.ranking import Ranked, draw_ranking
+from utils.retrieval.plots import draw_ranking
+from utils.retrieval.ranking import Ranked
 from utils.runs.checkpoint import save_weights, write_json
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -8,7 +8,7 @@ from models.clip import CLIP
 from utils.machine.memory import peak_memory_mb
 from utils.machine.precision import Precision
 from utils.metric import Metrics, mean_recall
-from utils.retrieval.report import columns
+from utils.retrieval.tables import columns
 from utils.training.optimizer import restore_moments
 
 MAX_GRAD_NORM = 1.0

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from models.clip import CLIP
 from utils.metric import mean_recall
-from utils.retrieval.report import TITLES, Metrics, columns
+from utils.retrieval.plots import plot_wise_ft
+from utils.retrieval.tables import Metrics, columns
 from utils.runs.checkpoint import save_weights, write_csv
-from utils.runs.files import save_figure
 
 
 def interpolate(start: dict[str, Tensor], tuned: dict[str, Tensor], alpha: float) -> dict:
@@ -45,31 +45,10 @@ def evaluate_path(
             save_weights(model, run / "weights" / "wise_ft_weights.pth")
         rows.append(row | columns(metrics))
         write_csv(run / "wise_ft.csv", rows)
-    plot_path(rows, run / "wise_ft.png")
+    plot_wise_ft(rows, run / "wise_ft.png")
     best = max(rows, key=lambda row: row["mean_recall"])
     print("WiSE-FT, mean recall at alpha:", ", ".join(
         f"{row['mean_recall']:.2f} at {row['alpha']:g}" for row in rows))  # fmt: skip
     print(f"the best, alpha {best['alpha']:g}: {run / 'weights' / 'wise_ft_weights.pth'}; "
           f"plot: {run / 'wise_ft.png'}")  # fmt: skip
     return rows
-
-
-def plot_path(rows: list[dict[str, float]], path: Path) -> None:
-    """Mean recall, and R@1 in both directions, against alpha, as a picture at `path`."""
-    from matplotlib.figure import Figure
-
-    rows = sorted(rows, key=lambda row: row["alpha"])
-    best = max(rows, key=lambda row: row["mean_recall"])
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.subplots()
-    alphas = [row["alpha"] for row in rows]
-    curves = {"mean recall": "mean_recall"} | {
-        f"R@1, {t}": f"{way}_R@1" for way, t in TITLES.items()
-    }
-    for label, name in curves.items():
-        axes.plot(alphas, [row[name] for row in rows], "o-", label=label)
-    axes.plot(best["alpha"], best["mean_recall"], "k*", markersize=14, label="best", zorder=3)
-    axes.set(xlabel="alpha (0: the starting weights, 1: the tuned ones)", ylabel="percent")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    save_figure(figure, path)

@@ -1,0 +1,90 @@
+"""Pictures: scores against K, captions ranked for an image, scores of mixed weights."""
+
+import textwrap
+import warnings
+from pathlib import Path
+
+from PIL import Image
+
+from models.weights.file_kind import one_line
+from utils.retrieval.ranking import Ranked
+from utils.retrieval.tables import K_VALUES, TITLES, Metrics
+from utils.runs.files import save_figure
+
+# Captions can be Chinese: each character is drawn with the first of these fonts that has it.
+FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "PingFang SC",
+         "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "WenQuanYi Zen Hei"]  # fmt: skip
+
+
+def plot_metrics(metrics: Metrics, path: Path) -> None:
+    """Recall@K and mAP@K against K from 1 to 10, one panel a direction, as a picture at `path`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    top = 0.0
+    for panel, (direction, title) in zip(panels, TITLES.items(), strict=True):
+        for score, style, above in (("R", "o-", 6), ("mAP", "s--", -14)):
+            points = {
+                int(name.split("@")[1]): value
+                for name, value in metrics[direction].items()
+                if name.startswith(f"{score}@")
+            }
+            top = max(top, *points.values())
+            label = "Recall@K" if score == "R" else "mAP@K"
+            (line,) = panel.plot(list(points), list(points.values()), style, label=label)
+            for k in K_VALUES:
+                panel.annotate(f"{points[k]:.1f}", (k, points[k]), (0, above), ha="center",
+                               textcoords="offset points", color=line.get_color())  # fmt: skip
+        panel.set(title=title.capitalize(), xlabel="K", xticks=list(points), xlim=(0.5, 10.5))
+        panel.grid(alpha=0.3)
+        panel.legend(loc="lower right" if points[1] > top / 2 else "upper left")
+    panels[0].set(ylabel="percent", ylim=(0, min(1.15 * top, 108)))
+    save_figure(figure, path)
+
+
+def draw_ranking(image: Image.Image, ranked: list[Ranked], path: Path) -> None:
+    """Write a picture to `path`: the image, and beside it each caption with a bar for its
+    probability."""
+    from matplotlib import font_manager
+    from matplotlib.figure import Figure
+
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    fonts = [name for name in FONTS if name in installed]
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    picture, chart = figure.subplots(1, 2, width_ratios=[1, 1.4])
+    picture.imshow(image)
+    picture.axis("off")
+    rows = range(len(ranked))
+    chart.barh(rows, [r.probability for r in ranked], height=0.3, color="tab:blue", alpha=0.6)
+    for row, (caption, probability, similarity) in enumerate(ranked):
+        caption = one_line(caption)  # control characters and whole pages cannot be drawn
+        text = textwrap.fill(f"{caption}  ({probability:.1%}, similarity {similarity:.3f})", 68)
+        chart.text(0, row - 0.22, text, va="bottom", fontfamily=fonts, fontsize=9,
+                   parse_math=False)  # fmt: skip
+    chart.set(xlim=(0, 1), ylim=(len(ranked) - 0.5, -0.9), yticks=[], xlabel="probability")
+    chart.spines[["top", "right", "left"]].set_visible(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # no installed font has some character
+        save_figure(figure, path)
+
+
+def plot_wise_ft(rows: list[dict[str, float]], path: Path) -> None:
+    """Mean recall, and R@1 in both directions, against alpha, as a picture at `path`."""
+    from matplotlib.figure import Figure
+
+    rows = sorted(rows, key=lambda row: row["alpha"])
+    best = max(rows, key=lambda row: row["mean_recall"])
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    alphas = [row["alpha"] for row in rows]
+    curves = {"mean recall": "mean_recall"} | {
+        f"R@1, {t}": f"{way}_R@1" for way, t in TITLES.items()
+    }
+    for label, name in curves.items():
+        axes.plot(alphas, [row[name] for row in rows], "o-", label=label)
+    axes.plot(best["alpha"], best["mean_recall"], "k*", markersize=14, label="best", zorder=3)
+    axes.set(xlabel="alpha (0: the starting weights, 1: the tuned ones)", ylabel="percent")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_figure(figure, path)
