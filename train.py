@@ -206,7 +206,7 @@ def get_model(args: argparse.Namespace, resumed: dict | None, device, processes)
 
     with processes.first_ahead():  # which downloads
         if resumed:
-            model = build_model(resumed["model"], args.input_shape)
+            model = build_model(resumed["model"], input_shape=args.input_shape)
         elif args.resume_training == "none":
             model = create_model(args.model, args.input_shape)
         else:

@@ -1,6 +1,7 @@
 """CLIP: an image tower and a text tower with features in one space (Radford et al. 2021)."""
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -8,10 +9,11 @@ from torch import Tensor, nn
 
 from models.errors import InputError
 from models.resnet import ModifiedResNet
-from models.transformer import HEAD_WIDTH, Layout, Transformer
+from models.transformer import Layout, Transformer
 from models.vit import VisionTransformer
-from models.weights.architecture import infer_architecture, resize_positional_embedding
+from models.weights.architecture import check_sizes, infer_config, resize_positional_embedding
 from models.weights.checks import check_finite, check_keys
+from models.weights.config import Config
 
 MAX_LOGIT_SCALE = math.log(100)  # of the parameter, whose exponential multiplies similarities
 
@@ -19,51 +21,40 @@ MAX_LOGIT_SCALE = math.log(100)  # of the parameter, whose exponential multiplie
 class CLIP(nn.Module):
     """The image tower `visual`, the text tower, and the scale of their similarities.
 
-    `vision_layers` decides what the image tower is: for a ViT it is the number of blocks; for a
-    ResNet, the number of bottlenecks in each of the four stages, with `vision_patch_size=None`.
-    `image_resolution` and `vision_patch_size` are in pixels, `context_length` in tokens. The
-    parameters are left uninitialised: call `initialize`, or use `build_model` to fill in weights.
+    The parameters are left uninitialised: call `initialize`, or use `build_model` to fill in
+    weights.
     """
 
-    def __init__(
-        self,
-        embed_dim: int,
-        image_resolution: int,
-        vision_layers: int | tuple[int, int, int, int],
-        vision_width: int,
-        vision_patch_size: int | None,
-        context_length: int,
-        vocab_size: int,
-        transformer_width: int,
-        transformer_heads: int,
-        transformer_layers: int,
-    ):
+    def __init__(self, config: Config):
         super().__init__()
-        self.context_length = context_length
-        if isinstance(vision_layers, int):
-            heads = vision_width // HEAD_WIDTH
-            self.visual = VisionTransformer(
-                image_resolution, vision_patch_size, vision_width, vision_layers, heads, embed_dim
-            )
-        else:
-            heads = vision_width * 32 // HEAD_WIDTH
-            self.visual = ModifiedResNet(
-                vision_layers, embed_dim, heads, image_resolution, vision_width
-            )
-        self.transformer = Transformer(transformer_width, transformer_layers, transformer_heads)
+        self.config = config
+        self.visual = (VisionTransformer if config.is_vit else ModifiedResNet)(config)
+        width = config.transformer_width
+        self.transformer = Transformer(
+            width,
+            config.transformer_layers,
+            config.transformer_heads,
+            config.transformer_mlp_width,
+            config.activation,
+        )
         # nn.Embedding(...) would draw initial values, which on the meta device imports torch's
         # compiler.
-        table = torch.empty(vocab_size, transformer_width)
+        table = torch.empty(config.vocab_size, width)
         self.token_embedding = nn.Embedding.from_pretrained(table, freeze=False)
-        self.positional_embedding = nn.Parameter(torch.empty(context_length, transformer_width))
-        self.ln_final = nn.LayerNorm(transformer_width)
-        self.text_projection = nn.Parameter(torch.empty(transformer_width, embed_dim))
+        self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(torch.empty(width, config.embed_dim))
         self.logit_scale = nn.Parameter(torch.empty(()))
 
     @property
     def embed_dim(self) -> int:
         """The number of channels d of a feature, the same in both towers."""
-        return self.text_projection.shape[1]
+        return self.config.embed_dim
+
+    @property
+    def context_length(self) -> int:
+        """The number of tokens that the text tower reads at most."""
+        return self.config.context_length
 
     @property
     def device(self) -> torch.device:
@@ -152,23 +143,28 @@ class CLIP(nn.Module):
         return self
 
 
-def build_model(state_dict: dict[str, Tensor], input_shape: int | None = None) -> CLIP:
+def build_model(
+    state_dict: dict[str, Tensor], config: Config | None = None, input_shape: int | None = None
+) -> CLIP:
     """A float32 CLIP in evaluation mode with these weights.
 
-    The architecture is inferred from the shapes of the weights. `input_shape` is another image
-    resolution, in pixels: the positional embedding of the image tower is interpolated to it. Raises
-    `InputError` if the weights are not those of a CLIP, listing the missing, unknown and wrongly
-    shaped keys; if they hold NaN or infinity; or if the model cannot have that resolution.
+    Without a `config` the sizes are inferred from the shapes of the weights, and what shapes do not
+    tell is taken to be as in the published models: QuickGELU, heads of width 64, preprocessing.
+    `input_shape` is another image resolution, in pixels: the positional embedding of the image
+    tower is interpolated to it. Raises `InputError` if the weights are not those of a CLIP, or not
+    of one with this `config`, listing the missing, unknown and wrongly shaped keys; if they hold
+    NaN or infinity; or if the model cannot have that resolution.
     """
-    architecture = infer_architecture(state_dict)
+    config = config or infer_config(state_dict)
+    check_sizes(config)
     weights = {key: t.float() if t.is_floating_point() else t for key, t in state_dict.items()}
     with torch.device("meta"):  # parameters with shapes but without memory: weights replace them
-        model = CLIP(**architecture)
+        model = CLIP(config)
     check_keys(weights, model.state_dict())
     check_finite(weights)
-    if input_shape is not None and input_shape != architecture["image_resolution"]:
-        weights = resize_positional_embedding(weights, architecture, input_shape)
+    if input_shape is not None and input_shape != config.image_resolution:
+        weights = resize_positional_embedding(weights, config, input_shape)
         with torch.device("meta"):
-            model = CLIP(**architecture | {"image_resolution": input_shape})
+            model = CLIP(replace(config, image_resolution=input_shape))
     model.load_state_dict(weights, assign=True)
     return model.eval()

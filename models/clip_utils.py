@@ -9,6 +9,7 @@ As a script this file downloads weights, or lists the models:
 import argparse
 import os
 import sys
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from models.weights.architecture import check_resolution
 from models.weights.download import download
 from models.weights.read import read_state_dict
 from models.weights.registry import (
-    ARCHITECTURES,
+    CONFIGS,
     CONTEXT_LENGTH,
     SHA256,
     available_models,
@@ -43,18 +44,18 @@ MAX_QUOTED = 60  # characters of a text that an error message quotes
 def create_model(name: str, input_shape: int | None = None) -> CLIP:
     """A model with random weights, for training from scratch.
 
-    `name` is one of `ARCHITECTURES`; `input_shape` is another image resolution, in pixels. Raises
+    `name` is one of `CONFIGS`; `input_shape` is another image resolution, in pixels. Raises
     `InputError` for an unknown name and for a resolution that the model cannot have.
     """
-    if name not in ARCHITECTURES:
-        near = near_names(name, ARCHITECTURES)
-        known = ", ".join(ARCHITECTURES)
+    if name not in CONFIGS:
+        near = near_names(name, CONFIGS)
+        known = ", ".join(CONFIGS)
         raise InputError(f"no model is called {name!r}{near}; the names are {known}")
-    architecture = ARCHITECTURES[name]
+    config = CONFIGS[name]
     if input_shape is not None:
-        check_resolution(architecture, input_shape)
-        architecture = architecture | {"image_resolution": input_shape}
-    return CLIP(**architecture).initialize()
+        check_resolution(config, input_shape)
+        config = replace(config, image_resolution=input_shape)
+    return CLIP(config).initialize()
 
 
 def find_weights(name: str | os.PathLike, download_root: str | os.PathLike = MODELS_PTH) -> Path:
@@ -68,7 +69,7 @@ def find_weights(name: str | os.PathLike, download_root: str | os.PathLike = MOD
         return download(weights_url(name), path, SHA256[name])
     path = Path(name).expanduser()
     if not path.exists():
-        near = near_names(str(name), ARCHITECTURES)
+        near = near_names(str(name), CONFIGS)
         known = ", ".join(available_models())
         raise InputError(
             f"{name}: neither a file nor the name of published weights{near}; the names are "
@@ -97,7 +98,7 @@ def load(
     device = pick_device(device)
     path = find_weights(name, download_root)
     try:
-        model = build_model(read_state_dict(path), input_shape)
+        model = build_model(read_state_dict(path), input_shape=input_shape)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return model.to(device), Preprocess(model.visual.input_resolution)
@@ -159,13 +160,13 @@ def list_models(download_root: str | os.PathLike = MODELS_PTH) -> None:
     pixels, and where the weights are. That is the file if it has been downloaded, else the web
     address; for a model without published weights it is the command that trains it."""
     print(f"{'model':15} {'embed dim':>9} {'resolution':>10}  weights")
-    for name, sizes in ARCHITECTURES.items():
+    for name, config in CONFIGS.items():
         path = Path(download_root).expanduser() / weights_filename(name)
         if name not in SHA256:
             weights = f"none published: {TRAIN_DEMO}"
         else:
             weights = path if path.exists() else weights_url(name)
-        print(f"{name:15} {sizes['embed_dim']:9} {sizes['image_resolution']:10}  {weights}")
+        print(f"{name:15} {config.embed_dim:9} {config.image_resolution:10}  {weights}")
 
 
 def main() -> None:

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.weights.config import Config
+
 
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions, with a shortcut around them (He et al. 2016, figure 5).
@@ -73,20 +75,13 @@ class AttentionPool2d(nn.Module):
 class ModifiedResNet(nn.Module):
     """A stem of three convolutions, four stages of bottlenecks, then attention pooling.
 
-    `layers` is the number of bottlenecks in each stage, `input_resolution` r is in pixels, and
-    `width` is the number of channels after the stem.
+    `input_resolution` r is in pixels.
     """
 
-    def __init__(
-        self,
-        layers: tuple[int, int, int, int],
-        output_dim: int,
-        heads: int,
-        input_resolution: int,
-        width: int,
-    ):
+    def __init__(self, config: Config):
         super().__init__()
-        self.input_resolution = input_resolution
+        self.input_resolution = config.image_resolution
+        layers, width = config.vision_layers, config.vision_width
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width // 2)
         self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
@@ -101,7 +96,10 @@ class ModifiedResNet(nn.Module):
         self.layer3 = _stage(width * 2 * expansion, width * 4, layers[2], stride=2)
         self.layer4 = _stage(width * 4 * expansion, width * 8, layers[3], stride=2)
         self.attnpool = AttentionPool2d(
-            input_resolution // 32, width * 8 * expansion, heads, output_dim
+            config.image_resolution // 32,
+            width * 8 * expansion,
+            config.vision_heads,
+            config.embed_dim,
         )
 
     def forward(self, images: Tensor) -> Tensor:

@@ -12,8 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-HEAD_WIDTH = 64  # of every attention head in the published models
-
 
 class Layout(NamedTuple):
     """How n sequences are packed, and which token of each is pooled.
@@ -55,6 +53,9 @@ class QuickGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """A tensor of any shape -> the same shape."""
         return F.silu(1.702 * x) / 1.702
+
+
+ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
 
 
 class MultiheadAttention(nn.Module):
@@ -99,14 +100,14 @@ class ResidualAttentionBlock(nn.Module):
     """Attention and an MLP, each applied to the layer-normalised input and added to the input
     (pre-norm, as in Radford et al. 2019, section 2.3)."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, mlp_width: int, activation: nn.Module):
         super().__init__()
         self.attn = MultiheadAttention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
         self.mlp = nn.Sequential()
-        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
-        self.mlp.add_module("gelu", QuickGELU())
-        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
+        self.mlp.add_module("c_fc", nn.Linear(width, mlp_width))
+        self.mlp.add_module("gelu", activation)
+        self.mlp.add_module("c_proj", nn.Linear(mlp_width, width))
         self.ln_2 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
@@ -124,13 +125,16 @@ class Transformer(nn.Module):
     """A stack of blocks. Its output is the pooled token of each sequence, so the last block
     computes the other tokens' keys and values only, not their outputs."""
 
-    def __init__(self, width: int, layers: int, heads: int):
+    def __init__(self, width: int, layers: int, heads: int, mlp_width: int, activation: str):
         super().__init__()
         # Gradient checkpointing (Chen et al. 2016): keep only the input of a block, and compute
         # the block again during the backward pass.
         self.grad_checkpointing = False
         self.resblocks = nn.Sequential(
-            *(ResidualAttentionBlock(width, heads) for _ in range(layers))
+            *(
+                ResidualAttentionBlock(width, heads, mlp_width, ACTIVATIONS[activation]())
+                for _ in range(layers)
+            )
         )
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:

@@ -4,36 +4,36 @@ import torch
 from torch import Tensor, nn
 
 from models.transformer import Layout, Transformer
+from models.weights.config import Config
 
 
 class VisionTransformer(nn.Module):
     """A transformer over square patches of an image, pooled at the class token.
 
-    `input_resolution` r and `patch_size` are in pixels.
+    `input_resolution` r is in pixels.
     """
 
-    def __init__(
-        self,
-        input_resolution: int,
-        patch_size: int,
-        width: int,
-        layers: int,
-        heads: int,
-        output_dim: int,
-    ):
+    def __init__(self, config: Config):
         super().__init__()
-        self.input_resolution = input_resolution
+        self.input_resolution = config.image_resolution
+        patch_size, width = config.vision_patch_size, config.vision_width
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
-        tokens = (input_resolution // patch_size) ** 2 + 1
+        tokens = (config.image_resolution // patch_size) ** 2 + 1
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(tokens, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, layers, heads)
+        self.transformer = Transformer(
+            width,
+            config.vision_layers,
+            config.vision_heads,
+            config.vision_mlp_width,
+            config.activation,
+        )
         self.ln_post = nn.LayerNorm(width)
-        self.proj = nn.Parameter(torch.empty(width, output_dim))
+        self.proj = nn.Parameter(torch.empty(width, config.embed_dim))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Preprocessed images `[n, 3, r, r]` -> features `[n, output_dim]`."""
+        """Preprocessed images `[n, 3, r, r]` -> features `[n, embed_dim]`."""
         x = self.conv1(images).flatten(2).transpose(1, 2)  # [n, patches, w]
         class_token = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
         x = torch.cat([class_token, x], dim=1) + self.positional_embedding

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
-from models.weights.registry import ARCHITECTURES
+from models.weights.registry import CONFIGS
 
 TEXT = {"context_length": 77, "vocab_size": 49408}
 
@@ -17,20 +17,20 @@ def open_clip_model(
 ) -> nn.Module:
     """open_clip's model of a published architecture, with random weights. `vision_layers` and
     `text_layers` are for a model of less depth."""
-    sizes = ARCHITECTURES[name]
+    config = CONFIGS[name]
     vision = {
-        "layers": vision_layers or sizes["vision_layers"],
-        "width": sizes["vision_width"],
-        "patch_size": sizes["vision_patch_size"],
-        "image_size": sizes["image_resolution"],
+        "layers": vision_layers or config.vision_layers,
+        "width": config.vision_width,
+        "patch_size": config.vision_patch_size,
+        "image_size": config.image_resolution,
     }
     text = TEXT | {
-        "width": sizes["transformer_width"],
-        "heads": sizes["transformer_heads"],
-        "layers": text_layers or sizes["transformer_layers"],
+        "width": config.transformer_width,
+        "heads": config.transformer_heads,
+        "layers": text_layers or config.transformer_layers,
     }
     torch.manual_seed(0)
-    model = open_clip.model.CLIP(sizes["embed_dim"], vision, text, quick_gelu=True)
+    model = open_clip.model.CLIP(config.embed_dim, vision, text, quick_gelu=True)
     disturb(model)
     return model.eval()
 

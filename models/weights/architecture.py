@@ -1,78 +1,85 @@
 """The architecture of a model, inferred from the shapes of its weights; other resolutions."""
 
 import math
-from typing import Any
+from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from models.errors import InputError
-from models.transformer import HEAD_WIDTH
 from models.weights.checks import listed
+from models.weights.config import Config
 
 MAX_BLOCKS = 500  # of a tower, or of a ResNet's stage; the largest published model has 36
+HEAD_WIDTH = 64  # of the attention heads in the published models
 RESNET_STRIDE = 32  # pixels of an image to a position: a ResNet halves the image five times
 
 
-def infer_architecture(state_dict: dict[str, Tensor]) -> dict[str, Any]:
-    """The arguments of `CLIP` for a model that these weights fit. Raises `InputError` if they are
-    not the weights of a CLIP model."""
+def infer_config(state_dict: dict[str, Tensor]) -> Config:
+    """The description of a model that these weights fit. What their shapes do not tell is as in the
+    published models. Raises `InputError` if they are not the weights of a CLIP model."""
     try:
         text_width = state_dict["ln_final.weight"].shape[0]
-        sizes = {
-            "embed_dim": state_dict["text_projection"].shape[1],
-            "context_length": state_dict["positional_embedding"].shape[0],
-            "vocab_size": state_dict["token_embedding.weight"].shape[0],
-            "transformer_width": text_width,
-            "transformer_heads": text_width // HEAD_WIDTH,
-            "transformer_layers": count_blocks(state_dict, "transformer.resblocks"),
-        }
-        if any(key.startswith("visual.layer1.") for key in state_dict):
+        is_resnet = any(key.startswith("visual.layer1.") for key in state_dict)
+        if is_resnet:
             positions = state_dict["visual.attnpool.positional_embedding"].shape[0] - 1
-            vision = {
-                "vision_layers": tuple(
-                    count_blocks(state_dict, f"visual.layer{stage}") for stage in (1, 2, 3, 4)
-                ),
-                "vision_width": state_dict["visual.layer1.0.conv1.weight"].shape[0],
-                "vision_patch_size": None,
-                "image_resolution": math.isqrt(positions) * RESNET_STRIDE,
-            }
+            vision_layers = tuple(
+                count_blocks(state_dict, f"visual.layer{stage}") for stage in (1, 2, 3, 4)
+            )
+            vision_width, patch_size = state_dict["visual.layer1.0.conv1.weight"].shape[0], None
         else:
-            width, _, patch_size, _ = state_dict["visual.conv1.weight"].shape
             positions = state_dict["visual.positional_embedding"].shape[0] - 1
-            vision = {
-                "vision_layers": count_blocks(state_dict, "visual.transformer.resblocks"),
-                "vision_width": width,
-                "vision_patch_size": patch_size,
-                "image_resolution": math.isqrt(positions) * patch_size,
-            }
+            vision_layers = count_blocks(state_dict, "visual.transformer.resblocks")
+            vision_width, _, patch_size, _ = state_dict["visual.conv1.weight"].shape
+        config = Config(
+            embed_dim=state_dict["text_projection"].shape[1],
+            image_resolution=math.isqrt(positions) * (patch_size or RESNET_STRIDE),
+            vision_layers=vision_layers,
+            vision_width=vision_width,
+            vision_patch_size=patch_size,
+            vision_mlp_width=None if is_resnet else _mlp_width(state_dict, "visual.transformer"),
+            transformer_width=text_width,
+            transformer_mlp_width=_mlp_width(state_dict, "transformer"),
+            transformer_heads=text_width // HEAD_WIDTH,
+            transformer_layers=count_blocks(state_dict, "transformer.resblocks"),
+            context_length=state_dict["positional_embedding"].shape[0],
+            vocab_size=state_dict["token_embedding.weight"].shape[0],
+        )
     except KeyError as error:
         raise InputError(_not_clip(f"{error} is missing", state_dict)) from None
     except (IndexError, ValueError):
         raise InputError(_not_clip("its shapes are different", state_dict)) from None
-    if math.isqrt(positions) ** 2 != positions:
-        reason = f"the {positions} positions in an image do not form a square"
-        raise InputError(_not_clip(reason, state_dict))
-    check_sizes(sizes | vision, state_dict)
-    return sizes | vision
-
-
-def check_sizes(architecture: dict[str, Any], state_dict: dict[str, Tensor]) -> None:
-    """Raise `InputError` for sizes that no model can have, before building one could take very long
-    or fail. `state_dict` is only for the message."""
-    for name, value in architecture.items():
-        for size in value if isinstance(value, tuple) else (value,):
-            if size == 0 or ("layers" in name and size > MAX_BLOCKS):
-                raise InputError(_not_clip(f"its {name} would be {value}", state_dict))
-    is_vit = architecture["vision_patch_size"] is not None
-    for name in ("transformer_width", "vision_width") if is_vit else ("transformer_width",):
-        if architecture[name] % HEAD_WIDTH:
+    for name in ("transformer_width", "vision_width")[: 1 if is_resnet else 2]:
+        if getattr(config, name) % HEAD_WIDTH:
             reason = (
-                f"its {name} {architecture[name]} is no multiple of {HEAD_WIDTH}, "
+                f"its {name} {getattr(config, name)} is no multiple of {HEAD_WIDTH}, "
                 "the width of an attention head"
             )
             raise InputError(_not_clip(reason, state_dict))
+    if math.isqrt(positions) ** 2 != positions:
+        reason = f"the {positions} positions in an image do not form a square"
+        raise InputError(_not_clip(reason, state_dict))
+    try:
+        check_sizes(config)
+    except InputError as error:
+        raise InputError(_not_clip(str(error), state_dict)) from None
+    return config
+
+
+def check_sizes(config: Config) -> None:
+    """Raise `InputError` for sizes that no model can have, before building one could take very long
+    or fail."""
+    for name, value in asdict(config).items():
+        for size in value if isinstance(value, tuple) else (value,):
+            if size == 0 or ("layers" in name and size > MAX_BLOCKS):
+                raise InputError(f"its {name} would be {value}")
+    towers = [("transformer_width", config.transformer_heads, config.transformer_width)]
+    if config.is_vit:
+        towers.append(("vision_width", config.vision_heads, config.vision_width))
+    for name, heads, width in towers:
+        if heads == 0 or width % heads:
+            raise InputError(f"its {name} {width} is no multiple of its {heads} attention heads")
 
 
 def _not_clip(reason: str, state_dict: dict[str, Tensor]) -> str:
@@ -90,17 +97,23 @@ def _not_clip(reason: str, state_dict: dict[str, Tensor]) -> str:
     )
 
 
+def _mlp_width(state_dict: dict[str, Tensor], tower: str) -> int:
+    """The width of the MLPs of a tower; 0 if it has no blocks."""
+    bias = state_dict.get(f"{tower}.resblocks.0.mlp.c_fc.bias", torch.empty(0))
+    return bias.shape[0]
+
+
 def count_blocks(state_dict: dict[str, Tensor], prefix: str) -> int:
     """The number of blocks of a stack, whose keys are `prefix.0...`, `prefix.1...` and so on."""
     depth = prefix.count(".") + 1
     return len({key.split(".")[depth] for key in state_dict if key.startswith(prefix + ".")})
 
 
-def check_resolution(architecture: dict[str, Any], input_shape: int) -> int:
+def check_resolution(config: Config, input_shape: int) -> int:
     """Return the stride of the image tower: how many pixels there are from one position of its
     positional embedding to the next. Raise `InputError` if the resolution `input_shape`, in pixels,
     is not a multiple of it."""
-    stride = architecture["vision_patch_size"] or RESNET_STRIDE
+    stride = config.vision_patch_size or RESNET_STRIDE
     if input_shape < stride or input_shape % stride:
         nearest = max(1, round(input_shape / stride)) * stride
         raise InputError(
@@ -111,7 +124,7 @@ def check_resolution(architecture: dict[str, Any], input_shape: int) -> int:
 
 
 def resize_positional_embedding(
-    weights: dict[str, Tensor], architecture: dict[str, Any], input_shape: int
+    weights: dict[str, Tensor], config: Config, input_shape: int
 ) -> dict[str, Tensor]:
     """The weights for images of `input_shape` by `input_shape` pixels.
 
@@ -119,11 +132,10 @@ def resize_positional_embedding(
     the square of its positions (Dosovitskiy et al. 2021, section 3.2). Its first row, which stands
     for the whole image, is kept. Raises `InputError` as `check_resolution` does.
     """
-    stride = check_resolution(architecture, input_shape)
-    is_vit = architecture["vision_patch_size"] is not None
-    key = "visual.positional_embedding" if is_vit else "visual.attnpool.positional_embedding"
+    stride = check_resolution(config, input_shape)
+    key = "visual.positional_embedding" if config.is_vit else "visual.attnpool.positional_embedding"
     first, grid = weights[key][:1], weights[key][1:]
-    old, new = architecture["image_resolution"] // stride, input_shape // stride
+    old, new = config.image_resolution // stride, input_shape // stride
     grid = grid.T.reshape(1, -1, old, old)
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True)
     return weights | {key: torch.cat([first, grid.flatten(2)[0].T])}

@@ -2,7 +2,9 @@
 
 import difflib
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import replace
+
+from models.weights.config import Config
 
 BASE_URL = "https://openaipublic.azureedge.net/clip/models"
 CONTEXT_LENGTH = 77  # tokens
@@ -20,42 +22,41 @@ SHA256 = {  # of the published weights files, in hexadecimal
 }
 
 
-def _architecture(
+def _config(
     embed: int,
     resolution: int,
     layers: int | tuple[int, int, int, int],
     width: int,
     patch: int | None,
     text_width: int,
-    text_layers: int = 12,
-) -> dict[str, Any]:
-    return {
-        "embed_dim": embed,
-        "image_resolution": resolution,
-        "vision_layers": layers,
-        "vision_width": width,
-        "vision_patch_size": patch,
-        "context_length": CONTEXT_LENGTH,
-        "vocab_size": 49408,
-        "transformer_width": text_width,
-        "transformer_heads": text_width // 64,
-        "transformer_layers": text_layers,
-    }
+) -> Config:
+    return Config(
+        embed_dim=embed,
+        image_resolution=resolution,
+        vision_layers=layers,
+        vision_width=width,
+        vision_patch_size=patch,
+        vision_mlp_width=4 * width if patch else None,
+        transformer_width=text_width,
+        transformer_mlp_width=4 * text_width,
+        transformer_heads=text_width // 64,
+        transformer_layers=12,
+    )
 
 
-# The arguments of `CLIP` for each model (Radford et al. 2021, tables 19 and 20).
-ARCHITECTURES = {
-    "RN50": _architecture(1024, 224, (3, 4, 6, 3), 64, None, 512),
-    "RN101": _architecture(512, 224, (3, 4, 23, 3), 64, None, 512),
-    "RN50x4": _architecture(640, 288, (4, 6, 10, 6), 80, None, 640),
-    "RN50x16": _architecture(768, 384, (6, 8, 18, 8), 96, None, 768),
-    "RN50x64": _architecture(1024, 448, (3, 15, 36, 10), 128, None, 1024),
-    "ViT-B/32": _architecture(512, 224, 12, 768, 32, 512),
-    "ViT-B/16": _architecture(512, 224, 12, 768, 16, 512),
-    "ViT-L/14": _architecture(768, 224, 24, 1024, 14, 768),
-    "ViT-L/14@336px": _architecture(768, 336, 24, 1024, 14, 768),
+# Radford et al. 2021, tables 19 and 20.
+CONFIGS = {
+    "RN50": _config(1024, 224, (3, 4, 6, 3), 64, None, 512),
+    "RN101": _config(512, 224, (3, 4, 23, 3), 64, None, 512),
+    "RN50x4": _config(640, 288, (4, 6, 10, 6), 80, None, 640),
+    "RN50x16": _config(768, 384, (6, 8, 18, 8), 96, None, 768),
+    "RN50x64": _config(1024, 448, (3, 15, 36, 10), 128, None, 1024),
+    "ViT-B/32": _config(512, 224, 12, 768, 32, 512),
+    "ViT-B/16": _config(512, 224, 12, 768, 16, 512),
+    "ViT-L/14": _config(768, 224, 24, 1024, 14, 768),
+    "ViT-L/14@336px": _config(768, 336, 24, 1024, 14, 768),
     # This project's own: it trains on a CPU in minutes. It has no published weights.
-    "ViT-demo": _architecture(256, 64, 3, 192, 16, 128, text_layers=3),
+    "ViT-demo": replace(_config(256, 64, 3, 192, 16, 128), transformer_layers=3),
 }
 
 

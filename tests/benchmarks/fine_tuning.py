@@ -37,7 +37,7 @@ from tqdm import tqdm
 from models import load, tokenize
 from models.clip import CLIP
 from models.errors import InputError, run_script
-from models.weights.registry import ARCHITECTURES
+from models.weights.registry import CONFIGS
 from utils.data.annotations import annotations_json, read_annotations
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.metric import mean_recall
@@ -240,7 +240,7 @@ def pair_loss(model: CLIP, images: Tensor, tokens: Tensor) -> Tensor:
 
 def evaluation_sets(output: Path, transform: Callable | None = None) -> dict[str, Flickr8kDataset]:
     """Validation images, and images of the pretraining; `transform` in place of CLIP's own."""
-    side = ARCHITECTURES["ViT-demo"]["image_resolution"]
+    side = CONFIGS["ViT-demo"].image_resolution
     sets = {
         "validation": Flickr8kDataset(output / "finetune", side, "en", False, transform),
         "retention": Flickr8kDataset(output / "retention", side, "en", False, transform),

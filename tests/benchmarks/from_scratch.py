@@ -25,7 +25,7 @@ from runs import RECALL_NAMES, build_parser, call, once, over_seeds, recalls, sc
 
 from models import load
 from models.errors import run_script
-from models.weights.registry import ARCHITECTURES
+from models.weights.registry import CONFIGS
 from utils.data.annotations import read_annotations
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.metric import mean_recall
@@ -139,22 +139,22 @@ def longest_caption(dataset_path: Path) -> int:
 
 def write_model_config(file: Path, context_length: int) -> Path:
     """The architecture as open_clip describes one; its name is that of the file."""
-    sizes = ARCHITECTURES[MODEL]
+    config = CONFIGS[MODEL]
     config = {
-        "embed_dim": sizes["embed_dim"],
+        "embed_dim": config.embed_dim,
         "quick_gelu": True,
         "vision_cfg": {
-            "image_size": sizes["image_resolution"],
-            "layers": sizes["vision_layers"],
-            "width": sizes["vision_width"],
-            "patch_size": sizes["vision_patch_size"],
+            "image_size": config.image_resolution,
+            "layers": config.vision_layers,
+            "width": config.vision_width,
+            "patch_size": config.vision_patch_size,
         },
         "text_cfg": {
             "context_length": context_length,
-            "vocab_size": sizes["vocab_size"],
-            "width": sizes["transformer_width"],
-            "heads": sizes["transformer_heads"],
-            "layers": sizes["transformer_layers"],
+            "vocab_size": config.vocab_size,
+            "width": config.transformer_width,
+            "heads": config.transformer_heads,
+            "layers": config.transformer_layers,
         },
     }
     write_json(file, config)

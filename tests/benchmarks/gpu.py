@@ -38,7 +38,7 @@ from training import (
 
 from models import build_model
 from models.errors import InputError, run_script
-from models.weights.architecture import infer_architecture
+from models.weights.architecture import infer_config
 from utils import Flickr8kDataset
 from utils.machine.memory import peak_memory_mb
 
@@ -187,14 +187,14 @@ def measure(
     """Find the largest batch from `first` to `last`, and time `steps` there."""
     model = open_clip_model(contender.model, contender.layers, contender.layers)
     loss = open_clip_loss
-    sizes = infer_architecture(model.state_dict())
+    config = infer_config(model.state_dict())
     if contender.ours:
         model, loss = build_model(model.state_dict()), our_loss
     model.to(device).train()
     if contender.compiled:
         model.compile_towers() if contender.ours else model.compile()
     optimizer = adamw(model)
-    side = sizes["image_resolution"]
+    side = config.image_resolution
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16)
 
     with autocast:
@@ -213,7 +213,7 @@ def measure(
             texts,
             waiting_for(device),
         )
-        return seconds["step"], [step_flops(sizes, chosen) for chosen in texts[1:]]
+        return seconds["step"], [step_flops(config, chosen) for chosen in texts[1:]]
 
     def fits(batch: int) -> bool:
         try:

@@ -18,7 +18,7 @@ from measure import check, describe_cpu, extra_peak_megabytes, print_table
 
 from models.clip_utils import create_model, tokenize
 from models.errors import run_script
-from models.weights.registry import ARCHITECTURES
+from models.weights.registry import CONFIGS
 from utils.flickr8k_dataloader import Batch
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE
@@ -35,7 +35,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", choices=list(ARCHITECTURES), default="ViT-B/32", help="default: %(default)s")
+    add("--model", choices=list(CONFIGS), default="ViT-B/32", help="default: %(default)s")
     add("--batch_size", type=integer(2), default=512, help="default: %(default)s")
     add("--chunk", type=integer(1), default=32, help="default: %(default)s")
     add("--check", type=integer(2), default=96, help="images to compare gradients on (default: 96)")
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def random_batch(model_name: str, n: int) -> Batch:
-    side = ARCHITECTURES[model_name]["image_resolution"]
+    side = CONFIGS[model_name].image_resolution
     random = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8, generator=random)
     captions = [" ".join(["dog", "red", "runs"][(i + j) % 3] for j in range(WORDS + i % 3))

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flickr8k.render_demo import render_demo
 from models import build_model, tokenize
 from models.clip_utils import create_model
-from models.weights.registry import ARCHITECTURES
+from models.weights.registry import CONFIGS
 
 sys.path.append(str(ROOT / "tests" / "benchmarks"))
 
@@ -134,15 +134,15 @@ def test_the_largest_batch_is_the_largest_power_of_two_that_fits(largest, first)
 def test_step_flops_are_those_that_torch_counts():
     """But for what causal attention does not look at, which its counter takes for work too."""
     name, n = "ViT-demo", 3
-    model, sizes = create_model(name), ARCHITECTURES[name]
+    model, config = create_model(name), CONFIGS[name]
     tokens = tokenize(["a red ball", "a dog runs", "two big cats"])
     lengths = tokens.argmax(dim=1) + 1
     assert (lengths == lengths[0]).all()  # without padding
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         images = torch.randn(n, 3, 64, 64)
         training.our_loss(model, images, tokens).backward()
-    length, width = int(lengths[0]), sizes["transformer_width"]
-    unseen = n * length * (length - 1) // 2 * (sizes["transformer_layers"] - 1)
-    recomputed = 2 * n * n * sizes["embed_dim"]  # the loss makes its matrix anew for the gradient
+    length, width = int(lengths[0]), config.transformer_width
+    unseen = n * length * (length - 1) // 2 * (config.transformer_layers - 1)
+    recomputed = 2 * n * n * config.embed_dim  # the loss makes its matrix anew for the gradient
     expected = counter.get_total_flops() - 3 * 4 * unseen * width - recomputed
-    assert training.step_flops(sizes, tokens) == expected
+    assert training.step_flops(config, tokens) == expected

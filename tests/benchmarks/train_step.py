@@ -33,7 +33,8 @@ from training import (
 
 from models import build_model
 from models.errors import run_script
-from models.weights.architecture import infer_architecture
+from models.weights.architecture import infer_config
+from models.weights.config import Config
 
 MATMUL = "matrix product"
 
@@ -56,7 +57,7 @@ def main() -> None:
     device = torch.device(args.device)
     theirs = open_clip_model(args.model, args.layers, args.layers)
     weights = {key: tensor.clone() for key, tensor in theirs.state_dict().items()}
-    sizes = infer_architecture(weights)
+    config = infer_config(weights)
     ours, hugging_face = build_model(weights), transformers_model(weights)
     contestants = {
         "ours": (ours, our_loss),
@@ -66,16 +67,16 @@ def main() -> None:
     }
     for model in (ours, theirs, hugging_face):
         model.to(device).train()
-    images, tokens = next(real_batches(args.data, sizes["image_resolution"], 16, 1, device))
+    images, tokens = next(real_batches(args.data, config.image_resolution, 16, 1, device))
     check_agreement(ours, dict(list(contestants.items())[1:]), images, tokens)
     print(describe_cpu() if device.type == "cpu" else torch.cuda.get_device_name(device))
     for batch_size in args.batch_size:
-        time_steps(contestants, sizes, batch_size, device, args)
+        time_steps(contestants, config, batch_size, device, args)
 
 
 def time_steps(
     contestants: dict[str, tuple[nn.Module, Loss]],
-    sizes: dict,
+    config: Config,
     batch_size: int,
     device: torch.device,
     args: argparse.Namespace,
@@ -90,9 +91,9 @@ def time_steps(
         return lambda batch: train(model, loss, optimizers[model], *batch, autocast)
 
     def batches():
-        side, rounds = sizes["image_resolution"], args.rounds + 1
+        side, rounds = config.image_resolution, args.rounds + 1
         for images, tokens in real_batches(args.data, side, batch_size, rounds, device):
-            flops.append(step_flops(sizes, tokens))
+            flops.append(step_flops(config, tokens))
             yield images, tokens
 
     runs = {name: step(name) for name in contestants} | {MATMUL: matmul(args.side, dtype, device)}

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from models.clip import MAX_LOGIT_SCALE
 from models.errors import InputError
 from models.preprocess import normalize, open_image, pixels
-from models.weights.registry import ARCHITECTURES
+from models.weights.config import Config
+from models.weights.registry import CONFIGS
 from utils import Flickr8kDataset, contrastive_loss
 from utils.training.optimizer import parameter_groups
 
-VIT_MODELS = [name for name, sizes in ARCHITECTURES.items() if sizes["vision_patch_size"]]
+VIT_MODELS = [name for name, config in CONFIGS.items() if config.vision_patch_size]
 TOLERANCE = 1e-4  # relative, of losses and gradients
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
@@ -137,25 +138,25 @@ def relative_differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> 
     ]
 
 
-def step_flops(sizes: dict, tokens: Tensor) -> float:
+def step_flops(config: Config, tokens: Tensor) -> float:
     """Floating-point operations that a training step cannot do without.
 
     Counted from shapes, 2 m n k a matrix product, backward twice the forward: real tokens only,
     causal attention as far as it looks, and in a tower's last block what the pooled tokens depend
-    on. `sizes` are those of `ARCHITECTURES`, `tokens` `[n, 77]` the texts. The same number
+    on. `config` describes the model, `tokens` `[n, 77]` the texts. The same number
     stands for everyone: padding counts as time and not as work.
     """
-    n, d = len(tokens), sizes["embed_dim"]
-    width, patch = sizes["vision_width"], sizes["vision_patch_size"]
-    patches = (sizes["image_resolution"] // patch) ** 2
+    n, d = len(tokens), config.embed_dim
+    width, patch = config.vision_width, config.vision_patch_size
+    patches = (config.image_resolution // patch) ** 2
     lengths = torch.full((n,), patches + 1)
     embedding = 2 * n * patches * 3 * patch**2 * width  # its input needs no gradient: backward once
-    images = _tower_flops(lengths, lengths**2, width, sizes["vision_layers"])
+    images = _tower_flops(lengths, lengths**2, width, config.vision_layers)
 
     lengths = tokens.argmax(dim=1) + 1
-    text_width = sizes["transformer_width"]
+    text_width = config.transformer_width
     seen = lengths * (lengths + 1) // 2
-    texts = _tower_flops(lengths, seen, text_width, sizes["transformer_layers"])
+    texts = _tower_flops(lengths, seen, text_width, config.transformer_layers)
     joint = 2 * n * d * (width + text_width) + 2 * n * n * d
     return 2 * embedding + 3 * (images + texts + joint)
 

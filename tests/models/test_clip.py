@@ -13,7 +13,7 @@ from models import CLIP, available_models, build_model, load, tokenize
 from models.clip import MAX_LOGIT_SCALE
 from models.clip_utils import create_model
 from models.errors import InputError
-from models.weights.registry import ARCHITECTURES
+from models.weights.registry import CONFIGS
 from utils import contrastive_loss
 
 CAPTIONS = [
@@ -161,19 +161,19 @@ def test_gradient_checkpointing_changes_no_gradient(pair):
             module.grad_checkpointing = False
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_every_architecture_is_inferred_from_its_shapes(name):
     with torch.device("meta"):
-        expected = CLIP(**ARCHITECTURES[name])
-    from models.weights.architecture import infer_architecture
+        expected = CLIP(CONFIGS[name])
+    from models.weights.architecture import infer_config
 
-    assert infer_architecture(expected.state_dict()) == ARCHITECTURES[name]
+    assert infer_config(expected.state_dict()) == CONFIGS[name]
 
 
 @pytest.mark.parametrize("name", available_models())
 def test_every_published_architecture_has_open_clip_keys_and_shapes(name):
     with torch.device("meta"):
-        ours = CLIP(**ARCHITECTURES[name]).state_dict()
+        ours = CLIP(CONFIGS[name]).state_dict()
     import open_clip
 
     config = open_clip.get_model_config(name.replace("/", "-").replace("@336px", "-336"))

@@ -1,0 +1,55 @@
+"""The description of a model: its sizes, its activation, and how its images are prepared."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything about a CLIP model but its weights.
+
+    `vision_layers` decides what the image tower is: for a ViT it is the number of blocks; for a
+    ResNet, the number of bottlenecks in each of the four stages, with `vision_patch_size=None`.
+    `image_resolution` and `vision_patch_size` are in pixels, `context_length` in tokens. Widths are
+    numbers of channels; `vision_head_width` is that of one attention head of the image tower, and
+    `..._mlp_width` that of the hidden layer of an MLP, which a ResNet has none of. The defaults are
+    those of the published models (Radford et al. 2021, tables 19 and 20).
+
+    Images are resized with `interpolation`: in `resize_mode` "shortest" until their short side fits
+    and the square in the centre is cut out; in "squash", both sides until they fit. Then `mean` is
+    subtracted from each channel (red, green and blue from 0 to 1), and it is divided by `std`.
+    """
+
+    embed_dim: int
+    image_resolution: int
+    vision_layers: int | tuple[int, int, int, int]
+    vision_width: int
+    vision_patch_size: int | None
+    vision_mlp_width: int | None
+    transformer_width: int
+    transformer_mlp_width: int
+    transformer_heads: int
+    transformer_layers: int
+    context_length: int = 77
+    vocab_size: int = 49408
+    vision_head_width: int = 64
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    mean: tuple[float, float, float] = OPENAI_MEAN
+    std: tuple[float, float, float] = OPENAI_STD
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    resize_mode: Literal["shortest", "squash"] = "shortest"
+
+    @property
+    def is_vit(self) -> bool:
+        """Whether the image tower is a Vision Transformer, not a ResNet."""
+        return self.vision_patch_size is not None
+
+    @property
+    def vision_heads(self) -> int:
+        """The number of attention heads of the image tower: of a ViT's blocks, or of a ResNet's
+        attention pooling, whose input has 32 times `vision_width` channels."""
+        width = self.vision_width if self.is_vit else 32 * self.vision_width
+        return width // self.vision_head_width
