@@ -1,0 +1,144 @@
+"""Models of open_clip: their description, open_clip_config.json, and ours. The keys are the same."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from models.errors import InputError
+from models.weights.config import Config
+
+CONFIG_FILE = "open_clip_config.json"
+WEIGHTS_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+
+# Fields that a model of ours can have, with the values that open_clip gives them if they are left
+# out. Any other field has to have a value that means "not used".
+VISION = {
+    "image_size": 224,
+    "layers": 12,
+    "width": 768,
+    "head_width": 64,
+    "mlp_ratio": 4.0,
+    "patch_size": 16,
+}
+TEXT = {
+    "context_length": 77,
+    "vocab_size": 49408,
+    "width": 512,
+    "heads": 8,
+    "layers": 12,
+    "mlp_ratio": 4.0,
+}
+# Fields that change nothing about a model that is loaded, or that say what ours does anyway.
+NEUTRAL = {
+    "patch_dropout": None,
+    "output_tokens": None,
+    "pool_type": ("tok", "argmax"),
+    "pos_embed_type": ("learnable",),
+    "proj_type": ("linear",),
+    "block_type": ("default",),
+    "pad_id": None,
+    "eos_id": None,
+}
+UNUSED = (None, False, {}, "")
+
+
+def from_open_clip(content: dict[str, Any]) -> Config:
+    """Our description of the model that an open_clip_config.json, or a file of open_clip's
+    model_configs, describes. Raises `InputError` that names what our models do not have."""
+    model = content.get("model_cfg", content)
+    try:
+        vision = _tower(model, "vision_cfg", VISION)
+        text = _tower(model, "text_cfg", TEXT)
+        embed_dim, quick_gelu = model["embed_dim"], bool(model.get("quick_gelu", False))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"no description of a CLIP model ({error!s:.60} is missing)") from None
+    for field in ("custom_text", "multimodal_cfg", "init_logit_bias"):
+        if model.get(field) not in UNUSED:
+            raise InputError(f'its description has "{field}", which no model here has')
+    is_resnet = isinstance(vision["layers"], list)
+    config = Config(
+        embed_dim=embed_dim,
+        image_resolution=_side(vision["image_size"]),
+        vision_layers=tuple(vision["layers"]) if is_resnet else vision["layers"],
+        vision_width=vision["width"],
+        vision_patch_size=None if is_resnet else vision["patch_size"],
+        vision_head_width=vision["head_width"],
+        vision_mlp_width=None if is_resnet else int(vision["width"] * vision["mlp_ratio"]),
+        transformer_width=text["width"],
+        transformer_mlp_width=int(text["width"] * text["mlp_ratio"]),
+        transformer_heads=text["heads"],
+        transformer_layers=text["layers"],
+        context_length=text["context_length"],
+        vocab_size=text["vocab_size"],
+        activation="quick_gelu" if quick_gelu else "gelu",
+    )
+    preprocess = content.get("preprocess_cfg", {})
+    known = {"mean", "std", "interpolation", "resize_mode"}
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in preprocess.items() if k in known}
+    return replace(config, **given)
+
+
+def to_open_clip(config: Config) -> dict[str, Any]:
+    """The content of open_clip_config.json for a model of ours."""
+    vision: dict[str, Any] = {
+        "image_size": config.image_resolution,
+        "layers": list(config.vision_layers) if not config.is_vit else config.vision_layers,
+        "width": config.vision_width,
+        "patch_size": config.vision_patch_size,
+        "head_width": config.vision_head_width,
+    }
+    if config.is_vit:
+        vision["mlp_ratio"] = _ratio(config.vision_mlp_width, config.vision_width)
+    return {
+        "model_cfg": {
+            "embed_dim": config.embed_dim,
+            "quick_gelu": config.activation == "quick_gelu",
+            "vision_cfg": vision,
+            "text_cfg": {
+                "context_length": config.context_length,
+                "vocab_size": config.vocab_size,
+                "width": config.transformer_width,
+                "heads": config.transformer_heads,
+                "layers": config.transformer_layers,
+                "mlp_ratio": _ratio(config.transformer_mlp_width, config.transformer_width),
+            },
+        },
+        "preprocess_cfg": {
+            "mean": list(config.mean),
+            "std": list(config.std),
+            "interpolation": config.interpolation,
+            "resize_mode": config.resize_mode,
+        },
+    }
+
+
+def _tower(model: dict[str, Any], name: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of one tower. Raises `InputError` for any field that our tower has not."""
+    tower = model[name]
+    for field, value in tower.items():
+        if field in fields or value in UNUSED or field in NEUTRAL and _is_neutral(field, value):
+            continue
+        raise InputError(
+            f'its {name} has "{field}": {value!r:.60}, which no tower here has; take a model with '
+            "its own ViT or ResNet and its own text tower, such as ViT-B-32"
+        )
+    return fields | {field: value for field, value in tower.items() if field in fields}
+
+
+def _is_neutral(field: str, value: object) -> bool:
+    return NEUTRAL[field] is None or value in NEUTRAL[field]
+
+
+def _side(image_size: int | list[int]) -> int:
+    sides = set(image_size) if isinstance(image_size, list) else {image_size}
+    if len(sides) != 1:
+        raise InputError(f"it takes images of {image_size} pixels, and only square ones work here")
+    return sides.pop()
+
+
+def _ratio(mlp_width: int, width: int) -> float:
+    """The ratio from which open_clip computes `mlp_width`, rounding down."""
+    ratio = mlp_width / width
+    while int(width * ratio) < mlp_width:
+        ratio = math.nextafter(ratio, math.inf)
+    return ratio
