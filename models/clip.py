@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.errors import InputError
+from models.preprocess import Preprocess
 from models.resnet import ModifiedResNet
 from models.transformer import Layout, Transformer
 from models.vit import VisionTransformer
@@ -55,6 +56,12 @@ class CLIP(nn.Module):
     def context_length(self) -> int:
         """The number of tokens that the text tower reads at most."""
         return self.config.context_length
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """What turns an image into an input of this model."""
+        c = self.config
+        return Preprocess(c.image_resolution, c.mean, c.std, c.interpolation, c.resize_mode)
 
     @property
     def device(self) -> torch.device:

@@ -101,7 +101,7 @@ def load(
         model = build_model(read_state_dict(path), input_shape=input_shape)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    return model.to(device), Preprocess(model.visual.input_resolution)
+    return model.to(device), model.preprocess
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:

@@ -16,10 +16,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from models.errors import InputError
+from models.weights.config import OPENAI_MEAN, OPENAI_STD, Colour
 from models.weights.file_kind import describe, one_line
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # of red, green and blue, from 0 to 1
-STD = (0.26862954, 0.26130258, 0.27577711)
 # Formats that Pillow draws by starting another program (Ghostscript for EPS, Windows for WMF), so
 # that a picture from a stranger could run code.
 DRAWN_BY_PROGRAMS = {"EPS", "WMF"}
@@ -71,28 +70,35 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def pixels(image: Image.Image, side: int) -> Tensor:
+def pixels(
+    image: Image.Image, side: int, interpolation: str = "bicubic", resize_mode: str = "shortest"
+) -> Tensor:
     """An RGB image -> uint8 `[3, side, side]`, `side` in pixels.
 
-    The image is resized (bicubic) until its short side fits, and the square in its centre is cut
-    out: pixel for pixel what torchvision's `Resize` and `CenterCrop` give. In an image beyond
-    `MAX_ASPECT_RATIO`, values may differ from theirs by rounding.
+    In mode "shortest" the image is resized until its short side fits, and the square in its centre
+    is cut out: pixel for pixel what torchvision's `Resize` and `CenterCrop` give. In an image
+    beyond `MAX_ASPECT_RATIO`, values may differ from theirs by rounding. In mode "squash" both
+    sides are resized until they fit.
     """
+    resample = Image.Resampling[interpolation.upper()]
+    if resize_mode == "squash":
+        image = image.resize((side, side), resample)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
     short, long = min(image.size), max(image.size)
     enlarged = int(side * long / short)
     width, height = (side, enlarged) if image.width == short else (enlarged, side)
     left, top = round((width - side) / 2), round((height - side) / 2)
     box = (left, top, left + side, top + side)
     if long <= MAX_ASPECT_RATIO * short:
-        image = image.resize((width, height), Image.Resampling.BICUBIC).crop(box)
+        image = image.resize((width, height), resample).crop(box)
     else:  # resize only the part that is kept
         x, y = image.width / width, image.height / height
         box = (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
-        image = image.resize((side, side), Image.Resampling.BICUBIC, box=box)
+        image = image.resize((side, side), resample, box=box)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def normalize(images: Tensor) -> Tensor:
+def normalize(images: Tensor, mean: Colour = OPENAI_MEAN, std: Colour = OPENAI_STD) -> Tensor:
     """uint8 `[..., 3, r, r]` -> float32 of the same shape: scaled to 0 to 1, minus the mean of its
     channel, divided by the standard deviation.
 
@@ -101,23 +107,35 @@ def normalize(images: Tensor) -> Tensor:
     """
     if images.is_floating_point():
         return images
-    mean, std = _mean_and_std(images.device)
+    mean, std = _on_device(mean, images.device), _on_device(std, images.device)
     return images.float().div_(255).sub_(mean).div_(std)
 
 
 @lru_cache
-def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Both as float32 `[3, 1, 1]`. They are kept for each device, because a copy to a GPU waits
-    until it has done everything else."""
-    return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
+def _on_device(colour: Colour, device: torch.device) -> Tensor:
+    """As float32 `[3, 1, 1]`. It is kept for each device, because a copy to a GPU waits until the
+    GPU has done everything else."""
+    return torch.tensor(colour, device=device).view(3, 1, 1)
 
 
 @dataclass(frozen=True)
 class Preprocess:
     """An image of any size and mode -> float32 `[3, side, side]`, for a model whose image
-    resolution is `side` pixels."""
+    resolution is `side` pixels. The other fields are those of `Config`."""
 
     side: int
+    mean: Colour = OPENAI_MEAN
+    std: Colour = OPENAI_STD
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """An RGB image -> uint8 `[3, side, side]`."""
+        return pixels(image, self.side, self.interpolation, self.resize_mode)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 `[..., 3, side, side]` -> float32 of the same shape."""
+        return normalize(images, self.mean, self.std)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        return normalize(pixels(upright_rgb(image), self.side))
+        return self.normalize(self.pixels(upright_rgb(image)))

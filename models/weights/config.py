@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+Colour = tuple[float, float, float]  # red, green and blue, from 0 to 1
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -37,8 +38,8 @@ class Config:
     vocab_size: int = 49408
     vision_head_width: int = 64
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
-    mean: tuple[float, float, float] = OPENAI_MEAN
-    std: tuple[float, float, float] = OPENAI_STD
+    mean: Colour = OPENAI_MEAN
+    std: Colour = OPENAI_STD
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     resize_mode: Literal["shortest", "squash"] = "shortest"
 

@@ -1,4 +1,4 @@
-"""Models of open_clip: their description, open_clip_config.json, and ours. The keys are the same."""
+"""open_clip's description of a model, open_clip_config.json, and ours. The keys are the same."""
 
 import math
 from dataclasses import replace
@@ -116,7 +116,7 @@ def _tower(model: dict[str, Any], name: str, fields: dict[str, Any]) -> dict[str
     """The fields of one tower. Raises `InputError` for any field that our tower has not."""
     tower = model[name]
     for field, value in tower.items():
-        if field in fields or value in UNUSED or field in NEUTRAL and _is_neutral(field, value):
+        if field in fields or value in UNUSED or (field in NEUTRAL and _is_neutral(field, value)):
             continue
         raise InputError(
             f'its {name} has "{field}": {value!r:.60}, which no tower here has; take a model with '

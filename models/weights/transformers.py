@@ -1,0 +1,212 @@
+"""CLIP models of the library transformers (`CLIPModel`): their keys and description, and ours."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.errors import InputError
+from models.weights.config import Config
+
+CONFIG_FILE = "config.json"
+PREPROCESSOR_FILE = "preprocessor_config.json"
+INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+
+TOWERS = {"text_model": "", "vision_model": "visual."}
+TO_THEIRS = {  # names of ours within a tower, then within a block
+    "token_embedding.weight": "embeddings.token_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "class_embedding": "embeddings.class_embedding",
+    "conv1.weight": "embeddings.patch_embedding.weight",
+    "ln_final": "final_layer_norm",
+    "ln_pre": "pre_layrnorm",
+    "ln_post": "post_layernorm",
+    "transformer.resblocks": "encoder.layers",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}
+TO_OURS = {theirs: ours for ours, theirs in TO_THEIRS.items()}
+QUERY_KEY_VALUE = re.compile(r"(.*)\.self_attn\.([qkv])_proj\.(weight|bias)")
+PROJECTIONS = {
+    "text_projection.weight": "text_projection",
+    "visual_projection.weight": "visual.proj",
+}
+
+
+def is_transformers(names: Iterable[str]) -> bool:
+    """Whether these are names of weights of a `CLIPModel`."""
+    return "visual_projection.weight" in set(names)
+
+
+def from_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a `CLIPModel` -> the same weights with our keys.
+
+    Raises `InputError` for a block whose query, key and value are not all there.
+    """
+    ours: dict[str, Tensor] = {}
+    thirds: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in weights.items():
+        if name.endswith("position_ids"):  # the numbers 0, 1, 2, ...
+            continue
+        if name in PROJECTIONS:
+            ours[PROJECTIONS[name]] = tensor.T.contiguous()
+        elif found := QUERY_KEY_VALUE.fullmatch(name):
+            block, part, kind = found.groups()
+            thirds.setdefault(f"{_our_name(block)}.attn.in_proj_{kind}", {})[part] = tensor
+        else:
+            ours[_our_name(name)] = tensor
+    for key, parts in thirds.items():
+        if parts.keys() != set("qkv"):
+            raise InputError(f"{key}: of query, key and value only {', '.join(sorted(parts))}")
+        ours[key] = torch.cat([parts[part] for part in "qkv"])
+    return ours
+
+
+def to_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights with our keys -> the same weights with the keys of a `CLIPModel`."""
+    names = {ours: theirs for theirs, ours in PROJECTIONS.items()}
+    theirs: dict[str, Tensor] = {}
+    for key, tensor in weights.items():
+        block, found, kind = key.partition(".attn.in_proj_")
+        if key in names:
+            theirs[names[key]] = tensor.T.contiguous()
+        elif found:
+            for part, third in zip("qkv", tensor.chunk(3), strict=True):
+                theirs[f"{_their_name(block)}.self_attn.{part}_proj.{kind}"] = third.contiguous()
+        else:
+            theirs[_their_name(key)] = tensor
+    return theirs
+
+
+def config_from_transformers(content: dict[str, Any], preprocessor: dict[str, Any]) -> Config:
+    """Our description of the model that a config.json describes; `preprocessor` is the content of
+    its preprocessor_config.json, or empty. Raises `InputError` that names what our models lack."""
+    if content.get("model_type") != "clip":
+        raise InputError(f"it describes a {content.get('model_type')!r:.40}, not a CLIPModel")
+    # transformers leaves out what has its default value, which is that of ViT-B/32.
+    text = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8} | content.get(
+        "text_config", {}
+    )
+    vision = content.get("vision_config", {})
+    acts = {tower.get("hidden_act", "quick_gelu") for tower in (text, vision)}
+    if len(acts) > 1 or not acts <= {"gelu", "quick_gelu"}:
+        raise InputError(f"its hidden_act is {' and '.join(sorted(acts))}; gelu or quick_gelu work")
+    for name, tower in (("text_config", text), ("vision_config", vision)):
+        if tower.get("layer_norm_eps", 1e-5) != 1e-5:
+            raise InputError(f"its {name} has another layer_norm_eps than 1e-5")
+    width = vision.get("hidden_size", 768)
+    return Config(
+        embed_dim=content.get("projection_dim", 512),
+        image_resolution=vision.get("image_size", 224),
+        vision_layers=vision.get("num_hidden_layers", 12),
+        vision_width=width,
+        vision_patch_size=vision.get("patch_size", 32),
+        vision_mlp_width=vision.get("intermediate_size", 3072),
+        vision_head_width=width // vision.get("num_attention_heads", 12),
+        transformer_width=text["hidden_size"],
+        transformer_mlp_width=text["intermediate_size"],
+        transformer_heads=text["num_attention_heads"],
+        transformer_layers=text.get("num_hidden_layers", 12),
+        context_length=text.get("max_position_embeddings", 77),
+        vocab_size=text.get("vocab_size", 49408),
+        activation=acts.pop(),
+        **_preprocessing(preprocessor),
+    )
+
+
+def config_to_transformers(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The content of config.json and of preprocessor_config.json for a model with a ViT. Raises
+    `InputError` for a ResNet, which transformers has not."""
+    if not config.is_vit:
+        raise InputError("transformers has no CLIP with a ResNet; take --format open_clip")
+    text = {
+        "hidden_size": config.transformer_width,
+        "intermediate_size": config.transformer_mlp_width,
+        "num_attention_heads": config.transformer_heads,
+        "num_hidden_layers": config.transformer_layers,
+        "max_position_embeddings": config.context_length,
+        "vocab_size": config.vocab_size,
+        "hidden_act": config.activation,
+        "projection_dim": config.embed_dim,
+        "bos_token_id": config.vocab_size - 2,
+        "eos_token_id": config.vocab_size - 1,
+        "pad_token_id": config.vocab_size - 1,
+    }
+    vision = {
+        "hidden_size": config.vision_width,
+        "intermediate_size": config.vision_mlp_width,
+        "num_attention_heads": config.vision_heads,
+        "num_hidden_layers": config.vision_layers,
+        "image_size": config.image_resolution,
+        "patch_size": config.vision_patch_size,
+        "hidden_act": config.activation,
+        "projection_dim": config.embed_dim,
+    }
+    numbers = {name: number for number, name in INTERPOLATIONS.items()}
+    side = config.image_resolution
+    is_square = config.resize_mode == "squash"
+    preprocessor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"height": side, "width": side} if is_square else {"shortest_edge": side},
+        "resample": numbers[config.interpolation],
+        "do_center_crop": not is_square,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(config.mean),
+        "image_std": list(config.std),
+        "do_convert_rgb": True,
+    }
+    model = {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": config.embed_dim,
+        "logit_scale_init_value": 2.6592,
+        "text_config": text,
+        "vision_config": vision,
+    }
+    return model, preprocessor
+
+
+def _preprocessing(content: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `Config` that preprocessor_config.json decides."""
+    if not content:
+        return {}
+    size, resample = content.get("size", {}), content.get("resample", 3)
+    if resample not in INTERPOLATIONS:
+        raise InputError(f"its resample is {resample!r:.40}; 2 (bilinear) and 3 (bicubic) work")
+    is_square = isinstance(size, dict) and "height" in size
+    fields: dict[str, Any] = {
+        "interpolation": INTERPOLATIONS[resample],
+        "resize_mode": "squash" if is_square else "shortest",
+    }
+    for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
+        if theirs in content:
+            fields[ours] = tuple(content[theirs])
+    return fields
+
+
+def _our_name(name: str) -> str:
+    tower, _, rest = name.partition(".")
+    return name if tower not in TOWERS else TOWERS[tower] + _renamed(rest, TO_OURS)
+
+
+def _their_name(key: str) -> str:
+    if key == "logit_scale":
+        return key
+    tower = "vision_model" if key.startswith("visual.") else "text_model"
+    return f"{tower}.{_renamed(key.removeprefix('visual.'), TO_THEIRS)}"
+
+
+def _renamed(name: str, table: dict[str, str]) -> str:
+    """A name within a tower with its parts replaced: at its start, and after a block's number."""
+    for old, new in table.items():
+        name = re.sub(rf"(^|(?<=\d\.)){re.escape(old)}(?=\.|$)", new, name)
+    return name
