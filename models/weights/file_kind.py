@@ -1,11 +1,13 @@
-"""What a file is that should have been another one, in words that fit on a line."""
+"""What a file is, in particular one that should have been another, in words that fit on a line."""
 
 import zipfile
 from pathlib import Path
 
+from models.errors import InputError
+
 
 def one_line(text: object) -> str:
-    """Words of others, of which a file may have made any length and any number of lines."""
+    """Untrusted text as one printable line of at most 200 characters."""
     words = "".join(c if c.isprintable() else " " for c in f"{text!s:.1000}")
     return " ".join(words.split())[:200]
 
@@ -24,3 +26,33 @@ def describe(path: Path) -> str:
     if start.startswith(b"pk\3\4") and not zipfile.is_zipfile(path):
         return f"an archive cut short at {size}"
     return f"another file of {size}"
+
+
+def weights_format(path: Path) -> str:
+    """The format that a weights file starts like: "safetensors", "zip" (of `torch.save` or of
+    TorchScript) or "legacy" (of `torch.save` before torch 1.6).
+
+    Raises `InputError` that says what the file is instead; the caller names it.
+    """
+    if not path.is_file():
+        raise InputError("is a folder, not a weights file; give a file in it")
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[8:9] == b"{":  # first: the length of the header, before it, can look like anything
+        return "safetensors"
+    if start.startswith(b"PK\3\4"):
+        return "zip"
+    if start.startswith(b"\x80"):
+        return "legacy"
+    raise InputError(f"{describe(path)}, not weights; download it anew")
+
+
+def is_torchscript(path: Path) -> bool:
+    """Whether the file is an archive of `torch.jit.save`."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except OSError:
+        raise
+    except Exception:  # a damaged archive can break the reader in any way
+        return False
