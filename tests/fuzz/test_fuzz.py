@@ -7,10 +7,10 @@ import random
 
 import numpy as np
 import pytest
-from fuzz import targets
+import targets
+from definitions import by_definition
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_metric import by_definition
 
 from models import tokenize
 from models.clip_utils import tokenizer
