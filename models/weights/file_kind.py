@@ -16,15 +16,16 @@ def describe(path: Path) -> str:
     """A few words on a file that is not what was wanted, with its size."""
     size = f"{path.stat().st_size:,} bytes"
     with path.open("rb") as file:
-        start = file.read(256).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+        start = file.read(256)
+    if start.startswith(b"PK\3\4") and _names_in_archive(path) is None:
+        return f"an archive cut short at {size}"
+    start = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if not start:
         return f"an empty file of {size}"
     if start.startswith((b"<!", b"<html", b"<head", b"<?xml")):
         return f"a web page of {size}, probably a server's error message"
     if start.startswith(b"version https://git-lfs"):
         return f"a Git LFS pointer of {size} without the file itself (git lfs pull brings it)"
-    if start.startswith(b"pk\3\4") and not zipfile.is_zipfile(path):
-        return f"an archive cut short at {size}"
     return f"another file of {size}"
 
 
@@ -49,10 +50,15 @@ def weights_format(path: Path) -> str:
 
 def is_torchscript(path: Path) -> bool:
     """Whether the file is an archive of `torch.jit.save`."""
+    return any(name.endswith("/constants.pkl") for name in _names_in_archive(path) or [])
+
+
+def _names_in_archive(path: Path) -> list[str] | None:
+    """The names of the files in a zip archive; None if it is damaged, or no archive."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+            return archive.namelist()
     except OSError:
         raise
     except Exception:  # a damaged archive can break the reader in any way
-        return False
+        return None

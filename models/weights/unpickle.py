@@ -10,19 +10,19 @@ import torch
 
 from models.errors import InputError
 
-LARGEST_PICKLE = 8 << 20  # bytes, each of which can take 100 in memory; real ones have up to 2 MB
+LARGEST_PICKLE = 4 << 20  # bytes, of 180 in memory at worst; a checkpoint of ViT-L has 230,000
 LONGEST_NAME = 1000  # characters; a small file could nest modules, and so their names, very deep
 NOT_RUN = "and nothing in it was run; save a plain state dict with torch.save"
 OPCODES = {"APPEND", "APPENDS", "BINFLOAT", "BINGET", "BININT", "BININT1", "BININT2", "BINPERSID",
     "BINPUT", "BINUNICODE", "BUILD", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "GLOBAL", "LONG1",
     "LONG_BINGET", "LONG_BINPUT", "MARK", "NEWFALSE", "NEWOBJ", "NEWTRUE", "NONE", "PROTO", "STOP",
-    "REDUCE", "SETITEM", "SETITEMS", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}  # fmt: skip
+    "REDUCE", "SETITEM", "SETITEMS", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}  # all that torch writes  # fmt: skip
 STORAGES = {"BFloat16": torch.bfloat16, "Half": torch.float16, "Float": torch.float32,
     "Double": torch.float64, "Bool": torch.bool, "Byte": torch.uint8, "Char": torch.int8,
     "Short": torch.int16, "Int": torch.int32, "Long": torch.int64}  # fmt: skip
 DTYPES = {f"torch {name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 OBJECTS = {"collections OrderedDict", "torch Size", "torch device", "_codecs encode",
-    "__builtin__ set", *DTYPES}  # fmt: skip
+    "__builtin__ set", *DTYPES}  # what a `PlainObject` stands for  # fmt: skip
 
 
 class PlainTensor(NamedTuple):
