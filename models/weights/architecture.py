@@ -99,8 +99,9 @@ def _not_clip(reason: str, state_dict: dict[str, Tensor]) -> str:
 
 def _mlp_width(state_dict: dict[str, Tensor], tower: str) -> int:
     """The width of the MLPs of a tower; 0 if it has no blocks."""
-    bias = state_dict.get(f"{tower}.resblocks.0.mlp.c_fc.bias", torch.empty(0))
-    return bias.shape[0]
+    start, end = f"{tower}.resblocks.", ".mlp.c_fc.bias"
+    biases = (t for key, t in state_dict.items() if key.startswith(start) and key.endswith(end))
+    return len(next(biases, ()))
 
 
 def count_blocks(state_dict: dict[str, Tensor], prefix: str) -> int:

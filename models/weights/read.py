@@ -13,15 +13,15 @@ from torch import Tensor
 
 from models.errors import InputError
 from models.weights.file_kind import is_torchscript, one_line, weights_format  # noqa: F401
-from models.weights.unpickle import NOT_RUN, PlainTensor, PlainUnpickler
+from models.weights.unpickle import NOT_RUN, PlainUnpickler
+from models.weights.unwrap import unwrap
 
-NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # buffers of published archives
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file of torch before 1.6
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The weights in a TorchScript archive as published, a state dict (.pt, .pth, .safetensors), a
-    checkpoint of ours (under `model`) or of open_clip (under `state_dict`, keys `module....`).
+    """The weights in a TorchScript archive as published, or in a state dict (.pt, .pth, .bin,
+    .safetensors), which may be wrapped as `unwrap` describes it.
 
     Floats of all but .safetensors come as float32. Raises `InputError` that says what the file is
     instead; the caller names it.
@@ -29,11 +29,11 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     kind = weights_format(path)
     try:
         if kind == "safetensors":
-            return _weights(load_file(path))
+            return unwrap(load_file(path))
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         content, records = _load_zip(mapped) if kind == "zip" else _load_legacy(mapped)
-        return _copied(_weights(content), records, mapped)
+        return _copied(unwrap(content), records, mapped)
     except InputError:
         raise
     except Exception as error:  # a damaged file can break its reader in any way
@@ -71,22 +71,6 @@ def _load_legacy(file: mmap.mmap) -> tuple[Any, dict[str, memoryview]]:
         records[f"data/{key}"] = memoryview(file)[file.tell() : file.tell() + size]
         file.seek(file.tell() + size)
     return content, records
-
-
-def _weights(content: Any) -> dict[str, Any]:
-    """The state dict in what a file holds: names of weights to `Tensor` or `PlainTensor`."""
-    for key in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict):
-        raise InputError(f"holds {type(content).__name__}, not a state dict")
-    prefix = "module." if all(str(key).startswith("module.") for key in content) else ""
-    weights = {str(key).removeprefix(prefix): value for key, value in content.items()}
-    weights = {key: value for key, value in weights.items() if key not in NO_WEIGHTS}
-    strange = [k for k, value in weights.items() if not isinstance(value, Tensor | PlainTensor)]
-    if strange:
-        raise InputError(f"no state dict: {one_line(', '.join(strange[:5]))} hold no tensors")
-    return weights
 
 
 def _copied(weights: dict, records: dict, file: mmap.mmap) -> dict[str, Tensor]:

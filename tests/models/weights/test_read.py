@@ -26,7 +26,8 @@ from script_runs import ROOT
 from models import load, tokenize
 from models.clip_utils import create_model
 from models.errors import InputError
-from models.weights.read import NO_WEIGHTS, read_state_dict
+from models.weights.read import read_state_dict
+from models.weights.unwrap import NO_WEIGHTS
 from utils.runs.checkpoint import save_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
