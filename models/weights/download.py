@@ -6,8 +6,8 @@ Beside the file `NAME` there may lie:
 - `NAME.sha256` (or `.md5`): a record that the digest was right, for a file of that size and time.
   While those stay the same, the file is not read through again: this notices a file that was
   replaced or edited, not a disk that decays. `sha256sum -c` reads the record too.
-- `NAME.lock`: locked by the process that writes the part, so that no other does. The system lets
-  go of the lock when that process ends, however it ends.
+- `NAME.lock`: locked by the process that writes the part, so that no other does. The system frees
+  the lock when that process ends, however it ends. The empty file may stay, and hinders no one.
 """
 
 import hashlib
@@ -15,22 +15,17 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import IO
 from urllib.error import HTTPError, URLError
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from models.errors import InputError
 from models.weights.file_kind import describe, one_line
-
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
 
 WEB = ("http://", "https://")
 ALGORITHMS = {32: "md5", 64: "sha256"}  # by the number of hexadecimal digits
@@ -38,7 +33,6 @@ CHUNK = 1 << 16  # bytes
 TIMEOUT = 30  # seconds without a byte
 BACK_OFF = (1, 2, 4)  # seconds before each further attempt; from the first again after new bytes
 PASSING = {408, 429, 500, 502, 503, 504}  # HTTP statuses worth another attempt
-LOCK_POLL = 0.2  # seconds
 
 
 class _Interrupted(Exception):
@@ -66,7 +60,7 @@ def download(url: str, path: str | os.PathLike, digest: str) -> Path:
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(_beside(path, "lock")):
+            with _lock(path):
                 if not path.exists():  # another process may have brought it meanwhile
                     _fetch(url, path, digest)
         _verify(url, path, digest)
@@ -178,51 +172,18 @@ def _chunks(response: HTTPResponse) -> Iterator[bytes]:
         raise _Interrupted(_reason(error)) from error
 
 
-@contextmanager
-def _locked(lock: Path) -> Iterator[None]:
-    """Hold the lock of one download. The lock file goes with it, however the download ends."""
-    with _lock(lock) as file:
-        try:
-            yield
-        finally:
-            if sys.platform == "win32":  # removes no open file, so neither one that another locks
-                file.close()
-            with suppress(OSError):
-                lock.unlink()
-
-
-def _lock(lock: Path) -> IO[bytes]:
-    """The lock file, open and locked, and the very one that another process would open."""
-    waiting = False
-    while True:
-        file = lock.open("ab")
-        if _try_lock(file) and _is_at(file, lock):
-            return file
-        file.close()  # another's, or one that its owner has removed meanwhile
-        if not waiting:
-            print(f"{lock.stem}: waiting for another process to download it", file=sys.stderr)
-            waiting = True
-        time.sleep(LOCK_POLL)
-
-
-def _is_at(file: IO[bytes], path: Path) -> bool:
+def _lock(path: Path) -> AbstractContextManager:
+    """The lock on the download to `path`, once no other process holds it."""
+    lock = FileLock(_beside(path, "lock"))
     try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _try_lock(file: IO[bytes]) -> bool:
-    try:
-        if sys.platform == "win32":
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:  # a file system without locks: two processes at once end in a wrong digest
-        return True
-    return True
+        return lock.acquire(timeout=0)
+    except Timeout:
+        print(f"{path.name}: waiting for another process to download it", file=sys.stderr)
+        return lock.acquire()
+    except (OSError, NotImplementedError):
+        # A file system without locks: two processes at once end in a wrong digest. A folder that
+        # cannot be written to shows when the part is.
+        return nullcontext()
 
 
 def _hash(path: Path, like: str) -> str:

@@ -1,26 +1,21 @@
-"""Reading weights from the kinds of files people have, without running anything that is in them.
+"""Reading of weights from the kinds of files people have; no code in a file is run."""
 
-What a file says of itself is checked against its size before memory is taken for it.
-"""
-
-import math
 import mmap
-import os
+import struct
 import zipfile
-from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from models.errors import InputError
-from models.weights.file_kind import describe, one_line
-from models.weights.unpickle import Module, PlainTensor, PlainUnpickler
+from models.weights.file_kind import is_torchscript, one_line, weights_format  # noqa: F401
+from models.weights.unpickle import NOT_RUN, PlainTensor, PlainUnpickler
 
 NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # buffers of published archives
-LONGEST_NAME = 1000  # characters; a short pickle can nest modules, and so their names, very deep
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file of torch before 1.6
 
 
@@ -31,20 +26,14 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Floats of all but .safetensors come as float32. Raises `InputError` that says what the file is
     instead; the caller names it.
     """
-    if not path.is_file():
-        raise InputError("is a folder, not a weights file; give a file in it")
-    with path.open("rb") as file:
-        start = file.read(9)
-    if start[8:9] == b"{":  # first: the length that stands before it can look like anything
-        read = _read_safetensors
-    elif start.startswith(b"PK\3\4"):
-        read = _read_zip
-    elif start.startswith(b"\x80"):
-        read = _read_legacy
-    else:
-        raise InputError(f"{describe(path)}, not weights; download it anew")
+    kind = weights_format(path)
     try:
-        return read(path)
+        if kind == "safetensors":
+            return _weights(load_file(path))
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        content, records = _load_zip(mapped) if kind == "zip" else _load_legacy(mapped)
+        return _copied(_weights(content), records, mapped)
     except InputError:
         raise
     except Exception as error:  # a damaged file can break its reader in any way
@@ -52,96 +41,40 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise InputError(f"truncated or damaged ({reason}); download it anew") from None
 
 
-def is_torchscript(path: Path) -> bool:
-    """Whether the file is an archive of `torch.jit.save`."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except OSError:
-        raise
-    except Exception:  # a damaged archive can break the reader in any way
-        return False
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return _unwrap(load_file(path))
-
-
-def _read_zip(path: Path) -> dict[str, Tensor]:
-    """The weights in an archive of `torch.save` or `torch.jit.save`.
-
-    Both are uncompressed zips: `data.pkl` pickles the state dict or the tree of modules, `data/<n>`
-    holds the bytes of the n-th storage. The code in the latter is never looked at.
-    """
-    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-        names = archive.namelist()
-        pickled = next((name for name in names if name.endswith("/data.pkl")), None)
-        if pickled is None:
-            raise InputError("an archive without weights (no data.pkl); is it another program's?")
-        root = pickled.removesuffix("data.pkl")
-        if f"{root}byteorder" in names:
-            _refuse_big_endian(_record(archive, file, f"{root}byteorder", 6) == b"big")
-        content = PlainUnpickler(BytesIO(_record(archive, file, pickled))).load()
-
-        def start_of(tensor: PlainTensor) -> int:
-            start, length = _locate(archive, file, f"{root}data/{tensor.storage.key}")
-            if length < tensor.storage.numel * tensor.storage.dtype.itemsize:
-                raise InputError(f"its record {tensor.storage.key!r:.40} is shorter than it says")
-            return start
-
-        return _read_tensors(file, _unwrap(content), start_of)
-
-
-def _locate(archive: zipfile.ZipFile, file: IO[bytes], name: str) -> tuple[int, int]:
-    """Where the bytes of a record start in the file, and how many there are."""
-    info = archive.getinfo(name)
-    if info.compress_type != zipfile.ZIP_STORED:
-        raise InputError("a compressed archive, which torch does not write; unpack and zip it anew")
-    file.seek(info.header_offset + 26)
-    name_length, extra_length = (int.from_bytes(file.read(2), "little") for _ in "ab")
-    return info.header_offset + 30 + name_length + extra_length, info.file_size
-
-
-def _record(archive: zipfile.ZipFile, file: IO[bytes], name: str, most: int | None = None) -> bytes:
-    start, length = _locate(archive, file, name)
-    file.seek(start)
-    return file.read(min(length, most or _size(file)))
-
-
-def _read_legacy(path: Path) -> dict[str, Tensor]:
-    """The weights in a file of torch before 1.6: pickles of a magic number, a version, facts on the
-    machine, the content and the storages' keys; then for each its number of items and its bytes."""
-    with path.open("rb") as file:
-        unpickler = PlainUnpickler(file)
-        if unpickler.load() != LEGACY_MAGIC:
-            raise InputError(
-                "a pickle that torch.save did not write, and nothing in it was run; "
-                "save a plain state dict with torch.save"
-            )
-        unpickler.load()
-        machine, content, keys = (unpickler.load() for _ in range(3))
-        _refuse_big_endian(isinstance(machine, dict) and machine.get("little_endian") is False)
-        starts = {}
-        for key in keys:
-            storage = unpickler.storages[key if isinstance(key, str) else None]
-            if int.from_bytes(file.read(8), "little") != storage.numel:
-                raise InputError(f"its record {key!r:.40} is of another length than it says")
-            starts[key] = file.tell()
-            file.seek(storage.numel * storage.dtype.itemsize, os.SEEK_CUR)
-        return _read_tensors(file, _unwrap(content), lambda tensor: starts[tensor.storage.key])
-
-
-def _refuse_big_endian(is_big: bool) -> None:
-    if is_big:
+def _load_zip(file: mmap.mmap) -> tuple[Any, dict[str, memoryview]]:
+    """The content of an archive of `torch.save` or `torch.jit.save`, and its records by name."""
+    records = {}
+    for info in zipfile.ZipFile(file).infolist():
+        if info.compress_type == zipfile.ZIP_STORED:
+            lengths = struct.unpack_from("<HH", file, info.header_offset + 26)  # of name and extra
+            start = info.header_offset + 30 + sum(lengths)
+            records[info.filename.partition("/")[2]] = memoryview(file)[start:][: info.file_size]
+    if "data.pkl" not in records:
+        raise InputError("an archive without an uncompressed data.pkl; is it another program's?")
+    if records.get("byteorder") == b"big":
         raise InputError("written on a big-endian machine; save it anew on a common one")
+    content = PlainUnpickler(BytesIO(records["data.pkl"])).load()
+    return dict(content.tensors()) if "constants.pkl" in records else content, records
 
 
-def _unwrap(content: object) -> dict[str, Any]:
+def _load_legacy(file: mmap.mmap) -> tuple[Any, dict[str, memoryview]]:
+    """The same for a file of torch before 1.6: pickles of a magic number, a version, facts on the
+    machine, the content and the storages' keys; then each storage's number of items and bytes."""
+    pickles = (PlainUnpickler(file) for _ in range(5))
+    if next(pickles).load() != LEGACY_MAGIC:
+        raise InputError(f"a pickle of another program than torch, {NOT_RUN}")
+    _, _, pickled, keys = pickles
+    content, records = pickled.load(), {}
+    for key in keys.load():
+        dtype = pickled.dtypes[key if isinstance(key, str) else None]
+        size = int.from_bytes(file.read(8), "little") * dtype.itemsize
+        records[f"data/{key}"] = memoryview(file)[file.tell() : file.tell() + size]
+        file.seek(file.tell() + size)
+    return content, records
+
+
+def _weights(content: Any) -> dict[str, Any]:
     """The state dict in what a file holds: names of weights to `Tensor` or `PlainTensor`."""
-    if isinstance(content, Module):
-        content = dict(_named_tensors(content))
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -156,47 +89,16 @@ def _unwrap(content: object) -> dict[str, Any]:
     return weights
 
 
-def _named_tensors(root: Module) -> Iterator[tuple[str, PlainTensor]]:
-    """The tensors of a tree of modules; a module that hangs in it twice is named once."""
-    seen, waiting = {id(root)}, [("", root)]
-    while waiting:
-        prefix, module = waiting.pop()
-        for name, value in module.attributes.items():
-            if isinstance(value, PlainTensor):
-                yield f"{prefix}{name}", value
-            elif isinstance(value, Module) and id(value) not in seen:
-                if len(prefix) > LONGEST_NAME:
-                    raise InputError("modules nested too deep for a CLIP model")
-                seen.add(id(value))
-                waiting.append((f"{prefix}{name}.", value))
-
-
-def _read_tensors(
-    file: IO[bytes], weights: dict[str, PlainTensor], start_of: Callable[[PlainTensor], int]
-) -> dict[str, Tensor]:
-    """The tensors, each in memory of its own, floats as float32."""
-    claimed = 0
-    for key, (storage, _, size, _) in weights.items():
-        if math.prod(size) > storage.numel:
-            raise InputError(f"{one_line(key)} claims more numbers than the file holds for it")
-        claimed += math.prod(size) * storage.dtype.itemsize
-    if claimed > _size(file):
-        raise InputError(f"its tensors claim {claimed:,} bytes, but it has {_size(file):,}")
-    return {key: _read_tensor(file, tensor, start_of(tensor)) for key, tensor in weights.items()}
-
-
-def _read_tensor(file: IO[bytes], tensor: PlainTensor, start: int) -> Tensor:
-    """One tensor, mapped, converted and let go, so that memory holds no second copy."""
-    storage, offset, size, stride = tensor
-    dtype = torch.float32 if storage.dtype.is_floating_point else storage.dtype
-    if storage.numel == 0:
-        return torch.empty(size, dtype=dtype)
-    skip = start % mmap.ALLOCATIONGRANULARITY  # a map starts at a page
-    length = skip + storage.numel * storage.dtype.itemsize
-    mapped = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start - skip)
-    numbers = torch.frombuffer(mapped, dtype=storage.dtype, count=storage.numel, offset=skip)
-    return numbers.as_strided(size, stride, offset).to(dtype, copy=True)
-
-
-def _size(file: IO[bytes]) -> int:
-    return os.fstat(file.fileno()).st_size
+def _copied(weights: dict, records: dict, file: mmap.mmap) -> dict[str, Tensor]:
+    """The `PlainTensor`s' numbers, each in memory of its own, floats as float32."""
+    copies, claimed = {}, 0
+    for name, (key, dtype, (offset, size, stride, *_)) in weights.items():
+        data = records[f"data/{key}"] or bytearray(8)  # none of no bytes, which torch refuses
+        numbers = torch.frombuffer(data, dtype=dtype).as_strided(size, stride, offset)
+        claimed += numbers.numel() * numbers.itemsize
+        if claimed > len(file) or numbers.ndim > 8:  # dimensions
+            raise InputError(f"its tensors claim more than its {len(file):,} bytes")
+        copies[name] = numbers.to(torch.float32 if dtype.is_floating_point else dtype, copy=True)
+        if hasattr(file, "madvise"):  # the file's numbers leave the memory again
+            file.madvise(mmap.MADV_DONTNEED)
+    return copies

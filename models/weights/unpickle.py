@@ -1,205 +1,96 @@
-"""Reads the pickles that torch writes as plain data: nothing they name is imported or called.
+"""Unpickling of what torch writes as plain data: nothing that a file names is imported or run."""
 
-Python's own `pickle` calls what a file tells it to. Kept from that, it can still be made to fill
-the memory (a place in its memo costs six bytes to ask for and gigabytes to make) or to hang (a
-tuple of itself, nested sixty times, is hashed 2^60 times). Here every step costs what it reads.
-"""
-
+import pickle
 import pickletools
+from collections.abc import Iterator
+from io import BytesIO
 from typing import IO, Any, NamedTuple
 
 import torch
 
 from models.errors import InputError
 
-STORAGES = {
-    "BFloat16Storage": torch.bfloat16,
-    "HalfStorage": torch.float16,
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "BoolStorage": torch.bool,
-    "ByteStorage": torch.uint8,
-    "CharStorage": torch.int8,
-    "ShortStorage": torch.int16,
-    "IntStorage": torch.int32,
-    "LongStorage": torch.int64,
-}
-CALLS = {  # what a pickle may call, and the name of what happens instead
-    "collections OrderedDict": "dict",
-    "torch._utils _rebuild_tensor_v2": "tensor",
-    "torch._utils _rebuild_parameter": "first argument",
-    "torch Size": "first argument",
-    "torch device": "first argument",
-    "_codecs encode": "first argument",  # bytes
-    "__builtin__ set": "first argument",
-}
-MOST_DIMENSIONS = 8
-
-
-class Storage(NamedTuple):
-    """Numbers in the file, that one or more tensors are made of."""
-
-    dtype: torch.dtype
-    key: str
-    numel: int
+LARGEST_PICKLE = 4 << 20  # bytes, of 180 in memory at worst; a checkpoint of ViT-L has 230,000
+LONGEST_NAME = 1000  # characters; a small file could nest modules, and so their names, very deep
+NOT_RUN = "and nothing in it was run; save a plain state dict with torch.save"
+OPCODES = {"APPEND", "APPENDS", "BINFLOAT", "BINGET", "BININT", "BININT1", "BININT2", "BINPERSID",
+    "BINPUT", "BINUNICODE", "BUILD", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "GLOBAL", "LONG1",
+    "LONG_BINGET", "LONG_BINPUT", "MARK", "NEWFALSE", "NEWOBJ", "NEWTRUE", "NONE", "PROTO", "STOP",
+    "REDUCE", "SETITEM", "SETITEMS", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}  # torch's  # fmt: skip
+STORAGES = {"BFloat16": torch.bfloat16, "Half": torch.float16, "Float": torch.float32,
+    "Double": torch.float64, "Bool": torch.bool, "Byte": torch.uint8, "Char": torch.int8,
+    "Short": torch.int16, "Int": torch.int32, "Long": torch.int64}  # fmt: skip
+DTYPES = {f"torch {name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+OBJECTS = {"collections OrderedDict", "torch Size", "torch device", "_codecs encode",
+    "__builtin__ set", *DTYPES}  # what a `PlainObject` stands for  # fmt: skip
 
 
 class PlainTensor(NamedTuple):
-    """A tensor whose numbers have not been read."""
+    """A tensor, or a storage, whose numbers are still in the file."""
 
-    storage: Storage
-    offset: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
-class Module:
-    """Stands for an object of any class of a TorchScript archive: it only holds attributes."""
-
-    def __init__(self) -> None:
-        self.attributes: dict[Any, Any] = {}
+    key: str  # of the storage
+    dtype: torch.dtype
+    view: tuple[Any, ...] = ()  # offset, size, stride, and more that does not matter
 
 
-class _Named(NamedTuple):
-    """Stands for a global that a pickle names."""
+class PlainObject(dict):
+    """A dict, or stands for an object of any class: it only holds items and attributes."""
 
-    name: str
+    def __init__(self, *_: Any): ...
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if not isinstance(key, str | int | float | None):  # a nested tuple can take ages to hash
+            raise ValueError(f"a key of type {type(key).__name__}")
+        super().__setitem__(key, value)
+
+    def __setstate__(self, state: Any) -> None:
+        self.attributes = state
+
+    def tensors(self, prefix: str = "") -> Iterator[tuple[str, PlainTensor]]:
+        """Those of a module and of the modules in it, taken out, so that none comes twice."""
+        while attributes := vars(self).get("attributes"):
+            key, value = attributes.popitem()
+            if len(name := f"{prefix}{key}") > LONGEST_NAME:
+                raise InputError("modules nested too deep for a CLIP model")
+            if isinstance(value, PlainTensor):
+                yield name, value
+            elif isinstance(value, PlainObject):
+                yield from value.tensors(f"{name}.")
 
 
-class PlainUnpickler:
-    """A stack machine for the opcodes (`pickletools`) that torch's two picklers write.
-
-    `load` reads one pickle and leaves the file behind its end. A tensor becomes a `PlainTensor`, an
-    object of a TorchScript class a `Module`, an OrderedDict a dict. Raises `InputError` for all
-    that weights do not need, and any other exception for a damaged pickle.
-    """
+class PlainUnpickler(pickle.Unpickler):
+    """Unpickles the next pickle of a file, whose position is then behind it. Raises `InputError`
+    for all that weights do not need, and any other exception for a damaged pickle."""
 
     def __init__(self, file: IO[bytes]):
-        self.file = file
-        self.storages: dict[str, Storage] = {}
-        self.stack: list[Any] = []
-        self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
+        self.dtypes: dict[str, torch.dtype] = {}  # of the storages, by key
+        start, pickled, position = file.tell(), bytearray(file.read(2 * LARGEST_PICKLE)), 0
+        for count, (opcode, argument, position) in enumerate(pickletools.genops(pickled)):
+            if position > LARGEST_PICKLE:
+                raise InputError(f"its pickle exceeds {LARGEST_PICKLE:,} bytes; save only weights")
+            if opcode.name not in OPCODES:
+                raise InputError(f"holds {opcode.name}, which torch does not write, {NOT_RUN}")
+            if opcode.name == "LONG_BINPUT" and argument > count:  # would take memory up to it
+                raise ValueError("a place in the memo beyond all values")
+            if opcode.name == "EMPTY_DICT":  # becomes the next of `buffers`: checks keys
+                pickled[position] = pickle.NEXT_BUFFER[0]
+        file.seek(start + position + 1)
+        super().__init__(BytesIO(pickled), buffers=iter(PlainObject, None))
 
-    def load(self) -> Any:
-        self.stack, self.marks, self.memo = [], [], {}
-        for opcode, argument, _ in pickletools.genops(self.file):
-            self._step(opcode.name, argument)
-        return self.stack.pop()
+    def persistent_load(self, reference: Any) -> PlainTensor:
+        match reference:
+            case "storage", torch.dtype() as dtype, str(key), _, int(), *view if not any(view):
+                self.dtypes[key] = dtype
+                return PlainTensor(key, dtype)
+        raise ValueError("a storage of an unknown kind")
 
-    def _step(self, opcode: str, argument: Any) -> None:
-        push, pop = self.stack.append, self.stack.pop
-        match opcode:
-            case "PROTO" | "STOP":
-                pass
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE":
-                push(argument)
-            case "NONE":
-                push(None)
-            case "NEWTRUE" | "NEWFALSE":
-                push(opcode == "NEWTRUE")
-            case "BINPUT" | "LONG_BINPUT":
-                self.memo[argument] = self.stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                push(self.memo[argument])
-            case "MARK":
-                self.marks.append(len(self.stack))
-            case "TUPLE":
-                push(tuple(self._since_mark()))
-            case "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = 0 if opcode == "EMPTY_TUPLE" else int(opcode[-1])
-                push(tuple(reversed([pop() for _ in range(count)])))
-            case "EMPTY_LIST":
-                push([])
-            case "APPEND" | "APPENDS":
-                items = [pop()] if opcode == "APPEND" else self._since_mark()
-                _typed(self.stack[-1], list).extend(items)
-            case "EMPTY_DICT":
-                push({})
-            case "SETITEM" | "SETITEMS":
-                items = [pop(), pop()][::-1] if opcode == "SETITEM" else self._since_mark()
-                target = _typed(self.stack[-1], dict)
-                for key, value in zip(items[::2], items[1::2], strict=True):
-                    target[_typed(key, str | int | float | None)] = value
-            case "GLOBAL":
-                push(_global(argument))
-            case "BINPERSID":
-                push(self._storage(pop()))
-            case "NEWOBJ" | "REDUCE":
-                arguments, function = _typed(pop(), tuple), pop()
-                push(_call(_typed(function, _Named).name, arguments))
-            case "BUILD":
-                state = pop()
-                if isinstance(self.stack[-1], Module):
-                    self.stack[-1].attributes = _typed(state, dict)
-                else:
-                    _typed(self.stack[-1], dict)  # an OrderedDict's attributes, which no one needs
-            case _:
-                raise InputError(
-                    f"its pickle holds {opcode}, which torch.save does not write, and nothing in "
-                    "it was run; save a plain state dict with torch.save"
-                )
-
-    def _since_mark(self) -> list[Any]:
-        start = self.marks.pop()
-        items = self.stack[start:]
-        del self.stack[start:]
-        return items
-
-    def _storage(self, reference: object) -> Storage:
-        kind, dtype, key, _, numel, *view = _typed(reference, tuple)
-        if kind != "storage" or any(part is not None for part in view):
-            raise ValueError("a storage of an unknown kind")
-        storage = Storage(_typed(dtype, torch.dtype), _typed(key, str), _natural(numel))
-        if self.storages.setdefault(key, storage) != storage:
-            raise ValueError("two storages share a key")
-        return storage
-
-
-def _global(name: str) -> object:
-    module, _, attribute = name.partition(" ")
-    if module == "torch" and attribute in STORAGES:
-        return STORAGES[attribute]
-    if module == "torch" and isinstance(vars(torch).get(attribute), torch.dtype):
-        return _Named(name)
-    if name in CALLS or module.startswith("__torch__") or module == "torch.jit._pickle":
-        return _Named(name)
-    raise InputError(
-        f"asks for {name!r:.80}, which no weights need, and nothing in it was run; "
-        "save a plain state dict instead"
-    )
-
-
-def _call(name: str, arguments: tuple) -> object:
-    if name.startswith("__torch__"):
-        return Module()
-    match CALLS.get(name, "first argument"):
-        case "tensor":
-            storage, offset, size, stride, *_ = arguments
-            return PlainTensor(
-                _typed(storage, Storage), _natural(offset), _naturals(size), _naturals(stride)
-            )
-        case "dict":
-            if arguments:
-                raise ValueError("an OrderedDict with arguments")
-            return {}
-        case _:  # TorchScript's lists of numbers, marked with their type, among others
-            return arguments[0] if arguments else None
-
-
-def _typed(value: Any, kind: Any) -> Any:
-    if not isinstance(value, kind):
-        raise ValueError(f"{type(value).__name__} in an unfit place")
-    return value
-
-
-def _natural(value: object) -> int:
-    if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError("a size that is none")
-    return value
-
-
-def _naturals(values: object) -> tuple[int, ...]:
-    if len(_typed(values, tuple)) > MOST_DIMENSIONS:
-        raise ValueError("a tensor of too many dimensions")
-    return tuple(_natural(value) for value in values)
+    def find_class(self, module: str, name: str) -> Any:
+        if f"{module} {name}" == "torch._utils _rebuild_tensor_v2":
+            return lambda storage, *view: storage._replace(view=view)
+        if f"{module} {name}" == "torch._utils _rebuild_parameter":
+            return lambda parameter, *_: parameter  # new each time, since BUILD can change it
+        if module == "torch" and name.removesuffix("Storage") in STORAGES:
+            return STORAGES[name.removesuffix("Storage")]
+        if f"{module} {name}" in OBJECTS or module.startswith(("__torch__", "torch.jit._pickle")):
+            return PlainObject
+        raise InputError(f"asks for {f'{module} {name}'!r:.80}, which no weights need, {NOT_RUN}")

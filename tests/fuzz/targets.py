@@ -41,8 +41,8 @@ def weights_within(data: bytes, path: Path) -> None:
     """As `weights`; the first byte says what the others are, so that mutations get past the checks
     of the outer format: a whole file, or a pickle or header in a file that is otherwise right."""
     kind, content = data[:1], data[1:]
-    if kind == b"p":
-        weights(zipped(content), path)
+    if kind in (b"p", b"j"):
+        weights(zipped(content, is_script=kind == b"j"), path)
     elif kind == b"l":
         weights(LEGACY_START + content + LEGACY_END, path)
     elif kind == b"s":
@@ -64,10 +64,12 @@ def annotations(data: bytes, path: Path) -> None:
         assert captions and all(caption.strip() for caption in captions)
 
 
-def zipped(pickled: bytes) -> bytes:
+def zipped(pickled: bytes, is_script: bool) -> bytes:
+    """An archive of `torch.save`, or of `torch.jit.save`."""
+    records = {"data.pkl": pickled, "data/0": RECORD, "byteorder": b"little"}
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
-        for name, content in (("data.pkl", pickled), ("data/0", RECORD), ("byteorder", b"little")):
+        for name, content in (records | ({"constants.pkl": b""} if is_script else {})).items():
             archive.writestr(zipfile.ZipInfo(f"a/{name}"), content)
     return file.getvalue()
 
@@ -93,7 +95,7 @@ def weights_seeds() -> list[bytes]:
     for file in files:
         if zipfile.is_zipfile(io.BytesIO(file)):
             pickled = data_pickle(file)
-            parts += [b"p" + pickled, b"l" + pickled]
+            parts += [kind + pickled for kind in (b"p", b"j", b"l")]
     return [b"f" + file for file in [*files, safetensors(header)]] + parts
 
 

@@ -10,6 +10,7 @@ import tempfile
 import warnings
 import zipfile
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 
 import open_clip
@@ -152,6 +153,21 @@ def test_code_in_a_file_is_not_run(archive, tmp_path):
     assert sprung.exists()  # the trap works
 
 
+@pytest.mark.parametrize("as_slots", [False, True])
+@pytest.mark.parametrize(
+    "name", ["__torch__ M", "collections OrderedDict", "torch._utils _rebuild_tensor_v2",
+             "torch._utils _rebuild_parameter", "torch FloatStorage"]
+)  # fmt: skip
+def test_a_file_cannot_change_how_the_next_is_read(demo, archive, tmp_path, name, as_slots):
+    """The opcode BUILD sets attributes, also of a class or function, where nothing hinders it."""
+    target = b"c" + name.encode().replace(b" ", b"\n") + b"\n"
+    state = b"}X\14\0\0\0__setstate__" + target + b"s"
+    content = b"\x80\x02" + target + (b"N" + state + b"\x86" if as_slots else state) + b"b."
+    with suppress(InputError):
+        read_state_dict(with_pickle(archive, tmp_path / "changes.pt", content))
+    assert read_state_dict(archive).keys() == demo.state_dict().keys()
+
+
 def test_numbers_in_another_byte_order_are_refused(tmp_path):
     little, big = saved({"a": torch.ones(1)}, tmp_path / "little.pt"), tmp_path / "big.pt"
     with zipfile.ZipFile(little) as source, zipfile.ZipFile(big, "w") as copy:
@@ -165,7 +181,7 @@ def test_a_record_that_lies_about_its_length_is_refused(archive, tmp_path):
         for name in source.namelist():
             data = source.read(name)
             copy.writestr(name, data[:-2] if name.endswith("/data/0") else data)
-    with pytest.raises(InputError, match="shorter than it says"):
+    with pytest.raises(InputError, match=r"damaged .*out of bounds"):
         load(tmp_path / "short.pt", "cpu")
 
 
@@ -177,6 +193,10 @@ def refusal(path: Path) -> str:
     assert message.startswith(f"{path}: ") and message.isprintable()
     assert len(message) < len(str(path)) + 500
     return message.removeprefix(f"{path}: ")
+
+
+# The end of an archive on several disks, which `zipfile` does not read.
+TWO_DISKS = b"PK\6\7" + bytes(12) + b"\2\0\0\0PK\5\6" + bytes(18)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -192,6 +212,7 @@ def refusal(path: Path) -> str:
         ),
         (b"ftypisom and so on", "another file of 18 bytes, not weights"),
         (b"PK\x03\x04 and nothing else", "truncated or damaged"),
+        (b"pK\x03\x04 as no archive starts" + TWO_DISKS, "another file of 67 bytes, not weights"),
         (b"\x80\x02 and nothing else", "truncated or damaged"),
         (b"\xff\xff\xff\xff\xff\xff\xff\x7f{}", "truncated or damaged"),
     ],
@@ -323,8 +344,23 @@ def tree(depth: int, name: bytes, twice: bool) -> bytes:
     return content + b"."
 
 
+def numbered(count: int, value: bytes) -> bytes:
+    """The opcodes that push a dict of so many keys, all with the value that `value` pushes."""
+    items = b"".join(b"X\5\0\0\0%05d" % n + value for n in range(count))
+    return b"}(" + items + b"u"
+
+
+def modules(count: int, prepared: bytes, attributes: bytes) -> bytes:
+    """A pickle of so many modules in one. Of the memo, place 0 holds their class, place 1 a tensor,
+    and place 2 what `prepared` pushes."""
+    storage = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuK\1tQ"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\0K\1\x85K\1\x85\x89}tR"
+    start = b"\x80\x02c__torch__\nM\nq\0" + tensor + b"q\1" + prepared + b"q\2"
+    return start + b"h\0)\x81" + numbered(count, b"h\0)\x81" + attributes + b"b") + b"b."
+
+
 @pytest.fixture(scope="module")
-def bombs(tmp_path_factory):
+def bombs(tmp_path_factory, archive):
     """Small files that ask for a lot, each with what is said of it."""
     folder = tmp_path_factory.mktemp("bombs")
     plain = saved({"a": torch.zeros(1)}, folder / "plain.pt")
@@ -332,9 +368,12 @@ def bombs(tmp_path_factory):
     def pickled(name: str, content: bytes) -> Path:
         return with_pickle(plain, folder / f"{name}.pt", content)
 
+    def scripted(name: str, content: bytes) -> Path:
+        return with_pickle(archive, folder / f"{name}.pt", content)
+
     zipped = folder / "deflated.pt"
-    with zipfile.ZipFile(zipped, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("a/data.pkl", b"\x80\x02X\0\0\0\x20" + bytes(2**29) + b".")
+    with zipfile.ZipFile(zipped, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a/data.pkl", b"\x80\x02X\0\0\0\x20" + bytes(2**29) + b".")
     shared = torch.zeros(2**16, dtype=torch.float16)
     storage = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuK\0tQ"
     empty = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage
@@ -342,16 +381,19 @@ def bombs(tmp_path_factory):
     header = {"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
     long_name = b"X\0\0\1\0" + b"n" * 2**16 + b"q\2"
     return {
-        pickled("memo", b"\x80\x02}r\xff\xff\xff\x07."): "ln_final.weight",
+        pickled("memo", b"\x80\x02}r\xff\xff\xff\x07."): "a place in the memo",
         pickled("bytearray", b"\x80\x02c__builtin__\nbytearray\nJ\0\0\0\x40\x85R."): "bytearray",
         pickled("array5", b"\x80\x05\x96\0\0\0\x40\0\0\0\0."): "bytearray8",
-        pickled("key", nested_key()): "tuple in an unfit place",
-        pickled("shared", tree(100, b"X\1\0\0\0x", twice=True)): "ln_final.weight",
-        pickled("names", tree(2, long_name, twice=False)): "nested too deep",
-        pickled("empty", b"\x80\x02}X\1\0\0\0a" + empty + b"s."): "a claims more numbers",
+        pickled("key", nested_key()): "a key of type tuple",
+        scripted("shared", tree(100, b"X\1\0\0\0x", twice=True)): "ln_final.weight",
+        scripted("names", tree(2, long_name, twice=False)): "nested too deep",
+        scripted("wide", modules(20_000, long_name[:-2], b"}h\2h\1s")): "nested too deep",
+        scripted("same", modules(5000, numbered(5000, b"h\1"), b"h\2")): "ln_final.weight",
+        pickled("long", b"\x80\x02X\0\0\x50\0" + bytes(5 << 20) + b"."): "exceeds 4,194,304 bytes",
+        pickled("empty", b"\x80\x02}X\1\0\0\0a" + empty + b"s."): "damaged (setStorage",
         zipped: "compressed",
-        saved({"a": torch.zeros(1).expand(2**30)}, folder / "expanded.pt"): "claims more numbers",
-        saved({f"a{n}": shared for n in range(20_000)}, folder / "often.pt"): "claim 2,621,440,000",
+        saved({"a": torch.zeros(1).expand(2**30)}, folder / "expanded.pt"): "claim more than its",
+        saved({f"a{n}": shared for n in range(20_000)}, folder / "often.pt"): "claim more than its",
         write_safetensors(folder / "h.safetensors", json.dumps(header).encode()): "damaged",
         saved({f"visual.transformer.resblocks.{n}.x": torch.zeros(1) for n in range(9999)}
               | {"ln_final.weight": torch.zeros(64), "text_projection": torch.zeros(64, 64),
