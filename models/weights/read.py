@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models.errors import InputError
-from models.weights.file_kind import is_torchscript, one_line, weights_format  # noqa: F401
+from models.weights.file_kind import one_line, weights_format
 from models.weights.unpickle import NOT_RUN, PlainTensor, PlainUnpickler
 
 NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # buffers of published archives

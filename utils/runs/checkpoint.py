@@ -10,7 +10,7 @@ import torch
 
 from models.clip import CLIP
 from models.errors import InputError
-from models.weights.read import is_torchscript
+from models.weights.file_kind import is_torchscript
 from utils.runs.files import replaced_whole
 
 FORMAT = 3  # of checkpoint.pth; raised whenever an older program could not read it
