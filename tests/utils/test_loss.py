@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from definitions import loss_by_definition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.loss import ClipLoss
@@ -12,29 +13,6 @@ from open_clip.loss import ClipLoss
 from models.errors import InputError
 from utils import contrastive_loss
 from utils import loss as module
-
-
-def by_definition(image_features, text_features, logit_scale, texts=None):
-    """Figure 3 of Radford et al. 2021, in the precision of its input; with several captions an
-    image, the mean over them. Left out are the image's other captions and, of other images, the
-    captions that are right for it: whose text is among its `texts` `[n, m]`."""
-    n, k = len(image_features), len(text_features) // len(image_features)
-    texts = torch.arange(n * k).view(n, k) if texts is None else texts
-    right = [set(row.tolist()) for row in texts]
-    brought = texts[:, :k].flatten().tolist()
-    image_features = image_features / image_features.norm(dim=1, keepdim=True)
-    text_features = text_features / text_features.norm(dim=1, keepdim=True)
-    logits = image_features @ text_features.T * logit_scale.exp()
-    total = 0
-    for i in range(n):
-        wrong_texts = [t for t in range(n * k) if t // k != i and brought[t] not in right[i]]
-        for caption in range(i * k, (i + 1) * k):
-            wrong_images = [j for j in range(n) if j != i and brought[caption] not in right[j]]
-            over_texts = logits[i, [caption, *wrong_texts]][None]
-            over_images = logits[[i, *wrong_images], caption][None]
-            total += F.cross_entropy(over_texts, torch.tensor([0]))
-            total += F.cross_entropy(over_images, torch.tensor([0]))
-    return total / (2 * n * k)
 
 
 def with_gradients(loss, *inputs, **others):
@@ -61,7 +39,7 @@ def random_features(n, k, d, seed):
 def test_value_and_gradients_equal_float64(n, k, d, seed, block):
     features = random_features(n, k, d, seed)
     scale = torch.tensor(4.6, dtype=torch.float64)
-    expected = with_gradients(by_definition, *features, scale)
+    expected = with_gradients(loss_by_definition, *features, scale)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "BLOCK", block)
         found = with_gradients(contrastive_loss, *(x.float() for x in (*features, scale)))
@@ -85,7 +63,7 @@ def test_texts_that_are_right_for_an_image_are_never_wrong_for_it(
     features, scale = random_features(n, k, 8, seed), torch.tensor(4.6, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     texts = 7 * torch.randint(0, different, (n, k + further), generator=generator)
-    expected = with_gradients(by_definition, *features, scale, texts=texts)
+    expected = with_gradients(loss_by_definition, *features, scale, texts=texts)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "BLOCK", block)
         inputs = [x.float() for x in (*features, scale)]
@@ -129,7 +107,7 @@ def test_half_precision_features_are_compared_in_float32():
     image_features, text_features = torch.randn(2, 64, 512).unbind(0)
     halves = [x.bfloat16() for x in (image_features, text_features)]
     scale = torch.tensor(4.6)
-    expected = by_definition(*(x.double() for x in halves), scale.double())
+    expected = loss_by_definition(*(x.double() for x in halves), scale.double())
     with torch.autocast("cpu", torch.bfloat16):
         found = contrastive_loss(*halves, scale)
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
