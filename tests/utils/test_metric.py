@@ -49,10 +49,12 @@ def retrieval_problems(draw):
 
 
 @settings(max_examples=300, deadline=None)
-@given(retrieval_problems())
-def test_compute_metrics_is_the_definition(problem):
+@given(retrieval_problems(), st.integers(0, 6))
+def test_compute_metrics_is_the_definition(problem, many_truths):
     scores_i2t, img2txt, scores_t2i, txt2img = problem
-    metrics = compute_metrics(scores_i2t, img2txt, scores_t2i, txt2img, K_VALUES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("utils.metric.MANY_TRUTHS", many_truths)
+        metrics = compute_metrics(scores_i2t, img2txt, scores_t2i, txt2img, K_VALUES)
     assert metrics["i2t"] == pytest.approx(by_definition(scores_i2t, img2txt, K_VALUES))
     assert metrics["t2i"] == pytest.approx(by_definition(scores_t2i, txt2img, K_VALUES))
 
@@ -166,7 +168,9 @@ def test_a_model_that_says_the_same_to_everything_gets_nothing():
     assert metrics["t2i"]["median_rank"] == 10
 
 
-def test_minus_infinity_is_a_score_like_any_other():
+@pytest.mark.parametrize("many_truths", [0, 9])
+def test_minus_infinity_is_a_score_like_any_other(many_truths, monkeypatch):
+    monkeypatch.setattr("utils.metric.MANY_TRUTHS", many_truths)
     scores = np.array([[-np.inf, 1.0, 0.0], [2.0, -np.inf, -np.inf]])
     img2txt = {0: [0], 1: [1, 2]}
     metrics = compute_metrics(scores, img2txt, scores.T, {0: 0, 1: 1, 2: 1}, (1, 2, 3))
@@ -209,7 +213,9 @@ def test_k_values_may_be_read_only_once_and_of_numpy(block_bytes, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [np.int64, bool, np.float16])
-def test_scores_of_any_number_format(dtype):
+@pytest.mark.parametrize("many_truths", [0, 9])
+def test_scores_of_any_number_format(dtype, many_truths, monkeypatch):
+    monkeypatch.setattr("utils.metric.MANY_TRUTHS", many_truths)
     scores = np.array([[1, 0, 0], [0, 1, 1]])
     img2txt, txt2img = {0: 0, 1: [1, 2]}, {0: 0, 1: 1, 2: 1}
     metrics = compute_metrics(scores.astype(dtype), img2txt, scores.T.astype(dtype), txt2img, (1,))
