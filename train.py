@@ -123,7 +123,7 @@ def main() -> None:
     from utils.training.gradients import GradientExchange, accumulate_gradients
     from utils.training.layer_groups import train_mode
     from utils.training.optimizer import learning_rate, set_learning_rate
-    from utils.training.progress import Progress, announce
+    from utils.training.progress import Progress, announce, score_start
     from utils.training.settings import settle
 
     args, resumed = settle(parser)
@@ -138,9 +138,10 @@ def main() -> None:
 
     announce(state, loader, val_set, args.epochs, run.folder)
     score = partial(evaluate, state.scored, val_set, args.batch_size, loader.num_workers,
-                    state.precision, processes=processes)  # fmt: skip
+                    state.precision, processes=processes,
+                    captions_per_image=loader.captions_per_image)  # fmt: skip
     if state.is_at_start and args.resume_training != "none":
-        print(f"before training:\n{format_table(score()[0])}")
+        score_start(state, score)
 
     rate_at = partial(learning_rate, peak=args.lr, total_steps=args.epochs * len(loader),
                       warmup_steps=round(args.warmup_epochs * len(loader)))  # fmt: skip
@@ -156,9 +157,8 @@ def main() -> None:
             first = (epoch - 1) * len(loader) + done
             for step, batch in enumerate(progress.timed(loader.epoch(epoch, done)), first):
                 set_learning_rate(state.optimizer, rate_at(step))
-                loss = accumulate_gradients(
-                    model, batch, state.precision, exchange, args.grad_cache
-                )
+                loss = accumulate_gradients(model, batch, state.precision, exchange,
+                                            args.grad_cache)  # fmt: skip
                 state.update(processes.sum(loss))
                 progress.advance(state.losses[-1], rate_at(step), step)
                 stop = processes.any(interrupt.signal is not None)
@@ -180,7 +180,7 @@ def main() -> None:
     interrupt.release()
     run.close()
     if processes.is_first:
-        finish(args, run.folder, val_set, loader.num_workers, state.precision)
+        finish(args, run.folder, loader, val_set, state)
 
 
 def prepare(args: argparse.Namespace, processes) -> None:
@@ -264,7 +264,7 @@ def open_run(args: argparse.Namespace, resumed: dict | None, model, loader, val_
     started = time.strftime("%Y-%m-%d_%H-%M-%S")
     rows = resumed["rows"] if resumed else []
     if resumed:
-        run.folder = reopen_run_folder(args.resume_training, rows)
+        run.folder = reopen_run_folder(args.resume_training, resumed)
     else:
         run.folder = new_run_folder(args.log_dir, started)
     write_json(run.folder / "arguments.json", run.arguments)
@@ -302,18 +302,20 @@ def get_state(args: argparse.Namespace, resumed: dict | None, model, device):
     return state
 
 
-def finish(args: argparse.Namespace, folder: Path, val_set, num_workers: int, precision) -> None:
+def finish(args: argparse.Namespace, folder: Path, loader, val_set, state) -> None:
     """Score the best epoch, read back from its file, and the weights on the way to it."""
     from models.clip_utils import load
     from models.weights.read import read_state_dict
     from utils.metric import evaluate
     from utils.retrieval.plots import plot_metrics
     from utils.retrieval.tables import format_table
+    from utils.training.progress import compare_with_start
     from utils.training.wise_ft import evaluate_path
 
     best_weights = folder / "weights" / "best_epoch_weights.pth"
-    model, _ = load(best_weights, precision.device)
-    score = partial(evaluate, model, val_set, args.batch_size, num_workers, precision)
+    model, _ = load(best_weights, state.precision.device)
+    score = partial(evaluate, model, val_set, args.batch_size, loader.num_workers, state.precision,
+                    captions_per_image=loader.captions_per_image)  # fmt: skip
     metrics, _ = score(k_values=range(1, 11))
     plot_metrics(metrics, folder / "R_mAP.png")
     print(f"the best epoch:\n{format_table(metrics)}\nplot: {folder / 'R_mAP.png'}")
@@ -321,6 +323,7 @@ def finish(args: argparse.Namespace, folder: Path, val_set, num_workers: int, pr
         start = read_state_dict(folder / "weights" / "start_weights.pth")
         evaluate_path(model, start, args.wise_ft, score, folder)
         best_weights = folder / "weights" / "wise_ft_weights.pth"
+    compare_with_start(state)
     print(f"now try\n  python predict.py {val_set.image[0]} --weights {best_weights}")
     print(f"  python predict_zero_shot.py {val_set.image[0]} --weights {best_weights} "
           f"--labels \"{val_set.text[0]}\" \"{val_set.text[-1]}\"")  # fmt: skip

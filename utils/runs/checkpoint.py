@@ -13,7 +13,7 @@ from models.errors import InputError
 from models.weights.file_kind import is_torchscript
 from utils.runs.files import replaced_whole
 
-FORMAT = 3  # of checkpoint.pth; raised whenever an older program could not read it
+FORMAT = 4  # of checkpoint.pth; raised whenever an older program could not read it
 
 
 def save_weights(model: CLIP, path: Path) -> None:
@@ -66,9 +66,10 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write a table with a header line; all of it, so that it always agrees with the checkpoint."""
+    """Write a table with a header line; all of it, so that it always agrees with the checkpoint.
+    The columns are those of the last row; what an earlier row lacks stays empty."""
     with replaced_whole(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=list(rows[-1]))
         writer.writeheader()
         writer.writerows(rows)
 

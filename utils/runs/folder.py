@@ -52,7 +52,7 @@ class Run:
             save_weights(model, self.weights / name)
         save_weights(model, self.weights / "last_epoch_weights.pth")
         self.save_checkpoint(state)
-        write_csv(self.folder / "metrics.csv", state["rows"])
+        _write_metrics(self.folder, state)
         self.loss_history.append_loss(row["epoch"], *losses)
 
     def stopped(self, interrupt: Interrupt) -> SystemExit:
@@ -83,12 +83,12 @@ def new_run_folder(log_dir: str | os.PathLike, name: str) -> Path:
             raise InputError(f"--log_dir {log_dir}: cannot be written ({error.strerror})") from None
 
 
-def reopen_run_folder(checkpoint: str | os.PathLike, rows: list[dict[str, Any]]) -> Path:
+def reopen_run_folder(checkpoint: str | os.PathLike, state: dict[str, Any]) -> Path:
     """The folder of the run that `RUN/weights/checkpoint.pth` belongs to.
 
     A run that was killed may have left files half written, and tables that are ahead of the
-    checkpoint: the former are removed, the latter end where the checkpoint's `rows` do. Raises
-    `InputError` for a checkpoint outside the folder of a run.
+    checkpoint: the former are removed, the latter end where `state`, what the checkpoint holds,
+    does. Raises `InputError` for a checkpoint outside the folder of a run.
     """
     weights = Path(checkpoint).expanduser().resolve().parent
     if weights.name != "weights":
@@ -100,9 +100,16 @@ def reopen_run_folder(checkpoint: str | os.PathLike, rows: list[dict[str, Any]])
     for folder in (run, weights):
         for file in folder.glob(f"{TEMPORARY}*"):
             file.unlink()
+    rows = state["rows"]
     history = [f"Epoch {r['epoch']}: train: {r['train_loss']} val: {r['val_loss']}\n" for r in rows]
     with replaced_whole(run / "epoch_loss.txt") as temporary:
         temporary.write_text("".join(history))
     if rows:
-        write_csv(run / "metrics.csv", rows)
+        _write_metrics(run, state)
     return run
+
+
+def _write_metrics(run: Path, state: dict[str, Any]) -> None:
+    """The scores before training, if there were weights to score, then a row for each epoch."""
+    start = [state["start"]] if state["start"] else []
+    write_csv(run / "metrics.csv", start + state["rows"])
