@@ -8,6 +8,7 @@ import mmap
 import os
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
@@ -69,11 +70,59 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     return _unwrap(load_file(path))
 
 
-def _read_zip(path: Path) -> dict[str, Tensor]:
-    """The weights in an archive of `torch.save` or `torch.jit.save`.
+def read_content(path: Path, is_wanted: Callable[[Any], bool]) -> Any | None:
+    """All that `torch.save` wrote to an archive: numbers, texts, lists, dicts, and tensors, whose
+    floats come as float32. None for any other file, and for content that `is_wanted` refuses
+    before its tensors are read. Raises `InputError` for tensors that are damaged."""
+    with ExitStack() as stack:
+        try:
+            content, file, start_of = stack.enter_context(_opened(path))
+        except Exception:  # `read_state_dict` says what it is
+            return None
+        if not is_wanted(content):
+            return None
+        places = {f"tensor {n}": place for n, place in enumerate(_places_of_tensors(content))}
+        plain = {name: holder[key] for name, (holder, key) in places.items()}
+        try:
+            read = _read_tensors(file, plain, start_of)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"truncated or damaged ({one_line(error)})") from None
+        for name, (holder, key) in places.items():
+            holder[key] = read[name]
+        return content
 
-    Both are uncompressed zips: `data.pkl` pickles the state dict or the tree of modules, `data/<n>`
-    holds the bytes of the n-th storage. The code in the latter is never looked at.
+
+def _places_of_tensors(content: object) -> Iterator[tuple[dict | list, Any]]:
+    """Every (dict, key) and (list, index) below `content` that holds a tensor, however deep."""
+    seen, waiting = set(), [content]
+    while waiting:
+        holder = waiting.pop()
+        if not isinstance(holder, dict | list) or id(holder) in seen:
+            continue
+        seen.add(id(holder))
+        for key, value in holder.items() if isinstance(holder, dict) else enumerate(holder):
+            if isinstance(value, PlainTensor):
+                yield holder, key
+            else:
+                waiting.append(value)
+
+
+def _read_zip(path: Path) -> dict[str, Tensor]:
+    """The weights in an archive of `torch.save` or `torch.jit.save`."""
+    with _opened(path) as (content, file, start_of):
+        return _read_tensors(file, _unwrap(content), start_of)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, IO[bytes], Callable[[PlainTensor], int]]]:
+    """What an archive holds, with tensors that have not been read; its file; and a function that
+    finds the start of a tensor's numbers in it.
+
+    Archives of `torch.save` and `torch.jit.save` are uncompressed zips: `data.pkl` pickles the
+    content or the tree of modules, `data/<n>` holds the bytes of the n-th storage. The code in the
+    latter is never looked at.
     """
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         names = archive.namelist()
@@ -91,7 +140,7 @@ def _read_zip(path: Path) -> dict[str, Tensor]:
                 raise InputError(f"its record {tensor.storage.key!r:.40} is shorter than it says")
             return start
 
-        return _read_tensors(file, _unwrap(content), start_of)
+        yield content, file, start_of
 
 
 def _locate(archive: zipfile.ZipFile, file: IO[bytes], name: str) -> tuple[int, int]:
