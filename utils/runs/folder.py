@@ -133,8 +133,9 @@ def reopen_run_folder(checkpoint: str | os.PathLike, rows: list[dict[str, Any]])
         for folder in (run, weights):
             for left in folder.glob(f"{TEMPORARY}*"):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
-        with replaced_whole(run / "epoch_loss.txt") as temporary:
-            temporary.write_text("".join(history))
+    text = run / "epoch_loss.txt"
+    with writing(text), replaced_whole(text) as temporary:
+        temporary.write_text("".join(history))
     if rows:
         write_csv(run / "metrics.csv", rows)
     return run
