@@ -185,62 +185,6 @@ def test_a_run_goes_on_with_its_own_data_alone_wherever_they_lie(data, whole, tm
     assert "--dataset_path" in line
 
 
-def moved_alone(run, to):
-    """The checkpoint of a run, as one that comes from a machine that is gone; nothing else."""
-    (to / "weights").mkdir(parents=True)
-    shutil.copy(run / "weights" / "checkpoint.pth", to / "weights")
-    return to
-
-
-@pytest.mark.slow
-def test_a_checkpoint_moved_alone_ends_with_plot_and_weights(whole, tmp_path):
-    run = moved_alone(whole, tmp_path / "run")
-    done = run_script("train.py", "--resume_training", run, cwd=tmp_path)
-    (line,) = [line for line in done.stdout.splitlines() if "missing" in line]
-    assert "best_epoch_weights.pth" in line and "last epoch" in line
-    assert (run / "R_mAP.png").exists()
-    # The same weights, and so the same bytes.
-    last = (whole / "weights" / "last_epoch_weights.pth").read_bytes()
-    assert (run / "weights" / "best_epoch_weights.pth").read_bytes() == last
-    done = run_script("train.py", "--resume_training", run, "--epochs", 7, cwd=tmp_path)
-    assert "missing" not in done.stdout and "epoch 7/7" in done.stdout
-
-
-@pytest.mark.slow
-def test_wise_ft_without_the_weights_at_the_start_says_so_before_and_after(whole, data, tmp_path):
-    start = whole / "weights" / "best_epoch_weights.pth"
-    arguments = ["--dataset_path", data, "--batch_size", 4, "--epochs", 1, "--save_steps", 1]
-    run_script("train.py", "--resume_training", start, *arguments, "--wise_ft", 0, 1, cwd=tmp_path)
-    (first,) = (tmp_path / "logs").iterdir()
-    state = torch.load(first / "weights" / "checkpoint.pth", weights_only=True)
-    run = moved_alone(first, tmp_path / "run")
-    halfway = state | {"rows": [], "losses": [1.0] * 15}
-    torch.save(halfway, run / "weights" / "checkpoint.pth")
-    done = run_script("train.py", "--resume_training", run, cwd=tmp_path)
-    before, after = done.stdout.split("epoch 1/1")
-    for printed in (before, after):
-        assert printed.count("start_weights.pth") == 1 and "missing" in printed
-    assert (run / "R_mAP.png").exists() and (run / "weights" / "best_epoch_weights.pth").exists()
-    shutil.copy(first / "weights" / "start_weights.pth", run / "weights")
-    run_script("train.py", "--resume_training", run, cwd=tmp_path)
-    assert (run / "weights" / "wise_ft_weights.pth").exists()
-
-
-@pytest.mark.slow
-def test_a_damaged_checkpoint_is_refused_before_anything_is_changed(whole, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(whole, run)
-    checkpoint = run / "weights" / "checkpoint.pth"
-    state = torch.load(checkpoint, weights_only=True)
-    average = state["average"] | {"module.logit_scale": torch.zeros(3)}
-    for field, value in {"rows": {}, "average": average}.items():
-        torch.save(state | {field: value}, checkpoint)
-        before = {file: file.stat().st_mtime_ns for file in run.rglob("*")}
-        line = error_line("train.py", "--resume_training", run, cwd=tmp_path)
-        assert f"{checkpoint}: {field}" in line
-        assert {file: file.stat().st_mtime_ns for file in run.rglob("*")} == before
-
-
 def test_signals_are_noted_until_they_are_released():
     def handlers():
         return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]

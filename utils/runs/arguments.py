@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from models.errors import InputError
+from models.weights.file_kind import one_line
 
 VALUE_LENGTH = 60  # characters of a refused value that its message shows
 PATH_LENGTH = 4096  # characters; longer ones are refused by every system
@@ -90,7 +91,7 @@ def check_values(values: dict[str, object], parser: argparse.ArgumentParser) -> 
     actions = {a.dest: a for a in parser._actions if a.default is not argparse.SUPPRESS}
     for name in actions.keys() ^ values.keys():
         known = name in actions
-        raise InputError(f"{name!s:.{VALUE_LENGTH}} is {'missing' if known else 'no argument'}")
+        raise InputError(f"{one_line(name)} is {'missing' if known else 'no argument'}")
     for name, action in actions.items():
         value = values[name]
         if value is None and action.default is None:
@@ -100,7 +101,7 @@ def check_values(values: dict[str, object], parser: argparse.ArgumentParser) -> 
             for item in value if several else [value]:
                 _check_value(item, action, several)
         except argparse.ArgumentTypeError as error:
-            raise InputError(f"{name}: {error}") from None
+            raise InputError(f"{name}: {one_line(error)}") from None
 
 
 def _check_value(value: object, action: argparse.Action, is_of_several: bool) -> None:

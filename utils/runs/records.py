@@ -4,7 +4,6 @@ They are pyzjr's; here their files stay whole, and an error of writing them name
 """
 
 import shutil
-import sys
 import threading
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -58,4 +57,4 @@ class Losses(LossHistory):
 def _leave_to_main_thread(error: threading.ExceptHookArgs) -> None:
     """TensorBoard writes in a thread, and raises the thread's error anew at the next record."""
     if not issubclass(error.exc_type, OSError):
-        sys.__excepthook__(error.exc_type, error.exc_value, error.exc_traceback)
+        threading.__excepthook__(error)

@@ -131,13 +131,11 @@ def _check_optimizer(optimizer: object, model: CLIP, arguments: dict[str, Any]) 
     saved = optimizer.get("param_groups")
     is_list = isinstance(saved, list) and all(isinstance(group, dict) for group in saved)
     _require(is_list, "optimizer: param_groups", _is_no("list of groups", saved))
-    first = 0
-    for group, own in zip(saved, groups, strict=False):
-        numbers = list(range(first, first := first + len(own)))
-        _require(group.get("params") == numbers, "optimizer: param_groups",
-                 "do not hold the parameters of the model")  # fmt: skip
-    _require(len(saved) == len(groups), "optimizer: param_groups",
-             f"are {len(saved)}, where this model is trained in {len(groups)}")  # fmt: skip
+    numbers = iter(range(len(parameters)))
+    own = [[next(numbers) for _ in group] for group in groups]
+    found = [group.get("params") for group in saved]
+    fits = all(isinstance(part, list) and all(type(n) is int for n in part) for part in found)
+    _require(fits and found == own, "optimizer: param_groups", "are not those of this model")
     names = MOMENTS[arguments["optimizer_type"]]
     for number, moments in optimizer["state"].items():
         field = f"optimizer: state {_short(number)}"

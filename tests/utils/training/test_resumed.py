@@ -154,7 +154,9 @@ WRONG = [
     (("average", "module.text_projection"), torch.zeros(2, 2)),
     (("optimizer", "state"), GONE), (("optimizer", "state"), []), (GROUPS, GONE), (GROUPS, []),
     (GROUPS, [1]), ((*GROUPS, 0), {}), ((*GROUPS, 0, "params"), [0]),
-    ((*GROUPS, 0, "params"), "01"), (STATE, []), (STATE, {}), ((*STATE[:2], 99), {}),
+    ((*GROUPS, 0, "params"), "01"),
+    ((*GROUPS, 0, "params"), [torch.zeros(2)]), ((*GROUPS, 0, "params"), torch.zeros(2)),
+    (STATE, []), (STATE, {}), ((*STATE[:2], 99), {}),
     ((*STATE[:2], "0"), {}), ((*STATE, "exp_avg"), GONE), ((*STATE, "exp_avg"), None),
     ((*STATE, "exp_avg"), torch.zeros(3)), ((*STATE, "exp_avg"), torch.zeros(5, 64).long()),
     ((*STATE, "more"), torch.zeros(3)), ((*STATE, "step"), 3),
@@ -172,7 +174,7 @@ WRONG = [
         ("wise_ft", [2.0]), ("wise_ft", 0.5), ("demo", 1), ("use_amp", None), ("cache", 3),
         ("dataset_path", None), ("dataset_path", "a\0b"), ("dataset_path", "a" * 10_000),
         ("layer_decay", 1.0), ("lock_image", 0), ("lock_image", 9), ("device", []),
-        ("momentum", math.nan), ("unknown", 1), (7, 1),
+        ("momentum", math.nan), ("unknown", 1), (7, 1), ("a\nb", 1), ("lr", "1\n2"),
     ]),
 ]  # fmt: skip
 
