@@ -8,12 +8,14 @@ python predict.py                asks for one image after another, until an empt
 import argparse
 import sys
 from collections.abc import Iterator
+from itertools import chain, count
 from pathlib import Path
 
 from models.errors import InputError, run_script
 from utils.runs.arguments import name_or_path, path, run_folder, trained_on
 
 TOP = 5  # captions that are printed and drawn
+NAME_LENGTH = 60  # characters, at most 240 bytes: with a number they fit into a name everywhere
 
 
 def main() -> None:
@@ -70,7 +72,7 @@ def main() -> None:
         try:
             image = open_image(name)
             ranked = rank_captions(model, preprocess(image), captions, text_features)[:TOP]
-            output = args.output or output_folder(weights) / f"{Path(name).stem}.png"
+            output = args.output or new_picture(output_folder(weights), name)
             for place, (caption, probability, similarity) in enumerate(ranked, 1):
                 print(f"{place}. {probability:7.2%}  similarity {similarity:.3f}  {caption}")
             draw_ranking(image, ranked, output)
@@ -133,6 +135,14 @@ def output_folder(weights: str | Path) -> Path:
     """The folder for pictures: `predictions/` in the folder of the run that `weights` belong to; in
     the current folder if they belong to none."""
     return (run_folder(weights) or Path.cwd()) / "predictions"
+
+
+def new_picture(folder: Path, image: str) -> Path:
+    """A file in `folder` for the picture of `image`: with the image's name, of which
+    `NAME_LENGTH` characters are kept, and with a number where that name is taken."""
+    name = Path(image).stem[:NAME_LENGTH]
+    names = chain([name], (f"{name}_{number}" for number in count(2)))
+    return next(file for name in names if not (file := folder / f"{name}.png").exists())
 
 
 def ask_for_images() -> Iterator[str]:

@@ -7,6 +7,7 @@ torchrun --standalone --nproc_per_node=2 train.py ...              on two GPUs
 """
 
 import argparse
+import sys
 import time
 import warnings
 from functools import partial
@@ -133,7 +134,7 @@ def main() -> None:
     model = get_model(args, resumed, device, processes)
     loader, val_set = get_data(args, model.visual.input_resolution, device, processes)
     run = open_run(args, resumed, model, loader, val_set)
-    state = get_state(args, resumed, model, device)
+    state = get_state(args, resumed, model, device, run)
     del resumed  # a second copy of the moments
 
     announce(state, loader, val_set, args.epochs, run.folder)
@@ -178,7 +179,7 @@ def main() -> None:
         if processes.any(interrupt.signal is not None):
             raise run.stopped(interrupt)
     interrupt.release()
-    run.close()
+    run.close(state.scored, state.state_dict())
     if processes.is_first:
         finish(args, run.folder, loader, val_set, state)
 
@@ -200,13 +201,12 @@ def prepare(args: argparse.Namespace, processes) -> None:
 
 def get_model(args: argparse.Namespace, resumed: dict | None, device, processes):
     """The model to train, on the CPU: from a checkpoint, from weights, or with random weights."""
-    from models.clip import build_model
     from models.clip_utils import create_model, load
     from utils.training.layer_groups import lock, whole_batch_norms
 
     with processes.first_ahead():  # which downloads
         if resumed:
-            model = build_model(resumed["model"], args.input_shape)
+            model = resumed["model"]
         elif args.resume_training == "none":
             model = create_model(args.model, args.input_shape)
         else:
@@ -249,10 +249,11 @@ def get_data(args: argparse.Namespace, side: int, device, processes):
 
 def open_run(args: argparse.Namespace, resumed: dict | None, model, loader, val_set):
     """The run's folder with its arguments, the console's log and the history of losses."""
-    from pyzjr import LossHistory, redirect_console, show_config
+    from pyzjr import show_config
 
     from utils.runs.checkpoint import save_weights, write_json
     from utils.runs.folder import Run, new_run_folder, reopen_run_folder
+    from utils.runs.records import Log, Losses
     from utils.training.settings import as_saved, check_same_data
 
     data = loader.dataset.fingerprint() + val_set.fingerprint()
@@ -265,21 +266,23 @@ def open_run(args: argparse.Namespace, resumed: dict | None, model, loader, val_
     rows = resumed["rows"] if resumed else []
     if resumed:
         run.folder = reopen_run_folder(args.resume_training, resumed)
+        run.best_since = resumed["best_since"]
     else:
         run.folder = new_run_folder(args.log_dir, started)
     write_json(run.folder / "arguments.json", run.arguments)
-    redirect_console(str(run.folder / f"console_{started}.log"))
+    sys.stdout = Log(run.folder / f"console_{started}.log")
     show_config(args=args, color="bold")
-    side = model.visual.input_resolution
-    run.loss_history = LossHistory(str(run.folder), model, (side, side))
-    run.loss_history.losses = [row["train_loss"] for row in rows]
-    run.loss_history.val_loss = [row["val_loss"] for row in rows]
+    run.loss_history = Losses(run.folder, model, rows)
+    start = run.weights / "start_weights.pth"
     if args.wise_ft and not resumed:
-        save_weights(model, run.weights / "start_weights.pth")
+        save_weights(model, start)
+    elif args.wise_ft and not start.exists():
+        print(f"warning: {start} is missing, which --wise_ft mixes with: put it back before the "
+              "run ends, or it ends without")  # fmt: skip
     return run
 
 
-def get_state(args: argparse.Namespace, resumed: dict | None, model, device):
+def get_state(args: argparse.Namespace, resumed: dict | None, model, device, run):
     """What training starts with: the model on its device, an optimizer in which each layer has a
     learning rate and a decay of its own, and all that the checkpoint carries."""
     from pyzjr import get_optimizer
@@ -295,6 +298,7 @@ def get_state(args: argparse.Namespace, resumed: dict | None, model, device):
     state = State(model, optimizer, Precision(device, args.use_amp), args.ema)
     if resumed:
         state.restore(resumed)
+        run.replace_missing_best(state.scored, state.state_dict())
     if args.grad_checkpointing:
         model.enable_grad_checkpointing()
     if args.compile:
@@ -305,7 +309,6 @@ def get_state(args: argparse.Namespace, resumed: dict | None, model, device):
 def finish(args: argparse.Namespace, folder: Path, loader, val_set, state) -> None:
     """Score the best epoch, read back from its file, and the weights on the way to it."""
     from models.clip_utils import load
-    from models.weights.read import read_state_dict
     from utils.metric import evaluate
     from utils.retrieval.plots import plot_metrics
     from utils.retrieval.tables import format_table
@@ -319,8 +322,11 @@ def finish(args: argparse.Namespace, folder: Path, loader, val_set, state) -> No
     metrics, _ = score(k_values=range(1, 11))
     plot_metrics(metrics, folder / "R_mAP.png")
     print(f"the best epoch:\n{format_table(metrics)}\nplot: {folder / 'R_mAP.png'}")
-    if args.wise_ft:
-        start = read_state_dict(folder / "weights" / "start_weights.pth")
+    start_weights = folder / "weights" / "start_weights.pth"
+    if args.wise_ft and not start_weights.exists():
+        print(f"{start_weights} is missing: no --wise_ft; put it back and run this again")
+    elif args.wise_ft:
+        start = load(start_weights, "cpu")[0].state_dict()
         evaluate_path(model, start, args.wise_ft, score, folder)
         best_weights = folder / "weights" / "wise_ft_weights.pth"
     compare_with_start(state)

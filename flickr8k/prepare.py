@@ -244,8 +244,9 @@ def has_official_splits(files: SourceFiles) -> bool:
 def read_source(files: SourceFiles, images: Set[str]) -> tuple[Captions, Splits]:
     """Captions and splits, from the first format of this module's docstring that is there.
 
-    Without any official splits, those of `images` that have captions are split at random. Raises
-    `InputError` if there are no captions, or only some of the official split lists.
+    Without any official splits, those of `images` that have captions are split at random, and a
+    warning says how many captioned ones are not there. Raises `InputError` if there are no
+    captions, or only some of the official split lists.
     """
     missing_lists = [name for name in SPLIT_LISTS.values() if name not in files]
     captions_name = next((name for name in CAPTION_READERS if name in files), None)
@@ -265,7 +266,32 @@ def read_source(files: SourceFiles, images: Set[str]) -> tuple[Captions, Splits]
             f"some official split lists are there, but not {', '.join(missing_lists)}; "
             f"name {TEXT_ZIP} with --source, or add --download"
         )
-    return captions, split_at_random(images & captions.keys())
+    found = match_names(captions, images)
+    if lost := [name for name in captions if name not in found]:
+        _warn(
+            f"{len(lost):,} images with captions are left out, for example {lost[0]}: the sources "
+            "hold no file of that name, or several that differ in upper and lower case"
+        )
+    return captions, split_at_random(found.keys())
+
+
+def match_names(names: Iterable[str], there: Set[str]) -> dict[str, str]:
+    """For each of `names` the file of that name among those that are `there`; else the only one
+    whose name differs in upper and lower case alone, such as `1.JPG` for `1.jpg`. Names for which
+    there is none, or that share one, are left out."""
+    names = list(names)
+    alike: dict[str, list[str]] = {}
+    for name in there:
+        alike.setdefault(name.casefold(), []).append(name)
+    asked = Counter(name.casefold() for name in names)
+    found = {}
+    for name in names:
+        others = alike.get(name.casefold(), [])
+        if name in there:
+            found[name] = name
+        elif len(others) == asked[name.casefold()] == 1:
+            found[name] = others[0]
+    return found
 
 
 def split_at_random(names: Set[str]) -> Splits:
@@ -334,9 +360,11 @@ def prepare(root: Path, sources: Iterable[Path] = (), download: bool = False) ->
         refuse_another_set(annotations)
 
         needed = [name for names in splits.values() for name in names]
-        if download and not set(needed) <= present.keys() | files.keys():
+        files = {n: SourceFile(root / "images" / n, size) for n, size in present.items()} | files
+        if download and len(match_names(needed, files.keys())) < len(needed):
             files = _zip_members(_download(IMAGES_ZIP, root), open_zips) | files
-        missing = [name for name in needed if name not in files and name not in present]
+        found = match_names(needed, files.keys())
+        missing = [name for name in needed if name not in found]
         if missing:
             raise InputError(
                 f"{len(missing):,} of {len(needed):,} images are in none of the sources, for "
@@ -347,10 +375,10 @@ def prepare(root: Path, sources: Iterable[Path] = (), download: bool = False) ->
             root,
             images=[
                 f"images/{name}"
-                for name in needed
-                if name not in present or (name in files and files[name].size != present[name])
+                for name, file in found.items()
+                if present.get(name) != files[file].size
             ],
-            write_image=lambda image, path: path.write_bytes(files[path.name].read_bytes()),
+            write_image=lambda _, path: path.write_bytes(files[found[path.name]].read_bytes()),
             annotations=annotations,
             progress="writing the images",
         )

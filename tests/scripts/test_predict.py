@@ -124,6 +124,23 @@ def test_predict_asks_for_images_until_an_empty_line(work, photo):
     assert "nowhere.png: no such image file" in done.stdout
 
 
+def test_every_picture_of_predict_stays(work, photo):
+    """Images of one name in two folders, one image twice, and names as long as systems take."""
+    images = ["a/same.png", "b/same.png", "a/same.png", "a/" + "x" * 251 + ".png",
+              "b/" + "x" * 251 + ".png", "a/" + "图" * 83 + ".png"]  # fmt: skip
+    for image in images:
+        (work / image).parent.mkdir(exist_ok=True)
+        (work / image).write_bytes(photo.read_bytes())
+    done = run_script("predict.py", "--text", "a", "b", cwd=work, stdin="\n".join(images))
+    pictures = re.findall(r"picture: (.*\.png)", done.stdout)
+    assert len({*pictures}) == len(images)
+    assert [re.split(r"[\\/]", p)[-1] for p in pictures[:3]] == [
+        "same.png", "same_2.png", "same_3.png"
+    ]  # fmt: skip
+    for picture in pictures:
+        Image.open(work / picture).load()
+
+
 @pytest.fixture
 def error_of(work, monkeypatch, capsys):
     """A function that calls a script's main() in the folder `work`; it returns the message."""

@@ -1,6 +1,7 @@
 """The folder of a run, `LOG_DIR/<time>/`: its weights, its checkpoint, its tables."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from models.errors import InputError
 from utils.machine.interrupt import Interrupt
 from utils.machine.processes import Processes
 from utils.runs.checkpoint import save_checkpoint, save_weights, write_csv
-from utils.runs.files import TEMPORARY, replaced_whole
+from utils.runs.files import TEMPORARY, replaced_whole, writing
 
 
 class Run:
@@ -17,6 +18,7 @@ class Run:
 
     arguments     what the run was started with, as saved in arguments.json
     data          fingerprint of the data set, with which alone the run may go on
+    best_since    number of the first epochs whose weights are lost: the best is one after them
     folder        in the first process; None in the others
     loss_history  pyzjr's, in the first process; draws the losses of each epoch
     """
@@ -25,6 +27,7 @@ class Run:
         self.processes = processes
         self.arguments = arguments
         self.data = data
+        self.best_since = 0
         self.folder: Path | None = None
         self.loss_history: Any = None
 
@@ -32,21 +35,31 @@ class Run:
     def weights(self) -> Path:
         return self.folder / "weights"
 
+    @property
+    def best_weights(self) -> Path:
+        return self.weights / "best_epoch_weights.pth"
+
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write everything needed to go on from `State.state_dict()`."""
         if self.processes.is_first:
             file = self.weights / "checkpoint.pth"
-            save_checkpoint(file, arguments=self.arguments, data=self.data, **state)
+            save_checkpoint(
+                file,
+                arguments=self.arguments,
+                data=self.data,
+                best_since=self.best_since,
+                **state,
+            )
 
     def save_epoch(self, model: CLIP, state: dict[str, Any], keep_every: int) -> None:
         """Write the weights, the checkpoint and the tables at the end of an epoch. `model` has the
         weights that were scored; those of every `keep_every`-th epoch stay."""
         if not self.processes.is_first:
             return
-        *earlier, row = state["rows"]
+        *earlier, row = state["rows"][self.best_since :]
         losses = row["train_loss"], row["val_loss"]
         if all(row["mean_recall"] > other["mean_recall"] for other in earlier):
-            save_weights(model, self.weights / "best_epoch_weights.pth")
+            save_weights(model, self.best_weights)
         if row["epoch"] % keep_every == 0:
             name = "ep{:03}_loss{:.3f}_val_loss{:.3f}.pth".format(row["epoch"], *losses)
             save_weights(model, self.weights / name)
@@ -54,6 +67,22 @@ class Run:
         self.save_checkpoint(state)
         _write_metrics(self.folder, state)
         self.loss_history.append_loss(row["epoch"], *losses)
+
+    def replace_missing_best(self, model: CLIP, state: dict[str, Any]) -> None:
+        """If best_epoch_weights.pth is gone, as after a checkpoint was moved alone, the last epoch
+        takes its place; in the middle of an epoch, whose weights are no epoch's, the best of those
+        that end from here on."""
+        if not self.processes.is_first or not state["rows"] or self.best_weights.exists():
+            return
+        in_epoch = bool(state["losses"])
+        self.best_since = len(state["rows"]) - (not in_epoch)
+        self.save_checkpoint(state)  # first: a run killed in between comes here again
+        if not in_epoch:
+            save_weights(model, self.best_weights)
+        instead = (
+            "the best epoch from here on takes" if in_epoch else "those of the last epoch take"
+        )
+        print(f"{self.best_weights}: was missing; {instead} its place")
 
     def stopped(self, interrupt: Interrupt) -> SystemExit:
         """Say how to go on after a signal; return what ends the program."""
@@ -63,9 +92,11 @@ class Run:
                   f"{self.weights / 'checkpoint.pth'}")  # fmt: skip
         return interrupt.exit()
 
-    def close(self) -> None:
+    def close(self, model: CLIP, state: dict[str, Any]) -> None:
+        """End the run; its best weights are there then, whatever has become of the file."""
         if self.processes.is_first:
             self.loss_history.close()
+            self.replace_missing_best(model, state)
 
 
 def new_run_folder(log_dir: str | os.PathLike, name: str) -> Path:
@@ -97,12 +128,14 @@ def reopen_run_folder(checkpoint: str | os.PathLike, state: dict[str, Any]) -> P
             "its own folder"
         )
     run = weights.parent
-    for folder in (run, weights):
-        for file in folder.glob(f"{TEMPORARY}*"):
-            file.unlink()
     rows = state["rows"]
     history = [f"Epoch {r['epoch']}: train: {r['train_loss']} val: {r['val_loss']}\n" for r in rows]
-    with replaced_whole(run / "epoch_loss.txt") as temporary:
+    with writing(run):
+        for folder in (run, weights):
+            for left in folder.glob(f"{TEMPORARY}*"):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+    text = run / "epoch_loss.txt"
+    with writing(text), replaced_whole(text) as temporary:
         temporary.write_text("".join(history))
     if rows:
         _write_metrics(run, state)

@@ -6,7 +6,7 @@ from typing import Any
 
 from models.errors import InputError
 from utils.data.annotations import missing_annotations
-from utils.runs.checkpoint import read_checkpoint
+from utils.training.resumed import read_resumed
 
 DEMO = {
     "dataset_path": "flickr8k/demo",
@@ -30,10 +30,10 @@ def settle(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict[st
 
     What the command line leaves open comes from the run that is continued or from the demo's
     settings, then from the recipe for training from scratch or for fine-tuning. Raises `InputError`
-    for arguments that contradict each other or the run.
+    for arguments that contradict each other or the run, and for a checkpoint that is damaged.
     """
     args = parser.parse_args()
-    resumed = None if args.demo else read_checkpoint(args.resume_training)
+    resumed = None if args.demo else read_resumed(args.resume_training, parser)
     saved: dict[str, Any] = {}
     if args.demo:
         parser.set_defaults(**DEMO)
