@@ -161,7 +161,7 @@ def main() -> None:
                 )
                 state.update(processes.sum(loss))
                 progress.advance(state.losses[-1], rate_at(step), step)
-                stop = processes.any(interrupt.signal is not None)
+                stop = processes.any(interrupt.has_come())
                 due = stop or (args.save_steps and len(state.losses) % args.save_steps == 0)
                 if due and state.losses[-1].isfinite():  # another one ends the run in the next step
                     run.save_checkpoint(state.state_dict())
@@ -175,7 +175,7 @@ def main() -> None:
             f"{val_loss:.4f}, mean recall {row['mean_recall']:.2f}\n{format_table(metrics)}"
         )
         run.save_epoch(state.scored, state.state_dict(), args.freq)
-        if processes.any(interrupt.signal is not None):
+        if processes.any(interrupt.has_come()):
             raise run.stopped(interrupt)
     interrupt.release()
     run.close()
