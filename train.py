@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 
 from models.errors import InputError, run_script
-from utils.runs.arguments import fraction, integer, number, path, positive, starting_point
+from models.weights.registry import MAX_RESOLUTION
+from utils.runs.arguments import fraction, integer, number, path, positive, starting_point, workers
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder with images/ and {en,cn}_{train,val}.json (default: %(default)s)")
     add("--language", choices=["en", "cn"], nargs="+", default=["en"],
         help="captions to train on and to score with; several languages are mixed (default: en)")
-    add("--input_shape", type=integer(1), metavar="PIXELS",
+    add("--input_shape", type=integer(1, MAX_RESOLUTION), metavar="PIXELS",
         help="side of the images (default: the model's own); another one than the weights' "
         "interpolates the positional embedding")
     add("--captions_per_image", type=integer(1), default=2, metavar="K",
@@ -54,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--cache", nargs="?", const="", metavar="FOLDER",
         help="decode every image once into a file in FOLDER (default: .cache in the data set), "
         "kept on the GPU where it fits")
-    add("--num_workers", type=integer(0),
+    add("--num_workers", type=workers,
         help="processes that read images (default: 4 with a GPU, 0 without)")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -102,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true",
         help="torch.compile both towers: a slow first step, then faster ones on a GPU; "
         "needs a C++ compiler on a CPU, Triton on a GPU")
-    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    add("--device", help="cuda, cuda:1, mps (a Mac's GPU) or cpu (default: the first there is)")
     add("--freq", type=integer(1), default=5, metavar="EPOCHS",
         help="keep the weights of every EPOCHS-th epoch (default: %(default)s)")
     add("--save_steps", type=integer(1), metavar="N",
@@ -224,10 +225,15 @@ def get_data(args: argparse.Namespace, side: int, device, processes):
     from utils.data.annotations import shared_images_warning
     from utils.data.check_images import check_images
     from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
+    from utils.machine.memory import check_fits
 
     num_workers = args.num_workers
     if num_workers is None:
-        num_workers = 4 if device.type == "cuda" else 0
+        num_workers = 0 if device.type == "cpu" else 4
+    at_once = min(args.batch_size, args.grad_cache or args.batch_size) // processes.size
+    check_fits(
+        f"--input_shape {side}: {at_once} images, as floats,", 12 * at_once * side**2, device
+    )
     train_set = Flickr8kDataset(args.dataset_path, side, args.language, is_train=True)
     val_set = Flickr8kDataset(args.dataset_path, side, args.language, is_train=False)
     if processes.is_first:

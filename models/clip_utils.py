@@ -21,6 +21,7 @@ from torch import Tensor
 from models.clip import CLIP, build_model
 from models.device import pick_device
 from models.errors import InputError, run_script
+from models.files import check_regular
 from models.preprocess import Preprocess
 from models.simple_tokenizer import SimpleTokenizer
 from models.weights.architecture import check_resolution
@@ -75,6 +76,7 @@ def find_weights(name: str | os.PathLike, download_root: str | os.PathLike = MOD
             f"{name}: neither a file nor the name of published weights{near}; the names are "
             f"{known} (ViT-demo has no published weights; to train it: {TRAIN_DEMO})"
         )
+    check_regular(path)
     return path
 
 
