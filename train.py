@@ -225,16 +225,14 @@ def get_data(args: argparse.Namespace, side: int, device, processes):
     from utils.data.annotations import shared_images_warning
     from utils.data.check_images import check_images
     from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
-    from utils.machine.memory import check_fits
+    from utils.machine.memory import check_images_fit
 
     num_workers = args.num_workers
     if num_workers is None:
         num_workers = 0 if device.type == "cpu" else 4
-    at_once = min(args.batch_size, args.grad_cache or args.batch_size) // processes.size
-    check_fits(
-        f"--input_shape {side}: {at_once} images, as floats,", 12 * at_once * side**2, device
-    )
     train_set = Flickr8kDataset(args.dataset_path, side, args.language, is_train=True)
+    at_once = min(len(train_set), args.batch_size, args.grad_cache or args.batch_size)
+    check_images_fit(at_once // processes.size, side, device)
     val_set = Flickr8kDataset(args.dataset_path, side, args.language, is_train=False)
     if processes.is_first:
         if warning := shared_images_warning(train_set.image, val_set.image):

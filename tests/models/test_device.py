@@ -6,7 +6,7 @@ import torch
 from models.clip_utils import create_model, load
 from models.device import pick_device, upload
 from models.errors import InputError
-from utils.machine.memory import check_fits, explained, peak_memory_mb, total_memory
+from utils.machine.memory import check_images_fit, explained, peak_memory_mb, total_memory
 from utils.machine.precision import Precision
 from utils.machine.processes import join_processes
 
@@ -106,11 +106,9 @@ def test_the_memory_of_a_macs_gpu_is_what_torch_has_reserved(monkeypatch):
 def test_what_no_memory_holds_is_refused_with_its_size():
     total = total_memory(CPU)
     assert 2**28 < total < 2**50
-    check_fits("the images take", total, CPU)
-    with pytest.raises(
-        InputError, match=r"^--input_shape 9: images take 1,048,576\.0 GB, where cpu"
-    ):
-        check_fits("--input_shape 9: images", 2**50, CPU)
+    check_images_fit(64, 224, CPU)
+    with pytest.raises(InputError, match=r"^--input_shape 8192: .* take 786,432\.0 GB .* cpu has"):
+        check_images_fit(2**20, 2**13, CPU)  # 2^20 * 3 * 2^26 * 4 bytes
 
 
 @pytest.mark.parametrize("side", [10_016, 10**9])

@@ -31,12 +31,15 @@ def explained() -> Iterator[None]:
         raise
 
 
-def check_fits(what: str, size: int, device: torch.device) -> None:
-    """Raise `InputError` if `what`, of `size` bytes, is more than all the memory of the device."""
-    total = total_memory(device)
+def check_images_fit(n: int, side: int, device: torch.device) -> None:
+    """Raise `InputError` if n float32 images, `side` pixels wide and high, are more than all the
+    memory of the device. What the towers make of them comes on top, and is not known here."""
+    size, total = n * 3 * side**2 * 4, total_memory(device)
     if size > total:
         raise InputError(
-            f"{what} take {size / 2**30:,.1f} GB, where {device} has {total / 2**30:,.1f} GB"
+            f"--input_shape {side}: {n} images at once take {size / 2**30:,.1f} GB as floats "
+            f"alone, where {device} has {total / 2**30:,.1f} GB; lower it, or --batch_size, or "
+            "compute the batch in parts (--grad_cache 16)"
         )
 
 
