@@ -55,7 +55,14 @@ def read_batches(
         timeout=LONGEST_WAIT if num_workers else 0,
     )
     try:
-        for loaded in loader:
+        arriving = iter(loader)
+    except OSError as error:  # even the locks of a worker need some shared memory
+        raise InputError(
+            f"--num_workers {num_workers}: no process that reads images can be started "
+            f"({error.strerror}); read them in this one (--num_workers 0)"
+        ) from error
+    try:
+        for loaded in arriving:
             if isinstance(loaded, InputError):
                 raise loaded
             if isinstance(loaded.images, np.ndarray):

@@ -1,5 +1,6 @@
 """Batches on their way from worker processes, and workers that do not deliver."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -85,6 +86,15 @@ def test_batches_through_pipes_are_those_of_the_data_set(data, monkeypatch, caps
             assert loaded.rows == rows
             assert torch.equal(loaded.images, torch.stack([dataset[row][0] for row in rows]))
     assert capsys.readouterr().out.count("/dev/shm) is too small") == 1
+
+
+def test_workers_that_cannot_be_started_are_named_with_the_remedy(data, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(image_reading.DataLoader, "__iter__", full)
+    with pytest.raises(InputError, match=r"^--num_workers 2: .*No space left.*--num_workers 0"):
+        next(read_batches(Flickr8kDataset(data, 32), [[0]], 2))
 
 
 def can_mount():
