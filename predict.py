@@ -44,7 +44,7 @@ def main() -> None:
         help="file for the picture of the ranking (default: in predictions/ in the run's folder)",
     )
     parser.add_argument("--show", action="store_true", help="open the picture in a window as well")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first there is)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
 
@@ -101,11 +101,12 @@ def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
     """The lines of `captions_file`; without one, the validation captions of the data set that
     `weights` were trained on, in all languages of their run. Raises `InputError` if there are none
     to be had."""
+    from models.files import read_bytes
     from utils.data.annotations import missing_annotations, read_annotations
 
     if captions_file:
         try:
-            lines = captions_file.read_text(encoding="utf-8-sig").splitlines()
+            lines = read_bytes(captions_file).decode("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{captions_file}: cannot be read as UTF-8 text ({error})") from None
         captions = [line.strip() for line in lines if line.strip()]

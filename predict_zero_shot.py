@@ -30,7 +30,7 @@ def main() -> None:
         help="model name, whose weights are downloaded if need be, or weights file "
         "(default: %(default)s)",
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first there is)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     check_labels(args.labels)

@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 
 from models.errors import InputError, run_script
-from utils.runs.arguments import fraction, integer, number, path, positive, starting_point
+from models.weights.registry import MAX_RESOLUTION
+from utils.runs.arguments import fraction, integer, number, path, positive, starting_point, workers
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder with images/ and {en,cn}_{train,val}.json (default: %(default)s)")
     add("--language", choices=["en", "cn"], nargs="+", default=["en"],
         help="captions to train on and to score with; several languages are mixed (default: en)")
-    add("--input_shape", type=integer(1), metavar="PIXELS",
+    add("--input_shape", type=integer(1, MAX_RESOLUTION), metavar="PIXELS",
         help="side of the images (default: the model's own); another one than the weights' "
         "interpolates the positional embedding")
     add("--captions_per_image", type=integer(1), default=2, metavar="K",
@@ -55,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--cache", nargs="?", const="", metavar="FOLDER",
         help="decode every image once into a file in FOLDER (default: .cache in the data set), "
         "kept on the GPU where it fits")
-    add("--num_workers", type=integer(0),
+    add("--num_workers", type=workers,
         help="processes that read images (default: 4 with a GPU, 0 without)")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -103,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true",
         help="torch.compile both towers: a slow first step, then faster ones on a GPU; "
         "needs a C++ compiler on a CPU, Triton on a GPU")
-    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    add("--device", help="cuda, cuda:1, mps (a Mac's GPU) or cpu (default: the first there is)")
     add("--freq", type=integer(1), default=5, metavar="EPOCHS",
         help="keep the weights of every EPOCHS-th epoch (default: %(default)s)")
     add("--save_steps", type=integer(1), metavar="N",
@@ -162,7 +163,7 @@ def main() -> None:
                                             args.grad_cache)  # fmt: skip
                 state.update(processes.sum(loss))
                 progress.advance(state.losses[-1], rate_at(step), step)
-                stop = processes.any(interrupt.signal is not None)
+                stop = processes.any(interrupt.has_come())
                 due = stop or (args.save_steps and len(state.losses) % args.save_steps == 0)
                 if due and state.losses[-1].isfinite():  # another one ends the run in the next step
                     run.save_checkpoint(state.state_dict())
@@ -176,7 +177,7 @@ def main() -> None:
             f"{val_loss:.4f}, mean recall {row['mean_recall']:.2f}\n{format_table(metrics)}"
         )
         run.save_epoch(state.scored, state.state_dict(), args.freq)
-        if processes.any(interrupt.signal is not None):
+        if processes.any(interrupt.has_come()):
             raise run.stopped(interrupt)
     interrupt.release()
     run.close(state.scored, state.state_dict())
@@ -224,11 +225,14 @@ def get_data(args: argparse.Namespace, side: int, device, processes):
     from utils.data.annotations import shared_images_warning
     from utils.data.check_images import check_images
     from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
+    from utils.machine.memory import check_images_fit
 
     num_workers = args.num_workers
     if num_workers is None:
-        num_workers = 4 if device.type == "cuda" else 0
+        num_workers = 0 if device.type == "cpu" else 4
     train_set = Flickr8kDataset(args.dataset_path, side, args.language, is_train=True)
+    at_once = min(len(train_set), args.batch_size, args.grad_cache or args.batch_size)
+    check_images_fit(at_once // processes.size, side, device)
     val_set = Flickr8kDataset(args.dataset_path, side, args.language, is_train=False)
     if processes.is_first:
         if warning := shared_images_warning(train_set.image, val_set.image):

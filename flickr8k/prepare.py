@@ -38,6 +38,7 @@ if not __package__:  # as a script: Python looks for modules in this folder, not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.errors import InputError, run_script
+from models.files import check_regular, check_size
 from utils.data.annotations import annotations_json, refuse_another_set, write_set
 from utils.runs import arguments
 
@@ -73,7 +74,8 @@ class SourceFile(NamedTuple):
         return f"{self.path}/{self.member.filename}" if self.archive else str(self.path)
 
     def read_bytes(self) -> bytes:
-        """The content. Raises `InputError` if it cannot be read."""
+        """The content. Raises `InputError` if it cannot be read, or is too large."""
+        check_size(self, self.size)
         with _readable(self):
             return self.archive.read(self.member) if self.archive else self.path.read_bytes()
 
@@ -114,6 +116,8 @@ def find_files(sources: Iterable[Path], root: Path, open_zips: ExitStack) -> Sou
     for source in sources:
         if not source.exists():
             raise InputError(f"{source}: there is no such file or folder (--source)")
+        if not source.is_dir():
+            check_regular(source)
         for path in [source] if source.is_file() else _walk(source, skipped=root / "images"):
             if path.suffix.lower() == ".zip":
                 zips.append(path)

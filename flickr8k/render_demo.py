@@ -27,6 +27,7 @@ if not __package__:  # as a script: Python looks for modules in this folder, not
 
 from models.errors import run_script
 from utils.data.annotations import annotations_json, write_set
+from utils.runs.arguments import integer
 
 Colour = tuple[int, int, int]  # red, green and blue, from 0 to 255
 Points = list[tuple[float, float]]  # x to the right, y down
@@ -304,7 +305,10 @@ def main() -> None:
         help="folder to write into (default: demo, in the folder of this script)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="each seed gives another set (default: %(default)s)"
+        "--seed",
+        type=integer(0, 2**32 - 1),
+        default=0,
+        help="each seed gives another set (default: %(default)s)",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from models.clip import CLIP, build_model
+from models.device import pick_device
 from models.errors import InputError, run_script
+from models.files import check_regular
 from models.preprocess import Preprocess
 from models.simple_tokenizer import SimpleTokenizer
 from models.weights.architecture import check_resolution
@@ -74,6 +76,7 @@ def find_weights(name: str | os.PathLike, download_root: str | os.PathLike = MOD
             f"{name}: neither a file nor the name of published weights{near}; the names are "
             f"{known} (ViT-demo has no published weights; to train it: {TRAIN_DEMO})"
         )
+    check_regular(path)
     return path
 
 
@@ -88,7 +91,7 @@ def load(
     - `name`: the name of a model, such as `"ViT-B/32"`, or the path of a weights file. That may be
       a published TorchScript archive, a state dict (.pt, .pth or .safetensors, in float16 or
       float32), or a checkpoint of `train.py` or open_clip.
-    - `device`: by default CUDA if there is a GPU, else the CPU.
+    - `device`: `pick_device` chooses the default.
     - `download_root`: the folder for published weights.
     - `input_shape`: another image resolution than that of the weights, in pixels.
 
@@ -101,21 +104,6 @@ def load(
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return model.to(device), Preprocess(model.visual.input_resolution)
-
-
-def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """The device of that name; by default CUDA if there is a GPU, else the CPU. Raises `InputError`
-    for a device that does not exist here."""
-    try:
-        picked = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise InputError(f"--device {device}: no such device; try cpu, cuda or cuda:1") from None
-    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"--device {device}: torch finds {torch.cuda.device_count()} CUDA devices here; use "
-            "--device cpu, or install a torch built for CUDA"
-        )
-    return picked
 
 
 @lru_cache

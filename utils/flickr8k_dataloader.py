@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from models.clip_utils import tokenize, tokenizer
+from models.device import upload
 from models.errors import InputError
 from models.preprocess import normalize, open_image, pixels
 from models.weights.registry import CONTEXT_LENGTH
@@ -288,8 +289,8 @@ class TrainLoader:
         for loaded in self._load(batches):
             self._report(loaded.problems)
             yield Batch(
-                loaded.images.to(self.device, non_blocking=True),
-                crops[loaded.rows].to(self.device, non_blocking=True) if self.augment else None,
+                upload(loaded.images, self.device),
+                upload(crops[loaded.rows], self.device) if self.augment else None,
                 self.dataset.tokens[captions[loaded.rows, : self.captions_per_image].flatten()],
                 self.dataset.text_ids[captions[loaded.rows]],
             )

@@ -29,7 +29,7 @@ from utils.machine.processes import ALONE, Processes
 from utils.retrieval.encode import encode_images, encode_texts
 from utils.retrieval.plots import plot_metrics
 from utils.retrieval.tables import K_VALUES, Metrics, format_table
-from utils.runs.arguments import TrainedOn, integer, name_or_path, path, trained_on
+from utils.runs.arguments import TrainedOn, integer, name_or_path, path, trained_on, workers
 from utils.runs.checkpoint import write_json
 
 BLOCK_BYTES = 2**26  # of the scores that are in memory at once
@@ -260,10 +260,8 @@ def main() -> None:
         help="of the captions, one or both (default: those of the weights' run, else en)",
     )
     parser.add_argument("--batch_size", type=integer(1), default=64, help="images at a time")
-    parser.add_argument(
-        "--num_workers", type=integer(0), default=0, help="processes that read images"
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    parser.add_argument("--num_workers", type=workers, default=0, help="processes that read images")
+    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first there is)")
     parser.add_argument(
         "--json", type=path, metavar="FILE", help="write the metrics, K from 1 to 10"
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 from models.errors import InputError
 from models.transformer import HEAD_WIDTH
 from models.weights.checks import listed
+from models.weights.registry import MAX_RESOLUTION
 
 MAX_BLOCKS = 500  # of a tower, or of a ResNet's stage; the largest published model has 36
 RESNET_STRIDE = 32  # pixels of an image to a position: a ResNet halves the image five times
@@ -99,8 +100,10 @@ def count_blocks(state_dict: dict[str, Tensor], prefix: str) -> int:
 def check_resolution(architecture: dict[str, Any], input_shape: int) -> int:
     """Return the stride of the image tower: how many pixels there are from one position of its
     positional embedding to the next. Raise `InputError` if the resolution `input_shape`, in pixels,
-    is not a multiple of it."""
+    is not a multiple of it, or more than `MAX_RESOLUTION`."""
     stride = architecture["vision_patch_size"] or RESNET_STRIDE
+    if input_shape > MAX_RESOLUTION:
+        raise InputError(f"--input_shape {input_shape} is more than {MAX_RESOLUTION:,} pixels")
     if input_shape < stride or input_shape % stride:
         nearest = max(1, round(input_shape / stride)) * stride
         raise InputError(

@@ -180,7 +180,7 @@ def test_unusable_images_and_a_missing_run_end_in_one_line(work, tmp_path):
         (["--weights", "ViT-B/33"], "ViT-B/33: neither a file nor .* the names are RN50, RN101"),
         (["--weights", ""], "--weights: the path is empty"),
         (["--text", "a", "--output", "ranking.xyz"], "ranking.xyz: no format .* png"),
-        (["--device", "gpu"], "--device gpu: no such device; try cpu"),
+        (["--device", "gpu"], "--device gpu: no such device; it is cuda, mps or cpu"),
     ],
 )
 def test_predict_names_the_argument_that_it_cannot_use(work, photo, error_of, arguments, message):

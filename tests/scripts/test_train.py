@@ -14,7 +14,10 @@ from script_runs import error_line, run_script
 from flickr8k.render_demo import render_demo
 from models import load
 from models.clip_utils import create_model
+from models.errors import InputError
+from train import build_parser, get_data
 from utils.machine.precision import Precision
+from utils.machine.processes import ALONE
 from utils.training.optimizer import learning_rate, parameter_groups
 
 SCRATCH = ["--resume_training", "none", "--model", "ViT-demo", "--lr", "1e-3", "--batch_size", "16"]
@@ -259,6 +262,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, work):
         (["--device", "quantum"], "--device"),
         (["--lr", "nan"], "--lr"),
         (["--epochs", "-1"], "--epochs"),
+        (["--epochs", "9" * 400], "--epochs"),
+        (["--input_shape", "1000000000"], "from 1 to 10,000"),
+        (["--num_workers", "100000"], "from 0 to 256"),
+        (["--device", "meta"], "it is cuda, mps or cpu, and here there are"),
         (["--momentum", "1"], "--momentum"),
         (["--optimizer_type", "lion"], "adamw"),
         ([*SCRATCH[:3], "ViT-B"], "ViT-demo"),
@@ -310,3 +317,14 @@ def test_a_step_in_float16_is_scaled_clipped_and_skipped_when_it_overflows():
     precision.update(linear, optimizer, max_norm=1.0)
     assert torch.equal(linear.weight, before)
     assert precision.scaler.get_scale() == 2.0**9
+
+
+def test_images_that_no_memory_holds_are_refused_before_any_is_read(data, monkeypatch):
+    monkeypatch.setattr("utils.machine.memory.total_memory", lambda _: 10**6)
+    parser = build_parser()
+    args = ["--dataset_path", str(data), "--batch_size"]
+    with pytest.raises(InputError, match=r"--input_shape 224: 16 images .*--grad_cache"):
+        get_data(parser.parse_args([*args, "16"]), 224, torch.device("cpu"), ALONE)
+    with pytest.raises(InputError, match=r"71 is more than the 70"):
+        get_data(parser.parse_args([*args, "71"]), 16, torch.device("cpu"), ALONE)
+    get_data(parser.parse_args([*args, "16"]), 64, torch.device("cpu"), ALONE)  # 786 kB

@@ -353,10 +353,15 @@ def test_script_scores_on_what_it_is_told(score):
         (("data", "en"), ["--weights", "ViT-B/33"], "the names are RN50, RN101"),
         ((3, "en"), [], "arguments.json: should hold the dataset_path and language"),
         (("data", None), [], "arguments.json: should hold the dataset_path and language"),
-        (("data", "en"), ["--batch_size", "0"], "--batch_size: 0 is not an integer of at least 1"),
-        (("data", "en"), ["--batch_size", "1.5"], "1.5 is not an integer of at least 1"),
+        (
+            ("data", "en"),
+            ["--batch_size", "0"],
+            "--batch_size: 0 is not an integer from 1 to 1,000,000,000",
+        ),
+        (("data", "en"), ["--batch_size", "1" + "0" * 19], "is not an integer from 1 to 1,000,0"),
+        (("data", "en"), ["--batch_size", "1.5"], "1.5 is not an integer from 1 to 1,000,000,000"),
         (("data", "en"), ["--batch_size", "9" * 5000], r"--batch_size: 9{60} is not an integer"),
-        (("data", "en"), ["--num_workers", "-1"], "-1 is not an integer of at least 0"),
+        (("data", "en"), ["--num_workers", "-1"], "-1 is not an integer from 0 to 256"),
         (("data", "en"), ["--language", "fr"], r"--language: .*choose from '?en'?, '?cn'?"),
         (("data", "en"), ["--dataset_path", " "], "--dataset_path: the path is empty"),
         (

@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from tqdm import tqdm
 
 from models.errors import InputError
+from models.files import read_bytes
 from utils.runs.files import replaced_whole
 
 PROBLEMS_SHOWN = 10  # of one caption file
@@ -84,7 +85,7 @@ def annotations_json(entries: Iterable[tuple[str, list[str]]]) -> bytes:
 def refuse_another_set(annotations: dict[Path, bytes]) -> None:
     """Raise `InputError` where a caption file stands already with other content."""
     for path, content in annotations.items():
-        if path.exists() and path.read_bytes() != content:
+        if path.exists() and read_bytes(path) != content:
             raise InputError(
                 f"{path} belongs to another data set, which is not overwritten: "
                 "remove that set, or write into another folder (--output)"
@@ -133,7 +134,9 @@ def _write_images(
 
 def _read_json(path: Path) -> object:
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(read_bytes(path).decode("utf-8-sig"))
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(
             f"{missing_annotations(path)}; name another folder (--dataset_path), or get Flickr8k: "
