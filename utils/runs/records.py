@@ -5,6 +5,7 @@ They are pyzjr's; here their files stay whole, and an error of writing them name
 
 import shutil
 import threading
+import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,7 +31,8 @@ class Losses(LossHistory):
     def __init__(self, folder: Path, model: CLIP, rows: list[dict[str, Any]]):
         threading.excepthook = _leave_to_main_thread
         side = model.visual.input_resolution
-        with writing(folder):
+        with writing(folder), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # TensorBoard's graph needs torch.jit
             super().__init__(str(folder), model, (side, side))
         self.folder = folder
         self.losses = [row["train_loss"] for row in rows]
