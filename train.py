@@ -7,12 +7,14 @@ torchrun --standalone --nproc_per_node=2 train.py ...              on two GPUs
 """
 
 import argparse
+import sys
 import time
 import warnings
 from functools import partial
 from pathlib import Path
 
 from models.errors import InputError, run_script
+from models.host import Console, is_terminal, script_settings
 from utils.runs.arguments import fraction, integer, number, path, positive, starting_point
 
 
@@ -111,6 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@script_settings()
 def main() -> None:
     parser = build_parser()
     parser.parse_args()  # --help and typing errors answer at once, before torch is imported
@@ -268,7 +271,9 @@ def open_run(args: argparse.Namespace, resumed: dict | None, model, loader, val_
     else:
         run.folder = new_run_folder(args.log_dir, started)
     write_json(run.folder / "arguments.json", run.arguments)
+    colours = is_terminal(sys.stdout)
     redirect_console(str(run.folder / f"console_{started}.log"))
+    sys.stdout = Console(sys.stdout, colours)
     show_config(args=args, color="bold")
     side = model.visual.input_resolution
     run.loss_history = LossHistory(str(run.folder), model, (side, side))
@@ -309,6 +314,7 @@ def finish(args: argparse.Namespace, folder: Path, val_set, num_workers: int, pr
     from utils.metric import evaluate
     from utils.retrieval.plots import plot_metrics
     from utils.retrieval.tables import format_table
+    from utils.runs.commands import TO_PASTE, command, labels_to_try
     from utils.training.wise_ft import evaluate_path
 
     best_weights = folder / "weights" / "best_epoch_weights.pth"
@@ -321,9 +327,10 @@ def finish(args: argparse.Namespace, folder: Path, val_set, num_workers: int, pr
         start = read_state_dict(folder / "weights" / "start_weights.pth")
         evaluate_path(model, start, args.wise_ft, score, folder)
         best_weights = folder / "weights" / "wise_ft_weights.pth"
-    print(f"now try\n  python predict.py {val_set.image[0]} --weights {best_weights}")
-    print(f"  python predict_zero_shot.py {val_set.image[0]} --weights {best_weights} "
-          f"--labels \"{val_set.text[0]}\" \"{val_set.text[-1]}\"")  # fmt: skip
+    arguments = Path(val_set.image[0]), "--weights", best_weights
+    labels = labels_to_try(val_set.text)
+    print(f"now try{TO_PASTE}\n  {command('predict.py', *arguments)}\n"
+          f"  {command('predict_zero_shot.py', *arguments, '--labels', *labels)}")  # fmt: skip
 
 
 if __name__ == "__main__":

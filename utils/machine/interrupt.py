@@ -1,17 +1,20 @@
 """Ctrl-C and SIGTERM: they are noted, so that the step under way can end and be saved."""
 
 import signal
+import threading
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupt:
     """Notes the first Ctrl-C or SIGTERM in `signal`, from its creation until `release`. A second
-    Ctrl-C ends the program at once."""
+    Ctrl-C ends the program at once. In a thread, which gets no signals, it notes none."""
 
     def __init__(self):
         self.signal: signal.Signals | None = None
-        self.before = {number: signal.signal(number, self._note) for number in STOPPING}
+        in_main = threading.current_thread() is threading.main_thread()
+        numbers = STOPPING if in_main else ()
+        self.before = {number: signal.signal(number, self._note) for number in numbers}
 
     def release(self) -> None:
         """Give the signals their earlier handlers back."""

@@ -56,7 +56,7 @@ def path(text: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text:.{VALUE_LENGTH}}: there is no such user") from None
+        raise argparse.ArgumentTypeError(f"{text:.{VALUE_LENGTH}}: the home folder is unknown") from None
 
 
 def name_or_path(text: str) -> str:

@@ -9,6 +9,7 @@ from models.errors import InputError
 from utils.machine.interrupt import Interrupt
 from utils.machine.processes import Processes
 from utils.runs.checkpoint import save_checkpoint, save_weights, write_csv
+from utils.runs.commands import TO_PASTE, command, quoted
 from utils.runs.files import TEMPORARY, replaced_whole
 
 
@@ -58,9 +59,13 @@ class Run:
     def stopped(self, interrupt: Interrupt) -> SystemExit:
         """Say how to go on after a signal; return what ends the program."""
         if self.processes.is_first:
-            launch = "torchrun [as before]" if self.processes.size > 1 else "python"
-            print(f"\nstopped by a signal; to go on:\n  {launch} train.py --resume_training "
-                  f"{self.weights / 'checkpoint.pth'}")  # fmt: skip
+            arguments = "--resume_training", self.weights / "checkpoint.pth"
+            size = self.processes.size
+            if size > int(os.environ.get("LOCAL_WORLD_SIZE", size)):  # on several machines
+                line = f"torchrun [as before] train.py {quoted(arguments)}"
+            else:
+                line = command("train.py", *arguments, processes=size)
+            print(f"\nstopped by a signal; to go on{TO_PASTE}:\n  {line}")
         return interrupt.exit()
 
     def close(self) -> None:
