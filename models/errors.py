@@ -28,7 +28,7 @@ def run_script(main: Callable[[], None]) -> None:
         main()
     except BrokenPipeError:
         with suppress(OSError, AttributeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last words
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python's last flush
             print("error: the program that reads the output has ended", file=sys.stderr)
         raise SystemExit(2) from None
     except (InputError, OSError) as error:

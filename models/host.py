@@ -67,7 +67,7 @@ def _any_text(name: str) -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(setattr, sys, name, stream)
         if stream is None or getattr(stream, "closed", False):
-            nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+            nowhere = open(os.devnull, "w", errors="replace")  # noqa: PTH123, SIM115
             setattr(sys, name, stack.enter_context(nowhere))
         elif isinstance(stream, io.TextIOWrapper):
             before = {a: getattr(stream, a) for a in ("encoding", "errors", "line_buffering")}

@@ -118,19 +118,23 @@ def test_a_signal_ends_the_step_saves_and_names_the_command_that_goes_on(
     arguments = [a for a in ARGUMENTS if a not in ("--save_steps", "1")]
     command = [sys.executable, "-u", str(ROOT / "train.py"), *arguments,
                "--dataset_path", str(data), "--num_workers", "1"]  # fmt: skip
+    terminal, errors = os.openpty()  # where the bar shows every step
     process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=errors, text=True,
         start_new_session=True,
     )  # fmt: skip
     seen = ""
     while not re.search(r"epoch 1: +[1-9]", seen):
         assert process.poll() is None
-        seen += process.stderr.read(1)
+        seen += os.read(terminal, 1000).decode(errors="replace")
     os.killpg(process.pid, number)  # as a terminal does it: the workers get it, too
-    printed, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, errors
-    assert "Traceback" not in errors
-    path = re.search(r"python train\.py --resume_training (\S+checkpoint\.pth)", printed)[1]
+    printed, _ = process.communicate(timeout=60)
+    os.close(errors)
+    seen += os.read(terminal, 10**6).decode(errors="replace")
+    os.close(terminal)
+    assert process.returncode == 128 + number, seen
+    assert "Traceback" not in seen
+    path = re.search(r"/train\.py --resume_training (\S+checkpoint\.pth)", printed)[1]
     state = torch.load(tmp_path / path, weights_only=True)
     assert 0 < len(state["losses"]) <= 16
     run_script("train.py", "--resume_training", path, cwd=tmp_path)

@@ -75,6 +75,7 @@ class Run:
 
 def new_run_folder(log_dir: str | os.PathLike, name: str) -> Path:
     """Make `LOG_DIR/<name>/weights/` and return `LOG_DIR/<name>`, numbered if the name is taken."""
+    _check_name(Path(log_dir))
     number = 1
     while True:
         folder = Path(log_dir) / (name if number == 1 else f"{name}_{number}")
@@ -102,6 +103,7 @@ def reopen_run_folder(checkpoint: str | os.PathLike, rows: list[dict[str, Any]])
             "its own folder"
         )
     run = weights.parent
+    _check_name(run)
     for folder in (run, weights):
         for file in folder.glob(f"{TEMPORARY}*"):
             file.unlink()
@@ -111,3 +113,13 @@ def reopen_run_folder(checkpoint: str | os.PathLike, rows: list[dict[str, Any]])
     if rows:
         write_csv(run / "metrics.csv", rows)
     return run
+
+
+def _check_name(folder: Path) -> None:
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{folder}: the name is not UTF-8, which TensorBoard needs for the files of a run; "
+            "take a folder of another name (--log_dir), or set PYTHONUTF8=1"
+        ) from None
