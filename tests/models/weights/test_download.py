@@ -664,9 +664,10 @@ class TestCommandLine:
     def run(self, monkeypatch, tmp_path):
         """run(argument, ...): the script on the folder `tmp_path`, in this process."""
         from models import clip_utils
+        from models.weights import registry
 
         def run(*arguments: str, base_url: str) -> None:
-            monkeypatch.setattr(clip_utils, "BASE_URL", base_url)
+            monkeypatch.setattr(registry, "BASE_URL", base_url)
             monkeypatch.setitem(clip_utils.SHA256, "ViT-B/16", SHA256)
             arguments = ["clip_utils.py", "--download_root", str(tmp_path), *arguments]
             monkeypatch.setattr(sys, "argv", arguments)
@@ -695,10 +696,11 @@ class TestCommandLine:
     def test_what_is_not_verified_is_never_read(self, run, serve, tmp_path, monkeypatch, is_there):
         """A wrong file, put there or downloaded: `load` ends before it looks into it."""
         from models import clip_utils
+        from models.weights import registry
 
         wrong = PAYLOAD[::-1]
         server = serve(partial(whole, body=wrong))
-        monkeypatch.setattr(clip_utils, "BASE_URL", server.root)
+        monkeypatch.setattr(registry, "BASE_URL", server.root)
         monkeypatch.setitem(clip_utils.SHA256, "ViT-B/16", SHA256)
         read = Mock()
         monkeypatch.setattr(clip_utils, "read_state_dict", read)
