@@ -6,6 +6,7 @@ python predict.py                asks for one image after another, until an empt
 """
 
 import argparse
+import io
 import sys
 from collections.abc import Iterator
 from itertools import chain, count
@@ -148,7 +149,10 @@ def new_picture(folder: Path, image: str) -> Path:
 
 def ask_for_images() -> Iterator[str]:
     """The paths that the user types, until an empty line or the end of the input."""
-    sys.stdin.reconfigure(errors="surrogateescape")  # file names need not be valid UTF-8
+    if sys.stdin is None:
+        raise InputError("there is no input to ask on: name an IMAGE")
+    if isinstance(sys.stdin, io.TextIOWrapper):  # a notebook has another
+        sys.stdin.reconfigure(errors="surrogateescape")  # file names need not be valid UTF-8
     while True:
         try:
             path = input("image path (empty to stop): ").strip().strip("'\"")

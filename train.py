@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from models.errors import InputError, run_script
+from models.host import Console, is_terminal, script_settings
 from models.weights.registry import MAX_RESOLUTION
 from utils.runs.arguments import fraction, integer, number, path, positive, starting_point, workers
 
@@ -113,6 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@script_settings()
 def main() -> None:
     parser = build_parser()
     parser.parse_args()  # --help and typing errors answer at once, before torch is imported
@@ -274,7 +276,8 @@ def open_run(args: argparse.Namespace, resumed: dict | None, model, loader, val_
     else:
         run.folder = new_run_folder(args.log_dir, started)
     write_json(run.folder / "arguments.json", run.arguments)
-    sys.stdout = Log(run.folder / f"console_{started}.log")
+    colours = is_terminal(sys.stdout)
+    sys.stdout = Console(Log(run.folder / f"console_{started}.log"), colours)
     show_config(args=args, color="bold")
     run.loss_history = Losses(run.folder, model, rows)
     start = run.weights / "start_weights.pth"
@@ -316,6 +319,7 @@ def finish(args: argparse.Namespace, folder: Path, loader, val_set, state) -> No
     from utils.metric import evaluate
     from utils.retrieval.plots import plot_metrics
     from utils.retrieval.tables import format_table
+    from utils.runs.commands import TO_PASTE, command, labels_to_try
     from utils.training.progress import compare_with_start
     from utils.training.wise_ft import evaluate_path
 
@@ -334,9 +338,10 @@ def finish(args: argparse.Namespace, folder: Path, loader, val_set, state) -> No
         evaluate_path(model, start, args.wise_ft, score, folder)
         best_weights = folder / "weights" / "wise_ft_weights.pth"
     compare_with_start(state)
-    print(f"now try\n  python predict.py {val_set.image[0]} --weights {best_weights}")
-    print(f"  python predict_zero_shot.py {val_set.image[0]} --weights {best_weights} "
-          f"--labels \"{val_set.text[0]}\" \"{val_set.text[-1]}\"")  # fmt: skip
+    arguments = Path(val_set.image[0]), "--weights", best_weights
+    labels = labels_to_try(val_set.text)
+    print(f"now try{TO_PASTE}\n  {command('predict.py', *arguments)}\n"
+          f"  {command('predict_zero_shot.py', *arguments, '--labels', *labels)}")  # fmt: skip
 
 
 if __name__ == "__main__":

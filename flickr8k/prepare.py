@@ -32,13 +32,12 @@ from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 from zipfile import BadZipFile, ZipFile, ZipInfo
 
-from tqdm import tqdm
-
 if not __package__:  # as a script: Python looks for modules in this folder, not in the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.errors import InputError, run_script
 from models.files import check_regular, check_size
+from models.progress_bar import progress_bar
 from utils.data.annotations import annotations_json, refuse_another_set, write_set
 from utils.runs import arguments
 
@@ -161,7 +160,9 @@ def _check_md5(path: Path) -> None:
     with (
         _readable(path),
         path.open("rb") as file,
-        tqdm(desc=f"checking {path.name}", total=size, unit="B", unit_scale=True) as progress,
+        progress_bar(
+            desc=f"checking {path.name}", total=size, unit="B", unit_scale=True
+        ) as progress,
     ):
         while block := file.read(BLOCK):
             digest.update(block)

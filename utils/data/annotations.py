@@ -5,10 +5,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path, PureWindowsPath
 from tempfile import TemporaryDirectory
 
-from tqdm import tqdm
-
 from models.errors import InputError
 from models.files import read_bytes
+from models.progress_bar import progress_bar
 from utils.runs.files import replaced_whole
 
 PROBLEMS_SHOWN = 10  # of one caption file
@@ -74,7 +73,14 @@ def read_annotations(path: Path) -> list[tuple[str, list[str]]]:
 
 
 def annotations_json(entries: Iterable[tuple[str, list[str]]]) -> bytes:
-    """The content of a caption file for (image path relative to the root, captions) pairs."""
+    """The content of a caption file for (image path relative to the root, captions) pairs. Raises
+    `InputError` for text that cannot be written."""
+    entries = list(entries)
+    for image, captions in entries:
+        try:
+            _refuse_halves("".join([image, *captions]))
+        except ValueError as error:
+            raise InputError(f"{_as_json(image)}: its name or a caption {error}") from None
     lines = [
         json.dumps({"image": image, "caption": captions}, ensure_ascii=False)
         for image, captions in entries
@@ -109,7 +115,8 @@ def write_set(
     refuse_another_set(annotations)
     try:
         if images:
-            _write_images(root, tqdm(images, desc=progress, unit="image"), write_image)
+            bar = progress_bar(images, desc=progress, unit="image")
+            _write_images(root, bar, write_image)
         for path, content in annotations.items():
             if not path.exists():
                 with replaced_whole(path) as temporary:
@@ -178,7 +185,11 @@ def _name(entry: object) -> str:
     image = entry.get("image") if isinstance(entry, dict) else None
     if not isinstance(image, str):
         return ""
-    return f" ({json.dumps(image, ensure_ascii=False)[:PATH_LENGTH]})"
+    return f" ({_as_json(image)[:PATH_LENGTH]})"
+
+
+def _as_json(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False).encode(errors="backslashreplace").decode()
 
 
 def _image_path(image: object) -> str:
@@ -189,7 +200,18 @@ def _image_path(image: object) -> str:
         raise ValueError("leaves the data folder; give the path relative to it")
     if not path.name:
         raise ValueError("should be the path of a file")
+    _refuse_halves(image)
     return path.as_posix()
+
+
+def _refuse_halves(text: str) -> None:
+    """JSON can spell half of a character, as in "\\ud83d", which nothing else can write down."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = _as_json(text[error.start])
+        message = f"holds {half}, half of a character; write it whole or remove it"
+        raise ValueError(message) from None
 
 
 def _captions(captions: object) -> list[str]:
@@ -198,4 +220,5 @@ def _captions(captions: object) -> list[str]:
         raise ValueError("should be a string or a list of strings")
     if not all(isinstance(caption, str) and caption.strip() for caption in captions):
         raise ValueError("holds an empty or non-text caption")
+    _refuse_halves("".join(captions))
     return captions

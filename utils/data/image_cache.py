@@ -17,9 +17,9 @@ import numpy as np
 import PIL
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from models.errors import InputError
+from models.progress_bar import progress_bar
 from utils.runs.files import replaced_whole
 
 FORMAT = 2  # of the file; raise it when `models.preprocess.pixels` makes other pixels
@@ -111,7 +111,7 @@ def _write(
     with (
         replaced_whole(file) as temporary,
         temporary.open("wb") as stream,
-        tqdm(total=n, desc=f"writing {file.name}", unit="img") as bar,
+        progress_bar(total=n, desc=f"writing {file.name}", unit="img") as bar,
     ):
         for images, problems in batches:
             stream.write(images.numpy())

@@ -10,23 +10,26 @@ import time
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 ONE_SIGNAL = 1.0  # seconds; a scheduler and torchrun both pass a signal on, a little apart
-PATIENCE = 30.0  # seconds without a step's answer
+STANDSTILL = 30.0  # seconds without a step's answer
 WORKING = 0.05  # share of the time that a process computes which is at work
 
 
 class Interrupt:
     """Notes the first Ctrl-C or SIGTERM in `signal`, from its creation until `release`.
 
-    A second one ends the program at once, and so do `PATIENCE` seconds in which no step has asked
+    A second one ends the program at once, and so do `STANDSTILL` seconds in which no step has asked
     for the signal (`has_come`) and the process has hardly computed anything: it waits for something
-    that does not come. A long step, or the scores of an epoch, may take their time.
+    that does not come. A long step, or the scores of an epoch, may take their time. In a thread,
+    which gets no signals, it notes none.
     """
 
     def __init__(self):
         self.signal: signal.Signals | None = None
         self.noted = 0.0
         self.answered = threading.Event()
-        self.before = {number: signal.signal(number, self._note) for number in STOPPING}
+        in_main = threading.current_thread() is threading.main_thread()
+        numbers = STOPPING if in_main else ()
+        self.before = {number: signal.signal(number, self._note) for number in numbers}
 
     def has_come(self) -> bool:
         """Whether a signal has come; if so, the caller saves and ends the program."""
@@ -50,12 +53,12 @@ class Interrupt:
             self._end("a second signal")
 
     def _watch(self) -> None:
-        """End the program once it has stood still for `PATIENCE` seconds."""
+        """End the program once it has stood still for `STANDSTILL` seconds."""
         computed = time.process_time()
-        while not self.answered.wait(PATIENCE):
+        while not self.answered.wait(STANDSTILL):
             before, computed = computed, time.process_time()
-            if computed - before < WORKING * PATIENCE:
-                self._end(f"no step has ended for {PATIENCE:g} s after the signal")
+            if computed - before < WORKING * STANDSTILL:
+                self._end(f"no step has ended for {STANDSTILL:g} s after the signal")
                 return
 
     def _end(self, reason: str) -> None:

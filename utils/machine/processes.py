@@ -118,18 +118,9 @@ def join_processes(device: str | None) -> tuple[Processes, torch.device]:
     backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=LONGEST_WAIT)
     processes = Processes(dist.get_rank(), size)
-    sys.excepthook = _without_traceback_of_lost_peers
     if not processes.is_first:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - for as long as the process lives
     return processes, picked
-
-
-def _without_traceback_of_lost_peers(kind, error, traceback) -> None:
-    """Only the process that fails first has something to tell."""
-    if any(text in str(error) for text in ("closed by peer", "reset by peer", "NCCL")):
-        print("stopped: another process of this run has ended", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, traceback)
 
 
 class _Gather(torch.autograd.Function):

@@ -8,6 +8,7 @@ from tqdm import tqdm
 from models.clip import CLIP
 from models.device import upload
 from models.preprocess import normalize
+from models.progress_bar import progress_bar
 from utils.flickr8k_dataloader import Flickr8kDataset, image_batches
 from utils.machine.processes import ALONE, Processes
 
@@ -52,4 +53,6 @@ def encode_texts(
 
 def _progress_bar(batches: tuple[Tensor, ...], title: str, unit: str, processes: Processes) -> tqdm:
     total = sum(map(len, batches))
-    return tqdm(total=total, desc=title, unit=unit, leave=False, disable=not processes.is_first)
+    return progress_bar(
+        total=total, desc=title, unit=unit, leave=False, disable=not processes.is_first
+    )

@@ -61,7 +61,8 @@ def path(text: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text:.{VALUE_LENGTH}}: there is no such user") from None
+        message = f"{text:.{VALUE_LENGTH}}: that home folder is unknown"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def name_or_path(text: str) -> str:

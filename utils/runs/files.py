@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.errors import InputError
+from models.weights.file_kind import one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,14 +53,21 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 def save_figure(figure: "Figure", path: Path) -> None:
     """Write a matplotlib figure in the format of the path's suffix, or as PNG without one. Raises
-    `InputError` for a suffix that is no format for pictures, and for a file that cannot be
-    written."""
+    `InputError` for a suffix that is no format for pictures, or one that matplotlib cannot write
+    here, and for a file that cannot be written."""
     kind = path.suffix.lstrip(".").lower() or "png"
     known = figure.canvas.get_supported_filetypes()
     if kind not in known:
         raise InputError(f"{path}: no format for pictures; those are {', '.join(sorted(known))}")
     with writing(path), replaced_whole(path) as temporary:
-        figure.savefig(temporary, format=kind, dpi=120)
+        try:
+            figure.savefig(temporary, format=kind, dpi=120)
+        except (RuntimeError, ValueError) as error:  # for PGF another program is needed, LaTeX
+            reason = one_line(error)
+            raise InputError(
+                f"{path}: the picture cannot be drawn as {kind.upper()} here ({reason}); name it "
+                ".png or .pdf"
+            ) from error
 
 
 def _umask() -> int:

@@ -10,6 +10,7 @@ from models.errors import InputError
 from utils.machine.interrupt import Interrupt
 from utils.machine.processes import Processes
 from utils.runs.checkpoint import save_checkpoint, save_weights, write_csv
+from utils.runs.commands import TO_PASTE, command, quoted
 from utils.runs.files import TEMPORARY, replaced_whole, writing
 
 
@@ -87,9 +88,13 @@ class Run:
     def stopped(self, interrupt: Interrupt) -> SystemExit:
         """Say how to go on after a signal; return what ends the program."""
         if self.processes.is_first:
-            launch = "torchrun [as before]" if self.processes.size > 1 else "python"
-            print(f"\nstopped by a signal; to go on:\n  {launch} train.py --resume_training "
-                  f"{self.weights / 'checkpoint.pth'}")  # fmt: skip
+            arguments = "--resume_training", self.weights / "checkpoint.pth"
+            size = self.processes.size
+            if size > int(os.environ.get("LOCAL_WORLD_SIZE", size)):  # on several machines
+                line = f"torchrun [as before] train.py {quoted(arguments)}"
+            else:
+                line = command("train.py", *arguments, processes=size)
+            print(f"\nstopped by a signal; to go on{TO_PASTE}:\n  {line}")
         return interrupt.exit()
 
     def close(self, model: CLIP, state: dict[str, Any]) -> None:
@@ -101,6 +106,7 @@ class Run:
 
 def new_run_folder(log_dir: str | os.PathLike, name: str) -> Path:
     """Make `LOG_DIR/<name>/weights/` and return `LOG_DIR/<name>`, numbered if the name is taken."""
+    _check_name(Path(log_dir))
     number = 1
     while True:
         folder = Path(log_dir) / (name if number == 1 else f"{name}_{number}")
@@ -128,6 +134,7 @@ def reopen_run_folder(checkpoint: str | os.PathLike, state: dict[str, Any]) -> P
             "its own folder"
         )
     run = weights.parent
+    _check_name(run)
     rows = state["rows"]
     history = [f"Epoch {r['epoch']}: train: {r['train_loss']} val: {r['val_loss']}\n" for r in rows]
     with writing(run):
@@ -146,3 +153,13 @@ def _write_metrics(run: Path, state: dict[str, Any]) -> None:
     """The scores before training, if there were weights to score, then a row for each epoch."""
     start = [state["start"]] if state["start"] else []
     write_csv(run / "metrics.csv", start + state["rows"])
+
+
+def _check_name(folder: Path) -> None:
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{folder}: the name is not UTF-8, which TensorBoard needs for the files of a run; "
+            "take a folder of another name (--log_dir), or set PYTHONUTF8=1"
+        ) from None

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from models.errors import InputError
+from models.progress_bar import progress_bar
 from utils.flickr8k_dataloader import Batch, Flickr8kDataset, TrainLoader
 from utils.metric import mean_recall
 from utils.retrieval.tables import Metrics, format_table
@@ -64,7 +64,7 @@ class Progress:
 
     def __init__(self, loader: TrainLoader, epoch: int, done: int = 0):
         self.batch_size = loader.batch_size
-        self.bar = tqdm(
+        self.bar = progress_bar(
             total=len(loader) * loader.batch_size,
             initial=done * loader.batch_size,
             unit="img",
@@ -120,4 +120,4 @@ class Progress:
                 f"the loss is {value} at step {step}, learning rate {rate:.3g}; lower --lr, raise "
                 "--warmup_epochs, or train without --use_amp; earlier weights are kept"
             )
-        self.bar.set_postfix(loss=f"{value:.4f}", lr=f"{rate:.2e}")
+        self.bar.set_postfix(loss=f"{value:.4f}", lr=f"{rate:.2e}", refresh=False)

@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 from script_runs import ROOT
 
 from models.errors import InputError
-from utils.data.annotations import missing_annotations, read_annotations, shared_images_warning
+from utils.data.annotations import (
+    annotations_json,
+    missing_annotations,
+    read_annotations,
+    shared_images_warning,
+)
 
 SHARED = ROOT.parent / "shared" / "flickr8k"
 
@@ -145,6 +150,30 @@ def test_no_images(file):
 def test_path_that_leaves_the_data_folder(file, image):
     message = refusal(write(file, [{"image": image, "caption": ["x"]}]))
     assert f'entry 0 ({json.dumps(image)}): "image" leaves the data folder' in message
+
+
+@pytest.mark.parametrize(
+    "field, entry",
+    [
+        ("caption", r'{"image": "a.jpg", "caption": ["a dog", "half \ud83d of it"]}'),
+        ("caption", r'{"image": "a.jpg", "caption": "\ud83d"}'),
+        ("image", r'{"image": "a\ud83d.jpg", "caption": "a dog"}'),
+    ],
+)
+def test_half_of_a_character_is_named_as_it_is_spelled(file, field, entry):
+    """JSON can spell it, but no file, no console and no picture can show it."""
+    file.write_text(f"[{entry}]", encoding="utf-8")
+    message = refusal(file)
+    message.encode()
+    assert f'"{field}" holds "\\ud83d", half of a character' in message
+    file.write_text(f"[{entry}]".replace(r"\ud83d", r"\ud83d\udc36"), encoding="utf-8")
+    ((image, captions),) = read_annotations(file)
+    assert "\N{DOG FACE}" in image + captions[-1]
+
+
+def test_half_of_a_character_is_not_written_either():
+    with pytest.raises(InputError, match=r'^"b.jpg": its name or a caption holds "\\udc36"'):
+        annotations_json([("a.jpg", ["a dog"]), ("b.jpg", ["a \udc36"])])
 
 
 @pytest.mark.parametrize("image", ["", "  ", ".", "./", 3, None, ["a.jpg"], {}])

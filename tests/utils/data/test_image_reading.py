@@ -161,7 +161,7 @@ def test_a_run_that_waits_for_data_ends_on_sigterm(data, tmp_path):
         "import os, time\n"
         "import models.preprocess as p\n"
         "import utils.machine.interrupt\n"
-        "utils.machine.interrupt.PATIENCE = 2\n"
+        "utils.machine.interrupt.STANDSTILL = 2\n"
         "of_parent, read = os.getpid(), p.open_image\n"
         "def open_image(path):\n"
         "    while os.getpid() != of_parent: time.sleep(1)\n"

@@ -15,7 +15,7 @@ PROGRAM = """
 import multiprocessing, os, signal, sys, time
 sys.path.insert(0, {root!r})
 from utils.machine import interrupt
-interrupt.PATIENCE, interrupt.ONE_SIGNAL = {patience}, 0.2
+interrupt.STANDSTILL, interrupt.ONE_SIGNAL = {patience}, 0.2
 noted = interrupt.Interrupt()
 print("ready", flush=True)
 {work}
