@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from models.errors import InputError, run_script
+from models.scripts import SCRIPTS, from_here
 from utils.runs.arguments import name_or_path, path, run_folder, trained_on
 
 TOP = 5  # captions that are printed and drawn
@@ -28,7 +29,7 @@ def main() -> None:
         type=name_or_path,
         metavar="NAME_OR_PATH",
         help="weights file or model name (default: the newest logs/*/weights/"
-        "best_epoch_weights.pth)",
+        "best_epoch_weights.pth here, else beside this script)",
     )
     captions = parser.add_mutually_exclusive_group()
     captions.add_argument("--text", nargs="+", metavar="CAPTION", help="captions to choose from")
@@ -84,22 +85,24 @@ def main() -> None:
 
 
 def newest_weights() -> Path:
-    """The newest `best_epoch_weights.pth` of the runs in logs/. Raises `InputError` if there is
-    none."""
-    found = list(Path("logs").glob("*/weights/best_epoch_weights.pth"))
-    if not found:
-        raise InputError(
-            "logs: there is no run with weights/best_epoch_weights.pth in it; train one (python "
-            "train.py --demo), or name weights with --weights"
-        )
-    return max(found, key=lambda path: path.stat().st_mtime)
+    """The newest `best_epoch_weights.pth` of the runs in logs/ in the working folder, where
+    train.py puts them; if there is none, in logs/ beside this script. Raises `InputError` if there
+    is none either."""
+    for logs in (Path("logs"), SCRIPTS / "logs"):
+        if found := list(logs.glob("*/weights/best_epoch_weights.pth")):
+            return max(found, key=lambda path: path.stat().st_mtime)
+    raise InputError(
+        "logs: there is no run with weights/best_epoch_weights.pth in it, here or beside "
+        f"predict.py; train one (python {from_here('train.py')} --demo), or name weights with "
+        "--weights"
+    )
 
 
 def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
     """The lines of `captions_file`; without one, the validation captions of the data set that
     `weights` were trained on, in all languages of their run. Raises `InputError` if there are none
     to be had."""
-    from utils.data.annotations import missing_annotations, read_annotations
+    from utils.data.annotations import caption_file, missing_annotations, read_annotations
 
     if captions_file:
         try:
@@ -118,7 +121,7 @@ def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
         )
     captions = []
     for language in trained.languages:
-        validation = trained.dataset_path / f"{language}_val.json"
+        validation = caption_file(trained.dataset_path, language, "val")
         missing = missing_annotations(validation)
         if missing:
             raise InputError(

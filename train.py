@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from models.errors import InputError, run_script
+from models.scripts import from_here
 from utils.runs.arguments import fraction, integer, number, path, positive, starting_point
 
 
@@ -35,8 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--debug", action="store_true", help="show the traceback of an error")
 
     add = parser.add_argument_group("data").add_argument
-    add("--dataset_path", type=path, default="flickr8k",
-        help="folder with images/ and {en,cn}_{train,val}.json (default: %(default)s)")
+    add("--dataset_path", type=path, default=from_here("flickr8k"),
+        help="folder with images and {en,cn}_{train,val}.json, or .jsonl, .csv, .tsv (default: "
+        "%(default)s)")
     add("--language", choices=["en", "cn"], nargs="+", default=["en"],
         help="captions to train on and to score with; several languages are mixed (default: en)")
     add("--input_shape", type=integer(1), metavar="PIXELS",
@@ -116,7 +118,7 @@ def main() -> None:
     parser.parse_args()  # --help and typing errors answer at once, before torch is imported
 
     from utils.machine.interrupt import Interrupt
-    from utils.machine.memory import explained
+    from utils.machine.memory import IN_TRAINING, explained
     from utils.machine.processes import join_processes
     from utils.metric import evaluate
     from utils.retrieval.tables import format_table
@@ -152,7 +154,7 @@ def main() -> None:
             break
         train_mode(model)
         done = len(state.losses)  # steps of an epoch that was interrupted
-        with explained(), Progress(loader, epoch, done) as progress:
+        with explained(IN_TRAINING), Progress(loader, epoch, done) as progress:
             first = (epoch - 1) * len(loader) + done
             for step, batch in enumerate(progress.timed(loader.epoch(epoch, done)), first):
                 set_learning_rate(state.optimizer, rate_at(step))
@@ -186,11 +188,15 @@ def main() -> None:
 def prepare(args: argparse.Namespace, processes) -> None:
     """Check the arguments, render the demo's images, seed every random choice."""
     from flickr8k.render_demo import render_demo
+    from utils.data.annotations import caption_file
     from utils.training.settings import DEMO, check_arguments
 
-    if args.demo and args.dataset_path == Path(DEMO["dataset_path"]):
+    lists = [caption_file(args.dataset_path, language, "train") for language in args.language]
+    if args.demo and (
+        args.dataset_path == DEMO["dataset_path"] or not any(map(Path.exists, lists))
+    ):
         with processes.first_ahead():
-            render_demo(args.dataset_path)
+            render_demo(args.dataset_path, folder_option="--dataset_path")
     check_arguments(args)
     warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # a package of pyzjr's uses it
     from pyzjr import SeedEvery

@@ -21,7 +21,7 @@ from models.clip_utils import tokenize, tokenizer
 from models.errors import InputError
 from models.preprocess import normalize, open_image, pixels
 from models.weights.registry import CONTEXT_LENGTH
-from utils.data.annotations import read_annotations
+from utils.data.annotations import caption_file, read_annotations
 from utils.data.augment import crop, draw_crops
 from utils.data.image_cache import cached_pixels, gather, on_device_if_small
 from utils.data.image_reading import Loaded, read_batches, substitutes
@@ -65,7 +65,7 @@ class Flickr8kDataset(Dataset):
         self.txt_to_img: dict[int, int] = {}
         captions_of: dict[str, list[str]] = {}
         for name in dict.fromkeys([language] if isinstance(language, str) else language):
-            for image, captions in read_annotations(root / f"{name}_{self.split}.json"):
+            for image, captions in read_annotations(caption_file(root, name, self.split)):
                 captions_of.setdefault(image, []).extend(captions)
         for i, (image, captions) in enumerate(captions_of.items()):
             self.image.append(str(root / image))

@@ -160,6 +160,16 @@ def test_no_data_says_what_to_do(work):
         assert way_out in line
 
 
+def test_the_demo_goes_where_it_is_told_or_names_the_option_for_it(work):
+    """`--output` is render_demo.py's, not train.py's."""
+    (work / "no_folder").touch()
+    line = error_line("train.py", "--demo", "--dataset_path", "no_folder", cwd=work)
+    assert "--dataset_path" in line and "--output" not in line
+    given = ["--demo", "--dataset_path", "new", "--batch_size", 10_000]
+    assert "2000 training images" in error_line("train.py", *given, cwd=work)
+    assert (work / "new" / "cn_val.json").is_file()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(data, work):
     arguments = [*SCRATCH, "--dataset_path", data, "--log_dir", "burst", "--optimizer_type", "sgd"]
     line = error_line("train.py", *arguments, "--lr", "1e30", cwd=work)

@@ -8,13 +8,17 @@ import torch
 
 from models.errors import InputError
 
-CONTINUE = "a run goes on with --resume_training RUN/weights/checkpoint.pth"
+CONTINUE = "a run of train.py goes on with --resume_training RUN/weights/checkpoint.pth"
+IN_TRAINING = (
+    "compute the batch in parts (--grad_cache 16), or add --use_amp or --grad_checkpointing, or "
+)
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def explained(remedies: str = "") -> Iterator[None]:
     """Turn the errors of full memory, on the GPU or not, and of a killed worker process into an
-    `InputError` that names the arguments that help. Also decorates functions."""
+    `InputError` that names the arguments that help: those that every script with a batch has, and
+    before them `remedies`, such as `IN_TRAINING`. Also decorates functions."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -22,8 +26,7 @@ def explained() -> Iterator[None]:
         is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if is_memory or "can't allocate memory" in text:
             raise InputError(
-                "memory is full: compute the batch in parts (--grad_cache 16), or add --use_amp or "
-                f"--grad_checkpointing, or lower --batch_size or --num_workers; {CONTINUE}"
+                f"memory is full: {remedies}lower --batch_size or --num_workers; {CONTINUE}"
             ) from error
         if "DataLoader worker" in text:
             raise InputError(

@@ -1,15 +1,17 @@
 """The arguments of train.py once it is known what they start from: filled in, and checked."""
 
 import argparse
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from models.errors import InputError
-from utils.data.annotations import missing_annotations
+from models.scripts import from_here
+from utils.data.annotations import caption_file, missing_annotations
 from utils.runs.checkpoint import read_checkpoint
 
 DEMO = {
-    "dataset_path": "flickr8k/demo",
+    "dataset_path": from_here("flickr8k/demo"),
     "resume_training": "none",
     "model": "ViT-demo",
     "epochs": 28,
@@ -78,11 +80,12 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.warmup_epochs >= args.epochs:
         raise InputError(f"--warmup_epochs {args.warmup_epochs:g} should be less than --epochs "
                          f"{args.epochs}")  # fmt: skip
-    for language in args.language:
-        if missing := missing_annotations(args.dataset_path / f"{language}_train.json"):
+    for language, split in product(args.language, ("train", "val")):
+        if missing := missing_annotations(caption_file(args.dataset_path, language, split)):
             raise InputError(
-                f"{missing}. To get Flickr8k: python flickr8k/prepare.py --download; for data of "
-                "yours: --dataset_path FOLDER; to see it work without any: python train.py --demo"
+                f"{missing}. To get Flickr8k: python {from_here('flickr8k/prepare.py')} --download;"
+                " for data of yours: --dataset_path FOLDER; to see it work without any: python "
+                f"{from_here('train.py')} --demo"
             )
 
 
