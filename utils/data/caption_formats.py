@@ -54,9 +54,10 @@ def read_records(text: str, suffix: str = "") -> list[Record]:
         raise UnknownFormat("holds NUL bytes; save it as UTF-8")
     if text.lstrip()[0] in "[{":
         return _json_records(text, suffix)
-    table = _table(text)
-    if table:
-        return list(table)
+    if (rows := _table(text)) is not None:
+        if records := list(rows):
+            return records
+        raise UnknownFormat("has no captions below the first line")
     if suffix in (".csv", ".tsv"):
         raise UnknownFormat(_not_a_table(text))
     return _listed(_parsed(text))

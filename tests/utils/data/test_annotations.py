@@ -104,7 +104,7 @@ def test_missing_folder_is_told_from_missing_file(tmp_path):
             read_annotations(file)
         problem = missing_annotations(file)
         assert str(caught.value).startswith(problem)
-        assert "--dataset_path" in str(caught.value) and "prepare.py" in str(caught.value)
+        assert "another folder" in str(caught.value) and "prepare.py" in str(caught.value)
         return problem
 
     absent = tmp_path / "absent"
@@ -125,7 +125,7 @@ def test_folder_in_place_of_the_file(tmp_path):
     refusal(tmp_path)
 
 
-@pytest.mark.parametrize("content", [{}, "text", 3, None, {"image": "a.jpg", "caption": "x"}])
+@pytest.mark.parametrize("content", [{}, "text", 3, None, {"a.jpg": ["x"]}])
 def test_not_a_list_of_entries(file, content):
     assert "is no list" in refusal(write(file, content))
 
@@ -173,12 +173,6 @@ def test_missing_fields(file):
         'entry 3 ("/a.jpg"): "image" leaves the data folder; give the path relative to it; '
         '"caption" is missing',
     ]
-
-
-def test_duplicate_names_both_entries(file):
-    entries = [{"image": image, "caption": "x"} for image in ("a/1.jpg", "2.jpg", "a\\1.jpg")]
-    message = refusal(write(file, entries))
-    assert 'entry 2 ("a\\\\1.jpg"): this image is listed already, in entry 0' in message
 
 
 def test_a_long_or_odd_name_stays_on_its_line(file):
@@ -229,7 +223,7 @@ def test_any_json_is_taken_or_refused(file, content):
         pairs = read_annotations(file)
     except InputError:
         return
-    assert len(pairs) == len(content)
+    assert len({image for image, _ in pairs}) == len(pairs) <= len(content)
     root = Path("/data")
     for image, captions in pairs:
         assert root in (root / image).parents
