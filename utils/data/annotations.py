@@ -149,6 +149,8 @@ def write_set(
     refuse_another_set(annotations, folder_option)
     try:
         if images:
+            for folder in {(root / image).parent for image in images}:
+                folder.mkdir(parents=True, exist_ok=True)
             _write_images(root, tqdm(images, desc=progress, unit="image"), write_image)
         for path, content in annotations.items():
             if not path.exists():
@@ -164,7 +166,6 @@ def write_set(
 def _write_images(
     root: Path, images: Iterable[str], write_image: Callable[[str, Path], None]
 ) -> None:
-    (root / "images").mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=root, prefix=".images.") as staging:
         for image in images:
             path = Path(staging) / PureWindowsPath(image).name
