@@ -93,7 +93,7 @@ def caption_holders(files: list[File], root: Path, named: set[Path]) -> list[Fil
     for file in given or found:
         try:
             records = read_records(file.read_text(), _suffix(file))
-            if not any(_has_both(record.content) for record in records):
+            if not any(record.problem or _has_both(record.content) for record in records):
                 raise UnknownFormat("no entry has an image and a caption")
             holders.append(file)
         except UnknownFormat as error:

@@ -283,9 +283,9 @@ def read_source(files: SourceFiles, images: Set[str]) -> tuple[Captions, Splits]
         return read_karpathy(files[KARPATHY])
     if not captions_name:
         raise InputError(
-            f"there are no captions in the {len(files):,} files of the sources: none of {TOKENS}, "
-            f"{KAGGLE} and {KARPATHY}; name a folder or zip that holds one of them with --source, "
-            "or add --download"
+            f"there are no captions in the sources: none of {TOKENS}, {KAGGLE} and {KARPATHY}, and "
+            "no other file with CSV, TSV, JSON lines, COCO or a list; name a folder or zip that "
+            "holds one of them with --source, or add --download"
         )
     captions = CAPTION_READERS[captions_name](files[captions_name])
     if not missing_lists:

@@ -22,24 +22,23 @@ from utils.runs.files import replaced_whole
 
 PROBLEMS_SHOWN = 10  # of one caption file
 SHARED_SHOWN = 3  # images that are in both splits
+OTHERS_SHOWN = 5  # caption files that are there instead of the one that is not
 PATH_LENGTH = 100  # characters shown of a path
 
 
 def missing_annotations(file: Path) -> str | None:
-    """Why a caption file is not found: there is no such folder, or no such file in it, only others
-    of its split. None if the file is there."""
+    """Why a caption file is not found: there is no such folder, or no such file in it, only others,
+    of its split if there are any. None if the file is there."""
     root = file.parent
     if not root.is_dir():
         return f"{root}: {'is no folder' if root.exists() else 'no such folder'}"
     if file.is_file():
         return None
-    split = file.stem.rpartition("_")[2]
-    others = sorted(
-        other.name
-        for other in root.glob(f"*_{split}.*")
-        if other.suffix in SUFFIXES and other.is_file()
-    )
-    return f"{root}: no {file.name} in it" + (f", only {', '.join(others)}" if others else "")
+    lists = sorted(f for f in root.iterdir() if f.suffix in SUFFIXES and f.is_file())
+    split = "_" + file.stem.rpartition("_")[2]
+    others = [f.name for f in lists if f.stem.endswith(split)] or [f.name for f in lists]
+    shown = others[:OTHERS_SHOWN] + (["..."] if len(others) > OTHERS_SHOWN else [])
+    return f"{root}: no {file.name} in it" + (f", only {', '.join(shown)}" if shown else "")
 
 
 def shared_images_warning(train: Iterable[str], val: Iterable[str]) -> str | None:
@@ -62,7 +61,7 @@ def caption_file(root: Path, language: str, split: str) -> Path:
     found = [file for file in files if file.is_file()]
     if len(found) > 1:
         names = ", ".join(file.name for file in found)
-        raise InputError(f"{root}: {names} say the same in several formats; keep one of them")
+        raise InputError(f"{root}: {names} are of the same split; keep one of them")
     return found[0] if found else files[0]
 
 

@@ -115,6 +115,14 @@ def test_missing_folder_is_told_from_missing_file(tmp_path):
     assert missing(tmp_path / "en_train.json") == (
         f"{tmp_path}: no en_train.json in it, only cn_train.json, fr_train.json"
     )
+    assert missing(tmp_path / "en_test.json").endswith(
+        ": no en_test.json in it, only cn_train.json, en_val.json, fr_train.json"
+    )
+    for number in range(9):
+        (tmp_path / f"{number}.csv").touch()
+    assert missing(tmp_path / "en_test.json").endswith(
+        "in it, only 0.csv, 1.csv, 2.csv, 3.csv, 4.csv, ..."
+    )
     assert missing_annotations(tmp_path / "cn_train.json") is None
     assert missing_annotations(tmp_path / "notes.txt" / "en_train.json") == (
         f"{tmp_path / 'notes.txt'}: is no folder"
