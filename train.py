@@ -37,8 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset_path", type=path, default=from_here("flickr8k"),
-        help="folder with images and {en,cn}_{train,val}.json, or .jsonl, .csv, .tsv (default: "
-        "%(default)s)")
+        help="folder with images and {en,cn}_{train,val}.json, .csv, ... (default: %(default)s)")
     add("--language", choices=["en", "cn"], nargs="+", default=["en"],
         help="captions to train on and to score with; several languages are mixed (default: en)")
     add("--input_shape", type=integer(1), metavar="PIXELS",

@@ -22,9 +22,7 @@ Flickr8k (Hodosh, Young, Hockenmaier 2013) is for non-commercial research and ed
 """
 
 import argparse
-import csv
 import hashlib
-import io
 import json
 import os
 import random
@@ -45,6 +43,7 @@ if not __package__:  # as a script: Python looks for modules in this folder, not
 from flickr8k.own_captions import OwnSet, read_own
 from models.errors import InputError, run_script
 from utils.data.annotations import annotations_json, not_utf8, refuse_another_set, write_set
+from utils.data.caption_formats import UnknownFormat, read_records
 from utils.runs import arguments
 
 Captions = dict[str, list[str]]  # name of an image -> its captions
@@ -224,21 +223,14 @@ def read_kaggle(file: SourceFile) -> Captions:
     """The captions of the Kaggle copy: CSV with the header `image,caption`. Raises `InputError` for
     another header and for a row without exactly these two fields."""
     captions: Captions = {}
-    rows = csv.reader(io.StringIO(file.read_text(), newline=""), strict=True)
     try:
-        if next(rows, None) != ["image", "caption"]:
-            raise InputError(f"{file}: does not start with image,caption as the Kaggle copy does")
-        for row in filter(None, rows):
-            if len(row) != 2:
-                raise InputError(
-                    f"{file}: line {rows.line_num} has {len(row)} fields, not image and caption; "
-                    "a caption with commas needs quotes around it"
-                )
-            captions.setdefault(row[0], []).append(row[1].strip())
-    except csv.Error as error:
-        raise InputError(
-            f"{file}: broken CSV at line {rows.line_num} ({error}); get a new copy"
-        ) from None
+        records = read_records(file.read_text(), ".csv")
+    except UnknownFormat as error:
+        raise InputError(f"{file}: {error}") from None
+    for where, row, problem in records:
+        if problem:
+            raise InputError(f"{file}: {where} {problem}")
+        captions.setdefault(row["image"], []).append(row["caption"])
     return captions
 
 
@@ -455,8 +447,9 @@ def _warn(message: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Turn Flickr8k into the files that train.py reads: images/*.jpg and "
-        "en_{train,val,test}.json, with the official splits. Files that are there already are not "
-        "written again. Flickr8k is for non-commercial research and education.",
+        "en_{train,val,test}.json, with the official splits; or do so with captions of yours. "
+        "Files that are there already are not written again. Flickr8k is for non-commercial "
+        "research and education.",
     )
     parser.add_argument(
         "--download",

@@ -31,8 +31,8 @@ BUILD_BATCH = 32  # images decoded at a time for the cache
 
 
 class Flickr8kDataset(Dataset):
-    """Images and their captions, from `{language}_train.json` or `{language}_val.json` in
-    `root_dir`. With several languages an image has its captions in all of them.
+    """Images and their captions, from `{language}_train.json` or `{language}_val.json` (or .jsonl,
+    .csv, .tsv) in `root_dir`. With several languages an image has its captions in all of them.
 
     `dataset[i]` is (image, captions). The image is uint8 pixels `[3, target_shape, target_shape]`,
     resized and cropped as CLIP does it, or what `transform` makes of the PIL image; the captions

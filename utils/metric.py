@@ -239,7 +239,8 @@ def main() -> None:
     parser.add_argument(
         "--dataset_path",
         type=path,
-        help="folder of the data (default: what the weights' run was trained on, else flickr8k)",
+        help="folder of the data (default: what the weights' run was trained on, else flickr8k "
+        "beside the scripts)",
     )
     parser.add_argument(
         "--language",

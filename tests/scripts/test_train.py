@@ -162,6 +162,13 @@ def test_no_data_says_what_to_do(work):
         assert way_out in line
 
 
+def test_both_splits_are_looked_for_before_anything_is_loaded(work):
+    (work / "half").mkdir()
+    (work / "half" / "en_train.csv").touch()
+    line = error_line("train.py", "--dataset_path", "half", cwd=work)
+    assert "half: no en_val.json in it, only en_train.csv" in line
+
+
 def test_the_data_set_is_looked_for_beside_the_script(work, monkeypatch):
     """Where prepare.py writes it. Commands to type name the scripts as they are found from here."""
     arguments = ["--language", "cn", "--epochs", 1, "--warmup_epochs", 0]
