@@ -191,9 +191,8 @@ def prepare(args: argparse.Namespace, processes) -> None:
     from utils.training.settings import DEMO, check_arguments
 
     lists = [caption_file(args.dataset_path, language, "train") for language in args.language]
-    if args.demo and (
-        args.dataset_path == DEMO["dataset_path"] or not any(map(Path.exists, lists))
-    ):
+    is_elsewhere = args.dataset_path != DEMO["dataset_path"]
+    if args.demo and not (is_elsewhere and any(map(Path.exists, lists))):
         with processes.first_ahead():
             render_demo(args.dataset_path, folder_option="--dataset_path")
     check_arguments(args)

@@ -131,7 +131,8 @@ def _splits(holders: list[File]) -> list[str]:
     for file in holders:
         words = re.findall("[a-z]+", Path(file.parts[-1]).stem.lower())
         splits += [SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS][:1]
-    if len(splits) < len(holders) or len(set(splits)) < len(splits) or "val" not in splits:
+    found = set(splits)
+    if not len(holders) == len(splits) == len(found) or not {"train", "val"} <= found:
         raise InputError(
             f"several files hold captions: {', '.join(map(str, holders))}; name one of them with "
             "--source as well, or one for each split, called train, val and test"

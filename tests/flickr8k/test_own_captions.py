@@ -150,6 +150,10 @@ UNUSABLE = {
         {"train.csv": as_csv(PAIRS), "val.csv": as_csv(PAIRS), "dev.csv": as_csv(PAIRS)},
         "several files hold captions",
     ),
+    "no file for training": (
+        {"val.csv": as_csv(PAIRS[:8]), "test.csv": as_csv(PAIRS[8:])},
+        "several files hold captions",
+    ),
     "nothing": ({}, "CSV, TSV, JSON lines, COCO"),
 }
 

@@ -84,8 +84,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         if missing := missing_annotations(caption_file(args.dataset_path, language, split)):
             raise InputError(
                 f"{missing}. To get Flickr8k: python {from_here('flickr8k/prepare.py')} --download;"
-                " for data of yours: --dataset_path FOLDER, where one list of all images is split by "
-                f"python {from_here('flickr8k/prepare.py')} --source FOLDER --output FOLDER; "
+                " for data of yours: --dataset_path FOLDER, where one list of all images is split "
+                f"by python {from_here('flickr8k/prepare.py')} --source FOLDER --output FOLDER; "
                 f"to see it work without any: python {from_here('train.py')} --demo"
             )
 
