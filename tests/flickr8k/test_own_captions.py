@@ -5,6 +5,8 @@ import zipfile
 
 import pytest
 from caption_files import FORMATS, as_coco, as_csv, as_list, as_tsv
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from script_runs import run_script
 
 from flickr8k.prepare import prepare
@@ -87,6 +89,29 @@ def test_images_are_found_however_the_list_spells_them(tmp_path, spelled):
     prepare(tmp_path / "out", sources)
     listed = {image for pairs in read(tmp_path / "out").values() for image, _ in pairs}
     assert {image: (tmp_path / "out" / image).read_text() for image in listed} == expected
+
+
+words = st.text(st.characters(codec="utf-8", categories=("L", "N")), min_size=1, max_size=3)
+paths = st.lists(words.map("x{}".format), min_size=1, max_size=3).map("/".join).map("{}.jpg".format)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    images=st.lists(paths, min_size=3, max_size=8, unique_by=str.casefold),
+    turned=st.booleans(),
+    data=st.data(),
+)
+def test_no_caption_comes_to_another_image(tmp_path_factory, images, turned, data):
+    """Whatever the images and folders are called, wherever they are, and in any order."""
+    place(folder := tmp_path_factory.mktemp("own"), {f"in/{image}": image for image in images})
+    listed = data.draw(st.permutations(images))
+    slash = "\\" if turned else "/"
+    place(folder, {"a.csv": as_csv([(i.replace("/", slash), [f"this is {i}"]) for i in listed])})
+    for root in (folder, folder / "out"):
+        prepare(root, [folder / "a.csv", folder / "in"])
+        pairs = [pair for part in read(root).values() for pair in part]
+        assert all(f"this is {(root / i).read_text('utf-8')}" == c for i, (c,) in pairs)
+        assert len(pairs) == len(images)
 
 
 def test_files_called_train_and_val_are_the_splits(tmp_path, capsys):
@@ -173,10 +198,10 @@ def test_script_makes_what_train_py_reads(tmp_path):
     file = {"我的 数据/描述.tsv": as_tsv(pairs)}
     place(tmp_path, images_in("我的 数据/pictures") | file)
     given = ["--source", "我的 数据", "--output", "我的 数据", "--language", "cn"]
-    done = run_script("flickr8k/prepare.py", *given, cwd=tmp_path)
+    done = run_script("flickr8k/prepare.py", *given, cwd=tmp_path, fresh=True)
     assert "12 training, 2 validation and 2 test images" in done.stdout
     (entry, *_) = json.loads((tmp_path / "我的 数据" / "cn_val.json").read_text("utf-8"))
     assert (tmp_path / "我的 数据" / entry["image"]).is_file()
     given = ["--source", "我的 数据", "我的 数据/描述.tsv"]
-    done = run_script("flickr8k/prepare.py", *given, cwd=tmp_path, code=2)
+    done = run_script("flickr8k/prepare.py", *given, cwd=tmp_path, code=2, fresh=True)
     assert "a folder of their own: add --output FOLDER" in done.stderr
