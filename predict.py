@@ -13,6 +13,7 @@ from itertools import chain, count
 from pathlib import Path
 
 from models.errors import InputError, run_script
+from models.scripts import SCRIPTS, from_here
 from utils.runs.arguments import name_or_path, path, run_folder, trained_on
 
 TOP = 5  # captions that are printed and drawn
@@ -31,7 +32,7 @@ def main() -> None:
         type=name_or_path,
         metavar="NAME_OR_PATH",
         help="weights file or model name (default: the newest logs/*/weights/"
-        "best_epoch_weights.pth)",
+        "best_epoch_weights.pth here, else beside this script)",
     )
     captions = parser.add_mutually_exclusive_group()
     captions.add_argument("--text", nargs="+", metavar="CAPTION", help="captions to choose from")
@@ -87,15 +88,17 @@ def main() -> None:
 
 
 def newest_weights() -> Path:
-    """The newest `best_epoch_weights.pth` of the runs in logs/. Raises `InputError` if there is
-    none."""
-    found = list(Path("logs").glob("*/weights/best_epoch_weights.pth"))
-    if not found:
-        raise InputError(
-            "logs: there is no run with weights/best_epoch_weights.pth in it; train one (python "
-            "train.py --demo), or name weights with --weights"
-        )
-    return max(found, key=lambda path: path.stat().st_mtime)
+    """The newest `best_epoch_weights.pth` of the runs in logs/ in the working folder, where
+    train.py puts them; if there is none, in logs/ beside this script. Raises `InputError` if there
+    is none either."""
+    for logs in (Path("logs"), SCRIPTS / "logs"):
+        if found := list(logs.glob("*/weights/best_epoch_weights.pth")):
+            return max(found, key=lambda path: path.stat().st_mtime)
+    raise InputError(
+        "logs: there is no run with weights/best_epoch_weights.pth in it, here or beside "
+        f"predict.py; train one (python {from_here('train.py')} --demo), or name weights with "
+        "--weights"
+    )
 
 
 def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
@@ -103,7 +106,7 @@ def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
     `weights` were trained on, in all languages of their run. Raises `InputError` if there are none
     to be had."""
     from models.files import read_bytes
-    from utils.data.annotations import missing_annotations, read_annotations
+    from utils.data.annotations import caption_file, missing_annotations, read_annotations
 
     if captions_file:
         try:
@@ -122,7 +125,7 @@ def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
         )
     captions = []
     for language in trained.languages:
-        validation = trained.dataset_path / f"{language}_val.json"
+        validation = caption_file(trained.dataset_path, language, "val")
         missing = missing_annotations(validation)
         if missing:
             raise InputError(

@@ -7,6 +7,7 @@ python predict_zero_shot.py photo.jpg --labels "a dog" "a cat"
 import argparse
 
 from models.errors import InputError, run_script
+from models.scripts import from_here
 from utils.runs.arguments import name_or_path
 
 LABELS = ["two line charts", "a schematic diagram", "a landscape photo", "a oil painting"]
@@ -17,7 +18,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "image", nargs="?", default="R_mAP.png", metavar="IMAGE", help="default: %(default)s"
+        "image",
+        nargs="?",
+        default=from_here("R_mAP.png"),
+        metavar="IMAGE",
+        help="default: %(default)s",
     )
     parser.add_argument(
         "--labels", nargs="+", default=LABELS, metavar="LABEL", help="default: %(default)s"

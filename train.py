@@ -15,6 +15,7 @@ from pathlib import Path
 
 from models.errors import InputError, run_script
 from models.host import Console, is_terminal, script_settings
+from models.scripts import from_here
 from models.weights.registry import MAX_RESOLUTION
 from utils.runs.arguments import fraction, integer, number, path, positive, starting_point, workers
 
@@ -38,8 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--debug", action="store_true", help="show the traceback of an error")
 
     add = parser.add_argument_group("data").add_argument
-    add("--dataset_path", type=path, default="flickr8k",
-        help="folder with images/ and {en,cn}_{train,val}.json (default: %(default)s)")
+    add("--dataset_path", type=path, default=from_here("flickr8k"),
+        help="folder with images and {en,cn}_{train,val}.json, .csv, ... (default: %(default)s)")
     add("--language", choices=["en", "cn"], nargs="+", default=["en"],
         help="captions to train on and to score with; several languages are mixed (default: en)")
     add("--input_shape", type=integer(1, MAX_RESOLUTION), metavar="PIXELS",
@@ -120,7 +121,7 @@ def main() -> None:
     parser.parse_args()  # --help and typing errors answer at once, before torch is imported
 
     from utils.machine.interrupt import Interrupt
-    from utils.machine.memory import explained
+    from utils.machine.memory import IN_TRAINING, explained
     from utils.machine.processes import join_processes
     from utils.metric import evaluate
     from utils.retrieval.tables import format_table
@@ -157,7 +158,7 @@ def main() -> None:
             break
         train_mode(model)
         done = len(state.losses)  # steps of an epoch that was interrupted
-        with explained(), Progress(loader, epoch, done) as progress:
+        with explained(IN_TRAINING), Progress(loader, epoch, done) as progress:
             first = (epoch - 1) * len(loader) + done
             for step, batch in enumerate(progress.timed(loader.epoch(epoch, done)), first):
                 set_learning_rate(state.optimizer, rate_at(step))
@@ -190,11 +191,11 @@ def main() -> None:
 def prepare(args: argparse.Namespace, processes) -> None:
     """Check the arguments, render the demo's images, seed every random choice."""
     from flickr8k.render_demo import render_demo
-    from utils.training.settings import DEMO, check_arguments
+    from utils.training.settings import check_arguments, wants_demo_set
 
-    if args.demo and args.dataset_path == Path(DEMO["dataset_path"]):
+    if wants_demo_set(args):
         with processes.first_ahead():
-            render_demo(args.dataset_path)
+            render_demo(args.dataset_path, folder_option="--dataset_path")
     check_arguments(args)
     warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # a package of pyzjr's uses it
     from pyzjr import SeedEvery
@@ -229,9 +230,8 @@ def get_data(args: argparse.Namespace, side: int, device, processes):
     from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
     from utils.machine.memory import check_images_fit
 
-    num_workers = args.num_workers
-    if num_workers is None:
-        num_workers = 0 if device.type == "cpu" else 4
+    by_default = 0 if device.type == "cpu" else 4
+    num_workers = by_default if args.num_workers is None else args.num_workers
     train_set = Flickr8kDataset(args.dataset_path, side, args.language, is_train=True)
     at_once = min(len(train_set), args.batch_size, args.grad_cache or args.batch_size)
     check_images_fit(at_once // processes.size, side, device)
@@ -257,7 +257,7 @@ def open_run(args: argparse.Namespace, resumed: dict | None, model, loader, val_
     """The run's folder with its arguments, the console's log and the history of losses."""
     from pyzjr import show_config
 
-    from utils.runs.checkpoint import save_weights, write_json
+    from utils.runs.checkpoint import write_json
     from utils.runs.folder import Run, new_run_folder, reopen_run_folder
     from utils.runs.records import Log, Losses
     from utils.training.settings import as_saved, check_same_data
@@ -269,23 +269,18 @@ def open_run(args: argparse.Namespace, resumed: dict | None, model, loader, val_
     if not loader.processes.is_first:
         return run
     started = time.strftime("%Y-%m-%d_%H-%M-%S")
-    rows = resumed["rows"] if resumed else []
     if resumed:
         run.folder = reopen_run_folder(args.resume_training, resumed)
         run.best_since = resumed["best_since"]
     else:
         run.folder = new_run_folder(args.log_dir, started)
     write_json(run.folder / "arguments.json", run.arguments)
-    colours = is_terminal(sys.stdout)
-    sys.stdout = Console(Log(run.folder / f"console_{started}.log"), colours)
+    log = Log(run.folder / f"console_{started}.log")
+    sys.stdout = Console(log, colours=is_terminal(sys.stdout))
     show_config(args=args, color="bold")
-    run.loss_history = Losses(run.folder, model, rows)
-    start = run.weights / "start_weights.pth"
-    if args.wise_ft and not resumed:
-        save_weights(model, start)
-    elif args.wise_ft and not start.exists():
-        print(f"warning: {start} is missing, which --wise_ft mixes with: put it back before the "
-              "run ends, or it ends without")  # fmt: skip
+    run.loss_history = Losses(run.folder, model, resumed["rows"] if resumed else [])
+    if args.wise_ft:
+        run.keep_start(model, is_new=not resumed)
     return run
 
 
@@ -319,7 +314,7 @@ def finish(args: argparse.Namespace, folder: Path, loader, val_set, state) -> No
     from utils.metric import evaluate
     from utils.retrieval.plots import plot_metrics
     from utils.retrieval.tables import format_table
-    from utils.runs.commands import TO_PASTE, command, labels_to_try
+    from utils.runs.commands import what_to_try
     from utils.training.progress import compare_with_start
     from utils.training.wise_ft import evaluate_path
 
@@ -338,10 +333,7 @@ def finish(args: argparse.Namespace, folder: Path, loader, val_set, state) -> No
         evaluate_path(model, start, args.wise_ft, score, folder)
         best_weights = folder / "weights" / "wise_ft_weights.pth"
     compare_with_start(state)
-    arguments = Path(val_set.image[0]), "--weights", best_weights
-    labels = labels_to_try(val_set.text)
-    print(f"now try{TO_PASTE}\n  {command('predict.py', *arguments)}\n"
-          f"  {command('predict_zero_shot.py', *arguments, '--labels', *labels)}")  # fmt: skip
+    print(what_to_try(val_set.image[0], best_weights, val_set.text))
 
 
 if __name__ == "__main__":

@@ -262,12 +262,19 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
     return canvas.reduce(SUPERSAMPLING)
 
 
-def render_demo(root: Path, seed: int = 0, n_train: int = 2000, n_val: int = 200) -> Path:
+def render_demo(
+    root: Path,
+    seed: int = 0,
+    n_train: int = 2000,
+    n_val: int = 200,
+    folder_option: str = "--output",
+) -> Path:
     """Write the demo set to the folder `root`, unless it is there already, and return `root`.
 
     The same seed gives the same files. The annotations are written after all images, so where they
     exist, the images are complete. Raises `InputError` if `root` cannot be written, or if it holds
-    the annotations of another data set, which are never overwritten.
+    the annotations of another data set, which are never overwritten; `folder_option` is the option
+    for another folder, which the message names.
     """
     root = Path(root)
     rng = random.Random(seed)
@@ -292,6 +299,7 @@ def render_demo(root: Path, seed: int = 0, n_train: int = 2000, n_val: int = 200
         write_image=lambda file, path: draw(scene_of[file], rng).save(path),
         annotations=annotations,
         progress="rendering the demo set",
+        folder_option=folder_option,
     )
     return root
 

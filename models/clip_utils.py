@@ -23,6 +23,7 @@ from models.device import pick_device
 from models.errors import InputError, run_script
 from models.files import check_regular
 from models.preprocess import Preprocess
+from models.scripts import from_here
 from models.simple_tokenizer import SimpleTokenizer
 from models.weights.architecture import check_resolution
 from models.weights.download import download
@@ -38,7 +39,6 @@ from models.weights.registry import (
 )
 
 MODELS_PTH = Path(__file__).with_name("models_pth")
-TRAIN_DEMO = "python train.py --resume_training none --model ViT-demo"
 MAX_QUOTED = 60  # characters of a text that an error message quotes
 
 
@@ -74,7 +74,7 @@ def find_weights(name: str | os.PathLike, download_root: str | os.PathLike = MOD
         known = ", ".join(available_models())
         raise InputError(
             f"{name}: neither a file nor the name of published weights{near}; the names are "
-            f"{known} (ViT-demo has no published weights; to train it: {TRAIN_DEMO})"
+            f"{known} (ViT-demo has no published weights; to train it: {_train_demo()})"
         )
     check_regular(path)
     return path
@@ -150,10 +150,14 @@ def list_models(download_root: str | os.PathLike = MODELS_PTH) -> None:
     for name, sizes in ARCHITECTURES.items():
         path = Path(download_root).expanduser() / weights_filename(name)
         if name not in SHA256:
-            weights = f"none published: {TRAIN_DEMO}"
+            weights = f"none published: {_train_demo()}"
         else:
             weights = path if path.exists() else weights_url(name)
         print(f"{name:15} {sizes['embed_dim']:9} {sizes['image_resolution']:10}  {weights}")
+
+
+def _train_demo() -> str:
+    return f"python {from_here('train.py')} --resume_training none --model ViT-demo"
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from models.device import upload
 from models.errors import InputError
 from models.preprocess import normalize, open_image, pixels
 from models.weights.registry import CONTEXT_LENGTH
-from utils.data.annotations import read_annotations
+from utils.data.annotations import caption_file, read_annotations
 from utils.data.augment import crop, draw_crops
 from utils.data.image_cache import cached_pixels, gather, on_device_if_small
 from utils.data.image_reading import Loaded, read_batches, substitutes
@@ -32,8 +32,8 @@ BUILD_BATCH = 32  # images decoded at a time for the cache
 
 
 class Flickr8kDataset(Dataset):
-    """Images and their captions, from `{language}_train.json` or `{language}_val.json` in
-    `root_dir`. With several languages an image has its captions in all of them.
+    """Images and their captions, from `{language}_train.json` or `{language}_val.json` (or .jsonl,
+    .csv, .tsv) in `root_dir`. With several languages an image has its captions in all of them.
 
     `dataset[i]` is (image, captions). The image is uint8 pixels `[3, target_shape, target_shape]`,
     resized and cropped as CLIP does it, or what `transform` makes of the PIL image; the captions
@@ -71,7 +71,7 @@ class Flickr8kDataset(Dataset):
         self.own_captions: dict[int, list[int]] = {}
         captions_of: dict[str, list[str]] = {}
         for name in dict.fromkeys([language] if isinstance(language, str) else language):
-            for image, captions in read_annotations(root / f"{name}_{self.split}.json"):
+            for image, captions in read_annotations(caption_file(root, name, self.split)):
                 captions_of.setdefault(image, []).extend(captions)
         for i, (image, captions) in enumerate(captions_of.items()):
             self.image.append(str(root / image))

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from models.clip import CLIP
 from models.errors import InputError, run_script
-from utils.data.annotations import missing_annotations
+from models.scripts import from_here
+from utils.data.annotations import caption_file, missing_annotations
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.loss import contrastive_loss
 from utils.machine.memory import explained
@@ -251,7 +252,8 @@ def main() -> None:
     parser.add_argument(
         "--dataset_path",
         type=path,
-        help="folder of the data (default: what the weights' run was trained on, else flickr8k)",
+        help="folder of the data (default: what the weights' run was trained on, else flickr8k "
+        "beside the scripts)",
     )
     parser.add_argument(
         "--language",
@@ -310,11 +312,11 @@ def data_to_score_on(args: argparse.Namespace) -> TrainedOn:
     """The data that the command line names, or else that the weights were trained on. Raises
     `InputError` if its validation captions are missing."""
     run = None if args.dataset_path and args.language else trained_on(args.weights)
-    run = run or TrainedOn(Path("flickr8k"), ["en"])
+    run = run or TrainedOn(from_here("flickr8k"), ["en"])
     dataset_path = args.dataset_path or run.dataset_path
     languages = list(dict.fromkeys(args.language or run.languages))
     for language in languages:
-        missing = missing_annotations(dataset_path / f"{language}_val.json")
+        missing = missing_annotations(caption_file(dataset_path, language, "val"))
         if missing:
             raise InputError(
                 f"{missing}; name the data to score on with --dataset_path and --language"

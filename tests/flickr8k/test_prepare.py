@@ -487,7 +487,7 @@ UNUSABLE = {
     "not UTF-8": (changed(OFFICIAL, TOKENS, lambda c: c + b"a.jpg#0\t\xff\n"), [TOKENS, "UTF-8"]),
     "another header": (
         changed(kaggle(), "captions.txt", lambda c: c.partition(b"\n")[2]),
-        ["captions.txt", "image,caption"],
+        ["captions.txt", "image and caption"],
     ),
     "an unquoted comma": (
         changed(kaggle(), "captions.txt", lambda c: c + b"a.jpg,one, two\n"),
@@ -495,7 +495,7 @@ UNUSABLE = {
     ),
     "an open quote": (
         changed(kaggle(), "captions.txt", lambda c: c + b'a.jpg,"one\n'),
-        ["captions.txt", "broken CSV"],
+        ["captions.txt", "broken table from line 52"],
     ),
     "broken JSON": (
         changed(karpathy() | IMAGES, JSON, lambda c: c[:-9]),

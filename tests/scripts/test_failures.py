@@ -12,7 +12,7 @@ from script_runs import ROOT, error_line, run_script
 
 from flickr8k.render_demo import render_demo
 from models.errors import InputError
-from utils.machine.memory import explained
+from utils.machine.memory import IN_TRAINING, explained
 from utils.runs.folder import new_run_folder
 
 SCRATCH = ["--resume_training", "none", "--model", "ViT-demo", "--batch_size", "8"]
@@ -129,12 +129,12 @@ def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on memory")
 def test_memory_that_is_full_names_the_arguments_that_help():
-    with pytest.raises(InputError) as error, explained():
+    with pytest.raises(InputError) as error, explained(IN_TRAINING):
         torch.empty(2**50)
     for argument in ("--batch_size", "--grad_cache", "--use_amp", "checkpoint.pth"):
         assert argument in str(error.value)
     for full in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
-        with pytest.raises(InputError, match="--grad_cache"), explained():
+        with pytest.raises(InputError, match="--grad_cache"), explained(IN_TRAINING):
             raise full
     with pytest.raises(RuntimeError, match="a bug"), explained():
         raise RuntimeError("a bug")

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,6 +85,34 @@ def test_zero_shot_takes_a_published_archive_any_labels_and_any_file_name(work, 
         cwd=work,
     )  # fmt: skip
     assert len(done.stdout.splitlines()) == 3 and "一只猫" in done.stdout
+
+
+def test_zero_shot_finds_its_picture_from_any_folder(work):
+    weights = work / "logs" / "a run" / "weights" / "best_epoch_weights.pth"
+    printed = [
+        run_script("predict_zero_shot.py", *image, "--weights", weights, cwd=work).stdout
+        for image in ([], [ROOT / "R_mAP.png"])
+    ]
+    assert printed[0] == printed[1]
+
+
+def test_the_newest_run_is_looked_for_here_and_then_beside_the_script(tmp_path, monkeypatch):
+    here, beside = tmp_path / "here", tmp_path / "beside"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(predict, "SCRIPTS", beside)
+    name = "weights/best_epoch_weights.pth"
+    with pytest.raises(InputError, match=re.escape(f"python {ROOT / 'train.py'} --demo")):
+        predict.newest_weights()
+    for file, when in ((beside / "logs/a" / name, 2), (beside / "logs/b" / name, 1)):
+        file.parent.mkdir(parents=True)
+        file.touch()
+        os.utime(file, (when, when))
+    assert predict.newest_weights() == beside / "logs/a" / name
+    (here / "logs/c" / name).parent.mkdir(parents=True)
+    (here / "logs/c" / name).touch()
+    os.utime(here / "logs/c" / name, (0, 0))
+    assert predict.newest_weights() == Path("logs/c") / name
 
 
 def test_predict_ranks_the_captions_it_is_given(work, photo):

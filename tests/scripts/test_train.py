@@ -5,16 +5,18 @@ import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from script_runs import error_line, run_script
+from script_runs import ROOT, error_line, run_script
 
 from flickr8k.render_demo import render_demo
 from models import load
 from models.clip_utils import create_model
 from models.errors import InputError
+from models.scripts import from_here
 from train import build_parser, get_data
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE
@@ -236,6 +238,39 @@ def test_no_data_says_what_to_do(work):
     line = error_line("train.py", "--dataset_path", "nowhere", cwd=work)
     for way_out in ("nowhere", "prepare.py --download", "--dataset_path", "--demo"):
         assert way_out in line
+
+
+def test_both_splits_are_looked_for_before_anything_is_loaded(work):
+    (work / "half").mkdir()
+    (work / "half" / "en_train.csv").touch()
+    line = error_line("train.py", "--dataset_path", "half", cwd=work)
+    assert "half: no en_val.json in it, only en_train.csv" in line
+
+
+def test_the_data_set_is_looked_for_beside_the_script(work, monkeypatch):
+    """Where prepare.py writes it. Commands to type name the scripts as they are found from here."""
+    arguments = ["--language", "cn", "--epochs", 1, "--warmup_epochs", 0]
+    if (ROOT / "flickr8k" / "cn_train.json").exists():
+        pytest.skip("there is a data set")
+    line = error_line("train.py", *arguments, cwd=work)
+    assert f"{ROOT / 'flickr8k'}: no cn_train.json in it" in line
+    assert f"python {ROOT / 'flickr8k' / 'prepare.py'} --download" in line
+    line = error_line("train.py", *arguments, cwd=ROOT)
+    assert "error: flickr8k: no cn_train.json in it" in line
+    assert f"python {Path('flickr8k/prepare.py')} --download" in line
+    for folder, found in ((ROOT, Path("a/b")), (work, ROOT / "a" / "b")):
+        monkeypatch.chdir(folder)
+        assert from_here("a/b") == found
+
+
+def test_the_demo_goes_where_it_is_told_or_names_the_option_for_it(work):
+    """`--output` is render_demo.py's, not train.py's."""
+    (work / "no_folder").touch()
+    line = error_line("train.py", "--demo", "--dataset_path", "no_folder", cwd=work)
+    assert "--dataset_path" in line and "--output" not in line
+    given = ["--demo", "--dataset_path", "new", "--batch_size", 10_000]
+    assert "2000 training images" in error_line("train.py", *given, cwd=work)
+    assert (work / "new" / "cn_val.json").is_file()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(data, work):

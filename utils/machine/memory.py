@@ -10,14 +10,18 @@ import torch
 
 from models.errors import InputError
 
-CONTINUE = "a run goes on with --resume_training RUN/weights/checkpoint.pth"
+CONTINUE = "a run of train.py goes on with --resume_training RUN/weights/checkpoint.pth"
+IN_TRAINING = (
+    "compute the batch in parts (--grad_cache 16), or add --use_amp or --grad_checkpointing, or "
+)
 SHARED_MEMORY = "/dev/shm"  # where Linux keeps the memory that processes share
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def explained(remedies: str = "") -> Iterator[None]:
     """Turn the errors of full memory, on the GPU or not, into an `InputError` that names the
-    arguments that help. Also decorates functions."""
+    arguments that help: those that every script with a batch has, and before them `remedies`, such
+    as `IN_TRAINING`. Also decorates functions."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -25,8 +29,7 @@ def explained() -> Iterator[None]:
         # The second text is that of `mps`.
         if is_memory or any(t in str(error) for t in ("can't allocate memory", "out of memory")):
             raise InputError(
-                "memory is full: compute the batch in parts (--grad_cache 16), or add --use_amp or "
-                f"--grad_checkpointing, or lower --batch_size or --num_workers; {CONTINUE}"
+                f"memory is full: {remedies}lower --batch_size or --num_workers; {CONTINUE}"
             ) from error
         raise
 

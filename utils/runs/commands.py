@@ -39,6 +39,16 @@ def quoted(words: Iterable[object], windows: bool = WINDOWS) -> str:
     return " ".join(map(_for_cmd if windows else _for_bash, map(str, words)))
 
 
+def what_to_try(image: str, weights: Path, captions: Iterable[str]) -> str:
+    """Two commands that use new weights, on an image and with two of the captions."""
+    words = Path(image), "--weights", weights
+    labels = labels_to_try(captions)
+    return (
+        f"now try{TO_PASTE}\n  {command('predict.py', *words)}\n"
+        f"  {command('predict_zero_shot.py', *words, '--labels', *labels)}"
+    )
+
+
 def labels_to_try(captions: Iterable[str]) -> list[str]:
     """Two captions that predict_zero_shot.py takes as `--labels`: the first, and the last that the
     model reads differently, or something else where there are no two."""

@@ -69,6 +69,16 @@ class Run:
         _write_metrics(self.folder, state)
         self.loss_history.append_loss(row["epoch"], *losses)
 
+    def keep_start(self, model: CLIP, is_new: bool) -> None:
+        """Write the weights that a new run starts from, which --wise_ft mixes with; of a run that
+        goes on, warn if they are gone."""
+        start = self.weights / "start_weights.pth"
+        if is_new:
+            save_weights(model, start)
+        elif not start.exists():
+            print(f"warning: {start} is missing, which --wise_ft mixes with: put it back before "
+                  "the run ends, or it ends without")  # fmt: skip
+
     def replace_missing_best(self, model: CLIP, state: dict[str, Any]) -> None:
         """If best_epoch_weights.pth is gone, as after a checkpoint was moved alone, the last epoch
         takes its place; in the middle of an epoch, whose weights are no epoch's, the best of those
