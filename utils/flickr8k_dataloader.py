@@ -208,7 +208,7 @@ class Batch(NamedTuple):
     crops   `[n, 3]` of `draw_crops`, or None for whole images
     tokens  `[n * k, 77]` on the CPU, image by image
     texts   `[n, m]` on the CPU, for `contrastive_loss`: `text_ids` of an image's captions, first
-            of those k; or None, if no text is that of several images
+            of those k; or None, if no two texts are equal
     """
 
     images: Tensor

@@ -170,7 +170,7 @@ def _positions(scores: Tensor, columns: Tensor) -> Tensor:
     if most > MANY_TRUTHS:
         as_high = scores.shape[1] - torch.searchsorted(scores.sort(dim=1).values.contiguous(), own)
     else:
-        counts = [(scores >= threshold).sum(dim=1) for threshold in own.split(1, dim=1)]
+        counts = [(scores >= t).sum(dim=1, dtype=torch.int32) for t in own.split(1, dim=1)]
         as_high = torch.stack(counts, dim=1)
     own_as_high = most - torch.searchsorted(own.flip(1), own)
     own_as_high = own_as_high.minimum((~absent).sum(dim=1, keepdim=True))
