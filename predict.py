@@ -6,14 +6,18 @@ python predict.py                asks for one image after another, until an empt
 """
 
 import argparse
+import io
 import sys
 from collections.abc import Iterator
+from itertools import chain, count
 from pathlib import Path
 
 from models.errors import InputError, run_script
+from models.scripts import SCRIPTS, from_here
 from utils.runs.arguments import name_or_path, path, run_folder, trained_on
 
 TOP = 5  # captions that are printed and drawn
+NAME_LENGTH = 60  # characters, at most 240 bytes: with a number they fit into a name everywhere
 
 
 def main() -> None:
@@ -28,7 +32,7 @@ def main() -> None:
         type=name_or_path,
         metavar="NAME_OR_PATH",
         help="weights file or model name (default: the newest logs/*/weights/"
-        "best_epoch_weights.pth)",
+        "best_epoch_weights.pth here, else beside this script)",
     )
     captions = parser.add_mutually_exclusive_group()
     captions.add_argument("--text", nargs="+", metavar="CAPTION", help="captions to choose from")
@@ -42,7 +46,7 @@ def main() -> None:
         help="file for the picture of the ranking (default: in predictions/ in the run's folder)",
     )
     parser.add_argument("--show", action="store_true", help="open the picture in a window as well")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first there is)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
 
@@ -70,7 +74,7 @@ def main() -> None:
         try:
             image = open_image(name)
             ranked = rank_captions(model, preprocess(image), captions, text_features)[:TOP]
-            output = args.output or output_folder(weights) / f"{Path(name).stem}.png"
+            output = args.output or new_picture(output_folder(weights), name)
             for place, (caption, probability, similarity) in enumerate(ranked, 1):
                 print(f"{place}. {probability:7.2%}  similarity {similarity:.3f}  {caption}")
             draw_ranking(image, ranked, output)
@@ -84,26 +88,29 @@ def main() -> None:
 
 
 def newest_weights() -> Path:
-    """The newest `best_epoch_weights.pth` of the runs in logs/. Raises `InputError` if there is
-    none."""
-    found = list(Path("logs").glob("*/weights/best_epoch_weights.pth"))
-    if not found:
-        raise InputError(
-            "logs: there is no run with weights/best_epoch_weights.pth in it; train one (python "
-            "train.py --demo), or name weights with --weights"
-        )
-    return max(found, key=lambda path: path.stat().st_mtime)
+    """The newest `best_epoch_weights.pth` of the runs in logs/ in the working folder, where
+    train.py puts them; if there is none, in logs/ beside this script. Raises `InputError` if there
+    is none either."""
+    for logs in (Path("logs"), SCRIPTS / "logs"):
+        if found := list(logs.glob("*/weights/best_epoch_weights.pth")):
+            return max(found, key=lambda path: path.stat().st_mtime)
+    raise InputError(
+        "logs: there is no run with weights/best_epoch_weights.pth in it, here or beside "
+        f"predict.py; train one (python {from_here('train.py')} --demo), or name weights with "
+        "--weights"
+    )
 
 
 def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
     """The lines of `captions_file`; without one, the validation captions of the data set that
     `weights` were trained on, in all languages of their run. Raises `InputError` if there are none
     to be had."""
-    from utils.data.annotations import missing_annotations, read_annotations
+    from models.files import read_bytes
+    from utils.data.annotations import caption_file, missing_annotations, read_annotations
 
     if captions_file:
         try:
-            lines = captions_file.read_text(encoding="utf-8-sig").splitlines()
+            lines = read_bytes(captions_file).decode("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{captions_file}: cannot be read as UTF-8 text ({error})") from None
         captions = [line.strip() for line in lines if line.strip()]
@@ -118,7 +125,7 @@ def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
         )
     captions = []
     for language in trained.languages:
-        validation = trained.dataset_path / f"{language}_val.json"
+        validation = caption_file(trained.dataset_path, language, "val")
         missing = missing_annotations(validation)
         if missing:
             raise InputError(
@@ -135,9 +142,20 @@ def output_folder(weights: str | Path) -> Path:
     return (run_folder(weights) or Path.cwd()) / "predictions"
 
 
+def new_picture(folder: Path, image: str) -> Path:
+    """A file in `folder` for the picture of `image`: with the image's name, of which
+    `NAME_LENGTH` characters are kept, and with a number where that name is taken."""
+    name = Path(image).stem[:NAME_LENGTH]
+    names = chain([name], (f"{name}_{number}" for number in count(2)))
+    return next(file for name in names if not (file := folder / f"{name}.png").exists())
+
+
 def ask_for_images() -> Iterator[str]:
     """The paths that the user types, until an empty line or the end of the input."""
-    sys.stdin.reconfigure(errors="surrogateescape")  # file names need not be valid UTF-8
+    if sys.stdin is None:
+        raise InputError("there is no input to ask on: name an IMAGE")
+    if isinstance(sys.stdin, io.TextIOWrapper):  # a notebook has another
+        sys.stdin.reconfigure(errors="surrogateescape")  # file names need not be valid UTF-8
     while True:
         try:
             path = input("image path (empty to stop): ").strip().strip("'\"")

@@ -7,6 +7,7 @@ python predict_zero_shot.py photo.jpg --labels "a dog" "a cat"
 import argparse
 
 from models.errors import InputError, run_script
+from models.scripts import from_here
 from utils.runs.arguments import name_or_path
 
 LABELS = ["two line charts", "a schematic diagram", "a landscape photo", "a oil painting"]
@@ -17,7 +18,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "image", nargs="?", default="R_mAP.png", metavar="IMAGE", help="default: %(default)s"
+        "image",
+        nargs="?",
+        default=from_here("R_mAP.png"),
+        metavar="IMAGE",
+        help="default: %(default)s",
     )
     parser.add_argument(
         "--labels", nargs="+", default=LABELS, metavar="LABEL", help="default: %(default)s"
@@ -30,7 +35,7 @@ def main() -> None:
         help="model name, whose weights are downloaded if need be, or weights file "
         "(default: %(default)s)",
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first there is)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     check_labels(args.labels)

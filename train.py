@@ -7,13 +7,17 @@ torchrun --standalone --nproc_per_node=2 train.py ...              on two GPUs
 """
 
 import argparse
+import sys
 import time
 import warnings
 from functools import partial
 from pathlib import Path
 
 from models.errors import InputError, run_script
-from utils.runs.arguments import fraction, integer, number, path, positive, starting_point
+from models.host import Console, is_terminal, script_settings
+from models.scripts import from_here
+from models.weights.registry import MAX_RESOLUTION
+from utils.runs.arguments import fraction, integer, number, path, positive, starting_point, workers
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,11 +39,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--debug", action="store_true", help="show the traceback of an error")
 
     add = parser.add_argument_group("data").add_argument
-    add("--dataset_path", type=path, default="flickr8k",
-        help="folder with images/ and {en,cn}_{train,val}.json (default: %(default)s)")
+    add("--dataset_path", type=path, default=from_here("flickr8k"),
+        help="folder with images and {en,cn}_{train,val}.json, .csv, ... (default: %(default)s)")
     add("--language", choices=["en", "cn"], nargs="+", default=["en"],
         help="captions to train on and to score with; several languages are mixed (default: en)")
-    add("--input_shape", type=integer(1), metavar="PIXELS",
+    add("--input_shape", type=integer(1, MAX_RESOLUTION), metavar="PIXELS",
         help="side of the images (default: the model's own); another one than the weights' "
         "interpolates the positional embedding")
     add("--captions_per_image", type=integer(1), default=2, metavar="K",
@@ -54,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--cache", nargs="?", const="", metavar="FOLDER",
         help="decode every image once into a file in FOLDER (default: .cache in the data set), "
         "kept on the GPU where it fits")
-    add("--num_workers", type=integer(0),
+    add("--num_workers", type=workers,
         help="processes that read images (default: 4 with a GPU, 0 without)")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -102,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true",
         help="torch.compile both towers: a slow first step, then faster ones on a GPU; "
         "needs a C++ compiler on a CPU, Triton on a GPU")
-    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    add("--device", help="cuda, cuda:1, mps (a Mac's GPU) or cpu (default: the first there is)")
     add("--freq", type=integer(1), default=5, metavar="EPOCHS",
         help="keep the weights of every EPOCHS-th epoch (default: %(default)s)")
     add("--save_steps", type=integer(1), metavar="N",
@@ -111,19 +115,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@script_settings()
 def main() -> None:
     parser = build_parser()
     parser.parse_args()  # --help and typing errors answer at once, before torch is imported
 
     from utils.machine.interrupt import Interrupt
-    from utils.machine.memory import explained
+    from utils.machine.memory import IN_TRAINING, explained
     from utils.machine.processes import join_processes
     from utils.metric import evaluate
     from utils.retrieval.tables import format_table
     from utils.training.gradients import GradientExchange, accumulate_gradients
     from utils.training.layer_groups import train_mode
     from utils.training.optimizer import learning_rate, set_learning_rate
-    from utils.training.progress import Progress, announce
+    from utils.training.progress import Progress, announce, score_start
     from utils.training.settings import settle
 
     args, resumed = settle(parser)
@@ -133,14 +138,15 @@ def main() -> None:
     model = get_model(args, resumed, device, processes)
     loader, val_set = get_data(args, model.visual.input_resolution, device, processes)
     run = open_run(args, resumed, model, loader, val_set)
-    state = get_state(args, resumed, model, device)
+    state = get_state(args, resumed, model, device, run)
     del resumed  # a second copy of the moments
 
     announce(state, loader, val_set, args.epochs, run.folder)
     score = partial(evaluate, state.scored, val_set, args.batch_size, loader.num_workers,
-                    state.precision, processes=processes)  # fmt: skip
+                    state.precision, processes=processes,
+                    captions_per_image=loader.captions_per_image)  # fmt: skip
     if state.is_at_start and args.resume_training != "none":
-        print(f"before training:\n{format_table(score()[0])}")
+        score_start(state, score)
 
     rate_at = partial(learning_rate, peak=args.lr, total_steps=args.epochs * len(loader),
                       warmup_steps=round(args.warmup_epochs * len(loader)))  # fmt: skip
@@ -152,16 +158,15 @@ def main() -> None:
             break
         train_mode(model)
         done = len(state.losses)  # steps of an epoch that was interrupted
-        with explained(), Progress(loader, epoch, done) as progress:
+        with explained(IN_TRAINING), Progress(loader, epoch, done) as progress:
             first = (epoch - 1) * len(loader) + done
             for step, batch in enumerate(progress.timed(loader.epoch(epoch, done)), first):
                 set_learning_rate(state.optimizer, rate_at(step))
-                loss = accumulate_gradients(
-                    model, batch, state.precision, exchange, args.grad_cache
-                )
+                loss = accumulate_gradients(model, batch, state.precision, exchange,
+                                            args.grad_cache)  # fmt: skip
                 state.update(processes.sum(loss))
                 progress.advance(state.losses[-1], rate_at(step), step)
-                stop = processes.any(interrupt.signal is not None)
+                stop = processes.any(interrupt.has_come())
                 due = stop or (args.save_steps and len(state.losses) % args.save_steps == 0)
                 if due and state.losses[-1].isfinite():  # another one ends the run in the next step
                     run.save_checkpoint(state.state_dict())
@@ -175,22 +180,22 @@ def main() -> None:
             f"{val_loss:.4f}, mean recall {row['mean_recall']:.2f}\n{format_table(metrics)}"
         )
         run.save_epoch(state.scored, state.state_dict(), args.freq)
-        if processes.any(interrupt.signal is not None):
+        if processes.any(interrupt.has_come()):
             raise run.stopped(interrupt)
     interrupt.release()
-    run.close()
+    run.close(state.scored, state.state_dict())
     if processes.is_first:
-        finish(args, run.folder, val_set, loader.num_workers, state.precision)
+        finish(args, run.folder, loader, val_set, state)
 
 
 def prepare(args: argparse.Namespace, processes) -> None:
     """Check the arguments, render the demo's images, seed every random choice."""
     from flickr8k.render_demo import render_demo
-    from utils.training.settings import DEMO, check_arguments
+    from utils.training.settings import check_arguments, wants_demo_set
 
-    if args.demo and args.dataset_path == Path(DEMO["dataset_path"]):
+    if wants_demo_set(args):
         with processes.first_ahead():
-            render_demo(args.dataset_path)
+            render_demo(args.dataset_path, folder_option="--dataset_path")
     check_arguments(args)
     warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # a package of pyzjr's uses it
     from pyzjr import SeedEvery
@@ -200,13 +205,12 @@ def prepare(args: argparse.Namespace, processes) -> None:
 
 def get_model(args: argparse.Namespace, resumed: dict | None, device, processes):
     """The model to train, on the CPU: from a checkpoint, from weights, or with random weights."""
-    from models.clip import build_model
     from models.clip_utils import create_model, load
     from utils.training.layer_groups import lock, whole_batch_norms
 
     with processes.first_ahead():  # which downloads
         if resumed:
-            model = build_model(resumed["model"], input_shape=args.input_shape)
+            model = resumed["model"]
         elif args.resume_training == "none":
             model = create_model(args.model, args.input_shape)
         else:
@@ -224,11 +228,13 @@ def get_data(args: argparse.Namespace, side: int, device, processes):
     from utils.data.annotations import shared_images_warning
     from utils.data.check_images import check_images
     from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
+    from utils.machine.memory import check_images_fit
 
-    num_workers = args.num_workers
-    if num_workers is None:
-        num_workers = 4 if device.type == "cuda" else 0
+    by_default = 0 if device.type == "cpu" else 4
+    num_workers = by_default if args.num_workers is None else args.num_workers
     train_set = Flickr8kDataset(args.dataset_path, side, args.language, is_train=True)
+    at_once = min(len(train_set), args.batch_size, args.grad_cache or args.batch_size)
+    check_images_fit(at_once // processes.size, side, device)
     val_set = Flickr8kDataset(args.dataset_path, side, args.language, is_train=False)
     if processes.is_first:
         if warning := shared_images_warning(train_set.image, val_set.image):
@@ -249,10 +255,11 @@ def get_data(args: argparse.Namespace, side: int, device, processes):
 
 def open_run(args: argparse.Namespace, resumed: dict | None, model, loader, val_set):
     """The run's folder with its arguments, the console's log and the history of losses."""
-    from pyzjr import LossHistory, redirect_console, show_config
+    from pyzjr import show_config
 
-    from utils.runs.checkpoint import save_weights, write_json
+    from utils.runs.checkpoint import write_json
     from utils.runs.folder import Run, new_run_folder, reopen_run_folder
+    from utils.runs.records import Log, Losses
     from utils.training.settings import as_saved, check_same_data
 
     data = loader.dataset.fingerprint() + val_set.fingerprint()
@@ -262,24 +269,22 @@ def open_run(args: argparse.Namespace, resumed: dict | None, model, loader, val_
     if not loader.processes.is_first:
         return run
     started = time.strftime("%Y-%m-%d_%H-%M-%S")
-    rows = resumed["rows"] if resumed else []
     if resumed:
-        run.folder = reopen_run_folder(args.resume_training, rows)
+        run.folder = reopen_run_folder(args.resume_training, resumed)
+        run.best_since = resumed["best_since"]
     else:
         run.folder = new_run_folder(args.log_dir, started)
     write_json(run.folder / "arguments.json", run.arguments)
-    redirect_console(str(run.folder / f"console_{started}.log"))
+    log = Log(run.folder / f"console_{started}.log")
+    sys.stdout = Console(log, colours=is_terminal(sys.stdout))
     show_config(args=args, color="bold")
-    side = model.visual.input_resolution
-    run.loss_history = LossHistory(str(run.folder), model, (side, side))
-    run.loss_history.losses = [row["train_loss"] for row in rows]
-    run.loss_history.val_loss = [row["val_loss"] for row in rows]
-    if args.wise_ft and not resumed:
-        save_weights(model, run.weights / "start_weights.pth")
+    run.loss_history = Losses(run.folder, model, resumed["rows"] if resumed else [])
+    if args.wise_ft:
+        run.keep_start(model, is_new=not resumed)
     return run
 
 
-def get_state(args: argparse.Namespace, resumed: dict | None, model, device):
+def get_state(args: argparse.Namespace, resumed: dict | None, model, device, run):
     """What training starts with: the model on its device, an optimizer in which each layer has a
     learning rate and a decay of its own, and all that the checkpoint carries."""
     from pyzjr import get_optimizer
@@ -295,6 +300,7 @@ def get_state(args: argparse.Namespace, resumed: dict | None, model, device):
     state = State(model, optimizer, Precision(device, args.use_amp), args.ema)
     if resumed:
         state.restore(resumed)
+        run.replace_missing_best(state.scored, state.state_dict())
     if args.grad_checkpointing:
         model.enable_grad_checkpointing()
     if args.compile:
@@ -302,28 +308,32 @@ def get_state(args: argparse.Namespace, resumed: dict | None, model, device):
     return state
 
 
-def finish(args: argparse.Namespace, folder: Path, val_set, num_workers: int, precision) -> None:
+def finish(args: argparse.Namespace, folder: Path, loader, val_set, state) -> None:
     """Score the best epoch, read back from its file, and the weights on the way to it."""
     from models.clip_utils import load
-    from models.weights.read import read_state_dict
     from utils.metric import evaluate
     from utils.retrieval.plots import plot_metrics
     from utils.retrieval.tables import format_table
+    from utils.runs.commands import what_to_try
+    from utils.training.progress import compare_with_start
     from utils.training.wise_ft import evaluate_path
 
     best_weights = folder / "weights" / "best_epoch_weights.pth"
-    model, _ = load(best_weights, precision.device)
-    score = partial(evaluate, model, val_set, args.batch_size, num_workers, precision)
+    model, _ = load(best_weights, state.precision.device)
+    score = partial(evaluate, model, val_set, args.batch_size, loader.num_workers, state.precision,
+                    captions_per_image=loader.captions_per_image)  # fmt: skip
     metrics, _ = score(k_values=range(1, 11))
     plot_metrics(metrics, folder / "R_mAP.png")
     print(f"the best epoch:\n{format_table(metrics)}\nplot: {folder / 'R_mAP.png'}")
-    if args.wise_ft:
-        start = read_state_dict(folder / "weights" / "start_weights.pth")
+    start_weights = folder / "weights" / "start_weights.pth"
+    if args.wise_ft and not start_weights.exists():
+        print(f"{start_weights} is missing: no --wise_ft; put it back and run this again")
+    elif args.wise_ft:
+        start = load(start_weights, "cpu")[0].state_dict()
         evaluate_path(model, start, args.wise_ft, score, folder)
         best_weights = folder / "weights" / "wise_ft_weights.pth"
-    print(f"now try\n  python predict.py {val_set.image[0]} --weights {best_weights}")
-    print(f"  python predict_zero_shot.py {val_set.image[0]} --weights {best_weights} "
-          f"--labels \"{val_set.text[0]}\" \"{val_set.text[-1]}\"")  # fmt: skip
+    compare_with_start(state)
+    print(what_to_try(val_set.image[0], best_weights, val_set.text))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
     python flickr8k/prepare.py --download
     python flickr8k/prepare.py --source Flickr8k_Dataset.zip Flickr8k_text.zip
 
+    python flickr8k/prepare.py --source my_data --output my_data
+
 writes `images/*.jpg`, `en_train.json`, `en_val.json` (the official development split) and
 `en_test.json` to the folder of this script. A source is a folder, a zip or a single file. The
 sources, with all subfolders, are searched for the images, and for captions and splits in one of
@@ -11,15 +13,16 @@ these formats:
 1. `Flickr8k.token.txt` (the official captions) or `captions.txt` (the Kaggle copy's), and the
    official splits `Flickr_8k.{train,dev,test}Images.txt`, which are in `Flickr8k_text.zip`;
 2. `dataset_flickr8k.json`, Karpathy's file, which holds both captions and splits;
-3. `Flickr8k.token.txt` or `captions.txt` alone: the images are split at random, with a warning.
+3. `Flickr8k.token.txt` or `captions.txt` alone: the images are split at random, with a warning;
+4. captions of one's own, as CSV, TSV, JSON lines, COCO or a list (see `read_records`): one file,
+   whose images are split at random, with a warning, or several that are called train, val and test.
+   Images that lie in the output folder stay where they are, others are copied to `images/`.
 
 Flickr8k (Hodosh, Young, Hockenmaier 2013) is for non-commercial research and education.
 """
 
 import argparse
-import csv
 import hashlib
-import io
 import json
 import os
 import random
@@ -32,13 +35,15 @@ from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 from zipfile import BadZipFile, ZipFile, ZipInfo
 
-from tqdm import tqdm
-
 if not __package__:  # as a script: Python looks for modules in this folder, not in the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from flickr8k.own_captions import OwnSet, read_own
 from models.errors import InputError, run_script
-from utils.data.annotations import annotations_json, refuse_another_set, write_set
+from models.files import check_regular, check_size
+from models.progress_bar import progress_bar
+from utils.data.annotations import annotations_json, not_utf8, refuse_another_set, write_set
+from utils.data.caption_formats import UnknownFormat, read_records
 from utils.runs import arguments
 
 Captions = dict[str, list[str]]  # name of an image -> its captions
@@ -72,8 +77,14 @@ class SourceFile(NamedTuple):
     def __str__(self) -> str:
         return f"{self.path}/{self.member.filename}" if self.archive else str(self.path)
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of its path, in the zip if it is in one."""
+        return PureWindowsPath(self.member.filename).parts if self.archive else self.path.parts
+
     def read_bytes(self) -> bytes:
-        """The content. Raises `InputError` if it cannot be read."""
+        """The content. Raises `InputError` if it cannot be read, or is too large."""
+        check_size(self, self.size)
         with _readable(self):
             return self.archive.read(self.member) if self.archive else self.path.read_bytes()
 
@@ -82,9 +93,7 @@ class SourceFile(NamedTuple):
         try:
             return self.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise InputError(
-                f"{self}: is not UTF-8 at byte {error.start}; get a new copy"
-            ) from None
+            raise InputError(f"{self}: {not_utf8(error)}") from None
 
 
 SourceFiles = dict[str, SourceFile]  # name without folders -> file
@@ -114,6 +123,8 @@ def find_files(sources: Iterable[Path], root: Path, open_zips: ExitStack) -> Sou
     for source in sources:
         if not source.exists():
             raise InputError(f"{source}: there is no such file or folder (--source)")
+        if not source.is_dir():
+            check_regular(source)
         for path in [source] if source.is_file() else _walk(source, skipped=root / "images"):
             if path.suffix.lower() == ".zip":
                 zips.append(path)
@@ -126,11 +137,11 @@ def find_files(sources: Iterable[Path], root: Path, open_zips: ExitStack) -> Sou
     return files
 
 
-def _walk(folder: Path, skipped: Path) -> Iterator[Path]:
+def _walk(folder: Path, skipped: Path | None = None) -> Iterator[Path]:
     """The files below `folder`, except those below `skipped` and hidden ones: macOS adds hidden
     files, and a run that was killed leaves a hidden folder."""
     for current, subfolders, names in os.walk(folder):
-        if Path(current).resolve() == skipped.resolve():
+        if skipped and Path(current).resolve() == skipped.resolve():
             subfolders.clear()
             continue
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
@@ -143,10 +154,31 @@ def _zip_members(path: Path, open_zips: ExitStack) -> SourceFiles:
     with _readable(path):
         archive = open_zips.enter_context(ZipFile(path))
     files: SourceFiles = {}
-    for member in archive.infolist():
-        if not member.is_dir():
-            name = PureWindowsPath(member.filename).name  # knows both kinds of slashes
-            files.setdefault(name, SourceFile(path, member.file_size, archive, member))
+    for file in _members(path, archive):
+        files.setdefault(file.parts[-1], file)
+    return files
+
+
+def _members(path: Path, archive: ZipFile) -> list[SourceFile]:
+    return [
+        SourceFile(path, member.file_size, archive, member)
+        for member in archive.infolist()
+        if not member.is_dir()
+    ]
+
+
+def list_files(sources: Iterable[Path], open_zips: ExitStack) -> list[SourceFile]:
+    """All files in `sources`, whatever their names, also those of the same name."""
+    files = []
+    for source in sources:
+        for path in [source] if source.is_file() else _walk(source):
+            if path.suffix.lower() == ".zip":
+                with _readable(path):
+                    archive = open_zips.enter_context(ZipFile(path))
+                visible = [f for f in _members(path, archive) if not f.parts[-1].startswith(".")]
+                files += visible
+            else:
+                files.append(SourceFile(path, path.stat().st_size))
     return files
 
 
@@ -157,7 +189,9 @@ def _check_md5(path: Path) -> None:
     with (
         _readable(path),
         path.open("rb") as file,
-        tqdm(desc=f"checking {path.name}", total=size, unit="B", unit_scale=True) as progress,
+        progress_bar(
+            desc=f"checking {path.name}", total=size, unit="B", unit_scale=True
+        ) as progress,
     ):
         while block := file.read(BLOCK):
             digest.update(block)
@@ -194,21 +228,14 @@ def read_kaggle(file: SourceFile) -> Captions:
     """The captions of the Kaggle copy: CSV with the header `image,caption`. Raises `InputError` for
     another header and for a row without exactly these two fields."""
     captions: Captions = {}
-    rows = csv.reader(io.StringIO(file.read_text(), newline=""), strict=True)
     try:
-        if next(rows, None) != ["image", "caption"]:
-            raise InputError(f"{file}: does not start with image,caption as the Kaggle copy does")
-        for row in filter(None, rows):
-            if len(row) != 2:
-                raise InputError(
-                    f"{file}: line {rows.line_num} has {len(row)} fields, not image and caption; "
-                    "a caption with commas needs quotes around it"
-                )
-            captions.setdefault(row[0], []).append(row[1].strip())
-    except csv.Error as error:
-        raise InputError(
-            f"{file}: broken CSV at line {rows.line_num} ({error}); get a new copy"
-        ) from None
+        records = read_records(file.read_text(), ".csv")
+    except UnknownFormat as error:
+        raise InputError(f"{file}: {error}") from None
+    for where, row, problem in records:
+        if problem:
+            raise InputError(f"{file}: {where} {problem}")
+        captions.setdefault(row["image"], []).append(row["caption"])
     return captions
 
 
@@ -244,8 +271,9 @@ def has_official_splits(files: SourceFiles) -> bool:
 def read_source(files: SourceFiles, images: Set[str]) -> tuple[Captions, Splits]:
     """Captions and splits, from the first format of this module's docstring that is there.
 
-    Without any official splits, those of `images` that have captions are split at random. Raises
-    `InputError` if there are no captions, or only some of the official split lists.
+    Without any official splits, those of `images` that have captions are split at random, and a
+    warning says how many captioned ones are not there. Raises `InputError` if there are no
+    captions, or only some of the official split lists.
     """
     missing_lists = [name for name in SPLIT_LISTS.values() if name not in files]
     captions_name = next((name for name in CAPTION_READERS if name in files), None)
@@ -253,9 +281,9 @@ def read_source(files: SourceFiles, images: Set[str]) -> tuple[Captions, Splits]
         return read_karpathy(files[KARPATHY])
     if not captions_name:
         raise InputError(
-            f"there are no captions in the {len(files):,} files of the sources: none of {TOKENS}, "
-            f"{KAGGLE} and {KARPATHY}; name a folder or zip that holds one of them with --source, "
-            "or add --download"
+            f"there are no captions in the sources: none of {TOKENS}, {KAGGLE} and {KARPATHY}, and "
+            "no other file with CSV, TSV, JSON lines, COCO or a list; name a folder or zip that "
+            "holds one of them with --source, or add --download"
         )
     captions = CAPTION_READERS[captions_name](files[captions_name])
     if not missing_lists:
@@ -265,17 +293,43 @@ def read_source(files: SourceFiles, images: Set[str]) -> tuple[Captions, Splits]
             f"some official split lists are there, but not {', '.join(missing_lists)}; "
             f"name {TEXT_ZIP} with --source, or add --download"
         )
-    return captions, split_at_random(images & captions.keys())
-
-
-def split_at_random(names: Set[str]) -> Splits:
-    """Split images 6 : 1 : 1 into train, val and test, and warn that this is not the official
-    split. The same names are split the same way on every machine."""
+    found = match_names(captions, images)
+    if lost := [name for name in captions if name not in found]:
+        _warn(
+            f"{len(lost):,} images with captions are left out, for example {lost[0]}: the sources "
+            "hold no file of that name, or several that differ in upper and lower case"
+        )
+    names = found.keys()
     _warn(
         f"the official splits ({TEXT_ZIP}) are in none of the sources; the {len(names):,} images "
         "with captions are split at random, so scores cannot be compared with published ones; "
         f"to get the official splits, name {TEXT_ZIP} with --source as well, or add --download"
     )
+    return captions, split_at_random(names)
+
+
+def match_names(names: Iterable[str], there: Set[str]) -> dict[str, str]:
+    """For each of `names` the file of that name among those that are `there`; else the only one
+    whose name differs in upper and lower case alone, such as `1.JPG` for `1.jpg`. Names for which
+    there is none, or that share one, are left out."""
+    names = list(names)
+    alike: dict[str, list[str]] = {}
+    for name in there:
+        alike.setdefault(name.casefold(), []).append(name)
+    asked = Counter(name.casefold() for name in names)
+    found = {}
+    for name in names:
+        others = alike.get(name.casefold(), [])
+        if name in there:
+            found[name] = name
+        elif len(others) == asked[name.casefold()] == 1:
+            found[name] = others[0]
+    return found
+
+
+def split_at_random(names: Set[str]) -> Splits:
+    """Split images 6 : 1 : 1 into train, val and test. The same names are split the same way on
+    every machine."""
     shuffled = sorted(names)
     random.Random(0).shuffle(shuffled)
     n_held_out = max(1, len(shuffled) // 8)
@@ -285,7 +339,7 @@ def split_at_random(names: Set[str]) -> Splits:
 
 def check_splits(splits: Splits, captions: Captions) -> None:
     """Raise `InputError` if a split is empty, or if an image in a split has no caption or is listed
-    twice. Warn if the numbers of images or captions are not those of Flickr8k."""
+    twice."""
     names = [name for split in splits.values() for name in split]
     if not all(splits.values()):
         empty = " and ".join(split for split, listed in splits.items() if not listed)
@@ -297,6 +351,11 @@ def check_splits(splits: Splits, captions: Captions) -> None:
             raise InputError(
                 f"{name} is in a split, but has no caption; is the source complete (--source)?"
             )
+
+
+def warn_of_other_numbers(splits: Splits, captions: Captions) -> None:
+    """Warn if the numbers of images or captions are not those of Flickr8k."""
+    names = [name for split in splits.values() for name in split]
     other = [name for name in names if len(captions[name]) != CAPTIONS_PER_IMAGE]
     if other:
         _warn(
@@ -308,25 +367,34 @@ def check_splits(splits: Splits, captions: Captions) -> None:
         _warn(f"found {_in_words(counts)}, but Flickr8k has {_in_words(OFFICIAL_COUNTS)}")
 
 
-def prepare(root: Path, sources: Iterable[Path] = (), download: bool = False) -> dict[str, int]:
-    """Write Flickr8k from `sources` to the folder `root`; return the number of images by split.
+def prepare(
+    root: Path, sources: Iterable[Path] = (), download: bool = False, language: str = "en"
+) -> dict[str, int]:
+    """Write Flickr8k from `sources`, or a data set of one's own, to the folder `root`; return the
+    number of images by split. `language` is that of the captions.
 
     With `download`, what the sources lack is downloaded to `root / "downloads"`. Files that are in
     `root` already are kept: images that have the same size as in the source, and annotations with
     the same content. Raises `InputError` if anything is missing or cannot be read or written, and
     if `root` holds the annotations of another data set, which are never overwritten.
     """
+    sources = list(sources)
     sizes = {path.name: path.stat().st_size for path in (root / "images").glob("*")}
     present = {name: size for name, size in sizes.items() if size}  # a power cut leaves empty files
     with ExitStack() as open_zips:
         files = find_files(sources, root, open_zips)
+        if not download and files.keys().isdisjoint({KARPATHY, *CAPTION_READERS}):
+            own = read_own(list_files(sources, open_zips), root, named=sources)
+            if own:
+                return write_own(root, own, language)
         if download and not has_official_splits(files):
             files = _zip_members(_download(TEXT_ZIP, root), open_zips) | files
         captions, splits = read_source(files, present.keys() | files.keys())
         captions = {name: [text for text in texts if text] for name, texts in captions.items()}
         check_splits(splits, captions)
+        warn_of_other_numbers(splits, captions)
         annotations = {
-            root / f"en_{split}.json": annotations_json(
+            root / f"{language}_{split}.json": annotations_json(
                 (f"images/{name}", captions[name]) for name in sorted(names)
             )
             for split, names in splits.items()
@@ -334,9 +402,11 @@ def prepare(root: Path, sources: Iterable[Path] = (), download: bool = False) ->
         refuse_another_set(annotations)
 
         needed = [name for names in splits.values() for name in names]
-        if download and not set(needed) <= present.keys() | files.keys():
+        files = {n: SourceFile(root / "images" / n, size) for n, size in present.items()} | files
+        if download and len(match_names(needed, files.keys())) < len(needed):
             files = _zip_members(_download(IMAGES_ZIP, root), open_zips) | files
-        missing = [name for name in needed if name not in files and name not in present]
+        found = match_names(needed, files.keys())
+        missing = [name for name in needed if name not in found]
         if missing:
             raise InputError(
                 f"{len(missing):,} of {len(needed):,} images are in none of the sources, for "
@@ -347,14 +417,48 @@ def prepare(root: Path, sources: Iterable[Path] = (), download: bool = False) ->
             root,
             images=[
                 f"images/{name}"
-                for name in needed
-                if name not in present or (name in files and files[name].size != present[name])
+                for name, file in found.items()
+                if present.get(name) != files[file].size
             ],
-            write_image=lambda image, path: path.write_bytes(files[path.name].read_bytes()),
+            write_image=lambda _, path: path.write_bytes(files[found[path.name]].read_bytes()),
             annotations=annotations,
             progress="writing the images",
         )
     return {split: len(names) for split, names in splits.items()}
+
+
+def write_own(root: Path, own: OwnSet, language: str) -> dict[str, int]:
+    """Write a data set of one's own to the folder `root`, as `prepare` does with Flickr8k."""
+    if root.resolve() == Path(__file__).resolve().parent:
+        raise InputError(
+            "captions of your own go into a folder of their own: add --output FOLDER; images that "
+            "lie in FOLDER are not copied"
+        )
+    splits = own.splits
+    if splits is None:
+        splits = split_at_random(own.captions.keys())
+        _warn(
+            f"the {len(own.captions):,} images are split at random into train, val and test; to "
+            "choose yourself, give a file of captions for each, called train, val and test"
+        )
+    check_splits(splits, own.captions)
+    write_set(
+        root,
+        images=[
+            image
+            for image, file in sorted(own.files.items())
+            if not ((root / image).is_file() and (root / image).stat().st_size == file.size)
+        ],
+        write_image=lambda image, path: path.write_bytes(own.files[image].read_bytes()),
+        annotations={
+            root / f"{language}_{split}.json": annotations_json(
+                (image, own.captions[image]) for image in sorted(images)
+            )
+            for split, images in splits.items()
+        },
+        progress="writing the images",
+    )
+    return {split: len(images) for split, images in splits.items()}
 
 
 def _download(name: str, root: Path) -> Path:
@@ -365,7 +469,7 @@ def _download(name: str, root: Path) -> Path:
 
 
 def _in_words(counts: dict[str, int]) -> str:
-    train, val, test = (f"{counts[split]:,}" for split in SPLIT_LISTS)
+    train, val, test = (f"{counts.get(split, 0):,}" for split in SPLIT_LISTS)
     return f"{train} training, {val} validation and {test} test images"
 
 
@@ -376,8 +480,9 @@ def _warn(message: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Turn Flickr8k into the files that train.py reads: images/*.jpg and "
-        "en_{train,val,test}.json, with the official splits. Files that are there already are not "
-        "written again. Flickr8k is for non-commercial research and education.",
+        "en_{train,val,test}.json, with the official splits; or do so with captions of yours. "
+        "Files that are there already are not written again. Flickr8k is for non-commercial "
+        "research and education.",
     )
     parser.add_argument(
         "--download",
@@ -393,7 +498,8 @@ def main() -> None:
         metavar="PATH",
         help=f"folders, zips or files that hold Flickr8k: {IMAGES_ZIP} and {TEXT_ZIP} or what they "
         f"unpack to, the Kaggle copy (archive.zip: Images and {KAGGLE}; add {TEXT_ZIP} or "
-        f"--download for the official splits), or Karpathy's {KARPATHY} and the images",
+        f"--download for the official splits), or Karpathy's {KARPATHY} and the images; or images "
+        "of yours with captions as CSV, TSV, JSON lines, COCO or a list",
     )
     parser.add_argument(
         "--output",
@@ -401,12 +507,15 @@ def main() -> None:
         default=Path(__file__).resolve().parent,
         help="folder to write into (default: the folder of this script)",
     )
+    parser.add_argument(
+        "--language", choices=["en", "cn"], default="en", help="of the captions (default: en)"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     if not (args.download or args.source):
         parser.error("say where to get Flickr8k: --download, or --source PATH if you have it")
-    counts = prepare(args.output, args.source, download=args.download)
-    print(f"Flickr8k in {args.output}: {_in_words(counts)}")
+    counts = prepare(args.output, args.source, args.download, args.language)
+    print(f"data set in {args.output}: {_in_words(counts)}")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ if not __package__:  # as a script: Python looks for modules in this folder, not
 
 from models.errors import run_script
 from utils.data.annotations import annotations_json, write_set
+from utils.runs.arguments import integer
 
 Colour = tuple[int, int, int]  # red, green and blue, from 0 to 255
 Points = list[tuple[float, float]]  # x to the right, y down
@@ -261,12 +262,19 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
     return canvas.reduce(SUPERSAMPLING)
 
 
-def render_demo(root: Path, seed: int = 0, n_train: int = 2000, n_val: int = 200) -> Path:
+def render_demo(
+    root: Path,
+    seed: int = 0,
+    n_train: int = 2000,
+    n_val: int = 200,
+    folder_option: str = "--output",
+) -> Path:
     """Write the demo set to the folder `root`, unless it is there already, and return `root`.
 
     The same seed gives the same files. The annotations are written after all images, so where they
     exist, the images are complete. Raises `InputError` if `root` cannot be written, or if it holds
-    the annotations of another data set, which are never overwritten.
+    the annotations of another data set, which are never overwritten; `folder_option` is the option
+    for another folder, which the message names.
     """
     root = Path(root)
     rng = random.Random(seed)
@@ -291,6 +299,7 @@ def render_demo(root: Path, seed: int = 0, n_train: int = 2000, n_val: int = 200
         write_image=lambda file, path: draw(scene_of[file], rng).save(path),
         annotations=annotations,
         progress="rendering the demo set",
+        folder_option=folder_option,
     )
     return root
 
@@ -304,7 +313,10 @@ def main() -> None:
         help="folder to write into (default: demo, in the folder of this script)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="each seed gives another set (default: %(default)s)"
+        "--seed",
+        type=integer(0, 2**32 - 1),
+        default=0,
+        help="each seed gives another set (default: %(default)s)",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()

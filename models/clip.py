@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.device import upload
 from models.errors import InputError
 from models.preprocess import Preprocess
 from models.resnet import ModifiedResNet
@@ -101,7 +102,7 @@ class CLIP(nn.Module):
         pooled = (ends + 1).cumsum(0) - 1
         if tokens.device.type == "cpu" and self.device.type == "cuda":
             ids, cells, pooled = (t.pin_memory() for t in (ids, cells, pooled))
-        ids, cells, pooled = (t.to(self.device, non_blocking=True) for t in (ids, cells, pooled))
+        ids, cells, pooled = (upload(t, self.device) for t in (ids, cells, pooled))
 
         # F.embedding and not indexing: the gradient of indexing is summed in an order that differs
         # from run to run.

@@ -20,8 +20,11 @@ import torch
 from torch import Tensor
 
 from models.clip import CLIP, build_model
+from models.device import pick_device
 from models.errors import InputError, run_script
+from models.files import check_regular
 from models.preprocess import Preprocess
+from models.scripts import from_here
 from models.simple_tokenizer import SimpleTokenizer
 from models.weights.architecture import check_resolution
 from models.weights.download import download
@@ -37,7 +40,6 @@ from models.weights.registry import (
 )
 
 MODELS_PTH = Path(__file__).with_name("models_pth")
-TRAIN_DEMO = "python train.py --resume_training none --model ViT-demo"
 MAX_QUOTED = 60  # characters of a text that an error message quotes
 
 
@@ -73,8 +75,9 @@ def find_weights(name: str | os.PathLike, download_root: str | os.PathLike = MOD
         known = ", ".join(available_models())
         raise InputError(
             f"{name}: neither a file nor the name of published weights{near}; the names are "
-            f"{known} (ViT-demo has no published weights; to train it: {TRAIN_DEMO})"
+            f"{known} (ViT-demo has no published weights; to train it: {_train_demo()})"
         )
+    check_regular(path)
     return path
 
 
@@ -89,7 +92,7 @@ def load(
     - `name`: the name of a model, such as `"ViT-B/32"`, or the path of a weights file. That may be
       a published TorchScript archive, a state dict (.pt, .pth or .safetensors, in float16 or
       float32), or a checkpoint of `train.py` or open_clip.
-    - `device`: by default CUDA if there is a GPU, else the CPU.
+    - `device`: `pick_device` chooses the default.
     - `download_root`: the folder for published weights.
     - `input_shape`: another image resolution than that of the weights, in pixels.
 
@@ -102,21 +105,6 @@ def load(
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return model.to(device), model.preprocess
-
-
-def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """The device of that name; by default CUDA if there is a GPU, else the CPU. Raises `InputError`
-    for a device that does not exist here."""
-    try:
-        picked = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise InputError(f"--device {device}: no such device; try cpu, cuda or cuda:1") from None
-    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"--device {device}: torch finds {torch.cuda.device_count()} CUDA devices here; use "
-            "--device cpu, or install a torch built for CUDA"
-        )
-    return picked
 
 
 @lru_cache
@@ -163,10 +151,14 @@ def list_models(download_root: str | os.PathLike = MODELS_PTH) -> None:
     for name, config in CONFIGS.items():
         path = Path(download_root).expanduser() / weights_filename(name)
         if name not in SHA256:
-            weights = f"none published: {TRAIN_DEMO}"
+            weights = f"none published: {_train_demo()}"
         else:
             weights = path if path.exists() else weights_url(name)
         print(f"{name:15} {config.embed_dim:9} {config.image_resolution:10}  {weights}")
+
+
+def _train_demo() -> str:
+    return f"python {from_here('train.py')} --resume_training none --model ViT-demo"
 
 
 def main() -> None:

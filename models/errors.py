@@ -1,7 +1,11 @@
 """`InputError`, for everything that a user can put right, and how a script ends with it."""
 
+import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+
+from models.host import script_settings
 
 
 class InputError(ValueError):
@@ -12,6 +16,7 @@ class InputError(ValueError):
     """
 
 
+@script_settings()
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main()`.
 
@@ -19,10 +24,13 @@ def run_script(main: Callable[[], None]) -> None:
     whose message names the file. With `--debug` among the arguments the traceback is shown as well.
     Ctrl-C ends the script with exit code 130.
     """
-    for stream in (sys.stdout, sys.stderr):  # not every console can show every caption
-        stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
     try:
         main()
+    except BrokenPipeError:
+        with suppress(OSError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python's last flush
+            print("error: the program that reads the output has ended", file=sys.stderr)
+        raise SystemExit(2) from None
     except (InputError, OSError) as error:
         if "--debug" in sys.argv:
             raise
@@ -31,3 +39,13 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except RuntimeError as error:
+        if "home directory" in str(error):  # what `~` stands for
+            print(f"error: {error} Give paths without ~", file=sys.stderr)
+            raise SystemExit(2) from None
+        if os.environ.get("WORLD_SIZE", "1") != "1" and any(
+            text in str(error) for text in ("closed by peer", "reset by peer", "NCCL")
+        ):  # only the process that fails first has something to tell
+            print("stopped: another process of this run has ended", file=sys.stderr)
+            raise SystemExit(1) from None
+        raise

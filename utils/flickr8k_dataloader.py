@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from itertools import repeat
+from itertools import chain, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,10 +18,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from models.clip_utils import tokenize, tokenizer
+from models.device import upload
 from models.errors import InputError
 from models.preprocess import normalize, open_image, pixels
 from models.weights.registry import CONTEXT_LENGTH
-from utils.data.annotations import read_annotations
+from utils.data.annotations import caption_file, read_annotations
 from utils.data.augment import crop, draw_crops
 from utils.data.image_cache import cached_pixels, gather, on_device_if_small
 from utils.data.image_reading import Loaded, read_batches, substitutes
@@ -31,17 +32,21 @@ BUILD_BATCH = 32  # images decoded at a time for the cache
 
 
 class Flickr8kDataset(Dataset):
-    """Images and their captions, from `{language}_train.json` or `{language}_val.json` in
-    `root_dir`. With several languages an image has its captions in all of them.
+    """Images and their captions, from `{language}_train.json` or `{language}_val.json` (or .jsonl,
+    .csv, .tsv) in `root_dir`. With several languages an image has its captions in all of them.
 
     `dataset[i]` is (image, captions). The image is uint8 pixels `[3, target_shape, target_shape]`,
     resized and cropped as CLIP does it, or what `transform` makes of the PIL image; the captions
     are strings. Raises `InputError` for caption files that cannot be used and for missing images.
 
-    image       paths of the image files
-    text        all captions, image by image
-    img_to_txt  {image index: [caption indices]}
-    txt_to_img  {caption index: image index}
+    Captions that are the same to the tokenizer are one text, which is right for every image that
+    has it; with `plain_protocol` a caption is right for its own image alone.
+
+    image         paths of the image files
+    text          all captions, image by image
+    own_captions  {image index: [indices of its captions]}
+    img_to_txt    {image index: [indices of all captions that are right for it]}
+    txt_to_img    {caption index: index of the image that it is right for, or a list of several}
     """
 
     def __init__(
@@ -51,26 +56,26 @@ class Flickr8kDataset(Dataset):
         language: str | Sequence[str] = "en",
         is_train: bool = True,
         transform: Callable[[Image.Image], Tensor] | None = None,
+        plain_protocol: bool = False,
     ):
         root = Path(root_dir).expanduser()
         self.root = root
         self.split = "train" if is_train else "val"
         self.target_shape = target_shape
         self.transform = transform
+        self.plain_protocol = plain_protocol
         self.cached: Tensor | None = None
         self.unreadable: dict[int, str] = {}  # what is wrong with images, found by `cache`
         self.image: list[str] = []
         self.text: list[str] = []
-        self.img_to_txt: dict[int, list[int]] = {}
-        self.txt_to_img: dict[int, int] = {}
+        self.own_captions: dict[int, list[int]] = {}
         captions_of: dict[str, list[str]] = {}
         for name in dict.fromkeys([language] if isinstance(language, str) else language):
-            for image, captions in read_annotations(root / f"{name}_{self.split}.json"):
+            for image, captions in read_annotations(caption_file(root, name, self.split)):
                 captions_of.setdefault(image, []).extend(captions)
         for i, (image, captions) in enumerate(captions_of.items()):
             self.image.append(str(root / image))
-            self.img_to_txt[i] = list(range(len(self.text), len(self.text) + len(captions)))
-            self.txt_to_img |= dict.fromkeys(self.img_to_txt[i], i)
+            self.own_captions[i] = list(range(len(self.text), len(self.text) + len(captions)))
             self.text += captions
         self._check_images_exist()
 
@@ -78,7 +83,7 @@ class Flickr8kDataset(Dataset):
         return len(self.image)
 
     def __getitem__(self, index: int) -> tuple[Tensor, list[str]]:
-        captions = [self.text[caption] for caption in self.img_to_txt[index]]
+        captions = [self.text[caption] for caption in self.own_captions[index]]
         image = open_image(self.image[index])
         if self.transform is not None:
             return self.transform(image), captions
@@ -88,6 +93,36 @@ class Flickr8kDataset(Dataset):
     def tokens(self) -> Tensor:
         """All captions as IntTensor `[captions, 77]`; those that are too long are cut."""
         return tokenize(self.text, truncate=True)
+
+    @cached_property
+    def text_ids(self) -> Tensor:
+        """For each caption the index of the first one that is the same text, `[captions]`."""
+        if self.plain_protocol:
+            return torch.arange(len(self.text))
+        first: dict[bytes, int] = {}
+        rows = enumerate(self.tokens.numpy())
+        return torch.tensor([first.setdefault(row.tobytes(), caption) for caption, row in rows])
+
+    @cached_property
+    def img_to_txt(self) -> dict[int, list[int]]:
+        ids = self.text_ids.tolist()
+        same: dict[int, list[int]] = {}
+        for caption, text in enumerate(ids):
+            same.setdefault(text, []).append(caption)
+        return {
+            image: sorted(chain.from_iterable(same[text] for text in {ids[c] for c in captions}))
+            for image, captions in self.own_captions.items()
+        }
+
+    @cached_property
+    def txt_to_img(self) -> dict[int, int | list[int]]:
+        ids = self.text_ids.tolist()
+        having: dict[int, list[int]] = {}
+        for image, captions in self.own_captions.items():
+            for text in {ids[c] for c in captions}:
+                having.setdefault(text, []).append(image)
+        one_or_all = {text: im if len(im) > 1 else im[0] for text, im in having.items()}
+        return {caption: one_or_all[text] for caption, text in enumerate(ids)}
 
     def cache(
         self,
@@ -122,13 +157,18 @@ class Flickr8kDataset(Dataset):
         """A digest of the images' names, the captions and their order. It stays the same when the
         folder is moved."""
         images = [Path(image).relative_to(self.root).as_posix() for image in self.image]
-        listed = json.dumps([images, list(self.txt_to_img.values()), self.text])
+        owners = [i for i, captions in self.own_captions.items() for _ in captions]
+        listed = json.dumps([images, owners, self.text])
         return hashlib.sha256(listed.encode()).hexdigest()
 
     def count_cut_captions(self) -> int:
         """How many captions are longer than the text tower reads."""
         full = self.tokens[:, -1].nonzero().flatten().tolist()
         return sum(len(tokenizer().encode(self.text[i])) + 2 > CONTEXT_LENGTH for i in full)
+
+    def count_shared_captions(self) -> int:
+        """How many captions are right for several images."""
+        return sum(isinstance(images, list) for images in self.txt_to_img.values())
 
     def _problem(self, row: int) -> str:
         try:
@@ -167,20 +207,25 @@ class Batch(NamedTuple):
     images  `[n, 3, r, r]` on the device, uint8
     crops   `[n, 3]` of `draw_crops`, or None for whole images
     tokens  `[n * k, 77]` on the CPU, image by image
+    texts   `[n, m]` on the CPU, for `contrastive_loss`: `text_ids` of an image's captions, first
+            of those k; or None, if no two texts are equal
     """
 
     images: Tensor
     crops: Tensor | None
     tokens: Tensor
+    texts: Tensor | None = None
 
     def split(self, size: int) -> list["Batch"]:
         """The batch in parts of `size` images; the last may have fewer."""
         k = len(self.tokens) // len(self.images)
         images = self.images.split(size)
-        crops = [None] * len(images) if self.crops is None else self.crops.split(size)
-        return [
-            Batch(*part) for part in zip(images, crops, self.tokens.split(size * k), strict=True)
-        ]
+        crops, texts = (
+            [None] * len(images) if rows is None else rows.split(size)
+            for rows in (self.crops, self.texts)
+        )
+        parts = zip(images, crops, self.tokens.split(size * k), texts, strict=True)
+        return [Batch(*part) for part in parts]
 
     def augmented_images(self) -> Tensor:
         """`[n, 3, r, r]`, normalised and cropped."""
@@ -225,7 +270,7 @@ class TrainLoader:
         self.seed = seed
         self.num_workers = num_workers
         self.augment = augment
-        most = max(map(len, dataset.img_to_txt.values()))
+        most = max(map(len, dataset.own_captions.values()))
         self.captions_per_image = min(captions_per_image, most)
         self.strict = strict
         self.processes = processes
@@ -244,9 +289,10 @@ class TrainLoader:
         for loaded in self._load(batches):
             self._report(loaded.problems)
             yield Batch(
-                loaded.images.to(self.device, non_blocking=True),
-                crops[loaded.rows].to(self.device, non_blocking=True) if self.augment else None,
-                self.dataset.tokens[captions[loaded.rows].flatten()],
+                upload(loaded.images, self.device),
+                upload(crops[loaded.rows], self.device) if self.augment else None,
+                self.dataset.tokens[captions[loaded.rows, : self.captions_per_image].flatten()],
+                self.dataset.text_ids[captions[loaded.rows]],
             )
 
     def _load(self, batches: list[list[int]]) -> Iterator[Loaded]:
@@ -275,11 +321,12 @@ class TrainLoader:
         self.reported |= problems.keys()
 
     def _draw_captions(self, random: np.random.Generator) -> Tensor:
-        """For each image the indices of k of its captions, `[n, k]`: all different if it has k,
-        else all of them, and some again."""
-        first = np.array([captions[0] for captions in self.dataset.img_to_txt.values()])
-        count = np.array([len(captions) for captions in self.dataset.img_to_txt.values()])
+        """For each image the indices of its captions in random order, `[n, most]`, from the first
+        on again where an image has fewer. The first k are for training, so they are all different
+        if it has k."""
+        first = np.array([captions[0] for captions in self.dataset.own_captions.values()])
+        count = np.array([len(captions) for captions in self.dataset.own_captions.values()])
         drawn = random.random((len(count), count.max()))
         drawn[np.arange(count.max()) >= count[:, None]] = 2  # missing captions are sorted last
-        nth = np.arange(self.captions_per_image) % count[:, None]
+        nth = np.arange(count.max()) % count[:, None]
         return torch.from_numpy(first[:, None] + np.take_along_axis(drawn.argsort(), nth, axis=1))

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from models.clip import CLIP
 from models.errors import InputError, run_script
-from utils.data.annotations import missing_annotations
+from models.scripts import from_here
+from utils.data.annotations import caption_file, missing_annotations
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.loss import contrastive_loss
 from utils.machine.memory import explained
@@ -29,10 +30,11 @@ from utils.machine.processes import ALONE, Processes
 from utils.retrieval.encode import encode_images, encode_texts
 from utils.retrieval.plots import plot_metrics
 from utils.retrieval.tables import K_VALUES, Metrics, format_table
-from utils.runs.arguments import TrainedOn, integer, name_or_path, path, trained_on
+from utils.runs.arguments import TrainedOn, integer, name_or_path, path, trained_on, workers
 from utils.runs.checkpoint import write_json
 
 BLOCK_BYTES = 2**26  # of the scores that are in memory at once
+MANY_TRUTHS = 8  # of a query; for more, sorting its scores is faster than a pass for each
 
 
 def compute_metrics(
@@ -47,7 +49,7 @@ def compute_metrics(
     scores_i2t  `[images, texts]`, the higher the more alike
     img2txt     indices of the right texts of each image
     scores_t2i  `[texts, images]`
-    txt2img     index of the right image of each text
+    txt2img     index of the right image of each text, or a list of several
 
     Returns `{"i2t": {...}, "t2i": {...}}`, each with, for every K of `k_values`, in percent:
 
@@ -164,12 +166,16 @@ def _positions(scores: Tensor, columns: Tensor) -> Tensor:
     absent = columns < 0
     own = scores.gather(1, columns.clamp(min=0)).masked_fill(absent, -torch.inf)
     own = own.sort(dim=1, descending=True, stable=True).values  # stable: the absent stay last
-    positions = torch.empty(own.shape, dtype=torch.int64, device=scores.device)
-    for nth, threshold in enumerate(own.split(1, dim=1)):
-        # Before it stand all others that score as high, and the better ground truths.
-        as_high = (scores >= threshold).sum(dim=1, dtype=torch.int32)
-        own_as_high = ((own >= threshold) & ~absent).sum(dim=1)
-        positions[:, nth] = as_high - own_as_high + nth + 1
+    most = own.shape[1]
+    if most > MANY_TRUTHS:
+        as_high = scores.shape[1] - torch.searchsorted(scores.sort(dim=1).values.contiguous(), own)
+    else:
+        counts = [(scores >= t).sum(dim=1, dtype=torch.int32) for t in own.split(1, dim=1)]
+        as_high = torch.stack(counts, dim=1)
+    own_as_high = most - torch.searchsorted(own.flip(1), own)
+    own_as_high = own_as_high.minimum((~absent).sum(dim=1, keepdim=True))
+    # Before a ground truth stand all others that score as high, and the better ground truths.
+    positions = as_high - own_as_high + torch.arange(1, most + 1, device=scores.device)
     return positions.cpu().double().masked_fill(absent.cpu(), torch.inf)
 
 
@@ -203,9 +209,16 @@ def evaluate(
     precision: Precision,
     k_values: Iterable[int] = K_VALUES,
     processes: Processes = ALONE,
+    captions_per_image: int = 1,
 ) -> tuple[Metrics, float]:
-    """Retrieval metrics over the whole set, and the mean loss over batches of `batch_size` images,
-    each with its first caption."""
+    """Retrieval metrics over the whole set, and its loss.
+
+    The loss is that of training, `contrastive_loss` of batches of `batch_size` images, each with
+    its first `captions_per_image` captions (from the first on again where it has fewer), averaged
+    over the images: the last batch, which may be smaller, counts by its number of images. So it can
+    be compared with the training loss for the same two numbers, up to what the last batch, with
+    fewer wrong answers, makes it smaller; a set smaller than `batch_size` is such a batch.
+    """
     with precision.autocast():
         image_features = encode_images(model, dataset, batch_size, num_workers, processes)
         text_features = encode_texts(model, dataset.tokens, processes=processes)
@@ -214,15 +227,16 @@ def evaluate(
     metrics = retrieval_metrics(
         image_features, text_features, dataset.img_to_txt, dataset.txt_to_img, k_values
     )
-    first = [captions[0] for captions in dataset.img_to_txt.values()]
-    losses = [
-        contrastive_loss(images, texts, model.logit_scale)
-        for images, texts in zip(
-            image_features.split(batch_size), text_features[first].split(batch_size), strict=True
-        )
-        if len(images) == min(batch_size, len(dataset))
-    ]
-    return processes.from_first((metrics, torch.stack(losses).mean().item()))
+    own = dataset.own_captions.values()
+    width = max(captions_per_image, *map(len, own))
+    captions = torch.tensor([[c[i % len(c)] for i in range(width)] for c in own])
+    loss = 0.0
+    for rows in torch.arange(len(dataset)).split(batch_size):
+        texts = text_features[captions[rows, :captions_per_image].flatten()]
+        of_batch = contrastive_loss(image_features[rows], texts, model.logit_scale,
+                                    texts=dataset.text_ids[captions[rows]])  # fmt: skip
+        loss += of_batch.item() * len(rows) / len(dataset)
+    return processes.from_first((metrics, loss))
 
 
 def main() -> None:
@@ -238,7 +252,8 @@ def main() -> None:
     parser.add_argument(
         "--dataset_path",
         type=path,
-        help="folder of the data (default: what the weights' run was trained on, else flickr8k)",
+        help="folder of the data (default: what the weights' run was trained on, else flickr8k "
+        "beside the scripts)",
     )
     parser.add_argument(
         "--language",
@@ -247,15 +262,19 @@ def main() -> None:
         help="of the captions, one or both (default: those of the weights' run, else en)",
     )
     parser.add_argument("--batch_size", type=integer(1), default=64, help="images at a time")
-    parser.add_argument(
-        "--num_workers", type=integer(0), default=0, help="processes that read images"
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    parser.add_argument("--num_workers", type=workers, default=0, help="processes that read images")
+    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first there is)")
     parser.add_argument(
         "--json", type=path, metavar="FILE", help="write the metrics, K from 1 to 10"
     )
     parser.add_argument(
         "--plot", type=path, metavar="FILE", help="write the plot of both against K, e.g. R_mAP.png"
+    )
+    parser.add_argument(
+        "--plain_protocol",
+        action="store_true",
+        help="a caption is right for its own image alone, also where others have the same; to "
+        "compare with scores of other programs",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
@@ -266,13 +285,20 @@ def main() -> None:
     dataset_path, languages = data_to_score_on(args)
     model, _ = load(weights, args.device)
     dataset = Flickr8kDataset(
-        dataset_path, model.visual.input_resolution, languages, is_train=False
+        dataset_path,
+        model.visual.input_resolution,
+        languages,
+        is_train=False,
+        plain_protocol=args.plain_protocol,
     )
     precision = Precision(model.device, use_amp=False)
     metrics, _ = evaluate(
         model, dataset, args.batch_size, args.num_workers, precision, k_values=range(1, 11)
     )
     print(f"{len(dataset)} images, {len(dataset.text)} captions (percent; ranks from 1)")
+    if shared := dataset.count_shared_captions():
+        print(f"{shared} of the captions belong to several images, each a right answer "
+              "(--plain_protocol: its own image alone)")  # fmt: skip
     print(format_table(metrics))
     if args.json:
         write_json(args.json, metrics)
@@ -286,11 +312,11 @@ def data_to_score_on(args: argparse.Namespace) -> TrainedOn:
     """The data that the command line names, or else that the weights were trained on. Raises
     `InputError` if its validation captions are missing."""
     run = None if args.dataset_path and args.language else trained_on(args.weights)
-    run = run or TrainedOn(Path("flickr8k"), ["en"])
+    run = run or TrainedOn(from_here("flickr8k"), ["en"])
     dataset_path = args.dataset_path or run.dataset_path
     languages = list(dict.fromkeys(args.language or run.languages))
     for language in languages:
-        missing = missing_annotations(dataset_path / f"{language}_val.json")
+        missing = missing_annotations(caption_file(dataset_path, language, "val"))
         if missing:
             raise InputError(
                 f"{missing}; name the data to score on with --dataset_path and --language"

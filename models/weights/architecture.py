@@ -10,6 +10,7 @@ from torch import Tensor
 from models.errors import InputError
 from models.weights.checks import listed
 from models.weights.config import Config
+from models.weights.registry import MAX_RESOLUTION
 
 MAX_BLOCKS = 500  # of a tower, or of a ResNet's stage; the largest published model has 36
 HEAD_WIDTH = 64  # of the attention heads in the published models
@@ -113,8 +114,10 @@ def count_blocks(state_dict: dict[str, Tensor], prefix: str) -> int:
 def check_resolution(config: Config, input_shape: int) -> int:
     """Return the stride of the image tower: how many pixels there are from one position of its
     positional embedding to the next. Raise `InputError` if the resolution `input_shape`, in pixels,
-    is not a multiple of it."""
+    is not a multiple of it, or more than `MAX_RESOLUTION`."""
     stride = config.vision_patch_size or RESNET_STRIDE
+    if input_shape > MAX_RESOLUTION:
+        raise InputError(f"--input_shape {input_shape} is more than {MAX_RESOLUTION:,} pixels")
     if input_shape < stride or input_shape % stride:
         nearest = max(1, round(input_shape / stride)) * stride
         raise InputError(

@@ -22,9 +22,9 @@ from urllib.error import HTTPError, URLError
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from models.errors import InputError
+from models.progress_bar import progress_bar
 from models.weights.file_kind import describe, one_line
 
 WEB = ("http://", "https://")
@@ -132,15 +132,16 @@ def _receive(url: str, path: Path, part: Path) -> None:
     with (
         response,
         part.open("ab" if continued else "wb") as file,
-        tqdm(desc=path.name, initial=file.tell(), unit="B", unit_scale=True) as bar,
+        progress_bar(desc=path.name, initial=file.tell(), unit="B", unit_scale=True) as bar,
     ):
         if response.length is not None:
             bar.total = file.tell() + response.length
         for chunk in _chunks(response):
             file.write(chunk)
             bar.update(len(chunk))
-    if bar.total is not None and bar.n < bar.total:
-        raise _Interrupted(f"the connection broke off at {bar.n:,} of {bar.total:,} bytes")
+        arrived = file.tell()
+    if bar.total is not None and arrived < bar.total:
+        raise _Interrupted(f"the connection broke off at {arrived:,} of {bar.total:,} bytes")
 
 
 def _open(url: str, path: Path, offset: int) -> HTTPResponse | None:

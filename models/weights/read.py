@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models.errors import InputError
-from models.weights.file_kind import is_torchscript, one_line, weights_format  # noqa: F401
+from models.weights.file_kind import one_line, weights_format
 from models.weights.unpickle import NOT_RUN, PlainUnpickler
 from models.weights.unwrap import unwrap
 
@@ -32,8 +32,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             return unwrap(load_file(path))
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        content, records = _load_zip(mapped) if kind == "zip" else _load_legacy(mapped)
-        return _copied(unwrap(content), records, mapped)
+        content, records = load_zip(mapped) if kind == "zip" else _load_legacy(mapped)
+        return copied(unwrap(content), records, mapped)
     except InputError:
         raise
     except Exception as error:  # a damaged file can break its reader in any way
@@ -41,7 +41,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise InputError(f"truncated or damaged ({reason}); download it anew") from None
 
 
-def _load_zip(file: mmap.mmap) -> tuple[Any, dict[str, memoryview]]:
+def load_zip(file: mmap.mmap) -> tuple[Any, dict[str, memoryview]]:
     """The content of an archive of `torch.save` or `torch.jit.save`, and its records by name."""
     records = {}
     for info in zipfile.ZipFile(file).infolist():
@@ -73,7 +73,7 @@ def _load_legacy(file: mmap.mmap) -> tuple[Any, dict[str, memoryview]]:
     return content, records
 
 
-def _copied(weights: dict, records: dict, file: mmap.mmap) -> dict[str, Tensor]:
+def copied(weights: dict, records: dict, file: mmap.mmap) -> dict[str, Tensor]:
     """The `PlainTensor`s' numbers, each in memory of its own, floats as float32."""
     copies, claimed = {}, 0
     for name, (key, dtype, (offset, size, stride, *_)) in weights.items():

@@ -8,6 +8,7 @@ from models.weights.config import Config
 
 BASE_URL = "https://openaipublic.azureedge.net/clip/models"
 CONTEXT_LENGTH = 77  # tokens
+MAX_RESOLUTION = 10_000  # pixels: 100 million an image
 
 SHA256 = {  # of the published weights files, in hexadecimal
     "RN50": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",

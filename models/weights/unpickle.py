@@ -16,7 +16,7 @@ NOT_RUN = "and nothing in it was run; save a plain state dict with torch.save"
 OPCODES = {"APPEND", "APPENDS", "BINFLOAT", "BINGET", "BININT", "BININT1", "BININT2", "BINPERSID",
     "BINPUT", "BINUNICODE", "BUILD", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "GLOBAL", "LONG1",
     "LONG_BINGET", "LONG_BINPUT", "MARK", "NEWFALSE", "NEWOBJ", "NEWTRUE", "NONE", "PROTO", "STOP",
-    "REDUCE", "SETITEM", "SETITEMS", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}  # all that torch writes  # fmt: skip
+    "REDUCE", "SETITEM", "SETITEMS", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}  # torch's  # fmt: skip
 STORAGES = {"BFloat16": torch.bfloat16, "Half": torch.float16, "Float": torch.float32,
     "Double": torch.float64, "Bool": torch.bool, "Byte": torch.uint8, "Char": torch.int8,
     "Short": torch.int16, "Int": torch.int32, "Long": torch.int64}  # fmt: skip

@@ -101,7 +101,7 @@ def open_clip_loader(dataset: Flickr8kDataset, args: argparse.Namespace, file: P
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(["image", "caption"])
-        for path, captions in zip(dataset.image, dataset.img_to_txt.values(), strict=True):
+        for path, captions in zip(dataset.image, dataset.own_captions.values(), strict=True):
             writer.writerow([path, dataset.text[captions[0]]])
     options = SimpleNamespace(
         val_data=str(file), csv_img_key="image", csv_caption_key="caption", csv_separator=",",

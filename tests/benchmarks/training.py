@@ -100,7 +100,7 @@ def real_batches(
     for first in range(0, count * batch_size, batch_size):
         rows = [i % len(dataset) for i in range(first, first + batch_size)]
         images = torch.stack([pixels(open_image(dataset.image[row]), side) for row in rows])
-        captions = [dataset.img_to_txt[row] for row in rows]
+        captions = [dataset.own_captions[row] for row in rows]
         chosen = [indices[row % len(indices)] for row, indices in zip(rows, captions, strict=True)]
         yield normalize(images.to(device)), dataset.tokens[chosen]
 

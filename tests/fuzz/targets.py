@@ -114,6 +114,11 @@ def annotations_seeds() -> list[bytes]:
         json.dumps(entries, indent=1).encode(),
         text.encode("utf-8-sig"),
         text.encode("utf-16"),
+        b"".join(json.dumps(entry).encode() + b"\n" for entry in entries),
+        'image,caption\r\na.jpg,"one, ""two"""\r\nb/c.jpg,\u4e24\r\n'.encode(),
+        b"file_name\ttitle\nimages\\1.jpg\ta dog\n",
+        b'{"images": [{"id": 1, "file_name": "a.jpg"}], '
+        b'"annotations": [{"image_id": 1, "caption": "x"}]}',
         b'[{"image": "../a", "caption": []}, {"image": "C:\\\\a.jpg", "caption": [" "]}, 3, NaN]',
     ]
 

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,6 +87,34 @@ def test_zero_shot_takes_a_published_archive_any_labels_and_any_file_name(work, 
     assert len(done.stdout.splitlines()) == 3 and "一只猫" in done.stdout
 
 
+def test_zero_shot_finds_its_picture_from_any_folder(work):
+    weights = work / "logs" / "a run" / "weights" / "best_epoch_weights.pth"
+    printed = [
+        run_script("predict_zero_shot.py", *image, "--weights", weights, cwd=work).stdout
+        for image in ([], [ROOT / "R_mAP.png"])
+    ]
+    assert printed[0] == printed[1]
+
+
+def test_the_newest_run_is_looked_for_here_and_then_beside_the_script(tmp_path, monkeypatch):
+    here, beside = tmp_path / "here", tmp_path / "beside"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(predict, "SCRIPTS", beside)
+    name = "weights/best_epoch_weights.pth"
+    with pytest.raises(InputError, match=re.escape(f"python {ROOT / 'train.py'} --demo")):
+        predict.newest_weights()
+    for file, when in ((beside / "logs/a" / name, 2), (beside / "logs/b" / name, 1)):
+        file.parent.mkdir(parents=True)
+        file.touch()
+        os.utime(file, (when, when))
+    assert predict.newest_weights() == beside / "logs/a" / name
+    (here / "logs/c" / name).parent.mkdir(parents=True)
+    (here / "logs/c" / name).touch()
+    os.utime(here / "logs/c" / name, (0, 0))
+    assert predict.newest_weights() == Path("logs/c") / name
+
+
 def test_predict_ranks_the_captions_it_is_given(work, photo):
     texts = ["a dog", "a cat", "an old tree"]
     done = run_script("predict.py", photo, "--text", *texts, cwd=work)
@@ -122,6 +151,23 @@ def test_predict_asks_for_images_until_an_empty_line(work, photo):
     )  # fmt: skip
     assert done.stdout.count("picture: ") == 2
     assert "nowhere.png: no such image file" in done.stdout
+
+
+def test_every_picture_of_predict_stays(work, photo):
+    """Images of one name in two folders, one image twice, and names as long as systems take."""
+    images = ["a/same.png", "b/same.png", "a/same.png", "a/" + "x" * 251 + ".png",
+              "b/" + "x" * 251 + ".png", "a/" + "图" * 83 + ".png"]  # fmt: skip
+    for image in images:
+        (work / image).parent.mkdir(exist_ok=True)
+        (work / image).write_bytes(photo.read_bytes())
+    done = run_script("predict.py", "--text", "a", "b", cwd=work, stdin="\n".join(images))
+    pictures = re.findall(r"picture: (.*\.png)", done.stdout)
+    assert len({*pictures}) == len(images)
+    assert [re.split(r"[\\/]", p)[-1] for p in pictures[:3]] == [
+        "same.png", "same_2.png", "same_3.png"
+    ]  # fmt: skip
+    for picture in pictures:
+        Image.open(work / picture).load()
 
 
 @pytest.fixture
@@ -163,7 +209,7 @@ def test_unusable_images_and_a_missing_run_end_in_one_line(work, tmp_path):
         (["--weights", "ViT-B/33"], "ViT-B/33: neither a file nor .* the names are RN50, RN101"),
         (["--weights", ""], "--weights: the path is empty"),
         (["--text", "a", "--output", "ranking.xyz"], "ranking.xyz: no format .* png"),
-        (["--device", "gpu"], "--device gpu: no such device; try cpu"),
+        (["--device", "gpu"], "--device gpu: no such device; it is cuda, mps or cpu"),
     ],
 )
 def test_predict_names_the_argument_that_it_cannot_use(work, photo, error_of, arguments, message):

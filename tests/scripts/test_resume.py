@@ -24,6 +24,12 @@ ARGUMENTS = ["--resume_training", "none", "--model", "ViT-demo", "--lr", "1e-3",
              "--batch_size", "4", "--captions_per_image", "2", "--ema", "0.9", "--patience", "5",
              "--save_steps", "1", "--freq", "3"]  # fmt: skip
 
+SHOWS_EVERY_STEP = (
+    "import runpy, sys; del sys.argv[0]; sys.path.insert(0, sys.argv[0][:-len('train.py')]); "
+    "import models.progress_bar as bars; bars.INTERVAL = 0; "
+    "runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -116,7 +122,7 @@ def test_a_signal_ends_the_step_saves_and_names_the_command_that_goes_on(
     data, whole, tmp_path, number
 ):
     arguments = [a for a in ARGUMENTS if a not in ("--save_steps", "1")]
-    command = [sys.executable, "-u", str(ROOT / "train.py"), *arguments,
+    command = [sys.executable, "-u", "-c", SHOWS_EVERY_STEP, str(ROOT / "train.py"), *arguments,
                "--dataset_path", str(data), "--num_workers", "1"]  # fmt: skip
     process = subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -130,7 +136,7 @@ def test_a_signal_ends_the_step_saves_and_names_the_command_that_goes_on(
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number, errors
     assert "Traceback" not in errors
-    path = re.search(r"python train\.py --resume_training (\S+checkpoint\.pth)", printed)[1]
+    path = re.search(r"/train\.py --resume_training (\S+checkpoint\.pth)", printed)[1]
     state = torch.load(tmp_path / path, weights_only=True)
     assert 0 < len(state["losses"]) <= 16
     run_script("train.py", "--resume_training", path, cwd=tmp_path)

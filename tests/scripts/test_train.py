@@ -5,16 +5,21 @@ import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from script_runs import error_line, run_script
+from script_runs import ROOT, error_line, run_script
 
 from flickr8k.render_demo import render_demo
 from models import load
 from models.clip_utils import create_model
+from models.errors import InputError
+from models.scripts import from_here
+from train import build_parser, get_data
 from utils.machine.precision import Precision
+from utils.machine.processes import ALONE
 from utils.training.optimizer import learning_rate, parameter_groups
 
 SCRATCH = ["--resume_training", "none", "--model", "ViT-demo", "--lr", "1e-3", "--batch_size", "16"]
@@ -64,11 +69,86 @@ def test_metrics_csv_has_a_row_an_epoch(trained):
     names = {f"{way}_{score}@{k}" for way in ("i2t", "t2i") for score in ("R", "mAP")
              for k in (1, 5, 10)}  # fmt: skip
     names |= {"train_loss", "val_loss", "lr", "images_per_second", "peak_memory_mb", "mean_recall"}
+    names |= {"logit_scale"}
     for row in rows:
         assert names <= row.keys()
         assert all(math.isfinite(float(value)) for value in row.values())
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
     assert float(rows[0]["train_loss"]) < math.log(16) + 1
+
+
+@pytest.fixture(scope="module")
+def spoiled(trained, data, work):
+    """(run folder, what was printed) of a run that starts from weights and spoils them: two epochs
+    at a rate far too high, the second of which begins in a program of its own."""
+    weights = trained[0] / "weights" / "best_epoch_weights.pth"
+    done = run_script(
+        "train.py", "--resume_training", weights, "--dataset_path", data, "--lr", 0.5,
+        "--warmup_epochs", 0, "--batch_size", 16, "--epochs", 1, "--log_dir", "spoiled", cwd=work,
+    )  # fmt: skip
+    (run,) = (work / "spoiled").iterdir()
+    first = done.stdout
+    done = run_script("train.py", "--resume_training", run, "--epochs", 2, cwd=work)
+    return run, first, done.stdout
+
+
+@pytest.mark.slow
+def test_the_scores_before_training_are_a_row_and_no_epoch(spoiled, trained):
+    run, first, second = spoiled
+    start, *epochs = read_rows(run)
+    assert [row["epoch"] for row in (start, *epochs)] == ["0", "1", "2"]
+    of_training = {"train_loss", "lr", "images_per_second", "data_wait_percent", "peak_memory_mb"}
+    assert {name for name, value in start.items() if not value} == of_training
+    assert all(math.isfinite(float(v)) for name, v in start.items() if name not in of_training)
+    assert all(math.isfinite(float(value)) for row in epochs for value in row.values())
+    # The weights are those of the best row of the run before, in float16.
+    best = max(read_rows(trained[0]), key=lambda row: float(row["mean_recall"]))
+    for name in ("val_loss", "logit_scale"):
+        assert float(start[name]) == pytest.approx(float(best[name]), rel=1e-3)
+    assert "epoch 1/1" in first and "epoch 2/2" in second and "before training:" not in second
+    losses = (run / "epoch_loss.txt").read_text().splitlines()
+    assert [line.split(":")[0] for line in losses] == ["Epoch 1", "Epoch 2"]
+
+
+@pytest.mark.slow
+def test_a_run_that_made_the_weights_worse_says_so_and_what_to_do(spoiled, trained):
+    run, first, second = spoiled
+    start, *epochs = (float(row["mean_recall"]) for row in read_rows(run))
+    assert max(epochs) < start
+    for printed, best in ((first, epochs[0]), (second, max(epochs))):
+        line = next(line for line in printed.splitlines() if "training made it worse" in line)
+        assert f"{best:.2f} in the best epoch, {start:.2f} before training" in line
+        assert "--lr" in line and "--wise_ft" in line
+    assert "made it worse" not in trained[1]
+
+
+def test_logit_scale_is_the_factor_and_not_its_logarithm(trained):
+    run, _ = trained
+    weights = torch.load(run / "weights" / "last_epoch_weights.pth", weights_only=True)
+    found = float(read_rows(run)[-1]["logit_scale"])
+    assert found == pytest.approx(weights["logit_scale"].exp().item(), rel=1e-2)
+    assert 1 < found <= 100
+
+
+@pytest.mark.slow
+def test_two_classes_as_captions_are_learned(data, work):
+    """Every image's own caption is one that others have, too: recall moves all the same, and so
+    does the best epoch."""
+    classes = work / "classes"
+    shutil.copytree(data, classes)
+    for split in ("train", "val"):
+        entries = json.loads((classes / f"en_{split}.json").read_text("utf-8"))
+        for i, entry in enumerate(entries):
+            entry["caption"] = ["red", "blue"][i % 2]
+            Image.new("RGB", (64, 64), entry["caption"]).save(classes / entry["image"])
+        (classes / f"en_{split}.json").write_text(json.dumps(entries), "utf-8")
+    done = run_script("train.py", *SCRATCH, "--dataset_path", classes, "--epochs", 4, "--log_dir",
+                      "of_classes", cwd=work)  # fmt: skip
+    assert "86 captions (100.00%) belong to several images" in done.stdout
+    (run,) = (work / "of_classes").iterdir()
+    last = read_rows(run)[-1]
+    assert float(last["i2t_R@1"]) == float(last["t2i_R@1"]) == 100
+    assert float(last["train_loss"]) < 0.5
 
 
 def test_best_weights_are_those_of_the_best_mean_recall(trained):
@@ -160,6 +240,39 @@ def test_no_data_says_what_to_do(work):
         assert way_out in line
 
 
+def test_both_splits_are_looked_for_before_anything_is_loaded(work):
+    (work / "half").mkdir()
+    (work / "half" / "en_train.csv").touch()
+    line = error_line("train.py", "--dataset_path", "half", cwd=work)
+    assert "half: no en_val.json in it, only en_train.csv" in line
+
+
+def test_the_data_set_is_looked_for_beside_the_script(work, monkeypatch):
+    """Where prepare.py writes it. Commands to type name the scripts as they are found from here."""
+    arguments = ["--language", "cn", "--epochs", 1, "--warmup_epochs", 0]
+    if (ROOT / "flickr8k" / "cn_train.json").exists():
+        pytest.skip("there is a data set")
+    line = error_line("train.py", *arguments, cwd=work)
+    assert f"{ROOT / 'flickr8k'}: no cn_train.json in it" in line
+    assert f"python {ROOT / 'flickr8k' / 'prepare.py'} --download" in line
+    line = error_line("train.py", *arguments, cwd=ROOT)
+    assert "error: flickr8k: no cn_train.json in it" in line
+    assert f"python {Path('flickr8k/prepare.py')} --download" in line
+    for folder, found in ((ROOT, Path("a/b")), (work, ROOT / "a" / "b")):
+        monkeypatch.chdir(folder)
+        assert from_here("a/b") == found
+
+
+def test_the_demo_goes_where_it_is_told_or_names_the_option_for_it(work):
+    """`--output` is render_demo.py's, not train.py's."""
+    (work / "no_folder").touch()
+    line = error_line("train.py", "--demo", "--dataset_path", "no_folder", cwd=work)
+    assert "--dataset_path" in line and "--output" not in line
+    given = ["--demo", "--dataset_path", "new", "--batch_size", 10_000]
+    assert "2000 training images" in error_line("train.py", *given, cwd=work)
+    assert (work / "new" / "cn_val.json").is_file()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(data, work):
     arguments = [*SCRATCH, "--dataset_path", data, "--log_dir", "burst", "--optimizer_type", "sgd"]
     line = error_line("train.py", *arguments, "--lr", "1e30", cwd=work)
@@ -184,6 +297,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, work):
         (["--device", "quantum"], "--device"),
         (["--lr", "nan"], "--lr"),
         (["--epochs", "-1"], "--epochs"),
+        (["--epochs", "9" * 400], "--epochs"),
+        (["--input_shape", "1000000000"], "from 1 to 10,000"),
+        (["--num_workers", "100000"], "from 0 to 256"),
+        (["--device", "meta"], "it is cuda, mps or cpu, and here there are"),
         (["--momentum", "1"], "--momentum"),
         (["--optimizer_type", "lion"], "adamw"),
         ([*SCRATCH[:3], "ViT-B"], "ViT-demo"),
@@ -235,3 +352,14 @@ def test_a_step_in_float16_is_scaled_clipped_and_skipped_when_it_overflows():
     precision.update(linear, optimizer, max_norm=1.0)
     assert torch.equal(linear.weight, before)
     assert precision.scaler.get_scale() == 2.0**9
+
+
+def test_images_that_no_memory_holds_are_refused_before_any_is_read(data, monkeypatch):
+    monkeypatch.setattr("utils.machine.memory.total_memory", lambda _: 10**6)
+    parser = build_parser()
+    args = ["--dataset_path", str(data), "--batch_size"]
+    with pytest.raises(InputError, match=r"--input_shape 224: 16 images .*--grad_cache"):
+        get_data(parser.parse_args([*args, "16"]), 224, torch.device("cpu"), ALONE)
+    with pytest.raises(InputError, match=r"71 is more than the 70"):
+        get_data(parser.parse_args([*args, "71"]), 16, torch.device("cpu"), ALONE)
+    get_data(parser.parse_args([*args, "16"]), 64, torch.device("cpu"), ALONE)  # 786 kB

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from script_runs import ROOT
@@ -50,11 +52,70 @@ def test_attributes_agree_with_the_file(root):
     entries = json.loads((root / "en_train.json").read_text("utf-8"))
     assert len(dataset) == len(dataset.image) == 11
     assert dataset.txt_to_img.keys() == set(range(len(dataset.text)))
+    assert dataset.own_captions == dataset.img_to_txt  # no text is that of two images
     for i, entry in enumerate(entries):
         captions = [entry["caption"]] if isinstance(entry["caption"], str) else entry["caption"]
         assert Path(dataset.image[i]) == root / entry["image"].replace("\\", "/")
         assert [dataset.text[c] for c in dataset.img_to_txt[i]] == captions
         assert all(dataset.txt_to_img[c] == i for c in dataset.img_to_txt[i])
+
+
+@pytest.fixture(scope="module")
+def six_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("six")
+    for i in range(6):
+        (folder / f"{i}.png").touch()
+    return folder
+
+
+CAPTIONS = ["a dog", "A  Dog", " a dog ", "a cat", "cat a", "狗", "dog " * 75, "dog " * 99]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.lists(st.sampled_from(CAPTIONS), min_size=1, max_size=4), min_size=1, max_size=6)
+)
+def test_a_caption_is_right_for_every_image_that_has_its_tokens(six_files, captions):
+    """Case and spaces make no other text, and neither does what is cut off."""
+    entries = [{"image": f"{i}.png", "caption": c} for i, c in enumerate(captions)]
+    (six_files / "en_val.json").write_text(json.dumps(entries), "utf-8")
+    dataset, plain = (
+        Flickr8kDataset(six_files, 32, is_train=False, plain_protocol=p) for p in (False, True)
+    )
+    owner = [i for i, own in enumerate(captions) for _ in own]
+    rows = [tuple(row) for row in tokenize(dataset.text, truncate=True).tolist()]
+    having = {
+        row: sorted({i for i, r in zip(owner, rows, strict=True) if r == row}) for row in rows
+    }
+    for caption, row in enumerate(rows):
+        assert np.atleast_1d(dataset.txt_to_img[caption]).tolist() == having[row]
+        assert isinstance(dataset.txt_to_img[caption], int) == (len(having[row]) == 1)
+    assert dataset.img_to_txt == {
+        i: [c for c, row in enumerate(rows) if i in having[row]] for i in range(len(captions))
+    }
+    assert dataset.count_shared_captions() == sum(len(having[row]) > 1 for row in rows)
+    assert plain.txt_to_img == dict(enumerate(owner))
+    assert plain.img_to_txt == plain.own_captions == dataset.own_captions
+    assert plain.fingerprint() == dataset.fingerprint()
+    assert plain.count_shared_captions() == 0
+
+
+def test_a_batch_tells_which_texts_are_right_for_its_images(root):
+    """First those that it brings, then all others of the image, in a language of its own each."""
+    entries = [{"image": f"images/train{i}.png", "caption": ["A bird", "二"]} for i in (2, 5)]
+    (root / "cn_train.json").write_text(json.dumps(entries), "utf-8")
+    dataset = Flickr8kDataset(root, 32, ["cn", "en"])
+    shared = [dataset.own_captions[i] for i in (0, 1)]
+    (batch,) = TrainLoader(dataset, 11, CPU, captions_per_image=2).epoch(1)
+    brought = dataset.tokens[batch.texts[:, :2].flatten()]
+    assert torch.equal(brought, batch.tokens)
+    rights = [set(row.tolist()) for row in batch.texts]
+    assert sorted(map(sorted, rights)) == sorted(
+        sorted({dataset.text_ids[c].item() for c in own}) for own in dataset.own_captions.values()
+    )
+    assert sum({shared[0][0], shared[0][1]} <= right for right in rights) == 2
+    parts = batch.split(4)
+    assert torch.equal(torch.cat([part.texts for part in parts]), batch.texts)
 
 
 def test_images_are_what_open_clip_makes_of_them(root):
@@ -268,4 +329,6 @@ def test_flickr8k(language, is_train, count):
     dataset = Flickr8kDataset(FLICKR8K, 224, language, is_train)
     assert len(dataset) == count
     assert len(dataset.text) == 5 * count
+    if not is_train:
+        assert dataset.count_shared_captions() == {"en": 6, "cn": 707}[language]
     assert dataset[count - 1][0].shape == (3, 224, 224)

@@ -1,8 +1,11 @@
 """The contrastive loss and its gradients against float64, written as in the paper."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
+from definitions import loss_by_definition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.loss import ClipLoss
@@ -12,29 +15,17 @@ from utils import contrastive_loss
 from utils import loss as module
 
 
-def by_definition(image_features, text_features, logit_scale):
-    """Figure 3 of Radford et al. 2021, in the precision of its input; with several captions an
-    image, the mean over them, the image's other captions left out."""
-    n, k = len(image_features), len(text_features) // len(image_features)
-    image_features = image_features / image_features.norm(dim=1, keepdim=True)
-    text_features = text_features / text_features.norm(dim=1, keepdim=True)
-    logits = image_features @ text_features.T * logit_scale.exp()
-    labels = torch.arange(n)
-    total = 0
-    for i in range(n):
-        others = [t for t in range(n * k) if t // k != i]
-        for caption in range(i * k, (i + 1) * k):
-            over_texts = logits[i, [caption, *others]][None]
-            over_images = logits[:, caption][None]
-            total += F.cross_entropy(over_texts, torch.tensor([0]))
-            total += F.cross_entropy(over_images, labels[[i]])
-    return total / (2 * n * k)
-
-
-def with_gradients(loss, *inputs):
+def with_gradients(loss, *inputs, **others):
     inputs = [x.clone().requires_grad_() for x in inputs]
-    value = loss(*inputs)
+    value = loss(*inputs, **others)
     return value, *torch.autograd.grad(value, inputs)
+
+
+def random_features(n, k, d, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(rows, d, generator=generator, dtype=torch.float64) + 0.1 for rows in (n, n * k)
+    ]
 
 
 @settings(max_examples=60, deadline=None)
@@ -46,17 +37,61 @@ def with_gradients(loss, *inputs):
     block=st.integers(1, 20),
 )
 def test_value_and_gradients_equal_float64(n, k, d, seed, block):
-    generator = torch.Generator().manual_seed(seed)
-    features = [
-        torch.randn(rows, d, generator=generator, dtype=torch.float64) + 0.1 for rows in (n, n * k)
-    ]
+    features = random_features(n, k, d, seed)
     scale = torch.tensor(4.6, dtype=torch.float64)
-    expected = with_gradients(by_definition, *features, scale)
+    expected = with_gradients(loss_by_definition, *features, scale)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "BLOCK", block)
         found = with_gradients(contrastive_loss, *(x.float() for x in (*features, scale)))
     for a, b in zip(found, expected, strict=True):
         assert (a.double() - b).norm() <= 1e-4 * (b.norm() + 1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    n=st.integers(1, 12),
+    k=st.integers(1, 3),
+    further=st.integers(0, 3),
+    different=st.integers(1, 60),
+    seed=st.integers(0, 2**31),
+    block=st.integers(1, 14),
+)
+def test_texts_that_are_right_for_an_image_are_never_wrong_for_it(
+    n, k, further, different, seed, block
+):
+    """From one text for all, where nothing is wrong, to texts of which hardly two are equal."""
+    features, scale = random_features(n, k, 8, seed), torch.tensor(4.6, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    texts = 7 * torch.randint(0, different, (n, k + further), generator=generator)
+    expected = with_gradients(loss_by_definition, *features, scale, texts=texts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "BLOCK", block)
+        inputs = [x.float() for x in (*features, scale)]
+        found = with_gradients(contrastive_loss, *inputs, texts=texts)
+    for a, b in zip(found, expected, strict=True):
+        assert (a.double() - b).norm() <= 1e-4 * (b.norm() + 1)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_where_no_text_is_shared_the_loss_is_the_same_bit_for_bit(k):
+    """An image's own captions may be equal, and right texts that no other image brings."""
+    inputs = [x.float() for x in (*random_features(9, k, 8, 0), torch.tensor(4.6))]
+    own = torch.arange(9)[:, None].expand(9, k)
+    texts = torch.cat([own, own + 100, torch.full((9, 1), 1000)], dim=1)
+    found, expected = (
+        with_gradients(contrastive_loss, *inputs, **o) for o in ({"texts": texts}, {})
+    )
+    assert all(map(torch.equal, found, expected))
+
+
+def test_two_classes_as_captions_can_be_learned_to_a_loss_of_zero():
+    """With features that tell the classes apart there is nothing wrong; a loss that takes equal
+    captions for wrong answers stays at log 3, since three images share each."""
+    of_class = torch.eye(2)[torch.tensor([0, 1, 0, 1, 0, 1])]
+    texts = torch.tensor([[0], [1], [0], [1], [0], [1]])
+    scale = torch.tensor(100.0).log()
+    assert contrastive_loss(of_class, of_class, scale, texts=texts).item() < 1e-6
+    assert contrastive_loss(of_class, of_class, scale).item() == pytest.approx(math.log(3), 1e-5)
 
 
 def test_with_one_caption_an_image_it_is_open_clips_loss():
@@ -72,7 +107,7 @@ def test_half_precision_features_are_compared_in_float32():
     image_features, text_features = torch.randn(2, 64, 512).unbind(0)
     halves = [x.bfloat16() for x in (image_features, text_features)]
     scale = torch.tensor(4.6)
-    expected = by_definition(*(x.double() for x in halves), scale.double())
+    expected = loss_by_definition(*(x.double() for x in halves), scale.double())
     with torch.autocast("cpu", torch.bfloat16):
         found = contrastive_loss(*halves, scale)
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
@@ -83,3 +118,11 @@ def test_half_precision_features_are_compared_in_float32():
 def test_every_image_needs_equally_many_texts(texts):
     with pytest.raises(InputError, match=f"{texts} texts for 4 images"):
         contrastive_loss(torch.randn(4, 8), torch.randn(texts, 8), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (4, 1)])
+def test_texts_should_tell_of_every_caption(shape):
+    with pytest.raises(InputError, match=r"texts \[\d, \d\] should be \[4, m\], m being 2"):
+        contrastive_loss(
+            torch.randn(4, 8), torch.randn(8, 8), torch.tensor(1.0), texts=torch.zeros(shape)
+        )

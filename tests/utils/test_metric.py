@@ -1,20 +1,26 @@
 """Retrieval scores against their definition, written out query by query."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
-from definitions import by_definition
+from definitions import by_definition, loss_by_definition
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from flickr8k.render_demo import render_demo
 from models.clip_utils import create_model
 from models.errors import InputError
+from models.preprocess import normalize
+from utils import Flickr8kDataset
+from utils.machine.precision import Precision
 from utils.metric import (
     compute_metrics,
+    evaluate,
     format_table,
     main,
     mean_recall,
@@ -24,6 +30,7 @@ from utils.metric import (
 from utils.runs.checkpoint import save_weights, write_json
 
 K_VALUES = (1, 2, 3, 5, 10, 50)
+SCALE = torch.tensor(0.5)  # of a judge's logits, as a logarithm
 
 
 @st.composite
@@ -42,10 +49,12 @@ def retrieval_problems(draw):
 
 
 @settings(max_examples=300, deadline=None)
-@given(retrieval_problems())
-def test_compute_metrics_is_the_definition(problem):
+@given(retrieval_problems(), st.integers(0, 6))
+def test_compute_metrics_is_the_definition(problem, many_truths):
     scores_i2t, img2txt, scores_t2i, txt2img = problem
-    metrics = compute_metrics(scores_i2t, img2txt, scores_t2i, txt2img, K_VALUES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("utils.metric.MANY_TRUTHS", many_truths)
+        metrics = compute_metrics(scores_i2t, img2txt, scores_t2i, txt2img, K_VALUES)
     assert metrics["i2t"] == pytest.approx(by_definition(scores_i2t, img2txt, K_VALUES))
     assert metrics["t2i"] == pytest.approx(by_definition(scores_t2i, txt2img, K_VALUES))
 
@@ -63,6 +72,77 @@ def test_retrieval_metrics_from_features_is_the_same(problem, block_bytes):
         metrics = retrieval_metrics(images, texts, img2txt, txt2img, K_VALUES)
     scores = images @ texts.T
     assert metrics == compute_metrics(scores, img2txt, scores.T, txt2img, K_VALUES)
+
+
+class Judge:
+    """A model that is never wrong about a data set in which image i is of the colour `(i, i, i)`:
+    the features of a text tell which images have it, those of an image which one it is."""
+
+    def __init__(self, dataset):
+        self.embed_dim, self.device = len(dataset), torch.device("cpu")
+        self.logit_scale = SCALE
+        self.having = {}
+        for image, captions in dataset.own_captions.items():
+            for row in dataset.tokens[captions].numpy():
+                feature = self.having.setdefault(row.tobytes(), torch.zeros(len(dataset)))
+                feature[image] = 1
+
+    def eval(self):
+        pass
+
+    def encode_image(self, images):
+        colours = normalize(torch.arange(self.embed_dim).byte().expand(1, 3, 1, -1))[0, 0, 0]
+        return torch.stack([(colours == image[0, 0, 0]).float() for image in images])
+
+    def encode_text(self, tokens):
+        return torch.stack([self.having[row.tobytes()] for row in tokens.numpy()])
+
+
+def judged(folder, captions, batch_size=5, **arguments):
+    """(metrics, loss) that this model gets for images with these captions."""
+    entries = []
+    for i, own in enumerate(captions):
+        Image.new("RGB", (8, 8), (i, i, i)).save(folder / f"{i}.png")
+        entries.append({"image": f"{i}.png", "caption": own})
+    (folder / "en_val.json").write_text(json.dumps(entries), "utf-8")
+    plain = arguments.pop("plain_protocol", False)
+    dataset = Flickr8kDataset(folder, 8, is_train=False, plain_protocol=plain)
+    precision = Precision(torch.device("cpu"), use_amp=False)
+    return evaluate(Judge(dataset), dataset, batch_size, 0, precision, **arguments)
+
+
+def test_a_model_that_is_never_wrong_gets_everything_from_two_classes_as_captions(tmp_path):
+    """Of forty images twenty share each caption; ranks are those of the first right answer. When a
+    caption is right for its own image alone, the nineteen that are equal count against it."""
+    captions = [["a dog", "a cat"][i % 2] for i in range(40)]
+    metrics, _ = judged(tmp_path, captions)
+    assert all(v == (1 if "rank" in k else 100) for way in metrics.values() for k, v in way.items())
+    metrics, _ = judged(tmp_path, captions, plain_protocol=True)
+    assert [metrics["i2t"][f"R@{k}"] for k in (1, 5, 10)] == [0, 0, 0]
+    assert metrics["i2t"]["median_rank"] == metrics["t2i"]["median_rank"] == 20
+
+
+@pytest.mark.parametrize("k, batch_size", [(1, 5), (2, 4), (3, 7), (2, 100)])
+def test_validation_loss_is_that_of_training_for_the_same_captions_and_batches(
+    tmp_path, k, batch_size
+):
+    """All images count, also those of the last, smaller batch; an image with few captions brings
+    them again."""
+    captions = [[f"bird {i}{c}" for c in range(1 + i % 3)] for i in range(11)]
+    captions[3][0] = captions[0][0]
+    _, found = judged(tmp_path, captions, batch_size, captions_per_image=k)
+    number = {text: i for i, text in enumerate(text for own in captions for text in own)}
+    expected = 0
+    for start in range(0, 11, batch_size):
+        rows = list(range(start, min(start + batch_size, 11)))
+        drawn = [[captions[i][c % len(captions[i])] for c in range(k)] for i in rows]
+        of_images = torch.eye(11, dtype=torch.float64)[rows]
+        of_texts = torch.tensor([[t in own for own in captions] for d in drawn for t in d]).double()
+        right = [d + captions[i] * 3 for i, d in zip(rows, drawn, strict=True)]
+        texts = torch.tensor([[number[text] for text in row[: k + 3]] for row in right])
+        loss = loss_by_definition(of_images, of_texts, SCALE.double(), texts)
+        expected += len(rows) * loss.item() / 11
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_average_precision_is_scikit_learns_when_k_covers_the_gallery():
@@ -88,7 +168,9 @@ def test_a_model_that_says_the_same_to_everything_gets_nothing():
     assert metrics["t2i"]["median_rank"] == 10
 
 
-def test_minus_infinity_is_a_score_like_any_other():
+@pytest.mark.parametrize("many_truths", [0, 9])
+def test_minus_infinity_is_a_score_like_any_other(many_truths, monkeypatch):
+    monkeypatch.setattr("utils.metric.MANY_TRUTHS", many_truths)
     scores = np.array([[-np.inf, 1.0, 0.0], [2.0, -np.inf, -np.inf]])
     img2txt = {0: [0], 1: [1, 2]}
     metrics = compute_metrics(scores, img2txt, scores.T, {0: 0, 1: 1, 2: 1}, (1, 2, 3))
@@ -131,7 +213,9 @@ def test_k_values_may_be_read_only_once_and_of_numpy(block_bytes, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [np.int64, bool, np.float16])
-def test_scores_of_any_number_format(dtype):
+@pytest.mark.parametrize("many_truths", [0, 9])
+def test_scores_of_any_number_format(dtype, many_truths, monkeypatch):
+    monkeypatch.setattr("utils.metric.MANY_TRUTHS", many_truths)
     scores = np.array([[1, 0, 0], [0, 1, 1]])
     img2txt, txt2img = {0: 0, 1: [1, 2]}, {0: 0, 1: 1, 2: 1}
     metrics = compute_metrics(scores.astype(dtype), img2txt, scores.T.astype(dtype), txt2img, (1,))
@@ -190,8 +274,6 @@ def test_table_plot_and_json_hold_the_metrics(tmp_path):
         np.mean([metrics[d][f"R@{k}"] for d in metrics for k in range(1, 11)])
     )
     plot_metrics(metrics, tmp_path / "plot.png")
-    from PIL import Image
-
     with Image.open(tmp_path / "plot.png") as image:
         assert image.format == "PNG" and min(image.size) > 300
 
@@ -236,6 +318,23 @@ def test_script_scores_on_what_the_run_was_trained_on(trained, score, language, 
     assert f"8 images, {captions} captions" in score(run=run)
 
 
+def test_script_counts_shared_captions_and_can_score_as_other_programs_do(trained, score):
+    """With one caption for all of eight images every text and every image is right."""
+    data = trained.parents[3] / "data"
+    shutil.copytree(data, classes := data.with_name("classes"))
+    images = [entry["image"] for entry in json.loads((data / "en_val.json").read_text("utf-8"))]
+    entries = [{"image": image, "caption": "a shape"} for image in images]
+    (classes / "en_val.json").write_text(json.dumps(entries), "utf-8")
+    run = {"dataset_path": "classes", "language": "en"}
+    shared = score("--json", "one.json", run=run)
+    assert "8 of the captions belong to several images" in shared and "--plain_protocol" in shared
+    plain = score("--json", "plain.json", "--plain_protocol", run=run)
+    assert "several images" not in plain
+    one, own = (json.loads((classes.parent / f"{n}.json").read_text()) for n in ("one", "plain"))
+    assert one["i2t"]["R@1"] == one["t2i"]["R@1"] == 100
+    assert own["i2t"]["R@5"] == 0 and own["t2i"]["R@1"] == pytest.approx(100 / 8)
+
+
 def test_script_scores_on_what_it_is_told(score):
     run = {"dataset_path": "elsewhere", "language": "en"}
     arguments = ("--dataset_path", "data", "--language", "cn", "en", "cn")
@@ -254,10 +353,15 @@ def test_script_scores_on_what_it_is_told(score):
         (("data", "en"), ["--weights", "ViT-B/33"], "the names are RN50, RN101"),
         ((3, "en"), [], "arguments.json: should hold the dataset_path and language"),
         (("data", None), [], "arguments.json: should hold the dataset_path and language"),
-        (("data", "en"), ["--batch_size", "0"], "--batch_size: 0 is not an integer of at least 1"),
-        (("data", "en"), ["--batch_size", "1.5"], "1.5 is not an integer of at least 1"),
+        (
+            ("data", "en"),
+            ["--batch_size", "0"],
+            "--batch_size: 0 is not an integer from 1 to 1,000,000,000",
+        ),
+        (("data", "en"), ["--batch_size", "1" + "0" * 19], "is not an integer from 1 to 1,000,0"),
+        (("data", "en"), ["--batch_size", "1.5"], "1.5 is not an integer from 1 to 1,000,000,000"),
         (("data", "en"), ["--batch_size", "9" * 5000], r"--batch_size: 9{60} is not an integer"),
-        (("data", "en"), ["--num_workers", "-1"], "-1 is not an integer of at least 0"),
+        (("data", "en"), ["--num_workers", "-1"], "-1 is not an integer from 0 to 256"),
         (("data", "en"), ["--language", "fr"], r"--language: .*choose from '?en'?, '?cn'?"),
         (("data", "en"), ["--dataset_path", " "], "--dataset_path: the path is empty"),
         (

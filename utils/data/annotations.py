@@ -1,31 +1,44 @@
-"""The caption files, `{language}_{train,val}.json`: reading them, and writing a set of them."""
+"""The caption files of a data set, `{language}_{train,val}.json` (or .jsonl, .csv, .tsv): finding
+and reading them, and writing a set of them."""
 
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path, PureWindowsPath
 from tempfile import TemporaryDirectory
 
-from tqdm import tqdm
-
 from models.errors import InputError
+from models.files import read_bytes
+from models.progress_bar import progress_bar
+from models.scripts import from_here
+from utils.data.caption_formats import (
+    CAPTION_FIELDS,
+    IMAGE_FIELDS,
+    SUFFIXES,
+    UnknownFormat,
+    first_of,
+    read_records,
+)
 from utils.runs.files import replaced_whole
 
 PROBLEMS_SHOWN = 10  # of one caption file
 SHARED_SHOWN = 3  # images that are in both splits
+OTHERS_SHOWN = 5  # caption files that are there instead of the one that is not
 PATH_LENGTH = 100  # characters shown of a path
 
 
 def missing_annotations(file: Path) -> str | None:
-    """Why a caption file is not found: there is no such folder, or no such file in it, only others
-    of its split. None if the file is there."""
+    """Why a caption file is not found: there is no such folder, or no such file in it, only others,
+    of its split if there are any. None if the file is there."""
     root = file.parent
     if not root.is_dir():
         return f"{root}: {'is no folder' if root.exists() else 'no such folder'}"
     if file.is_file():
         return None
-    split = file.name.rpartition("_")[2]
-    others = sorted(other.name for other in root.glob(f"*_{split}") if other.is_file())
-    return f"{root}: no {file.name} in it" + (f", only {', '.join(others)}" if others else "")
+    lists = sorted(f for f in root.iterdir() if f.suffix in SUFFIXES and f.is_file())
+    split = "_" + file.stem.rpartition("_")[2]
+    others = [f.name for f in lists if f.stem.endswith(split)] or [f.name for f in lists]
+    shown = others[:OTHERS_SHOWN] + (["..."] if len(others) > OTHERS_SHOWN else [])
+    return f"{root}: no {file.name} in it" + (f", only {', '.join(shown)}" if shown else "")
 
 
 def shared_images_warning(train: Iterable[str], val: Iterable[str]) -> str | None:
@@ -41,39 +54,71 @@ def shared_images_warning(train: Iterable[str], val: Iterable[str]) -> str | Non
     )
 
 
+def caption_file(root: Path, language: str, split: str) -> Path:
+    """The caption file of a language and a split ("train", "val") in the data folder `root`, with
+    whichever of the known suffixes; .json if there is none. Raises `InputError` for several."""
+    files = [root / f"{language}_{split}{suffix}" for suffix in SUFFIXES]
+    found = [file for file in files if file.is_file()]
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise InputError(f"{root}: {names} are of the same split; keep one of them")
+    return found[0] if found else files[0]
+
+
 def read_annotations(path: Path) -> list[tuple[str, list[str]]]:
     """The (image path relative to the root, captions) pairs of a caption file.
 
-    The file is a list of `{"image": "images/1.jpg", "caption": ["...", ...]}`; paths may have
-    backslashes, and a caption may be a plain string. One `InputError` names all problems.
+    The file is a list of `{"image": "images/1.jpg", "caption": ["...", ...]}` or one of the other
+    formats of `read_records`. Paths may have backslashes, and a caption may be a plain string. One
+    `InputError` names all problems.
     """
-    entries = _read_json(path)
-    if not isinstance(entries, list) or not entries:
-        found = "lists no images" if entries == [] else "is no list"
-        raise InputError(f'{path}: {found}; it should hold [{{"image": ..., "caption": ...}}, ...]')
+    return captions_by_image(path, _read_text(path), image_path)
+
+
+def captions_by_image(
+    file: object, text: str, read_image: Callable[[object], str]
+) -> list[tuple[str, list[str]]]:
+    """The (image, captions) pairs of a caption file with this content, whose records of the same
+    image are put together: a caption that the image has from an earlier record is left out.
+
+    `read_image` turns what the file says of an image into its name, or raises `ValueError`. One
+    `InputError` names all problems.
+    """
+    try:
+        records = read_records(text, Path(str(file)).suffix.lower())
+    except UnknownFormat as error:
+        raise InputError(f"{file}: {error}") from None
     problems: list[str] = []
-    pairs = []
-    seen: dict[str, int] = {}
-    for number, entry in enumerate(entries):
+    captions_of: dict[str, list[str]] = {}
+    known_of: dict[str, set[str]] = {}
+    for where, content, problem in records:
         try:
-            image, captions = _read_entry(entry)
-            if image in seen:
-                raise ValueError(f"this image is listed already, in entry {seen[image]}")
-            seen[image] = number
-            pairs.append((image, captions))
+            if problem:
+                raise ValueError(problem)
+            image, captions = _read_entry(content, read_image)
+            known = known_of.setdefault(image, set())
+            captions_of.setdefault(image, []).extend(c for c in captions if c not in known)
+            known.update(captions)
         except ValueError as error:
-            problems.append(f"entry {number}{_name(entry)}: {error}")
+            problems.append(f"{where}{_name(content)}: {error}")
     if problems:
         shown = "".join(f"\n  {problem}" for problem in problems[:PROBLEMS_SHOWN])
         others = len(problems) - PROBLEMS_SHOWN
         more = f"\n  ... and {others} more" if others > 0 else ""
-        count = f"{len(problems)} of {len(entries)} entries cannot be used; mend or remove them:"
-        raise InputError(f"{path}: {count}{shown}{more}")
-    return pairs
+        count = f"{len(problems)} of {len(records)} entries cannot be used; mend or remove them:"
+        raise InputError(f"{file}: {count}{shown}{more}")
+    return list(captions_of.items())
 
 
 def annotations_json(entries: Iterable[tuple[str, list[str]]]) -> bytes:
-    """The content of a caption file for (image path relative to the root, captions) pairs."""
+    """The content of a caption file for (image path relative to the root, captions) pairs. Raises
+    `InputError` for text that cannot be written."""
+    entries = list(entries)
+    for image, captions in entries:
+        try:
+            _refuse_halves("".join([image, *captions]))
+        except ValueError as error:
+            raise InputError(f"{_as_json(image)}: its name or a caption {error}") from None
     lines = [
         json.dumps({"image": image, "caption": captions}, ensure_ascii=False)
         for image, captions in entries
@@ -81,13 +126,14 @@ def annotations_json(entries: Iterable[tuple[str, list[str]]]) -> bytes:
     return "[\n{}\n]\n".format(",\n".join(lines)).encode()
 
 
-def refuse_another_set(annotations: dict[Path, bytes]) -> None:
-    """Raise `InputError` where a caption file stands already with other content."""
+def refuse_another_set(annotations: dict[Path, bytes], folder_option: str = "--output") -> None:
+    """Raise `InputError` where a caption file stands already with other content; `folder_option` is
+    the script's option for another folder."""
     for path, content in annotations.items():
-        if path.exists() and path.read_bytes() != content:
+        if path.exists() and read_bytes(path) != content:
             raise InputError(
                 f"{path} belongs to another data set, which is not overwritten: "
-                "remove that set, or write into another folder (--output)"
+                f"remove that set, or write into another folder ({folder_option})"
             )
 
 
@@ -97,6 +143,7 @@ def write_set(
     write_image: Callable[[str, Path], None],
     annotations: dict[Path, bytes],
     progress: str,
+    folder_option: str = "--output",
 ) -> None:
     """Write `images` (paths relative to `root`), each whole or not at all, then `annotations`.
 
@@ -105,10 +152,13 @@ def write_set(
     faster than flushing every file to disk. Raises `InputError` for a folder or a disk that cannot
     be written, and for another set's annotations; images that are complete by then stay.
     """
-    refuse_another_set(annotations)
+    refuse_another_set(annotations, folder_option)
     try:
         if images:
-            _write_images(root, tqdm(images, desc=progress, unit="image"), write_image)
+            for folder in {(root / image).parent for image in images}:
+                folder.mkdir(parents=True, exist_ok=True)
+            bar = progress_bar(images, desc=progress, unit="image")
+            _write_images(root, bar, write_image)
         for path, content in annotations.items():
             if not path.exists():
                 with replaced_whole(path) as temporary:
@@ -116,14 +166,13 @@ def write_set(
     except OSError as error:
         raise InputError(
             f"{root}: cannot be written ({error.strerror or error}); make room or choose another "
-            "folder (--output), then run this again: what is complete is kept"
+            f"folder ({folder_option}), then run this again: what is complete is kept"
         ) from error
 
 
 def _write_images(
     root: Path, images: Iterable[str], write_image: Callable[[str, Path], None]
 ) -> None:
-    (root / "images").mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=root, prefix=".images.") as staging:
         for image in images:
             path = Path(staging) / PureWindowsPath(image).name
@@ -131,54 +180,61 @@ def _write_images(
             path.replace(root / image)
 
 
-def _read_json(path: Path) -> object:
+def _read_text(path: Path) -> str:
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return read_bytes(path).decode("utf-8-sig")
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(
-            f"{missing_annotations(path)}; name another folder (--dataset_path), or get Flickr8k: "
-            "python flickr8k/prepare.py --download"
+            f"{missing_annotations(path)}; name another folder, or get Flickr8k: python "
+            f"{from_here('flickr8k/prepare.py')} --download"
         ) from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    except json.JSONDecodeError as error:
-        if not error.doc.strip():
-            raise InputError(f"{path}: is empty; get a new copy, or write it anew") from None
-        where = f"line {error.lineno}, column {error.colno}"
-        nul = "; it holds NUL bytes: save it as UTF-8" if "\0" in error.doc else ""
-        raise InputError(f"{path}: broken JSON at {where}: {error.msg}{nul}") from None
-    except (RecursionError, ValueError) as error:  # nested too deeply; a number of 5,000 digits
-        raise InputError(f"{path}: broken JSON: {error}") from None
+        raise InputError(f"{path}: {not_utf8(error)}") from None
 
 
-def _read_entry(entry: object) -> tuple[str, list[str]]:
-    """(image path, captions) of one entry. Raises `ValueError` that names all its problems."""
+def not_utf8(error: UnicodeDecodeError) -> str:
+    """What a caption file is that cannot be decoded, and what to do."""
+    if error.object.startswith(b"PK"):
+        return "is a workbook of Excel, or a zip; save it as CSV UTF-8"
+    return f"is not UTF-8 at byte {error.start}; save it as UTF-8 (in Excel: CSV UTF-8)"
+
+
+def _read_entry(entry: object, read_image: Callable[[object], str]) -> tuple[str, list[str]]:
+    """(image, captions) of one entry. Raises `ValueError` that names all its problems."""
     if not isinstance(entry, dict):
         raise ValueError(f"is {type(entry).__name__}, not an object with image and caption")
-    fields, problems = [], []
-    for field, parse in (("image", _image_path), ("caption", _captions)):
+    values, problems = [], []
+    for names, parse in ((IMAGE_FIELDS, read_image), (CAPTION_FIELDS, _captions)):
+        field = first_of(names, entry) or names[0]
         try:
             if field not in entry:
                 raise ValueError("is missing")
-            fields.append(parse(entry[field]))
+            values.append(parse(entry[field]))
         except ValueError as error:
             problems.append(f'"{field}" {error}')
     if problems:
         raise ValueError("; ".join(problems))
-    return tuple(fields)
+    return tuple(values)
 
 
 def _name(entry: object) -> str:
     """The image of an entry, spelled as in the file, so that one can search for it there."""
-    image = entry.get("image") if isinstance(entry, dict) else None
+    image = entry.get(first_of(IMAGE_FIELDS, entry)) if isinstance(entry, dict) else None
     if not isinstance(image, str):
         return ""
-    return f" ({json.dumps(image, ensure_ascii=False)[:PATH_LENGTH]})"
+    return f" ({_as_json(image)[:PATH_LENGTH]})"
 
 
-def _image_path(image: object) -> str:
+def _as_json(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False).encode(errors="backslashreplace").decode()
+
+
+def image_path(image: object) -> str:
+    """A path as `root / path` takes it. Raises `ValueError` for one that leaves the data folder."""
     path = PureWindowsPath(image.strip() if isinstance(image, str) else "")  # takes both slashes
     # Joined to the root ".", a leading ~ would become the user's home.
     upwards = any(not part.strip(" .") for part in path.parts)  # Windows drops spaces at the end
@@ -186,7 +242,18 @@ def _image_path(image: object) -> str:
         raise ValueError("leaves the data folder; give the path relative to it")
     if not path.name:
         raise ValueError("should be the path of a file")
+    _refuse_halves(image)
     return path.as_posix()
+
+
+def _refuse_halves(text: str) -> None:
+    """JSON can spell half of a character, as in "\\ud83d", which nothing else can write down."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = _as_json(text[error.start])
+        message = f"holds {half}, half of a character; write it whole or remove it"
+        raise ValueError(message) from None
 
 
 def _captions(captions: object) -> list[str]:
@@ -195,4 +262,5 @@ def _captions(captions: object) -> list[str]:
         raise ValueError("should be a string or a list of strings")
     if not all(isinstance(caption, str) and caption.strip() for caption in captions):
         raise ValueError("holds an empty or non-text caption")
+    _refuse_halves("".join(captions))
     return captions

@@ -30,4 +30,13 @@ def crop(images: Tensor, crops: Tensor) -> Tensor:
     zero = torch.zeros_like(side)
     rows = [torch.stack([side, zero, x], 1), torch.stack([zero, side, y], 1)]
     grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+    if images.device.type == "mps":
+        return sample_without_border(images, grid)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def sample_without_border(images: Tensor, grid: Tensor) -> Tensor:
+    """`grid_sample` with padding by the border, which `mps` has not in every torch: no place lies
+    beyond the centres of the outermost pixels."""
+    outermost = 1 - 1 / images.shape[-1]
+    return F.grid_sample(images, grid.clamp(-outermost, outermost), align_corners=False)

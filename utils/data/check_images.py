@@ -2,10 +2,9 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
-from tqdm import tqdm
-
 from models.errors import InputError
 from models.preprocess import open_image
+from models.progress_bar import progress_bar
 
 
 def check_images(images: list[str], num_workers: int = 0) -> list[str]:
@@ -14,7 +13,7 @@ def check_images(images: list[str], num_workers: int = 0) -> list[str]:
     problems = []
     with (
         ThreadPoolExecutor(max(1, num_workers)) as threads,
-        tqdm(total=len(images), desc="checking images", unit="img") as bar,
+        progress_bar(total=len(images), desc="checking images", unit="img") as bar,
     ):
         for problem in threads.map(_problem, images):
             bar.update()

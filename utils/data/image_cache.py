@@ -4,8 +4,10 @@ The file holds the uint8 pixels, image after image, and after them a fingerprint
 that they were made from. A file with another fingerprint or length is stale and is written anew.
 """
 
+import errno
 import hashlib
 import math
+import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +17,9 @@ import numpy as np
 import PIL
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from models.errors import InputError
+from models.progress_bar import progress_bar
 from utils.runs.files import replaced_whole
 
 FORMAT = 2  # of the file; raise it when `models.preprocess.pixels` makes other pixels
@@ -42,7 +44,9 @@ def cached_pixels(
     mapped = _mapped(file, shape, fingerprint)
     if mapped is not None:
         return mapped
+    needed = math.prod(shape)
     try:
+        _check_room(file, needed)
         _write(file, len(images), fingerprint, batches)
     except OSError as error:
         # Windows does not replace a file that another run has written and mapped by now.
@@ -50,11 +54,19 @@ def cached_pixels(
         if mapped is None:
             raise InputError(
                 f"{file}: cannot be written ({error.strerror or error}); it takes "
-                f"{math.prod(shape) / 1e6:.0f} MB. Make room, name a folder for it "
+                f"{needed / 1e6:,.0f} MB. Make room, name a folder for it "
                 "(--cache FOLDER), or train without --cache"
             ) from error
         return mapped
     return _mapped(file, shape, fingerprint)
+
+
+def _check_room(file: Path, needed: int) -> None:
+    """Raise `OSError` if the disk has less room than that, rather than fill it for hours."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(file.parent).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"the disk has {free / 1e6:,.0f} MB left")
 
 
 def _fingerprint(root: Path, images: list[str], side: int) -> bytes:
@@ -99,7 +111,7 @@ def _write(
     with (
         replaced_whole(file) as temporary,
         temporary.open("wb") as stream,
-        tqdm(total=n, desc=f"writing {file.name}", unit="img") as bar,
+        progress_bar(total=n, desc=f"writing {file.name}", unit="img") as bar,
     ):
         for images, problems in batches:
             stream.write(images.numpy())

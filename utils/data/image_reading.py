@@ -1,25 +1,32 @@
 """Batches of decoded images, read by worker processes; others in the place of unreadable ones."""
 
 from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+from tqdm import tqdm
 
 from models.errors import InputError
 from utils.machine.interrupt import leave_signals_to_parent
+from utils.machine.memory import CONTINUE, free_shared_memory
+
+LONGEST_WAIT = 600  # seconds for a batch; a disk in the network can be slow to wake up
 
 
 class Loaded(NamedTuple):
     """Images of a batch.
 
-    images    `[n, 3, r, r]`, on the CPU, or on the GPU that holds the cached set
+    images    `[n, 3, r, r]`, on the CPU, or on the GPU that holds the cached set; on its way from
+              a worker an array, where there is no room for it in shared memory
     rows      their indices in the data set
     problems  {index: what is wrong} of images that could not be read
     """
 
-    images: Tensor
+    images: Tensor | np.ndarray
     rows: list[int]
     problems: dict[int, str]
 
@@ -34,20 +41,70 @@ def read_batches(
     """For lists of indices, the images that `dataset` has there.
 
     `own` picks the part of every batch that this process reads. With `substitute` another image
-    takes the place of one that cannot be read; without it such an image raises `InputError`.
+    takes the place of one that cannot be read; without it such an image raises `InputError`, and so
+    do a worker that is killed and a batch that does not come for `LONGEST_WAIT` seconds.
     """
     loader = DataLoader(
         _Batches(dataset, batches, own, substitute),
         batch_size=None,
+        collate_fn=hand_over,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # leaves the global one as it is
         worker_init_fn=leave_signals_to_parent,
+        timeout=LONGEST_WAIT if num_workers else 0,
     )
-    for loaded in loader:
-        if isinstance(loaded, InputError):
-            raise loaded
-        yield loaded
+    try:
+        arriving = iter(loader)
+    except OSError as error:  # even the locks of a worker need some shared memory
+        raise InputError(
+            f"--num_workers {num_workers}: no process that reads images can be started "
+            f"({error.strerror}); read them in this one (--num_workers 0)"
+        ) from error
+    try:
+        for loaded in arriving:
+            if isinstance(loaded, InputError):
+                raise loaded
+            if isinstance(loaded.images, np.ndarray):
+                _tell_of_small_shared_memory()
+                loaded = loaded._replace(images=torch.from_numpy(loaded.images))
+            yield loaded
+    except RuntimeError as error:
+        if "DataLoader timed out" in str(error):
+            raise InputError(
+                f"no batch of images has come for {LONGEST_WAIT} s: is the disk with the images "
+                f"there? {CONTINUE}"
+            ) from error
+        if "DataLoader worker" in str(error):
+            raise InputError(
+                "a process that reads images was killed, as a rule because main memory is full: "
+                f"lower --num_workers or --batch_size; {CONTINUE}"
+            ) from error
+        raise
+
+
+@cache  # once is enough
+def _tell_of_small_shared_memory() -> None:
+    tqdm.write(
+        "shared memory (/dev/shm) is too small for the batches that are read ahead: they come "
+        "through pipes, a little slower; docker run --shm-size=2g gives more"
+    )
+
+
+def hand_over(loaded: Loaded | InputError) -> Loaded | InputError:
+    """What a worker sends to its parent: the images in shared memory or, if there is no room, as an
+    array, which goes through a pipe. Where the system promises memory that is not there, writing to
+    it kills the worker; so there must be room for two batches of every worker."""
+    worker = get_worker_info()
+    if worker is None or isinstance(loaded, InputError):
+        return loaded
+    free = free_shared_memory()
+    if free is None or free >= 2 * worker.num_workers * loaded.images.nbytes:
+        try:
+            return loaded._replace(images=loaded.images.share_memory_())
+        except RuntimeError:  # another program was faster
+            pass
+    return loaded._replace(images=loaded.images.numpy())
 
 
 class _Batches(Dataset):

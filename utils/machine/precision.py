@@ -3,18 +3,26 @@
 import torch
 from torch import Tensor, nn
 
+from models.errors import InputError
+
 
 class Precision:
     """How numbers are rounded in the forward pass, the backward pass and the update.
 
     Mixed precision is bfloat16 where the device computes in it, else float16 with a loss scale
-    that keeps small gradients from vanishing (Micikevicius et al. 2018, section 3.2).
+    that keeps small gradients from vanishing (Micikevicius et al. 2018, section 3.2). Not every
+    torch has that scale for `mps`: where a Mac has no bfloat16, `use_amp` raises `InputError`.
     """
 
     def __init__(self, device: torch.device, use_amp: bool):
-        has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(
-            including_emulation=False
-        )
+        has_bfloat16 = True
+        if device.type == "cuda":
+            has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        elif device.type == "mps":
+            has_bfloat16 = torch.backends.mps.is_macos_or_newer(14, 0)
+            if use_amp and not has_bfloat16:
+                raise InputError("--use_amp: bfloat16 on a Mac's GPU needs macOS 14 or newer; "
+                                 "leave --use_amp out")  # fmt: skip
         self.dtype = torch.bfloat16 if has_bfloat16 else torch.float16
         self.device = device
         self.use_amp = use_amp

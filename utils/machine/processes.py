@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from models.clip_utils import pick_device
+from models.device import pick_device
 from models.errors import InputError
 
 T = TypeVar("T")
@@ -99,7 +99,9 @@ def join_processes(device: str | None) -> tuple[Processes, torch.device]:
     if size == 1:
         return ALONE, pick_device(device)
     local = int(os.environ["LOCAL_RANK"])
-    if device in (None, "cuda") and torch.cuda.is_available():
+    if device is None and not torch.cuda.is_available():
+        device = "cpu"  # several processes cannot share a Mac's GPU
+    if device in (None, "cuda"):
         if local >= torch.cuda.device_count():
             raise InputError(
                 f"torchrun --nproc_per_node: more processes than the {torch.cuda.device_count()} "
@@ -108,23 +110,17 @@ def join_processes(device: str | None) -> tuple[Processes, torch.device]:
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
     picked = pick_device(device)
+    if picked.type == "mps":
+        raise InputError("--device mps: several processes cannot share a Mac's GPU; start one "
+                         "process without torchrun, or add --device cpu")  # fmt: skip
     if picked.type == "cuda" and picked.index != local:
         raise InputError(f"--device {device}: leave it out, torchrun gives each process its GPU")
     backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=LONGEST_WAIT)
     processes = Processes(dist.get_rank(), size)
-    sys.excepthook = _without_traceback_of_lost_peers
     if not processes.is_first:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - for as long as the process lives
     return processes, picked
-
-
-def _without_traceback_of_lost_peers(kind, error, traceback) -> None:
-    """Only the process that fails first has something to tell."""
-    if any(text in str(error) for text in ("closed by peer", "reset by peer", "NCCL")):
-        print("stopped: another process of this run has ended", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, traceback)
 
 
 class _Gather(torch.autograd.Function):

@@ -6,7 +6,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.clip import CLIP
+from models.device import upload
 from models.preprocess import normalize
+from models.progress_bar import progress_bar
 from utils.flickr8k_dataloader import Flickr8kDataset, image_batches
 from utils.machine.processes import ALONE, Processes
 
@@ -27,7 +29,7 @@ def encode_images(
     batches = image_batches(dataset, [rows.tolist() for rows in own], num_workers)
     with _progress_bar(own, "encoding images", "img", processes) as bar:
         for rows, images in zip(own, batches, strict=True):
-            images = normalize(images.to(model.device, non_blocking=True))
+            images = normalize(upload(images, model.device))
             features[rows] = F.normalize(model.encode_image(images).float(), dim=-1)
             bar.update(len(rows))
     return processes.sum(features)
@@ -51,4 +53,6 @@ def encode_texts(
 
 def _progress_bar(batches: tuple[Tensor, ...], title: str, unit: str, processes: Processes) -> tqdm:
     total = sum(map(len, batches))
-    return tqdm(total=total, desc=title, unit=unit, leave=False, disable=not processes.is_first)
+    return progress_bar(
+        total=total, desc=title, unit=unit, leave=False, disable=not processes.is_first
+    )

@@ -2,51 +2,56 @@
 
 import argparse
 import json
-import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from models.errors import InputError
+from models.files import read_bytes
+from models.weights.file_kind import one_line
 
+ARGUMENTS_LENGTH = 2**20  # bytes of an arguments.json
 VALUE_LENGTH = 60  # characters of a refused value that its message shows
+PATH_LENGTH = 4096  # characters; longer ones are refused by every system
+LARGEST = 10**9  # of the numbers whose size has no limit of its own
 
 
-def integer(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
-    """An integer of at least `minimum`, and at most `maximum`."""
-    upper = "" if maximum is None else f" and at most {maximum}"
-
-    def parse(text: str) -> int:
-        return _parse(
-            text,
-            int,
-            lambda n: n >= minimum and (maximum is None or n <= maximum),
-            f"an integer of at least {minimum}{upper}",
-        )
-
-    return parse
+def _parse(kind: type, is_in_range: Callable, wanted: str, text: str):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not is_in_range(value):
+        raise argparse.ArgumentTypeError(f"{text:.{VALUE_LENGTH}} is not {wanted}")
+    return value
 
 
-def number(minimum: float = 0.0, below: float = math.inf) -> Callable[[str], float]:
-    """A finite number of at least `minimum` and below `below`."""
-    upper = "" if math.isinf(below) else f" and below {below:g}"
+def integer(minimum: int, maximum: int = LARGEST) -> Callable[[str], int]:
+    """An integer from `minimum` to `maximum`."""
+    return partial(
+        _parse, int, lambda n: minimum <= n <= maximum, f"an integer from {minimum} to {maximum:,}"
+    )
 
-    def parse(text: str) -> float:
-        return _parse(
-            text, float, lambda x: minimum <= x < below, f"a number of at least {minimum:g}{upper}"
-        )
 
-    return parse
+workers = integer(0, 256)  # processes that read images; more fill the memory with Python alone
+
+
+def number(minimum: float = 0.0, below: float = LARGEST) -> Callable[[str], float]:
+    """A number of at least `minimum` and below `below`."""
+    wanted = f"a number of at least {minimum:g} and below {below:,}"
+    return partial(_parse, float, lambda x: minimum <= x < below, wanted)
 
 
 def positive(text: str) -> float:
-    """A finite number above zero."""
-    return _parse(text, float, lambda x: 0 < x < math.inf, "a number above 0")
+    """A number above 0 and below `LARGEST`."""
+    wanted = f"a number above 0 and below {LARGEST:,}"
+    return _parse(float, lambda x: 0 < x < LARGEST, wanted, text)
 
 
 def fraction(text: str) -> float:
     """A number from 0 to 1."""
-    return _parse(text, float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+    return _parse(float, lambda x: 0 <= x <= 1, "a number from 0 to 1", text)
 
 
 def path(text: str) -> Path:
@@ -56,7 +61,8 @@ def path(text: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text:.{VALUE_LENGTH}}: there is no such user") from None
+        message = f"{text:.{VALUE_LENGTH}}: that home folder is unknown"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def name_or_path(text: str) -> str:
@@ -72,14 +78,40 @@ def starting_point(text: str) -> str:
     return str(checkpoint) if checkpoint.is_file() else text
 
 
-def _parse(text: str, kind: type, is_in_range: Callable, wanted: str):
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not is_in_range(value):
-        raise argparse.ArgumentTypeError(f"{text:.{VALUE_LENGTH}} is not {wanted}")
-    return value
+def check_values(values: dict[str, object], parser: argparse.ArgumentParser) -> None:
+    """Raise `InputError` unless `values` are what `parser` gives for all of its arguments, paths
+    being text."""
+    # argparse has no public list of the arguments.
+    actions = {a.dest: a for a in parser._actions if a.default is not argparse.SUPPRESS}
+    for name in actions.keys() ^ values.keys():
+        known = name in actions
+        raise InputError(f"{one_line(name)} is {'missing' if known else 'no argument'}")
+    for name, action in actions.items():
+        value = values[name]
+        if value is None and action.default is None:
+            continue
+        several = action.nargs == "+" and isinstance(value, list) and value
+        try:
+            for item in value if several else [value]:
+                _check_value(item, action, several)
+        except argparse.ArgumentTypeError as error:
+            raise InputError(f"{name}: {one_line(error)}") from None
+
+
+def _check_value(value: object, action: argparse.Action, is_of_several: bool) -> None:
+    """Raise `ArgumentTypeError` unless `action` could have given this value."""
+    if type(value) not in (bool, str, int, float) or (action.nargs == "+") != bool(is_of_several):
+        raise argparse.ArgumentTypeError(f"{type(value).__name__} is not of the type that it takes")
+    if action.nargs == 0:
+        parsed: object = True
+    elif action.choices is not None:
+        parsed = value if value in action.choices else None
+    else:
+        parsed = (action.type or str)(str(value))
+    kind = str if isinstance(parsed, Path) else type(parsed)
+    fits = kind is type(value) and (kind is not str or len(value) <= PATH_LENGTH)
+    if not fits or "\0" in str(value):
+        raise argparse.ArgumentTypeError(f"{value!r:.{VALUE_LENGTH}} is no value that it takes")
 
 
 class TrainedOn(NamedTuple):
@@ -104,7 +136,7 @@ def trained_on(weights: str | Path) -> TrainedOn | None:
         return None
     file = run / "arguments.json"
     try:
-        arguments = json.loads(file.read_text(encoding="utf-8"))
+        arguments = json.loads(read_bytes(file, ARGUMENTS_LENGTH))
         languages = arguments["language"]
         languages = [languages] if isinstance(languages, str) else [str(la) for la in languages]
         return TrainedOn(Path(arguments["dataset_path"]), languages)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import torch
 
 from models.clip import CLIP
 from models.errors import InputError
-from models.weights.read import is_torchscript
-from utils.runs.files import replaced_whole
+from models.weights.content import read_content
+from utils.runs.files import replaced_whole, writing
 
-FORMAT = 3  # of checkpoint.pth; raised whenever an older program could not read it
+FORMAT = 4  # of checkpoint.pth; raised whenever other fields are written to it
 
 
 def save_weights(model: CLIP, path: Path) -> None:
@@ -31,49 +32,59 @@ def save_checkpoint(path: Path, **state: Any) -> None:
 
 
 def _save(content: dict[str, Any], path: Path) -> None:
-    try:
-        with replaced_whole(path) as temporary:
-            torch.save(content, temporary)
-    except (OSError, RuntimeError) as error:
-        # When a file cannot be written, torch reports a failed check of its own, not the reason.
-        if not isinstance(error, OSError) and "inline_container" not in str(error):
+    with writing(path), replaced_whole(path) as temporary:
+        try:
+            # Given a path, torch would name the archive's root after it: other bytes each time.
+            with temporary.open("wb") as file:
+                torch.save(content, file)
+        except RuntimeError as error:
+            # torch fails a check of its own when the file has refused its bytes.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
             raise
-        reason = getattr(error, "strerror", None) or "no room on the disk"
-        raise InputError(
-            f"{path}: cannot be written ({reason}); the earlier file is kept. Make room, then go "
-            "on with --resume_training RUN/weights/checkpoint.pth"
-        ) from error
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any] | None:
     """What `save_checkpoint` wrote to `path`; None if the file is something else. Raises
-    `InputError` for a checkpoint of another format."""
+    `InputError` for a checkpoint of another format or with damaged tensors."""
     path = Path(path).expanduser()
-    if not path.is_file() or is_torchscript(path):
+    if not path.is_file():
         return None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # not a checkpoint; the reader of weights will say what it is
-        return None
-    if not isinstance(state, dict) or "format" not in state or "optimizer" not in state:
-        return None
-    if state["format"] != FORMAT:
+        state = read_content(path, _is_checkpoint)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    if state and state["format"] != FORMAT:
         raise InputError(
-            f"{path}: a checkpoint of format {state['format']}, where this program reads {FORMAT}; "
-            "continue it with the version that wrote it, or start anew from its weights"
+            f"{path}: a checkpoint of format {reprlib.repr(state['format'])}, where this program "
+            f"reads {FORMAT}; continue it with the version that wrote it, or start anew from its "
+            "weights"
         )
     return state
 
 
+def _is_checkpoint(content: object) -> bool:
+    """Whether the content of a file is a checkpoint's, of any format and perhaps damaged."""
+    if not isinstance(content, dict) or "format" not in content:
+        return False
+    return "arguments" in content or "optimizer" in content
+
+
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write a table with a header line; all of it, so that it always agrees with the checkpoint."""
-    with replaced_whole(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+    """Write a table with a header line; all of it, so that it always agrees with the checkpoint.
+    What a row lacks stays empty."""
+    columns = {name: None for row in reversed(rows) for name in row}
+    with (
+        writing(path),
+        replaced_whole(path) as temporary,
+        temporary.open("w", newline="") as file,
+    ):
+        writer = csv.DictWriter(file, fieldnames=list(columns))
         writer.writeheader()
         writer.writerows(rows)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` as indented JSON, whole or not at all."""
-    with replaced_whole(path) as temporary:
+    with writing(path), replaced_whole(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

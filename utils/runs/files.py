@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.errors import InputError
+from models.weights.file_kind import one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,9 +23,7 @@ def replaced_whole(path: str | os.PathLike) -> Iterator[Path]:
     disk and renamed to `path`; if the block raises, it is deleted, and `path` stays as it was."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(
-        dir=path.parent, prefix=f"{TEMPORARY}{path.stem}.", suffix=path.suffix
-    )
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY)  # short, however long `path`
     os.close(handle)
     temporary = Path(name)
     try:
@@ -38,15 +37,37 @@ def replaced_whole(path: str | os.PathLike) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Turn the errors of a full disk, or of a folder without permission, into an `InputError` that
+    names `path` and says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror or error}); what stood there is kept. "
+            "Make room, or choose another folder, and run this again; training goes on with "
+            "--resume_training RUN/weights/checkpoint.pth"
+        ) from error
+
+
 def save_figure(figure: "Figure", path: Path) -> None:
     """Write a matplotlib figure in the format of the path's suffix, or as PNG without one. Raises
-    `InputError` for a suffix that is no format for pictures."""
+    `InputError` for a suffix that is no format for pictures, or one that matplotlib cannot write
+    here, and for a file that cannot be written."""
     kind = path.suffix.lstrip(".").lower() or "png"
     known = figure.canvas.get_supported_filetypes()
     if kind not in known:
         raise InputError(f"{path}: no format for pictures; those are {', '.join(sorted(known))}")
-    with replaced_whole(path) as temporary:
-        figure.savefig(temporary, format=kind, dpi=120)
+    with writing(path), replaced_whole(path) as temporary:
+        try:
+            figure.savefig(temporary, format=kind, dpi=120)
+        except (RuntimeError, ValueError) as error:  # for PGF another program is needed, LaTeX
+            reason = one_line(error)
+            raise InputError(
+                f"{path}: the picture cannot be drawn as {kind.upper()} here ({reason}); name it "
+                ".png or .pdf"
+            ) from error
 
 
 def _umask() -> int:

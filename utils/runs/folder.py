@@ -1,6 +1,7 @@
 """The folder of a run, `LOG_DIR/<time>/`: its weights, its checkpoint, its tables."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from models.errors import InputError
 from utils.machine.interrupt import Interrupt
 from utils.machine.processes import Processes
 from utils.runs.checkpoint import save_checkpoint, save_weights, write_csv
-from utils.runs.files import TEMPORARY, replaced_whole
+from utils.runs.commands import TO_PASTE, command, quoted
+from utils.runs.files import TEMPORARY, replaced_whole, writing
 
 
 class Run:
@@ -17,6 +19,7 @@ class Run:
 
     arguments     what the run was started with, as saved in arguments.json
     data          fingerprint of the data set, with which alone the run may go on
+    best_since    number of the first epochs whose weights are lost: the best is one after them
     folder        in the first process; None in the others
     loss_history  pyzjr's, in the first process; draws the losses of each epoch
     """
@@ -25,6 +28,7 @@ class Run:
         self.processes = processes
         self.arguments = arguments
         self.data = data
+        self.best_since = 0
         self.folder: Path | None = None
         self.loss_history: Any = None
 
@@ -32,44 +36,87 @@ class Run:
     def weights(self) -> Path:
         return self.folder / "weights"
 
+    @property
+    def best_weights(self) -> Path:
+        return self.weights / "best_epoch_weights.pth"
+
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write everything needed to go on from `State.state_dict()`."""
         if self.processes.is_first:
             file = self.weights / "checkpoint.pth"
-            save_checkpoint(file, arguments=self.arguments, data=self.data, **state)
+            save_checkpoint(
+                file,
+                arguments=self.arguments,
+                data=self.data,
+                best_since=self.best_since,
+                **state,
+            )
 
     def save_epoch(self, model: CLIP, state: dict[str, Any], keep_every: int) -> None:
         """Write the weights, the checkpoint and the tables at the end of an epoch. `model` has the
         weights that were scored; those of every `keep_every`-th epoch stay."""
         if not self.processes.is_first:
             return
-        *earlier, row = state["rows"]
+        *earlier, row = state["rows"][self.best_since :]
         losses = row["train_loss"], row["val_loss"]
         if all(row["mean_recall"] > other["mean_recall"] for other in earlier):
-            save_weights(model, self.weights / "best_epoch_weights.pth")
+            save_weights(model, self.best_weights)
         if row["epoch"] % keep_every == 0:
             name = "ep{:03}_loss{:.3f}_val_loss{:.3f}.pth".format(row["epoch"], *losses)
             save_weights(model, self.weights / name)
         save_weights(model, self.weights / "last_epoch_weights.pth")
         self.save_checkpoint(state)
-        write_csv(self.folder / "metrics.csv", state["rows"])
+        _write_metrics(self.folder, state)
         self.loss_history.append_loss(row["epoch"], *losses)
+
+    def keep_start(self, model: CLIP, is_new: bool) -> None:
+        """Write the weights that a new run starts from, which --wise_ft mixes with; of a run that
+        goes on, warn if they are gone."""
+        start = self.weights / "start_weights.pth"
+        if is_new:
+            save_weights(model, start)
+        elif not start.exists():
+            print(f"warning: {start} is missing, which --wise_ft mixes with: put it back before "
+                  "the run ends, or it ends without")  # fmt: skip
+
+    def replace_missing_best(self, model: CLIP, state: dict[str, Any]) -> None:
+        """If best_epoch_weights.pth is gone, as after a checkpoint was moved alone, the last epoch
+        takes its place; in the middle of an epoch, whose weights are no epoch's, the best of those
+        that end from here on."""
+        if not self.processes.is_first or not state["rows"] or self.best_weights.exists():
+            return
+        in_epoch = bool(state["losses"])
+        self.best_since = len(state["rows"]) - (not in_epoch)
+        self.save_checkpoint(state)  # first: a run killed in between comes here again
+        if not in_epoch:
+            save_weights(model, self.best_weights)
+        instead = (
+            "the best epoch from here on takes" if in_epoch else "those of the last epoch take"
+        )
+        print(f"{self.best_weights}: was missing; {instead} its place")
 
     def stopped(self, interrupt: Interrupt) -> SystemExit:
         """Say how to go on after a signal; return what ends the program."""
         if self.processes.is_first:
-            launch = "torchrun [as before]" if self.processes.size > 1 else "python"
-            print(f"\nstopped by a signal; to go on:\n  {launch} train.py --resume_training "
-                  f"{self.weights / 'checkpoint.pth'}")  # fmt: skip
+            arguments = "--resume_training", self.weights / "checkpoint.pth"
+            size = self.processes.size
+            if size > int(os.environ.get("LOCAL_WORLD_SIZE", size)):  # on several machines
+                line = f"torchrun [as before] train.py {quoted(arguments)}"
+            else:
+                line = command("train.py", *arguments, processes=size)
+            print(f"\nstopped by a signal; to go on{TO_PASTE}:\n  {line}")
         return interrupt.exit()
 
-    def close(self) -> None:
+    def close(self, model: CLIP, state: dict[str, Any]) -> None:
+        """End the run; its best weights are there then, whatever has become of the file."""
         if self.processes.is_first:
             self.loss_history.close()
+            self.replace_missing_best(model, state)
 
 
 def new_run_folder(log_dir: str | os.PathLike, name: str) -> Path:
     """Make `LOG_DIR/<name>/weights/` and return `LOG_DIR/<name>`, numbered if the name is taken."""
+    _check_name(Path(log_dir))
     number = 1
     while True:
         folder = Path(log_dir) / (name if number == 1 else f"{name}_{number}")
@@ -83,12 +130,12 @@ def new_run_folder(log_dir: str | os.PathLike, name: str) -> Path:
             raise InputError(f"--log_dir {log_dir}: cannot be written ({error.strerror})") from None
 
 
-def reopen_run_folder(checkpoint: str | os.PathLike, rows: list[dict[str, Any]]) -> Path:
+def reopen_run_folder(checkpoint: str | os.PathLike, state: dict[str, Any]) -> Path:
     """The folder of the run that `RUN/weights/checkpoint.pth` belongs to.
 
     A run that was killed may have left files half written, and tables that are ahead of the
-    checkpoint: the former are removed, the latter end where the checkpoint's `rows` do. Raises
-    `InputError` for a checkpoint outside the folder of a run.
+    checkpoint: the former are removed, the latter end where `state`, what the checkpoint holds,
+    does. Raises `InputError` for a checkpoint outside the folder of a run.
     """
     weights = Path(checkpoint).expanduser().resolve().parent
     if weights.name != "weights":
@@ -97,12 +144,32 @@ def reopen_run_folder(checkpoint: str | os.PathLike, rows: list[dict[str, Any]])
             "its own folder"
         )
     run = weights.parent
-    for folder in (run, weights):
-        for file in folder.glob(f"{TEMPORARY}*"):
-            file.unlink()
+    _check_name(run)
+    rows = state["rows"]
     history = [f"Epoch {r['epoch']}: train: {r['train_loss']} val: {r['val_loss']}\n" for r in rows]
-    with replaced_whole(run / "epoch_loss.txt") as temporary:
+    with writing(run):
+        for folder in (run, weights):
+            for left in folder.glob(f"{TEMPORARY}*"):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+    text = run / "epoch_loss.txt"
+    with writing(text), replaced_whole(text) as temporary:
         temporary.write_text("".join(history))
     if rows:
-        write_csv(run / "metrics.csv", rows)
+        _write_metrics(run, state)
     return run
+
+
+def _write_metrics(run: Path, state: dict[str, Any]) -> None:
+    """The scores before training, if there were weights to score, then a row for each epoch."""
+    start = [state["start"]] if state["start"] else []
+    write_csv(run / "metrics.csv", start + state["rows"])
+
+
+def _check_name(folder: Path) -> None:
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{folder}: the name is not UTF-8, which TensorBoard needs for the files of a run; "
+            "take a folder of another name (--log_dir), or set PYTHONUTF8=1"
+        ) from None

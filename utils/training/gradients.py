@@ -80,7 +80,7 @@ def accumulate_gradients(
     """
     if chunk is None or chunk >= len(batch.images):
         features = [_encode(model, batch, tower, precision) for tower in ("image", "text")]
-        loss = contrastive_loss(*features, model.logit_scale, exchange.processes)
+        loss = contrastive_loss(*features, model.logit_scale, exchange.processes, batch.texts)
         precision.backward(loss)
         exchange.finish()
         return loss.detach()
@@ -93,7 +93,8 @@ def accumulate_gradients(
         )
     image_features.requires_grad_()
     text_features.requires_grad_()
-    loss = contrastive_loss(image_features, text_features, model.logit_scale, exchange.processes)
+    features = image_features, text_features
+    loss = contrastive_loss(*features, model.logit_scale, exchange.processes, batch.texts)
     precision.backward(loss)
     # Tower by tower: the activations of one meet the gradients of few parameters of the other.
     for tower, features in (("image", image_features), ("text", text_features)):

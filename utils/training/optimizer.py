@@ -53,13 +53,7 @@ def replace_groups(optimizer: torch.optim.Optimizer, groups: list[dict]) -> None
 
 def restore_moments(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Load the saved moments of an optimizer, but keep its present settings."""
-    settings = [
-        {key: value for key, value in group.items() if key != "params"}
-        for group in optimizer.param_groups
-    ]
-    optimizer.load_state_dict(state)
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state["state"]})
 
 
 def learning_rate(step: int, peak: float, warmup_steps: int, total_steps: int) -> float:

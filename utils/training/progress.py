@@ -2,15 +2,17 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from models.errors import InputError
+from models.progress_bar import progress_bar
 from utils.flickr8k_dataloader import Batch, Flickr8kDataset, TrainLoader
+from utils.metric import mean_recall
+from utils.retrieval.tables import Metrics, format_table
 from utils.training.state import State
 
 
@@ -28,9 +30,32 @@ def announce(
     texts = len(train_set.text) + len(val_set.text)
     if cut := train_set.count_cut_captions() + val_set.count_cut_captions():
         print(f"{cut} captions ({cut / texts:.2%}) are longer than 77 tokens and were cut")
+    if shared := train_set.count_shared_captions() + val_set.count_shared_captions():
+        print(f"{shared} captions ({shared / texts:.2%}) belong to several images, and are right "
+              "for each of them")  # fmt: skip
     print(f"results in {folder}")
     if len(state.epochs) == epochs:
         print(f"the run has all {epochs} epochs behind it; --epochs with more goes on")
+
+
+def score_start(state: State, score: Callable[[], tuple[Metrics, float]]) -> None:
+    """Score the weights that training starts from, keep the scores in `state` and print them."""
+    metrics, val_loss = score()
+    state.note_start(metrics, val_loss)
+    print(f"before training: validation loss {val_loss:.4f}, mean recall "
+          f"{mean_recall(metrics):.2f}\n{format_table(metrics)}")  # fmt: skip
+
+
+def compare_with_start(state: State) -> None:
+    """Say so if even the best epoch is worse than the weights that training started from."""
+    best = state.best_recall
+    if state.start and best < state.start["mean_recall"]:
+        print(
+            f"training made it worse: mean recall {best:.2f} in the best epoch, "
+            f"{state.start['mean_recall']:.2f} before training. Lower --lr, to a tenth at first, "
+            "or add --wise_ft 0 0.25 0.5 0.75 1, whose best point is never worse on validation "
+            "than the start"
+        )
 
 
 class Progress:
@@ -39,7 +64,7 @@ class Progress:
 
     def __init__(self, loader: TrainLoader, epoch: int, done: int = 0):
         self.batch_size = loader.batch_size
-        self.bar = tqdm(
+        self.bar = progress_bar(
             total=len(loader) * loader.batch_size,
             initial=done * loader.batch_size,
             unit="img",
@@ -95,4 +120,4 @@ class Progress:
                 f"the loss is {value} at step {step}, learning rate {rate:.3g}; lower --lr, raise "
                 "--warmup_epochs, or train without --use_amp; earlier weights are kept"
             )
-        self.bar.set_postfix(loss=f"{value:.4f}", lr=f"{rate:.2e}")
+        self.bar.set_postfix(loss=f"{value:.4f}", lr=f"{rate:.2e}", refresh=False)

@@ -1,15 +1,17 @@
 """The arguments of train.py once it is known what they start from: filled in, and checked."""
 
 import argparse
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from models.errors import InputError
-from utils.data.annotations import missing_annotations
-from utils.runs.checkpoint import read_checkpoint
+from models.scripts import from_here
+from utils.data.annotations import caption_file, missing_annotations
+from utils.training.resumed import read_resumed
 
 DEMO = {
-    "dataset_path": "flickr8k/demo",
+    "dataset_path": from_here("flickr8k/demo"),
     "resume_training": "none",
     "model": "ViT-demo",
     "epochs": 28,
@@ -30,10 +32,10 @@ def settle(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict[st
 
     What the command line leaves open comes from the run that is continued or from the demo's
     settings, then from the recipe for training from scratch or for fine-tuning. Raises `InputError`
-    for arguments that contradict each other or the run.
+    for arguments that contradict each other or the run, and for a checkpoint that is damaged.
     """
     args = parser.parse_args()
-    resumed = None if args.demo else read_checkpoint(args.resume_training)
+    resumed = None if args.demo else read_resumed(args.resume_training, parser)
     saved: dict[str, Any] = {}
     if args.demo:
         parser.set_defaults(**DEMO)
@@ -48,6 +50,14 @@ def settle(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict[st
     if resumed:
         _check_continued(args, saved, resumed)
     return args, resumed
+
+
+def wants_demo_set(args: argparse.Namespace) -> bool:
+    """Whether the demo's images are to be rendered: with --demo, but not into a folder of the
+    user's own that has a training list."""
+    lists = [caption_file(args.dataset_path, language, "train") for language in args.language]
+    is_elsewhere = args.dataset_path != DEMO["dataset_path"]
+    return args.demo and not (is_elsewhere and any(map(Path.exists, lists)))
 
 
 def as_saved(args: argparse.Namespace, resumed: dict[str, Any] | None) -> dict[str, Any]:
@@ -78,11 +88,13 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.warmup_epochs >= args.epochs:
         raise InputError(f"--warmup_epochs {args.warmup_epochs:g} should be less than --epochs "
                          f"{args.epochs}")  # fmt: skip
-    for language in args.language:
-        if missing := missing_annotations(args.dataset_path / f"{language}_train.json"):
+    for language, split in product(args.language, ("train", "val")):
+        if missing := missing_annotations(caption_file(args.dataset_path, language, split)):
             raise InputError(
-                f"{missing}. To get Flickr8k: python flickr8k/prepare.py --download; for data of "
-                "yours: --dataset_path FOLDER; to see it work without any: python train.py --demo"
+                f"{missing}. To get Flickr8k: python {from_here('flickr8k/prepare.py')} --download;"
+                " for data of yours: --dataset_path FOLDER, where one list of all images is split "
+                f"by python {from_here('flickr8k/prepare.py')} --source FOLDER --output FOLDER; "
+                f"to see it work without any: python {from_here('train.py')} --demo"
             )
 
 

@@ -21,6 +21,8 @@ class State:
     optimizer  their moments
     average    an exponential moving average of the weights with decay `ema`, or None
     precision  number formats; holds the loss scale of float16
+    start      a row of the scores of the weights that training started from, epoch 0; None if
+               they are random
     epochs     a row of losses and scores for each epoch that is done
     losses     of the steps that the epoch under way has behind it, on the model's device
     """
@@ -36,6 +38,7 @@ class State:
         self.optimizer = optimizer
         self.precision = precision
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
+        self.start: dict[str, float] | None = None
         self.epochs: list[dict[str, float]] = []
         self.losses: list[Tensor] = []
 
@@ -50,10 +53,15 @@ class State:
         return not self.epochs and not self.losses
 
     @property
+    def best_recall(self) -> float:
+        """The mean recall of the best epoch."""
+        return max(row["mean_recall"] for row in self.epochs)
+
+    @property
     def epochs_since_best(self) -> int:
         """How many epochs have passed since the one with the best mean recall."""
         recalls = [row["mean_recall"] for row in self.epochs]
-        return len(recalls) - 1 - recalls.index(max(recalls)) if recalls else 0
+        return len(recalls) - 1 - recalls.index(self.best_recall) if recalls else 0
 
     def update(self, loss: Tensor) -> None:
         """One step of the optimizer with the gradients that the parameters have; `loss` is the
@@ -64,6 +72,10 @@ class State:
             self.average.update_parameters(self.model)
         self.losses.append(loss)
 
+    def note_start(self, metrics: Metrics, val_loss: float) -> None:
+        """Keep the scores before the first step."""
+        self.start = {"epoch": 0, **self._scores(metrics, val_loss)}
+
     def finish_epoch(
         self, trained: dict[str, float], metrics: Metrics, val_loss: float
     ) -> dict[str, float]:
@@ -72,18 +84,25 @@ class State:
         row = {
             "epoch": len(self.epochs) + 1,
             **trained,
-            "val_loss": val_loss,
-            "mean_recall": mean_recall(metrics),
-            **columns(metrics),
+            **self._scores(metrics, val_loss),
             "peak_memory_mb": peak_memory_mb(self.model.device),
         }
         self.epochs.append(row)
         self.losses = []
         return row
 
+    def _scores(self, metrics: Metrics, val_loss: float) -> dict[str, float]:
+        return {
+            "val_loss": val_loss,
+            "mean_recall": mean_recall(metrics),
+            **columns(metrics),
+            "logit_scale": self.scored.logit_scale.exp().item(),
+        }
+
     def state_dict(self) -> dict:
         """Everything that `restore` needs: tensors, numbers, lists and dicts."""
         return {
+            "start": self.start,
             "rows": self.epochs,
             "losses": [loss.item() for loss in self.losses],
             "model": self.model.state_dict(),
@@ -99,5 +118,6 @@ class State:
             self.precision.scaler.load_state_dict(saved["scaler"])
         if self.average and saved["average"]:
             self.average.load_state_dict(saved["average"])
+        self.start = saved["start"]
         self.epochs = saved["rows"]
         self.losses = list(torch.tensor(saved["losses"], device=self.model.device))

@@ -397,6 +397,12 @@ class TestNetwork:
         assert server.url in str(caught.value)
         assert f"save it as {path}" in str(caught.value)
 
+    def test_it_is_counted_without_a_bar_too(self, serve, path, monkeypatch):
+        """As with TQDM_DISABLE=1 in the environment."""
+        monkeypatch.setattr(module, "progress_bar", partial(module.progress_bar, disable=True))
+        download(serve(whole).url, path, SHA256)
+        assert path.read_bytes() == PAYLOAD
+
     def test_a_server_that_ignores_ranges_and_always_breaks_off(self, serve, path):
         with pytest.raises(InputError, match=f"broke off at {CHUNK:,} of {len(PAYLOAD):,} bytes"):
             download(serve(breaks_off(CHUNK, ranges=False)).url, path, SHA256)

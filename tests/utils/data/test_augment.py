@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from utils.data.augment import MIN_AREA, crop, draw_crops
+from utils.data.augment import MIN_AREA, crop, draw_crops, sample_without_border
 
 
 def pillow_crop(image: torch.Tensor, side: float, x: float, y: float) -> torch.Tensor:
@@ -73,3 +73,17 @@ def test_crops_follow_from_the_seed():
     first, again, other = (draw_crops(9, np.random.default_rng(seed)) for seed in (5, 5, 6))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_without_padding_by_the_border_the_crops_are_the_same():
+    """What `mps` is given: every place beyond the outermost pixels' centres has their colour."""
+    random = np.random.default_rng(0)
+    images = torch.from_numpy(random.random((64, 3, 24, 24), dtype=np.float32))
+    crops = draw_crops(64, random)
+    crops[:2] = torch.tensor([[0.95, 0.05, -0.05], [1.0, 0.0, 0.0]])  # in the corner; whole
+    side, x, y = crops[:, :, None, None].unbind(1)
+    centres = (2 * torch.arange(24) + 1) / 24 - 1
+    grid = torch.stack([(side * centres + x).expand(-1, 24, -1),
+                        (side * centres[:, None] + y).expand(-1, -1, 24)], dim=-1)  # fmt: skip
+    found = sample_without_border(images, grid)
+    assert torch.allclose(found, crop(images, crops), atol=1e-5)

@@ -352,6 +352,17 @@ def test_a_full_disk_leaves_what_was_there(root):
     cached(root)
 
 
+def test_a_disk_without_room_for_the_cache_is_left_as_it_is(root, monkeypatch):
+    needed = 11 * 3 * SIDE**2  # bytes of the pixels
+    usage = shutil.disk_usage(root)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+    with pytest.raises(InputError, match=r"the disk has 0 MB left\); it takes 0 MB\. Make room"):
+        Flickr8kDataset(root, SIDE).cache()
+    assert not list((root / ".cache").iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    Flickr8kDataset(root, SIDE).cache()
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_broken_image_is_remembered_and_named_when_it_is_asked_for(root, num_workers):
     image = root / "images" / "train_0007.png"

@@ -43,6 +43,11 @@ def features_of(n, k, d):
     return torch.randn(n, d, generator=generator), torch.randn(n * k, d, generator=generator)
 
 
+def text_ids(n, k):
+    """Texts that images of several processes share; in the cases with one caption, none are."""
+    return torch.arange(n * k).view(n, k) % (n if k > 1 else n * k)
+
+
 def shared_losses(processes):
     results = []
     for n, k, d in CASES:
@@ -51,7 +56,8 @@ def shared_losses(processes):
         images = images[share.start : share.stop].requires_grad_()
         texts = texts[share.start * k : share.stop * k].requires_grad_()
         scale = torch.tensor(2.0, requires_grad=True)
-        loss = contrastive_loss(images, texts, scale, processes)
+        ids = text_ids(n, k)[share.start : share.stop]
+        loss = contrastive_loss(images, texts, scale, processes, ids)
         gradients = torch.autograd.grad(loss, [images, texts, scale])
         results.append([loss.detach(), *gradients])
     return [[tensor.numpy() for tensor in case] for case in results]
@@ -62,7 +68,7 @@ def test_parts_of_the_loss_and_their_gradients_are_those_of_one_process(size):
     parts = in_processes(size, shared_losses)
     for case, (n, k, d) in enumerate(CASES):
         inputs = [x.requires_grad_() for x in (*features_of(n, k, d), torch.tensor(2.0))]
-        loss = contrastive_loss(*inputs)
+        loss = contrastive_loss(*inputs, texts=text_ids(n, k))
         images, texts, scale = torch.autograd.grad(loss, inputs)
         losses, of_images, of_texts, scales = zip(*(part[case] for part in parts), strict=True)
         assert sum(losses) == pytest.approx(loss.item(), rel=1e-6)

@@ -17,7 +17,9 @@ def batch_of(n, k):
     generator = torch.Generator().manual_seed(n)
     images = torch.randint(0, 256, (n, 3, 64, 64), dtype=torch.uint8, generator=generator)
     crops = torch.tensor([[0.96, 0.02, -0.03]]).repeat(n, 1)
-    return Batch(images, crops, tokenize([f"{'a red ' * (i % 5)}bird {i}" for i in range(n * k)]))
+    ids = torch.arange(n * k) % (n * k - 2)  # the last two are the first two once more
+    tokens = tokenize([f"{'a red ' * (i % 5)}bird {i}" for i in ids])
+    return Batch(images, crops, tokens, ids.view(n, k))
 
 
 def gradients(model, batch, precision, chunk):
@@ -42,6 +44,18 @@ def test_chunks_bring_the_gradients_of_the_whole_batch(n, k, chunk, locked):
     for name, gradient in expected.items():
         # A gradient that is zero but for rounding (of a key's bias) has no direction to compare.
         assert (found[name] - gradient).norm() <= max(1e-5 * gradient.norm(), 1e-7 * total), name
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_equal_texts_are_no_wrong_answers(chunk):
+    """Where all images have the one text, nothing is wrong: the loss is zero, and so is the
+    gradient."""
+    model = create_model("ViT-demo")
+    batch = batch_of(6, 1)
+    batch = batch._replace(tokens=tokenize(["a bird"] * 6), texts=torch.full((6, 1), 3))
+    loss, found = gradients(model, batch, Precision(CPU, use_amp=False), chunk)
+    assert loss == pytest.approx(0, abs=1e-6)
+    assert all(gradient.norm() < 1e-5 for gradient in found.values())
 
 
 def test_chunks_in_mixed_precision_bring_the_gradients_of_the_whole_batch_to_its_rounding():

@@ -63,8 +63,9 @@ def test_fine_tuning_with_all_that_keeps_old_abilities(tmp_path):
     with (run / "wise_ft.csv").open(newline="") as file:
         curve = {float(row["alpha"]): float(row["mean_recall"]) for row in csv.DictReader(file)}
     with (run / "metrics.csv").open(newline="") as file:
-        epochs = [float(row["mean_recall"]) for row in csv.DictReader(file)]
+        start, *epochs = (float(row["mean_recall"]) for row in csv.DictReader(file))
     assert list(curve) == [0, 0.5, 1]
+    assert curve[0] == pytest.approx(start, abs=3)
     assert curve[1] == pytest.approx(max(epochs), abs=3)  # float16 weights can move a close call
     Image.open(run / "wise_ft.png").verify()
     assert "wise_ft_weights.pth" in done.stdout

@@ -1,0 +1,32 @@
+"""Reading files that users name. A pipe could wait for ever and a device never end, so that only
+regular files are read, and those that are read whole only up to a size."""
+
+from pathlib import Path
+
+from models.errors import InputError
+
+LARGEST = 2**30  # bytes of a file that is read whole: captions of millions of images are less
+
+
+def check_regular(path: Path) -> None:
+    """Raise `InputError` if what stands at `path` is no regular file; nothing need stand there."""
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a pipe or a device"
+        raise InputError(f"{path}: is {kind}, not a file; name a file")
+
+
+def check_size(path: object, size: int, largest: int = LARGEST) -> None:
+    """Raise `InputError` if `size`, in bytes, is more than `largest`."""
+    if size > largest:
+        raise InputError(
+            f"{path}: {size / 1e6:,.0f} MB, where at most {largest / 1e6:,.0f} MB are read; is it "
+            "the right file?"
+        )
+
+
+def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
+    """The content of a file. Raises `InputError` for a folder, a pipe, a device, and for a file of
+    more than `largest` bytes; `OSError` for one that cannot be read."""
+    check_regular(path)
+    check_size(path, path.stat().st_size, largest)
+    return path.read_bytes()

@@ -1,0 +1,207 @@
+"""flickr8k/prepare.py on captions of one's own."""
+
+import json
+import zipfile
+
+import pytest
+from caption_files import FORMATS, as_coco, as_csv, as_list, as_tsv
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from script_runs import run_script
+
+from flickr8k.prepare import prepare
+from models.errors import InputError
+from utils.data.annotations import read_annotations
+
+# The same names in two folders, as data sets with a folder a class have them.
+PAIRS = [
+    (f"{folder}/{number:02}.jpg", [f"{folder} {number}", f"第 {number} 张图片，{folder}"])
+    for folder in ("birds", "boats")
+    for number in range(8)
+]
+IMAGES = [image for image, _ in PAIRS]
+
+
+def place(folder, files):
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def images_in(folder):
+    """Files whose content is their path, below a folder."""
+    return {f"{folder}/{image}": image for image in IMAGES}
+
+
+def read(root, language="en", splits=("train", "val", "test")):
+    return {split: read_annotations(root / f"{language}_{split}.json") for split in splits}
+
+
+def files_of(root):
+    return sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_split_and_the_images_stay(tmp_path, name, capsys):
+    write, suffix = FORMATS[name]
+    file = f"captions.{suffix}"
+    root = place(tmp_path / "my data", images_in("photos") | {file: write(PAIRS)})
+    counts = prepare(root, [root])
+    assert counts == {"train": 12, "val": 2, "test": 2}
+    assert "at random" in capsys.readouterr().err
+    made = [f"en_{split}.json" for split in counts]
+    assert files_of(root) == sorted([*images_in("photos"), file, *made])
+    listed = [pair for pairs in read(root).values() for pair in pairs]
+    expected = [(f"photos/{image}", captions) for image, captions in PAIRS]
+    assert sorted(listed) == expected
+    assert all((root / image).is_file() for image, _ in listed)
+
+    before = {split: (root / f"en_{split}.json").read_bytes() for split in counts}
+    prepare(root, [root])  # its own lists are no captions to split once more
+    assert before == {split: (root / f"en_{split}.json").read_bytes() for split in counts}
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    ["{}", "images/{}", "D:\\data\\images\\{}", "/data/someone/{}", "..\\images\\{}", "IMAGES/{}"],
+)
+def test_images_are_found_however_the_list_spells_them(tmp_path, spelled):
+    """With paths of another computer, and in a zip; what is not in the output folder is copied."""
+    pairs = [
+        (spelled.format(image).replace("/", "\\" if "\\" in spelled else "/"), captions)
+        for image, captions in PAIRS
+    ]
+    place(tmp_path, {"captions.csv": as_csv(pairs)})
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        for name, content in images_in("images").items():
+            archive.writestr(name, content)
+    sources = [tmp_path / "captions.csv", tmp_path / "pictures.zip"]
+    names = {image.rpartition("/")[2] for image in IMAGES}
+    if spelled[1] in ":h" or spelled.startswith(".."):  # no path that could be kept
+        with pytest.raises(InputError, match=r"both become images/00\.jpg; .* relative"):
+            prepare(tmp_path / "out", sources)
+        pairs = [pair for pair in pairs if "birds" in pair[0]]
+        place(tmp_path, {"captions.csv": as_csv(pairs)})
+        expected = {f"images/{name}": f"birds/{name}" for name in names}
+    else:
+        expected = {f"images/{image}": image for image in IMAGES}
+    prepare(tmp_path / "out", sources)
+    listed = {image for pairs in read(tmp_path / "out").values() for image, _ in pairs}
+    assert {image: (tmp_path / "out" / image).read_text() for image in listed} == expected
+
+
+words = st.text(st.characters(codec="utf-8", categories=("L", "N")), min_size=1, max_size=3)
+paths = st.lists(words.map("x{}".format), min_size=1, max_size=3).map("/".join).map("{}.jpg".format)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    images=st.lists(paths, min_size=3, max_size=8, unique_by=str.casefold),
+    turned=st.booleans(),
+    data=st.data(),
+)
+def test_no_caption_comes_to_another_image(tmp_path_factory, images, turned, data):
+    """Whatever the images and folders are called, wherever they are, and in any order."""
+    place(folder := tmp_path_factory.mktemp("own"), {f"in/{image}": image for image in images})
+    listed = data.draw(st.permutations(images))
+    slash = "\\" if turned else "/"
+    place(folder, {"a.csv": as_csv([(i.replace("/", slash), [f"this is {i}"]) for i in listed])})
+    for root in (folder, folder / "out"):
+        prepare(root, [folder / "a.csv", folder / "in"])
+        pairs = [pair for part in read(root).values() for pair in part]
+        assert all(f"this is {(root / i).read_text('utf-8')}" == c for i, (c,) in pairs)
+        assert len(pairs) == len(images)
+
+
+def test_files_called_train_and_val_are_the_splits(tmp_path, capsys):
+    """As COCO has them, whose lists name the images without their folders."""
+    pairs = [(image.replace("/", "_"), captions) for image, captions in PAIRS]
+    coco = {
+        "annotations/captions_train2017.json": as_coco(pairs[:9]),
+        "annotations/captions_val2017.json": as_coco(pairs[9:]),
+    }
+    images = {f"train2017/{image}": "" for image, _ in pairs[:9]}
+    images |= {f"val2017/{image}": "" for image, _ in pairs[9:]}
+    root = place(tmp_path / "coco", coco | images)
+    assert prepare(root, [root], language="cn") == {"train": 9, "val": 7}
+    assert capsys.readouterr().err == ""
+    assert read(root, "cn", ("train", "val")) == {
+        "train": [(f"train2017/{image}", captions) for image, captions in pairs[:9]],
+        "val": [(f"val2017/{image}", captions) for image, captions in pairs[9:]],
+    }
+    assert not (root / "cn_test.json").exists()
+
+
+def test_a_file_that_is_named_is_taken_among_others(tmp_path, capsys):
+    files = {"old.csv": as_csv(PAIRS[:3]), "new.csv": as_csv(PAIRS), "size.json": '{"side": 3}'}
+    root = place(tmp_path, images_in("images") | files)
+    with pytest.raises(InputError, match=r"several .*new\.csv, .*old\.csv; name one .*--source"):
+        prepare(root, [root])
+    assert "size.json: is no list" in capsys.readouterr().err
+    prepare(root, [root, root / "new.csv"])
+    assert sum(map(len, read(root).values())) == 16
+
+
+def test_of_two_files_in_question_the_one_in_the_output_folder_is_meant(tmp_path):
+    place(tmp_path, {"captions.csv": as_csv(PAIRS)} | images_in("photos"))
+    prepare(tmp_path / "out", [tmp_path])
+    lists = read(tmp_path / "out")
+    prepare(tmp_path / "out", [tmp_path])
+    assert read(tmp_path / "out") == lists
+
+
+UNUSABLE = {
+    "an image missing": (
+        {"a.csv": as_csv([*PAIRS, ("birds/99.jpg", ["x"])])},
+        r"1 of 17 images .* birds/99\.jpg; .*--source",
+    ),
+    "an image in question": (
+        {"a.csv": as_csv([("00.jpg", ["x"])])},
+        r"00\.jpg: several files may be meant, .*birds.00\.jpg and .*boats.00\.jpg",
+    ),
+    "an image spelled in two ways": (
+        {"a.csv": as_csv([("birds/00.jpg", ["x"]), ("images/birds/00.jpg", ["y"])])},
+        r"birds/00\.jpg and images/birds/00\.jpg both become images/birds/00\.jpg",
+    ),
+    "an image in two splits": (
+        {"train.csv": as_csv(PAIRS), "dev.json": as_list(PAIRS[:2])},
+        r"images/birds/00\.jpg is in the splits 2 times",
+    ),
+    "no training images": ({"a.csv": as_csv(PAIRS[:2])}, "no images for train"),
+    "a bad row": ({"a.csv": "image,caption\nbirds/00.jpg,a,b\n"}, r"a\.csv: 1 of 1 .*\n  line 2:"),
+    "no header": ({"a.csv": "birds/00.jpg,a\n"}, r"no file .*\n  .*a\.csv: the first line should"),
+    "three files": (
+        {"train.csv": as_csv(PAIRS), "val.csv": as_csv(PAIRS), "dev.csv": as_csv(PAIRS)},
+        "several files hold captions",
+    ),
+    "no file for training": (
+        {"val.csv": as_csv(PAIRS[:8]), "test.csv": as_csv(PAIRS[8:])},
+        "several files hold captions",
+    ),
+    "nothing": ({}, "CSV, TSV, JSON lines, COCO"),
+}
+
+
+@pytest.mark.parametrize("files, message", UNUSABLE.values(), ids=UNUSABLE)
+def test_what_cannot_be_used_is_named(tmp_path, files, message):
+    root = place(tmp_path, images_in("images") | files)
+    before = files_of(root)
+    with pytest.raises(InputError, match=message):
+        prepare(root, [root])
+    assert files_of(root) == before
+
+
+def test_script_makes_what_train_py_reads(tmp_path):
+    """From any folder, with paths that are relative to it."""
+    pairs = [(image.replace("/", "\\"), captions) for image, captions in PAIRS]
+    file = {"我的 数据/描述.tsv": as_tsv(pairs)}
+    place(tmp_path, images_in("我的 数据/pictures") | file)
+    given = ["--source", "我的 数据", "--output", "我的 数据", "--language", "cn"]
+    done = run_script("flickr8k/prepare.py", *given, cwd=tmp_path, fresh=True)
+    assert "12 training, 2 validation and 2 test images" in done.stdout
+    (entry, *_) = json.loads((tmp_path / "我的 数据" / "cn_val.json").read_text("utf-8"))
+    assert (tmp_path / "我的 数据" / entry["image"]).is_file()
+    given = ["--source", "我的 数据", "我的 数据/描述.tsv"]
+    done = run_script("flickr8k/prepare.py", *given, cwd=tmp_path, code=2, fresh=True)
+    assert "a folder of their own: add --output FOLDER" in done.stderr

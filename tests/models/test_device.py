@@ -1,0 +1,117 @@
+"""Devices by name. A Mac's GPU is not here: what torch says of it is replaced."""
+
+import pytest
+import torch
+
+from models.clip_utils import create_model, load
+from models.device import pick_device, upload
+from models.errors import InputError
+from utils.machine.memory import check_images_fit, explained, peak_memory_mb, total_memory
+from utils.machine.precision import Precision
+from utils.machine.processes import join_processes
+
+CPU, MPS = torch.device("cpu"), torch.device("mps")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A function that makes torch find so many GPUs with CUDA, and a Mac's GPU or none."""
+
+    def make(gpus: int, mps: bool) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "gpus, mps, default", [(0, False, "cpu"), (2, False, "cuda"), (0, True, "mps")]
+)
+def test_the_default_is_a_gpu_where_there_is_one(machine, gpus, mps, default):
+    machine(gpus, mps)
+    assert pick_device() == torch.device(default)
+    assert pick_device("cpu") == pick_device(CPU) == CPU
+
+
+def test_devices_that_are_here_are_taken(machine):
+    machine(2, True)
+    for name in ("cuda", "cuda:0", "cuda:1", "mps", "mps:0", "cpu"):
+        assert pick_device(name) == torch.device(name)
+
+
+@pytest.mark.parametrize("name", ["meta", "xpu", "hpu", "vulkan", "gpu", "", "cuda:-1", "cpu:x"])
+def test_names_of_no_device_are_refused_with_those_that_exist_here(machine, name):
+    machine(1, False)
+    with pytest.raises(InputError) as error:
+        pick_device(name)
+    assert str(error.value).startswith(f"--device {name}: no such device; ")
+    assert str(error.value).endswith("here there are cuda:0, cpu")
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:2", "mps", "cpu:1"])
+def test_devices_that_are_not_here_are_refused(machine, name):
+    machine(2 if name == "cuda:2" else 0, False)
+    with pytest.raises(InputError, match=f"^--device {name}: there is none here, only .*cpu; "):
+        pick_device(name)
+    with pytest.raises(InputError, match="there is none here"):
+        load("ViT-B/32", name)  # before anything is downloaded
+
+
+def test_several_processes_do_not_share_a_macs_gpu(machine, monkeypatch):
+    machine(0, True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(InputError, match=r"^--device mps: .* --device cpu"):
+        join_processes("mps")
+    monkeypatch.setattr("utils.machine.processes.dist.init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr("utils.machine.processes.dist.get_rank", lambda: 0)
+    monkeypatch.setattr("sys.excepthook", None)
+    assert join_processes(None)[1] == CPU
+
+
+@pytest.mark.parametrize("device, waits", [("cpu", True), ("mps", True), ("cuda", False)])
+def test_the_copy_to_a_device_is_waited_for_unless_it_has_cuda(monkeypatch, device, waits):
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda *a, **k: asked.append((a[1:], k)))
+    upload(torch.zeros(1), torch.device(device))
+    assert asked == [((torch.device(device),), {"non_blocking": not waits})]
+
+
+def test_mixed_precision_of_a_mac_is_bfloat16_or_refused(monkeypatch):
+    asked = []
+
+    def is_newer(*version):
+        asked.append(version)
+        return newer
+
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", is_newer)
+    newer = True
+    precision = Precision(MPS, use_amp=True)
+    assert str(precision) == "mixed, bfloat16" and not precision.scaler.is_enabled()
+    newer = False
+    with pytest.raises(InputError, match=r"^--use_amp: .* macOS 14"):
+        Precision(MPS, use_amp=True)
+    assert str(Precision(MPS, use_amp=False)) == "float32"
+    assert set(asked) == {(14, 0)}
+
+
+def test_the_memory_of_a_macs_gpu_is_what_torch_has_reserved(monkeypatch):
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 5 * 2**20)
+    assert peak_memory_mb(MPS) == 5
+    with pytest.raises(InputError, match="--grad_cache"), explained():
+        raise RuntimeError("MPS backend out of memory (MPS allocated: 18.04 GB, max allowed: ...)")
+
+
+def test_what_no_memory_holds_is_refused_with_its_size():
+    total = total_memory(CPU)
+    assert 2**28 < total < 2**50
+    check_images_fit(64, 224, CPU)
+    with pytest.raises(InputError, match=r"^--input_shape 8192: .* take 786,432\.0 GB .* cpu has"):
+        check_images_fit(2**20, 2**13, CPU)  # 2^20 * 3 * 2^26 * 4 bytes
+
+
+@pytest.mark.parametrize("side", [10_016, 10**9])
+def test_an_image_resolution_that_nothing_holds_is_refused(side):
+    with pytest.raises(InputError, match=f"--input_shape {side} is more than 10,000 pixels"):
+        create_model("ViT-demo", side)

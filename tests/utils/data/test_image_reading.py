@@ -1,0 +1,185 @@
+"""Batches on their way from worker processes, and workers that do not deliver."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from script_runs import ROOT
+
+from flickr8k.render_demo import render_demo
+from models.errors import InputError
+from utils import Flickr8kDataset
+from utils.data import image_reading
+from utils.data.image_reading import Loaded, hand_over, read_batches
+from utils.machine import memory
+
+SCRATCH = ["--resume_training", "none", "--model", "ViT-demo", "--batch_size", "8", "--epochs", "1",
+           "--num_workers", "2", "--device", "cpu"]  # fmt: skip
+SMALL_SHM = ["unshare", "-rm", "sh", "-c",
+             'mount -t tmpfs -o size=256k tmpfs /dev/shm && exec "$@"', "sh"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return render_demo(tmp_path_factory.mktemp("data"), n_train=24, n_val=4)
+
+
+@given(workers=st.integers(1, 64), batch=st.integers(1, 9), lacking=st.integers(-1, 1))
+def test_shared_memory_is_used_if_two_batches_of_every_worker_fit(workers, batch, lacking):
+    images = torch.randint(256, (batch, 3, 4, 4), dtype=torch.uint8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            image_reading, "get_worker_info", lambda: SimpleNamespace(num_workers=workers)
+        )
+        room = 2 * workers * batch * 3 * 4 * 4 - lacking
+        patch.setattr(image_reading, "free_shared_memory", lambda: room)
+        handed = hand_over(Loaded(images.clone(), [0], {}))
+    assert np.array_equal(np.asarray(handed.images), images)
+    if lacking > 0:
+        assert isinstance(handed.images, np.ndarray)
+    else:
+        assert handed.images.is_shared()
+
+
+def test_a_batch_that_finds_no_room_at_the_last_moment_goes_through_the_pipe(monkeypatch):
+    def full(_):
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr(image_reading, "get_worker_info", lambda: SimpleNamespace(num_workers=1))
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    handed = hand_over(Loaded(torch.ones(2, 3), [0], {}))
+    assert isinstance(handed.images, np.ndarray) and (handed.images == 1).all()
+
+
+def test_errors_and_batches_without_workers_are_left_as_they_are():
+    error, loaded = InputError("bad"), Loaded(torch.ones(1), [0], {})
+    assert hand_over(error) is error and hand_over(loaded) is loaded
+
+
+def test_where_there_is_no_limit_of_its_own_nothing_is_known_of_shared_memory(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setattr(memory, "SHARED_MEMORY", str(tmp_path / "absent"))
+    assert memory.free_shared_memory() is None
+    if sys.platform != "win32":
+        monkeypatch.setattr(memory, "SHARED_MEMORY", str(tmp_path))
+        assert 0 < memory.free_shared_memory() < 2**60
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the workers are to inherit a patch")
+def test_batches_through_pipes_are_those_of_the_data_set(data, monkeypatch, capsys):
+    monkeypatch.setattr(image_reading, "free_shared_memory", lambda: 0)
+    image_reading._tell_of_small_shared_memory.cache_clear()
+    dataset = Flickr8kDataset(data, 32)
+    batches = [[0, 5, 2], [7, 1], [3]]
+    for _ in range(2):
+        for rows, loaded in zip(batches, read_batches(dataset, batches, 2), strict=True):
+            assert loaded.rows == rows
+            assert torch.equal(loaded.images, torch.stack([dataset[row][0] for row in rows]))
+    assert capsys.readouterr().out.count("/dev/shm) is too small") == 1
+
+
+def test_workers_that_cannot_be_started_are_named_with_the_remedy(data, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(image_reading.DataLoader, "__iter__", full)
+    with pytest.raises(InputError, match=r"^--num_workers 2: .*No space left.*--num_workers 0"):
+        next(read_batches(Flickr8kDataset(data, 32), [[0]], 2))
+
+
+def can_mount():
+    if sys.platform != "linux":
+        return False
+    try:
+        return (
+            subprocess.run([*SMALL_SHM, "true"], capture_output=True, check=False).returncode == 0
+        )
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_mount(), reason="no right to mount a small /dev/shm")
+def test_a_run_ends_well_with_little_shared_memory(data, tmp_path):
+    """A batch takes 393 kB here, and /dev/shm holds 256 kB."""
+    done = subprocess.run(
+        [*SMALL_SHM, sys.executable, str(ROOT / "train.py"), *SCRATCH, "--dataset_path", str(data),
+         "--input_shape", "128"],
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("shared memory (/dev/shm) is too small") == 1
+    assert "the best epoch" in done.stdout
+
+
+STUCK = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+from models.errors import run_script
+from utils.data import image_reading
+
+class Stuck(list):
+    def __getitem__(self, row):
+        time.sleep(60)
+
+def main():
+    image_reading.LONGEST_WAIT = 1
+    next(image_reading.read_batches(Stuck([0]), [[0]], 1))
+
+if __name__ == "__main__":
+    run_script(main)
+"""
+
+
+@pytest.mark.slow
+def test_a_batch_that_does_not_come_ends_the_program_with_one_line(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(STUCK.format(root=str(ROOT)))
+    done = subprocess.run(
+        [sys.executable, str(program)], capture_output=True, text=True, check=False, timeout=50
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "error: no batch of images has come for 1 s" in done.stderr
+    assert "--resume_training" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+def test_a_run_that_waits_for_data_ends_on_sigterm(data, tmp_path):
+    """As when a disk in the network has gone: the workers do not deliver."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, time\n"
+        "import models.preprocess as p\n"
+        "import utils.machine.interrupt\n"
+        "utils.machine.interrupt.STANDSTILL = 2\n"
+        "of_parent, read = os.getpid(), p.open_image\n"
+        "def open_image(path):\n"
+        "    while os.getpid() != of_parent: time.sleep(1)\n"
+        "    return read(path)\n"
+        "p.open_image = open_image\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    process = subprocess.Popen(
+        [sys.executable, "-u", str(ROOT / "train.py"), *SCRATCH, "--dataset_path", str(data)],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    seen = ""
+    while "epoch 1:" not in seen:
+        assert process.poll() is None
+        seen += process.stderr.read(1)
+    time.sleep(1)  # until it waits
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped: no step has ended for 2 s" in errors and "Traceback" not in errors

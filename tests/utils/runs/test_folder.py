@@ -1,0 +1,78 @@
+"""The folder of a run whose best weights are lost."""
+
+import pytest
+import torch
+
+from models.clip import CLIP
+from utils.machine.processes import ALONE
+from utils.runs.checkpoint import read_checkpoint
+from utils.runs.folder import Run
+
+
+class NoLosses:
+    def append_loss(self, *_):
+        pass
+
+
+@pytest.fixture
+def model():
+    return CLIP(
+        embed_dim=4, image_resolution=8, vision_layers=1, vision_width=64, vision_patch_size=4,
+        context_length=5, vocab_size=7, transformer_width=64, transformer_heads=1,
+        transformer_layers=1,
+    ).initialize()  # fmt: skip
+
+
+def state(*recalls, losses=()):
+    rows = [
+        {"epoch": n, "train_loss": 1.0, "val_loss": 1.0, "mean_recall": recall}
+        for n, recall in enumerate(recalls, 1)
+    ]
+    return {"start": None, "rows": rows, "losses": list(losses), "optimizer": {}}
+
+
+def opened(folder):
+    run = Run(ALONE, {}, "data")
+    run.folder, run.loss_history = folder, NoLosses()
+    (folder / "weights").mkdir(exist_ok=True)
+    if checkpoint := read_checkpoint(run.weights / "checkpoint.pth"):
+        run.best_since = checkpoint["best_since"]
+    return run
+
+
+def scale_of_best(run):
+    return torch.load(run.best_weights, weights_only=True)["logit_scale"].item()
+
+
+def end_epoch(run, model, *recalls):
+    """End the epoch with the last of these recalls; its weights hold the number of epochs."""
+    torch.nn.init.constant_(model.logit_scale, len(recalls))
+    run.save_epoch(model, state(*recalls), keep_every=100)
+
+
+def test_the_last_epoch_takes_the_place_of_lost_weights_and_better_ones_its(tmp_path, model):
+    """Epoch 1 was the best and is lost: 2 is all there is, 3 is worse, 4 is better than 2."""
+    torch.nn.init.constant_(model.logit_scale, 2)
+    opened(tmp_path).replace_missing_best(model, state(9.0, 5.0))
+    assert scale_of_best(opened(tmp_path)) == 2
+    end_epoch(opened(tmp_path), model, 9.0, 5.0, 4.0)
+    assert scale_of_best(opened(tmp_path)) == 2
+    end_epoch(opened(tmp_path), model, 9.0, 5.0, 4.0, 6.0)
+    assert scale_of_best(opened(tmp_path)) == 4
+
+
+def test_in_the_middle_of_an_epoch_its_end_decides(tmp_path, model, capsys):
+    """The weights of a step are no epoch's."""
+    run = opened(tmp_path)
+    run.replace_missing_best(model, state(9.0, losses=[1.0]))
+    assert not run.best_weights.exists() and len(capsys.readouterr().out.splitlines()) == 1
+    end_epoch(run, model, 9.0, 1.0)
+    assert scale_of_best(run) == 2
+
+
+def test_weights_that_are_there_are_kept(tmp_path, model, capsys):
+    run = opened(tmp_path)
+    end_epoch(run, model, 9.0)
+    end_epoch(run, model, 9.0, 5.0)
+    run.replace_missing_best(model, state(9.0, 5.0))
+    assert scale_of_best(run) == 1 and run.best_since == 0 and not capsys.readouterr().out

@@ -1,0 +1,197 @@
+"""Captions as people keep them: our own list, JSON lines, COCO, CSV and TSV.
+
+The content of a file decides which of them it is. All are read into records of an image and its
+caption or captions; whether those can be used is for annotations.py to say.
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from models.scripts import from_here
+
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
+# Names of a column or a field; where a file has several of them, the first counts.
+IMAGE_FIELDS = ("image", "file_name", "filename", "filepath", "image_name")
+CAPTION_FIELDS = ("caption", "captions", "text", "title", "comment")
+SEPARATORS = "\t,;|"
+SHOWN = 80  # characters of a line that a message quotes
+
+
+class Record(NamedTuple):
+    """What a file says at one place: usually `{"image": ..., "caption": ...}`, but anything may
+    stand there. `problem` is what keeps the place from being read at all."""
+
+    where: str  # such as "entry 3", counted from 0, or "line 7", counted from 1
+    content: object
+    problem: str | None = None
+
+
+class UnknownFormat(ValueError):
+    """A file is in none of the formats, or is broken. The message says which it looks like."""
+
+
+def read_records(text: str, suffix: str = "") -> list[Record]:
+    """The records of a file with this content, in their order; `suffix` is that of its name.
+
+    list        `[{"image": "1.jpg", "caption": ["...", ...]}, ...]`
+    JSON lines  such an object on every line
+    COCO        `{"images": [{"id": 7, "file_name": "1.jpg"}, ...],
+                "annotations": [{"image_id": 7, "caption": "..."}, ...]}`; images without captions
+                are left out
+    table       CSV or TSV; the first line names the columns, and every other row is a caption.
+                Fields may be separated by commas, tabs, semicolons or bars; spaces around them do
+                not count
+
+    Raises `UnknownFormat`.
+    """
+    if not text.strip():
+        raise UnknownFormat("is empty; get a new copy, or write it anew")
+    if "\0" in text:
+        raise UnknownFormat("holds NUL bytes; save it as UTF-8")
+    if text.lstrip()[0] in "[{":
+        return _json_records(text, suffix)
+    if (rows := _table(text)) is not None:
+        if records := list(rows):
+            return records
+        raise UnknownFormat("has no captions below the first line")
+    if suffix in (".csv", ".tsv"):
+        raise UnknownFormat(_not_a_table(text))
+    return _listed(_parsed(text))
+
+
+def _json_records(text: str, suffix: str) -> list[Record]:
+    try:
+        content = _parsed(text)
+    except UnknownFormat:
+        first = text.lstrip().partition("\n")[0]
+        if suffix != ".jsonl" and not isinstance(_line("", first).content, dict):
+            raise
+        numbered = enumerate(text.split("\n"), start=1)
+        return [_line(f"line {number}", line) for number, line in numbered if line.strip()]
+    if not isinstance(content, dict):
+        return _listed(content)
+    if isinstance(content.get("images"), list) and isinstance(content.get("annotations"), list):
+        return _coco_records(content["images"], content["annotations"])
+    if isinstance(content.get("images"), list):
+        raise UnknownFormat(
+            "looks like Karpathy's dataset_flickr8k.json; convert it: python "
+            f"{from_here('flickr8k/prepare.py')} --source FOLDER"
+        )
+    if first_of(IMAGE_FIELDS, content):
+        return [Record("line 1", content)]
+    return _listed(content)
+
+
+def _parsed(text: str) -> object:
+    """The value of a JSON text. Raises `UnknownFormat` that says where it is broken."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise UnknownFormat(f"broken JSON at {where}: {error.msg}") from None
+    except (RecursionError, ValueError) as error:  # nested too deeply; a number of 5,000 digits
+        raise UnknownFormat(f"broken JSON: {error}") from None
+
+
+def _line(where: str, line: str) -> Record:
+    try:
+        return Record(where, json.loads(line))
+    except json.JSONDecodeError as error:
+        return Record(where, None, f"broken JSON at column {error.colno}: {error.msg}")
+    except (RecursionError, ValueError) as error:
+        return Record(where, None, f"broken JSON: {error}")
+
+
+def _listed(content: object) -> list[Record]:
+    if not isinstance(content, list) or not content:
+        found = "lists no images" if content == [] else "is no list"
+        raise UnknownFormat(f'{found}; it should hold [{{"image": ..., "caption": ...}}, ...]')
+    return [Record(f"entry {number}", entry) for number, entry in enumerate(content)]
+
+
+def _coco_records(images: list, annotations: list) -> list[Record]:
+    if not any(isinstance(entry, dict) and "caption" in entry for entry in annotations):
+        raise UnknownFormat(
+            "looks like COCO's boxes or persons, since no annotation has a caption; take the file "
+            "of captions, captions_*.json"
+        )
+    names = {}
+    for entry in images:
+        if isinstance(entry, dict) and isinstance(entry.get("id"), (int, str)):
+            names[entry["id"]] = entry.get("file_name")
+    records = []
+    for number, entry in enumerate(annotations):
+        where, problem = f"annotation {number}", None
+        image = entry.get("image_id") if isinstance(entry, dict) else None
+        if not isinstance(image, (int, str)) or image not in names:
+            problem = '"image_id" is that of none of the images'
+            records.append(Record(where, entry, problem))
+            continue
+        caption = {"caption": entry["caption"]} if "caption" in entry else {}
+        records.append(Record(where, {"image": names[image], **caption}))
+    return records
+
+
+def _table(text: str) -> Iterator[Record] | None:
+    """The rows of a table; None if no separator gives its first line both columns."""
+    for separator in SEPARATORS:
+        rows = csv.reader(
+            io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True
+        )
+        try:
+            names = [name.strip().casefold() for name in next(filter(None, rows), [])]
+        except csv.Error:
+            continue
+        image, caption = first_of(IMAGE_FIELDS, names), first_of(CAPTION_FIELDS, names)
+        if image and caption:
+            return _rows(rows, len(names), names.index(image), names.index(caption))
+    return None
+
+
+def _rows(rows, columns: int, image: int, caption: int) -> Iterator[Record]:
+    """The records of the rows after the first, of a `csv.reader`; `image` and `caption` are the
+    numbers of their columns."""
+    while True:
+        where = f"line {rows.line_num + 1}"
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            raise UnknownFormat(
+                f"broken table from {where} on ({error}); within quotes, write a quote twice"
+            ) from None
+        if row is None:
+            return
+        row = [field.strip() for field in row]
+        if not any(row):
+            continue
+        if len(row) == columns:
+            yield Record(where, {"image": row[image], "caption": row[caption]})
+        else:
+            yield Record(
+                where,
+                None,
+                f"has {len(row)} fields, where the first line has {columns}; a caption that holds "
+                "the separator needs quotes around it",
+            )
+
+
+def _not_a_table(text: str) -> str:
+    first = text.lstrip().partition("\n")[0].rstrip()
+    if re.match(r"[^\t]+#\d+\t", first):
+        return (
+            "looks like the official Flickr8k.token.txt; name it so, then convert it: python "
+            f"{from_here('flickr8k/prepare.py')} --source FOLDER"
+        )
+    return (
+        "the first line should name the columns, image and caption, separated by a comma or a tab; "
+        f"it is {first[:SHOWN]!r}"
+    )
+
+
+def first_of(fields: Iterable[str], names: Iterable[str]) -> str | None:
+    """The first of `fields` that is among `names`."""
+    return next((field for field in fields if field in names), None)

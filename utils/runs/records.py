@@ -1,0 +1,62 @@
+"""What a run records as it goes: the console's log, and losses as text, plot and for TensorBoard.
+
+They are pyzjr's; here their files stay whole, and an error of writing them names them.
+"""
+
+import shutil
+import threading
+import warnings
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from pyzjr import LossHistory
+from pyzjr.visualize.printf import ConsoleLogger
+
+from models.clip import CLIP
+from utils.runs.files import TEMPORARY, replaced_whole, writing
+
+
+class Log(ConsoleLogger):
+    """Prints, and writes what is printed to a file as well."""
+
+    def write(self, message: str) -> None:
+        with writing(self.log_file):
+            super().write(message)
+
+
+class Losses(LossHistory):
+    """The losses of each epoch in the folder of a run, of which `rows` are done."""
+
+    def __init__(self, folder: Path, model: CLIP, rows: list[dict[str, Any]]):
+        threading.excepthook = _leave_to_main_thread
+        side = model.visual.input_resolution
+        with writing(folder), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # TensorBoard's graph needs torch.jit
+            super().__init__(str(folder), model, (side, side))
+        self.folder = folder
+        self.losses = [row["train_loss"] for row in rows]
+        self.val_loss = [row["val_loss"] for row in rows]
+
+    def append_loss(self, epoch: int, loss: float, val_loss: float) -> None:
+        names = ("epoch_loss.txt", "epoch_loss.png")
+        with (
+            writing(self.folder),
+            TemporaryDirectory(prefix=TEMPORARY, dir=self.folder) as self.log_dir,
+        ):
+            if (self.folder / names[0]).exists():
+                shutil.copy(self.folder / names[0], self.log_dir)
+            super().append_loss(epoch, loss, val_loss)
+            for name in names:
+                with replaced_whole(self.folder / name) as temporary:
+                    (Path(self.log_dir) / name).replace(temporary)
+
+    def close(self) -> None:
+        with writing(self.folder):
+            super().close()
+
+
+def _leave_to_main_thread(error: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread, and raises the thread's error anew at the next record."""
+    if not issubclass(error.exc_type, OSError):
+        threading.__excepthook__(error)
