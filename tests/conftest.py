@@ -7,8 +7,8 @@ import torch
 
 
 def pytest_configure() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that tests start
     if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
-        os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
 
 

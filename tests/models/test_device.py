@@ -6,7 +6,13 @@ import torch
 from models.clip_utils import create_model, load
 from models.device import pick_device, upload
 from models.errors import InputError
-from utils.machine.memory import check_images_fit, explained, peak_memory_mb, total_memory
+from utils.machine.memory import (
+    IN_TRAINING,
+    check_images_fit,
+    explained,
+    peak_memory_mb,
+    total_memory,
+)
 from utils.machine.precision import Precision
 from utils.machine.processes import join_processes
 
@@ -99,7 +105,7 @@ def test_mixed_precision_of_a_mac_is_bfloat16_or_refused(monkeypatch):
 def test_the_memory_of_a_macs_gpu_is_what_torch_has_reserved(monkeypatch):
     monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 5 * 2**20)
     assert peak_memory_mb(MPS) == 5
-    with pytest.raises(InputError, match="--grad_cache"), explained():
+    with pytest.raises(InputError, match="--grad_cache"), explained(IN_TRAINING):
         raise RuntimeError("MPS backend out of memory (MPS allocated: 18.04 GB, max allowed: ...)")
 
 

@@ -367,7 +367,7 @@ def test_script_scores_on_what_it_is_told(score):
         (
             ("data", "en"),
             ["--json", "~nobody-at-all/x"],
-            "--json: ~nobody-at-all/x: .*such user",
+            "--json: ~nobody-at-all/x: that home folder is unknown",
         ),
     ],
 )

@@ -46,8 +46,8 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
     except OSError as error:
         raise InputError(
             f"{path}: cannot be written ({error.strerror or error}); what stood there is kept. "
-            "Make room, or choose another folder, and run this again; training goes on with "
-            "--resume_training RUN/weights/checkpoint.pth"
+            "Make room, or choose another folder, and run this again; a run goes on with: "
+            "python train.py --resume_training RUN/weights/checkpoint.pth"
         ) from error
 
 

@@ -160,7 +160,9 @@ def test_a_run_that_waits_for_data_ends_on_sigterm(data, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import os, time\n"
         "import models.preprocess as p\n"
+        "import models.progress_bar\n"
         "import utils.machine.interrupt\n"
+        "models.progress_bar.INTERVAL = 0\n"
         "utils.machine.interrupt.STANDSTILL = 2\n"
         "of_parent, read = os.getpid(), p.open_image\n"
         "def open_image(path):\n"
