@@ -46,6 +46,9 @@ def main() -> None:
         help="file for the picture of the ranking (default: in predictions/ in the run's folder)",
     )
     parser.add_argument("--show", action="store_true", help="open the picture in a window as well")
+    parser.add_argument(
+        "--activation", choices=["quick_gelu", "gelu"], help="of weights that do not tell it"
+    )
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first there is)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
@@ -67,7 +70,7 @@ def main() -> None:
         open_image(args.image)  # to refuse a bad image before weights are loaded
     weights = find_weights(args.weights or newest_weights())
     captions = list(dict.fromkeys(args.text or read_captions(args.captions_file, weights)))
-    model, preprocess = load(weights, args.device)
+    model, preprocess = load(weights, args.device, activation=args.activation)
     text_features = encode_texts(model, tokenize(captions, truncate=True))
 
     for name in [args.image] if args.image else ask_for_images():

@@ -35,6 +35,9 @@ def main() -> None:
         help="model name, whose weights are downloaded if need be, or weights file "
         "(default: %(default)s)",
     )
+    parser.add_argument(
+        "--activation", choices=["quick_gelu", "gelu"], help="of weights that do not tell it"
+    )
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first there is)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
@@ -47,7 +50,7 @@ def main() -> None:
 
     image = open_image(args.image)
     tokens = tokenize(args.labels)
-    model, preprocess = load(args.weights, args.device)
+    model, preprocess = load(args.weights, args.device, activation=args.activation)
     with torch.inference_mode():
         logits_per_image, _ = model(preprocess(image)[None].to(model.device), tokens)
         probs = logits_per_image.softmax(dim=-1).cpu().numpy()

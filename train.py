@@ -33,9 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
         "weights/checkpoint.pth to continue that run with its own arguments and those given now, "
         "or none to train --model from scratch (default: %(default)s)")
     add("--model", help="architecture to train from scratch, with --resume_training none")
+    add("--activation", choices=["quick_gelu", "gelu"], help="of weights that do not tell it")
     add("--log_dir", type=path, default="logs", help="folder for the runs (default: %(default)s)")
-    add("--seed", type=integer(0, 2**32 - 1), default=0,
-        help="of every random choice (default: %(default)s)")
+    add("--seed", type=integer(0, 2**32 - 1), default=0, help="of random choices (default: 0)")
     add("--debug", action="store_true", help="show the traceback of an error")
 
     add = parser.add_argument_group("data").add_argument
@@ -77,8 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         "far higher --lr (default: %(default)s)")
     add("--momentum", type=number(below=1), default=0.9,
         help="of SGD, or beta1 of Adam and AdamW (default: %(default)s)")
-    add("--weight_decay", type=number(), default=0.1,
-        help="on matrices; biases and gains are never decayed (default: %(default)s)")
+    add("--weight_decay", type=number(), default=0.1, help="on matrices (default: %(default)s)")
     add("--patience", type=integer(1), metavar="EPOCHS",
         help="stop after so many epochs without a better mean recall")
 
@@ -109,8 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", help="cuda, cuda:1, mps (a Mac's GPU) or cpu (default: the first there is)")
     add("--freq", type=integer(1), default=5, metavar="EPOCHS",
         help="keep the weights of every EPOCHS-th epoch (default: %(default)s)")
-    add("--save_steps", type=integer(1), metavar="N",
-        help="write the checkpoint after every N steps, too, not only after every epoch")
+    add("--save_steps", type=integer(1), metavar="N", help="write the checkpoint every N steps, too")
     # fmt: on
     return parser
 
@@ -136,7 +134,7 @@ def main() -> None:
     prepare(args, processes)
 
     model = get_model(args, resumed, device, processes)
-    loader, val_set = get_data(args, model.visual.input_resolution, device, processes)
+    loader, val_set = get_data(args, model, device, processes)
     run = open_run(args, resumed, model, loader, val_set)
     state = get_state(args, resumed, model, device, run)
     del resumed  # a second copy of the moments
@@ -214,7 +212,8 @@ def get_model(args: argparse.Namespace, resumed: dict | None, device, processes)
         elif args.resume_training == "none":
             model = create_model(args.model, args.input_shape)
         else:
-            model, _ = load(args.resume_training, "cpu", input_shape=args.input_shape)
+            model, _ = load(args.resume_training, "cpu", input_shape=args.input_shape,
+                            activation=args.activation)  # fmt: skip
     for tower, unlocked in (("image", args.lock_image), ("text", args.lock_text)):
         if unlocked is not None:
             lock(model, tower, unlocked)
@@ -223,8 +222,8 @@ def get_model(args: argparse.Namespace, resumed: dict | None, device, processes)
     return model
 
 
-def get_data(args: argparse.Namespace, side: int, device, processes):
-    """The batches to train on, and the images to score with, `side` pixels wide and high."""
+def get_data(args: argparse.Namespace, model, device, processes):
+    """The batches to train on, and the images to score with, as the model takes them."""
     from utils.data.annotations import shared_images_warning
     from utils.data.check_images import check_images
     from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
@@ -232,10 +231,11 @@ def get_data(args: argparse.Namespace, side: int, device, processes):
 
     by_default = 0 if device.type == "cpu" else 4
     num_workers = by_default if args.num_workers is None else args.num_workers
-    train_set = Flickr8kDataset(args.dataset_path, side, args.language, is_train=True)
+    data = {"root_dir": args.dataset_path, "language": args.language, "model": model}
+    train_set = Flickr8kDataset(**data, is_train=True)
     at_once = min(len(train_set), args.batch_size, args.grad_cache or args.batch_size)
-    check_images_fit(at_once // processes.size, side, device)
-    val_set = Flickr8kDataset(args.dataset_path, side, args.language, is_train=False)
+    check_images_fit(at_once // processes.size, model.visual.input_resolution, device)
+    val_set = Flickr8kDataset(**data, is_train=False)
     if processes.is_first:
         if warning := shared_images_warning(train_set.image, val_set.image):
             print(f"warning: {warning}")

@@ -13,9 +13,9 @@ from models.preprocess import Preprocess
 from models.resnet import ModifiedResNet
 from models.transformer import Layout, Transformer
 from models.vit import VisionTransformer
-from models.weights.architecture import check_sizes, infer_config, resize_positional_embedding
+from models.weights.architecture import infer_config, resize_positional_embedding
 from models.weights.checks import check_finite, check_keys
-from models.weights.config import Config
+from models.weights.config import Config, check_config
 
 MAX_LOGIT_SCALE = math.log(100)  # of the parameter, whose exponential multiplies similarities
 
@@ -164,7 +164,7 @@ def build_model(
     NaN or infinity; or if the model cannot have that resolution.
     """
     config = config or infer_config(state_dict)
-    check_sizes(config)
+    check_config(config)
     weights = {key: t.float() if t.is_floating_point() else t for key, t in state_dict.items()}
     with torch.device("meta"):  # parameters with shapes but without memory: weights replace them
         model = CLIP(config)

@@ -28,7 +28,6 @@ from models.scripts import from_here
 from models.simple_tokenizer import SimpleTokenizer
 from models.weights.architecture import check_resolution
 from models.weights.download import download
-from models.weights.read import read_state_dict
 from models.weights.registry import (
     CONFIGS,
     CONTEXT_LENGTH,
@@ -38,6 +37,7 @@ from models.weights.registry import (
     weights_filename,
     weights_url,
 )
+from models.weights.sources import read_weights
 
 MODELS_PTH = Path(__file__).with_name("models_pth")
 MAX_QUOTED = 60  # characters of a text that an error message quotes
@@ -61,7 +61,7 @@ def create_model(name: str, input_shape: int | None = None) -> CLIP:
 
 
 def find_weights(name: str | os.PathLike, download_root: str | os.PathLike = MODELS_PTH) -> Path:
-    """The weights file that `name` stands for: the name of a model, or a path.
+    """The weights that `name` stands for, a file or a folder: the name of a model, or a path.
 
     The published weights of a model are downloaded to the folder `download_root` if they are not
     there yet. Raises `InputError` if `name` is neither, or if the download fails.
@@ -77,7 +77,8 @@ def find_weights(name: str | os.PathLike, download_root: str | os.PathLike = MOD
             f"{name}: neither a file nor the name of published weights{near}; the names are "
             f"{known} (ViT-demo has no published weights; to train it: {_train_demo()})"
         )
-    check_regular(path)
+    if not path.is_dir():
+        check_regular(path)
     return path
 
 
@@ -86,22 +87,24 @@ def load(
     device: str | torch.device | None = None,
     download_root: str | os.PathLike = MODELS_PTH,
     input_shape: int | None = None,
+    activation: str | None = None,
 ) -> tuple[CLIP, Preprocess]:
     """A model with trained weights, in float32 and evaluation mode, and its preprocessing.
 
-    - `name`: the name of a model, such as `"ViT-B/32"`, or the path of a weights file. That may be
-      a published TorchScript archive, a state dict (.pt, .pth or .safetensors, in float16 or
-      float32), or a checkpoint of `train.py` or open_clip.
+    - `name`: the name of a model, such as `"ViT-B/32"`, or the path of weights. That may be a
+      published TorchScript archive, a state dict (.pt, .pth or .safetensors, in float16 or
+      float32), a checkpoint of `train.py` or open_clip, or a folder of open_clip or transformers.
     - `device`: `pick_device` chooses the default.
     - `download_root`: the folder for published weights.
     - `input_shape`: another image resolution than that of the weights, in pixels.
+    - `activation`: `"quick_gelu"` or `"gelu"`, for a state dict without a description beside it.
 
     Raises `InputError` if the weights cannot be had, or are not those of a CLIP model.
     """
     device = pick_device(device)
     path = find_weights(name, download_root)
     try:
-        model = build_model(read_state_dict(path), input_shape=input_shape)
+        model = build_model(*read_weights(path, activation), input_shape=input_shape)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return model.to(device), model.preprocess

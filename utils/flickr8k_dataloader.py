@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from models.clip import CLIP
 from models.clip_utils import tokenize, tokenizer
 from models.device import upload
 from models.errors import InputError
-from models.preprocess import normalize, open_image, pixels
+from models.preprocess import Preprocess, open_image
 from models.weights.registry import CONTEXT_LENGTH
 from utils.data.annotations import caption_file, read_annotations
 from utils.data.augment import crop, draw_crops
@@ -37,7 +38,8 @@ class Flickr8kDataset(Dataset):
 
     `dataset[i]` is (image, captions). The image is uint8 pixels `[3, target_shape, target_shape]`,
     resized and cropped as CLIP does it, or what `transform` makes of the PIL image; the captions
-    are strings. Raises `InputError` for caption files that cannot be used and for missing images.
+    are strings. With a `model`, images and captions are prepared as it takes them. Raises
+    `InputError` for caption files that cannot be used and for missing images.
 
     Captions that are the same to the tokenizer are one text, which is right for every image that
     has it; with `plain_protocol` a caption is right for its own image alone.
@@ -57,11 +59,13 @@ class Flickr8kDataset(Dataset):
         is_train: bool = True,
         transform: Callable[[Image.Image], Tensor] | None = None,
         plain_protocol: bool = False,
+        model: CLIP | None = None,
     ):
         root = Path(root_dir).expanduser()
         self.root = root
         self.split = "train" if is_train else "val"
-        self.target_shape = target_shape
+        self.preprocess = model.preprocess if model else Preprocess(target_shape)
+        self.context_length = model.context_length if model else CONTEXT_LENGTH
         self.transform = transform
         self.plain_protocol = plain_protocol
         self.cached: Tensor | None = None
@@ -87,12 +91,12 @@ class Flickr8kDataset(Dataset):
         image = open_image(self.image[index])
         if self.transform is not None:
             return self.transform(image), captions
-        return pixels(image, self.target_shape), captions
+        return self.preprocess.pixels(image), captions
 
     @cached_property
     def tokens(self) -> Tensor:
-        """All captions as IntTensor `[captions, 77]`; those that are too long are cut."""
-        return tokenize(self.text, truncate=True)
+        """All captions as IntTensor `[captions, context_length]`; those too long are cut."""
+        return tokenize(self.text, self.context_length, truncate=True)
 
     @cached_property
     def text_ids(self) -> Tensor:
@@ -141,10 +145,10 @@ class Flickr8kDataset(Dataset):
         folder = root / ".cache" if folder is None else Path(folder).expanduser()
         batches = [rows.tolist() for rows in torch.arange(len(self)).split(BUILD_BATCH)]
         decoded, unreadable = cached_pixels(
-            folder / f"{root.name}_{self.split}_{self.target_shape}.pixels",
+            folder / f"{root.name}_{self.split}_{self.preprocess.side}.pixels",
             self.root,
             self.image,
-            self.target_shape,
+            self.preprocess,
             (
                 (loaded.images, loaded.problems)
                 for loaded in read_batches(self, batches, num_workers, substitute=True)
@@ -164,7 +168,8 @@ class Flickr8kDataset(Dataset):
     def count_cut_captions(self) -> int:
         """How many captions are longer than the text tower reads."""
         full = self.tokens[:, -1].nonzero().flatten().tolist()
-        return sum(len(tokenizer().encode(self.text[i])) + 2 > CONTEXT_LENGTH for i in full)
+        lengths = (len(tokenizer().encode(self.text[i])) + 2 for i in full)
+        return sum(length > self.context_length for length in lengths)
 
     def count_shared_captions(self) -> int:
         """How many captions are right for several images."""
@@ -227,9 +232,9 @@ class Batch(NamedTuple):
         parts = zip(images, crops, self.tokens.split(size * k), texts, strict=True)
         return [Batch(*part) for part in parts]
 
-    def augmented_images(self) -> Tensor:
+    def augmented_images(self, preprocess: Preprocess) -> Tensor:
         """`[n, 3, r, r]`, normalised and cropped."""
-        images = normalize(self.images)
+        images = preprocess.normalize(self.images)
         return images if self.crops is None else crop(images, self.crops)
 
 

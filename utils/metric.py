@@ -261,6 +261,9 @@ def main() -> None:
         choices=["en", "cn"],
         help="of the captions, one or both (default: those of the weights' run, else en)",
     )
+    parser.add_argument(
+        "--activation", choices=["quick_gelu", "gelu"], help="of weights that do not tell it"
+    )
     parser.add_argument("--batch_size", type=integer(1), default=64, help="images at a time")
     parser.add_argument("--num_workers", type=workers, default=0, help="processes that read images")
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first there is)")
@@ -283,13 +286,13 @@ def main() -> None:
 
     weights = find_weights(args.weights)
     dataset_path, languages = data_to_score_on(args)
-    model, _ = load(weights, args.device)
+    model, _ = load(weights, args.device, activation=args.activation)
     dataset = Flickr8kDataset(
         dataset_path,
-        model.visual.input_resolution,
-        languages,
+        language=languages,
         is_train=False,
         plain_protocol=args.plain_protocol,
+        model=model,
     )
     precision = Precision(model.device, use_amp=False)
     metrics, _ = evaluate(

@@ -1,7 +1,6 @@
 """The architecture of a model, inferred from the shapes of its weights; other resolutions."""
 
 import math
-from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
@@ -9,10 +8,9 @@ from torch import Tensor
 
 from models.errors import InputError
 from models.weights.checks import listed
-from models.weights.config import Config
+from models.weights.config import Config, check_config
 from models.weights.registry import MAX_RESOLUTION
 
-MAX_BLOCKS = 500  # of a tower, or of a ResNet's stage; the largest published model has 36
 HEAD_WIDTH = 64  # of the attention heads in the published models
 RESNET_STRIDE = 32  # pixels of an image to a position: a ResNet halves the image five times
 
@@ -62,25 +60,10 @@ def infer_config(state_dict: dict[str, Tensor]) -> Config:
         reason = f"the {positions} positions in an image do not form a square"
         raise InputError(_not_clip(reason, state_dict))
     try:
-        check_sizes(config)
+        check_config(config)
     except InputError as error:
         raise InputError(_not_clip(str(error), state_dict)) from None
     return config
-
-
-def check_sizes(config: Config) -> None:
-    """Raise `InputError` for sizes that no model can have, before building one could take very long
-    or fail."""
-    for name, value in asdict(config).items():
-        for size in value if isinstance(value, tuple) else (value,):
-            if size == 0 or ("layers" in name and size > MAX_BLOCKS):
-                raise InputError(f"its {name} would be {value}")
-    towers = [("transformer_width", config.transformer_heads, config.transformer_width)]
-    if config.is_vit:
-        towers.append(("vision_width", config.vision_heads, config.vision_width))
-    for name, heads, width in towers:
-        if heads == 0 or width % heads:
-            raise InputError(f"its {name} {width} is no multiple of its {heads} attention heads")
 
 
 def _not_clip(reason: str, state_dict: dict[str, Tensor]) -> str:

@@ -1,7 +1,18 @@
 """The description of a model: its sizes, its activation, and how its images are prepared."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 from typing import Literal
+
+from models.errors import InputError
+
+MAX_BLOCKS = 500  # of a tower, or of a ResNet's stage; the largest published model has 56
+MAX_SIZE = 10**6  # of a width, a resolution, a vocabulary, a context
+CHOICES = {
+    "activation": ("quick_gelu", "gelu"),
+    "interpolation": ("bicubic", "bilinear"),
+    "resize_mode": ("shortest", "squash"),
+}
 
 Colour = tuple[float, float, float]  # red, green and blue, from 0 to 1
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -54,3 +65,37 @@ class Config:
         attention pooling, whose input has 32 times `vision_width` channels."""
         width = self.vision_width if self.is_vit else 32 * self.vision_width
         return width // self.vision_head_width
+
+
+def check_config(config: Config) -> None:
+    """Raise `InputError` for fields of a wrong type, and for sizes that no model can have, before
+    building one could take very long or fail."""
+    for name, value in asdict(config).items():
+        if name in ("mean", "std"):
+            fits = isinstance(value, tuple) and len(value) == 3 and all(map(_is_finite, value))
+        elif name in CHOICES:
+            fits = value in CHOICES[name]
+        elif value is None:
+            fits = name in ("vision_patch_size", "vision_mlp_width") and not config.is_vit
+        elif name == "vision_layers" and not config.is_vit:
+            fits = isinstance(value, tuple) and len(value) == 4 and all(map(_is_depth, value))
+        elif name.endswith("layers"):
+            fits = _is_depth(value)
+        else:
+            fits = type(value) is int and 0 < value <= MAX_SIZE
+        if not fits:
+            raise InputError(f"its {name} would be {value!r:.60}")
+    towers = [("transformer_width", config.transformer_heads, config.transformer_width)]
+    if config.is_vit:
+        towers.append(("vision_width", config.vision_heads, config.vision_width))
+    for name, heads, width in towers:
+        if heads == 0 or width % heads:
+            raise InputError(f"its {name} {width} is no multiple of its {heads} attention heads")
+
+
+def _is_finite(number: object) -> bool:
+    return isinstance(number, int | float) and math.isfinite(number)
+
+
+def _is_depth(number: object) -> bool:
+    return type(number) is int and 0 < number <= MAX_BLOCKS

@@ -1,11 +1,11 @@
 """open_clip's description of a model, open_clip_config.json, and ours. The keys are the same."""
 
 import math
-from dataclasses import replace
 from typing import Any
 
 from models.errors import InputError
-from models.weights.config import Config
+from models.weights.config import Config, check_config
+from models.weights.file_kind import one_line
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -45,37 +45,41 @@ UNUSED = (None, False, {}, "")
 def from_open_clip(content: dict[str, Any]) -> Config:
     """Our description of the model that an open_clip_config.json, or a file of open_clip's
     model_configs, describes. Raises `InputError` that names what our models do not have."""
-    model = content.get("model_cfg", content)
     try:
+        model = content.get("model_cfg", content)
         vision = _tower(model, "vision_cfg", VISION)
         text = _tower(model, "text_cfg", TEXT)
-        embed_dim, quick_gelu = model["embed_dim"], bool(model.get("quick_gelu", False))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"no description of a CLIP model ({error!s:.60} is missing)") from None
-    for field in ("custom_text", "multimodal_cfg", "init_logit_bias"):
-        if model.get(field) not in UNUSED:
-            raise InputError(f'its description has "{field}", which no model here has')
-    is_resnet = isinstance(vision["layers"], list)
-    config = Config(
-        embed_dim=embed_dim,
-        image_resolution=_side(vision["image_size"]),
-        vision_layers=tuple(vision["layers"]) if is_resnet else vision["layers"],
-        vision_width=vision["width"],
-        vision_patch_size=None if is_resnet else vision["patch_size"],
-        vision_head_width=vision["head_width"],
-        vision_mlp_width=None if is_resnet else int(vision["width"] * vision["mlp_ratio"]),
-        transformer_width=text["width"],
-        transformer_mlp_width=int(text["width"] * text["mlp_ratio"]),
-        transformer_heads=text["heads"],
-        transformer_layers=text["layers"],
-        context_length=text["context_length"],
-        vocab_size=text["vocab_size"],
-        activation="quick_gelu" if quick_gelu else "gelu",
-    )
-    preprocess = content.get("preprocess_cfg", {})
-    known = {"mean", "std", "interpolation", "resize_mode"}
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in preprocess.items() if k in known}
-    return replace(config, **given)
+        for field in ("custom_text", "multimodal_cfg", "init_logit_bias"):
+            if model.get(field) not in UNUSED:
+                raise InputError(f'its description has "{field}", which no model here has')
+        is_resnet = isinstance(vision["layers"], list)
+        preprocess = content.get("preprocess_cfg", {})
+        known = ("mean", "std", "interpolation", "resize_mode")
+        config = Config(
+            embed_dim=model["embed_dim"],
+            image_resolution=_side(vision["image_size"]),
+            vision_layers=tuple(vision["layers"]) if is_resnet else vision["layers"],
+            vision_width=vision["width"],
+            vision_patch_size=None if is_resnet else vision["patch_size"],
+            vision_head_width=vision["head_width"],
+            vision_mlp_width=None if is_resnet else int(vision["width"] * vision["mlp_ratio"]),
+            transformer_width=text["width"],
+            transformer_mlp_width=int(text["width"] * text["mlp_ratio"]),
+            transformer_heads=text["heads"],
+            transformer_layers=text["layers"],
+            context_length=text["context_length"],
+            vocab_size=text["vocab_size"],
+            activation="quick_gelu" if model.get("quick_gelu") else "gelu",
+            **{k: _plain(preprocess[k]) for k in known if k in preprocess},
+        )
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"its description is not that of a CLIP model ({one_line(error)})"
+        ) from None
+    check_config(config)
+    return config
 
 
 def to_open_clip(config: Config) -> dict[str, Any]:
@@ -123,6 +127,10 @@ def _tower(model: dict[str, Any], name: str, fields: dict[str, Any]) -> dict[str
             "its own ViT or ResNet and its own text tower, such as ViT-B-32"
         )
     return fields | {field: value for field, value in tower.items() if field in fields}
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _is_neutral(field: str, value: object) -> bool:

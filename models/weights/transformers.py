@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from models.errors import InputError
-from models.weights.config import Config
+from models.weights.config import Config, check_config
+from models.weights.file_kind import one_line
 
 CONFIG_FILE = "config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -86,37 +87,48 @@ def to_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def config_from_transformers(content: dict[str, Any], preprocessor: dict[str, Any]) -> Config:
     """Our description of the model that a config.json describes; `preprocessor` is the content of
     its preprocessor_config.json, or empty. Raises `InputError` that names what our models lack."""
-    if content.get("model_type") != "clip":
-        raise InputError(f"it describes a {content.get('model_type')!r:.40}, not a CLIPModel")
-    # transformers leaves out what has its default value, which is that of ViT-B/32.
-    text = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8} | content.get(
-        "text_config", {}
-    )
-    vision = content.get("vision_config", {})
-    acts = {tower.get("hidden_act", "quick_gelu") for tower in (text, vision)}
-    if len(acts) > 1 or not acts <= {"gelu", "quick_gelu"}:
-        raise InputError(f"its hidden_act is {' and '.join(sorted(acts))}; gelu or quick_gelu work")
-    for name, tower in (("text_config", text), ("vision_config", vision)):
-        if tower.get("layer_norm_eps", 1e-5) != 1e-5:
-            raise InputError(f"its {name} has another layer_norm_eps than 1e-5")
-    width = vision.get("hidden_size", 768)
-    return Config(
-        embed_dim=content.get("projection_dim", 512),
-        image_resolution=vision.get("image_size", 224),
-        vision_layers=vision.get("num_hidden_layers", 12),
-        vision_width=width,
-        vision_patch_size=vision.get("patch_size", 32),
-        vision_mlp_width=vision.get("intermediate_size", 3072),
-        vision_head_width=width // vision.get("num_attention_heads", 12),
-        transformer_width=text["hidden_size"],
-        transformer_mlp_width=text["intermediate_size"],
-        transformer_heads=text["num_attention_heads"],
-        transformer_layers=text.get("num_hidden_layers", 12),
-        context_length=text.get("max_position_embeddings", 77),
-        vocab_size=text.get("vocab_size", 49408),
-        activation=acts.pop(),
-        **_preprocessing(preprocessor),
-    )
+    try:
+        if content.get("model_type") != "clip":
+            raise InputError(f"it describes a {content.get('model_type')!r:.40}, not a CLIPModel")
+        # transformers leaves out what has its default value, which is that of ViT-B/32.
+        text = {
+            "hidden_size": 512,
+            "intermediate_size": 2048,
+            "num_attention_heads": 8,
+        } | content.get("text_config", {})
+        vision = content.get("vision_config", {})
+        acts = {tower.get("hidden_act", "quick_gelu") for tower in (text, vision)}
+        if len(acts) > 1 or not acts <= {"gelu", "quick_gelu"}:
+            raise InputError(
+                f"its hidden_act is {' and '.join(sorted(acts))}; gelu or quick_gelu work"
+            )
+        for name, tower in (("text_config", text), ("vision_config", vision)):
+            if tower.get("layer_norm_eps", 1e-5) != 1e-5:
+                raise InputError(f"its {name} has another layer_norm_eps than 1e-5")
+        width = vision.get("hidden_size", 768)
+        config = Config(
+            embed_dim=content.get("projection_dim", 512),
+            image_resolution=vision.get("image_size", 224),
+            vision_layers=vision.get("num_hidden_layers", 12),
+            vision_width=width,
+            vision_patch_size=vision.get("patch_size", 32),
+            vision_mlp_width=vision.get("intermediate_size", 3072),
+            vision_head_width=width // vision.get("num_attention_heads", 12),
+            transformer_width=text["hidden_size"],
+            transformer_mlp_width=text["intermediate_size"],
+            transformer_heads=text["num_attention_heads"],
+            transformer_layers=text.get("num_hidden_layers", 12),
+            context_length=text.get("max_position_embeddings", 77),
+            vocab_size=text.get("vocab_size", 49408),
+            activation=acts.pop(),
+            **_preprocessing(preprocessor),
+        )
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"its description is not a CLIPModel's ({one_line(error)})") from None
+    check_config(config)
+    return config
 
 
 def config_to_transformers(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:

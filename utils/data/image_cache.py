@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from models.errors import InputError
+from models.preprocess import Preprocess
 from models.progress_bar import progress_bar
 from utils.runs.files import replaced_whole
 
@@ -29,7 +30,7 @@ def cached_pixels(
     file: Path,
     root: Path,
     images: list[str],
-    side: int,
+    preprocess: Preprocess,
     batches: Iterable[tuple[Tensor, Iterable[int]]],
 ) -> tuple[Tensor, list[int]]:
     """The pixels of `images` (paths below `root`), uint8 `[n, 3, side, side]`, mapped from `file`,
@@ -39,8 +40,8 @@ def cached_pixels(
     indices of unreadable ones. Several runs may do so at once: each writes a file of its own and
     then renames it. Raises `InputError` if `file` cannot be written.
     """
-    shape = (len(images), 3, side, side)
-    fingerprint = _fingerprint(root, images, side)
+    shape = (len(images), 3, preprocess.side, preprocess.side)
+    fingerprint = _fingerprint(root, images, preprocess)
     mapped = _mapped(file, shape, fingerprint)
     if mapped is not None:
         return mapped
@@ -69,9 +70,10 @@ def _check_room(file: Path, needed: int) -> None:
         raise OSError(errno.ENOSPC, f"the disk has {free / 1e6:,.0f} MB left")
 
 
-def _fingerprint(root: Path, images: list[str], side: int) -> bytes:
+def _fingerprint(root: Path, images: list[str], preprocess: Preprocess) -> bytes:
     """32 bytes that change when a file, the side or Pillow does, but not when `root` is moved."""
-    digest = hashlib.sha256(f"{FORMAT} {PIL.__version__} {side}\n".encode())
+    how = (preprocess.side, preprocess.interpolation, preprocess.resize_mode)
+    digest = hashlib.sha256(f"{FORMAT} {PIL.__version__} {how}\n".encode())
     for image in images:
         path = Path(image)
         status = path.stat() if path.exists() else None

@@ -7,7 +7,6 @@ from tqdm import tqdm
 
 from models.clip import CLIP
 from models.device import upload
-from models.preprocess import normalize
 from models.progress_bar import progress_bar
 from utils.flickr8k_dataloader import Flickr8kDataset, image_batches
 from utils.machine.processes import ALONE, Processes
@@ -29,7 +28,7 @@ def encode_images(
     batches = image_batches(dataset, [rows.tolist() for rows in own], num_workers)
     with _progress_bar(own, "encoding images", "img", processes) as bar:
         for rows, images in zip(own, batches, strict=True):
-            images = normalize(upload(images, model.device))
+            images = model.preprocess.normalize(upload(images, model.device))
             features[rows] = F.normalize(model.encode_image(images).float(), dim=-1)
             bar.update(len(rows))
     return processes.sum(features)

@@ -113,5 +113,5 @@ def _encode(model: CLIP, batch: Batch, tower: str, precision: Precision) -> Tens
     """The features of the batch's images `[n, d]` or of its captions `[n * k, d]`."""
     with precision.autocast():
         if tower == "image":
-            return model.encode_image(batch.augmented_images())
+            return model.encode_image(batch.augmented_images(model.preprocess))
         return model.encode_text(batch.tokens)

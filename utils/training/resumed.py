@@ -15,14 +15,15 @@ from torch import Tensor
 from models.clip import CLIP, build_model
 from models.errors import InputError
 from models.weights.file_kind import one_line
+from models.weights.open_clip import from_open_clip
 from utils.runs.arguments import check_values
 from utils.runs.checkpoint import read_checkpoint
 from utils.training.layer_groups import lock
 from utils.training.optimizer import parameter_groups
 
 REMEDY = "take an earlier copy of the run, or start a new one from its weights"
-FIELDS = ("arguments", "data", "start", "rows", "best_since", "losses", "model", "average",
-          "optimizer", "scaler")  # fmt: skip
+FIELDS = ("arguments", "data", "start", "rows", "best_since", "losses", "config", "model",
+          "average", "optimizer", "scaler")  # fmt: skip
 SETTLED = ("lr", "layer_decay", "warmup_epochs")  # arguments that have a value once a run starts
 AT_THE_START = ("epoch", "val_loss", "mean_recall")
 IN_EVERY_ROW = (*AT_THE_START, "train_loss")
@@ -55,7 +56,7 @@ def read_resumed(path: str, parser: argparse.ArgumentParser) -> dict[str, Any] |
             _require(field in state, field, "is missing")
         _check_arguments(state["arguments"], parser)
         _check_history(state)
-        state["model"] = _model(state["model"], state["arguments"])
+        state["model"] = _model(state["model"], state["config"], state["arguments"])
         _check_average(state["average"], state["model"])
         _check_optimizer(state["optimizer"], state["model"], state["arguments"])
         _check_scaler(state["scaler"])
@@ -102,11 +103,11 @@ def _check_row(row: object, field: str, epoch: int, needed: tuple[str, ...]) -> 
         _require(fits, f"{field}: {name:.60}", _is_no("number that it can be", value))
 
 
-def _model(weights: object, arguments: dict[str, Any]) -> CLIP:
-    """The model with these weights, locked as the run has it."""
+def _model(weights: object, content: object, arguments: dict[str, Any]) -> CLIP:
+    """The model with these weights, as `content` describes it, locked as the run has it."""
     _require(_holds_tensors(weights), "model", _is_no("dict of tensors by name", weights))
     try:
-        model = build_model(weights)
+        model = build_model(weights, from_open_clip(content))
         for tower in ("image", "text"):
             if (unlocked := arguments[f"lock_{tower}"]) is not None:
                 lock(model, tower, unlocked)

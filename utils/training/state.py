@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models.clip import CLIP
+from models.weights.open_clip import to_open_clip
 from utils.machine.memory import peak_memory_mb
 from utils.machine.precision import Precision
 from utils.metric import Metrics, mean_recall
@@ -105,6 +106,7 @@ class State:
             "start": self.start,
             "rows": self.epochs,
             "losses": [loss.item() for loss in self.losses],
+            "config": to_open_clip(self.model.config),
             "model": self.model.state_dict(),
             "average": self.average.state_dict() if self.average else None,
             "optimizer": self.optimizer.state_dict(),
