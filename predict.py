@@ -71,7 +71,7 @@ def main() -> None:
     weights = find_weights(args.weights or newest_weights())
     captions = list(dict.fromkeys(args.text or read_captions(args.captions_file, weights)))
     model, preprocess = load(weights, args.device, activation=args.activation)
-    text_features = encode_texts(model, tokenize(captions, truncate=True))
+    text_features = encode_texts(model, tokenize(captions, model.context_length, truncate=True))
 
     for name in [args.image] if args.image else ask_for_images():
         try:

@@ -49,8 +49,8 @@ def main() -> None:
     from models.preprocess import open_image
 
     image = open_image(args.image)
-    tokens = tokenize(args.labels)
     model, preprocess = load(args.weights, args.device, activation=args.activation)
+    tokens = tokenize(args.labels, model.context_length)
     with torch.inference_mode():
         logits_per_image, _ = model(preprocess(image)[None].to(model.device), tokens)
         probs = logits_per_image.softmax(dim=-1).cpu().numpy()

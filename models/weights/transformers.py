@@ -99,9 +99,8 @@ def config_from_transformers(content: dict[str, Any], preprocessor: dict[str, An
         vision = content.get("vision_config", {})
         acts = {tower.get("hidden_act", "quick_gelu") for tower in (text, vision)}
         if len(acts) > 1 or not acts <= {"gelu", "quick_gelu"}:
-            raise InputError(
-                f"its hidden_act is {' and '.join(sorted(acts))}; gelu or quick_gelu work"
-            )
+            found = " and ".join(sorted(acts))
+            raise InputError(f"its hidden_act is {found}; gelu or quick_gelu work")
         for name, tower in (("text_config", text), ("vision_config", vision)):
             if tower.get("layer_norm_eps", 1e-5) != 1e-5:
                 raise InputError(f"its {name} has another layer_norm_eps than 1e-5")

@@ -140,7 +140,7 @@ def longest_caption(dataset_path: Path) -> int:
 def write_model_config(file: Path, context_length: int) -> Path:
     """The architecture as open_clip describes one; its name is that of the file."""
     config = CONFIGS[MODEL]
-    config = {
+    description = {
         "embed_dim": config.embed_dim,
         "quick_gelu": True,
         "vision_cfg": {
@@ -157,12 +157,12 @@ def write_model_config(file: Path, context_length: int) -> Path:
             "layers": config.transformer_layers,
         },
     }
-    write_json(file, config)
+    write_json(file, description)
     return file
 
 
 def score_weights(weights: Path, dataset_path: Path, languages: list[str]) -> dict[str, Metrics]:
-    model, _ = load(weights, "cpu")
+    model, _ = load(weights, "cpu", activation="quick_gelu")
     side = model.visual.input_resolution
     return {
         language: score(model, Flickr8kDataset(dataset_path, side, language, is_train=False))

@@ -7,7 +7,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import CLIP, build_model
@@ -82,6 +82,7 @@ def test_other_models_are_refused_by_the_name_of_what_is_missing(name):
         from_open_clip(DESCRIPTIONS[name])
 
 
+@settings(deadline=None)
 @given(
     width=st.integers(1, 60).map(lambda heads: 64 * heads),
     mlp_width=st.integers(1, 20_000),

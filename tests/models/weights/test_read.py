@@ -11,6 +11,7 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import open_clip
@@ -23,13 +24,15 @@ from published import save_published
 from safetensors.torch import save_file
 from script_runs import ROOT
 
-from models import load, tokenize
+from models import load as load_model
+from models import tokenize
 from models.clip_utils import create_model
 from models.errors import InputError
 from models.weights.read import read_state_dict
 from models.weights.unwrap import NO_WEIGHTS
 from utils.runs.checkpoint import save_weights
 
+load = partial(load_model, activation="quick_gelu")  # which a state dict does not tell
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
 
