@@ -92,9 +92,7 @@ def test_a_folder_of_transformers_gives_its_features(transformers_model, tmp_pat
     assert_same(load(tmp_path, "cpu")[0], *expected)
     if size == "500KB":
         next(tmp_path.glob("*-00002-*.safetensors")).unlink()
-        with pytest.raises(
-            InputError, match=r"part model-00002-of-000\d\d\.safetensors is missing"
-        ):
+        with pytest.raises(InputError, match=r"part model-00002-of-\d+\.safetensors is missing"):
             load(tmp_path, "cpu")
 
 
