@@ -286,7 +286,7 @@ def damaged_weights(draw):
 @given(damaged_weights(), st.sampled_from([None, 64, 96]))
 def test_damaged_weights_give_a_working_model_or_a_one_line_error(weights, side):
     try:
-        model = build_model(weights, side)
+        model = build_model(weights, input_shape=side)
     except InputError as error:
         assert str(error).isprintable() and len(str(error)) < 2000
         return

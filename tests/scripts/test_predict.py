@@ -255,8 +255,10 @@ def test_predict_takes_the_captions_of_all_languages_of_its_run(work):
         (["a dog", "word " * 99], "text 1 has 101 tokens, where 77 fit"),
     ],
 )
-def test_unusable_labels_are_named(photo, error_of, labels, message):
-    assert message in error_of(predict_zero_shot.main, photo, "--labels", *labels)
+def test_unusable_labels_are_named(work, photo, error_of, labels, message):
+    weights = work / "logs" / "a run" / "weights" / "best_epoch_weights.pth"
+    words = [photo, "--weights", weights, "--labels", *labels]
+    assert message in error_of(predict_zero_shot.main, *words)
 
 
 @pytest.mark.slow

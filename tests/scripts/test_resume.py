@@ -67,8 +67,8 @@ def assert_same_run(run, whole):
 
     assert rows(run) == rows(whole)
     assert (run / "epoch_loss.txt").read_text() == (whole / "epoch_loss.txt").read_text()
-    names = {path.name for path in (whole / "weights").iterdir()}
-    assert {path.name for path in (run / "weights").iterdir()} == names
+    names = {path.name for path in (whole / "weights").glob("*.pth")}
+    assert {path.name for path in (run / "weights").glob("*.pth")} == names
     for name in names - {"checkpoint.pth"}:
         found, expected = content(run, name), content(whole, name)
         assert all(torch.equal(found[key], expected[key]) for key in expected), name

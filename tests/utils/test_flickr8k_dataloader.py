@@ -140,7 +140,10 @@ def test_what_a_transform_has_normalised_is_not_normalised_again(root):
 
 
 def batches(loader, epoch, start=0):
-    return [(batch.augmented_images(), batch.tokens) for batch in loader.epoch(epoch, start)]
+    return [
+        (batch.augmented_images(Preprocess(24)), batch.tokens)
+        for batch in loader.epoch(epoch, start)
+    ]
 
 
 def equal(first, second):

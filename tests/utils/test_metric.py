@@ -15,7 +15,7 @@ from PIL import Image
 from flickr8k.render_demo import render_demo
 from models.clip_utils import create_model
 from models.errors import InputError
-from models.preprocess import normalize
+from models.preprocess import Preprocess, normalize
 from utils import Flickr8kDataset
 from utils.machine.precision import Precision
 from utils.metric import (
@@ -80,7 +80,7 @@ class Judge:
 
     def __init__(self, dataset):
         self.embed_dim, self.device = len(dataset), torch.device("cpu")
-        self.logit_scale = SCALE
+        self.logit_scale, self.preprocess = SCALE, Preprocess(1)
         self.having = {}
         for image, captions in dataset.own_captions.items():
             for row in dataset.tokens[captions].numpy():

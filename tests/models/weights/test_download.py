@@ -696,7 +696,7 @@ class TestCommandLine:
         monkeypatch.setattr(registry, "BASE_URL", server.root)
         monkeypatch.setitem(clip_utils.SHA256, "ViT-B/16", SHA256)
         read = Mock()
-        monkeypatch.setattr(clip_utils, "read_state_dict", read)
+        monkeypatch.setattr(clip_utils, "read_weights", read)
         if is_there:
             leave(tmp_path / "ViT-B-16.pt", wrong)
         with pytest.raises(InputError, match="delete it" if is_there else "wrong digest"):

@@ -511,7 +511,7 @@ def test_large_finite_weights_are_not_taken_for_infinite(demo, tmp_path):
 
 
 def test_what_is_no_clip_says_so(tmp_path):
-    assert "is a folder" in refusal(tmp_path)
+    assert "a folder without weights" in refusal(tmp_path)
     with pytest.raises(InputError, match=r"neither a file.*ViT-B/32"):
         load("ViT-B-32", "cpu")
     other = tmp_path / "other.pt"

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from models.clip import CLIP
+from models.weights.config import Config
 from utils.machine.processes import ALONE
 from utils.runs.checkpoint import read_checkpoint
 from utils.runs.folder import Run
@@ -16,11 +17,12 @@ class NoLosses:
 
 @pytest.fixture
 def model():
-    return CLIP(
+    config = Config(
         embed_dim=4, image_resolution=8, vision_layers=1, vision_width=64, vision_patch_size=4,
-        context_length=5, vocab_size=7, transformer_width=64, transformer_heads=1,
-        transformer_layers=1,
-    ).initialize()  # fmt: skip
+        vision_mlp_width=256, context_length=5, vocab_size=7, transformer_width=64,
+        transformer_mlp_width=256, transformer_heads=1, transformer_layers=1,
+    )  # fmt: skip
+    return CLIP(config).initialize()
 
 
 def state(*recalls, losses=()):

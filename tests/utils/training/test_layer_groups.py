@@ -1,17 +1,24 @@
 """Layers by their distance from the features: locking and layer-wise learning rates."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from models.clip import CLIP
 from models.clip_utils import create_model
 from models.errors import InputError
+from models.weights.registry import CONFIGS
 from utils.training.layer_groups import distance_from_end, lock, train_mode
 from utils.training.optimizer import parameter_groups, set_learning_rate
 
 
 def small_resnet():
-    return CLIP(64, 32, (1, 1, 1, 1), 8, None, 8, 100, 64, 1, 2).initialize()
+    config = replace(
+        CONFIGS["RN50"], image_resolution=32, vision_layers=(1, 1, 1, 1), vision_width=8,
+        transformer_layers=2, vocab_size=100,
+    )  # fmt: skip
+    return CLIP(config).initialize()
 
 
 def test_distances_count_the_blocks_from_the_features():

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from models.clip import CLIP
 from models.errors import InputError
+from models.weights.config import Config
 from train import build_parser
 from utils.machine.precision import Precision
 from utils.retrieval.tables import TITLES
@@ -23,18 +24,11 @@ from utils.training.optimizer import parameter_groups
 from utils.training.resumed import read_resumed
 from utils.training.state import State
 
-TINY = {
-    "embed_dim": 4,
-    "image_resolution": 8,
-    "vision_layers": 1,
-    "vision_width": 64,
-    "vision_patch_size": 4,
-    "context_length": 5,
-    "vocab_size": 7,
-    "transformer_width": 64,
-    "transformer_heads": 1,
-    "transformer_layers": 1,
-}
+TINY = Config(
+    embed_dim=4, image_resolution=8, vision_layers=1, vision_width=64, vision_patch_size=4,
+    vision_mlp_width=256, context_length=5, vocab_size=7, transformer_width=64,
+    transformer_mlp_width=256, transformer_heads=1, transformer_layers=1,
+)  # fmt: skip
 SCORES = ["R@1", "R@5", "R@10", "mAP@1", "mAP@5", "mAP@10", "median_rank", "mean_rank"]
 SCALER = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000,
           "_growth_tracker": 3}  # fmt: skip
@@ -60,7 +54,7 @@ def train_a_step(state):
 def valid():
     """What a run of two epochs and a step has saved."""
     torch.manual_seed(0)
-    state = new_state(CLIP(**TINY).initialize())
+    state = new_state(CLIP(TINY).initialize())
     metrics = {way: dict.fromkeys(SCORES, 50.0) for way in TITLES}
     for _ in "ab":
         train_a_step(state)
