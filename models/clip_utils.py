@@ -102,12 +102,16 @@ def load(
     Raises `InputError` if the weights cannot be had, or are not those of a CLIP model.
     """
     device = pick_device(device)
-    path = find_weights(name, download_root)
+    model = read_model(find_weights(name, download_root), activation, input_shape).to(device)
+    return model, model.preprocess
+
+
+def read_model(path: Path, activation: str | None = None, input_shape: int | None = None) -> CLIP:
+    """The model of the weights at `path`, on the CPU. The arguments are those of `load`."""
     try:
-        model = build_model(*read_weights(path, activation), input_shape=input_shape)
+        return build_model(*read_weights(path, activation), input_shape=input_shape)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    return model.to(device), model.preprocess
 
 
 @lru_cache

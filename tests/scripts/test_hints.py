@@ -14,7 +14,8 @@ from script_runs import ROOT
 
 SCRIPTS = [
     *("train.py", "predict.py", "predict_zero_shot.py", "utils/metric.py"),
-    *("models/clip_utils.py", "flickr8k/prepare.py", "flickr8k/render_demo.py"),
+    *("models/clip_utils.py", "models/convert.py"),
+    *("flickr8k/prepare.py", "flickr8k/render_demo.py"),
 ]
 # Raised for another input_shape, or for mixed precision, which only train.py asks for.
 CANNOT_BE = {
