@@ -114,6 +114,8 @@ def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
     if captions_file:
         try:
             lines = read_bytes(captions_file).decode("utf-8-sig").splitlines()
+        except FileNotFoundError:
+            raise InputError(f"{captions_file}: no such file; write one caption a line") from None
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{captions_file}: cannot be read as UTF-8 text ({error})") from None
         captions = [line.strip() for line in lines if line.strip()]

@@ -61,7 +61,8 @@ def create_model(name: str, input_shape: int | None = None) -> CLIP:
 
 
 def find_weights(name: str | os.PathLike, download_root: str | os.PathLike = MODELS_PTH) -> Path:
-    """The weights that `name` stands for, a file or a folder: the name of a model, or a path.
+    """The weights that `name` stands for, a file or a folder: the name of a model, or a path. The
+    folder of a run stands for its best weights.
 
     The published weights of a model are downloaded to the folder `download_root` if they are not
     there yet. Raises `InputError` if `name` is neither, or if the download fails.
@@ -69,17 +70,25 @@ def find_weights(name: str | os.PathLike, download_root: str | os.PathLike = MOD
     if name in SHA256:
         path = Path(download_root).expanduser() / weights_filename(name)
         return download(weights_url(name), path, SHA256[name])
+    check_name(name)
     path = Path(name).expanduser()
-    if not path.exists():
+    best = path / "weights" / "best_epoch_weights.pth"
+    if best.is_file():
+        return best
+    if not path.is_dir():
+        check_regular(path)
+    return path
+
+
+def check_name(name: str | os.PathLike) -> None:
+    """Raise `InputError` for what is neither the name of published weights nor a path."""
+    if name not in SHA256 and not Path(name).expanduser().exists():
         near = near_names(str(name), CONFIGS)
         known = ", ".join(available_models())
         raise InputError(
             f"{name}: neither a file nor the name of published weights{near}; the names are "
             f"{known} (ViT-demo has no published weights; to train it: {_train_demo()})"
         )
-    if not path.is_dir():
-        check_regular(path)
-    return path
 
 
 def load(

@@ -235,6 +235,12 @@ def test_fine_tuning_starts_from_weights_in_bfloat16_at_another_resolution(train
     assert {path.suffix for path in (work / "pixels").iterdir()} == {".pixels"}
 
 
+def test_a_mistyped_start_is_told_before_missing_data(work):
+    arguments = ["--resume_training", "ViT-B/33", "--dataset_path", "nowhere"]
+    line = error_line("train.py", *arguments, cwd=work)
+    assert "ViT-B/33: neither a file" in line and "did you mean ViT-B/32" in line
+
+
 def test_no_data_says_what_to_do(work):
     line = error_line("train.py", "--dataset_path", "nowhere", cwd=work)
     for way_out in ("nowhere", "prepare.py --download", "--dataset_path", "--demo"):

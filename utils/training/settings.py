@@ -5,6 +5,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from models.clip_utils import check_name
 from models.errors import InputError
 from models.scripts import from_here
 from utils.data.annotations import caption_file, missing_annotations
@@ -88,6 +89,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.warmup_epochs >= args.epochs:
         raise InputError(f"--warmup_epochs {args.warmup_epochs:g} should be less than --epochs "
                          f"{args.epochs}")  # fmt: skip
+    if args.resume_training != "none":
+        check_name(args.resume_training)
     for language, split in product(args.language, ("train", "val")):
         if missing := missing_annotations(caption_file(args.dataset_path, language, split)):
             raise InputError(

@@ -15,8 +15,10 @@ from script_runs import error_line
 from transformers import CLIPConfig, CLIPModel
 
 from models import load
+from models.clip_utils import create_model, find_weights
 from models.errors import InputError
 from models.weights.unwrap import unwrap
+from utils.runs.checkpoint import save_weights
 
 TEXT = {"context_length": 20, "vocab_size": 500, "width": 128, "heads": 4, "layers": 2}
 VISION = {"image_size": 64, "layers": 2, "width": 160, "head_width": 80, "patch_size": 16}
@@ -219,3 +221,10 @@ def test_a_wrong_folder_ends_a_script_in_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     line = error_line("predict_zero_shot.py", "--weights", "empty", cwd=tmp_path)
     assert "empty: a folder without weights" in line
+
+
+def test_the_folder_of_a_run_stands_for_its_best_weights(tmp_path):
+    weights = tmp_path / "run" / "weights"
+    weights.mkdir(parents=True)
+    save_weights(create_model("ViT-demo"), weights / "best_epoch_weights.pth")
+    assert find_weights(tmp_path / "run") == weights / "best_epoch_weights.pth"
