@@ -200,7 +200,7 @@ def test_unusable_images_and_a_missing_run_end_in_one_line(work, tmp_path):
         (["--text", "a dog", " "], "--text: one of the captions is empty"),
         (["--text"], "--text: expected at least one argument"),
         (["--text", "a", "--captions_file", "b.txt"], "--captions_file: not allowed with .*--text"),
-        (["--captions_file", "gone.txt"], "gone.txt: cannot be read"),
+        (["--captions_file", "gone.txt"], "gone.txt: no such file"),
         (["--captions_file", "none.txt"], "none.txt: no captions in it"),
         (
             ["--weights", "alone.pth"],
