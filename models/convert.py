@@ -20,6 +20,7 @@ from torch import Tensor
 from models.clip import CLIP
 from models.clip_utils import find_weights, read_model, tokenizer
 from models.errors import InputError, run_script
+from models.scripts import add_activation
 from models.simple_tokenizer import END_OF_TEXT, START_OF_TEXT
 from models.weights import open_clip, transformers
 
@@ -86,7 +87,7 @@ def main() -> None:
     add("weights", metavar="WEIGHTS", help="weights file or folder, or a model name")
     add("output", type=Path, metavar="OUT", help="folder to write; it must not exist yet")
     add("--format", choices=list(WRITERS), required=True, help="whose program is to open it")
-    add("--activation", choices=["quick_gelu", "gelu"], help="of weights that do not tell it")
+    add_activation(parser)
     add("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     model = read_model(find_weights(args.weights), args.activation)
