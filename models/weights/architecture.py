@@ -55,8 +55,8 @@ def infer_config(state_dict: dict[str, Tensor]) -> Config:
     for name, head_width in heads.items():
         if getattr(config, name) % head_width and not (is_resnet and name == "vision_width"):
             reason = (
-                f"its {name} {getattr(config, name)} is no multiple of {head_width}, "
-                "the width of an attention head"
+                f"its {name} {getattr(config, name)} is no multiple of {head_width}, the width of "
+                "an attention head where no description lies beside it"
             )
             raise InputError(_not_clip(reason, state_dict))
     if math.isqrt(positions) ** 2 != positions:

@@ -142,7 +142,7 @@ def _side(image_size: Any) -> Any:
         return image_size
     if not all(type(side) is int for side in image_size) or len(set(image_size)) != 1:
         sides = quoted(image_size)
-        raise InputError(f"it takes images of {sides} pixels, and only square ones work here")
+        raise InputError(f"it takes images of {sides} pixels; only square ones work here")
     return image_size[0]
 
 

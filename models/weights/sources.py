@@ -78,12 +78,12 @@ def _read_shards(folder: Path, index: dict[str, Any]) -> dict[str, Tensor]:
     """The weights in the files that an index of transformers lists."""
     table = index.get("weight_map")
     if not isinstance(table, dict) or not table:
-        raise InputError("lists no files (weight_map); download it anew")
+        raise InputError("lists no files (weight_map)")
     weights: dict[str, Tensor] = {}
     for name in sorted(set(map(str, table.values()))):
         part = one_line(name)
         if Path(name).name != name:
-            raise InputError(f"its part {part} is outside of the folder; download it anew")
+            raise InputError(f"its part {part} is outside of the folder")
         if not (folder / name).is_file():
             raise InputError(f"its part {part} is missing; download it as well")
         with _named(part):
@@ -152,16 +152,18 @@ def _json(file: Path) -> dict[str, Any] | None:
         try:
             content = json.loads(read_bytes(file))
         except (ValueError, RecursionError) as error:
-            raise InputError(f"broken JSON ({one_line(error)}); download it anew") from None
+            raise InputError(f"broken JSON ({one_line(error)})") from None
         if not isinstance(content, dict):
-            raise InputError("should hold a description, in braces; download it anew")
+            raise InputError("should hold a description, in braces")
     return content
 
 
 @contextmanager
 def _named(file: str) -> Iterator[None]:
-    """Errors within are of this file in the folder, which the caller names."""
+    """Errors within are of this file in the folder, which the caller names. One that does not say
+    what to do, after a semicolon, is of a damaged file."""
     try:
         yield
     except InputError as error:
-        raise InputError(f"{file}: {error}") from None
+        remedy = "" if ";" in str(error) else "; download it anew"
+        raise InputError(f"{file}: {error}{remedy}") from None

@@ -84,7 +84,9 @@ def from_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             ours[_our_name(name)] = tensor
     for key, parts in thirds.items():
         if parts.keys() != set("qkv"):
-            raise InputError(f"{key}: of query, key and value only {', '.join(sorted(parts))}")
+            raise InputError(
+                f"{key}: of query, key and value only {', '.join(sorted(parts))}; download it anew"
+            )
         ours[key] = torch.cat([parts[part] for part in "qkv"])
     return ours
 
@@ -125,7 +127,8 @@ def config_from_transformers(content: dict[str, Any], preprocessor: dict[str, An
             raise InputError(f"its hidden_act is {found}; 'gelu' or 'quick_gelu' work")
         for name, tower in (("text_config", text), ("vision_config", vision)):
             if tower.get("layer_norm_eps", 1e-5) != 1e-5:
-                raise InputError(f"its {name} has another layer_norm_eps than 1e-5")
+                found = quoted(tower["layer_norm_eps"])
+                raise InputError(f"its {name} has layer_norm_eps {found}; only 1e-05 works here")
         config = Config(
             embed_dim=content.get("projection_dim", 512),
             image_resolution=vision["image_size"],
@@ -212,7 +215,7 @@ def _tower(content: dict[str, Any], name: str, defaults: dict[str, int]) -> dict
     tower = defaults | (content.get(name) or {}) | (content.get(f"{name}_dict") or {})
     for field in defaults:
         if type(tower[field]) is not int or not 0 < tower[field] <= MAX_SIZE:
-            raise InputError(f"its {name} has a {field} of {quoted(tower[field])}")
+            raise InputError(f"its {name} has {field} {quoted(tower[field])}")
     return tower
 
 
