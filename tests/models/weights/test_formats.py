@@ -4,19 +4,24 @@ comes from computes, and so it does in that library once it was converted."""
 import json
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
 import open_clip
 import pytest
 import torch
-from open_clip.model import set_model_preprocess_cfg
-from open_clip.push_to_hf_hub import save_for_hf
+from peers import (
+    MEAN,
+    STD,
+    save_open_clip,
+    save_transformers,
+    small_open_clip,
+    small_transformers,
+    their_features,
+)
 from published import save_published
 from torch.optim.swa_utils import AveragedModel
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers import CLIPModel
 
 from models import CLIP, build_model, load, tokenize
-from models.clip_utils import tokenizer
 from models.convert import convert
 from models.preprocess import Preprocess
 from models.weights.open_clip import from_open_clip
@@ -26,48 +31,7 @@ from utils.training.state import State
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
-MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 CAPTIONS = ["a red bird on a fence", "两只狗", "one " * 30, "word " * 120 + "end"]
-
-
-# --- Models of other libraries, with random weights -----------------------------------------------
-
-
-def of_open_clip(quick_gelu=False, width=128, head_width=64, layers=2, context=77):
-    """(model, its description), a ViT, or, with a list of layers, a ResNet."""
-    vision = {"image_size": 64, "layers": layers, "width": width, "head_width": head_width}
-    text = {"context_length": context, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}
-    description = {"embed_dim": 48, "vision_cfg": vision | {"patch_size": 16}, "text_cfg": text}
-    description |= {"quick_gelu": True} if quick_gelu else {}
-    model = open_clip.model.CLIP(**description)
-    preprocess = {"mean": MEAN, "std": STD, "interpolation": "bilinear", "resize_mode": "squash"}
-    set_model_preprocess_cfg(model, preprocess)
-    return enlarged(model), description
-
-
-def of_transformers(activation="quick_gelu", width=128, heads=2, eos=49407):
-    """`eos` is the id of the end of a text, or 2, by which transformers means the largest id."""
-    text = {"hidden_size": 64, "intermediate_size": 200, "num_attention_heads": 1,
-            "num_hidden_layers": 2, "vocab_size": 49408, "eos_token_id": eos}  # fmt: skip
-    vision = {"hidden_size": width, "intermediate_size": 500, "num_attention_heads": heads,
-              "num_hidden_layers": 2, "image_size": 64, "patch_size": 16}  # fmt: skip
-    act = {"hidden_act": activation}
-    config = CLIPConfig(text_config=text | act, vision_config=vision | act, projection_dim=48)
-    return enlarged(CLIPModel(config))
-
-
-def enlarged(model):
-    """With activations where GELU and QuickGELU are far apart, and no bias that is zero."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if "c_fc.weight" in key or "fc1.weight" in key:
-                parameter.copy_(torch.randn_like(parameter) * (3 / parameter.shape[1] ** 0.5))
-            elif parameter.ndim == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-            elif parameter.ndim:
-                parameter.copy_(torch.randn_like(parameter) / parameter[0].numel() ** 0.5)
-    return model.eval()
 
 
 # --- Rows: each writes its format into a folder; returns the path, arguments of `load`, the model -
@@ -75,9 +39,8 @@ def enlarged(model):
 
 def open_clip_folder(folder, weights="safetensors", **family):
     """As open_clip saves it for a hub, which writes both files."""
-    model, description = of_open_clip(**family)
-    no_tokenizer = SimpleNamespace(save_pretrained=lambda folder: None)
-    save_for_hf(model, no_tokenizer, description, folder)
+    model, description = small_open_clip(**family)
+    save_open_clip(model, description, folder)
     for file in folder.glob("open_clip_*model.*"):
         if file.suffix != f".{weights}":
             file.unlink()
@@ -85,14 +48,14 @@ def open_clip_folder(folder, weights="safetensors", **family):
 
 
 def bare(folder):
-    model, _ = of_open_clip()
+    model, _ = small_open_clip()
     torch.save(model.state_dict(), folder / "bare.pt")
     return folder / "bare.pt", {"activation": "gelu"}, model
 
 
 def training_checkpoint(folder):
     """As open_clip's training saves it on several GPUs, with the description laid beside it."""
-    model, description = of_open_clip(width=160, head_width=80)
+    model, description = small_open_clip(width=160, head_width=80)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
     model.encode_text(tokenize(CAPTIONS, truncate=True)).sum().backward()
     optimizer.step()
@@ -104,7 +67,7 @@ def training_checkpoint(folder):
 
 
 def moving_average(folder):
-    model, description = of_open_clip()
+    model, description = small_open_clip()
     content = {"epoch": 3, "state_dict_ema": AveragedModel(model).state_dict()}
     torch.save(content, folder / "epoch_3.pt")
     (folder / "open_clip_config.json").write_text(json.dumps(description))
@@ -114,7 +77,7 @@ def moving_average(folder):
 def long_clip(folder):
     """Long-CLIP's own files: a position's embedding is that of `positional_embedding` for the first
     20, and of `positional_embedding_res` for the others."""
-    model, _ = of_open_clip(quick_gelu=True, context=248)
+    model, _ = small_open_clip(quick_gelu=True, context=248)
     weights = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     weights["positional_embedding_res"] = weights["positional_embedding"].clone()
     weights["positional_embedding_res"][:20] = 7
@@ -125,25 +88,15 @@ def long_clip(folder):
 
 def archive(folder, **family):
     """In float16, as OpenAI published it."""
-    model, _ = of_open_clip(quick_gelu=True, **family)
+    model, _ = small_open_clip(quick_gelu=True, **family)
     path = save_published(model.state_dict(), folder / "archive.pt")
     return path, {}, open_clip.load_openai_model(str(path), precision="fp32", device="cpu").eval()
 
 
 def transformers_folder(folder, shards="5GB", processor=True, **family):
-    model = of_transformers(**family)
-    model.save_pretrained(folder, max_shard_size=shards)
+    model = small_transformers(**family)
+    save_transformers(model, folder, processor, max_shard_size=shards)
     assert len(list(folder.glob("*.safetensors"))) == {"5GB": 1, "5MB": 2}[shards]
-    images = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size=64, image_mean=list(MEAN),
-                                image_std=list(STD), resample=2)  # fmt: skip
-    if not processor:
-        images.save_pretrained(folder)  # preprocessor_config.json
-        return folder, {}, model
-    bpe = tokenizer()
-    (folder / "vocab.json").write_text(json.dumps(bpe.encoder))
-    merges = "\n".join(["#version: 0.2", *map(" ".join, bpe.priorities)])
-    (folder / "merges.txt").write_text(merges, "utf-8")
-    CLIPProcessor(images, CLIPTokenizer.from_pretrained(folder)).save_pretrained(folder)
     return folder, {}, model
 
 
@@ -160,7 +113,7 @@ def transformers_bin(folder):
 
 
 def own_weights(folder):
-    model, description = of_open_clip(width=160, head_width=80)
+    model, description = small_open_clip(width=160, head_width=80)
     ours = build_model(model.state_dict(), from_open_clip(description))
     save_weights(ours, folder / "best_epoch_weights.pth")
     return folder / "best_epoch_weights.pth", {}, open_clip.create_model(f"local-dir:{folder}")
@@ -168,7 +121,7 @@ def own_weights(folder):
 
 def own_checkpoint(folder):
     """Alone: the description is in it."""
-    model, description = of_open_clip(width=160, head_width=80)
+    model, description = small_open_clip(width=160, head_width=80)
     ours = build_model(model.state_dict(), from_open_clip(description))
     optimizer = torch.optim.AdamW(ours.parameters())
     state = State(ours, optimizer, Precision(torch.device("cpu"), use_amp=False), ema=0.9)
@@ -205,15 +158,6 @@ ROWS = {
 }
 
 
-def features(model, images, tokens):
-    """Of images and of texts, of ours or of another library's model."""
-    with torch.no_grad():
-        if not isinstance(model, CLIPModel):
-            return model.encode_image(images), model.encode_text(tokens)
-        found = model.get_image_features(images), model.get_text_features(tokens)
-        return [getattr(one, "pooler_output", one) for one in found]
-
-
 def assert_close(found, expected):
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
@@ -227,15 +171,15 @@ def test_every_format_gives_the_features_of_its_library_in_and_out(row, tmp_path
     ours, preprocess = load(path, "cpu", **arguments)
     images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     tokens = tokenize(CAPTIONS, ours.context_length, truncate=True)
-    expected = features(theirs.eval(), images, tokens)
-    assert_close(features(ours, images, tokens), expected)
+    expected = their_features(theirs.eval(), images, tokens)
+    assert_close(their_features(ours, images, tokens), expected)
     modes = {"open_clip": "squash", "transformers": "shortest"}
     if (library := row.partition(",")[0]) in modes and path.is_dir():
         assert preprocess == Preprocess(64, MEAN, STD, "bilinear", modes[library])
 
     activations = {"gelu": "quick_gelu", "quick_gelu": "gelu"}
     other = replace(ours.config, activation=activations[ours.config.activation])
-    wrong = features(build_model(ours.state_dict(), other), images, tokens)
+    wrong = their_features(build_model(ours.state_dict(), other), images, tokens)
     for part, would_be in list(zip(expected, wrong, strict=True))[0 if ours.config.is_vit else 1 :]:
         assert (part - would_be).abs().max() > 1e-2
 
@@ -245,7 +189,7 @@ def test_every_format_gives_the_features_of_its_library_in_and_out(row, tmp_path
         convert(ours, tmp_path / "transformers", "transformers")
         opened["transformers"] = CLIPModel.from_pretrained(tmp_path / "transformers").eval()
     for name, model in opened.items():
-        assert_close(features(model, images, tokens), expected)
+        assert_close(their_features(model, images, tokens), expected)
         back, _ = load(tmp_path / name, "cpu")
         assert isinstance(back, CLIP) and back.config == ours.config
         assert all(torch.equal(back.state_dict()[k], t) for k, t in ours.state_dict().items())
