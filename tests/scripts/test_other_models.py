@@ -31,7 +31,11 @@ PADDING = "word " * 110  # tokens before the first in which two captions differ
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return render_demo(tmp_path_factory.mktemp("data"), n_train=16, n_val=12)
+    """With images that have to be resized and cut."""
+    root = render_demo(tmp_path_factory.mktemp("data"), n_train=16, n_val=12)
+    for file in root.glob("images/*"):
+        Image.open(file).resize((120, 90)).save(file)
+    return root
 
 
 @pytest.fixture(scope="module")
