@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from script_runs import ROOT
 from transformers import CLIPTokenizer
 
-from models.clip_utils import tokenize, tokenizer
+from models.clip_utils import tokenize
 from models.errors import InputError
 from models.simple_tokenizer import clean
+from models.tokens import clip_tokenizer
 
 SHARED = ROOT.parent / "shared" / "flickr8k"
 START, END = 49406, 49407
@@ -35,7 +36,7 @@ def captions(*files: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def ours():
-    return tokenizer()
+    return clip_tokenizer()
 
 
 @pytest.fixture(scope="module")

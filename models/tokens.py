@@ -1,0 +1,57 @@
+"""Texts to rows of token ids, by the tokenizer that a model was trained with."""
+
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from models.errors import InputError
+from models.simple_tokenizer import SimpleTokenizer
+
+MAX_QUOTED = 60  # characters of a text that an error message quotes
+
+
+class Tokenizer(Protocol):
+    """What a model's tokenizer has: the ids of the special tokens around a text, and `encode`."""
+
+    start_of_text: int
+    end_of_text: int
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of `text`, without start-of-text and end-of-text token."""
+
+
+@lru_cache
+def clip_tokenizer() -> SimpleTokenizer:
+    """CLIP's own tokenizer. It is read from its file once, on the first call."""
+    return SimpleTokenizer()
+
+
+def token_rows(
+    tokenizer: Tokenizer, texts: str | list[str], context_length: int, truncate: bool = False
+) -> Tensor:
+    """n texts -> int32 token ids `[n, context_length]`.
+
+    A row holds the start-of-text token, the tokens of the text, the end-of-text token, and zeros to
+    fill up. A text that is too long is cut if `truncate` is true, and still ends with the
+    end-of-text token; otherwise it raises `InputError`, as does anything that is not a string.
+    """
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    tokens = torch.zeros(len(texts), context_length, dtype=torch.int32)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InputError(
+                f"text {i} is {type(text).__name__}, not a string: {text!r:.{MAX_QUOTED}}"
+            )
+        ids = [tokenizer.start_of_text, *tokenizer.encode(text), tokenizer.end_of_text]
+        if len(ids) > context_length:
+            if not truncate:
+                raise InputError(
+                    f"text {i} has {len(ids)} tokens, where {context_length} fit: "
+                    f"{text[:MAX_QUOTED]!r}{'...' if len(text) > MAX_QUOTED else ''}; "
+                    "shorten it, or cut it with truncate=True"
+                )
+            ids[context_length - 1 :] = [tokenizer.end_of_text]
+        tokens[i, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
+    return tokens
