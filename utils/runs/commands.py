@@ -11,8 +11,8 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from models.clip_utils import tokenizer
 from models.simple_tokenizer import clean
+from models.tokens import clip_tokenizer
 from models.weights.registry import CONTEXT_LENGTH
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,4 +101,4 @@ def _label(caption: str, context_length: int) -> str:
 
 def _length(text: str) -> int:
     """How many tokens a text has."""
-    return len(tokenizer().encode(text))
+    return len(clip_tokenizer().encode(text))
