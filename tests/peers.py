@@ -11,7 +11,7 @@ from open_clip.push_to_hf_hub import save_for_hf
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from models.clip_utils import tokenizer
+from models.tokens import clip_tokenizer
 from models.weights.registry import CONFIGS
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)  # of the small models' images
@@ -172,7 +172,7 @@ def save_transformers(
     if not processor:
         images.save_pretrained(folder)
         return
-    bpe = tokenizer()
+    bpe = clip_tokenizer()
     (folder / "vocab.json").write_text(json.dumps(bpe.encoder))
     merges = "\n".join(["#version: 0.2", *map(" ".join, bpe.priorities)])
     (folder / "merges.txt").write_text(merges, "utf-8")
