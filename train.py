@@ -333,7 +333,7 @@ def finish(args: argparse.Namespace, folder: Path, loader, val_set, state) -> No
         evaluate_path(model, start, args.wise_ft, score, folder)
         best_weights = folder / "weights" / "wise_ft_weights.pth"
     compare_with_start(state)
-    print(what_to_try(val_set.image[0], best_weights, val_set.text, model.context_length))
+    print(what_to_try(val_set.image[0], best_weights, val_set.text, model))
 
 
 if __name__ == "__main__":

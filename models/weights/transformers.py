@@ -117,34 +117,21 @@ def config_from_transformers(content: dict[str, Any], preprocessor: dict[str, An
                 "CLIPModel, such as openai/clip-vit-base-patch32"
             )
         text = _tower(content, "text_config", TEXT)
-        vision = _tower(content, "vision_config", VISION)
+        image = image_tower(content, preprocessor)
+        if text.get("hidden_act", "quick_gelu") != image["activation"]:
+            raise InputError("its towers have another hidden_act each; one for both works")
+        check_epsilon(text, "text_config", 1e-5)
         if text.get("eos_token_id", ENDS[0]) not in ENDS:
             found = quoted(text["eos_token_id"])
             raise InputError(f"its eos_token_id is {found}; {ENDS[0]} works, as in published CLIPs")
-        acts = {tower.get("hidden_act", "quick_gelu") for tower in (text, vision)}
-        if len(acts) > 1 or not acts <= {"gelu", "quick_gelu"}:
-            found = " and ".join(sorted(map(quoted, acts)))
-            raise InputError(f"its hidden_act is {found}; 'gelu' or 'quick_gelu' work")
-        for name, tower in (("text_config", text), ("vision_config", vision)):
-            if tower.get("layer_norm_eps", 1e-5) != 1e-5:
-                found = quoted(tower["layer_norm_eps"])
-                raise InputError(f"its {name} has layer_norm_eps {found}; only 1e-05 works here")
         config = Config(
-            embed_dim=content.get("projection_dim", 512),
-            image_resolution=vision["image_size"],
-            vision_layers=vision["num_hidden_layers"],
-            vision_width=vision["hidden_size"],
-            vision_patch_size=vision["patch_size"],
-            vision_mlp_width=vision["intermediate_size"],
-            vision_head_width=vision["hidden_size"] // vision["num_attention_heads"],
             transformer_width=text["hidden_size"],
             transformer_mlp_width=text["intermediate_size"],
             transformer_heads=text["num_attention_heads"],
             transformer_layers=text["num_hidden_layers"],
             context_length=text["max_position_embeddings"],
             vocab_size=text["vocab_size"],
-            activation=acts.pop(),
-            **_preprocessing(preprocessor),
+            **image,
         )
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
@@ -154,11 +141,37 @@ def config_from_transformers(content: dict[str, Any], preprocessor: dict[str, An
     return config
 
 
+def image_tower(content: dict[str, Any], preprocessor: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `Config` on images, of a `CLIPModel` or another with the same image tower."""
+    vision = _tower(content, "vision_config", VISION)
+    activation = vision.get("hidden_act", "quick_gelu")
+    if activation not in ("gelu", "quick_gelu"):
+        raise InputError(f"its hidden_act is {quoted(activation)}; gelu or quick_gelu work")
+    check_epsilon(vision, "vision_config", 1e-5)
+    return {
+        "embed_dim": content.get("projection_dim", 512),
+        "image_resolution": vision["image_size"],
+        "vision_layers": vision["num_hidden_layers"],
+        "vision_width": vision["hidden_size"],
+        "vision_patch_size": vision["patch_size"],
+        "vision_mlp_width": vision["intermediate_size"],
+        "vision_head_width": vision["hidden_size"] // vision["num_attention_heads"],
+        "activation": activation,
+        **_preprocessing(preprocessor),
+    }
+
+
+def check_epsilon(tower: dict[str, Any], name: str, epsilon: float) -> None:
+    """Raise `InputError` for norms with another epsilon than ours."""
+    found = tower.get("layer_norm_eps", epsilon)
+    if found != epsilon:
+        raise InputError(f"its {name} has layer_norm_eps {quoted(found)}; only {epsilon:g} works")
+
+
 def config_to_transformers(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
     """The content of config.json and of preprocessor_config.json for a model with a ViT. Raises
     `InputError` for a ResNet, which transformers has not."""
-    if not config.is_vit:
-        raise InputError("transformers has no CLIP with a ResNet; take --format open_clip")
+    vision, preprocessor = image_tower_to_transformers(config)
     text = {
         "hidden_size": config.transformer_width,
         "intermediate_size": config.transformer_mlp_width,
@@ -172,6 +185,22 @@ def config_to_transformers(config: Config) -> tuple[dict[str, Any], dict[str, An
         "eos_token_id": VOCABULARY - 1,
         "pad_token_id": VOCABULARY - 1,
     }
+    model = {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": config.embed_dim,
+        "logit_scale_init_value": 2.6592,
+        "text_config": text,
+        "vision_config": vision,
+    }
+    return model, preprocessor
+
+
+def image_tower_to_transformers(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`vision_config` and the content of preprocessor_config.json for a model with a ViT. Raises
+    `InputError` for a ResNet."""
+    if not config.is_vit:
+        raise InputError("transformers has no CLIP with a ResNet; take --format open_clip")
     vision = {
         "hidden_size": config.vision_width,
         "intermediate_size": config.vision_mlp_width,
@@ -199,15 +228,7 @@ def config_to_transformers(config: Config) -> tuple[dict[str, Any], dict[str, An
         "image_std": list(config.std),
         "do_convert_rgb": True,
     }
-    model = {
-        "architectures": ["CLIPModel"],
-        "model_type": "clip",
-        "projection_dim": config.embed_dim,
-        "logit_scale_init_value": 2.6592,
-        "text_config": text,
-        "vision_config": vision,
-    }
-    return model, preprocessor
+    return vision, preprocessor
 
 
 def _tower(content: dict[str, Any], name: str, defaults: dict[str, int]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
+from models.clip import CLIP
 from models.simple_tokenizer import clean
 from models.tokens import clip_tokenizer
 from models.weights.registry import CONTEXT_LENGTH
@@ -40,11 +41,10 @@ def quoted(words: Iterable[object], windows: bool = WINDOWS) -> str:
     return " ".join(map(_for_cmd if windows else _for_bash, map(str, words)))
 
 
-def what_to_try(image: str, weights: Path, captions: Iterable[str], context_length: int) -> str:
-    """Two commands that use new weights, of a model that reads `context_length` tokens, on an image
-    and with two of the captions."""
+def what_to_try(image: str, weights: Path, captions: Iterable[str], model: CLIP) -> str:
+    """Two commands that use new weights of `model`, on an image and with two of the captions."""
     words = Path(image), "--weights", weights
-    labels = labels_to_try(captions, context_length)
+    labels = labels_to_try(captions, model.context_length)
     return (
         f"now try{TO_PASTE}\n  {command('predict.py', *words)}\n"
         f"  {command('predict_zero_shot.py', *words, '--labels', *labels)}"

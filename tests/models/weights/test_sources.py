@@ -194,7 +194,8 @@ WRONG = {
             ("vision_config.num_hidden_layers", 10**6, "vision_layers would be 1000000"),
             ("projection_dim", None, "embed_dim would be None"),
             ("text_config.eos_token_id", 7, "eos_token_id is 7; 49407 works"),
-            ("text_config.hidden_act", "relu", "hidden_act is .*'gelu' or 'quick_gelu' work"),
+            ("text_config.hidden_act", "relu", "towers have another hidden_act each; one"),
+            ("vision_config.hidden_act", "relu", "hidden_act is 'relu'; gelu or quick_gelu work"),
             ("vision_config.layer_norm_eps", 1e-6, "vision_config has layer_norm_eps 1e-06; only"),
         ]
     },
