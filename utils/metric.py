@@ -282,9 +282,9 @@ def main() -> None:
 
     from models.clip_utils import find_weights, load
 
-    weights = find_weights(args.weights)
+    args.weights = find_weights(args.weights)  # of a run's folder, the best
     dataset_path, languages = data_to_score_on(args)
-    model, _ = load(weights, args.device, activation=args.activation)
+    model, _ = load(args.weights, args.device, activation=args.activation)
     dataset = Flickr8kDataset(
         dataset_path,
         language=languages,
