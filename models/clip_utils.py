@@ -32,7 +32,6 @@ from models.weights.registry import (
     CONFIGS,
     CONTEXT_LENGTH,
     SHA256,
-    available_models,
     near_names,
     weights_filename,
 )
@@ -46,7 +45,7 @@ examples:
   python models/clip_utils.py --model ViT-B/16                              OpenAI's name
   python models/clip_utils.py --model ViT-B-32/laion2b_s34b_b79k            open_clip's name
   python models/clip_utils.py --model openai/clip-vit-base-patch32          any CLIP on the hub
-  python models/clip_utils.py --model hf-hub:timm/resnet50_clip.openai      the same, as in open_clip
+  python models/clip_utils.py --model hf-hub:timm/resnet50_clip.openai      as open_clip writes it
 
 All scripts take these names, and download what is missing. What comes from the hub lies in the
 cache of the library huggingface_hub. Its environment variables:

@@ -38,6 +38,9 @@ class Hub:
 class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         hub = self.server.hub
+        if self.path.count("/") < 5:  # what the library may ask besides
+            self.refuse(404, "")
+            return
         owner, name, action, revision, file = self.path.strip("/").split("/", 4)
         repository = f"{owner}/{name}"
         hub.requests.append((self.command, file, self.headers["Range"]))

@@ -56,8 +56,8 @@ def download(url: str, path: str | os.PathLike, digest: str) -> Path:
     """The file at `path`, downloaded from `url` unless it is there, never with a wrong digest.
 
     `digest`: 32 hexadecimal digits are an MD5, 64 a SHA-256. A file put there by hand is checked
-    too. Raises `Unavailable` if the address does not give the file, and `InputError` if it cannot be
-    saved, or is another one.
+    too. Raises `Unavailable` if the address does not give the file, and another `InputError` if it
+    cannot be saved, or is another one.
     """
     if not url.startswith(WEB):
         raise InputError(f"{url}: not an http or https address")

@@ -107,7 +107,7 @@ def fetch_published(name: str, path: Path) -> Path:
                 raise InputError(f"{unavailable}; nor can its copy be had: {error}") from None
     if _open_clip_config(folder) != CONFIGS[name]:
         raise InputError(f"{folder}: should be a copy of {name}, but describes another model; "
-                         f"delete it, and save the file of {weights_url(name)} as {path}")  # fmt: skip
+                         f"delete it, and save {weights_url(name)} as {path}")  # fmt: skip
     return folder
 
 

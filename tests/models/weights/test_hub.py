@@ -8,10 +8,10 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-import huggingface_hub
 import open_clip
 import pytest
 import torch
@@ -25,12 +25,14 @@ from test_open_clip import DESCRIPTIONS, OWN
 from models import CLIP, clip_utils, load
 from models.convert import write_open_clip, write_transformers
 from models.errors import InputError
-from models.weights import download, hub, registry
+from models.weights import download, registry
 from models.weights.config import Config
 from models.weights.hub import HUB, fetch, published_copy, repository_of
 from models.weights.open_clip import from_open_clip
 from models.weights.registry import CONFIGS, SHA256
 
+# Earlier versions copy their settings, so that a test cannot change them.
+huggingface_hub = pytest.importorskip("huggingface_hub", "1.0")
 SMALL = Config(
     embed_dim=32, image_resolution=32, vision_layers=1, vision_width=64, vision_patch_size=16,
     vision_mlp_width=256, transformer_width=64, transformer_mlp_width=256, transformer_heads=1,
@@ -156,7 +158,7 @@ class TestNames:
         assert repository_of(name) is None
 
     def test_a_near_miss_is_answered_by_the_names_that_are_near(self, server):
-        with pytest.raises(InputError, match="did you mean .*ViT-B-32/laion2b_s34b_b79k"):
+        with pytest.raises(InputError, match=r"did you mean .*ViT-B-32/laion2b_s34b_b79k"):
             load("ViT-B-32/laion2b_s34b_b79")
         assert not server.requests
 
@@ -252,6 +254,9 @@ def test_a_download_that_broke_off_is_continued(server, tmp_path, monkeypatch):
     server.add(THEIRS, folder)
     huggingface_hub.hf_hub_download(THEIRS, "open_clip_config.json")
     server.breaks = [5000, 7000]
+    for _ in range(2):  # the library goes on at once, or, in its versions 1, when it runs again
+        with suppress(InputError):
+            fetch(THEIRS)
     assert_same(load(THEIRS, "cpu"), folder)
     ranges = [
         asked for method, file, asked in server.requests if "safe" in file and method == "GET"
