@@ -196,11 +196,11 @@ def list_models(download_root: str | os.PathLike = MODELS_PTH) -> None:
             path = hub.cached(weights.repository)
         if path:
             print(f"    {path}")
-    demo = CONFIGS["ViT-demo"]
+    config = CONFIGS["ViT-demo"]
     with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in CLIP(demo).parameters())
-    print(row("ViT-demo", "nothing yet", round(size / 1e6, 1), demo.image_resolution,
-              demo.activation))  # fmt: skip
+        size = sum(parameter.numel() for parameter in CLIP(config).parameters())
+    print(row("ViT-demo", "nothing yet", round(size / 1e6, 1), config.image_resolution,
+              config.activation))  # fmt: skip
     print(f"    to train it: {_train_demo()}")
 
 

@@ -6,24 +6,27 @@ download.
 """
 
 import csv
+import json
 import re
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from models.errors import InputError
+from models.files import read_bytes
 from models.weights import open_clip, transformers
 from models.weights.config import Config
 from models.weights.download import Unavailable, download
 from models.weights.file_kind import one_line
 from models.weights.registry import CONFIGS, SHA256, near_names, weights_url
-from models.weights.sources import TRANSFORMERS_WEIGHTS, read_description, shards
+from models.weights.sources import TRANSFORMERS_WEIGHTS
 
 PREFIX = "hf-hub:"  # as open_clip and timm have it
 REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", re.ASCII)
 FILE_TYPES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")  # which a file has, no repository
 MODEL_TYPES = ("clip", "chinese_clip")  # of transformers, with an image and a text tower
+PREPROCESSORS = (transformers.PREPROCESSOR_FILE, "processor_config.json")  # of transformers 5
 OF_OPEN_CLIP = "{} and {} (or {})".format(open_clip.CONFIG_FILE, *open_clip.WEIGHTS_FILES)
 OF_TRANSFORMERS = "{}, {} and {} (or {})".format(
     transformers.CONFIG_FILE, transformers.PREPROCESSOR_FILE, *TRANSFORMERS_WEIGHTS
@@ -119,8 +122,16 @@ def cached(repository: str) -> Path | None:
 
 
 def _open_clip_config(folder: Path) -> Config | None:
-    content = read_description(folder / open_clip.CONFIG_FILE)
-    return None if content is None else open_clip.from_open_clip(content)
+    file = folder / open_clip.CONFIG_FILE
+    return open_clip.from_open_clip(_content(file)) if file.exists() else None
+
+
+def _content(file: Path) -> dict[str, Any]:
+    """What a JSON file says; nothing if it is broken, as `read_weights` will tell."""
+    content = None
+    with suppress(ValueError, RecursionError):
+        content = json.loads(read_bytes(file))
+    return content if isinstance(content, dict) else {}
 
 
 class _Repository:
@@ -142,12 +153,11 @@ class _Repository:
             if self.has_weights(open_clip.WEIGHTS_FILES):
                 return found.parent
         found = self.get(transformers.CONFIG_FILE)
-        model_type = read_description(found).get("model_type") if found else None
+        model_type = _content(found).get("model_type") if found else None
         if model_type in MODEL_TYPES:
-            self.get(transformers.PREPROCESSOR_FILE)
-            if self.has_weights(TRANSFORMERS_WEIGHTS) and (
-                transformers.PREPROCESSOR_FILE not in self.unknown
-            ):
+            is_prepared = any([self.get(file) for file in PREPROCESSORS])
+            is_known = is_prepared or not self.unknown.intersection(PREPROCESSORS)
+            if is_known and self.has_weights(TRANSFORMERS_WEIGHTS):
                 return found.parent
         raise InputError(self.refusal(model_type))
 
@@ -158,8 +168,9 @@ class _Repository:
             if self.get(name):
                 return True
             if index := self.get(f"{name}.index.json"):
-                files = shards(read_description(index) or {})
-                return all(self.get(file) for file in files)
+                table = _content(index).get("weight_map")
+                files = set(map(str, table.values())) if isinstance(table, dict) else set()
+                return all([self.get(file) for file in files if Path(file).name == file])
         return False
 
     def get(self, file: str) -> Path | None:

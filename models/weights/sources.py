@@ -38,15 +38,15 @@ def read_weights(path: Path, activation: str | None = None) -> tuple[dict[str, T
     else:
         weights, folder = read_state_dict(path), path.parent
     if transformers.is_transformers(weights):
-        content = read_description(folder / transformers.CONFIG_FILE)
+        content = _description(folder / transformers.CONFIG_FILE)
         weights = transformers.from_transformers(weights)
         if content is not None:
-            preprocessor = read_description(folder / transformers.PREPROCESSOR_FILE) or {}
+            preprocessor = _description(folder / transformers.PREPROCESSOR_FILE) or {}
             return weights, transformers.config_from_transformers(content, preprocessor)
     elif path.is_file() and is_torchscript(path):
         return weights, infer_config(weights)
     else:
-        content = read_description(folder / open_clip.CONFIG_FILE)
+        content = _description(folder / open_clip.CONFIG_FILE)
         if content is not None:
             return weights, open_clip.from_open_clip(content)
     config = infer_config(weights)
@@ -63,7 +63,7 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
     for name in names:
         if (folder / name).exists():
             return read_state_dict(folder / name)
-        index = read_description(folder / f"{name}.index.json")
+        index = _description(folder / f"{name}.index.json")
         if index is not None:
             return _read_shards(folder, index)
     raise InputError(f"a folder without weights; one of these should be in it: {', '.join(names)}")
@@ -71,24 +71,19 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
 
 def _read_shards(folder: Path, index: dict[str, Any]) -> dict[str, Tensor]:
     """The weights in the files that an index of transformers lists."""
+    table = index.get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise InputError("its index of weights lists no files (weight_map)")
     weights: dict[str, Tensor] = {}
-    for name in shards(index):
+    for name in sorted(set(map(str, table.values()))):
         if Path(name).name != name or not (folder / name).is_file():
             raise InputError(f"its part {one_line(name)} is missing; download it as well")
         weights |= read_state_dict(folder / name)
     return weights
 
 
-def shards(index: dict[str, Any]) -> list[str]:
-    """The names of the files that an index of transformers lists; they may be any text."""
-    table = index.get("weight_map")
-    if not isinstance(table, dict) or not table:
-        raise InputError("its index of weights lists no files (weight_map)")
-    return sorted(set(map(str, table.values())))
-
-
-def read_description(file: Path) -> dict[str, Any] | None:
-    """The content of a description, a JSON file; None if there is no such file."""
+def _description(file: Path) -> dict[str, Any] | None:
+    """The content of a JSON file; None if there is no such file."""
     if not file.exists():
         return None
     try:
