@@ -11,6 +11,7 @@ from models.device import upload
 from models.errors import InputError
 from models.preprocess import Preprocess
 from models.resnet import ModifiedResNet
+from models.tokens import Tokenizer, clip_tokenizer, token_rows
 from models.transformer import Layout, Transformer
 from models.vit import VisionTransformer
 from models.weights.architecture import infer_config, resize_positional_embedding
@@ -65,9 +66,18 @@ class CLIP(nn.Module):
         return Preprocess(c.image_resolution, c.mean, c.std, c.interpolation, c.resize_mode)
 
     @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the text tower was trained with."""
+        return clip_tokenizer()
+
+    @property
     def device(self) -> torch.device:
         """The device of the parameters."""
         return self.logit_scale.device
+
+    def tokenize(self, texts: str | list[str], truncate: bool = False) -> Tensor:
+        """n texts -> token ids `[n, context_length]` for this model, as `token_rows` makes them."""
+        return token_rows(self.tokenizer, texts, self.context_length, truncate)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Preprocessed images `[n, 3, r, r]` -> features `[n, d]`, not normalised to length 1.
@@ -81,7 +91,7 @@ class CLIP(nn.Module):
         return self.visual(images)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """Token ids `[n, <=context_length]` from `tokenize` -> features `[n, d]`, not normalised to
+        """Token ids `[n, <=context_length]` of `tokenize` -> features `[n, d]`, not normalised to
         length 1.
 
         The text tower is pooled at the end-of-text token, which has the largest id in its row
@@ -104,11 +114,28 @@ class CLIP(nn.Module):
             ids, cells, pooled = (t.pin_memory() for t in (ids, cells, pooled))
         ids, cells, pooled = (upload(t, self.device) for t in (ids, cells, pooled))
 
+        return self._encode_tokens(ids, cells % length, Layout(length, pooled, cells, causal=True))
+
+    def encode_text_grid(self, tokens: Tensor) -> Tensor:
+        """Token ids `[n, <=context_length]` on the model's device -> what `encode_text` gives.
+
+        For export to ONNX, which records the operations of one call and repeats them for any
+        texts. `encode_text` cannot be recorded, because how many tokens it leaves out, and so the
+        shapes of its tensors, depend on the texts. Here none is left out: all rows take as long as
+        the longest possible one.
+        """
+        n, length = tokens.shape
+        positions = torch.arange(length, device=tokens.device).repeat(n)
+        starts = torch.arange(n, device=tokens.device) * length
+        layout = Layout(length, pooled=starts + tokens.argmax(dim=1), causal=True)
+        return self._encode_tokens(tokens.flatten(), positions, layout)
+
+    def _encode_tokens(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
+        """Ids `[t]` of packed tokens and their positions `[t]` in their texts -> `[n, d]`."""
         # F.embedding and not indexing: the gradient of indexing is summed in an order that differs
         # from run to run.
-        x = self.token_embedding(ids) + F.embedding(cells % length, self.positional_embedding)
-        x = self.transformer(x, Layout(length, pooled, cells, causal=True))
-        return self.ln_final(x) @ self.text_projection
+        x = self.token_embedding(ids) + F.embedding(positions, self.positional_embedding)
+        return self.ln_final(self.transformer(x, layout)) @ self.text_projection
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Images `[n, 3, r, r]` and token ids `[m, <=context_length]` -> logits.

@@ -10,7 +10,6 @@ import argparse
 import os
 import sys
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
 if __name__ == "__main__":  # Python looks for modules in this folder only, not in the repository
@@ -25,7 +24,7 @@ from models.errors import InputError, run_script
 from models.files import check_regular
 from models.preprocess import Preprocess
 from models.scripts import from_here
-from models.simple_tokenizer import SimpleTokenizer
+from models.tokens import clip_tokenizer, token_rows
 from models.weights import hub
 from models.weights.architecture import check_resolution
 from models.weights.registry import (
@@ -38,7 +37,6 @@ from models.weights.registry import (
 from models.weights.sources import read_weights
 
 MODELS_PTH = Path(__file__).with_name("models_pth")
-MAX_QUOTED = 60  # characters of a text that an error message quotes
 HELP = """
 examples:
   python models/clip_utils.py --list
@@ -101,7 +99,7 @@ def check_name(name: str | os.PathLike) -> None:
     if name in SHA256 or Path(name).expanduser().exists() or hub.repository_of(str(name)):
         return
     if name in CONFIGS:
-        raise InputError(f"{name}: has no published weights; to train it: {_train_demo()}")
+        raise InputError(f"{name}: has no published weights; to train it: {_train(name)}")
     near = near_names(str(name), [*SHA256, *hub.HUB])
     raise InputError(
         f"{name}: neither a file nor the name of published weights{near}; the names are "
@@ -145,40 +143,12 @@ def read_model(path: Path, activation: str | None = None, input_shape: int | Non
         raise InputError(f"{path}: {error}") from None
 
 
-@lru_cache
-def tokenizer() -> SimpleTokenizer:
-    """The tokenizer. It is read from its file once, on the first call."""
-    return SimpleTokenizer()
-
-
 def tokenize(
     texts: str | list[str], context_length: int = CONTEXT_LENGTH, truncate: bool = False
 ) -> Tensor:
-    """n texts -> int32 token ids `[n, context_length]`.
-
-    A row holds the start-of-text token, the tokens of the text, the end-of-text token, and zeros to
-    fill up. A text that is too long is cut if `truncate` is true, and still ends with the
-    end-of-text token; otherwise it raises `InputError`, as does anything that is not a string.
-    """
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    bpe = tokenizer()
-    tokens = torch.zeros(len(texts), context_length, dtype=torch.int32)
-    for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise InputError(
-                f"text {i} is {type(text).__name__}, not a string: {text!r:.{MAX_QUOTED}}"
-            )
-        ids = [bpe.start_of_text, *bpe.encode(text), bpe.end_of_text]
-        if len(ids) > context_length:
-            if not truncate:
-                raise InputError(
-                    f"text {i} has {len(ids)} tokens, where {context_length} fit: "
-                    f"{text[:MAX_QUOTED]!r}{'...' if len(text) > MAX_QUOTED else ''}; "
-                    "shorten it, or cut it with truncate=True"
-                )
-            ids[context_length - 1 :] = [bpe.end_of_text]
-        tokens[i, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
-    return tokens
+    """n texts -> int32 token ids `[n, context_length]` for the published models, as `token_rows`
+    makes them. `model.tokenize` does it for any model, by its own tokenizer."""
+    return token_rows(clip_tokenizer(), texts, context_length, truncate)
 
 
 def list_models(download_root: str | os.PathLike = MODELS_PTH) -> None:
@@ -196,16 +166,18 @@ def list_models(download_root: str | os.PathLike = MODELS_PTH) -> None:
             path = hub.cached(weights.repository)
         if path:
             print(f"    {path}")
-    config = CONFIGS["ViT-demo"]
-    with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in CLIP(config).parameters())
-    print(row("ViT-demo", "nothing yet", round(size / 1e6, 1), config.image_resolution,
-              config.activation))  # fmt: skip
-    print(f"    to train it: {_train_demo()}")
+    for name in (name for name in CONFIGS if name not in SHA256):
+        config = CONFIGS[name]
+        with torch.device("meta"):
+            size = sum(parameter.numel() for parameter in CLIP(config).parameters())
+        print(row(name, "nothing yet", round(size / 1e6, 1), config.image_resolution,
+                  config.activation))  # fmt: skip
+        print(f"    to train it: {_train(name)}")
 
 
-def _train_demo() -> str:
-    return f"python {from_here('train.py')} --resume_training none --model ViT-demo"
+def _train(name: str) -> str:
+    """The command that trains a model from scratch."""
+    return f"python {from_here('train.py')} --resume_training none --model {name}"
 
 
 def main() -> None:

@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.clip import CLIP
-from models.clip_utils import find_weights, read_model, tokenizer
+from models.clip_utils import find_weights, read_model
 from models.errors import InputError, run_script
 from models.simple_tokenizer import END_OF_TEXT, START_OF_TEXT
+from models.tokens import clip_tokenizer
 from models.weights import open_clip, transformers
 
 HOW_TO_OPEN = {
@@ -43,7 +44,7 @@ def write_transformers(model: CLIP, folder: Path) -> None:
     _write_json(folder / transformers.PREPROCESSOR_FILE, preprocessor)
     weights = transformers.to_transformers(model.state_dict())
     save_file(_contiguous(weights), folder / "model.safetensors", metadata={"format": "pt"})
-    bpe = tokenizer()
+    bpe = clip_tokenizer()
     _write_json(folder / "vocab.json", bpe.encoder)
     merges = (" ".join(merge) for merge in bpe.priorities)
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), "utf-8")
