@@ -100,7 +100,7 @@ def check_name(name: str | os.PathLike) -> None:
         return
     if name in CONFIGS:
         raise InputError(f"{name}: has no published weights; to train it: {_train(name)}")
-    near = near_names(str(name), [*SHA256, *hub.HUB])
+    near = near_names(str(name), [*CONFIGS, *hub.HUB])
     raise InputError(
         f"{name}: neither a file nor the name of published weights{near}; the names are "
         f"{', '.join(SHA256)}, more that python {from_here('models/clip_utils.py')} --list shows, "

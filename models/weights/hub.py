@@ -203,8 +203,8 @@ class _Repository:
         except errors.RepositoryNotFoundError:
             near = near_names(self.name, {row.repository for row in HUB.values()})
             raise InputError(
-                f"{address} does not exist, or is private: then log in (hf auth login, or HF_TOKEN)"
-                f"{near}"
+                f"no file or folder here, and {address} does not exist, or is private: then log in "
+                f"(hf auth login, or HF_TOKEN){near}"
             ) from None
         except errors.RevisionNotFoundError:
             raise InputError(f"{address} has no revision {self.revision}") from None
@@ -235,15 +235,15 @@ class _Repository:
 
         if self.no_answer:
             return (
-                f"it is not in the cache {constants.HF_HUB_CACHE}, and {constants.ENDPOINT} does "
-                f"not give it ({self.no_answer}); name a mirror (HF_ENDPOINT=https://<mirror>), or "
-                f"{self.by_hand()}"
+                f"no file or folder here, not whole in the cache {constants.HF_HUB_CACHE}, and "
+                f"{constants.ENDPOINT} does not give it ({self.no_answer}); name a mirror "
+                f"(HF_ENDPOINT=https://<mirror>), or {self.by_hand()}"
             )
         reason = f"is for a model of type {one_line(model_type)!r}; it" if model_type else "has"
         return (
             f"{constants.ENDPOINT}/{self.name} {reason} has no weights of a CLIP with a "
-            f"description: neither {OF_OPEN_CLIP} nor {OF_TRANSFORMERS}; a file in it can be "
-            "downloaded by hand and given"
+            f"description: neither {OF_OPEN_CLIP} nor {OF_TRANSFORMERS}; if there are some in a "
+            "file of another name, download that and give the file"
         )
 
     def by_hand(self) -> str:

@@ -239,7 +239,7 @@ class TestBothFormats:
         for file in ("config.json", "model.safetensors"):
             huggingface_hub.hf_hub_download(THEIRS, file)
         offline(monkeypatch)
-        with pytest.raises(InputError, match=r"not in the cache.*preprocessor_config\.json"):
+        with pytest.raises(InputError, match=r"not whole in the cache.*preprocessor_config\.json"):
             load(THEIRS, "cpu")
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         huggingface_hub.hf_hub_download(THEIRS, "preprocessor_config.json")
