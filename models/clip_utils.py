@@ -47,10 +47,11 @@ examples:
 
 All scripts take these names, and download what is missing. What comes from the hub lies in the
 cache of the library huggingface_hub. Its environment variables:
-  HF_HOME         another folder for the cache
-  HF_ENDPOINT     address of a mirror, such as https://<mirror>
-  HF_HUB_OFFLINE  1: take what is in the cache, download nothing
-  HF_TOKEN        for repositories that are private or ask for consent
+  HF_HOME             another folder for the cache
+  HF_ENDPOINT         address of a mirror, such as https://<mirror>
+  HF_HUB_DISABLE_XET  1: where a mirror has the small files alone
+  HF_HUB_OFFLINE      1: take what is in the cache, download nothing
+  HF_TOKEN            for repositories that are private or ask for consent
 """
 
 

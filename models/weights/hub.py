@@ -2,7 +2,7 @@
 
 The library huggingface_hub downloads them to its cache, and what is there is used without asking
 the hub again. HF_HOME moves the cache, HF_ENDPOINT names a mirror, HF_HUB_OFFLINE=1 forbids any
-download.
+download. The library is imported when such a name is used, not before: it brings a web client.
 """
 
 import csv
@@ -155,6 +155,7 @@ class _Repository:
         found = self.get(transformers.CONFIG_FILE)
         model_type = _content(found).get("model_type") if found else None
         if model_type in MODEL_TYPES:
+            # A model whose preprocessing is unknown must not be taken for one without any.
             is_prepared = any([self.get(file) for file in PREPROCESSORS])
             is_known = is_prepared or not self.unknown.intersection(PREPROCESSORS)
             if is_known and self.has_weights(TRANSFORMERS_WEIGHTS):
@@ -225,7 +226,7 @@ class _Repository:
                 ) from None
             raise InputError(
                 f"the download of {file} from {address} failed ({one_line(error)}); run it again, "
-                f"or {self.by_hand()}"
+                f"from a mirror with HF_HUB_DISABLE_XET=1, or {self.by_hand()}"
             ) from None
         return None
 
