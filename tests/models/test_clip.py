@@ -311,7 +311,7 @@ def test_an_unknown_name_gets_similar_names_suggested(name, near):
 
 
 def test_the_demo_s_name_says_how_to_get_weights():
-    with pytest.raises(InputError, match="no published weights.*--model ViT-demo"):
+    with pytest.raises(InputError, match=r"no published weights.*--model ViT-demo"):
         load("ViT-demo", "cpu")
 
 
