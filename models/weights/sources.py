@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor
 
 from models.errors import InputError
@@ -12,7 +13,7 @@ from models.files import read_bytes
 from models.weights import open_clip, transformers
 from models.weights.architecture import infer_config
 from models.weights.config import Config
-from models.weights.file_kind import is_torchscript, one_line
+from models.weights.file_kind import is_torchscript, one_line, weights_format
 from models.weights.read import read_state_dict
 
 TRANSFORMERS_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -27,10 +28,11 @@ def read_weights(path: Path, activation: str | None = None) -> tuple[dict[str, T
     """The weights at `path` with our keys, and the description of their model.
 
     A folder holds open_clip_config.json or transformers' config.json, and beside it the weights, in
-    one file or, in transformers' format, in several. The description of a file is one that lies
-    beside it; published TorchScript archives need none. `activation` (gelu or quick_gelu) is for a
-    state dict without description, since it cannot be told by weights. Raises `InputError` for what
-    is missing, damaged or of another kind of model; the caller names `path`.
+    one file or, in transformers' format, in several. The description of a file is in its metadata
+    (safetensors that convert.py wrote) or lies beside it; published TorchScript archives need none.
+    `activation` (gelu or quick_gelu) is for a state dict without description, since it cannot be
+    told by weights. Raises `InputError` for what is missing, damaged or of another kind of model;
+    the caller names `path`.
     """
     if path.is_dir():
         weights = _read_folder(path)
@@ -46,7 +48,7 @@ def read_weights(path: Path, activation: str | None = None) -> tuple[dict[str, T
     elif path.is_file() and is_torchscript(path):
         return weights, infer_config(weights)
     else:
-        content = _description(folder / open_clip.CONFIG_FILE)
+        content = _own_description(path) or _description(folder / open_clip.CONFIG_FILE)
         if content is not None:
             return weights, open_clip.from_open_clip(content)
     config = infer_config(weights)
@@ -84,12 +86,23 @@ def _read_shards(folder: Path, index: dict[str, Any]) -> dict[str, Tensor]:
 
 def _description(file: Path) -> dict[str, Any] | None:
     """The content of a JSON file; None if there is no such file."""
-    if not file.exists():
+    return _parsed(read_bytes(file), file.name) if file.exists() else None
+
+
+def _own_description(path: Path) -> dict[str, Any] | None:
+    """The description of the model in the metadata of a .safetensors file; None if it has none."""
+    if path.is_dir() or weights_format(path) != "safetensors":
         return None
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get(open_clip.CONFIG_FILE)
+    return _parsed(text, f"its {open_clip.CONFIG_FILE}") if text else None
+
+
+def _parsed(text: str | bytes, name: str) -> dict[str, Any]:
     try:
-        content = json.loads(read_bytes(file))
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{file.name}: broken JSON ({one_line(error)})") from None
+        raise InputError(f"{name}: broken JSON ({one_line(error)})") from None
     if not isinstance(content, dict):
-        raise InputError(f"{file.name}: should hold the description of a model")
+        raise InputError(f"{name}: should hold the description of a model")
     return content
