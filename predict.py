@@ -60,7 +60,7 @@ def main() -> None:
 
     from PIL import ImageShow
 
-    from models.clip_utils import find_weights, load, tokenize
+    from models.clip_utils import find_weights, load
     from models.preprocess import open_image
     from utils.retrieval.encode import encode_texts
     from utils.retrieval.plots import draw_ranking
@@ -71,7 +71,7 @@ def main() -> None:
     weights = find_weights(args.weights or newest_weights())
     captions = list(dict.fromkeys(args.text or read_captions(args.captions_file, weights)))
     model, preprocess = load(weights, args.device, activation=args.activation)
-    text_features = encode_texts(model, tokenize(captions, model.context_length, truncate=True))
+    text_features = encode_texts(model, model.tokenize(captions, truncate=True))
 
     for name in [args.image] if args.image else ask_for_images():
         try:

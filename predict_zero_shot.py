@@ -45,12 +45,12 @@ def main() -> None:
 
     import torch
 
-    from models import load, tokenize
+    from models import load
     from models.preprocess import open_image
 
     image = open_image(args.image)
     model, preprocess = load(args.weights, args.device, activation=args.activation)
-    tokens = tokenize(args.labels, model.context_length)
+    tokens = model.tokenize(args.labels)
     with torch.inference_mode():
         logits_per_image, _ = model(preprocess(image)[None].to(model.device), tokens)
         probs = logits_per_image.softmax(dim=-1).cpu().numpy()

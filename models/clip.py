@@ -11,6 +11,7 @@ from models.device import upload
 from models.errors import InputError
 from models.preprocess import Preprocess
 from models.resnet import ModifiedResNet
+from models.tokens import Tokenizer, clip_tokenizer, token_rows
 from models.transformer import Layout, Transformer
 from models.vit import VisionTransformer
 from models.weights.architecture import infer_config, resize_positional_embedding
@@ -65,9 +66,18 @@ class CLIP(nn.Module):
         return Preprocess(c.image_resolution, c.mean, c.std, c.interpolation, c.resize_mode)
 
     @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the text tower was trained with."""
+        return clip_tokenizer()
+
+    @property
     def device(self) -> torch.device:
         """The device of the parameters."""
         return self.logit_scale.device
+
+    def tokenize(self, texts: str | list[str], truncate: bool = False) -> Tensor:
+        """n texts -> token ids `[n, context_length]` for this model, as `token_rows` makes them."""
+        return token_rows(self.tokenizer, texts, self.context_length, truncate)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Preprocessed images `[n, 3, r, r]` -> features `[n, d]`, not normalised to length 1.
@@ -81,7 +91,7 @@ class CLIP(nn.Module):
         return self.visual(images)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """Token ids `[n, <=context_length]` from `tokenize` -> features `[n, d]`, not normalised to
+        """Token ids `[n, <=context_length]` of `tokenize` -> features `[n, d]`, not normalised to
         length 1.
 
         The text tower is pooled at the end-of-text token, which has the largest id in its row

@@ -10,7 +10,6 @@ import argparse
 import os
 import sys
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
 if __name__ == "__main__":  # Python looks for modules in this folder only, not in the repository
@@ -25,7 +24,7 @@ from models.errors import InputError, run_script
 from models.files import check_regular
 from models.preprocess import Preprocess
 from models.scripts import from_here
-from models.simple_tokenizer import SimpleTokenizer
+from models.tokens import clip_tokenizer, token_rows
 from models.weights.architecture import check_resolution
 from models.weights.download import download
 from models.weights.registry import (
@@ -40,7 +39,6 @@ from models.weights.registry import (
 from models.weights.sources import read_weights
 
 MODELS_PTH = Path(__file__).with_name("models_pth")
-MAX_QUOTED = 60  # characters of a text that an error message quotes
 
 
 def create_model(name: str, input_shape: int | None = None) -> CLIP:
@@ -123,40 +121,12 @@ def read_model(path: Path, activation: str | None = None, input_shape: int | Non
         raise InputError(f"{path}: {error}") from None
 
 
-@lru_cache
-def tokenizer() -> SimpleTokenizer:
-    """The tokenizer. It is read from its file once, on the first call."""
-    return SimpleTokenizer()
-
-
 def tokenize(
     texts: str | list[str], context_length: int = CONTEXT_LENGTH, truncate: bool = False
 ) -> Tensor:
-    """n texts -> int32 token ids `[n, context_length]`.
-
-    A row holds the start-of-text token, the tokens of the text, the end-of-text token, and zeros to
-    fill up. A text that is too long is cut if `truncate` is true, and still ends with the
-    end-of-text token; otherwise it raises `InputError`, as does anything that is not a string.
-    """
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    bpe = tokenizer()
-    tokens = torch.zeros(len(texts), context_length, dtype=torch.int32)
-    for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise InputError(
-                f"text {i} is {type(text).__name__}, not a string: {text!r:.{MAX_QUOTED}}"
-            )
-        ids = [bpe.start_of_text, *bpe.encode(text), bpe.end_of_text]
-        if len(ids) > context_length:
-            if not truncate:
-                raise InputError(
-                    f"text {i} has {len(ids)} tokens, where {context_length} fit: "
-                    f"{text[:MAX_QUOTED]!r}{'...' if len(text) > MAX_QUOTED else ''}; "
-                    "shorten it, or cut it with truncate=True"
-                )
-            ids[context_length - 1 :] = [bpe.end_of_text]
-        tokens[i, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
-    return tokens
+    """n texts -> int32 token ids `[n, context_length]` for the published models, as `token_rows`
+    makes them. `model.tokenize` does it for any model, by its own tokenizer."""
+    return token_rows(clip_tokenizer(), texts, context_length, truncate)
 
 
 def list_models(download_root: str | os.PathLike = MODELS_PTH) -> None:

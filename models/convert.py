@@ -21,10 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.clip import CLIP
-from models.clip_utils import find_weights, read_model, tokenizer
+from models.clip_utils import find_weights, read_model
 from models.errors import InputError, run_script
 from models.onnx_export import check_packages, export_onnx, preparation
 from models.simple_tokenizer import END_OF_TEXT, START_OF_TEXT
+from models.tokens import clip_tokenizer
 from models.weights import open_clip, transformers
 from models.weights.checks import listed
 from models.weights.file_kind import one_line
@@ -61,7 +62,7 @@ def write_onnx(model: CLIP, folder: Path, dtype: torch.dtype) -> None:
     `CLIPTokenizer.from_pretrained(FOLDER)` opens."""
     folder.mkdir()
     export_onnx(model, folder, dtype)
-    _write_json(folder / "clip.json", preparation(model, tokenizer()))
+    _write_json(folder / "clip.json", preparation(model))
     _write_tokenizer(model, folder)
 
 
@@ -148,7 +149,7 @@ def _save(weights: dict[str, Tensor], file: Path, dtype: torch.dtype, **metadata
 
 
 def _write_tokenizer(model: CLIP, folder: Path) -> None:
-    bpe = tokenizer()
+    bpe = clip_tokenizer()
     _write_json(folder / "vocab.json", bpe.encoder)
     merges = (" ".join(merge) for merge in bpe.priorities)
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), "utf-8")

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from models.clip import CLIP
 from models.errors import InputError
-from models.simple_tokenizer import SimpleTokenizer
 from models.weights.config import Config
 
 OPSET = 18  # the version of the ONNX operators
@@ -128,7 +127,7 @@ def _random_tokens(config: Config, n: int) -> Tensor:
     return tokens.masked_fill(positions > ends, 0).masked_fill(positions == ends, end)
 
 
-def preparation(model: CLIP, tokenizer: SimpleTokenizer) -> dict[str, Any]:
+def preparation(model: CLIP) -> dict[str, Any]:
     """What a program has to know to prepare images and texts for the ONNX files, and to turn
     similarities of features into logits."""
     config = model.config
@@ -142,8 +141,8 @@ def preparation(model: CLIP, tokenizer: SimpleTokenizer) -> dict[str, Any]:
         },
         "text": {
             "context_length": config.context_length,
-            "start_of_text": tokenizer.start_of_text,
-            "end_of_text": tokenizer.end_of_text,
+            "start_of_text": model.tokenizer.start_of_text,
+            "end_of_text": model.tokenizer.end_of_text,
             "padding": 0,
         },
         "embed_dim": config.embed_dim,

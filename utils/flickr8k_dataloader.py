@@ -18,10 +18,10 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from models.clip import CLIP
-from models.clip_utils import tokenize, tokenizer
 from models.device import upload
 from models.errors import InputError
 from models.preprocess import Preprocess, open_image
+from models.tokens import clip_tokenizer, token_rows
 from models.weights.registry import CONTEXT_LENGTH
 from utils.data.annotations import caption_file, read_annotations
 from utils.data.augment import crop, draw_crops
@@ -65,6 +65,7 @@ class Flickr8kDataset(Dataset):
         self.root = root
         self.split = "train" if is_train else "val"
         self.preprocess = model.preprocess if model else Preprocess(target_shape)
+        self.tokenizer = model.tokenizer if model else clip_tokenizer()
         self.context_length = model.context_length if model else CONTEXT_LENGTH
         self.transform = transform
         self.plain_protocol = plain_protocol
@@ -96,7 +97,7 @@ class Flickr8kDataset(Dataset):
     @cached_property
     def tokens(self) -> Tensor:
         """All captions as IntTensor `[captions, context_length]`; those too long are cut."""
-        return tokenize(self.text, self.context_length, truncate=True)
+        return token_rows(self.tokenizer, self.text, self.context_length, truncate=True)
 
     @cached_property
     def text_ids(self) -> Tensor:
@@ -168,7 +169,7 @@ class Flickr8kDataset(Dataset):
     def count_cut_captions(self) -> int:
         """How many captions are longer than the text tower reads."""
         full = self.tokens[:, -1].nonzero().flatten().tolist()
-        lengths = (len(tokenizer().encode(self.text[i])) + 2 for i in full)
+        lengths = (len(self.tokenizer.encode(self.text[i])) + 2 for i in full)
         return sum(length > self.context_length for length in lengths)
 
     def count_shared_captions(self) -> int:

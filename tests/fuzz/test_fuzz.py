@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import tokenize
-from models.clip_utils import tokenizer
 from models.errors import InputError
+from models.tokens import clip_tokenizer
 from utils.metric import compute_metrics
 
 MUTANTS = 3000
@@ -69,7 +69,7 @@ def test_mutated_files(tmp_path, name):
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.text(), max_size=4), st.integers(2, 77))
 def test_any_texts_are_tokens_between_start_and_end(texts, length):
-    bpe = tokenizer()
+    bpe = clip_tokenizer()
     rows = tokenize(texts, length, truncate=True)
     assert rows.shape == (len(texts), length)
     for text, row in zip(texts, rows.tolist(), strict=True):

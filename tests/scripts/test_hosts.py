@@ -23,9 +23,9 @@ import predict
 from flickr8k.render_demo import render_demo
 from models import errors, tokenize
 from models import progress_bar as bars
-from models.clip_utils import tokenizer
 from models.errors import InputError
 from models.simple_tokenizer import clean
+from models.tokens import clip_tokenizer
 from predict_zero_shot import check_labels
 from utils.machine.interrupt import Interrupt
 from utils.runs.commands import labels_to_try, quoted
@@ -299,7 +299,7 @@ def test_labels_to_try_are_captions_and_long_ones_what_the_model_reads_of_them()
     long = "word " * 500
     first, second = labels_to_try([long, long + "end", "一只狗"])
     assert first == ("word " * 75).strip() and second == "一只狗"
-    assert tokenizer().encode(first) == tokenizer().encode(long)[:75]
+    assert clip_tokenizer().encode(first) == clip_tokenizer().encode(long)[:75]
     assert clean(labels_to_try(["a dog", "a  dog"])[1]) not in ("", "a dog")
 
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 
-from models.clip_utils import tokenizer
 from models.simple_tokenizer import clean
+from models.tokens import clip_tokenizer
 from models.weights.registry import CONTEXT_LENGTH
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,4 +98,4 @@ def _label(caption: str) -> str:
 
 def _length(text: str) -> int:
     """How many tokens a text has."""
-    return len(tokenizer().encode(text))
+    return len(clip_tokenizer().encode(text))
