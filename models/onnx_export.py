@@ -4,18 +4,22 @@ import copy
 import logging
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from models.clip import CLIP
 from models.errors import InputError
 from models.weights.config import Config
+from models.weights.file_kind import one_line
 
 OPSET = 18  # the version of the ONNX operators
 LARGEST_FILE = 2 * 10**9  # bytes; an ONNX file ends at 2 GiB, and larger weights lie beside it
+UPGRADE = "pip install --upgrade torch onnx onnxruntime onnxscript"
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2}  # relative to the largest number
 
 
@@ -59,7 +63,11 @@ def export_onnx(model: CLIP, folder: Path, dtype: torch.dtype = torch.float32) -
     Raises `InputError` if onnxruntime computes other features from a file than `model`.
     """
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it warns of what it cannot simplify
-    exported = model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
+    exported = model
+    if dtype != torch.float32 or not model.config.is_vit:
+        exported = copy.deepcopy(model)
+        _fold_norms(exported)
+        exported.to(dtype)
     for name, encoder, random_inputs, encode in (
         (
             "image",
@@ -75,17 +83,33 @@ def export_onnx(model: CLIP, folder: Path, dtype: torch.dtype = torch.float32) -
             _check(file, encode, [random_inputs(n) for n in (1, 3)], TOLERANCES[dtype])
 
 
+def _fold_norms(model: nn.Module) -> None:
+    """Make every batch norm a part of the convolution before it: less to compute, and torch 2.6
+    cannot export one."""
+    for parent in model.modules():
+        for (name, module), (next_name, norm) in pairwise([*parent.named_children()]):
+            if isinstance(norm, nn.BatchNorm2d):
+                parent.add_module(name, fuse_conv_bn_eval(module, norm))
+                parent.add_module(next_name, nn.Identity())
+
+
 def _export(encoder: ImageEncoder, example: Tensor, file: Path, output: str) -> None:
     n = torch.export.Dim("n", max=2**31 - 1)  # torch 2.6 does not take a number without a maximum
     shapes = ({0: n},)
-    program = torch.onnx.export(
-        torch.export.export(encoder, (example,), dynamic_shapes=shapes, strict=False),
-        output_names=[output],
-        opset_version=OPSET,
-        dynamic_shapes=shapes,
-        dynamo=True,
-        verbose=False,
-    )
+    try:
+        program = torch.onnx.export(
+            torch.export.export(encoder, (example,), dynamic_shapes=shapes, strict=False),
+            output_names=[output],
+            opset_version=OPSET,
+            dynamic_shapes=shapes,
+            dynamo=True,
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        raise InputError(
+            f"torch {torch.__version__} cannot export {file.name} with this onnxscript "
+            f"({one_line(error)}): {UPGRADE}"
+        ) from error
     for node in program.model.graph:
         node.metadata_props.clear()  # they tell strangers the folders of this computer
     size = sum(t.nbytes for t in encoder.state_dict().values())
@@ -107,8 +131,7 @@ def _check(
         if not error <= tolerance:
             raise InputError(
                 f"onnxruntime computes other features from {file.name}, by {error:.2g} of the "
-                f"largest number, where {tolerance:g} is allowed: pip install --upgrade torch onnx "
-                "onnxruntime onnxscript"
+                f"largest number, where {tolerance:g} is allowed: {UPGRADE}"
             )
 
 

@@ -276,3 +276,13 @@ def test_onnx_files_that_compute_something_else_are_refused(tmp_path, monkeypatc
     with pytest.raises(InputError, match=r"other features from image\.onnx, by 0\.001 "):
         convert(create_model("ViT-demo").eval(), tmp_path / "out", "onnx")
     assert not any(tmp_path.iterdir())
+
+
+def test_an_export_that_fails_leaves_nothing_and_names_a_remedy(tmp_path, monkeypatch):
+    def export(*_, **__):
+        raise torch.onnx.OnnxExporterError("no such operator\nand much more")
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+    with pytest.raises(InputError, match=r"image\.onnx .*no such operator.*pip install --upgrade"):
+        convert(create_model("ViT-demo").eval(), tmp_path / "new" / "out", "onnx")
+    assert not any((tmp_path / "new").iterdir())
