@@ -116,7 +116,9 @@ def convert(model: CLIP, output: Path, to: str, half: bool = False) -> None:
     check_output(output, to)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=output.parent, prefix=".unfinished.") as staging:
+        with TemporaryDirectory(
+            dir=output.parent, prefix=".unfinished.", ignore_cleanup_errors=True
+        ) as staging:
             written = Path(staging) / "output"
             FORMATS[to].write(model, written, torch.float16 if half else torch.float32)
             written.rename(output)

@@ -68,19 +68,15 @@ def export_onnx(model: CLIP, folder: Path, dtype: torch.dtype = torch.float32) -
         exported = copy.deepcopy(model)
         _fold_norms(exported)
         exported.to(dtype)
-    for name, encoder, random_inputs, encode in (
-        (
-            "image",
-            ImageEncoder(exported),
-            partial(_random_images, model.config),
-            model.encode_image,
-        ),
-        ("text", TextEncoder(exported), partial(_random_tokens, model.config), model.encode_text),
+    images, tokens = (partial(make, model.config) for make in (_random_images, _random_tokens))
+    for name, encoder, inputs, encode in (
+        ("image", ImageEncoder(exported), images, model.encode_image),
+        ("text", TextEncoder(exported), tokens, model.encode_text),
     ):
         file = folder / f"{name}.onnx"
         with torch.no_grad():
-            _export(encoder, random_inputs(2), file, f"{name}_features")
-            _check(file, encode, [random_inputs(n) for n in (1, 3)], TOLERANCES[dtype])
+            _export(encoder, inputs(2), file, f"{name}_features")
+            _check(file, encode, [inputs(1), inputs(3)], TOLERANCES[dtype])
 
 
 def _fold_norms(model: nn.Module) -> None:
