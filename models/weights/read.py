@@ -1,5 +1,6 @@
 """Reading of weights from the kinds of files people have; no code in a file is run."""
 
+import json
 import mmap
 import struct
 import zipfile
@@ -8,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from models.errors import InputError
 from models.weights.file_kind import one_line, weights_format
+from models.weights.open_clip import CONFIG_FILE
 from models.weights.unpickle import NOT_RUN, PlainUnpickler
 from models.weights.unwrap import own_description, unwrap
 
@@ -27,7 +30,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The weights in a TorchScript archive as published, or in a state dict (.pt, .pth, .bin,
     .safetensors), which may be wrapped as `unwrap` describes it; and open_clip's description of
-    their model, which only a checkpoint of train.py holds.
+    their model, if the file holds it: a checkpoint of train.py, or safetensors of convert.py.
 
     Floats of all but .safetensors come as float32. Raises `InputError` that says what the file is
     instead; the caller names it.
@@ -35,7 +38,7 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     kind = weights_format(path)
     try:
         if kind == "safetensors":
-            return unwrap(load_file(path)), None
+            return unwrap(load_file(path)), _in_metadata(path)
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         content, records = load_zip(mapped) if kind == "zip" else _load_legacy(mapped)
@@ -45,6 +48,12 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     except Exception as error:  # a damaged file can break its reader in any way
         reason = one_line(error) or type(error).__name__
         raise InputError(f"truncated or damaged ({reason}); download it anew") from None
+
+
+def _in_metadata(path: Path) -> dict[str, Any] | None:
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get(CONFIG_FILE)
+    return json.loads(text) if text else None
 
 
 def load_zip(file: mmap.mmap) -> tuple[Any, dict[str, memoryview]]:

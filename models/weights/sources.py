@@ -34,7 +34,8 @@ def read_weights(path: Path, activation: str | None = None) -> tuple[dict[str, T
 
     A folder holds open_clip_config.json or transformers' config.json, and beside it the weights, in
     one file or, in transformers' format, in several. The description of a file is in it (in a
-    checkpoint of train.py) or lies beside it; published TorchScript archives need none.
+    checkpoint of train.py, or in the metadata of safetensors that convert.py wrote) or lies beside
+    it; published TorchScript archives need none.
     `activation` (gelu or quick_gelu) is for a state dict without description, since it cannot be
     told by weights. Raises `InputError` for what is missing, damaged or of another kind of model;
     the caller names `path`.

@@ -364,3 +364,14 @@ def test_the_folder_of_a_run_stands_for_its_best_weights(tmp_path):
     weights.mkdir(parents=True)
     save_weights(create_model("ViT-demo"), weights / "best_epoch_weights.pth")
     assert find_weights(tmp_path / "run") == weights / "best_epoch_weights.pth"
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [("{", "broken JSON"), ("[1]", "should hold the description"), ('{"embed_dim": 1}', "vision")],
+)
+def test_a_damaged_description_inside_safetensors_is_named(theirs, tmp_path, text, complaint):
+    path = tmp_path / "strange.safetensors"
+    save_file(theirs.state_dict(), path, metadata={"open_clip_config.json": text})
+    with pytest.raises(InputError, match=rf"strange\.safetensors: its .*{complaint}"):
+        load(path, "cpu")
