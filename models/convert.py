@@ -24,6 +24,7 @@ from models.clip import CLIP
 from models.clip_utils import find_weights, read_model
 from models.errors import InputError, run_script
 from models.onnx_export import check_packages, export_onnx, preparation
+from models.scripts import add_activation
 from models.simple_tokenizer import END_OF_TEXT, START_OF_TEXT
 from models.tokens import clip_tokenizer
 from models.weights import open_clip, transformers
@@ -189,7 +190,7 @@ def main() -> None:
     add("output", type=Path, metavar="OUT", help="what to write; it must not exist yet")
     add("--format", choices=list(FORMATS), required=True, help="see below")
     add("--half", action="store_true", help="float16: half the size; features agree to 3 digits")
-    add("--activation", choices=["quick_gelu", "gelu"], help="of weights that do not tell it")
+    add_activation(parser)
     add("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     output = args.output.expanduser()
