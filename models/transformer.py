@@ -121,15 +121,30 @@ class ResidualAttentionBlock(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class Transformer(nn.Module):
-    """A stack of blocks. Its output is the pooled token of each sequence, so the last block
+class BlockStack(nn.Module):
+    """A stack of `blocks`. Its output is the pooled token of each sequence, so the last block
     computes the other tokens' keys and values only, not their outputs."""
+
+    # Gradient checkpointing (Chen et al. 2016): keep only the input of a block, and compute the
+    # block again during the backward pass.
+    grad_checkpointing = False
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """`[t, w]` -> `[n, w]`: the output of the pooled tokens."""
+        *blocks, last = self.blocks
+        for block in blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = recompute(block, x, layout, use_reentrant=False)
+            else:
+                x = block(x, layout)
+        return last.forward_pooled(x, layout)
+
+
+class Transformer(BlockStack):
+    """The blocks of CLIP's towers."""
 
     def __init__(self, width: int, layers: int, heads: int, mlp_width: int, activation: str):
         super().__init__()
-        # Gradient checkpointing (Chen et al. 2016): keep only the input of a block, and compute
-        # the block again during the backward pass.
-        self.grad_checkpointing = False
         self.resblocks = nn.Sequential(
             *(
                 ResidualAttentionBlock(width, heads, mlp_width, ACTIVATIONS[activation]())
@@ -137,15 +152,9 @@ class Transformer(nn.Module):
             )
         )
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """`[t, w]` -> `[n, w]`: the output of the pooled tokens."""
-        *blocks, last = self.resblocks
-        for block in blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = recompute(block, x, layout, use_reentrant=False)
-            else:
-                x = block(x, layout)
-        return last.forward_pooled(x, layout)
+    @property
+    def blocks(self) -> nn.Sequential:
+        return self.resblocks
 
     def initialize(self) -> None:
         """Draw random weights as for GPT-2 (Radford et al. 2019, section 2.3): layers whose output

@@ -1,10 +1,13 @@
-"""The CLIP models of open_clip and transformers, to compare ours with, given the same weights."""
+"""The CLIP models of open_clip, transformers and cn_clip, to compare ours with, given the same
+weights."""
 
 import open_clip
+import pytest
 import torch
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel
+from transformers import ChineseCLIPConfig, ChineseCLIPModel, CLIPConfig, CLIPModel
 
+from models.weights.config import Config
 from models.weights.registry import CONFIGS
 
 TEXT = {"context_length": 77, "vocab_size": 49408}
@@ -113,3 +116,59 @@ def to_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             module, kind = part.rsplit(".", 1)
             renamed[f"{layer}{parts[module]}.{kind}"] = tensor
     return renamed
+
+
+def chinese_clip_model(config: Config) -> ChineseCLIPModel:
+    """transformers' Chinese-CLIP of this description, with a ViT, random weights and no dropout."""
+    vision = {
+        "hidden_size": config.vision_width,
+        "intermediate_size": config.vision_mlp_width,
+        "num_attention_heads": config.vision_heads,
+        "num_hidden_layers": config.vision_layers,
+        "image_size": config.image_resolution,
+        "patch_size": config.vision_patch_size,
+        "hidden_act": config.activation,
+    }
+    text = {
+        "hidden_size": config.transformer_width,
+        "intermediate_size": config.transformer_mlp_width,
+        "num_attention_heads": config.transformer_heads,
+        "num_hidden_layers": config.transformer_layers,
+        "max_position_embeddings": config.text_positions,
+        "vocab_size": config.vocab_size,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    torch.manual_seed(0)
+    model = ChineseCLIPModel(
+        ChineseCLIPConfig(text_config=text, vision_config=vision, projection_dim=config.embed_dim)
+    )
+    disturb(model)
+    return model.eval()
+
+
+def cn_clip_model(config: Config, weights: dict[str, Tensor]) -> nn.Module:
+    """cn_clip's model of this description with these weights, without dropout; the test is skipped
+    if cn_clip is not installed."""
+    module = pytest.importorskip("cn_clip.clip.model", reason="needs cn_clip")
+    model = module.CLIP(
+        embed_dim=config.embed_dim,
+        image_resolution=config.image_resolution,
+        vision_layers=config.vision_layers,
+        vision_width=config.vision_width,
+        vision_patch_size=config.vision_patch_size,
+        vision_head_width=config.vision_head_width,
+        vocab_size=config.vocab_size,
+        text_attention_probs_dropout_prob=0.0,
+        text_hidden_act="gelu",
+        text_hidden_dropout_prob=0.0,
+        text_hidden_size=config.transformer_width,
+        text_initializer_range=0.02,
+        text_intermediate_size=config.transformer_mlp_width,
+        text_max_position_embeddings=config.text_positions,
+        text_num_attention_heads=config.transformer_heads,
+        text_num_hidden_layers=config.transformer_layers,
+        text_type_vocab_size=2,
+    )
+    model.load_state_dict(weights)
+    return model.eval()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from models.errors import InputError
 from models.files import read_bytes
-from models.weights import open_clip, transformers
+from models.weights import chinese_clip, open_clip, transformers
 from models.weights.architecture import infer_config
 from models.weights.config import Config
 from models.weights.file_kind import is_torchscript, one_line
@@ -27,22 +27,25 @@ def read_weights(path: Path, activation: str | None = None) -> tuple[dict[str, T
     """The weights at `path` with our keys, and the description of their model.
 
     A folder holds open_clip_config.json or transformers' config.json, and beside it the weights, in
-    one file or, in transformers' format, in several. The description of a file is one that lies
-    beside it; published TorchScript archives need none. `activation` (gelu or quick_gelu) is for a
-    state dict without description, since it cannot be told by weights. Raises `InputError` for what
-    is missing, damaged or of another kind of model; the caller names `path`.
+    one file or, in transformers' format, in several; or it holds a file of cn_clip. The description
+    of a file is one that lies beside it; published TorchScript archives need none, nor do those of
+    cn_clip. `activation` (gelu or quick_gelu) is for a state dict without description, since it
+    cannot be told by weights. Raises `InputError` for what is missing, damaged or of another kind
+    of model; the caller names `path`.
     """
     if path.is_dir():
         weights = _read_folder(path)
         folder = path
     else:
         weights, folder = read_state_dict(path), path.parent
+    weights = chinese_clip.without_pooler(weights)
     if transformers.is_transformers(weights):
+        kind = chinese_clip if chinese_clip.is_transformers(weights) else transformers
         content = _description(folder / transformers.CONFIG_FILE)
-        weights = transformers.from_transformers(weights)
+        weights = kind.from_transformers(weights)
         if content is not None:
             preprocessor = _description(folder / transformers.PREPROCESSOR_FILE) or {}
-            return weights, transformers.config_from_transformers(content, preprocessor)
+            return weights, kind.config_from_transformers(content, preprocessor)
     elif path.is_file() and is_torchscript(path):
         return weights, infer_config(weights)
     else:
@@ -50,6 +53,8 @@ def read_weights(path: Path, activation: str | None = None) -> tuple[dict[str, T
         if content is not None:
             return weights, open_clip.from_open_clip(content)
     config = infer_config(weights)
+    if config.has_bert and (of_authors := chinese_clip.as_authors_have_it(config)):
+        return weights, replace(of_authors, activation=activation or of_authors.activation)
     if (folder.parent / "arguments.json").is_file():  # a run from before there were descriptions
         return weights, config
     if activation is None:
@@ -66,7 +71,10 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
         index = _description(folder / f"{name}.index.json")
         if index is not None:
             return _read_shards(folder, index)
-    raise InputError(f"a folder without weights; one of these should be in it: {', '.join(names)}")
+    for file in sorted(folder.glob(chinese_clip.WEIGHTS_FILES)):
+        return read_state_dict(file)
+    raise InputError(f"a folder without weights; one of these should be in it: "
+                     f"{', '.join((*names, chinese_clip.WEIGHTS_FILES))}")  # fmt: skip
 
 
 def _read_shards(folder: Path, index: dict[str, Any]) -> dict[str, Tensor]:

@@ -98,29 +98,17 @@ def config_from_transformers(content: dict[str, Any], preprocessor: dict[str, An
         } | content.get("text_config", {})
         vision = content.get("vision_config", {})
         acts = {tower.get("hidden_act", "quick_gelu") for tower in (text, vision)}
-        if len(acts) > 1 or not acts <= {"gelu", "quick_gelu"}:
-            found = " and ".join(sorted(acts))
-            raise InputError(f"its hidden_act is {found}; gelu or quick_gelu work")
-        for name, tower in (("text_config", text), ("vision_config", vision)):
-            if tower.get("layer_norm_eps", 1e-5) != 1e-5:
-                raise InputError(f"its {name} has another layer_norm_eps than 1e-5")
-        width = vision.get("hidden_size", 768)
+        if len(acts) > 1:
+            raise InputError(f"its hidden_act is {' and '.join(sorted(acts))}; one for both works")
+        check_epsilon(text, "text_config", 1e-5)
         config = Config(
-            embed_dim=content.get("projection_dim", 512),
-            image_resolution=vision.get("image_size", 224),
-            vision_layers=vision.get("num_hidden_layers", 12),
-            vision_width=width,
-            vision_patch_size=vision.get("patch_size", 32),
-            vision_mlp_width=vision.get("intermediate_size", 3072),
-            vision_head_width=width // vision.get("num_attention_heads", 12),
             transformer_width=text["hidden_size"],
             transformer_mlp_width=text["intermediate_size"],
             transformer_heads=text["num_attention_heads"],
             transformer_layers=text.get("num_hidden_layers", 12),
             context_length=text.get("max_position_embeddings", 77),
             vocab_size=text.get("vocab_size", 49408),
-            activation=acts.pop(),
-            **_preprocessing(preprocessor),
+            **image_tower(content, preprocessor),
         )
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
@@ -130,11 +118,36 @@ def config_from_transformers(content: dict[str, Any], preprocessor: dict[str, An
     return config
 
 
+def image_tower(content: dict[str, Any], preprocessor: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `Config` on images, of a `CLIPModel` or another with the same image tower."""
+    vision = content.get("vision_config", {})
+    width, activation = vision.get("hidden_size", 768), vision.get("hidden_act", "quick_gelu")
+    if activation not in ("gelu", "quick_gelu"):
+        raise InputError(f"its hidden_act is {activation!r:.40}; gelu or quick_gelu work")
+    check_epsilon(vision, "vision_config", 1e-5)
+    return {
+        "embed_dim": content.get("projection_dim", 512),
+        "image_resolution": vision.get("image_size", 224),
+        "vision_layers": vision.get("num_hidden_layers", 12),
+        "vision_width": width,
+        "vision_patch_size": vision.get("patch_size", 32),
+        "vision_mlp_width": vision.get("intermediate_size", 3072),
+        "vision_head_width": width // vision.get("num_attention_heads", 12),
+        "activation": activation,
+        **_preprocessing(preprocessor),
+    }
+
+
+def check_epsilon(tower: dict[str, Any], name: str, epsilon: float) -> None:
+    """Raise `InputError` for norms with another epsilon than ours."""
+    if tower.get("layer_norm_eps", epsilon) != epsilon:
+        raise InputError(f"its {name} has another layer_norm_eps than {epsilon:g}")
+
+
 def config_to_transformers(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
     """The content of config.json and of preprocessor_config.json for a model with a ViT. Raises
     `InputError` for a ResNet, which transformers has not."""
-    if not config.is_vit:
-        raise InputError("transformers has no CLIP with a ResNet; take --format open_clip")
+    vision, preprocessor = image_tower_to_transformers(config)
     text = {
         "hidden_size": config.transformer_width,
         "intermediate_size": config.transformer_mlp_width,
@@ -148,6 +161,22 @@ def config_to_transformers(config: Config) -> tuple[dict[str, Any], dict[str, An
         "eos_token_id": config.vocab_size - 1,
         "pad_token_id": config.vocab_size - 1,
     }
+    model = {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": config.embed_dim,
+        "logit_scale_init_value": 2.6592,
+        "text_config": text,
+        "vision_config": vision,
+    }
+    return model, preprocessor
+
+
+def image_tower_to_transformers(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`vision_config` and the content of preprocessor_config.json for a model with a ViT. Raises
+    `InputError` for a ResNet."""
+    if not config.is_vit:
+        raise InputError("transformers has no CLIP with a ResNet; take another --format")
     vision = {
         "hidden_size": config.vision_width,
         "intermediate_size": config.vision_mlp_width,
@@ -175,15 +204,7 @@ def config_to_transformers(config: Config) -> tuple[dict[str, Any], dict[str, An
         "image_std": list(config.std),
         "do_convert_rgb": True,
     }
-    model = {
-        "architectures": ["CLIPModel"],
-        "model_type": "clip",
-        "projection_dim": config.embed_dim,
-        "logit_scale_init_value": 2.6592,
-        "text_config": text,
-        "vision_config": vision,
-    }
-    return model, preprocessor
+    return vision, preprocessor
 
 
 def _preprocessing(content: dict[str, Any]) -> dict[str, Any]:
