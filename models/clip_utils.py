@@ -85,7 +85,7 @@ def check_name(name: str | os.PathLike) -> None:
         known = ", ".join(available_models())
         raise InputError(
             f"{name}: neither a file nor the name of published weights{near}; the names are "
-            f"{known} (ViT-demo has no published weights; to train it: {_train_demo()})"
+            f"{known} (ViT-demo has no published weights; to train it: {_train('ViT-demo')})"
         )
 
 
@@ -100,7 +100,8 @@ def load(
 
     - `name`: the name of a model, such as `"ViT-B/32"`, or the path of weights. That may be a
       published TorchScript archive, a state dict (.pt, .pth or .safetensors, in float16 or
-      float32), a checkpoint of `train.py` or open_clip, or a folder of open_clip or transformers.
+      float32), a checkpoint of `train.py`, open_clip or cn_clip, or a folder of open_clip or
+      transformers.
     - `device`: `pick_device` chooses the default.
     - `download_root`: the folder for published weights.
     - `input_shape`: another image resolution than that of the weights, in pixels.
@@ -137,14 +138,15 @@ def list_models(download_root: str | os.PathLike = MODELS_PTH) -> None:
     for name, config in CONFIGS.items():
         path = Path(download_root).expanduser() / weights_filename(name)
         if name not in SHA256:
-            weights = f"none published: {_train_demo()}"
+            weights = f"none published: {_train(name)}"
         else:
             weights = path if path.exists() else weights_url(name)
         print(f"{name:15} {config.embed_dim:9} {config.image_resolution:10}  {weights}")
 
 
-def _train_demo() -> str:
-    return f"python {from_here('train.py')} --resume_training none --model ViT-demo"
+def _train(name: str) -> str:
+    """The command that trains a model from scratch."""
+    return f"python {from_here('train.py')} --resume_training none --model {name}"
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from models.errors import InputError
 
 MAX_BLOCKS = 500  # of a tower, or of a ResNet's stage; the largest published model has 56
 MAX_SIZE = 10**6  # of a width, a resolution, a vocabulary, a context
+CHINESE_VOCABULARY = 21128  # tokens of BERT's Chinese vocabulary
 CHOICES = {
     "activation": ("quick_gelu", "gelu"),
     "interpolation": ("bicubic", "bilinear"),
@@ -99,6 +100,9 @@ def check_config(config: Config) -> None:
             fits = type(value) is int and 0 < value <= MAX_SIZE
         if not fits:
             raise InputError(f"its {name} would be {value!r:.60}")
+    if config.has_bert and config.vocab_size != CHINESE_VOCABULARY:
+        raise InputError(f"its vocabulary has {config.vocab_size:,} tokens; BERT's Chinese one, the "
+                         f"only one for such a model here, has {CHINESE_VOCABULARY:,}")  # fmt: skip
     if config.has_bert and config.context_length > config.text_positions:
         raise InputError(f"its context_length {config.context_length} is more than the "
                          f"{config.text_positions} positions of its text tower")  # fmt: skip

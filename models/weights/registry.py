@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import replace
 
-from models.weights.config import Config
+from models.weights.config import CHINESE_VOCABULARY, Config
 
 BASE_URL = "https://openaipublic.azureedge.net/clip/models"
 CONTEXT_LENGTH = 77  # tokens
@@ -65,9 +65,10 @@ CONFIGS = {
 CONFIGS["cn-demo"] = replace(
     CONFIGS["ViT-demo"],
     text_tower="bert",
-    vocab_size=21128,
+    vocab_size=CHINESE_VOCABULARY,
     context_length=CHINESE_CONTEXT_LENGTH,
     text_positions=CHINESE_CONTEXT_LENGTH,
+    resize_mode="squash",  # as in Chinese-CLIP
 )
 
 
