@@ -102,8 +102,8 @@ def check_config(config: Config) -> None:
             raise InputError(f"its {name} would be {value!r:.60}")
     if config.has_bert and config.vocab_size != CHINESE_VOCABULARY:
         raise InputError(
-            f"its vocabulary has {config.vocab_size:,} tokens; BERT's Chinese one, the only one for "
-            f"such a model here, has {CHINESE_VOCABULARY:,}"
+            f"its vocabulary has {config.vocab_size:,} tokens; BERT's Chinese one, the only one "
+            f"for such a model here, has {CHINESE_VOCABULARY:,}"
         )
     if config.has_bert and config.context_length > config.text_positions:
         raise InputError(f"its context_length {config.context_length} is more than the "
