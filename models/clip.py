@@ -114,22 +114,48 @@ class CLIP(nn.Module):
             raise InputError(
                 f"texts of {tokens.shape[1]} tokens; this model reads {self.context_length}"
             )
-        has_bert = self.config.has_bert
-        # argmax gives the first of equal places: where the number of tokens reaches its highest.
-        ends = (tokens.ne(0).cumsum(dim=1) if has_bert else tokens).argmax(dim=1)
+        ends = self._ends(tokens)
         length = int(ends.max()) + 1
         positions = torch.arange(length, device=tokens.device)
         cells = (positions <= ends[:, None]).flatten().nonzero().flatten()
         ids = tokens[:, :length].flatten()[cells]
         pooled = (ends + 1).cumsum(0) - 1
-        if has_bert:
+        if self.config.has_bert:
             pooled = pooled - ends
         if tokens.device.type == "cpu" and self.device.type == "cuda":
             ids, cells, pooled = (t.pin_memory() for t in (ids, cells, pooled))
         ids, cells, pooled = (upload(t, self.device) for t in (ids, cells, pooled))
 
-        positions, layout = cells % length, Layout(length, pooled, cells, causal=not has_bert)
-        if has_bert:
+        layout = Layout(length, pooled, cells, causal=not self.config.has_bert)
+        return self._encode_tokens(ids, cells % length, layout)
+
+    def encode_text_grid(self, tokens: Tensor) -> Tensor:
+        """Token ids `[n, <=context_length]` on the model's device -> what `encode_text` gives.
+
+        For export to ONNX, which records the operations of one call and repeats them for any
+        texts. `encode_text` cannot be recorded, because how many tokens it leaves out, and so the
+        shapes of its tensors, depend on the texts. Here none is left out: all rows take as long as
+        the longest possible one.
+        """
+        n, length = tokens.shape
+        positions = torch.arange(length, device=tokens.device)
+        starts, ends = torch.arange(n, device=tokens.device) * length, self._ends(tokens)
+        if self.config.has_bert:
+            layout = Layout(length, pooled=starts, filled=positions <= ends[:, None])
+        else:
+            layout = Layout(length, pooled=starts + ends, causal=True)
+        return self._encode_tokens(tokens.flatten(), positions.repeat(n), layout)
+
+    def _ends(self, tokens: Tensor) -> Tensor:
+        """The place `[n]` of the last token in each row `[n, l]`."""
+        if not self.config.has_bert:
+            return tokens.argmax(dim=1)
+        # Where the count of tokens reaches its highest: of equal ones argmax gives the first.
+        return tokens.ne(0).cumsum(dim=1).argmax(dim=1)
+
+    def _encode_tokens(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
+        """Ids `[t]` of packed tokens and their positions `[t]` in their texts -> `[n, d]`."""
+        if self.config.has_bert:
             return self.bert(ids, positions, layout) @ self.text_projection
         # F.embedding and not indexing: the gradient of indexing is summed in an order that differs
         # from run to run.

@@ -120,7 +120,9 @@ def test_a_text_has_the_same_feature_in_every_batch(texts):
         together = model.encode_text(tokens)
         alone = torch.cat([model.encode_text(row[None]) for row in tokens])
         cut = model.encode_text(tokens[:, : int(tokens.ne(0).sum(1).max())])
+        padded = model.encode_text_grid(tokens)
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together, padded, atol=1e-5, rtol=1e-5)
     assert torch.equal(together, cut)
 
 

@@ -1,19 +1,19 @@
 """Pictures: scores against K, captions ranked for an image, scores of mixed weights."""
 
 import textwrap
+import unicodedata
 import warnings
 from pathlib import Path
 
 from PIL import Image
 
 from models.weights.file_kind import one_line
+from utils.retrieval.fonts import fonts_for
 from utils.retrieval.ranking import Ranked
 from utils.retrieval.tables import K_VALUES, TITLES, Metrics
 from utils.runs.files import save_figure
 
-# Captions can be Chinese: each character is drawn with the first of these fonts that has it.
-FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "PingFang SC",
-         "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "WenQuanYi Zen Hei"]  # fmt: skip
+LINE = 68  # letters in a line of a caption; half as many Chinese characters
 
 
 def plot_metrics(metrics: Metrics, path: Path) -> None:
@@ -46,27 +46,31 @@ def plot_metrics(metrics: Metrics, path: Path) -> None:
 def draw_ranking(image: Image.Image, ranked: list[Ranked], path: Path) -> None:
     """Write a picture to `path`: the image, and beside it each caption with a bar for its
     probability."""
-    from matplotlib import font_manager
     from matplotlib.figure import Figure
 
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    fonts = [name for name in FONTS if name in installed]
+    captions = [one_line(r.caption) for r in ranked]  # no control characters, no whole pages
+    fonts = fonts_for("".join(captions))
     figure = Figure(figsize=(11, 4), layout="constrained")
     picture, chart = figure.subplots(1, 2, width_ratios=[1, 1.4])
     picture.imshow(image)
     picture.axis("off")
     rows = range(len(ranked))
     chart.barh(rows, [r.probability for r in ranked], height=0.3, color="tab:blue", alpha=0.6)
-    for row, (caption, probability, similarity) in enumerate(ranked):
-        caption = one_line(caption)  # control characters and whole pages cannot be drawn
-        text = textwrap.fill(f"{caption}  ({probability:.1%}, similarity {similarity:.3f})", 68)
+    for row, (_, probability, similarity) in enumerate(ranked):
+        caption = f"{captions[row]}  ({probability:.1%}, similarity {similarity:.3f})"
+        text = textwrap.fill(caption, LINE * len(caption) // _columns(caption))
         chart.text(0, row - 0.22, text, va="bottom", fontfamily=fonts, fontsize=9,
                    parse_math=False)  # fmt: skip
     chart.set(xlim=(0, 1), ylim=(len(ranked) - 0.5, -0.9), yticks=[], xlabel="probability")
     chart.spines[["top", "right", "left"]].set_visible(False)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # no installed font has some character
+        warnings.simplefilter("ignore", UserWarning)  # `fonts_for` has said it
         save_figure(figure, path)
+
+
+def _columns(text: str) -> int:
+    """The width of a text in letters: Chinese characters take two."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def plot_wise_ft(rows: list[dict[str, float]], path: Path) -> None:
