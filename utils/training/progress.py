@@ -15,8 +15,8 @@ from utils.metric import mean_recall
 from utils.retrieval.tables import Metrics, format_table
 from utils.training.state import State
 
-# Share of tokens that are parts of words. In Flickr8k: CLIP's tokenizer 2% of English and 95% of
-# Chinese captions; BERT's Chinese one 34% of English and 0% of Chinese, 22% of both together.
+# Share of tokens that are parts of words. In Flickr8k: CLIP's tokenizer 2% of English and 90% of
+# Chinese captions; BERT's Chinese one 33% of English and 0% of Chinese, 22% of both together.
 MANY_FRAGMENTS = 0.25
 
 
