@@ -14,7 +14,6 @@ from models.weights.config import Config
 
 EPSILON = 1e-12  # of all norms
 TOKEN_TYPES = 2  # of which texts have the first; BERT's pre-training gave it to the first sentence
-INITIAL_STD = 0.02
 
 
 class Bert(nn.Module):
@@ -31,12 +30,14 @@ class Bert(nn.Module):
         return self.encoder(self.embeddings(ids, positions), layout)
 
     def initialize(self) -> None:
-        """Draw random weights as BERT does."""
+        """Draw random weights for training from scratch. BERT's own are smaller, so that the class
+        token sees little of the text at first: a small model then takes epochs to get started."""
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=INITIAL_STD)
             if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
                 nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
 
 
 class Embeddings(nn.Module):

@@ -2,21 +2,28 @@
 their keys and description, and ours. Our keys are cn_clip's."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from models.errors import InputError
 from models.weights import transformers
-from models.weights.config import Config, check_config
+from models.weights.config import Config, check_config, quoted
 from models.weights.file_kind import one_line
 from models.weights.registry import CHINESE_CONTEXT_LENGTH
 
 WEIGHTS_FILES = "clip_cn_*.pt"  # as cn_clip names them
 EPSILON = 1e-12  # of BERT's norms
-# The ViTs of cn_clip, all with QuickGELU: blocks, width and patch size -> width of a head.
-AUTHORS_VITS = {(12, 768, 16): 64, (12, 768, 32): 64, (24, 1024, 14): 64, (32, 1280, 14): 80}
+TEXT = {  # what a config.json leaves out has these values
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "max_position_embeddings": 512,
+    "vocab_size": 30522,
+}
+# The ViTs of cn_clip, all with QuickGELU: blocks, width and patch size.
+AUTHORS_VITS = {(12, 768, 16), (12, 768, 32), (24, 1024, 14), (32, 1280, 14)}
 
 
 def is_transformers(names: Iterable[str]) -> bool:
@@ -49,25 +56,27 @@ def config_from_transformers(content: dict[str, Any], preprocessor: dict[str, An
     its preprocessor_config.json, or empty. Raises `InputError` that names what our models lack."""
     try:
         if content.get("model_type") != "chinese_clip":
-            found = content.get("model_type")
-            raise InputError(f"it describes a {found!r:.40}, not a ChineseCLIPModel")
-        text = content.get("text_config", {})
+            raise InputError(
+                f"its model_type is {quoted(content.get('model_type'))}, not 'chinese_clip'; take "
+                "a whole ChineseCLIPModel, such as OFA-Sys/chinese-clip-vit-base-patch16"
+            )
+        text = transformers.tower(content, "text_config", TEXT)
         for field, value in (("hidden_act", "gelu"), ("type_vocab_size", 2)):
-            if text.get(field, value) != value:
-                raise InputError(f"its text_config has another {field} than {value}")
+            if (found := text.get(field, value)) != value:
+                raise InputError(f"its text_config has {field} {quoted(found)}; only {value} works")
         transformers.check_epsilon(text, "text_config", EPSILON)
-        positions = text.get("max_position_embeddings", 512)
+        positions = text["max_position_embeddings"]
         image = transformers.image_tower(content, preprocessor)
         if not preprocessor:
             image["resize_mode"] = "squash"  # as the authors do
         config = Config(
-            transformer_width=text.get("hidden_size", 768),
-            transformer_mlp_width=text.get("intermediate_size", 3072),
-            transformer_heads=text.get("num_attention_heads", 12),
-            transformer_layers=text.get("num_hidden_layers", 12),
+            transformer_width=text["hidden_size"],
+            transformer_mlp_width=text["intermediate_size"],
+            transformer_heads=text["num_attention_heads"],
+            transformer_layers=text["num_hidden_layers"],
             # Not a field of transformers': we write it, and it keeps what it does not know.
             context_length=text.get("context_length", min(CHINESE_CONTEXT_LENGTH, positions)),
-            vocab_size=text.get("vocab_size", 30522),
+            vocab_size=text["vocab_size"],
             text_tower="bert",
             text_positions=positions,
             **image,
@@ -112,12 +121,8 @@ def without_pooler(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in weights.items() if not key.startswith("bert.pooler.")}
 
 
-def as_authors_have_it(config: Config) -> Config | None:
-    """The description of one of cn_clip's models, of which its weights tell all but the activation
-    and the width of heads; None if cn_clip has no such image tower."""
-    if not config.is_vit:
-        return config  # no part of a ResNet has such an activation
-    vit = (config.vision_layers, config.vision_width, config.vision_patch_size)
-    if vit not in AUTHORS_VITS:
-        return None
-    return replace(config, activation="quick_gelu", vision_head_width=AUTHORS_VITS[vit])
+def is_of_authors(config: Config) -> bool:
+    """Whether the weights of this model tell its activation: cn_clip has such an image tower, or it
+    is a ResNet, no part of which has such an activation."""
+    vit = config.vision_layers, config.vision_width, config.vision_patch_size
+    return config.has_bert and (not config.is_vit or vit in AUTHORS_VITS)

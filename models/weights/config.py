@@ -1,13 +1,15 @@
 """The description of a model: its sizes, its activation, and how its images are prepared."""
 
 import math
-from dataclasses import asdict, dataclass
+import reprlib
+from dataclasses import dataclass
 from typing import Literal
 
 from models.errors import InputError
 
 MAX_BLOCKS = 500  # of a tower, or of a ResNet's stage; the largest published model has 56
 MAX_SIZE = 10**6  # of a width, a resolution, a vocabulary, a context
+VOCABULARY = 49408  # tokens that CLIP's tokenizer knows; the last is the end-of-text token
 CHINESE_VOCABULARY = 21128  # tokens of BERT's Chinese vocabulary
 CHOICES = {
     "activation": ("quick_gelu", "gelu"),
@@ -52,7 +54,7 @@ class Config:
     transformer_heads: int
     transformer_layers: int
     context_length: int = 77
-    vocab_size: int = 49408
+    vocab_size: int = VOCABULARY
     vision_head_width: int = 64
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
     text_tower: Literal["clip", "bert"] = "clip"
@@ -85,7 +87,7 @@ def check_config(config: Config) -> None:
     building one could take very long or fail."""
     absent = set() if config.is_vit else {"vision_patch_size", "vision_mlp_width"}
     absent |= set() if config.has_bert else {"text_positions"}
-    for name, value in asdict(config).items():
+    for name, value in vars(config).items():  # not asdict: it copies what may be nested deep
         if name in ("mean", "std"):
             fits = isinstance(value, tuple) and len(value) == 3 and all(map(_is_finite, value))
         elif name in CHOICES:
@@ -99,12 +101,7 @@ def check_config(config: Config) -> None:
         else:
             fits = type(value) is int and 0 < value <= MAX_SIZE
         if not fits:
-            raise InputError(f"its {name} would be {value!r:.60}")
-    if config.has_bert and config.vocab_size != CHINESE_VOCABULARY:
-        raise InputError(
-            f"its vocabulary has {config.vocab_size:,} tokens; BERT's Chinese one, the only one "
-            f"for such a model here, has {CHINESE_VOCABULARY:,}"
-        )
+            raise InputError(f"its {name} would be {quoted(value)}")
     if config.has_bert and config.context_length > config.text_positions:
         raise InputError(f"its context_length {config.context_length} is more than the "
                          f"{config.text_positions} positions of its text tower")  # fmt: skip
@@ -114,6 +111,11 @@ def check_config(config: Config) -> None:
     for name, heads, width in towers:
         if heads == 0 or width % heads:
             raise InputError(f"its {name} {width} is no multiple of its {heads} attention heads")
+
+
+def quoted(value: object) -> str:
+    """An untrusted value for an error message: on one line, and cut if it is long or nested."""
+    return "".join(c if c.isprintable() else " " for c in reprlib.repr(value)[:60])
 
 
 def _is_finite(number: object) -> bool:

@@ -18,10 +18,10 @@ from models.errors import InputError
 from models.preprocess import open_image
 from models.weights.architecture import infer_config
 from models.weights.chinese_clip import (
-    as_authors_have_it,
     config_from_transformers,
     config_to_transformers,
     from_transformers,
+    is_of_authors,
     to_transformers,
 )
 from models.weights.config import Config
@@ -93,10 +93,20 @@ def test_a_folder_of_transformers_is_read_with_its_description(folder, theirs):
 @pytest.mark.parametrize(
     ("tower", "field", "value", "message"),
     [
-        ("text_config", "hidden_act", "gelu_new", "text_config has another hidden_act than gelu"),
-        ("text_config", "layer_norm_eps", 1e-5, "another layer_norm_eps than 1e-12"),
-        ("text_config", "type_vocab_size", 4, "another type_vocab_size than 2"),
-        ("text_config", "vocab_size", 30522, "its vocabulary has 30,522 tokens"),
+        (
+            "text_config",
+            "hidden_act",
+            "gelu_new",
+            "text_config has hidden_act 'gelu_new'; only gelu",
+        ),
+        ("text_config", "layer_norm_eps", 1e-5, "layer_norm_eps 1e-05; only 1e-12 works"),
+        ("text_config", "type_vocab_size", 4, "type_vocab_size 4; only 2 works"),
+        (
+            "text_config",
+            "vocab_size",
+            12000,
+            "its texts are made of 12,000 tokens, and those of BERT",
+        ),
         ("text_config", "num_attention_heads", 3, "transformer_width 128 is no multiple"),
         ("vision_config", "hidden_act", "silu", "its hidden_act is 'silu'"),
     ],
@@ -134,7 +144,7 @@ def test_weights_of_a_run_come_back_as_they_were(run_weights, tmp_path):
 def test_transformers_opens_converted_weights_and_we_do_again(run_weights, tmp_path):
     file, model = run_weights
     done = run_script("models/convert.py", file, "out", "--format", "transformers", cwd=tmp_path)
-    assert 'ChineseCLIPModel.from_pretrained("out"), ChineseCLIPProcessor' in done.stdout
+    assert "of a Chinese-CLIP, ChineseCLIPModel and ChineseCLIPProcessor" in done.stdout
     assert_same_features(model, tmp_path / "out")
     assert ChineseCLIPProcessor.from_pretrained(tmp_path / "out").tokenizer.model_max_length == 60
     back, _ = load(tmp_path / "out", "cpu")
@@ -198,7 +208,7 @@ def test_the_authors_models_are_known_by_their_sizes():
         )
         with torch.device("meta"):
             weights = CLIP(expected).state_dict()
-        assert as_authors_have_it(infer_config(weights)) == expected
+        assert infer_config(weights) == expected and is_of_authors(expected)
 
 
 def test_cn_clip_opens_converted_weights(tmp_path, monkeypatch):
@@ -206,7 +216,7 @@ def test_cn_clip_opens_converted_weights(tmp_path, monkeypatch):
     model = random_model(SMALL)
     save_weights(model, tmp_path / "weights.pth")  # rounds them to float16, as cn_clip does
     model, _ = load(tmp_path / "weights.pth", "cpu")
-    words = ["models/convert.py", "weights.pth", "out", "--format", "cn_clip"]
+    words = ["models/convert.py", "weights.pth", "clip_cn.pt", "--format", "cn_clip"]
     assert "load_from_name" in run_script(*words, cwd=tmp_path).stdout
     (tmp_path / "model_configs").mkdir()
     vision = {"embed_dim": 256, "image_resolution": 64, "vision_layers": 1, "vision_width": 192,
@@ -220,7 +230,7 @@ def test_cn_clip_opens_converted_weights(tmp_path, monkeypatch):
         (tmp_path / "model_configs" / f"{name}.json").write_text(json.dumps(content))
     monkeypatch.setattr(utils, "__file__", str(tmp_path / "utils.py"))
     theirs, preprocess = utils.load_from_name(
-        str(tmp_path / "out" / "clip_cn.pt"), device="cpu", vision_model_name="small-vit",
+        str(tmp_path / "clip_cn.pt"), device="cpu", vision_model_name="small-vit",
         text_model_name="small-bert", input_resolution=64,
     )  # fmt: skip
     with Image.open(ROOT / "R_mAP.png") as image, torch.no_grad():
