@@ -39,7 +39,7 @@ def write_open_clip(model: CLIP, folder: Path, dtype: torch.dtype) -> None:
         raise InputError("open_clip has no Chinese-CLIP; take --format transformers or cn_clip")
     folder.mkdir()
     _write_json(folder / open_clip.CONFIG_FILE, open_clip.to_open_clip(model.config))
-    _save(model.state_dict(), folder / open_clip.WEIGHTS_FILES[0], dtype)
+    write_safetensors(model, folder / open_clip.WEIGHTS_FILES[0], dtype)
 
 
 def write_transformers(model: CLIP, folder: Path, dtype: torch.dtype) -> None:
@@ -52,7 +52,8 @@ def write_transformers(model: CLIP, folder: Path, dtype: torch.dtype) -> None:
     dtype_name = str(dtype).removeprefix("torch.")
     _write_json(folder / transformers.CONFIG_FILE, config | {"torch_dtype": dtype_name})
     _write_json(folder / transformers.PREPROCESSOR_FILE, preprocessor)
-    _save(library.to_transformers(model.state_dict()), folder / "model.safetensors", dtype)
+    weights = library.to_transformers(model.state_dict())
+    _save(weights, folder / "model.safetensors", dtype, {})
     _write_tokenizer(model, folder)
 
 
@@ -68,7 +69,7 @@ def write_safetensors(model: CLIP, file: Path, dtype: torch.dtype) -> None:
     """One file with our keys. In its metadata lies the description of the model, which `load` would
     otherwise look for beside the file."""
     description = json.dumps(open_clip.to_open_clip(model.config))
-    _save(model.state_dict(), file, dtype, **{open_clip.CONFIG_FILE: description})
+    _save(model.state_dict(), file, dtype, {open_clip.CONFIG_FILE: description})
 
 
 def write_onnx(model: CLIP, folder: Path, dtype: torch.dtype) -> None:
@@ -118,12 +119,12 @@ FORMATS = {
     ),
     "onnx": Format(
         write_onnx,
-        "a folder for onnxruntime: for programs without PyTorch, in many languages; {0}/clip.json "
-        "tells\n    how to prepare images and texts",
+        "a folder for onnxruntime: programs without PyTorch, in many languages",
         (
             'onnxruntime.InferenceSession("{0}/image.onnx").run(None, {{"images": images}})',
             'onnxruntime.InferenceSession("{0}/text.onnx").run(None, {{"tokens": tokens}})',
             'CLIPTokenizer.from_pretrained("{0}"), or BertTokenizer for a Chinese-CLIP',
+            "{0}/clip.json tells how to prepare images and tokens",
         ),
     ),
 }
@@ -135,11 +136,11 @@ def convert(model: CLIP, output: Path, to: str, half: bool = False) -> None:
     Raises `InputError` if `output` exists, if the format has no such model, if float16 has no such
     numbers, and if the disk is full.
     """
+    check_output(output, to)
     floats = {key: t for key, t in model.state_dict().items() if t.is_floating_point()}
     too_large = [key for key, t in floats.items() if half and not t.half().isfinite().all()]
     if too_large:
         raise InputError(f"float16 ends at 65,504, which {listed(too_large)} exceed; omit --half")
-    check_output(output, to)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(
@@ -165,10 +166,12 @@ def check_output(output: Path, to: str) -> None:
         check_packages()
 
 
-def _save(weights: dict[str, Tensor], file: Path, dtype: torch.dtype, **metadata: str) -> None:
+def _save(
+    weights: dict[str, Tensor], file: Path, dtype: torch.dtype, metadata: dict[str, str]
+) -> None:
     file.touch()
     mode = file.stat().st_mode  # safetensors lets nobody but the owner read
-    save_file(_cast(weights, dtype), file, metadata={"format": "pt", **metadata})
+    save_file(_cast(weights, dtype), file, metadata={"format": "pt"} | metadata)
     file.chmod(mode)
 
 
@@ -202,7 +205,7 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 
 
 def description(name: str, path: object) -> str:
-    """A few lines on a format: what is at `path`, and the Python that opens it."""
+    """Lines on a format: what is at `path`, and what opens it in Python."""
     each = FORMATS[name]
     lines = [f"  {name}: {each.purpose}", *(f"    {line}" for line in each.opened_by)]
     return "\n".join(lines).format(path)
@@ -212,7 +215,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="\n".join(
-            ["formats, and the Python that opens them:", *(description(f, "OUT") for f in FORMATS)]
+            ["formats, and what opens them in Python:", *(description(f, "OUT") for f in FORMATS)]
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -220,7 +223,7 @@ def main() -> None:
     add("weights", metavar="WEIGHTS", help="weights file or folder, a run, or a model name")
     add("output", type=Path, metavar="OUT", help="what to write; it must not exist yet")
     add("--format", choices=list(FORMATS), required=True, help="see below")
-    add("--half", action="store_true", help="float16: half the size, features alike to 3 digits")
+    add("--half", action="store_true", help="float16: half the size; features agree to 3 digits")
     add_activation(parser)
     add("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()

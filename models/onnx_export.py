@@ -19,7 +19,7 @@ from models.weights.file_kind import one_line
 
 OPSET = 18  # the version of the ONNX operators
 LARGEST_FILE = 2 * 10**9  # bytes; an ONNX file ends at 2 GiB, and larger weights lie beside it
-UPGRADE = "pip install --upgrade torch onnx onnxruntime onnxscript"
+UPGRADE = "pip install -U torch onnx onnxruntime onnxscript"
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2}  # relative to the largest number
 
 

@@ -283,6 +283,6 @@ def test_an_export_that_fails_leaves_nothing_and_names_a_remedy(tmp_path, monkey
         raise torch.onnx.OnnxExporterError("no such operator\nand much more")
 
     monkeypatch.setattr(torch.onnx, "export", export)
-    with pytest.raises(InputError, match=r"image\.onnx .*no such operator.*pip install --upgrade"):
+    with pytest.raises(InputError, match=r"image\.onnx .*no such operator.*pip install -U"):
         convert(create_model("ViT-demo").eval(), tmp_path / "new" / "out", "onnx")
     assert not any((tmp_path / "new").iterdir())
