@@ -39,7 +39,6 @@ def main() -> None:
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first there is)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
-    check_labels(args.labels)
 
     import torch
 
@@ -48,6 +47,7 @@ def main() -> None:
 
     image = open_image(args.image)
     model, preprocess = load(args.weights, args.device, activation=args.activation)
+    check_labels(args.labels, model.tokenizer)
     tokens = model.tokenize(args.labels)
     with torch.inference_mode():
         logits_per_image, _ = model(preprocess(image)[None].to(model.device), tokens)
@@ -60,19 +60,17 @@ def main() -> None:
     print(f"image 0: [{', '.join(f'({label!r}, {prob!s})' for label, prob in ranked)}]")
 
 
-def check_labels(labels: list[str]) -> None:
-    """Raise `InputError` for an empty label, and for two labels that the model reads as the same
-    text, because the two would share one probability."""
-    from models.simple_tokenizer import clean
-
-    same: dict[str, str] = {}
+def check_labels(labels: list[str], tokenizer) -> None:
+    """Raise `InputError` for an empty label, and for two labels that are the same to the model's
+    tokenizer, because the two would share one probability."""
+    same: dict[tuple[int, ...], str] = {}
     for label in labels:
-        text = clean(label)
-        if not text:
+        tokens = tuple(tokenizer.encode(label))
+        if not tokens:
             raise InputError("--labels: one of them is empty")
-        if text in same:
-            raise InputError(f"--labels: {label!r} repeats {same[text]!r}; leave one of them out")
-        same[text] = label
+        if tokens in same:
+            raise InputError(f"--labels: {label!r} repeats {same[tokens]!r}; leave one of them out")
+        same[tokens] = label
 
 
 if __name__ == "__main__":

@@ -172,6 +172,13 @@ class Flickr8kDataset(Dataset):
         lengths = (len(self.tokenizer.encode(self.text[i])) + 2 for i in full)
         return sum(length > self.context_length for length in lengths)
 
+    def share_of_fragments(self) -> float:
+        """The share of the captions' tokens that are parts of words, or unknown."""
+        tokens = self.tokens[self.tokens > 0]  # without the zeros that fill up rows
+        fragments = torch.tensor(self.tokenizer.fragments, dtype=tokens.dtype)
+        of_words = len(tokens) - 2 * len(self.text)  # without those of start and end
+        return torch.isin(tokens, fragments).sum().item() / max(1, of_words)
+
     def count_shared_captions(self) -> int:
         """How many captions are right for several images."""
         return sum(isinstance(images, list) for images in self.txt_to_img.values())
