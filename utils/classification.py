@@ -10,6 +10,7 @@ As a script, it scores weights on class folders, or on a data set of torchvision
 import argparse
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from math import isnan
 from pathlib import Path
@@ -312,6 +313,9 @@ def main() -> None:
 
     templates = read_templates(args.templates)
     source = find_images(args.data, False, args.data_root, args.classnames)
+    if repeated := [name for name, n in Counter(source.classes).items() if n > 1]:
+        print(f"warning: several classes are called {one_line(repeated[0])}; images are only ever "
+              "taken for the first of them")  # fmt: skip
     train_source = None
     if args.linear_probe:
         train_source = find_images(args.data, True, args.data_root, args.classnames)

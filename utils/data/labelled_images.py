@@ -110,8 +110,8 @@ def _check_both_splits(train: Path, scored: Path) -> None:
     names = [{folder.name for folder in _folders(split)} for split in (train, scored)]
     if not all(names):
         raise InputError(
-            f"{train.parent}: --linear_probe trains on class folders in {train}, and scores those "
-            f"in {scored}; there are not both"
+            f"{train.parent}: --linear_probe needs class folders to train on in {train} and others "
+            f"to score on in {scored}; there are not both"
         )
     if alone := names[0] ^ names[1]:
         raise InputError(

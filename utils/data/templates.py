@@ -90,7 +90,7 @@ def read_templates(name: str) -> list[str]:
     file = Path(name)
     if not file.exists():
         raise InputError(
-            f"--templates {name}: neither a file nor a set of templates"
+            f"--templates {name}: neither a file nor a set"
             f"{near_names(name, TEMPLATE_SETS)}; the sets are {', '.join(TEMPLATE_SETS)}"
         )
     templates = read_lines(file, "template")

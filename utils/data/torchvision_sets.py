@@ -146,9 +146,9 @@ def open_torchvision_set(name: str, root: Path, is_train: bool) -> Dataset:
         except Exception as error:  # torchvision raises whatever it meets, of zip files or scipy
             problem = error
     raise InputError(
-        f"{name}: is not in {root}, and cannot be downloaded ({one_line(problem)}); put "
-        f"{known.source} into {root / known.folder} and run this again, or name another folder of "
-        "data sets with --data_root"
+        f"{name}: is not in {root}, or not whole, and cannot be downloaded ({one_line(problem)}); "
+        f"put {known.source} into {root / known.folder} and run this again, or name another folder "
+        "of data sets with --data_root"
     ) from problem
 
 
