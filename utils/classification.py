@@ -83,7 +83,6 @@ def zero_shot_classifier(
     return F.normalize(features.view(len(labels), len(templates), -1).mean(dim=1), dim=-1)
 
 
-@explained()
 def readable_features(
     model: CLIP,
     images: LabelledImages,
@@ -306,6 +305,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@explained()
 def main() -> None:
     args = build_parser().parse_args()
 

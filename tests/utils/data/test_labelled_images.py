@@ -217,6 +217,7 @@ def test_a_set_of_torchvision_is_read_from_its_files(tmp_path, monkeypatch):
         for (pixels, label), (image, target) in zip(images, theirs, strict=True):
             assert label == target
             assert np.array_equal(pixels.permute(1, 2, 0), np.asarray(image))
+        images = pickle.loads(pickle.dumps(images))  # as the processes that read get it
         images.cache(tmp_path / "cache")
         batch = next(images.batches([[3, 1]], 0))
         assert torch.equal(batch, torch.stack([images[3][0], images[1][0]]))
