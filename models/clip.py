@@ -114,11 +114,28 @@ class CLIP(nn.Module):
             ids, cells, pooled = (t.pin_memory() for t in (ids, cells, pooled))
         ids, cells, pooled = (upload(t, self.device) for t in (ids, cells, pooled))
 
+        return self._encode_tokens(ids, cells % length, Layout(length, pooled, cells, causal=True))
+
+    def encode_text_grid(self, tokens: Tensor) -> Tensor:
+        """Token ids `[n, <=context_length]` on the model's device -> what `encode_text` gives.
+
+        For export to ONNX, which records the operations of one call and repeats them for any
+        texts. `encode_text` cannot be recorded, because how many tokens it leaves out, and so the
+        shapes of its tensors, depend on the texts. Here none is left out: all rows take as long as
+        the longest possible one.
+        """
+        n, length = tokens.shape
+        positions = torch.arange(length, device=tokens.device).repeat(n)
+        starts = torch.arange(n, device=tokens.device) * length
+        layout = Layout(length, pooled=starts + tokens.argmax(dim=1), causal=True)
+        return self._encode_tokens(tokens.flatten(), positions, layout)
+
+    def _encode_tokens(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
+        """Ids `[t]` of packed tokens and their positions `[t]` in their texts -> `[n, d]`."""
         # F.embedding and not indexing: the gradient of indexing is summed in an order that differs
         # from run to run.
-        x = self.token_embedding(ids) + F.embedding(cells % length, self.positional_embedding)
-        x = self.transformer(x, Layout(length, pooled, cells, causal=True))
-        return self.ln_final(x) @ self.text_projection
+        x = self.token_embedding(ids) + F.embedding(positions, self.positional_embedding)
+        return self.ln_final(self.transformer(x, layout)) @ self.text_projection
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Images `[n, 3, r, r]` and token ids `[m, <=context_length]` -> logits.

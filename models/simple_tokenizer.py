@@ -7,9 +7,11 @@ it.
 
 import gzip
 import html
+import re
 from collections.abc import Iterable
 from functools import lru_cache
 from heapq import heappop, heappush
+from itertools import chain
 from pathlib import Path
 
 import ftfy
@@ -26,6 +28,8 @@ WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", r
 # The number of a character in HTML, like &#000233;. Only its first eight digits after the zeros
 # are captured: the largest number of a character has seven.
 REFERENCE = regex.compile(r"&#0*([0-9]{1,8})[0-9]*")
+# Printable ASCII without "&", and Chinese characters: text that neither ftfy nor HTML can change.
+PLAIN = re.compile("[ -%'-~\u4e00-\u9fff]*")
 
 
 def byte_symbols() -> dict[int, str]:
@@ -46,7 +50,8 @@ def clean(text: str) -> str:
 
     HTML is unescaped twice, because text from the web is often escaped twice.
     """
-    text = unescape(unescape(ftfy.fix_text(text)))
+    if not PLAIN.fullmatch(text):
+        text = unescape(unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 
 
@@ -78,11 +83,11 @@ class SimpleTokenizer:
         self.byte_of_symbol = {symbol: byte for byte, symbol in symbols.items()}
         self.start_of_text = self.encoder[START_OF_TEXT]
         self.end_of_text = self.encoder[END_OF_TEXT]
-        self.encode_word = lru_cache(maxsize=2**16)(self._encode_word)
+        self.encode_chunk = lru_cache(maxsize=2**16)(self._encode_chunk)
 
     def encode(self, text: str) -> list[int]:
         """The token ids of `text`, without start-of-text and end-of-text token."""
-        return [token for word in WORD.findall(clean(text)) for token in self.encode_word(word)]
+        return [*chain.from_iterable(map(self.encode_chunk, clean(text).split()))]
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of token ids, in lower case and with a space after each word.
@@ -98,6 +103,11 @@ class SimpleTokenizer:
             if word_ends or token >= self.start_of_text:
                 data += b" "
         return data.decode("utf-8", errors="replace")
+
+    def _encode_chunk(self, chunk: str) -> tuple[int, ...]:
+        """The token ids of text without white space. Texts have few different ones, so that most
+        are not computed but remembered."""
+        return tuple(token for word in WORD.findall(chunk) for token in self._encode_word(word))
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
         symbols = [self.symbol_of_byte[byte] for byte in word.encode("utf-8")]

@@ -1,8 +1,10 @@
 """Texts to rows of token ids, by the tokenizer that a model was trained with."""
 
+from array import array
 from functools import lru_cache
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,20 +40,24 @@ def token_rows(
     end-of-text token; otherwise it raises `InputError`, as does anything that is not a string.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
-    tokens = torch.zeros(len(texts), context_length, dtype=torch.int32)
+    ids, lengths = array("i"), []
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise InputError(
                 f"text {i} is {type(text).__name__}, not a string: {text!r:.{MAX_QUOTED}}"
             )
-        ids = [tokenizer.start_of_text, *tokenizer.encode(text), tokenizer.end_of_text]
-        if len(ids) > context_length:
+        row = [tokenizer.start_of_text, *tokenizer.encode(text), tokenizer.end_of_text]
+        if len(row) > context_length:
             if not truncate:
                 raise InputError(
-                    f"text {i} has {len(ids)} tokens, where {context_length} fit: "
+                    f"text {i} has {len(row)} tokens, where {context_length} fit: "
                     f"{text[:MAX_QUOTED]!r}{'...' if len(text) > MAX_QUOTED else ''}; "
                     "shorten it, or cut it with truncate=True"
                 )
-            ids[context_length - 1 :] = [tokenizer.end_of_text]
-        tokens[i, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
+            row[context_length - 1 :] = [tokenizer.end_of_text]
+        ids.extend(row)
+        lengths.append(len(row))
+    is_token = torch.arange(context_length) < torch.tensor(lengths)[:, None]
+    tokens = torch.zeros(len(texts), context_length, dtype=torch.int32)
+    tokens[is_token] = torch.from_numpy(np.array(ids, dtype=np.int32))
     return tokens

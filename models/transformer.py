@@ -27,13 +27,18 @@ class Layout(NamedTuple):
 
     def grid(self, x: Tensor) -> Tensor:
         """`[t, c]` -> `[n, length, c]`, with zeros after the end of a sequence."""
-        n, channels = len(self.pooled), x.shape[-1]
+        n, channels = self.pooled.shape[0], x.shape[-1]
         if self.cells is not None:
             x = x.new_zeros(n * self.length, channels).index_copy(0, self.cells, x)
         return x.view(n, self.length, channels)
 
     def mask(self) -> Tensor | None:
-        """bool `[n, 1, 1, length]`: True for the cells that hold a token; None if all cells do."""
+        """bool `[n, 1, 1, length]`: True for the cells that a pooled token attends to, which hold a
+        token and, if causal, no later one; None for all cells."""
+        if self.causal:
+            cells = self.pooled if self.cells is None else self.cells[self.pooled]
+            positions = torch.arange(self.length, device=cells.device)
+            return (positions <= cells[:, None] % self.length)[:, None, None]
         if self.cells is None:
             return None
         n = len(self.pooled)
@@ -78,11 +83,7 @@ class MultiheadAttention(nn.Module):
         return self.out_proj(layout.packed(mixed.transpose(1, 2).flatten(2)))
 
     def forward_pooled(self, x: Tensor, layout: Layout) -> Tensor:
-        """`[t, w]` -> `[n, w]`: the attention output of the pooled tokens only.
-
-        Each of them attends to all tokens of its sequence. For causal attention this means that
-        the pooled token has to be the last one of its sequence.
-        """
+        """`[t, w]` -> `[n, w]`: the attention output of the pooled tokens only."""
         width = x.shape[1]
         query_weight, weight = self.in_proj_weight.split([width, 2 * width])
         query_bias, bias = self.in_proj_bias.split([width, 2 * width])

@@ -35,7 +35,7 @@ class VisionTransformer(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Preprocessed images `[n, 3, r, r]` -> features `[n, embed_dim]`."""
         x = self.conv1(images).flatten(2).transpose(1, 2)  # [n, patches, w]
-        class_token = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+        class_token = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
         x = torch.cat([class_token, x], dim=1) + self.positional_embedding
         n, length, _ = x.shape
         layout = Layout(length, pooled=torch.arange(n, device=x.device) * length)

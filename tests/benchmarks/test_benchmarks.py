@@ -24,6 +24,7 @@ import grad_cache
 import loss
 import measure
 import text_encoding
+import tokenizing
 import train_step
 import training
 
@@ -62,6 +63,11 @@ def test_train_step(rows, data):
 def test_text_encoding(rows, data):
     printed = rows(text_encoding, "--data", data, "--model", "ViT-demo", "--batch_size", 16)
     assert printed[2:] == ["ours", "open_clip", "open_clip, text cut", "transformers"]
+
+
+def test_tokenizing(rows, data):
+    printed = rows(tokenizing, "--data", data, "--rounds", 1)
+    assert printed[2:] == ["ours", "open_clip", "transformers (Rust)"]
 
 
 @pytest.mark.slow

@@ -116,12 +116,14 @@ def test_padding_length_does_not_matter(pair):
 
 
 def test_tokens_after_the_end_token_do_not_matter(pair):
-    ours, _, _, tokens = pair
+    ours, theirs, _, tokens = pair
     noisy = tokens.clone()
     for row in noisy:
         row[int(row.argmax()) + 1 :] = 320
     with torch.no_grad():
         assert torch.equal(ours.encode_text(noisy), ours.encode_text(tokens))
+        whole, expected = ours.encode_text_grid(noisy), theirs.encode_text(tokens)
+    torch.testing.assert_close(whole, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_gradients_are_the_same_bits_every_time():

@@ -6,6 +6,7 @@ import re
 import string
 import sys
 
+import ftfy
 import open_clip
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers import CLIPTokenizer
 
 from models.clip_utils import tokenize
 from models.errors import InputError
-from models.simple_tokenizer import clean
+from models.simple_tokenizer import PLAIN, clean, unescape
 from models.tokens import clip_tokenizer
 
 SHARED = ROOT.parent / "shared" / "flickr8k"
@@ -84,6 +85,17 @@ texts = texts.map("".join)
 def test_encode_equals_open_clip_on_any_text(ours, reference, text):
     if not OPEN_CLIP_SPECIAL.search(clean(text)):
         assert ours.encode(text) == reference.encode(text)
+
+
+# Every character that `clean` passes over, and what among them could look like broken Unicode.
+plain = st.text([*map(chr, range(32, 127)), "一", "鿿", "狗"]) | st.text("AaEe'\"`^~,;#x19 狗")
+
+
+@settings(max_examples=1000, deadline=None)
+@given(text=plain.filter(PLAIN.fullmatch))
+@example(text="".join(map(chr, range(0x4E00, 0xA000))))
+def test_text_that_is_not_mended_needs_none(text):
+    assert unescape(unescape(ftfy.fix_text(text))) == text
 
 
 @settings(deadline=None)

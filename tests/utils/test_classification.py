@@ -37,6 +37,7 @@ from utils.classification import (
 )
 from utils.data.labelled_images import LabelledImages, find_images
 from utils.data.templates import TEMPLATE_SETS, read_templates
+from utils.retrieval.plots import plot_confusion
 from utils.runs.checkpoint import save_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -291,12 +292,20 @@ def test_two_classes_and_classes_with_one_image(clouds):
 
 def test_script_draws_the_confusions_and_takes_templates_and_names(work, classify):
     (work / "templates.txt").write_text("一张{}的照片\n\nthe number {}\n", "utf-8")
-    (work / "names.txt").write_text("零\n一\n二\n三\n四\n五\n", "utf-8")
+    (work / "names.txt").write_text("零\n一\n二\n三\n四\n$x^{2 \\frac\n", "utf-8")
     printed = classify("--data", "digits/val", "--templates", "templates.txt", "--classnames",
                        "names.txt", "--plot", "confusion.png")  # fmt: skip
     assert "val: 200 images of 6 classes, templates: 2" in printed and "零" in printed
     with Image.open(work / "confusion.png") as image:
         assert image.format == "PNG" and min(image.size) > 300
+
+
+def test_any_number_of_classes_can_be_drawn(tmp_path):
+    """The second panel is of a class without images."""
+    confusions = {"one": torch.eye(120), "other": torch.zeros(120, 120)}
+    plot_confusion(confusions, [f"class {i}" for i in range(120)], tmp_path / "many.png")
+    with Image.open(tmp_path / "many.png") as image:
+        assert image.width > 1.5 * image.height > 900
 
 
 def test_script_warns_of_classes_that_share_a_name(work, classify):

@@ -2,6 +2,7 @@
 classes."""
 
 import textwrap
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from models.weights.file_kind import one_line
+from utils.retrieval.fonts import fonts_for
 from utils.retrieval.ranking import Ranked
 from utils.retrieval.tables import K_VALUES, TITLES, Metrics
 from utils.runs.files import save_figure
@@ -18,11 +20,9 @@ from utils.runs.files import save_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LINE = 68  # letters in a line of a caption; half as many Chinese characters
 NAMED_CLASSES = 50  # of a confusion matrix: the names of more cannot be read
 NAME_LENGTH = 30  # characters of a class's name beside it
-# Captions can be Chinese: each character is drawn with the first of these fonts that has it.
-FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "PingFang SC",
-         "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "WenQuanYi Zen Hei"]  # fmt: skip
 
 
 def plot_metrics(metrics: Metrics, path: Path) -> None:
@@ -57,21 +57,27 @@ def draw_ranking(image: Image.Image, ranked: list[Ranked], path: Path) -> None:
     probability."""
     from matplotlib.figure import Figure
 
-    fonts = _fonts()
+    captions = [one_line(r.caption) for r in ranked]  # no control characters, no whole pages
+    fonts = fonts_for("".join(captions))
     figure = Figure(figsize=(11, 4), layout="constrained")
     picture, chart = figure.subplots(1, 2, width_ratios=[1, 1.4])
     picture.imshow(image)
     picture.axis("off")
     rows = range(len(ranked))
     chart.barh(rows, [r.probability for r in ranked], height=0.3, color="tab:blue", alpha=0.6)
-    for row, (caption, probability, similarity) in enumerate(ranked):
-        caption = one_line(caption)  # control characters and whole pages cannot be drawn
-        text = textwrap.fill(f"{caption}  ({probability:.1%}, similarity {similarity:.3f})", 68)
+    for row, (_, probability, similarity) in enumerate(ranked):
+        caption = f"{captions[row]}  ({probability:.1%}, similarity {similarity:.3f})"
+        text = textwrap.fill(caption, LINE * len(caption) // _columns(caption))
         chart.text(0, row - 0.22, text, va="bottom", fontfamily=fonts, fontsize=9,
                    parse_math=False)  # fmt: skip
     chart.set(xlim=(0, 1), ylim=(len(ranked) - 0.5, -0.9), yticks=[], xlabel="probability")
     chart.spines[["top", "right", "left"]].set_visible(False)
     _save_with_any_text(figure, path)
+
+
+def _columns(text: str) -> int:
+    """The width of a text in letters: Chinese characters take two."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def plot_wise_ft(rows: list[dict[str, float]], path: Path) -> None:
@@ -101,17 +107,17 @@ def plot_confusion(confusions: dict[str, Tensor], classes: Sequence[str], path: 
     images. The names are written where they have room."""
     from matplotlib.figure import Figure
 
-    named = len(classes) <= NAMED_CLASSES
+    names = [one_line(name)[:NAME_LENGTH] for name in classes]
+    names = names if len(names) <= NAMED_CLASSES else []
     side = 3 + 0.22 * min(len(classes), NAMED_CLASSES)
     figure = Figure(figsize=(side * len(confusions) + 1.5, side), layout="constrained")
     panels = figure.subplots(1, len(confusions), sharey=True, squeeze=False)[0]
+    style = {"fontfamily": fonts_for("".join(names)), "fontsize": 8, "parse_math": False}
     for panel, (title, confusion) in zip(panels, confusions.items(), strict=True):
         share = 100 * confusion.double() / confusion.sum(dim=1, keepdim=True)
         colours = panel.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=100)
         panel.set(title=title, xlabel="taken for")
-        if named:
-            names = [one_line(name)[:NAME_LENGTH] for name in classes]
-            style = {"fontfamily": _fonts(), "fontsize": 8, "parse_math": False}
+        if names:
             panel.set_xticks(range(len(names)), names, rotation=90, **style)
             panel.set_yticks(range(len(names)), names, **style)
     panels[0].set(ylabel="class")
@@ -119,15 +125,7 @@ def plot_confusion(confusions: dict[str, Tensor], classes: Sequence[str], path: 
     _save_with_any_text(figure, path)
 
 
-def _fonts() -> list[str]:
-    """Those of `FONTS` that are installed."""
-    from matplotlib import font_manager
-
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    return [name for name in FONTS if name in installed]
-
-
 def _save_with_any_text(figure: "Figure", path: Path) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # no installed font has some character
+        warnings.simplefilter("ignore", UserWarning)  # `fonts_for` has said it
         save_figure(figure, path)
