@@ -264,8 +264,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--data_root",
         type=path,
         metavar="FOLDER",
-        help="where torchvision's data sets are, and are downloaded to (default: datasets beside "
-        "the scripts)",
+        help="where torchvision's data sets are, and are downloaded to (default: "
+        "torchvision_data beside the scripts)",
     )
     parser.add_argument(
         "--classnames",

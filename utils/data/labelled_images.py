@@ -58,16 +58,16 @@ def find_images(
 
     A folder holds `train/` and `val/` (or `valid/` or `test/`), each with a folder of images for
     each class, or the class folders themselves, whose images are all to score on. A set is read
-    from `data_root`, by default `datasets` beside the scripts, and downloaded there if need be. The
-    classes have the names of their folders, or of the set, or those in `names_file`: a line for
-    each in the order of the sorted folders, or lines `folder<TAB>name`. Raises `InputError` for
+    from `data_root`, by default `torchvision_data` beside the scripts, and downloaded there if need
+    be. The classes have the names of their folders, or of the set, or those in `names_file`: a line
+    for each in the order of the sorted folders, or lines `folder<TAB>name`. Raises `InputError` for
     data or names that cannot be used.
     """
     root = Path(data).expanduser()
     if root.is_dir():
         source = _class_folders(root, is_train)
     elif data in TORCHVISION_SETS:
-        root = data_root or from_here("datasets")
+        root = data_root or from_here("torchvision_data")
         pictures = open_torchvision_set(data, root, is_train)
         name = f"{data}_{'train' if is_train else 'test'}"
         labels = labels_of(pictures)

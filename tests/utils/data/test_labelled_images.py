@@ -1,10 +1,12 @@
 """Images of classes, from folders and from torchvision's data sets."""
 
 import hashlib
+import json
 import pickle
 import shutil
 import urllib.error
 import urllib.request
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,8 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from torchvision.datasets import CIFAR10, ImageFolder
+from scipy.io import savemat
+from torchvision.datasets import CIFAR10, Caltech101, Food101, ImageFolder, StanfordCars
 
 from models.clip_utils import create_model
 from models.errors import InputError
@@ -221,6 +224,47 @@ def test_a_set_of_torchvision_is_read_from_its_files(tmp_path, monkeypatch):
         images.cache(tmp_path / "cache")
         batch = next(images.batches([[3, 1]], 0))
         assert torch.equal(batch, torch.stack([images[3][0], images[1][0]]))
+
+
+def save_caltech101(root):
+    for name in ("BACKGROUND_Google", "ant", "wild_cat"):
+        for i in (1, 2):
+            noise(root / "caltech101" / "101_ObjectCategories" / name / f"image_000{i}.jpg", i)
+    return ["ant", "wild cat"], Caltech101(root)
+
+
+def save_food101(root):
+    names = {"apple_pie": ["apple_pie/1"], "sushi": ["sushi/2", "sushi/3"]}
+    (root / "food-101" / "meta").mkdir(parents=True)
+    (root / "food-101" / "meta" / "test.json").write_text(json.dumps(names))
+    for i, file in enumerate(chain.from_iterable(names.values())):
+        noise(root / "food-101" / "images" / f"{file}.jpg", i)
+    return ["apple pie", "sushi"], Food101(root, "test")
+
+
+def save_stanford_cars(root):
+    """Its labels start from 1."""
+    base = root / "stanford_cars"
+    for i in range(3):
+        noise(base / "cars_test" / f"{i}.jpg", i)
+    (base / "devkit").mkdir()
+    names = np.array(["Audi TT 2011", "Fiat 500 2012"], dtype=object)
+    savemat(base / "devkit" / "cars_meta.mat", {"class_names": names})
+    rows = [{"fname": f"{i}.jpg", "class": 1 + i % 2} for i in range(3)]
+    savemat(base / "cars_test_annos_withlabels.mat", {"annotations": rows})
+    return names.tolist(), StanfordCars(root, "test")
+
+
+@pytest.mark.parametrize("save", [save_caltech101, save_food101, save_stanford_cars])
+def test_labels_and_names_are_torchvisions(tmp_path, save):
+    """Of a set for each of the ways in which torchvision keeps labels, besides CIFAR-10's."""
+    names, theirs = save(tmp_path)
+    source = find_images(save.__name__.removeprefix("save_"), data_root=tmp_path)
+    assert source.classes == names and source.label == [label for _, label in theirs]
+    for (pixels, _), (image, _) in zip(
+        LabelledImages(source, Preprocess(SIDE)), theirs, strict=True
+    ):
+        assert np.array_equal(pixels.permute(1, 2, 0), np.asarray(image))
 
 
 def test_a_broken_image_of_torchvision_is_passed_over(tmp_path, monkeypatch, model, capsys):
