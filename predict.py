@@ -13,6 +13,7 @@ from itertools import chain, count
 from pathlib import Path
 
 from models.errors import InputError, run_script
+from models.scripts import add_activation
 from utils.runs.arguments import name_or_path, newest_weights, path, run_folder, trained_on
 
 TOP = 5  # captions that are printed and drawn
@@ -45,9 +46,7 @@ def main() -> None:
         help="file for the picture of the ranking (default: in predictions/ in the run's folder)",
     )
     parser.add_argument("--show", action="store_true", help="open the picture in a window as well")
-    parser.add_argument(
-        "--activation", choices=["quick_gelu", "gelu"], help="of weights that do not tell it"
-    )
+    add_activation(parser)
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first there is)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from models.errors import InputError, run_script
 from models.host import Console, is_terminal, script_settings
-from models.scripts import from_here
+from models.scripts import add_activation, from_here
 from models.weights.registry import MAX_RESOLUTION
 from utils.runs.arguments import fraction, integer, number, path, positive, starting_point, workers
 
@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
         "weights/checkpoint.pth to continue that run with its own arguments and those given now, "
         "or none to train --model from scratch (default: %(default)s)")
     add("--model", help="architecture to train from scratch, with --resume_training none")
-    add("--activation", choices=["quick_gelu", "gelu"], help="of weights that do not tell it")
+    add_activation(parser)
     add("--log_dir", type=path, default="logs", help="folder for the runs (default: %(default)s)")
     add("--seed", type=integer(0, 2**32 - 1), default=0, help="of random choices (default: 0)")
     add("--debug", action="store_true", help="show the traceback of an error")
@@ -333,7 +333,7 @@ def finish(args: argparse.Namespace, folder: Path, loader, val_set, state) -> No
         evaluate_path(model, start, args.wise_ft, score, folder)
         best_weights = folder / "weights" / "wise_ft_weights.pth"
     compare_with_start(state)
-    print(what_to_try(val_set.image[0], best_weights, val_set.text))
+    print(what_to_try(val_set.image[0], best_weights, val_set.text, model))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from torch import Tensor
 from models.clip import CLIP
 from models.errors import InputError, run_script
 from models.progress_bar import progress_bar
+from models.scripts import add_activation
 from models.weights.file_kind import one_line
 from utils.data.labelled_images import LabelledImages, find_images
 from utils.data.templates import TEMPLATE_SETS, read_templates
@@ -289,9 +290,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="also train a logistic regression on the image features of train/ (or torchvision's "
         "training images) and score it",
     )
-    parser.add_argument(
-        "--activation", choices=["quick_gelu", "gelu"], help="of weights that do not tell it"
-    )
+    add_activation(parser)
     parser.add_argument("--batch_size", type=integer(1), default=64, help="images at a time")
     parser.add_argument("--num_workers", type=workers, default=0, help="processes that read images")
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first there is)")

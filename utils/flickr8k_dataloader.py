@@ -187,7 +187,7 @@ class Batch(NamedTuple):
 
     images  `[n, 3, r, r]` on the device, uint8
     crops   `[n, 3]` of `draw_crops`, or None for whole images
-    tokens  `[n * k, 77]` on the CPU, image by image
+    tokens  `[n * k, context_length]` on the CPU, image by image
     texts   `[n, m]` on the CPU, for `contrastive_loss`: `text_ids` of an image's captions, first
             of those k; or None, if no two texts are equal
     """

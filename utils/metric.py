@@ -20,7 +20,7 @@ from torch import Tensor
 
 from models.clip import CLIP
 from models.errors import InputError, run_script
-from models.scripts import from_here
+from models.scripts import add_activation, from_here
 from utils.data.annotations import caption_file, missing_annotations
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.loss import contrastive_loss
@@ -261,9 +261,7 @@ def main() -> None:
         choices=["en", "cn"],
         help="of the captions, one or both (default: those of the weights' run, else en)",
     )
-    parser.add_argument(
-        "--activation", choices=["quick_gelu", "gelu"], help="of weights that do not tell it"
-    )
+    add_activation(parser)
     parser.add_argument("--batch_size", type=integer(1), default=64, help="images at a time")
     parser.add_argument("--num_workers", type=workers, default=0, help="processes that read images")
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first there is)")
@@ -284,9 +282,9 @@ def main() -> None:
 
     from models.clip_utils import find_weights, load
 
-    weights = find_weights(args.weights)
+    args.weights = find_weights(args.weights)  # of a run's folder, the best
     dataset_path, languages = data_to_score_on(args)
-    model, _ = load(weights, args.device, activation=args.activation)
+    model, _ = load(args.weights, args.device, activation=args.activation)
     dataset = Flickr8kDataset(
         dataset_path,
         language=languages,

@@ -11,7 +11,8 @@ from models.weights.checks import listed
 from models.weights.config import Config, check_config
 from models.weights.registry import MAX_RESOLUTION
 
-HEAD_WIDTH = 64  # of the attention heads in the published models
+HEAD_WIDTH = 64  # of the attention heads in most published models
+HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}  # in open_clip's ViT-H, g, bigG and e
 RESNET_STRIDE = 32  # pixels of an image to a position: a ResNet halves the image five times
 
 
@@ -38,6 +39,7 @@ def infer_config(state_dict: dict[str, Tensor]) -> Config:
             vision_width=vision_width,
             vision_patch_size=patch_size,
             vision_mlp_width=None if is_resnet else _mlp_width(state_dict, "visual.transformer"),
+            vision_head_width=HEAD_WIDTH if is_resnet else _head_width(vision_width),
             transformer_width=text_width,
             transformer_mlp_width=_mlp_width(state_dict, "transformer"),
             transformer_heads=text_width // HEAD_WIDTH,
@@ -49,11 +51,12 @@ def infer_config(state_dict: dict[str, Tensor]) -> Config:
         raise InputError(_not_clip(f"{error} is missing", state_dict)) from None
     except (IndexError, ValueError):
         raise InputError(_not_clip("its shapes are different", state_dict)) from None
-    for name in ("transformer_width", "vision_width")[: 1 if is_resnet else 2]:
-        if getattr(config, name) % HEAD_WIDTH:
+    heads = {"transformer_width": HEAD_WIDTH, "vision_width": config.vision_head_width}
+    for name, head_width in heads.items():
+        if getattr(config, name) % head_width and not (is_resnet and name == "vision_width"):
             reason = (
-                f"its {name} {getattr(config, name)} is no multiple of {HEAD_WIDTH}, "
-                "the width of an attention head"
+                f"its {name} {getattr(config, name)} is no multiple of {head_width}, the width of "
+                "an attention head where no description lies beside it"
             )
             raise InputError(_not_clip(reason, state_dict))
     if math.isqrt(positions) ** 2 != positions:
@@ -86,6 +89,11 @@ def _mlp_width(state_dict: dict[str, Tensor], tower: str) -> int:
     start, end = f"{tower}.resblocks.", ".mlp.c_fc.bias"
     biases = (t for key, t in state_dict.items() if key.startswith(start) and key.endswith(end))
     return len(next(biases, ()))
+
+
+def _head_width(vision_width: int) -> int:
+    """The width of a ViT's attention heads in the published model of this width."""
+    return HEAD_WIDTHS.get(vision_width, HEAD_WIDTH)
 
 
 def count_blocks(state_dict: dict[str, Tensor], prefix: str) -> int:

@@ -1,13 +1,15 @@
 """The description of a model: its sizes, its activation, and how its images are prepared."""
 
 import math
-from dataclasses import asdict, dataclass
+import reprlib
+from dataclasses import dataclass
 from typing import Literal
 
 from models.errors import InputError
 
 MAX_BLOCKS = 500  # of a tower, or of a ResNet's stage; the largest published model has 56
 MAX_SIZE = 10**6  # of a width, a resolution, a vocabulary, a context
+VOCABULARY = 49408  # tokens that the tokenizer knows; the last is the end-of-text token
 CHOICES = {
     "activation": ("quick_gelu", "gelu"),
     "interpolation": ("bicubic", "bilinear"),
@@ -46,7 +48,7 @@ class Config:
     transformer_heads: int
     transformer_layers: int
     context_length: int = 77
-    vocab_size: int = 49408
+    vocab_size: int = VOCABULARY
     vision_head_width: int = 64
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
     mean: Colour = OPENAI_MEAN
@@ -70,7 +72,7 @@ class Config:
 def check_config(config: Config) -> None:
     """Raise `InputError` for fields of a wrong type, and for sizes that no model can have, before
     building one could take very long or fail."""
-    for name, value in asdict(config).items():
+    for name, value in vars(config).items():  # not asdict: it copies what may be nested deep
         if name in ("mean", "std"):
             fits = isinstance(value, tuple) and len(value) == 3 and all(map(_is_finite, value))
         elif name in CHOICES:
@@ -84,13 +86,18 @@ def check_config(config: Config) -> None:
         else:
             fits = type(value) is int and 0 < value <= MAX_SIZE
         if not fits:
-            raise InputError(f"its {name} would be {value!r:.60}")
+            raise InputError(f"its {name} would be {quoted(value)}")
     towers = [("transformer_width", config.transformer_heads, config.transformer_width)]
     if config.is_vit:
         towers.append(("vision_width", config.vision_heads, config.vision_width))
     for name, heads, width in towers:
         if heads == 0 or width % heads:
             raise InputError(f"its {name} {width} is no multiple of its {heads} attention heads")
+
+
+def quoted(value: object) -> str:
+    """An untrusted value for an error message: on one line, and cut if it is long or nested."""
+    return "".join(c if c.isprintable() else " " for c in reprlib.repr(value)[:60])
 
 
 def _is_finite(number: object) -> bool:

@@ -35,6 +35,10 @@ BACK_OFF = (1, 2, 4)  # seconds before each further attempt; from the first agai
 PASSING = {408, 429, 500, 502, 503, 504}  # HTTP statuses worth another attempt
 
 
+class Unavailable(InputError):
+    """The address does not give the file: nothing answers there, or the answer is a refusal."""
+
+
 class _Interrupted(Exception):
     """The download stopped for a reason that may pass."""
 
@@ -52,7 +56,8 @@ def download(url: str, path: str | os.PathLike, digest: str) -> Path:
     """The file at `path`, downloaded from `url` unless it is there, never with a wrong digest.
 
     `digest`: 32 hexadecimal digits are an MD5, 64 a SHA-256. A file put there by hand is checked
-    too. Raises `InputError` if the file cannot be had, cannot be saved, or is another one.
+    too. Raises `Unavailable` if the address does not give the file, and another `InputError` if it
+    cannot be saved, or is another one.
     """
     if not url.startswith(WEB):
         raise InputError(f"{url}: not an http or https address")
@@ -118,7 +123,7 @@ def _receive_all(url: str, path: Path, part: Path) -> None:
             most, waits = _size(part), iter(BACK_OFF)
         wait = next(waits, None)
         if wait is None:
-            raise InputError(f"{url}: {reason}; try again later, or {_by_hand(path)}")
+            raise Unavailable(f"{url}: {reason}; try again later, or {_by_hand(path)}")
         print(f"{path.name}: {reason}; another attempt in {wait} s", file=sys.stderr)
         time.sleep(wait)
 
@@ -157,7 +162,7 @@ def _open(url: str, path: Path, offset: int) -> HTTPResponse | None:
             raise _Interrupted(one_line(error)) from error
         reason = one_line(error)  # the server's words
         where = f" (at {error.url})" if error.url != url else ""
-        raise InputError(
+        raise Unavailable(
             f"{url}: {reason}{where}; look whether it has moved, or {_by_hand(path)}"
         ) from error
     except (OSError, HTTPException) as error:

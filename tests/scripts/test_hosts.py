@@ -471,3 +471,15 @@ def test_every_format_of_pictures_is_written_or_refused_in_one_line(tmp_path):
             save_figure(figure, path)
             assert path.stat().st_size > 0
     assert not list(tmp_path.glob(".*"))
+
+
+def test_parsers_answer_before_torch_is_imported():
+    """It takes seconds. utils/metric.py, which computes with it, needs it for its own functions."""
+    code = (
+        "import runpy, sys\n"
+        "for script in ('train.py', 'predict.py', 'predict_zero_shot.py'):\n"
+        "    runpy.run_path(script)\n"
+        "import models.weights.config\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -318,6 +318,13 @@ def test_script_scores_on_what_the_run_was_trained_on(trained, score, language, 
     assert f"8 images, {captions} captions" in score(run=run)
 
 
+def test_script_takes_the_folder_of_a_run_for_its_best_weights(trained, score):
+    shutil.copy(trained, best := trained.with_name("best_epoch_weights.pth"))
+    run = {"dataset_path": str(trained.parents[3] / "data"), "language": "cn"}
+    assert "8 images, 40 captions" in score("--weights", trained.parents[1], run=run)
+    best.unlink()
+
+
 def test_script_counts_shared_captions_and_can_score_as_other_programs_do(trained, score):
     """With one caption for all of eight images every text and every image is right."""
     data = trained.parents[3] / "data"

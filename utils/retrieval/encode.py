@@ -41,8 +41,8 @@ def encode_images(
 def encode_texts(
     model: CLIP, tokens: Tensor, batch_size: int = 256, processes: Processes = ALONE
 ) -> Tensor:
-    """Normalised float32 features `[n, d]` of `tokens` `[n, <=77]`, on the model's device. Each
-    process encodes some of the batches, and all get the features of all."""
+    """Normalised float32 features `[n, d]` of `tokens` `[n, <=context_length]`, on the model's
+    device. Each process encodes some of the batches, and all get the features of all."""
     model.eval()
     features = torch.zeros(len(tokens), model.embed_dim, device=model.device)
     own = torch.arange(len(tokens)).split(batch_size)[processes.rank :: processes.size]

@@ -29,7 +29,8 @@ def announce(
           f"{loader.device}, {state.precision}, {millions:.1f} M parameters")  # fmt: skip
     texts = len(train_set.text) + len(val_set.text)
     if cut := train_set.count_cut_captions() + val_set.count_cut_captions():
-        print(f"{cut} captions ({cut / texts:.2%}) are longer than 77 tokens and were cut")
+        print(f"{cut} captions ({cut / texts:.2%}) are longer than the "
+              f"{train_set.context_length} tokens that the model reads, and were cut")  # fmt: skip
     if shared := train_set.count_shared_captions() + val_set.count_shared_captions():
         print(f"{shared} captions ({shared / texts:.2%}) belong to several images, and are right "
               "for each of them")  # fmt: skip
