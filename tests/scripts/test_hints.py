@@ -14,6 +14,7 @@ from script_runs import ROOT
 
 SCRIPTS = [
     *("train.py", "predict.py", "predict_zero_shot.py", "utils/metric.py"),
+    "utils/classification.py",
     *("models/clip_utils.py", "models/convert.py"),
     *("flickr8k/prepare.py", "flickr8k/render_demo.py"),
 ]
