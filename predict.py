@@ -84,7 +84,7 @@ def main() -> None:
 
 def caption(args: argparse.Namespace) -> None:
     """Print and draw the captions that fit an image best, or each image that is asked for."""
-    from models.clip_utils import find_weights, load
+    from models.clip_utils import check_name, find_weights, load
     from models.preprocess import open_image
     from utils.retrieval.encode import encode_texts, kept_caption_features
     from utils.retrieval.plots import draw_ranking
@@ -92,8 +92,10 @@ def caption(args: argparse.Namespace) -> None:
 
     if args.image:
         open_image(args.image)  # to refuse a bad image before weights are loaded
-    weights = find_weights(args.weights or newest_weights())
-    captions = list(dict.fromkeys(args.text or read_captions(args.captions_file, weights)))
+    name = args.weights or newest_weights()
+    check_name(name)
+    captions = list(dict.fromkeys(args.text or read_captions(args.captions_file, name)))
+    weights = find_weights(name)
     model, preprocess = load(weights, args.device, activation=args.activation)
     if args.text:
         text_features = encode_texts(model, model.tokenize(captions, truncate=True))
@@ -101,11 +103,11 @@ def caption(args: argparse.Namespace) -> None:
         source = str(args.captions_file.resolve()) if args.captions_file else "validation"
         text_features = kept_caption_features(model, weights, source, captions)
 
-    for name in [args.image] if args.image else ask_for_images():
+    for file in [args.image] if args.image else ask_for_images():
         try:
-            image = open_image(name)
+            image = open_image(file)
             ranked = rank_captions(model, preprocess(image), captions, text_features)[:TOP]
-            output = args.output or new_picture(output_folder(weights), name)
+            output = args.output or new_picture(output_folder(weights), file)
             for place, (text, probability, similarity) in enumerate(ranked, 1):
                 print(f"{place}. {probability:7.2%}  similarity {similarity:.3f}  {text}")
             draw_ranking(image, ranked, output)
@@ -118,7 +120,7 @@ def caption(args: argparse.Namespace) -> None:
 
 def search(args: argparse.Namespace, folder: Path) -> None:
     """Print and draw the images in a folder that fit each text best, or are most like an image."""
-    from models.clip_utils import find_weights, load
+    from models.clip_utils import check_name, find_weights, load
     from models.preprocess import open_image
     from utils.retrieval.encode import encode_texts
     from utils.retrieval.plots import draw_found
@@ -128,10 +130,12 @@ def search(args: argparse.Namespace, folder: Path) -> None:
         raise InputError(f"{folder}: a folder; say what to search for: --text or --similar IMAGE")
     pictures = [open_image(args.similar)] if args.similar else []
     images = find_images(folder)
-    weights = find_weights(args.weights or newest_weights())
-    texts = [] if args.similar else args.text or read_captions(args.captions_file, weights)
+    name = args.weights or newest_weights()
+    check_name(name)
+    texts = [] if args.similar else args.text or read_captions(args.captions_file, name)
     if args.output and len(texts) > 1:
         raise InputError("--output is for one picture; give one text to search for")
+    weights = find_weights(name)
     model, preprocess = load(weights, args.device, activation=args.activation)
     images, features = image_features(model, weights, folder, images)
     if args.similar:

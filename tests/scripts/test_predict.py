@@ -6,7 +6,6 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,25 +93,6 @@ def test_zero_shot_finds_its_picture_from_any_folder(work):
         for image in ([], [ROOT / "R_mAP.png"])
     ]
     assert printed[0] == printed[1]
-
-
-def test_the_newest_run_is_looked_for_here_and_then_beside_the_script(tmp_path, monkeypatch):
-    here, beside = tmp_path / "here", tmp_path / "beside"
-    here.mkdir()
-    monkeypatch.chdir(here)
-    monkeypatch.setattr(predict, "SCRIPTS", beside)
-    name = "weights/best_epoch_weights.pth"
-    with pytest.raises(InputError, match=re.escape(f"python {ROOT / 'train.py'} --demo")):
-        predict.newest_weights()
-    for file, when in ((beside / "logs/a" / name, 2), (beside / "logs/b" / name, 1)):
-        file.parent.mkdir(parents=True)
-        file.touch()
-        os.utime(file, (when, when))
-    assert predict.newest_weights() == beside / "logs/a" / name
-    (here / "logs/c" / name).parent.mkdir(parents=True)
-    (here / "logs/c" / name).touch()
-    os.utime(here / "logs/c" / name, (0, 0))
-    assert predict.newest_weights() == Path("logs/c") / name
 
 
 def test_predict_ranks_the_captions_it_is_given(work, photo):

@@ -18,10 +18,11 @@ from models import load
 from models.clip_utils import create_model
 from models.errors import InputError
 from models.scripts import from_here
-from train import build_parser, get_data
+from train import build_parser, get_loader
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE
 from utils.training.optimizer import learning_rate, parameter_groups
+from utils.training.settings import read_data
 
 SCRATCH = ["--resume_training", "none", "--model", "ViT-demo", "--lr", "1e-3", "--batch_size", "16"]
 
@@ -366,8 +367,10 @@ def test_images_that_no_memory_holds_are_refused_before_any_is_read(data, monkey
     demo = partial(create_model, "ViT-demo")
     parser = build_parser()
     args = ["--dataset_path", str(data), "--batch_size"]
-    with pytest.raises(InputError, match=r"--input_shape 224: 16 images .*--grad_cache"):
-        get_data(parser.parse_args([*args, "16"]), demo(224), torch.device("cpu"), ALONE)
     with pytest.raises(InputError, match=r"71 is more than the 70"):
-        get_data(parser.parse_args([*args, "71"]), demo(16), torch.device("cpu"), ALONE)
-    get_data(parser.parse_args([*args, "16"]), demo(64), torch.device("cpu"), ALONE)  # 786 kB
+        read_data(parser.parse_args([*args, "71"]), ALONE)
+    args = parser.parse_args([*args, "16"])
+    sets = read_data(args, ALONE)
+    with pytest.raises(InputError, match=r"--input_shape 224: 16 images .*--grad_cache"):
+        get_loader(args, sets, demo(224), torch.device("cpu"), ALONE)
+    get_loader(args, sets, demo(64), torch.device("cpu"), ALONE)  # 786 kB

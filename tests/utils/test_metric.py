@@ -266,7 +266,8 @@ def test_table_plot_and_json_hold_the_metrics(tmp_path):
     txt2img = {t: t // 2 for t in range(40)}
     metrics = compute_metrics(scores, img2txt, scores.T, txt2img, range(1, 11))
     assert json.loads(json.dumps(metrics)) == metrics
-    table = format_table(metrics)
+    table = format_table(metrics, "test")
+    assert table.startswith("test ")
     for direction in metrics:
         for name in ("R@1", "R@5", "R@10", "mAP@1", "mAP@5", "mAP@10", "median_rank", "mean_rank"):
             assert f"{metrics[direction][name]:.2f}" in table

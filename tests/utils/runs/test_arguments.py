@@ -3,6 +3,8 @@
 import argparse
 import json
 import math
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from models.errors import InputError
+from models.scripts import SCRIPTS
 from utils.runs.arguments import (
     TrainedOn,
     integer,
     name_or_path,
+    newest_weights,
     number,
     path,
     positive,
@@ -150,3 +154,22 @@ def test_any_values_of_a_run_are_taken_or_named(tmp_path_factory, dataset_path, 
         return
     assert isinstance(data.dataset_path, Path)
     assert all(isinstance(name, str) for name in data.languages)
+
+
+def test_the_newest_run_is_looked_for_here_and_then_beside_the_script(tmp_path, monkeypatch):
+    here, beside = tmp_path / "here", tmp_path / "beside"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr("utils.runs.arguments.SCRIPTS", beside)
+    name = "weights/best_epoch_weights.pth"
+    with pytest.raises(InputError, match=re.escape(f"python {SCRIPTS / 'train.py'} --demo")):
+        newest_weights()
+    for file, when in ((beside / "logs/a" / name, 2), (beside / "logs/b" / name, 1)):
+        file.parent.mkdir(parents=True)
+        file.touch()
+        os.utime(file, (when, when))
+    assert newest_weights() == beside / "logs/a" / name
+    (here / "logs/c" / name).parent.mkdir(parents=True)
+    (here / "logs/c" / name).touch()
+    os.utime(here / "logs/c" / name, (0, 0))
+    assert newest_weights() == Path("logs/c") / name
