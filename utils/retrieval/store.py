@@ -80,6 +80,8 @@ class Store:
                 for problem in problems:
                     print(f"{problem}; its features are computed anew")
                 kept = self._complete(kept, keys, encode, batch_size, folder)
+        if kept.keys == keys:
+            return list(range(len(keys))), kept.features
         row_of = {key: row for row, key in enumerate(kept.keys)}
         found = [i for i, key in enumerate(keys) if key in row_of]
         return found, kept.features[[row_of[keys[i]] for i in found]]
@@ -113,14 +115,13 @@ class Store:
             complete = Kept(names, torch.cat(parts))
             if names != kept.keys:
                 self._save(complete, folder)
-        if folder and len(parts) > 1:
+        if folder and len(names) > len(rows):
             print(f"features of {len(names):,} {self.kind} are kept in {folder}")
         return complete
 
     def _read(self) -> tuple[Kept, list[str]]:
         """What is kept in all places, and what is wrong with stores that cannot be used."""
-        rows: dict[str, None] = {}
-        parts, problems = [torch.empty(0, self.d, dtype=torch.float16)], []
+        everything, problems = Kept([], torch.empty(0, self.d, dtype=torch.float16)), []
         for folder in self.folders:
             try:
                 kept = _read(folder / FILE, self.made_with)
@@ -129,10 +130,8 @@ class Store:
             except InputError as error:
                 problems.append(str(error))
                 continue
-            new = [row for row, key in enumerate(kept.keys) if key not in rows]
-            rows |= dict.fromkeys(kept.keys)
-            parts.append(kept.features[new])
-        return Kept(list(rows), torch.cat(parts)), problems
+            everything = _joined(everything, kept) if everything.keys else kept
+        return everything, problems
 
     def _save(self, kept: Kept, folder: Path | None) -> None:
         """Write the store to `folder`. A search does not fail for want of room for its features."""
@@ -190,6 +189,14 @@ def _read(file: Path, made_with: str) -> Kept:
     if about["made_with"] != made_with:
         raise InputError(f"{file}: made with other weights, or another version of this program")
     return Kept(json.loads(tensors["keys"].numpy().tobytes()), tensors["features"])
+
+
+def _joined(first: Kept, second: Kept) -> Kept:
+    """Both, without what of the second is in the first."""
+    known = set(first.keys)
+    new = [row for row, key in enumerate(second.keys) if key not in known]
+    keys = first.keys + [second.keys[row] for row in new]
+    return Kept(keys, torch.cat([first.features, second.features[new]]))
 
 
 def _made_with(model: CLIP, kind: Kind) -> str:
