@@ -122,9 +122,10 @@ def search(args: argparse.Namespace, folder: Path) -> None:
     """Print and draw the images in a folder that fit each text best, or are most like an image."""
     from models.clip_utils import check_name, find_weights, load
     from models.preprocess import open_image
+    from utils.data.image_files import find_images
     from utils.retrieval.encode import encode_texts
     from utils.retrieval.plots import draw_found
-    from utils.retrieval.search import encode_pixels, find_images, image_features, most_similar
+    from utils.retrieval.search import encode_pixels, image_features, most_similar
 
     if not (args.text or args.captions_file or args.similar):
         raise InputError(f"{folder}: a folder; say what to search for: --text or --similar IMAGE")

@@ -29,7 +29,7 @@ from models.errors import InputError, run_script
 from models.progress_bar import progress_bar
 from models.scripts import add_activation
 from models.weights.file_kind import one_line
-from utils.data.labelled_images import LabelledImages, find_images
+from utils.data.labelled_images import LabelledImages, find_labelled_images
 from utils.data.templates import TEMPLATE_SETS, read_templates
 from utils.data.torchvision_sets import TORCHVISION_SETS
 from utils.machine.memory import explained
@@ -308,17 +308,18 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = build_parser().parse_args()
 
-    from models.clip_utils import find_weights, load
+    from models.clip_utils import check_name, load
 
+    weights = args.weights or newest_weights()
+    check_name(weights)
     templates = read_templates(args.templates)
-    source = find_images(args.data, False, args.data_root, args.classnames)
+    source = find_labelled_images(args.data, False, args.data_root, args.classnames)
     if repeated := [name for name, n in Counter(source.classes).items() if n > 1]:
         print(f"warning: several classes are called {one_line(repeated[0])}; images are only ever "
               "taken for the first of them")  # fmt: skip
     train_source = None
     if args.linear_probe:
-        train_source = find_images(args.data, True, args.data_root, args.classnames)
-    weights = find_weights(args.weights or newest_weights())
+        train_source = find_labelled_images(args.data, True, args.data_root, args.classnames)
     model, preprocess = load(weights, args.device, activation=args.activation)
 
     classifier = zero_shot_classifier(model, source.classes, templates)
@@ -326,8 +327,8 @@ def main() -> None:
     scored = readable_features(model, images, args.batch_size, args.num_workers)
     found = {"zero-shot": accuracy(scored.images @ classifier.T, scored.labels)}
     print(
-        f"{source.name}: {len(scored.labels):,} images of {len(source.classes):,} classes, "
-        f"templates: {len(templates)} (percent)"
+        f"{weights}, {source.name}: {len(scored.labels):,} images of {len(source.classes):,} "
+        f"classes, templates: {len(templates)} (percent)"
     )
     if train_source:
         images = LabelledImages(train_source, preprocess)

@@ -35,7 +35,7 @@ from utils.classification import (
     worst_classes,
     zero_shot_classifier,
 )
-from utils.data.labelled_images import LabelledImages, find_images
+from utils.data.labelled_images import LabelledImages, find_labelled_images
 from utils.data.templates import TEMPLATE_SETS, read_templates
 from utils.retrieval.plots import plot_confusion
 from utils.runs.checkpoint import save_weights
@@ -93,7 +93,7 @@ def test_zero_shot_probabilities_are_those_of_transformers(tmp_path):
         pixels.append(random.integers(0, 256, (64, 64, 3), dtype=np.uint8))
         (tmp_path / name).mkdir(exist_ok=True)
         Image.fromarray(pixels[i]).save(tmp_path / name / f"{i}.png")
-    source = find_images(tmp_path)
+    source = find_labelled_images(tmp_path)
     templates = ["{}", "a photo of a {}.", "the {} and another {}"]
 
     found = readable_features(model, LabelledImages(source, model.preprocess), batch_size=4)
@@ -223,7 +223,9 @@ def test_the_probe_is_scikit_learns_on_the_same_features(work, classify, monkeyp
     printed = classify("--data", "digits", "--linear_probe", "--json", tmp_path / "scores.json")
     model, preprocess = load(work / "weights.pth", "cpu")
     train, scored = (
-        readable_features(model, LabelledImages(find_images(work / "digits", is_train), preprocess))
+        readable_features(
+            model, LabelledImages(find_labelled_images(work / "digits", is_train), preprocess)
+        )
         for is_train in (True, False)
     )
     theirs = LogisticRegression(C=chosen[0], max_iter=1000)

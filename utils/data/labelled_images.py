@@ -18,6 +18,7 @@ from models.scripts import from_here
 from models.weights.file_kind import one_line
 from models.weights.registry import near_names
 from utils.data.image_cache import decode_once, gather
+from utils.data.image_files import find_images
 from utils.data.image_reading import read_batches
 from utils.data.torchvision_sets import (
     TORCHVISION_SETS,
@@ -48,7 +49,7 @@ class Source(NamedTuple):
     pictures: Dataset | None = None
 
 
-def find_images(
+def find_labelled_images(
     data: str | os.PathLike,
     is_train: bool = False,
     data_root: Path | None = None,
@@ -96,9 +97,7 @@ def _class_folders(root: Path, is_train: bool) -> Source:
         )
     image, label = [], []
     for number, folder in enumerate(folders):
-        own = _image_files(folder)
-        if not own:
-            raise InputError(f"{folder}: no images in this class folder; add some, or remove it")
+        own = [str(folder / file) for file in find_images(folder)]
         image += own
         label += [number] * len(own)
     name = root.resolve().name + ("" if split is root else f"_{split.name}")
@@ -126,13 +125,6 @@ def _folders(root: Path) -> list[Path]:
         return []
     found = (file for file in root.iterdir() if file.name[0] != "." and file.is_dir())
     return sorted(found, key=lambda folder: folder.name)
-
-
-def _image_files(folder: Path) -> list[str]:
-    """The paths of all files below a folder that are named as images, without hidden ones."""
-    known = Image.registered_extensions()
-    found = (f for f in folder.rglob("*") if f.suffix.lower() in known and f.name[0] != ".")
-    return sorted(map(str, found))
 
 
 def _named(keys: list[str], names_file: Path | None) -> list[str]:

@@ -21,7 +21,7 @@ from models.clip_utils import create_model
 from models.errors import InputError
 from models.preprocess import Preprocess
 from utils.classification import readable_features
-from utils.data.labelled_images import LabelledImages, find_images
+from utils.data.labelled_images import LabelledImages, find_labelled_images
 from utils.data.torchvision_sets import GTSRB_NAMES, TORCHVISION_SETS
 from utils.machine.processes import ALONE, Processes
 from utils.retrieval.encode import encode_images
@@ -53,12 +53,12 @@ def test_class_folders_are_read_as_by_torchvision(folder, split):
     (folder / split / ".ipynb_checkpoints").mkdir()
     for name in ("Thumbs.db", "._0.png", "notes.txt"):
         (folder / split / "Dog" / name).touch()
-    source = find_images(folder, is_train=split == "train")
+    source = find_labelled_images(folder, is_train=split == "train")
     assert source.label == theirs.targets and source.name == f"pets_{split}"
     assert source.classes == [name.replace("_", " ") for name in theirs.classes]
     ours = {(x.numpy().tobytes(), label) for x, label in LabelledImages(source, Preprocess(SIDE))}
     assert ours == {(np.asarray(i).transpose(2, 0, 1).tobytes(), label) for i, label in theirs}
-    assert find_images(folder / split)[2:] == source[2:]  # class folders without splits
+    assert find_labelled_images(folder / split)[2:] == source[2:]  # class folders without splits
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_class_folders_are_read_as_by_torchvision(folder, split):
 def test_names_from_a_file(folder, tmp_path, text, names):
     file = tmp_path / "names.txt"
     file.write_text(text, "utf-8")
-    assert find_images(folder, names_file=file).classes == names
+    assert find_labelled_images(folder, names_file=file).classes == names
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_unusable_names_are_told(folder, tmp_path, text, message):
     if text is not None:
         file.write_text(text, "utf-8")
     with pytest.raises(InputError, match=message):
-        find_images(folder, names_file=file)
+        find_labelled_images(folder, names_file=file)
 
 
 def remove(folder, name):
@@ -111,7 +111,7 @@ def empty(folder, name):
         (lambda f: remove(f, "."), False, "pets: no such folder, and no data set of torchvision"),
         (lambda f: empty(f, "."), False, "pets: no class folders; give a folder with a folder of"),
         (lambda f: remove(f, "val"), False, "pets: only one class folder in it, train; give"),
-        (lambda f: empty(f, "val/狗"), False, "狗: no images in this class folder; add some"),
+        (lambda f: empty(f, "val/狗"), False, "狗: there are no images in it; put some into it"),
         (lambda f: remove(f, "train"), True, "pets: --linear_probe needs class folders to train"),
         (lambda f: remove(f, "val"), True, "--linear_probe needs .*val; there are not both"),
         (lambda f: remove(f, "val/Dog"), True, "the class folder Dog is in only one of train/ and"),
@@ -120,14 +120,14 @@ def empty(folder, name):
 def test_unusable_folders_are_told(folder, change, is_train, message):
     change(folder)
     with pytest.raises(InputError, match=message):
-        find_images(folder, is_train=is_train)
+        find_labelled_images(folder, is_train=is_train)
 
 
 def test_validation_images_come_before_test_images(folder):
     shutil.copytree(folder / "val", folder / "test")
-    assert find_images(folder).name == "pets_val"
+    assert find_labelled_images(folder).name == "pets_val"
     remove(folder, "val")
-    assert find_images(folder).name == "pets_test"
+    assert find_labelled_images(folder).name == "pets_test"
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +141,8 @@ def model():
 def test_broken_images_are_named_once_and_passed_over(
     folder, model, capsys, num_workers, is_cached
 ):
-    whole = readable_features(model, LabelledImages(find_images(folder), model.preprocess))
-    source = find_images(folder)
+    whole = readable_features(model, LabelledImages(find_labelled_images(folder), model.preprocess))
+    source = find_labelled_images(folder)
     broken = [1, 11]
     for row in broken:
         Path(source.image[row]).write_bytes(b"broken")
@@ -175,7 +175,7 @@ def test_the_features_of_several_processes_add_up_to_those_of_one(folder, model,
     (folder / "val" / "Dog" / "1.png").write_bytes(b"broken")
     found = []
     for processes in (ALONE, OneOfTwo(0, 2), OneOfTwo(1, 2)):
-        images = LabelledImages(find_images(folder), model.preprocess)
+        images = LabelledImages(find_labelled_images(folder), model.preprocess)
         if is_cached:
             images.cache()
         found.append(encode_images(model, images, 5, 0, processes))
@@ -213,7 +213,7 @@ def save_cifar10(root, monkeypatch, names):
 def test_a_set_of_torchvision_is_read_from_its_files(tmp_path, monkeypatch):
     save_cifar10(tmp_path, monkeypatch, names=[f"class_{i}" for i in range(10)])
     for is_train, count in ((True, 50), (False, 10)):
-        images = LabelledImages(find_images("cifar10", is_train, tmp_path), Preprocess(32))
+        images = LabelledImages(find_labelled_images("cifar10", is_train, tmp_path), Preprocess(32))
         theirs = CIFAR10(tmp_path, train=is_train)
         assert images.classes == [f"class {i}" for i in range(10)] and len(images) == count
         assert torch.equal(images.labels, torch.tensor(theirs.targets))
@@ -259,7 +259,7 @@ def save_stanford_cars(root):
 def test_labels_and_names_are_torchvisions(tmp_path, save):
     """Of a set for each of the ways in which torchvision keeps labels, besides CIFAR-10's."""
     names, theirs = save(tmp_path)
-    source = find_images(save.__name__.removeprefix("save_"), data_root=tmp_path)
+    source = find_labelled_images(save.__name__.removeprefix("save_"), data_root=tmp_path)
     assert source.classes == names and source.label == [label for _, label in theirs]
     for (pixels, _), (image, _) in zip(
         LabelledImages(source, Preprocess(SIDE)), theirs, strict=True
@@ -269,7 +269,7 @@ def test_labels_and_names_are_torchvisions(tmp_path, save):
 
 def test_a_broken_image_of_torchvision_is_passed_over(tmp_path, monkeypatch, model, capsys):
     save_cifar10(tmp_path, monkeypatch, names=[f"class_{i}" for i in range(10)])
-    images = LabelledImages(find_images("cifar10", data_root=tmp_path), model.preprocess)
+    images = LabelledImages(find_labelled_images("cifar10", data_root=tmp_path), model.preprocess)
     read = CIFAR10.__getitem__
 
     def broken(self, index):
@@ -293,7 +293,7 @@ def test_without_a_network_one_line_says_what_to_put_where(tmp_path, monkeypatch
     assert hasattr(torchvision.datasets, known.loader)
     for is_train in (False, True):
         with pytest.raises(InputError) as error:
-            find_images(name, is_train, tmp_path)
+            find_labelled_images(name, is_train, tmp_path)
         message = str(error.value)
         assert "\n" not in message
         if is_train and known.train is None:
@@ -305,7 +305,7 @@ def test_without_a_network_one_line_says_what_to_put_where(tmp_path, monkeypatch
 
 def test_unknown_sets_are_told_with_names_like_theirs():
     with pytest.raises(InputError, match=r"cifar_10: no such folder, .*did you mean cifar10 or"):
-        find_images("cifar_10")
+        find_labelled_images("cifar_10")
 
 
 def test_there_are_as_many_names_as_signs():

@@ -23,9 +23,10 @@ from script_runs import PRELOADED
 from models.clip_utils import create_model
 from models.errors import InputError
 from models.preprocess import open_image
+from utils.data.image_files import find_images
 from utils.retrieval import store
 from utils.retrieval.encode import encode_texts, kept_caption_features
-from utils.retrieval.search import find_images, image_features
+from utils.retrieval.search import image_features
 from utils.runs.checkpoint import save_weights, write_json
 
 HALF = 2**-11  # relative error of a number that is rounded to float16
