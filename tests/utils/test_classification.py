@@ -222,12 +222,8 @@ def test_the_probe_is_scikit_learns_on_the_same_features(work, classify, monkeyp
     )
     printed = classify("--data", "digits", "--linear_probe", "--json", tmp_path / "scores.json")
     model, preprocess = load(work / "weights.pth", "cpu")
-    train, scored = (
-        readable_features(
-            model, LabelledImages(find_labelled_images(work / "digits", is_train), preprocess)
-        )
-        for is_train in (True, False)
-    )
+    sources = (find_labelled_images(work / "digits", is_train) for is_train in (True, False))
+    train, scored = (readable_features(model, LabelledImages(s, preprocess)) for s in sources)
     theirs = LogisticRegression(C=chosen[0], max_iter=1000)
     theirs.fit(train.images.numpy(), train.labels.numpy())
     predicted = theirs.predict(scored.images.numpy())
