@@ -13,8 +13,8 @@ from itertools import chain, count
 from pathlib import Path
 
 from models.errors import InputError, run_script
-from models.scripts import SCRIPTS, add_activation, from_here
-from utils.runs.arguments import name_or_path, path, run_folder, trained_on
+from models.scripts import add_activation
+from utils.runs.arguments import name_or_path, newest_weights, path, run_folder, trained_on
 
 TOP = 5  # captions that are printed and drawn
 NAME_LENGTH = 60  # characters, at most 240 bytes: with a number they fit into a name everywhere
@@ -88,38 +88,15 @@ def main() -> None:
             print(f"error: {error}")
 
 
-def newest_weights() -> Path:
-    """The newest `best_epoch_weights.pth` of the runs in logs/ in the working folder, where
-    train.py puts them; if there is none, in logs/ beside this script. Raises `InputError` if there
-    is none either."""
-    for logs in (Path("logs"), SCRIPTS / "logs"):
-        if found := list(logs.glob("*/weights/best_epoch_weights.pth")):
-            return max(found, key=lambda path: path.stat().st_mtime)
-    raise InputError(
-        "logs: there is no run with weights/best_epoch_weights.pth in it, here or beside "
-        f"predict.py; train one (python {from_here('train.py')} --demo), or name weights with "
-        "--weights"
-    )
-
-
 def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
     """The lines of `captions_file`; without one, the validation captions of the data set that
     `weights` were trained on, in all languages of their run. Raises `InputError` if there are none
     to be had."""
-    from models.files import read_bytes
+    from models.files import read_lines
     from utils.data.annotations import caption_file, missing_annotations, read_annotations
 
     if captions_file:
-        try:
-            lines = read_bytes(captions_file).decode("utf-8-sig").splitlines()
-        except FileNotFoundError:
-            raise InputError(f"{captions_file}: no such file; write one caption a line") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{captions_file}: cannot be read as UTF-8 text ({error})") from None
-        captions = [line.strip() for line in lines if line.strip()]
-        if not captions:
-            raise InputError(f"{captions_file}: no captions in it; write one on each line")
-        return captions
+        return read_lines(captions_file, "caption")
     trained = trained_on(weights)
     if trained is None:
         raise InputError(

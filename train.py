@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     # fmt: off
     add("--demo", action="store_true",
-        help="render the demo set and train ViT-demo on it, a few minutes on a CPU")
+        help="render the demo set and train a small model on it, a few minutes on a CPU")
     add("--resume_training", type=starting_point, default="ViT-B/32", metavar="NAME_OR_PATH",
         help="what to start from: a model name (downloaded if need be), a weights file, a run's "
         "weights/checkpoint.pth to continue that run with its own arguments and those given now, "

@@ -27,29 +27,42 @@ from models.onnx_export import check_packages, export_onnx, preparation
 from models.scripts import add_activation
 from models.simple_tokenizer import END_OF_TEXT, START_OF_TEXT
 from models.tokens import clip_tokenizer
-from models.weights import open_clip, transformers
+from models.weights import chinese_clip, open_clip, transformers
 from models.weights.checks import listed
 from models.weights.file_kind import one_line
 
 
 def write_open_clip(model: CLIP, folder: Path, dtype: torch.dtype) -> None:
-    """What `open_clip.create_model_and_transforms("local-dir:FOLDER")` opens."""
+    """What `open_clip.create_model_and_transforms("local-dir:FOLDER")` opens. Raises `InputError`
+    for a Chinese-CLIP, which open_clip has not."""
+    if model.config.has_bert:
+        raise InputError("open_clip has no Chinese-CLIP; take --format transformers or cn_clip")
     folder.mkdir()
     _write_json(folder / open_clip.CONFIG_FILE, open_clip.to_open_clip(model.config))
     write_safetensors(model, folder / open_clip.WEIGHTS_FILES[0], dtype)
 
 
 def write_transformers(model: CLIP, folder: Path, dtype: torch.dtype) -> None:
-    """What `CLIPModel.from_pretrained(FOLDER)` and `CLIPProcessor.from_pretrained(FOLDER)` open.
-    Raises `InputError` for a model with a ResNet, which transformers has not."""
-    config, preprocessor = transformers.config_to_transformers(model.config)
+    """What `CLIPModel.from_pretrained(FOLDER)` and `CLIPProcessor.from_pretrained(FOLDER)` open, or
+    for a Chinese-CLIP `ChineseCLIPModel` and `ChineseCLIPProcessor`. Raises `InputError` for a
+    model with a ResNet, which transformers has not."""
+    library = chinese_clip if model.config.has_bert else transformers
+    config, preprocessor = library.config_to_transformers(model.config)
     folder.mkdir()
     dtype_name = str(dtype).removeprefix("torch.")
     _write_json(folder / transformers.CONFIG_FILE, config | {"torch_dtype": dtype_name})
     _write_json(folder / transformers.PREPROCESSOR_FILE, preprocessor)
-    weights = transformers.to_transformers(model.state_dict())
+    weights = library.to_transformers(model.state_dict())
     _save(weights, folder / "model.safetensors", dtype, {})
     _write_tokenizer(model, folder)
+
+
+def write_cn_clip(model: CLIP, file: Path, dtype: torch.dtype) -> None:
+    """A file that cn_clip's `load_from_name` opens. Raises `InputError` for any other model than a
+    Chinese-CLIP."""
+    if not model.config.has_bert:
+        raise InputError("cn_clip has no other models than Chinese-CLIPs; take another --format")
+    torch.save({"state_dict": _cast(model.state_dict(), dtype)}, file)
 
 
 def write_safetensors(model: CLIP, file: Path, dtype: torch.dtype) -> None:
@@ -61,7 +74,7 @@ def write_safetensors(model: CLIP, file: Path, dtype: torch.dtype) -> None:
 
 def write_onnx(model: CLIP, folder: Path, dtype: torch.dtype) -> None:
     """image.onnx and text.onnx; how to prepare their inputs (clip.json), and the tokenizer, which
-    `CLIPTokenizer.from_pretrained(FOLDER)` opens."""
+    `CLIPTokenizer.from_pretrained(FOLDER)` opens, or `BertTokenizer` for a Chinese-CLIP."""
     folder.mkdir()
     export_onnx(model, folder, dtype)
     _write_json(folder / "clip.json", preparation(model))
@@ -85,7 +98,19 @@ FORMATS = {
     "transformers": Format(
         write_transformers,
         "a folder for the library transformers, which has no ResNets",
-        ('CLIPModel.from_pretrained("{0}")', 'CLIPProcessor.from_pretrained("{0}")'),
+        (
+            'CLIPModel.from_pretrained("{0}")',
+            'CLIPProcessor.from_pretrained("{0}")',
+            "or, of a Chinese-CLIP, ChineseCLIPModel and ChineseCLIPProcessor",
+        ),
+    ),
+    "cn_clip": Format(
+        write_cn_clip,
+        "a file for the authors' program, of a Chinese-CLIP",
+        (
+            'cn_clip.clip.load_from_name("{0}", vision_model_name=..., text_model_name=..., '
+            "input_resolution=...)",
+        ),
     ),
     "safetensors": Format(
         write_safetensors,
@@ -98,7 +123,7 @@ FORMATS = {
         (
             'onnxruntime.InferenceSession("{0}/image.onnx").run(None, {{"images": images}})',
             'onnxruntime.InferenceSession("{0}/text.onnx").run(None, {{"tokens": tokens}})',
-            'CLIPTokenizer.from_pretrained("{0}")',
+            'CLIPTokenizer.from_pretrained("{0}"), or BertTokenizer for a Chinese-CLIP',
             "{0}/clip.json tells how to prepare images and tokens",
         ),
     ),
@@ -144,17 +169,26 @@ def check_output(output: Path, to: str) -> None:
 def _save(
     weights: dict[str, Tensor], file: Path, dtype: torch.dtype, metadata: dict[str, str]
 ) -> None:
-    weights = {
-        key: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
-        for key, tensor in weights.items()
-    }
     file.touch()
     mode = file.stat().st_mode  # safetensors lets nobody but the owner read
-    save_file(weights, file, metadata={"format": "pt"} | metadata)
+    save_file(_cast(weights, dtype), file, metadata={"format": "pt"} | metadata)
     file.chmod(mode)
 
 
+def _cast(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {
+        key: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+        for key, tensor in weights.items()
+    }
+
+
 def _write_tokenizer(model: CLIP, folder: Path) -> None:
+    if model.config.has_bert:
+        vocabulary = "".join(f"{token}\n" for token in model.tokenizer.decoder)
+        (folder / "vocab.txt").write_bytes(vocabulary.encode())
+        settings = {"tokenizer_class": "BertTokenizer", "model_max_length": model.context_length}
+        _write_json(folder / "tokenizer_config.json", settings)
+        return
     bpe = clip_tokenizer()
     _write_json(folder / "vocab.json", bpe.encoder)
     merges = (" ".join(merge) for merge in bpe.priorities)

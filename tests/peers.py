@@ -1,17 +1,28 @@
-"""The CLIP models of open_clip and transformers, to compare ours with, given the same weights."""
+"""The CLIP models of open_clip, transformers and cn_clip, to compare ours with, given the same
+weights."""
 
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import open_clip
+import pytest
 import torch
 from open_clip.model import set_model_preprocess_cfg
 from open_clip.push_to_hf_hub import save_for_hf
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers import (
+    ChineseCLIPConfig,
+    ChineseCLIPModel,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+)
 
 from models.tokens import clip_tokenizer
+from models.weights.config import Config
 from models.weights.registry import CONFIGS
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)  # of the small models' images
@@ -199,4 +210,60 @@ def _enlarged(model: nn.Module) -> nn.Module:
                 parameter.add_(0.1 * torch.randn_like(parameter))
             elif parameter.ndim:
                 parameter.copy_(torch.randn_like(parameter) / parameter[0].numel() ** 0.5)
+    return model.eval()
+
+
+def chinese_clip_model(config: Config) -> ChineseCLIPModel:
+    """transformers' Chinese-CLIP of this description, with a ViT, random weights and no dropout."""
+    vision = {
+        "hidden_size": config.vision_width,
+        "intermediate_size": config.vision_mlp_width,
+        "num_attention_heads": config.vision_heads,
+        "num_hidden_layers": config.vision_layers,
+        "image_size": config.image_resolution,
+        "patch_size": config.vision_patch_size,
+        "hidden_act": config.activation,
+    }
+    text = {
+        "hidden_size": config.transformer_width,
+        "intermediate_size": config.transformer_mlp_width,
+        "num_attention_heads": config.transformer_heads,
+        "num_hidden_layers": config.transformer_layers,
+        "max_position_embeddings": config.text_positions,
+        "vocab_size": config.vocab_size,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    torch.manual_seed(0)
+    model = ChineseCLIPModel(
+        ChineseCLIPConfig(text_config=text, vision_config=vision, projection_dim=config.embed_dim)
+    )
+    disturb(model)
+    return model.eval()
+
+
+def cn_clip_model(config: Config, weights: dict[str, Tensor]) -> nn.Module:
+    """cn_clip's model of this description with these weights, without dropout; the test is skipped
+    if cn_clip is not installed."""
+    module = pytest.importorskip("cn_clip.clip.model", reason="needs cn_clip")
+    model = module.CLIP(
+        embed_dim=config.embed_dim,
+        image_resolution=config.image_resolution,
+        vision_layers=config.vision_layers,
+        vision_width=config.vision_width,
+        vision_patch_size=config.vision_patch_size,
+        vision_head_width=config.vision_head_width,
+        vocab_size=config.vocab_size,
+        text_attention_probs_dropout_prob=0.0,
+        text_hidden_act="gelu",
+        text_hidden_dropout_prob=0.0,
+        text_hidden_size=config.transformer_width,
+        text_initializer_range=0.02,
+        text_intermediate_size=config.transformer_mlp_width,
+        text_max_position_embeddings=config.text_positions,
+        text_num_attention_heads=config.transformer_heads,
+        text_num_hidden_layers=config.transformer_layers,
+        text_type_vocab_size=2,
+    )
+    model.load_state_dict(weights)
     return model.eval()

@@ -25,11 +25,9 @@ from models.tokens import clip_tokenizer, token_rows
 from models.weights.registry import CONTEXT_LENGTH
 from utils.data.annotations import caption_file, read_annotations
 from utils.data.augment import crop, draw_crops
-from utils.data.image_cache import cached_pixels, gather, on_device_if_small
+from utils.data.image_cache import decode_once, gather
 from utils.data.image_reading import Loaded, read_batches, substitutes
 from utils.machine.processes import ALONE, Processes
-
-BUILD_BATCH = 32  # images decoded at a time for the cache
 
 
 class Flickr8kDataset(Dataset):
@@ -136,27 +134,24 @@ class Flickr8kDataset(Dataset):
         num_workers: int = 0,
     ) -> None:
         """Decode all images into a file in `folder` (by default `.cache` in `root_dir`), which all
-        runs share, and have `image_batches` read the pixels from there. They are kept on the device
+        runs share, and have `batches` read the pixels from there. They are kept on the device
         if they take at most a quarter of its free memory. Raises `InputError` if the file cannot be
         written.
         """
         if self.transform is not None:
             raise InputError("the cache keeps what CLIP makes of the images: it takes no transform")
-        root = self.root.resolve()
-        folder = root / ".cache" if folder is None else Path(folder).expanduser()
-        batches = [rows.tolist() for rows in torch.arange(len(self)).split(BUILD_BATCH)]
-        decoded, unreadable = cached_pixels(
-            folder / f"{root.name}_{self.split}_{self.preprocess.side}.pixels",
-            self.root,
-            self.image,
-            self.preprocess,
-            (
-                (loaded.images, loaded.problems)
-                for loaded in read_batches(self, batches, num_workers, substitute=True)
-            ),
-        )
-        self.unreadable = {row: self._problem(row) for row in unreadable}
-        self.cached = on_device_if_small(decoded, torch.device(device))
+        name = f"{self.root.resolve().name}_{self.split}"
+        self.cached, self.unreadable = decode_once(self, name, folder, device, num_workers)
+
+    def batches(self, batches: list[list[int]], num_workers: int) -> Iterator[Tensor]:
+        """Batches of images, `[n, 3, r, r]`, for lists of image indices. Raises `InputError` for an
+        image that cannot be read."""
+        if self.cached is None:
+            yield from (loaded.images for loaded in read_batches(self, batches, num_workers))
+            return
+        for problem in self.unreadable.values():
+            raise InputError(problem)
+        yield from gather(self.cached, batches)
 
     def fingerprint(self) -> str:
         """A digest of the images' names, the captions and their order. It stays the same when the
@@ -172,16 +167,16 @@ class Flickr8kDataset(Dataset):
         lengths = (len(self.tokenizer.encode(self.text[i])) + 2 for i in full)
         return sum(length > self.context_length for length in lengths)
 
+    def share_of_fragments(self) -> float:
+        """The share of the captions' tokens that are parts of words, or unknown."""
+        tokens = self.tokens[self.tokens > 0]  # without the zeros that fill up rows
+        fragments = torch.tensor(self.tokenizer.fragments, dtype=tokens.dtype)
+        of_words = len(tokens) - 2 * len(self.text)  # without those of start and end
+        return torch.isin(tokens, fragments).sum().item() / max(1, of_words)
+
     def count_shared_captions(self) -> int:
         """How many captions are right for several images."""
         return sum(isinstance(images, list) for images in self.txt_to_img.values())
-
-    def _problem(self, row: int) -> str:
-        try:
-            self[row]
-        except InputError as error:
-            return str(error)
-        return f"{self.image[row]}: could not be read when the cache was written"
 
     def _check_images_exist(self) -> None:
         """Refuse a set with missing images. While training, others take their place, but some image
@@ -192,19 +187,6 @@ class Flickr8kDataset(Dataset):
                 f"{self.root}: {len(missing)} of the {len(self.image)} {self.split} images are "
                 f"missing, the first is {missing[0]}; put them there or remove their entries"
             )
-
-
-def image_batches(
-    dataset: Flickr8kDataset, batches: list[list[int]], num_workers: int
-) -> Iterator[Tensor]:
-    """Batches of images, `[n, 3, r, r]`, for lists of image indices. Raises `InputError` for an
-    image that cannot be read."""
-    if dataset.cached is None:
-        yield from (loaded.images for loaded in read_batches(dataset, batches, num_workers))
-        return
-    for problem in dataset.unreadable.values():
-        raise InputError(problem)
-    yield from gather(dataset.cached, batches)
 
 
 class Batch(NamedTuple):

@@ -9,11 +9,13 @@ from models.errors import InputError
 
 MAX_BLOCKS = 500  # of a tower, or of a ResNet's stage; the largest published model has 56
 MAX_SIZE = 10**6  # of a width, a resolution, a vocabulary, a context
-VOCABULARY = 49408  # tokens that the tokenizer knows; the last is the end-of-text token
+VOCABULARY = 49408  # tokens that CLIP's tokenizer knows; the last is the end-of-text token
+CHINESE_VOCABULARY = 21128  # tokens of BERT's Chinese vocabulary
 CHOICES = {
     "activation": ("quick_gelu", "gelu"),
     "interpolation": ("bicubic", "bilinear"),
     "resize_mode": ("shortest", "squash"),
+    "text_tower": ("clip", "bert"),
 }
 
 Colour = tuple[float, float, float]  # red, green and blue, from 0 to 1
@@ -31,6 +33,10 @@ class Config:
     numbers of channels; `vision_head_width` is that of one attention head of the image tower, and
     `..._mlp_width` that of the hidden layer of an MLP, which a ResNet has none of. The defaults are
     those of the published models (Radford et al. 2021, tables 19 and 20).
+
+    `text_tower` is CLIP's own or BERT, as in Chinese-CLIP (Yang et al. 2022), whose activation is
+    always GELU: `activation` is then that of the image tower. BERT has embeddings for
+    `text_positions` tokens, of which a text uses the first `context_length`.
 
     Images are resized with `interpolation`: in `resize_mode` "shortest" until their short side fits
     and the square in the centre is cut out; in "squash", both sides until they fit. Then `mean` is
@@ -51,6 +57,8 @@ class Config:
     vocab_size: int = VOCABULARY
     vision_head_width: int = 64
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    text_tower: Literal["clip", "bert"] = "clip"
+    text_positions: int | None = None
     mean: Colour = OPENAI_MEAN
     std: Colour = OPENAI_STD
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
@@ -60,6 +68,11 @@ class Config:
     def is_vit(self) -> bool:
         """Whether the image tower is a Vision Transformer, not a ResNet."""
         return self.vision_patch_size is not None
+
+    @property
+    def has_bert(self) -> bool:
+        """Whether the text tower is BERT, not CLIP's own."""
+        return self.text_tower == "bert"
 
     @property
     def vision_heads(self) -> int:
@@ -72,13 +85,15 @@ class Config:
 def check_config(config: Config) -> None:
     """Raise `InputError` for fields of a wrong type, and for sizes that no model can have, before
     building one could take very long or fail."""
+    absent = set() if config.is_vit else {"vision_patch_size", "vision_mlp_width"}
+    absent |= set() if config.has_bert else {"text_positions"}
     for name, value in vars(config).items():  # not asdict: it copies what may be nested deep
         if name in ("mean", "std"):
             fits = isinstance(value, tuple) and len(value) == 3 and all(map(_is_finite, value))
         elif name in CHOICES:
             fits = value in CHOICES[name]
         elif value is None:
-            fits = name in ("vision_patch_size", "vision_mlp_width") and not config.is_vit
+            fits = name in absent
         elif name == "vision_layers" and not config.is_vit:
             fits = isinstance(value, tuple) and len(value) == 4 and all(map(_is_depth, value))
         elif name.endswith("layers"):
@@ -87,6 +102,9 @@ def check_config(config: Config) -> None:
             fits = type(value) is int and 0 < value <= MAX_SIZE
         if not fits:
             raise InputError(f"its {name} would be {quoted(value)}")
+    if config.has_bert and config.context_length > config.text_positions:
+        raise InputError(f"its context_length {config.context_length} is more than the "
+                         f"{config.text_positions} positions of its text tower")  # fmt: skip
     towers = [("transformer_width", config.transformer_heads, config.transformer_width)]
     if config.is_vit:
         towers.append(("vision_width", config.vision_heads, config.vision_width))

@@ -1,4 +1,8 @@
-"""open_clip's description of a model, open_clip_config.json, and ours. The keys are the same."""
+"""open_clip's description of a model, open_clip_config.json, and ours. The keys are the same.
+
+For a model with BERT, which open_clip has not in this form, the description has two fields of our
+own in `text_cfg`: `tower` and `positions`.
+"""
 
 import math
 from typing import Any
@@ -27,6 +31,8 @@ TEXT = {
     "heads": 8,
     "layers": 12,
     "mlp_ratio": 4.0,
+    "tower": "clip",
+    "positions": None,
 }
 # Fields that change nothing about a model that is loaded, or that say what ours does anyway.
 NEUTRAL = {
@@ -69,6 +75,8 @@ def from_open_clip(content: dict[str, Any]) -> Config:
             transformer_layers=text["layers"],
             context_length=text["context_length"],
             vocab_size=text["vocab_size"],
+            text_tower=text["tower"],
+            text_positions=text["positions"],
             activation="quick_gelu" if model.get("quick_gelu") else "gelu",
             **{k: _plain(preprocess[k]) for k in known if k in preprocess},
         )
@@ -93,6 +101,7 @@ def to_open_clip(config: Config) -> dict[str, Any]:
     }
     if config.is_vit:
         vision["mlp_ratio"] = _ratio(config.vision_mlp_width, config.vision_width)
+    own = {"tower": config.text_tower, "positions": config.text_positions}
     return {
         "model_cfg": {
             "embed_dim": config.embed_dim,
@@ -105,6 +114,7 @@ def to_open_clip(config: Config) -> dict[str, Any]:
                 "heads": config.transformer_heads,
                 "layers": config.transformer_layers,
                 "mlp_ratio": _ratio(config.transformer_mlp_width, config.transformer_width),
+                **(own if config.has_bert else {}),
             },
         },
         "preprocess_cfg": {

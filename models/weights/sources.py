@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from torch import Tensor
 
 from models.errors import InputError
 from models.files import read_bytes
-from models.weights import open_clip, transformers
+from models.weights import chinese_clip, open_clip, transformers
 from models.weights.architecture import infer_config
-from models.weights.config import VOCABULARY, Config
+from models.weights.config import CHINESE_VOCABULARY, VOCABULARY, Config
 from models.weights.file_kind import is_torchscript, one_line
 from models.weights.read import read_file, read_state_dict
 
@@ -33,18 +34,20 @@ def read_weights(path: Path, activation: str | None = None) -> tuple[dict[str, T
     """The weights at `path` with our keys, and the description of their model.
 
     A folder holds open_clip_config.json or transformers' config.json, and beside it the weights, in
-    one file or, in transformers' format, in several. The description of a file is in it (in a
-    checkpoint of train.py, or in the metadata of safetensors that convert.py wrote) or lies beside
-    it; published TorchScript archives need none.
+    one file or, in transformers' format, in several; or it holds a file of cn_clip. The description
+    of a file is in it (in a checkpoint of train.py, or in the metadata of safetensors that
+    convert.py wrote) or lies beside it; published TorchScript archives and cn_clip's need none.
     `activation` (gelu or quick_gelu) is for a state dict without description, since it cannot be
     told by weights. Raises `InputError` for what is missing, damaged or of another kind of model;
     the caller names `path`.
     """
     folder = path if path.is_dir() else path.parent
     weights, own = (_read_folder(path), None) if path.is_dir() else read_file(path)
-    if transformers.is_transformers(weights):
-        config = _config_of_transformers(folder)
-        weights = transformers.from_transformers(weights)
+    weights = chinese_clip.without_pooler(weights)
+    library = chinese_clip if chinese_clip.is_transformers(weights) else transformers
+    if library.is_transformers(weights):
+        config = _config_of_transformers(folder, library)
+        weights = library.from_transformers(weights)
     elif own is not None:
         config = open_clip.from_open_clip(own)
     elif path.is_file() and is_torchscript(path):
@@ -54,9 +57,9 @@ def read_weights(path: Path, activation: str | None = None) -> tuple[dict[str, T
     weights = _whole_positions(weights)
     if config is None:
         config = infer_config(weights)
-        if activation is None:
+        if activation is None and not chinese_clip.is_of_authors(config):
             raise InputError(UNTOLD)
-        config = replace(config, activation=activation)
+        config = replace(config, activation=activation or config.activation)
     _check_vocabulary(path, config)
     return weights, config
 
@@ -72,7 +75,11 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
         if index is not None:
             with _named(f"{name}.index.json"):
                 return _read_shards(folder, index)
-    raise InputError(f"a folder without weights; one of these should be in it: {', '.join(names)}")
+    for file in sorted(folder.glob(chinese_clip.WEIGHTS_FILES)):
+        with _named(file.name):
+            return read_state_dict(file)
+    known = ", ".join((*names, chinese_clip.WEIGHTS_FILES))
+    raise InputError(f"a folder without weights; one of these should be in it: {known}")
 
 
 def _read_shards(folder: Path, index: dict[str, Any]) -> dict[str, Tensor]:
@@ -100,12 +107,12 @@ def _config_of_open_clip(folder: Path) -> Config | None:
         return open_clip.from_open_clip(content)
 
 
-def _config_of_transformers(folder: Path) -> Config | None:
+def _config_of_transformers(folder: Path, library: ModuleType) -> Config | None:
     content = _json(folder / transformers.CONFIG_FILE)
     if content is None:
         return None
     with _named(transformers.CONFIG_FILE):
-        transformers.config_from_transformers(content, {})  # raises here what is wrong in this file
+        library.config_from_transformers(content, {})  # raises here what is wrong in this file
     processor = _json(folder / transformers.PROCESSOR_FILE) or {}
     if "image_processor" in processor:
         name, preprocessor = transformers.PROCESSOR_FILE, processor["image_processor"]
@@ -113,7 +120,7 @@ def _config_of_transformers(folder: Path) -> Config | None:
         name = transformers.PREPROCESSOR_FILE
         preprocessor = _json(folder / name) or {}
     with _named(name):
-        return transformers.config_from_transformers(content, preprocessor)
+        return library.config_from_transformers(content, preprocessor)
 
 
 def _whole_positions(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -129,19 +136,23 @@ def _whole_positions(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _check_vocabulary(path: Path, config: Config) -> None:
     """Raise `InputError` for a model whose tokens are not those that the tokenizer here makes."""
+    if config.has_bert:
+        whose, known = "BERT's Chinese", CHINESE_VOCABULARY
+    else:
+        whose, known = "CLIP's", VOCABULARY
     for name, keys in TOKENIZERS.items():
         tokens: Any = _json(path / name) if path.is_dir() else None
         for key in keys:
             tokens = tokens.get(key) if isinstance(tokens, dict) else None
-        if isinstance(tokens, dict | list) and len(tokens) != VOCABULARY:
+        if isinstance(tokens, dict | list) and len(tokens) != known:
             raise InputError(
-                f"{name}: has {len(tokens):,} tokens, where CLIP's tokenizer, which is used here, "
-                f"has {VOCABULARY:,}; take a model with that tokenizer"
+                f"{name}: has {len(tokens):,} tokens, where {whose} tokenizer, which is used here, "
+                f"has {known:,}; take a model with that tokenizer"
             )
-    if config.vocab_size < VOCABULARY:
+    if config.vocab_size < known:
         raise InputError(
-            f"its texts are made of {config.vocab_size:,} tokens, and those of CLIP's tokenizer, "
-            f"which is used here, of {VOCABULARY:,}; take a model with that tokenizer"
+            f"its texts are made of {config.vocab_size:,} tokens, and those of {whose} tokenizer, "
+            f"which is used here, of {known:,}; take a model with that tokenizer"
         )
 
 

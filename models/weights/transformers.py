@@ -116,7 +116,7 @@ def config_from_transformers(content: dict[str, Any], preprocessor: dict[str, An
                 f"its model_type is {quoted(content.get('model_type'))}, not 'clip'; take a whole "
                 "CLIPModel, such as openai/clip-vit-base-patch32"
             )
-        text = _tower(content, "text_config", TEXT)
+        text = tower(content, "text_config", TEXT)
         image = image_tower(content, preprocessor)
         if text.get("hidden_act", "quick_gelu") != image["activation"]:
             raise InputError("its towers have another hidden_act each; one for both works")
@@ -143,7 +143,7 @@ def config_from_transformers(content: dict[str, Any], preprocessor: dict[str, An
 
 def image_tower(content: dict[str, Any], preprocessor: dict[str, Any]) -> dict[str, Any]:
     """The fields of `Config` on images, of a `CLIPModel` or another with the same image tower."""
-    vision = _tower(content, "vision_config", VISION)
+    vision = tower(content, "vision_config", VISION)
     activation = vision.get("hidden_act", "quick_gelu")
     if activation not in ("gelu", "quick_gelu"):
         raise InputError(f"its hidden_act is {quoted(activation)}; gelu or quick_gelu work")
@@ -231,13 +231,13 @@ def image_tower_to_transformers(config: Config) -> tuple[dict[str, Any], dict[st
     return vision, preprocessor
 
 
-def _tower(content: dict[str, Any], name: str, defaults: dict[str, int]) -> dict[str, Any]:
+def tower(content: dict[str, Any], name: str, defaults: dict[str, int]) -> dict[str, Any]:
     """The description of a tower. Early ones have it as `..._config_dict`, which counts more."""
-    tower = defaults | (content.get(name) or {}) | (content.get(f"{name}_dict") or {})
+    found = defaults | (content.get(name) or {}) | (content.get(f"{name}_dict") or {})
     for field in defaults:
-        if type(tower[field]) is not int or not 0 < tower[field] <= MAX_SIZE:
-            raise InputError(f"its {name} has {field} {quoted(tower[field])}")
-    return tower
+        if type(found[field]) is not int or not 0 < found[field] <= MAX_SIZE:
+            raise InputError(f"its {name} has {field} {quoted(found[field])}")
+    return found
 
 
 def _preprocessing(content: dict[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,11 @@ from models.errors import InputError
 from models.weights.file_kind import one_line
 from models.weights.unpickle import PlainTensor
 
-# The name that every CLIP has, with our keys and with those of transformers.
-MARKS = ("ln_final.weight", "text_model.final_layer_norm.weight")
+# A name that every CLIP has, with our keys and with those of transformers, then the same two for
+# a Chinese-CLIP.
+MARKS = ("ln_final.weight", "text_model.final_layer_norm.weight",
+         "bert.embeddings.word_embeddings.weight",
+         "text_model.embeddings.word_embeddings.weight")  # fmt: skip
 PREFIX = re.compile(r"((module|_orig_mod|model|clip_model|clip)\.)*")  # of training programs
 MAX_DEPTH = 8  # of dicts in dicts
 NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # buffers of published archives

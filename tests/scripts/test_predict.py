@@ -6,7 +6,6 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,6 +86,33 @@ def test_zero_shot_takes_a_published_archive_any_labels_and_any_file_name(work, 
     assert len(done.stdout.splitlines()) == 3 and "一只猫" in done.stdout
 
 
+def test_a_template_stands_around_each_label(work, photo):
+    """One template does what writing the whole sentences does, to the last digit; of several, the
+    normalised features are averaged, computed once more here."""
+    weights = work / "logs" / "a run" / "weights" / "best_epoch_weights.pth"
+    templates, labels = ["a photo of a {}.", "{}, drawn"], ["dog", "cat"]
+    (work / "one.txt").write_text(templates[0], "utf-8")
+    (work / "two.txt").write_text("\n".join(templates), "utf-8")
+    start = "predict_zero_shot.py", photo, "--weights", weights, "--labels"
+    first = run_script(*start, *labels, "--templates", "one.txt", cwd=work).stdout.splitlines()[0]
+    sentences = [templates[0].replace("{}", label) for label in labels]
+    assert first == run_script(*start, *sentences, cwd=work).stdout.splitlines()[0]
+
+    model, preprocess = load(weights, "cpu")
+    with torch.no_grad():
+        means = []
+        for label in labels:
+            texts = tokenize([template.replace("{}", label) for template in templates])
+            features = model.encode_text(texts)
+            means.append((features / features.norm(dim=1, keepdim=True)).mean(dim=0))
+        image = model.encode_image(preprocess(open_image(photo))[None])[0]
+        similarity = torch.stack([m @ image / (m.norm() * image.norm()) for m in means])
+    expected = (model.logit_scale.exp() * similarity).softmax(0).tolist()
+    done = run_script(*start, *labels, "--templates", "two.txt", cwd=work)
+    printed = ast.literal_eval(done.stdout.splitlines()[2].removeprefix("image 0: "))
+    assert dict(printed) == pytest.approx(dict(zip(labels, expected, strict=True)), rel=1e-4)
+
+
 def test_zero_shot_finds_its_picture_from_any_folder(work):
     weights = work / "logs" / "a run" / "weights" / "best_epoch_weights.pth"
     printed = [
@@ -94,25 +120,6 @@ def test_zero_shot_finds_its_picture_from_any_folder(work):
         for image in ([], [ROOT / "R_mAP.png"])
     ]
     assert printed[0] == printed[1]
-
-
-def test_the_newest_run_is_looked_for_here_and_then_beside_the_script(tmp_path, monkeypatch):
-    here, beside = tmp_path / "here", tmp_path / "beside"
-    here.mkdir()
-    monkeypatch.chdir(here)
-    monkeypatch.setattr(predict, "SCRIPTS", beside)
-    name = "weights/best_epoch_weights.pth"
-    with pytest.raises(InputError, match=re.escape(f"python {ROOT / 'train.py'} --demo")):
-        predict.newest_weights()
-    for file, when in ((beside / "logs/a" / name, 2), (beside / "logs/b" / name, 1)):
-        file.parent.mkdir(parents=True)
-        file.touch()
-        os.utime(file, (when, when))
-    assert predict.newest_weights() == beside / "logs/a" / name
-    (here / "logs/c" / name).parent.mkdir(parents=True)
-    (here / "logs/c" / name).touch()
-    os.utime(here / "logs/c" / name, (0, 0))
-    assert predict.newest_weights() == Path("logs/c") / name
 
 
 def test_predict_ranks_the_captions_it_is_given(work, photo):
@@ -188,6 +195,8 @@ def error_of(work, monkeypatch, capsys):
 
 
 def test_unusable_images_and_a_missing_run_end_in_one_line(work, tmp_path):
+    templates = error_line("predict_zero_shot.py", "--templates", "phot", cwd=work)
+    assert "--templates phot: neither a file nor a set; did you mean photo?" in templates
     (work / "text.png").write_text("no image")
     assert "text.png: not an image" in error_line("predict.py", "text.png", cwd=work)
     assert "nowhere.png" in error_line("predict_zero_shot.py", "nowhere.png", cwd=work)

@@ -8,29 +8,32 @@ from tqdm import tqdm
 from models.clip import CLIP
 from models.device import upload
 from models.progress_bar import progress_bar
-from utils.flickr8k_dataloader import Flickr8kDataset, image_batches
+from utils.data.labelled_images import LabelledImages
+from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.machine.processes import ALONE, Processes
 
 
 @torch.inference_mode()
 def encode_images(
     model: CLIP,
-    dataset: Flickr8kDataset,
+    dataset: Flickr8kDataset | LabelledImages,
     batch_size: int,
     num_workers: int,
     processes: Processes = ALONE,
 ) -> Tensor:
     """Normalised float32 features `[n, d]` of all images, on the model's device. Each process
-    encodes some of the batches, and all get the features of all."""
+    encodes some of the batches, and all get the features of all. Those of labelled images that
+    cannot be read are zeros; such a caption's image raises `InputError`."""
     model.eval()
     features = torch.zeros(len(dataset), model.embed_dim, device=model.device)
     own = torch.arange(len(dataset)).split(batch_size)[processes.rank :: processes.size]
-    batches = image_batches(dataset, [rows.tolist() for rows in own], num_workers)
+    batches = dataset.batches([rows.tolist() for rows in own], num_workers)
     with _progress_bar(own, "encoding images", "img", processes) as bar:
         for rows, images in zip(own, batches, strict=True):
             images = model.preprocess.normalize(upload(images, model.device))
             features[rows] = F.normalize(model.encode_image(images).float(), dim=-1)
             bar.update(len(rows))
+    features[list(dataset.unreadable)] = 0
     return processes.sum(features)
 
 

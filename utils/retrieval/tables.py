@@ -1,4 +1,4 @@
-"""Retrieval scores in words: their names, a table to print, the fields of a CSV row."""
+"""Scores in words: their names, tables to print, the fields of a CSV row."""
 
 from collections.abc import Iterable
 
@@ -16,7 +16,16 @@ def format_table(metrics: Metrics, k_values: Iterable[int] = K_VALUES) -> str:
     """The metrics as lines of text, a line a direction."""
     names = [f"{score}@{k}" for score in ("R", "mAP") for k in k_values]
     names += ["median_rank", "mean_rank"]
-    lines = [" " * 13 + "".join(f"{name.replace('_', ' '):>13}" for name in names)]
-    for direction, title in TITLES.items():
-        lines.append(title + "".join(f"{metrics[direction][name]:13.2f}" for name in names))
+    rows = {title: [metrics[way][name] for name in names] for way, title in TITLES.items()}
+    return format_rows([name.replace("_", " ") for name in names], rows)
+
+
+def format_rows(names: list[str], rows: dict[str, list[float]]) -> str:
+    """A table of the scores with these `names`, a line for each title in `rows`."""
+    first = max(map(len, rows))
+    widths = [max(13, len(name) + 2) for name in names]
+    lines = [" " * first + "".join(map(str.rjust, names, widths))]
+    for title, scores in rows.items():
+        fields = (f"{score:{width}.2f}" for score, width in zip(scores, widths, strict=True))
+        lines.append(title.ljust(first) + "".join(fields))
     return "\n".join(lines)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from models.errors import InputError
 from models.files import read_bytes
+from models.scripts import SCRIPTS, from_here
 from models.weights.file_kind import one_line
 
 ARGUMENTS_LENGTH = 2**20  # bytes of an arguments.json
@@ -126,6 +127,20 @@ def run_folder(weights: str | Path) -> Path | None:
     file = Path(weights).expanduser().resolve()
     run = file.parent.parent
     return run if file.is_file() and (run / "arguments.json").is_file() else None
+
+
+def newest_weights() -> Path:
+    """The newest `best_epoch_weights.pth` of the runs in logs/ in the working folder, where
+    train.py puts them; if there is none, in logs/ beside the scripts. Raises `InputError` if there
+    is none either."""
+    for logs in (Path("logs"), SCRIPTS / "logs"):
+        if found := list(logs.glob("*/weights/best_epoch_weights.pth")):
+            return max(found, key=lambda path: path.stat().st_mtime)
+    raise InputError(
+        "logs: there is no run with weights/best_epoch_weights.pth in it, here or beside the "
+        f"scripts; train one (python {from_here('train.py')} --demo), or name weights with "
+        "--weights"
+    )
 
 
 def trained_on(weights: str | Path) -> TrainedOn | None:

@@ -8,7 +8,7 @@ from torch import nn
 from models.clip import CLIP
 from models.errors import InputError
 
-LAYER = re.compile(r"(?:transformer\.resblocks\.|visual\.layer)(\d+)\.")
+LAYER = re.compile(r"(?:transformer\.resblocks\.|visual\.layer|bert\.encoder\.layer\.)(\d+)\.")
 HEAD = re.compile(
     r"(?:visual\.)?(?:ln_post|ln_final|proj|text_projection|attnpool|logit_scale)(?:\.|$)"
 )

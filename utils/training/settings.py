@@ -18,6 +18,7 @@ DEMO = {
     "epochs": 28,
     "batch_size": 50,
 }
+CHINESE_DEMO = {"model": "cn-demo"}
 FROM_SCRATCH = {"lr": 5e-4, "layer_decay": 1.0}
 FINE_TUNING = {"lr": 1e-4, "layer_decay": 0.7}
 # What a run was started with stays in its records, however it goes on.
@@ -39,7 +40,7 @@ def settle(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict[st
     resumed = None if args.demo else read_resumed(args.resume_training, parser)
     saved: dict[str, Any] = {}
     if args.demo:
-        parser.set_defaults(**DEMO)
+        parser.set_defaults(**DEMO | (CHINESE_DEMO if args.language == ["cn"] else {}))
     elif resumed:
         saved = {k: v for k, v in resumed["arguments"].items() if k not in OF_THE_START}
         parser.set_defaults(**saved)
