@@ -4,8 +4,10 @@ import ast
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -304,3 +306,100 @@ def test_any_picture_and_caption_can_be_drawn(tmp_path, size):
     draw_ranking(Image.new("RGB", size), ranked, tmp_path / "ranking.png")
     with Image.open(tmp_path / "ranking.png") as image:
         assert min(image.size) > 300
+
+
+# Searching a folder
+
+
+def lines_of(done) -> list[tuple[str, float, str]]:
+    """(place, similarity, image) of the images that were printed."""
+    found = re.findall(r"^ *(\d+)\. similarity (-?\d\.\d{3})  (.*)$", done.stdout, re.MULTILINE)
+    return [(place, float(similarity), image) for place, similarity, image in found]
+
+
+def test_a_folder_is_searched_for_each_text(work, tmp_path):
+    """The ranking is that of the model's own features; the second time none is computed."""
+    weights = work / "logs" / "a run" / "weights" / "best_epoch_weights.pth"
+    shutil.copytree(work / "data" / "images", tmp_path / "found 图")
+    (tmp_path / "found 图" / "broken.png").write_text("no image")
+    folder = tmp_path / "found 图"
+    texts = ["a red square", "两个蓝色的圆"]
+    first, second = (run_script("predict.py", folder, "--text", *texts, cwd=work) for _ in range(2))
+    images = sorted(file for file in folder.iterdir() if file.name != "broken.png")
+    model, preprocess = load(weights, "cpu")
+    with torch.no_grad():
+        pixels = torch.stack([preprocess(open_image(image)) for image in images])
+        logits, _ = model(pixels, tokenize(texts))
+    similarities = (logits / model.logit_scale.exp()).double().T
+    assert lines_of(first) == lines_of(second) and len(lines_of(first)) == 20
+    for number, of_text in enumerate(similarities):
+        found = lines_of(first)[10 * number : 10 * number + 10]
+        own = {
+            str(image): similarity
+            for image, similarity in zip(images, of_text.tolist(), strict=True)
+        }
+        assert [place for place, _, _ in found] == [str(place) for place in range(1, 11)]
+        assert [s for _, s, _ in found] == pytest.approx([own[f] for _, _, f in found], abs=1e-3)
+        worst, others = found[-1][1], own.keys() - {image for _, _, image in found}
+        assert all(own[image] <= worst + 1e-3 for image in others)
+    for done, kept in ((first, True), (second, False)):
+        assert ("features of 12 images are kept in " in done.stdout) == kept
+        (line,) = [line for line in done.stdout.splitlines() if "broken.png" in line]
+        assert "not an image" in line
+        for picture in re.findall("picture: (.*)", done.stdout):
+            assert Image.open(picture).format == "PNG"
+            assert Path(picture).parent.name == "predictions"
+
+
+def test_images_like_another_are_found(work, photo):
+    folder = work / "data" / "images"
+    done = run_script("predict.py", folder, "--similar", photo, "--output", "like.jpg", cwd=work)
+    assert lines_of(done)[0] == ("1", 1.0, str(photo))
+    assert Image.open(work / "like.jpg").format == "JPEG"
+
+
+def test_captions_are_encoded_once(work, photo):
+    (work / "two.txt").write_text("a dog\na cat\n", encoding="utf-8")
+    first, second, other = (
+        run_script("predict.py", photo, *given, cwd=work).stdout.splitlines()
+        for given in (["--captions_file", "two.txt"],) * 2 + (["--text", "a dog", "a cat"],)
+    )
+    assert first[0].startswith("features of 2 captions are kept in ")
+    assert first[1:3] == second[:2] == other[:2]
+
+
+def test_a_folder_in_which_nothing_can_be_read_ends_in_one_line(work, tmp_path):
+    (tmp_path / "none").mkdir()
+    arguments = ("--text", "a dog")
+    line = error_line("predict.py", tmp_path / "none", *arguments, cwd=work)
+    assert f"{tmp_path / 'none'}: there are no images in it" in line
+    for name in ("1.jpg", "2.png"):
+        (tmp_path / "none" / name).write_text("no image")
+    line = error_line("predict.py", tmp_path / "none", *arguments, cwd=work)
+    assert "none of its 2 images can be read" in line and "1.jpg: not an image" in line
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["data"], "data: a folder; say what to search for: --text or --similar IMAGE"),
+        (
+            ["data", "--text", "a", "b", "--output", "x.png"],
+            "--output is for one picture; give one",
+        ),
+        (["data", "--similar", "gone.png"], "gone.png: no such image file"),
+        (["data", "--similar", "data"], "data: is no file"),
+        (["--similar", "gone.png"], "--similar searches a folder of images: name the folder"),
+        (["data", "--similar", "a.png", "--text", "a"], "not allowed with"),
+        (["data", "--text", " "], "--text: one of the captions is empty"),
+        (["data", "--text", "a", "--weights", "ViT-B/33"], "ViT-B/33: neither a file nor"),
+        (
+            ["data", "--captions_file", "gone.txt", "--weights", "ViT-B/32"],
+            "gone.txt: no such file",
+        ),
+    ],
+)
+def test_a_search_that_cannot_be_made_is_refused_before_weights_are_loaded(
+    error_of, arguments, message
+):
+    assert message in error_of(predict.main, *arguments)

@@ -1,6 +1,7 @@
-"""Pictures: scores against K, captions ranked for an image, scores of mixed weights, confusions of
-classes."""
+"""Pictures: scores against K, captions ranked for an image, images that were found, scores of mixed
+weights, confusions of classes."""
 
+import math
 import textwrap
 import unicodedata
 import warnings
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 LINE = 68  # letters in a line of a caption; half as many Chinese characters
 NAMED_CLASSES = 50  # of a confusion matrix: the names of more cannot be read
 NAME_LENGTH = 30  # characters of a class's name beside it
+COLUMNS = 4  # of images that were found
+NARROW_LINE = 36  # letters, below one of them
 
 
 def plot_metrics(metrics: Metrics, path: Path) -> None:
@@ -67,12 +70,36 @@ def draw_ranking(image: Image.Image, ranked: list[Ranked], path: Path) -> None:
     chart.barh(rows, [r.probability for r in ranked], height=0.3, color="tab:blue", alpha=0.6)
     for row, (_, probability, similarity) in enumerate(ranked):
         caption = f"{captions[row]}  ({probability:.1%}, similarity {similarity:.3f})"
-        text = textwrap.fill(caption, LINE * len(caption) // _columns(caption))
-        chart.text(0, row - 0.22, text, va="bottom", fontfamily=fonts, fontsize=9,
+        chart.text(0, row - 0.22, _filled(caption, LINE), va="bottom", fontfamily=fonts, fontsize=9,
                    parse_math=False)  # fmt: skip
     chart.set(xlim=(0, 1), ylim=(len(ranked) - 0.5, -0.9), yticks=[], xlabel="probability")
     chart.spines[["top", "right", "left"]].set_visible(False)
     _save_with_any_text(figure, path)
+
+
+def draw_found(query: str, found: list[tuple[Image.Image, str]], path: Path) -> None:
+    """Write a picture to `path`: images side by side, each with its caption, below the query."""
+    from matplotlib.figure import Figure
+
+    query, captions = one_line(query), [one_line(caption) for _, caption in found]
+    fonts = fonts_for(query + "".join(captions))
+    columns = min(COLUMNS, len(found))
+    rows = math.ceil(len(found) / columns)
+    figure = Figure(figsize=(3 * columns, 0.6 + 3 * rows), layout="constrained")
+    figure.suptitle(_filled(query, 30 * columns), fontfamily=fonts, parse_math=False)
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for panel in panels:
+        panel.axis("off")
+    for panel, (image, _), caption in zip(panels, found, captions, strict=False):
+        panel.imshow(image)
+        panel.set_title(_filled(caption, NARROW_LINE), fontfamily=fonts, fontsize=8,
+                        parse_math=False)  # fmt: skip
+    _save_with_any_text(figure, path)
+
+
+def _filled(text: str, line: int) -> str:
+    """A text in lines of so many letters, or half as many Chinese characters."""
+    return textwrap.fill(text, max(1, line * len(text) // max(1, _columns(text))))
 
 
 def _columns(text: str) -> int:

@@ -123,10 +123,11 @@ class TrainedOn(NamedTuple):
 
 
 def run_folder(weights: str | Path) -> Path | None:
-    """The run that a weights file, `RUN/weights/<file>`, belongs to; None if it belongs to none."""
-    file = Path(weights).expanduser().resolve()
-    run = file.parent.parent
-    return run if file.is_file() and (run / "arguments.json").is_file() else None
+    """The run that a weights file, `RUN/weights/<file>`, belongs to, or whose folder `weights` is;
+    None if there is none."""
+    weights = Path(weights).expanduser().resolve()
+    run = weights.parent.parent if weights.is_file() else weights
+    return run if (run / "arguments.json").is_file() else None
 
 
 def newest_weights() -> Path:
@@ -144,8 +145,8 @@ def newest_weights() -> Path:
 
 
 def trained_on(weights: str | Path) -> TrainedOn | None:
-    """The data set and the languages that the run of a weights file was trained on; None if the
-    file belongs to no run. Raises `InputError` for an arguments.json that does not say."""
+    """The data set and the languages that the run of `weights` was trained on; None if they belong
+    to no run. Raises `InputError` for an arguments.json that does not say."""
     run = run_folder(weights)
     if run is None:
         return None

@@ -119,7 +119,8 @@ def test_a_run_tells_what_its_weights_were_trained_on(weights):
     assert trained_on(weights) == TrainedOn(Path("data"), ["en"])
     file.write_text('{"dataset_path": "C:/数据", "language": ["cn", "en"]}', encoding="utf-8")
     assert trained_on(str(weights)) == TrainedOn(Path("C:/数据"), ["cn", "en"])
-    assert run_folder(weights) == weights.parents[1]
+    assert run_folder(weights) == run_folder(weights.parents[1]) == weights.parents[1]
+    assert trained_on(weights.parents[1]) == trained_on(weights)
 
 
 def test_the_newest_run_is_looked_for_here_and_then_beside_the_scripts(tmp_path, monkeypatch):
