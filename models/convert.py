@@ -62,7 +62,11 @@ def write_cn_clip(model: CLIP, file: Path, dtype: torch.dtype) -> None:
     Chinese-CLIP."""
     if not model.config.has_bert:
         raise InputError("cn_clip has no other models than Chinese-CLIPs; take another --format")
-    torch.save({"state_dict": _cast(model.state_dict(), dtype)}, file)
+    try:
+        with file.open("wb") as opened:
+            torch.save({"state_dict": _cast(model.state_dict(), dtype)}, opened)
+    except RuntimeError as error:  # torch fails a check of its own on a full disk
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def write_safetensors(model: CLIP, file: Path, dtype: torch.dtype) -> None:
