@@ -53,8 +53,9 @@ def find_images(folder: Path) -> list[Path]:
                 continue
             entered.add(real)
             waiting += [link for name in folders if (link := Path(here, name)).is_symlink()]
-            visible = [Path(here, name) for name in files if not name.startswith(".")]
-            found += [f.relative_to(folder) for f in visible if f.suffix.lower() in endings]
+            inside = Path(here).relative_to(folder)
+            visible = [inside / name for name in files if not name.startswith(".")]
+            found += [image for image in visible if image.suffix.lower() in endings]
     if not found:
         raise InputError(f"{folder}: there are no images in it; name another folder")
     return sorted(found)
@@ -81,8 +82,8 @@ def image_features(
         return done, encode_pixels(model, pixels)
 
     store = Store("images", model, weights, str(folder.resolve()))
+    keys = [_key(folder, image) for image in images]
     with ThreadPoolExecutor(THREADS) as threads:
-        keys = list(threads.map(partial(_key, folder), images))
         found, features = store.features_of(keys, encode, BATCH_SIZE)
     if not found:
         raise InputError(f"{folder}: none of its {len(images)} images can be read; {problems[0]}")
