@@ -33,8 +33,9 @@ def find_images(folder: Path) -> list[Path]:
                 continue
             entered.add(real)
             waiting += [link for name in folders if (link := Path(here, name)).is_symlink()]
-            visible = [Path(here, name) for name in files if not name.startswith(".")]
-            found += [f.relative_to(folder) for f in visible if f.suffix.lower() in endings]
+            inside = Path(here).relative_to(folder)
+            visible = [inside / name for name in files if not name.startswith(".")]
+            found += [image for image in visible if image.suffix.lower() in endings]
     if not found:
         raise InputError(
             f"{folder}: there are no images in it; put some into it, or name another folder"

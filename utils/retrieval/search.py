@@ -45,8 +45,8 @@ def image_features(
         return done, encode_pixels(model, pixels)
 
     store = Store("images", model, weights, str(folder.resolve()))
+    keys = [_key(folder, image) for image in images]
     with ThreadPoolExecutor(THREADS) as threads:
-        keys = list(threads.map(partial(_key, folder), images))
         found, features = store.features_of(keys, encode, BATCH_SIZE)
     if not found:
         raise InputError(f"{folder}: none of its {len(images)} images can be read; {problems[0]}")

@@ -186,7 +186,7 @@ def _read(file: Path, made_with: str) -> Kept:
         is_whole = False
     if not is_whole:
         raise InputError(f"{file}: damaged, or another program's")
-    if about["made_with"] != made_with:
+    if about.get("made_with") != made_with:
         raise InputError(f"{file}: made with other weights, or another version of this program")
     return Kept(json.loads(tensors["keys"].numpy().tobytes()), tensors["features"])
 
