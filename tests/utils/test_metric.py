@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -367,6 +368,15 @@ def test_without_arguments_the_newest_run_is_scored_on_its_own_data(
     assert f"plot written to {run.resolve() / 'R_mAP_val.png'}" in printed
     Image.open(run / "R_mAP_val.png").verify()
     assert (run / "R_mAP.png").read_text() == "of the training"
+
+
+def test_script_writes_a_report_of_the_run(trained, score):
+    run = {"dataset_path": "data", "language": "en", "lr": 0.0123}
+    printed = score("--report", "seen/report.html", run=run)
+    page = (trained.parents[3] / "seen" / "report.html").read_text("utf-8")
+    assert f"report written to {Path('seen/report.html')}" in printed
+    assert page.count("<article") == 8 + 40  # a card for each image and each caption
+    assert "0.0123" in page and str(trained) in page
 
 
 @pytest.mark.parametrize(

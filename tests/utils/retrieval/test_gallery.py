@@ -433,7 +433,7 @@ def test_words_narrow_what_is_shown(written, opened, words, left):
 @in_browser
 @pytest.mark.parametrize("opened", [True], indirect=True)
 def test_the_keyboard_reaches_the_filters_and_a_reader_hears_the_answers(written, opened):
-    """As the browser's accessibility tree has them."""
+    """As the browser's accessibility tree has them; what is far below has its name alone there."""
     choose(opened, "i2t")
     choose(opened, "all")
     opened.value("document.getElementById('all').focus()")
@@ -441,9 +441,15 @@ def test_the_keyboard_reaches_the_filters_and_a_reader_hears_the_answers(written
     assert opened.value("document.activeElement.id") == "wrong-at-1"
     assert opened.value(SHOWN) == expected(written[1], "i2t", "r1")
     opened.press("ArrowLeft", 37)
+    opened.value("""new Promise(done => {
+        document.querySelector("article[aria-label$=' a man runs']").scrollIntoView();
+        requestAnimationFrame(() => setTimeout(done));
+    })""")
     nodes = opened.call("Accessibility.getFullAXTree")["nodes"]
     heard = {(n["role"]["value"], n.get("name", {}).get("value", "")) for n in nodes if "role" in n}
     assert {("radio", "All 10"), ("radio", "Text to image"), ("searchbox", "Words")} <= heard
+    articles = [name for role, name in heard if role == "article"]
+    assert len(articles) == 10 and all(re.match(r"rank \d+: .", name) for name in articles)
     assert ("image", "a man runs") in heard and ("heading", "4.png") in heard
     (recall,) = (name for role, name in heard if name.startswith("image to text, percent by K"))
     assert "at the end recall" in recall
