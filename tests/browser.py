@@ -14,7 +14,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))
 class Page:
     """A page from a file, in a browser of its own. Use it as a context manager.
 
-    `requested` has the addresses of all that it asked for, `errors` what it said in the console.
+    `requested` has the addresses of all that it asked for, `errors` what went wrong in it.
     """
 
     def __init__(self, file: Path, profile: Path, scripts: bool = True, width: int = 1280):
@@ -34,6 +34,7 @@ class Page:
         os.close(to_browser)
         os.close(from_browser)
         self.deadline = Timer(120, self.process.kill)
+        self.deadline.daemon = True
         self.deadline.start()
         self.received, self.asked, self.session = b"", 0, None
         self.requested: list[str] = []
@@ -54,10 +55,10 @@ class Page:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.deadline.cancel()
         os.close(self.commands)  # on which Chromium ends
         self.process.wait()
         os.close(self.answers)
+        self.deadline.cancel()
 
     def call(self, method: str, **parameters: object) -> dict:
         """The result of a method of the protocol."""
@@ -104,6 +105,6 @@ class Page:
         self.loaded |= message.get("method") == "Page.loadEventFired"
         if message.get("method") == "Network.requestWillBeSent":
             self.requested.append(message["params"]["request"]["url"])
-        if message.get("method") == "Log.entryAdded":
-            self.errors.append(message["params"]["entry"]["text"])
+        if message.get("method") in ("Log.entryAdded", "Runtime.exceptionThrown"):
+            self.errors.append(json.dumps(message["params"]))
         return message

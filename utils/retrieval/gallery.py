@@ -82,6 +82,7 @@ def write_report(
         charts=_charts(metrics, epochs),
         arguments=saved_arguments(run) if run else {},
         directions=directions,
+        first_captions=[dataset.text[own[0]] for own in dataset.own_captions.values()],
         names=[Path(image).relative_to(dataset.root).as_posix() for image in dataset.image],
         pictures=_pictures(dataset, shown),
     )
