@@ -12,6 +12,7 @@ from PIL import Image
 
 from models.preprocess import open_image
 from models.progress_bar import progress_bar
+from utils.data.annotations import SPLITS
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.retrieval.curves import Chart, draw
 from utils.retrieval.encode import Features
@@ -78,6 +79,7 @@ def write_report(
     page = _render(
         weights=weights,
         dataset=dataset,
+        split=SPLITS[dataset.split],
         metrics=metrics,
         charts=_charts(metrics, epochs),
         arguments=saved_arguments(run) if run else {},
