@@ -350,6 +350,14 @@ def opened(request, written, tmp_path_factory):
         assert page.errors == []  # also none of the policy's
 
 
+def narrow(page, words):
+    page.value(f"""(() => {{
+        const field = document.querySelector("#narrow input");
+        field.value = {json.dumps(words)};
+        field.dispatchEvent(new Event("input"));
+    }})()""")
+
+
 def choose(page, name):
     page.value(f"document.getElementById('{name}').click()")
 
@@ -416,11 +424,7 @@ def test_pictures_show_and_nothing_is_asked_for_elsewhere(written, opened):
 def test_words_narrow_what_is_shown(written, opened, words, left):
     choose(opened, "t2i")
     choose(opened, "all")
-    opened.value(f"""(() => {{
-        const field = document.querySelector("#narrow input");
-        field.value = {json.dumps(words)};
-        field.dispatchEvent(new Event("input"));
-    }})()""")
+    narrow(opened, words)
     shown = [name for _, name in opened.value(SHOWN)]
     if left is None:
         assert len(shown) == len(written[1]["t2i"])
@@ -428,6 +432,23 @@ def test_words_narrow_what_is_shown(written, opened, words, left):
         assert sorted(shown) == sorted(left)
     told = opened.value("document.querySelector('output').textContent")
     assert told == f"{len(shown)} of {len(written[1]['t2i'])} queries shown"
+
+
+@in_browser
+@pytest.mark.parametrize("opened", [True], indirect=True)
+def test_words_are_looked_for_in_the_answers_of_an_image(written, opened):
+    """Also the first word of an answer, which stands beside its place."""
+    choose(opened, "i2t")
+    choose(opened, "all")
+    for words in (["man"], ["a", "woman"], ["dogs"]):
+        narrow(opened, " ".join(words))
+        having = []
+        for _, content in written[1]["i2t"]:
+            begin = [w for piece in content[1:] for w in re.findall(r"\w+", str(piece).lower())]
+            if all(any(w.startswith(word) for w in begin) for word in words):
+                having.append(["i2t", content[1]])
+        assert 0 < len(having) < 10 and opened.value(SHOWN) == having
+    narrow(opened, "")
 
 
 @in_browser
