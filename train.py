@@ -307,10 +307,8 @@ def finish(args: argparse.Namespace, folder: Path, loader, sets: dict, state) ->
     test split, the weights that these scores chose."""
     from models.clip_utils import load
     from utils.metric import evaluate
-    from utils.retrieval.plots import plot_metrics
-    from utils.retrieval.tables import format_table
     from utils.runs.commands import what_to_try
-    from utils.training.progress import compare_with_start, score_test
+    from utils.training.progress import compare_with_start, score_best, score_test
     from utils.training.wise_ft import evaluate_path
 
     chosen = folder / "weights" / "best_epoch_weights.pth"
@@ -319,9 +317,7 @@ def finish(args: argparse.Namespace, folder: Path, loader, sets: dict, state) ->
         evaluate, model, batch_size=args.batch_size, num_workers=loader.num_workers,
         precision=state.precision, captions_per_image=loader.captions_per_image,
     )  # fmt: skip
-    metrics, _ = score(sets["val"], k_values=range(1, 11))
-    plot_metrics(metrics, folder / "R_mAP.png")
-    print(f"the best epoch:\n{format_table(metrics, 'val')}\nplot: {folder / 'R_mAP.png'}")
+    score_best(model, folder, loader, sets["val"], state.precision)
     start_weights = folder / "weights" / "start_weights.pth"
     if args.wise_ft and not start_weights.exists():
         print(f"{start_weights} is missing: no --wise_ft; put it back and run this again")

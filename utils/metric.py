@@ -8,7 +8,7 @@ As a script, it scores weights on validation or test images:
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Integral
 from pathlib import Path
 
@@ -28,8 +28,10 @@ from utils.loss import contrastive_loss
 from utils.machine.memory import explained
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE, Processes
-from utils.retrieval.encode import encode_images, encode_texts
+from utils.retrieval.encode import encode_set
+from utils.retrieval.gallery import write_report
 from utils.retrieval.plots import plot_metrics
+from utils.retrieval.ranking import RowsOf, blocks, ground_truth, rows_both_ways
 from utils.retrieval.tables import K_VALUES, Metrics, format_table
 from utils.runs.arguments import (
     TrainedOn,
@@ -43,7 +45,6 @@ from utils.runs.arguments import (
 )
 from utils.runs.checkpoint import write_json
 
-BLOCK_BYTES = 2**26  # of the scores that are in memory at once
 MANY_TRUTHS = 8  # of a query; for more, sorting its scores is faster than a pass for each
 
 
@@ -96,18 +97,12 @@ def retrieval_metrics(
 ) -> Metrics:
     """`compute_metrics` of the similarities between features `[images, d]` and `[texts, d]`, which
     are computed block by block, so that memory does not grow with their number."""
-    if 4 * len(image_features) * len(text_features) <= BLOCK_BYTES:
-        scores = image_features @ text_features.T
-        return compute_metrics(scores, img2txt, scores.T, txt2img, k_values)
     images, texts = len(image_features), len(text_features)
     k_values = _positive_integers(k_values)
+    rows_of = rows_both_ways(image_features, text_features)
     return {
-        "i2t": _score(
-            lambda rows: image_features[rows] @ text_features.T, images, texts, img2txt, k_values
-        ),
-        "t2i": _score(
-            lambda rows: text_features[rows] @ image_features.T, texts, images, txt2img, k_values
-        ),
+        "i2t": _score(rows_of["i2t"], images, texts, img2txt, k_values),
+        "t2i": _score(rows_of["t2i"], texts, images, txt2img, k_values),
     }
 
 
@@ -125,46 +120,16 @@ def _positive_integers(k_values: Iterable[int]) -> tuple[int, ...]:
 
 
 def _score(
-    scores_of: Callable[[slice], Tensor],
+    rows_of: RowsOf,
     queries: int,
     gallery: int,
     truth: Mapping[int, int | list[int]],
     k_values: tuple[int, ...],
 ) -> dict[str, float]:
-    """The metrics of one direction; `scores_of(rows)` computes these rows of the scores."""
-    columns = _ground_truth(truth, queries, gallery)
-    positions = [_positions(scores_of(rows), columns[rows]) for rows in _blocks(queries, gallery)]
+    """The metrics of one direction; `rows_of(rows)` gives these rows of the scores."""
+    columns = ground_truth(truth, queries, gallery)
+    positions = [_positions(rows_of(rows), columns[rows]) for rows in blocks(queries, gallery)]
     return _summarize(torch.cat(positions), k_values)
-
-
-def _blocks(queries: int, gallery: int) -> Iterator[slice]:
-    rows = max(1, BLOCK_BYTES // (4 * gallery))
-    return (slice(start, start + rows) for start in range(0, queries, rows))
-
-
-def _ground_truth(truth: Mapping[int, int | list[int]], queries: int, gallery: int) -> Tensor:
-    """Gallery indices `[queries, most]` of each query's ground truths, -1 where there are fewer."""
-    if not queries or not gallery:
-        raise InputError(f"nothing to score: {queries} queries, {gallery} to rank")
-    if len(truth) > queries:
-        raise InputError(f"ground truth of {len(truth)} queries, where {queries} have scores")
-    lists = [np.atleast_1d(truth.get(query, [])) for query in range(queries)]
-    counts = np.array([len(indices) for indices in lists])
-    if not counts.all():
-        raise InputError(f"query {int(counts.argmin())} has no ground truth")
-    flat = np.concatenate(lists)
-    if flat.dtype.kind not in "iu":
-        raise InputError(f"ground truths should be integers, not {flat.dtype}")
-    outside = flat[(flat < 0) | (flat >= gallery)]
-    if len(outside):
-        raise InputError(f"ground truth {outside[0]} is not among the {gallery} that are ranked")
-    padded = np.full((queries, counts.max()), -1, dtype=np.int64)
-    padded[np.arange(counts.max()) < counts[:, None]] = flat
-    ordered = np.sort(padded, axis=1)
-    twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(axis=1)
-    if twice.any():
-        raise InputError(f"query {int(twice.argmax())} has the same ground truth twice")
-    return torch.from_numpy(padded)
 
 
 def _positions(scores: Tensor, columns: Tensor) -> Tensor:
@@ -229,21 +194,17 @@ def evaluate(
     be compared with the training loss for the same two numbers, up to what the last batch, with
     fewer wrong answers, makes it smaller; a set smaller than `batch_size` is such a batch.
     """
-    with precision.autocast():
-        image_features = encode_images(model, dataset, batch_size, num_workers, processes)
-        text_features = encode_texts(model, dataset.tokens, processes=processes)
+    features = encode_set(model, dataset, batch_size, num_workers, precision, processes=processes)
     if not processes.is_first:
         return processes.from_first(None)
-    metrics = retrieval_metrics(
-        image_features, text_features, dataset.img_to_txt, dataset.txt_to_img, k_values
-    )
+    metrics = retrieval_metrics(*features, dataset.img_to_txt, dataset.txt_to_img, k_values)
     own = dataset.own_captions.values()
     width = max(captions_per_image, *map(len, own))
     captions = torch.tensor([[c[i % len(c)] for i in range(width)] for c in own])
     loss = 0.0
     for rows in torch.arange(len(dataset)).split(batch_size):
-        texts = text_features[captions[rows, :captions_per_image].flatten()]
-        of_batch = contrastive_loss(image_features[rows], texts, model.logit_scale,
+        texts = features.texts[captions[rows, :captions_per_image].flatten()]
+        of_batch = contrastive_loss(features.images[rows], texts, model.logit_scale,
                                     texts=dataset.text_ids[captions[rows]])  # fmt: skip
         loss += of_batch.item() * len(rows) / len(dataset)
     return processes.from_first((metrics, loss))
@@ -289,6 +250,13 @@ def main() -> None:
         "newest run, if --weights is left out)",
     )
     parser.add_argument(
+        "--report",
+        type=path,
+        metavar="FILE",
+        help="write a page to look at: scores, curves, and what was found for each query, e.g. "
+        "report.html",
+    )
+    parser.add_argument(
         "--plain_protocol",
         action="store_true",
         help="a caption is right for its own image alone, also where others have the same; to "
@@ -308,9 +276,8 @@ def main() -> None:
     model, _ = load(weights, args.device, activation=args.activation)
     dataset.prepare_for(model)
     precision = Precision(model.device, use_amp=False)
-    metrics, _ = evaluate(
-        model, dataset, args.batch_size, args.num_workers, precision, k_values=range(1, 11)
-    )
+    features = encode_set(model, dataset, args.batch_size, args.num_workers, precision)
+    metrics = retrieval_metrics(*features, dataset.img_to_txt, dataset.txt_to_img, range(1, 11))
     print(f"{weights}: {len(dataset)} images, {len(dataset.text)} captions (percent; ranks from 1)")
     if shared := dataset.count_shared_captions():
         print(f"{shared} of the captions belong to several images, each a right answer "
@@ -325,6 +292,9 @@ def main() -> None:
     if plot:
         plot_metrics(metrics, plot)
         print(f"plot written to {plot}")
+    if args.report:
+        write_report(args.report, weights, dataset, features, metrics)
+        print(f"report written to {args.report}: open it in a browser")
 
 
 def data_to_score_on(args: argparse.Namespace, weights: str | Path) -> TrainedOn:

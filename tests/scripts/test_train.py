@@ -62,6 +62,9 @@ def test_a_run_leaves_its_files(trained):
     assert len((run / "epoch_loss.txt").read_text().splitlines()) == 4
     for picture in ("epoch_loss.png", "R_mAP.png"):
         Image.open(run / picture).verify()
+    report = (run / "report.html").read_text("utf-8")
+    assert report.count("<article") == 16 + 80 and "loss by epoch" in report
+    assert str(Path("logs", run.name, "report.html")) in printed
     (log,) = run.glob("console_*.log")
     assert "epoch 4/4" in log.read_text("utf-8") and "epoch 4/4" in printed
     assert json.loads((run / "arguments.json").read_text())["batch_size"] == 16

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def test_retrieval_metrics_from_features_is_the_same(problem, block_bytes):
     images = torch.from_numpy(random.integers(-2, 3, (len(img2txt), 3)).astype(np.float32))
     texts = torch.from_numpy(random.integers(-2, 3, (len(txt2img), 3)).astype(np.float32))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("utils.metric.BLOCK_BYTES", block_bytes)
+        patch.setattr("utils.retrieval.ranking.BLOCK_BYTES", block_bytes)
         metrics = retrieval_metrics(images, texts, img2txt, txt2img, K_VALUES)
     scores = images @ texts.T
     assert metrics == compute_metrics(scores, img2txt, scores.T, txt2img, K_VALUES)
@@ -204,7 +205,7 @@ def test_a_k_that_is_no_positive_integer_is_named(k):
 
 @pytest.mark.parametrize("block_bytes", [1, 2**26])
 def test_k_values_may_be_read_only_once_and_of_numpy(block_bytes, monkeypatch):
-    monkeypatch.setattr("utils.metric.BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr("utils.retrieval.ranking.BLOCK_BYTES", block_bytes)
     features, truth = torch.eye(3), {0: 0, 1: 1, 2: 2}
     expected = compute_metrics(np.eye(3), truth, np.eye(3), truth, (1, 5))
     assert set(expected["t2i"]) == {"R@1", "R@5", "mAP@1", "mAP@5", "median_rank", "mean_rank"}
@@ -367,6 +368,15 @@ def test_without_arguments_the_newest_run_is_scored_on_its_own_data(
     assert f"plot written to {run.resolve() / 'R_mAP_val.png'}" in printed
     Image.open(run / "R_mAP_val.png").verify()
     assert (run / "R_mAP.png").read_text() == "of the training"
+
+
+def test_script_writes_a_report_of_the_run(trained, score):
+    run = {"dataset_path": "data", "language": "en", "lr": 0.0123}
+    printed = score("--report", "seen/report.html", run=run)
+    page = (trained.parents[3] / "seen" / "report.html").read_text("utf-8")
+    assert f"report written to {Path('seen/report.html')}" in printed
+    assert page.count("<article") == 8 + 40  # a card for each image and each caption
+    assert "0.0123" in page and str(trained) in page
 
 
 @pytest.mark.parametrize(

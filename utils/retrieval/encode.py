@@ -1,6 +1,7 @@
 """Features of a whole data set: its images and its texts, encoded batch by batch."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +13,37 @@ from models.device import upload
 from models.progress_bar import progress_bar
 from utils.data.labelled_images import LabelledImages
 from utils.flickr8k_dataloader import Flickr8kDataset
+from utils.machine.memory import explained
+from utils.machine.precision import Precision
 from utils.machine.processes import ALONE, Processes
 from utils.retrieval.store import Store
 
 TEXT_BATCH = 256  # captions
+
+
+class Features(NamedTuple):
+    """Normalised float32 features of a data set: images `[n, d]`, texts `[captions, d]`."""
+
+    images: Tensor
+    texts: Tensor
+
+
+@explained()
+@torch.inference_mode()
+def encode_set(
+    model: CLIP,
+    dataset: Flickr8kDataset,
+    batch_size: int,
+    num_workers: int,
+    precision: Precision,
+    processes: Processes = ALONE,
+) -> Features:
+    """Features of all images and captions, on the model's device."""
+    with precision.autocast():
+        return Features(
+            encode_images(model, dataset, batch_size, num_workers, processes),
+            encode_texts(model, dataset.tokens, processes=processes),
+        )
 
 
 @torch.inference_mode()

@@ -152,7 +152,7 @@ def trained_on(weights: str | Path) -> TrainedOn | None:
         return None
     file = run / "arguments.json"
     try:
-        arguments = json.loads(read_bytes(file, ARGUMENTS_LENGTH))
+        arguments = saved_arguments(run)
         languages = arguments["language"]
         languages = [languages] if isinstance(languages, str) else [str(la) for la in languages]
         return TrainedOn(Path(arguments["dataset_path"]), languages)
@@ -161,3 +161,16 @@ def trained_on(weights: str | Path) -> TrainedOn | None:
             f"{file}: should hold the dataset_path and language of its run, but cannot be used; "
             "give both, or mend it"
         ) from None
+
+
+def saved_arguments(run: Path) -> dict[str, object]:
+    """The arguments of a run, from its arguments.json. Raises `InputError` for a file of anything
+    else."""
+    file = run / "arguments.json"
+    try:
+        arguments = json.loads(read_bytes(file, ARGUMENTS_LENGTH))
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise InputError(f"{file}: should hold the arguments of its run; mend it or remove it")
+    return arguments

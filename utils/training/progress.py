@@ -1,4 +1,4 @@
-"""What a run prints while it trains: what it trains, and the progress bar of an epoch."""
+"""What a run prints: what it trains, the progress bar of an epoch, the scores of the best one."""
 
 import math
 import time
@@ -8,11 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from models.clip import CLIP
 from models.errors import InputError
 from models.progress_bar import progress_bar
 from utils.data.annotations import SPLITS
 from utils.flickr8k_dataloader import Batch, Flickr8kDataset, TrainLoader
-from utils.metric import mean_recall
+from utils.machine.precision import Precision
+from utils.metric import mean_recall, retrieval_metrics
+from utils.retrieval.encode import encode_set
+from utils.retrieval.gallery import write_report
+from utils.retrieval.plots import plot_metrics
 from utils.retrieval.tables import Metrics, format_table
 from utils.runs.checkpoint import write_json
 from utils.training.state import State
@@ -85,6 +90,25 @@ def score_test(score: Callable[[], tuple[Metrics, float]], weights: Path, run: P
     write_json(file, metrics)
     print(f"{weights.name} on the test images, which had no say in choosing it:\n"
           f"{format_table(metrics, 'test')}\nscores: {file}")  # fmt: skip
+
+
+def score_best(
+    model: CLIP,
+    folder: Path,
+    loader: TrainLoader,
+    val_set: Flickr8kDataset,
+    precision: Precision,
+) -> None:
+    """Score the weights of the best epoch, which `model` has, print the scores, and write them as a
+    plot and as a page to look at into the run's folder."""
+    features = encode_set(model, val_set, loader.batch_size, loader.num_workers, precision)
+    metrics = retrieval_metrics(*features, val_set.img_to_txt, val_set.txt_to_img, range(1, 11))
+    plot, report = folder / "R_mAP.png", folder / "report.html"
+    print(f"the best epoch:\n{format_table(metrics, 'val')}")
+    plot_metrics(metrics, plot)
+    weights = folder / "weights" / "best_epoch_weights.pth"
+    write_report(report, weights, val_set, features, metrics)
+    print(f"plot: {plot}\nreport, with the answers to every query, for a browser: {report}")
 
 
 def compare_with_start(state: State) -> None:
