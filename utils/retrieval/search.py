@@ -3,7 +3,6 @@
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +18,6 @@ BATCH_SIZE = 32  # images
 THREADS = 4  # that decode images; a large one takes half a GB
 PROBLEMS_SHOWN = 10  # images that cannot be read
 BLOCK = 2**11  # features at a time, so that what is computed of them stays in the CPU's cache
-
-
-class Found(NamedTuple):
-    """An image that fits a query."""
-
-    image: Path
-    similarity: float  # cosine
 
 
 def image_features(
