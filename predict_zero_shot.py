@@ -8,6 +8,7 @@ import argparse
 
 from models.errors import InputError, run_script
 from models.scripts import add_activation, from_here
+from utils.data.templates import TEMPLATE_SETS, read_templates
 from utils.runs.arguments import name_or_path
 
 LABELS = ["two line charts", "a schematic diagram", "a landscape photo", "a oil painting"]
@@ -28,6 +29,15 @@ def main() -> None:
         "--labels", nargs="+", default=LABELS, metavar="LABEL", help="default: %(default)s"
     )
     parser.add_argument(
+        "--templates",
+        type=name_or_path,
+        default="none",
+        metavar="SET_OR_FILE",
+        help="sentences around a label, whose features are averaged: "
+        f"{', '.join(TEMPLATE_SETS)} (cn: Chinese), or a file with one a line, {{}} standing for "
+        "the label (default: %(default)s, the label alone)",
+    )
+    parser.add_argument(
         "--weights",
         type=name_or_path,
         default="ViT-B/32",
@@ -39,18 +49,23 @@ def main() -> None:
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first there is)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
+    templates = read_templates(args.templates)
 
     import torch
+    import torch.nn.functional as F
 
     from models import load
     from models.preprocess import open_image
+    from utils.classification import zero_shot_classifier
 
     image = open_image(args.image)
     model, preprocess = load(args.weights, args.device, activation=args.activation)
     check_labels(args.labels, model.tokenizer)
-    tokens = model.tokenize(args.labels)
     with torch.inference_mode():
-        logits_per_image, _ = model(preprocess(image)[None].to(model.device), tokens)
+        text_features = zero_shot_classifier(model, args.labels, templates)
+        image_features = model.encode_image(preprocess(image)[None].to(model.device))
+        image_features = F.normalize(image_features, dim=-1)
+        logits_per_image = model.logit_scale.exp() * image_features @ text_features.T
         probs = logits_per_image.softmax(dim=-1).cpu().numpy()
 
     ranked = sorted(zip(args.labels, probs[0], strict=True), key=lambda pair: -pair[1])

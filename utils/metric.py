@@ -1,8 +1,9 @@
 """Retrieval scores: Recall@K, mAP@K and ranks, images to texts and texts to images.
 
-As a script, it scores a weights file on the validation set:
+As a script, it scores weights on validation or test images:
 
-    python utils/metric.py --weights logs/<run>/weights/best_epoch_weights.pth
+    python utils/metric.py                        the newest run, on its own data
+    python utils/metric.py --weights ViT-B/32 --dataset_path flickr8k --split test
 """
 
 import argparse
@@ -30,7 +31,16 @@ from utils.machine.processes import ALONE, Processes
 from utils.retrieval.encode import encode_images, encode_texts
 from utils.retrieval.plots import plot_metrics
 from utils.retrieval.tables import K_VALUES, Metrics, format_table
-from utils.runs.arguments import TrainedOn, integer, name_or_path, path, trained_on, workers
+from utils.runs.arguments import (
+    TrainedOn,
+    integer,
+    name_or_path,
+    newest_weights,
+    path,
+    run_folder,
+    trained_on,
+    workers,
+)
 from utils.runs.checkpoint import write_json
 
 BLOCK_BYTES = 2**26  # of the scores that are in memory at once
@@ -241,13 +251,13 @@ def evaluate(
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Score a CLIP on the validation set: Recall@K and mAP@K in both directions."
+        description="Score a CLIP on captioned images: Recall@K and mAP@K in both directions."
     )
     parser.add_argument(
         "--weights",
         type=name_or_path,
-        required=True,
-        help="weights file, or a name like ViT-B/32",
+        help="weights file, or a name like ViT-B/32 (default: the newest logs/*/weights/"
+        "best_epoch_weights.pth here, else beside the scripts)",
     )
     parser.add_argument(
         "--dataset_path",
@@ -261,6 +271,9 @@ def main() -> None:
         choices=["en", "cn"],
         help="of the captions, one or both (default: those of the weights' run, else en)",
     )
+    parser.add_argument(
+        "--split", choices=["val", "test"], default="val", help="images to score (default: val)"
+    )
     add_activation(parser)
     parser.add_argument("--batch_size", type=integer(1), default=64, help="images at a time")
     parser.add_argument("--num_workers", type=workers, default=0, help="processes that read images")
@@ -269,7 +282,11 @@ def main() -> None:
         "--json", type=path, metavar="FILE", help="write the metrics, K from 1 to 10"
     )
     parser.add_argument(
-        "--plot", type=path, metavar="FILE", help="write the plot of both against K, e.g. R_mAP.png"
+        "--plot",
+        type=path,
+        metavar="FILE",
+        help="write the plot of both against K, e.g. R_mAP.png (default: R_mAP_<split>.png in the "
+        "newest run, if --weights is left out)",
     )
     parser.add_argument(
         "--plain_protocol",
@@ -280,44 +297,45 @@ def main() -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
 
-    from models.clip_utils import find_weights, load
+    from models.clip_utils import check_name, load
 
-    args.weights = find_weights(args.weights)  # of a run's folder, the best
-    dataset_path, languages = data_to_score_on(args)
-    model, _ = load(args.weights, args.device, activation=args.activation)
+    weights = args.weights or newest_weights()
+    check_name(weights)
+    dataset_path, languages = data_to_score_on(args, weights)
     dataset = Flickr8kDataset(
-        dataset_path,
-        language=languages,
-        is_train=False,
-        plain_protocol=args.plain_protocol,
-        model=model,
+        dataset_path, language=languages, plain_protocol=args.plain_protocol, split=args.split
     )
+    model, _ = load(weights, args.device, activation=args.activation)
+    dataset.prepare_for(model)
     precision = Precision(model.device, use_amp=False)
     metrics, _ = evaluate(
         model, dataset, args.batch_size, args.num_workers, precision, k_values=range(1, 11)
     )
-    print(f"{len(dataset)} images, {len(dataset.text)} captions (percent; ranks from 1)")
+    print(f"{weights}: {len(dataset)} images, {len(dataset.text)} captions (percent; ranks from 1)")
     if shared := dataset.count_shared_captions():
         print(f"{shared} of the captions belong to several images, each a right answer "
               "(--plain_protocol: its own image alone)")  # fmt: skip
-    print(format_table(metrics))
+    print(format_table(metrics, args.split))
     if args.json:
         write_json(args.json, metrics)
         print(f"metrics written to {args.json}")
-    if args.plot:
-        plot_metrics(metrics, args.plot)
-        print(f"plot written to {args.plot}")
+    plot = args.plot
+    if not args.weights:
+        plot = plot or run_folder(weights) / f"R_mAP_{args.split}.png"
+    if plot:
+        plot_metrics(metrics, plot)
+        print(f"plot written to {plot}")
 
 
-def data_to_score_on(args: argparse.Namespace) -> TrainedOn:
+def data_to_score_on(args: argparse.Namespace, weights: str | Path) -> TrainedOn:
     """The data that the command line names, or else that the weights were trained on. Raises
-    `InputError` if its validation captions are missing."""
-    run = None if args.dataset_path and args.language else trained_on(args.weights)
+    `InputError` if the captions of the split are missing."""
+    run = None if args.dataset_path and args.language else trained_on(weights)
     run = run or TrainedOn(from_here("flickr8k"), ["en"])
     dataset_path = args.dataset_path or run.dataset_path
     languages = list(dict.fromkeys(args.language or run.languages))
     for language in languages:
-        missing = missing_annotations(caption_file(dataset_path, language, "val"))
+        missing = missing_annotations(caption_file(dataset_path, language, args.split))
         if missing:
             raise InputError(
                 f"{missing}; name the data to score on with --dataset_path and --language"

@@ -6,8 +6,7 @@ Beside the file `NAME` there may lie:
 - `NAME.sha256` (or `.md5`): a record that the digest was right, for a file of that size and time.
   While those stay the same, the file is not read through again: this notices a file that was
   replaced or edited, not a disk that decays. `sha256sum -c` reads the record too.
-- `NAME.lock`: locked by the process that writes the part, so that no other does. The system frees
-  the lock when that process ends, however it ends. The empty file may stay, and hinders no one.
+- `NAME.lock`: locked by the process that writes the part, so that no other does (`models.locks`).
 """
 
 import hashlib
@@ -21,9 +20,8 @@ from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from filelock import FileLock, Timeout
-
 from models.errors import InputError
+from models.locks import lock
 from models.progress_bar import progress_bar
 from models.weights.file_kind import describe, one_line
 
@@ -180,12 +178,9 @@ def _chunks(response: HTTPResponse) -> Iterator[bytes]:
 
 def _lock(path: Path) -> AbstractContextManager:
     """The lock on the download to `path`, once no other process holds it."""
-    lock = FileLock(_beside(path, "lock"))
+    waiting = f"{path.name}: waiting for another process to download it"
     try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        print(f"{path.name}: waiting for another process to download it", file=sys.stderr)
-        return lock.acquire()
+        return lock(_beside(path, "lock"), waiting)
     except (OSError, NotImplementedError):
         # A file system without locks: two processes at once end in a wrong digest. A folder that
         # cannot be written to shows when the part is.

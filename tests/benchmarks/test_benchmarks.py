@@ -21,6 +21,7 @@ import cold_start
 import evaluation
 import gpu
 import grad_cache
+import image_search
 import loss
 import measure
 import text_encoding
@@ -75,6 +76,12 @@ def test_tokenizing(rows, data):
 def test_evaluation(rows):
     printed = rows(evaluation, "--compared", 40, "--images", 60, "--rounds", 1)
     assert "a sort a query" in printed and "60 images, 300 captions" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_image_search(rows):
+    assert rows(image_search, "--images", 300, "--rounds", 2)[-2:] == ["ours", "a sort in float64"]
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from models.preprocess import open_image
 from utils.runs.checkpoint import save_weights
 
 CAPTIONS = ["a red bird on a fence", "两只狗", "It's 10 o'clock, all's well!"]
-TEXT = {"context_length": 20, "vocab_size": 500, "width": 128, "heads": 4, "layers": 2}
+TEXT = {"context_length": 20, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
 TOWERS = {
     "ViT": {"image_size": 48, "layers": 2, "width": 160, "head_width": 80, "patch_size": 16},
     "ResNet": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "head_width": 64},
@@ -62,8 +62,8 @@ def inputs(model, n):
     """Images, and texts with ends at several positions; what follows an end is no zero."""
     generator = torch.Generator().manual_seed(n)
     side = model.visual.input_resolution
-    tokens = torch.randint(0, 499, (n, 20), generator=generator, dtype=torch.int32)
-    tokens[range(n), [1 + 5 * i % 19 for i in range(n)]] = 499
+    tokens = torch.randint(0, 49407, (n, 20), generator=generator, dtype=torch.int32)
+    tokens[range(n), [1 + 5 * i % 19 for i in range(n)]] = 49407
     return torch.randn(n, 3, side, side, generator=generator), tokens
 
 

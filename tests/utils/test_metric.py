@@ -266,7 +266,8 @@ def test_table_plot_and_json_hold_the_metrics(tmp_path):
     txt2img = {t: t // 2 for t in range(40)}
     metrics = compute_metrics(scores, img2txt, scores.T, txt2img, range(1, 11))
     assert json.loads(json.dumps(metrics)) == metrics
-    table = format_table(metrics)
+    table = format_table(metrics, "test")
+    assert table.startswith("test ")
     for direction in metrics:
         for name in ("R@1", "R@5", "R@10", "mAP@1", "mAP@5", "mAP@10", "median_rank", "mean_rank"):
             assert f"{metrics[direction][name]:.2f}" in table
@@ -349,11 +350,32 @@ def test_script_scores_on_what_it_is_told(score):
     assert "8 images, 80 captions" in score(*arguments, run="not asked for what is told")
 
 
+def test_without_arguments_the_newest_run_is_scored_on_its_own_data(
+    trained, monkeypatch, capsys, tmp_path
+):
+    """And its plot stands beside that of the training, which stays."""
+    run = shutil.copytree(trained.parents[1], tmp_path / "logs" / "run")
+    write_json(run / "arguments.json",
+               {"dataset_path": str(trained.parents[3] / "data"), "language": "cn"})  # fmt: skip
+    (run / "weights" / "last.pth").rename(run / "weights" / "best_epoch_weights.pth")
+    (run / "R_mAP.png").write_text("of the training")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["metric.py"])
+    main()
+    printed = capsys.readouterr().out
+    assert "8 images, 40 captions" in printed and "\nvalidation " in printed
+    assert f"plot written to {run.resolve() / 'R_mAP_val.png'}" in printed
+    Image.open(run / "R_mAP_val.png").verify()
+    assert (run / "R_mAP.png").read_text() == "of the training"
+
+
 @pytest.mark.parametrize(
     "run, arguments, message",
     [
         (("gone", "en"), [], "gone: no such folder; name the data to score on with --dataset_path"),
         (("mine", "en"), [], "mine: no en_val.json in it, only cn_val.json; .* and --language"),
+        (("data", "en"), ["--split", "test"], "data: no en_test.json in it"),
+        (("data", "en"), ["--split", "train"], r"--split: .*choose from '?val'?, '?test'?"),
         (("data", ["en", "fr"]), [], "data: no fr_val.json in it, only cn_val.json, en_val.json"),
         (("gone", "en"), ["--dataset_path", "also gone"], "also gone: no such folder"),
         (("data", "en"), ["--weights", "gone.pth"], "gone.pth: neither a file nor"),

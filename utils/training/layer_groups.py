@@ -1,5 +1,6 @@
 """Which tower and which layer a parameter belongs to; locking a tower, all of it or in part."""
 
+import argparse
 import re
 
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 
 from models.clip import CLIP
 from models.errors import InputError
+from utils.machine.processes import Processes
 
 LAYER = re.compile(r"(?:transformer\.resblocks\.|visual\.layer|bert\.encoder\.layer\.)(\d+)\.")
 HEAD = re.compile(
@@ -57,6 +59,25 @@ def lock(model: CLIP, tower: str, unlocked: int) -> None:
     for name in own:
         if unlocked == 0 or distances[name] > unlocked:
             model.get_parameter(name).requires_grad_(False)
+
+
+def trainable(
+    model: CLIP, args: argparse.Namespace, device: torch.device, processes: Processes
+) -> CLIP:
+    """The model as it is trained: with locked towers, and batch norms over the whole batch. Raises
+    `InputError` for arguments that this model cannot have."""
+    lock_towers(model, args.lock_image, args.lock_text)
+    if processes.size > 1 or args.grad_cache:
+        return whole_batch_norms(model, device, args.grad_cache)
+    return model
+
+
+def lock_towers(model: CLIP, image: int | None, text: int | None) -> None:
+    """`lock` both towers but for their last `image` and `text` blocks; with None, a tower stays as
+    it is."""
+    for tower, unlocked in (("image", image), ("text", text)):
+        if unlocked is not None:
+            lock(model, tower, unlocked)
 
 
 def train_mode(model: nn.Module) -> None:

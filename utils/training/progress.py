@@ -10,9 +10,11 @@ from torch import Tensor
 
 from models.errors import InputError
 from models.progress_bar import progress_bar
+from utils.data.annotations import SPLITS
 from utils.flickr8k_dataloader import Batch, Flickr8kDataset, TrainLoader
 from utils.metric import mean_recall
 from utils.retrieval.tables import Metrics, format_table
+from utils.runs.checkpoint import write_json
 from utils.training.state import State
 
 # Share of tokens that are parts of words. In Flickr8k: CLIP's tokenizer 2% of English and 90% of
@@ -21,16 +23,20 @@ MANY_FRAGMENTS = 0.25
 
 
 def announce(
-    state: State, loader: TrainLoader, val_set: Flickr8kDataset, epochs: int, folder: Path | None
+    state: State,
+    loader: TrainLoader,
+    sets: dict[str, Flickr8kDataset],
+    epochs: int,
+    folder: Path | None,
 ) -> None:
     """Print what is trained, on what, and where results will be; and whether a run has all its
     `epochs` behind it."""
-    train_set = loader.dataset
+    train_set, val_set = sets["train"], sets["val"]
     millions = sum(p.numel() for p in state.model.parameters()) / 1e6
     size = loader.processes.size
     processes = f"{size} processes, " if size > 1 else ""
-    print(f"{len(train_set)} training images, {len(val_set)} validation images, {processes}"
-          f"{loader.device}, {state.precision}, {millions:.1f} M parameters")  # fmt: skip
+    images = ", ".join(f"{len(dataset)} {SPLITS[split]} images" for split, dataset in sets.items())
+    print(f"{images}, {processes}{loader.device}, {state.precision}, {millions:.1f} M parameters")
     texts = len(train_set.text) + len(val_set.text)
     if cut := train_set.count_cut_captions() + val_set.count_cut_captions():
         print(f"{cut} captions ({cut / texts:.2%}) are longer than the "
@@ -42,7 +48,8 @@ def announce(
               "for each of them")  # fmt: skip
     print(f"results in {folder}")
     if len(state.epochs) == epochs:
-        print(f"the run has all {epochs} epochs behind it; --epochs with more goes on")
+        print(f"this run is finished, with all {epochs} epochs behind it: nothing is trained; more "
+              "--epochs go on with it")  # fmt: skip
 
 
 def tokenizer_warning(dataset: Flickr8kDataset, is_chinese: bool) -> str | None:
@@ -67,7 +74,17 @@ def score_start(state: State, score: Callable[[], tuple[Metrics, float]]) -> Non
     metrics, val_loss = score()
     state.note_start(metrics, val_loss)
     print(f"before training: validation loss {val_loss:.4f}, mean recall "
-          f"{mean_recall(metrics):.2f}\n{format_table(metrics)}")  # fmt: skip
+          f"{mean_recall(metrics):.2f}\n{format_table(metrics, 'val')}")  # fmt: skip
+
+
+def score_test(score: Callable[[], tuple[Metrics, float]], weights: Path, run: Path) -> None:
+    """Score the test split, once, with the `weights` that validation chose: write
+    `test_metrics.json` into the folder `run`, and print the scores."""
+    metrics, _ = score()
+    file = run / "test_metrics.json"
+    write_json(file, metrics)
+    print(f"{weights.name} on the test images, which had no say in choosing it:\n"
+          f"{format_table(metrics, 'test')}\nscores: {file}")  # fmt: skip
 
 
 def compare_with_start(state: State) -> None:

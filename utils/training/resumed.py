@@ -18,7 +18,7 @@ from models.weights.file_kind import one_line
 from models.weights.open_clip import from_open_clip
 from utils.runs.arguments import check_values
 from utils.runs.checkpoint import read_checkpoint
-from utils.training.layer_groups import lock
+from utils.training.layer_groups import lock_towers
 from utils.training.optimizer import parameter_groups
 
 REMEDY = "take an earlier copy of the run, or start a new one from its weights"
@@ -108,9 +108,7 @@ def _model(weights: object, content: object, arguments: dict[str, Any]) -> CLIP:
     _require(_holds_tensors(weights), "model", _is_no("dict of tensors by name", weights))
     try:
         model = build_model(weights, from_open_clip(content))
-        for tower in ("image", "text"):
-            if (unlocked := arguments[f"lock_{tower}"]) is not None:
-                lock(model, tower, unlocked)
+        lock_towers(model, arguments["lock_image"], arguments["lock_text"])
     except InputError as error:
         raise InputError(f"model: {error}") from None
     return model

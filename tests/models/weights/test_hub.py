@@ -23,7 +23,7 @@ from script_runs import ROOT, error_line, run_script
 from test_open_clip import DESCRIPTIONS, OWN
 
 from models import CLIP, clip_utils, load
-from models.convert import write_open_clip, write_transformers
+from models.convert import convert
 from models.errors import InputError
 from models.weights import download, registry
 from models.weights.config import Config
@@ -70,11 +70,10 @@ def offline(monkeypatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
-def written(folder: Path, config: Config = SMALL, seed: int = 0, of=write_open_clip) -> Path:
+def written(folder: Path, config: Config = SMALL, seed: int = 0, of: str = "open_clip") -> Path:
     """A folder of open_clip's or of transformers', with random weights."""
     torch.manual_seed(seed)
-    folder.mkdir(parents=True)
-    of(CLIP(config).initialize(), folder)
+    convert(CLIP(config).initialize(), folder, of)
     for name in UNUSED:
         (folder / name).write_bytes(b"of no use here")
     return folder
@@ -171,16 +170,16 @@ class TestNames:
 
 
 @pytest.mark.parametrize("name", [NAME, f"hf-hub:{LAION}", LAION, f"{LAION}@{COMMIT}"])
-@pytest.mark.parametrize("of", [write_open_clip, write_transformers])
+@pytest.mark.parametrize("of", ["open_clip", "transformers"])
 def test_the_model_is_that_of_the_folder_and_is_downloaded_once(
     server, tmp_path, monkeypatch, name, of
 ):
     folder = written(tmp_path / "folder", of=of)
     server.add(LAION, folder)
     assert_same(load(name, "cpu"), folder)
-    weights = "open_clip_model" if of is write_open_clip else "model"
-    config = ["open_clip_config.json"] if of is write_open_clip else ["config.json"]
-    preprocessor = [] if of is write_open_clip else ["preprocessor_config.json"]
+    weights = "open_clip_model" if of == "open_clip" else "model"
+    config = ["open_clip_config.json"] if of == "open_clip" else ["config.json"]
+    preprocessor = [] if of == "open_clip" else ["preprocessor_config.json"]
     assert server.downloaded() == [*config, *preprocessor, f"{weights}.safetensors"]
     server.requests.clear()
     assert_same(load(name, "cpu"), folder)
@@ -220,7 +219,7 @@ def test_the_chinese_resnet_is_in_a_file_of_its_authors(server, tmp_path):
 
 
 def test_weights_in_several_files(server, tmp_path):
-    folder = written(tmp_path / "folder", of=write_transformers)
+    folder = written(tmp_path / "folder", of="transformers")
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     files = {key: f"model-{i % 3}.safetensors" for i, key in enumerate(weights)}
@@ -239,7 +238,7 @@ class TestBothFormats:
         """A repository with two models that differ in everything, so that a mixture shows."""
         other = replace(SMALL, activation="quick_gelu", mean=(0.1, 0.2, 0.3), vision_layers=2)
         folders = [written(tmp_path / "open_clip"),
-                   written(tmp_path / "theirs", other, 1, write_transformers)]  # fmt: skip
+                   written(tmp_path / "theirs", other, 1, "transformers")]  # fmt: skip
         server.add(THEIRS, folders[0])
         server.repositories[THEIRS] |= {f.name: f.read_bytes() for f in folders[1].iterdir()}
         return folders
