@@ -13,6 +13,7 @@ from models.weights.file_kind import one_line
 from models.weights.registry import CHINESE_CONTEXT_LENGTH
 
 WEIGHTS_FILES = "clip_cn_*.pt"  # as cn_clip names them
+RESNET = ("OFA-Sys/chinese-clip-rn50", "clip_cn_rn50.pt")  # repository on the hub, its only weights
 EPSILON = 1e-12  # of BERT's norms
 TEXT = {  # what a config.json leaves out has these values
     "hidden_size": 768,

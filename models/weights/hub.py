@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from models.errors import InputError
 from models.files import read_bytes
-from models.weights import open_clip, transformers
+from models.weights import chinese_clip, open_clip, transformers
 from models.weights.config import Config
 from models.weights.download import Unavailable, download
 from models.weights.file_kind import one_line
@@ -147,6 +147,8 @@ class _Repository:
         """The folder of the repository in the cache, with all in it that `read_weights` needs.
         Where there are weights in the formats of open_clip and of transformers, as in many
         repositories, it is open_clip's. Raises `InputError` if there are neither."""
+        if self.name == chinese_clip.RESNET[0] and (found := self.get(chinese_clip.RESNET[1])):
+            return found.parent
         found = self.get(open_clip.CONFIG_FILE)
         if found:
             _open_clip_config(found.parent)  # other models are refused before a large download

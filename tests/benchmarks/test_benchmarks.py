@@ -72,6 +72,15 @@ def test_tokenizing(rows, data):
 
 
 @pytest.mark.slow
+def test_chinese_models(rows, data):
+    pytest.importorskip("cn_clip", reason="needs cn_clip")
+    small = ["--data", data, "--model", "cn-demo", "--layers", 1]
+    printed = rows(train_step, *small, "--batch_size", 4, "--rounds", 1, "--side", 64)
+    assert printed[2:] == ["ours", "cn_clip", "transformers"]
+    assert rows(text_encoding, *small)[2:] == ["ours", "cn_clip", "transformers"]
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_evaluation(rows):
     printed = rows(evaluation, "--compared", 40, "--images", 60, "--rounds", 1)

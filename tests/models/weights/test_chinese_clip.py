@@ -14,6 +14,7 @@ from script_runs import ROOT, error_line, run_script
 from transformers import BertTokenizer, ChineseCLIPModel, ChineseCLIPProcessor
 
 from models import CLIP, load
+from models.convert import convert
 from models.errors import InputError
 from models.preprocess import open_image
 from models.weights.architecture import infer_config
@@ -239,6 +240,23 @@ def test_cn_clip_opens_converted_weights(tmp_path, monkeypatch):
         logits, _ = theirs.eval().get_similarity(pixels[None], utils.tokenize(CAPTIONS))
         ours, _ = model(pixels[None], model.tokenize(CAPTIONS))
     torch.testing.assert_close(ours, logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_onnx_has_the_features_of_texts_of_any_length(run_weights, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+    pytest.importorskip("onnxscript", reason="needs onnxscript")
+    _, model = run_weights
+    convert(model, tmp_path / "onnx", "onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "text.onnx")
+    tokens = model.tokenize([*CAPTIONS, "狗" * 70], truncate=True)
+    (found,) = session.run(None, {"tokens": tokens.numpy()})
+    with torch.no_grad():
+        expected = model.encode_text(tokens)
+    torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=1e-4)
+    tokenizer = BertTokenizer.from_pretrained(tmp_path / "onnx")
+    ids = tokenizer(CAPTIONS, padding="max_length", max_length=60)["input_ids"]
+    assert torch.equal(torch.tensor(ids), tokens[:3].long())
 
 
 def test_other_weights_without_a_description_ask_for_the_activation(tmp_path):

@@ -86,7 +86,10 @@ def assert_same(ours: tuple, folder: Path | str) -> None:
     assert preprocess == expected_preprocess and model.config == expected.config
     side = expected.config.image_resolution
     torch.manual_seed(1)
-    images, tokens = torch.randn(2, 3, side, side), torch.randint(49408, (2, 7))
+    images, tokens = (
+        torch.randn(2, 3, side, side),
+        torch.randint(expected.config.vocab_size, (2, 7)),
+    )
     with torch.inference_mode():
         assert model.encode_image(images).equal(expected.encode_image(images))
         assert model.encode_text(tokens).equal(expected.encode_text(tokens))
@@ -196,6 +199,23 @@ def test_pickles_are_taken_where_there_are_no_safetensors(server, tmp_path):
     server.repositories["other/copy"] = server.repositories.pop(THEIRS)
     assert_same(load("other/copy", "cpu"), folder)
     assert server.downloaded()[-1] == "open_clip_pytorch_model.bin"
+
+
+def test_the_chinese_resnet_is_in_a_file_of_its_authors(server, tmp_path):
+    config = replace(
+        CONFIGS["cn-demo"], image_resolution=32, vision_layers=(1, 1, 1, 1), vision_width=8,
+        vision_patch_size=None, vision_mlp_width=None, text_positions=60, transformer_layers=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    weights = CLIP(config).initialize().state_dict()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    torch.save({"state_dict": {f"module.{k}": t for k, t in weights.items()}},
+               folder / "clip_cn_rn50.pt")  # fmt: skip
+    server.add("OFA-Sys/chinese-clip-rn50", folder)
+    ours = load("OFA-Sys/chinese-clip-rn50", "cpu")
+    assert_same(ours, folder / "clip_cn_rn50.pt")
+    assert server.downloaded() == ["clip_cn_rn50.pt"] and ours[0].config == config
 
 
 def test_weights_in_several_files(server, tmp_path):
