@@ -1,1 +1,1 @@
-"""Retrieval: features of a data set or a folder, some kept; searches, rankings, scores, pictures."""
+"""Retrieval: features of a data set or folder, some kept; searches, rankings, scores, pictures."""
