@@ -89,6 +89,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="keep the image tower as it is, but for its last N blocks (default: none of them)")
     add("--lock_text", type=integer(0), nargs="?", const=0, metavar="N",
         help="keep the text tower as it is, but for its last N blocks (default: none of them)")
+    add("--lora", type=integer(1, 1024), metavar="RANK",
+        help="learn only changes of this rank, 4 to 64, of the transformers' matrices: forgets "
+        "less, in less memory; saved weights are plain")
+    add("--keep", type=positive, metavar="WEIGHT",
+        help="keep features near those of the starting weights: adds WEIGHT times their mean "
+        "squared distance to the loss")
     add("--ema", type=number(below=1), metavar="DECAY",
         help="score and save an exponential moving average of the weights, such as 0.999")
     add("--wise_ft", type=fraction, nargs="+", metavar="ALPHA",
@@ -124,6 +130,7 @@ def main() -> None:
     from utils.metric import evaluate
     from utils.retrieval.tables import format_table
     from utils.training.gradients import GradientExchange, accumulate_gradients
+    from utils.training.keep import keep_features
     from utils.training.layer_groups import train_mode
     from utils.training.optimizer import learning_rate, set_learning_rate
     from utils.training.progress import Progress, announce, score_start
@@ -137,6 +144,8 @@ def main() -> None:
     loader, val_set = get_data(args, model, device, processes)
     run = open_run(args, resumed, model, loader, val_set)
     state = get_state(args, resumed, model, device, run)
+    start_weights = processes.from_first(run.folder) / "weights" / "start_weights.pth"
+    keep = keep_features(model, start_weights, args.keep) if args.keep else None
     del resumed  # a second copy of the moments
 
     announce(state, loader, val_set, args.epochs, run.folder)
@@ -161,7 +170,7 @@ def main() -> None:
             for step, batch in enumerate(progress.timed(loader.epoch(epoch, done)), first):
                 set_learning_rate(state.optimizer, rate_at(step))
                 loss = accumulate_gradients(model, batch, state.precision, exchange,
-                                            args.grad_cache)  # fmt: skip
+                                            args.grad_cache, keep=keep)  # fmt: skip
                 state.update(processes.sum(loss))
                 progress.advance(state.losses[-1], rate_at(step), step)
                 stop = processes.any(interrupt.has_come())
@@ -204,7 +213,7 @@ def prepare(args: argparse.Namespace, processes) -> None:
 def get_model(args: argparse.Namespace, resumed: dict | None, device, processes):
     """The model to train, on the CPU: from a checkpoint, from weights, or with random weights."""
     from models.clip_utils import create_model, load
-    from utils.training.layer_groups import lock, whole_batch_norms
+    from utils.training.layer_groups import choose_what_learns, whole_batch_norms
 
     with processes.first_ahead():  # which downloads
         if resumed:
@@ -214,9 +223,8 @@ def get_model(args: argparse.Namespace, resumed: dict | None, device, processes)
         else:
             model, _ = load(args.resume_training, "cpu", input_shape=args.input_shape,
                             activation=args.activation)  # fmt: skip
-    for tower, unlocked in (("image", args.lock_image), ("text", args.lock_text)):
-        if unlocked is not None:
-            lock(model, tower, unlocked)
+    if not resumed:
+        choose_what_learns(model, vars(args))
     if processes.size > 1 or args.grad_cache:
         model = whole_batch_norms(model, device, args.grad_cache)
     return model
@@ -279,7 +287,7 @@ def open_run(args: argparse.Namespace, resumed: dict | None, model, loader, val_
     sys.stdout = Console(log, colours=is_terminal(sys.stdout))
     show_config(args=args, color="bold")
     run.loss_history = Losses(run.folder, model, resumed["rows"] if resumed else [])
-    if args.wise_ft:
+    if args.wise_ft or args.keep:
         run.keep_start(model, is_new=not resumed)
     return run
 

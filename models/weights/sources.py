@@ -9,6 +9,7 @@ from torch import Tensor
 
 from models.errors import InputError
 from models.files import read_bytes
+from models.lora import merged
 from models.weights import open_clip, transformers
 from models.weights.architecture import infer_config
 from models.weights.config import Config
@@ -36,7 +37,7 @@ def read_weights(path: Path, activation: str | None = None) -> tuple[dict[str, T
         weights = _read_folder(path)
         folder = path
     else:
-        weights, folder = read_state_dict(path), path.parent
+        weights, folder = merged(read_state_dict(path)), path.parent
     if transformers.is_transformers(weights):
         content = _description(folder / transformers.CONFIG_FILE)
         weights = transformers.from_transformers(weights)

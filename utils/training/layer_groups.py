@@ -1,12 +1,14 @@
 """Which tower and which layer a parameter belongs to; locking a tower, all of it or in part."""
 
 import re
+from typing import Any
 
 import torch
 from torch import nn
 
 from models.clip import CLIP
 from models.errors import InputError
+from models.lora import add_lora
 
 LAYER = re.compile(r"(?:transformer\.resblocks\.|visual\.layer)(\d+)\.")
 HEAD = re.compile(
@@ -41,6 +43,16 @@ def distance_from_end(model: CLIP) -> dict[str, int]:
 def tower_of(name: str) -> str:
     """The tower that a parameter is part of, `"image"` or `"text"`."""
     return "image" if name.startswith("visual.") else "text"
+
+
+def choose_what_learns(model: CLIP, arguments: dict[str, Any]) -> None:
+    """Exclude from training what --lock_image, --lock_text and --lora keep as it is, and add what
+    --lora learns instead."""
+    for tower in ("image", "text"):
+        if (unlocked := arguments[f"lock_{tower}"]) is not None:
+            lock(model, tower, unlocked)
+    if arguments["lora"]:
+        add_lora(model, arguments["lora"])
 
 
 def lock(model: CLIP, tower: str, unlocked: int) -> None:

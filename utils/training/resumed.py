@@ -14,11 +14,12 @@ from torch import Tensor
 
 from models.clip import CLIP, build_model
 from models.errors import InputError
+from models.weights.checks import check_finite, check_keys
 from models.weights.file_kind import one_line
 from models.weights.open_clip import from_open_clip
 from utils.runs.arguments import check_values
 from utils.runs.checkpoint import read_checkpoint
-from utils.training.layer_groups import lock
+from utils.training.layer_groups import choose_what_learns
 from utils.training.optimizer import parameter_groups
 
 REMEDY = "take an earlier copy of the run, or start a new one from its weights"
@@ -104,13 +105,17 @@ def _check_row(row: object, field: str, epoch: int, needed: tuple[str, ...]) -> 
 
 
 def _model(weights: object, content: object, arguments: dict[str, Any]) -> CLIP:
-    """The model with these weights, as `content` describes it, locked as the run has it."""
+    """The model with these weights, as `content` describes it, learning what it does in the run."""
     _require(_holds_tensors(weights), "model", _is_no("dict of tensors by name", weights))
     try:
-        model = build_model(weights, from_open_clip(content))
-        for tower in ("image", "text"):
-            if (unlocked := arguments[f"lock_{tower}"]) is not None:
-                lock(model, tower, unlocked)
+        factors = {name: tensor for name, tensor in weights.items() if ".lora." in name}
+        model = build_model(
+            {k: weights[k] for k in weights.keys() - factors}, from_open_clip(content)
+        )
+        choose_what_learns(model, arguments)
+        check_keys(factors, {k: t for k, t in model.state_dict().items() if ".lora." in k})
+        check_finite(factors)
+        model.load_state_dict(factors, strict=False)
     except InputError as error:
         raise InputError(f"model: {error}") from None
     return model

@@ -23,7 +23,8 @@ FINE_TUNING = {"lr": 1e-4, "layer_decay": 0.7}
 # What a run was started with stays in its records, however it goes on.
 OF_THE_START = ("demo", "model", "resume_training")
 # What the saved moments and the weights at the start belong to.
-FIXED = ("input_shape", "optimizer_type", "layer_decay", "lock_image", "lock_text", "wise_ft")
+FIXED = ("input_shape", "optimizer_type", "layer_decay", "lock_image", "lock_text", "wise_ft",
+         "lora", "keep")  # fmt: skip
 # What decides which images and captions the rest of an epoch brings.
 FIXED_IN_AN_EPOCH = ("batch_size", "captions_per_image", "no_augment", "seed")
 

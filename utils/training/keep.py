@@ -1,0 +1,39 @@
+"""The model that fine-tuning starts from, kept to hold the features near its own."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from models.clip import CLIP
+from models.clip_utils import load
+from models.errors import InputError
+from utils.training.layer_groups import tower_of
+
+
+class Keep(NamedTuple):
+    """What pulls features towards those of the starting model (after LDIFS, Mukhoti et al. 2023,
+    with the features that are compared with each other in place of those of all layers).
+
+    start   the starting model
+    weight  of the mean squared distance to its features in the loss
+    towers  those in which something learns; the features of the others stay by themselves
+    """
+
+    start: CLIP
+    weight: float
+    towers: list[str]
+
+
+def keep_features(model: CLIP, start_weights: Path, weight: float) -> Keep:
+    """The starting model of `start_weights` beside `model`, which learns. They share the parameters
+    that do not. Raises `InputError` if the file is missing."""
+    if not start_weights.exists():
+        raise InputError(f"{start_weights} is missing, whose features --keep keeps: put it back")
+    start, _ = load(start_weights, model.device)
+    start.requires_grad_(False)
+    for name, parameter in start.named_parameters():
+        own = model.get_parameter(name)
+        if not own.requires_grad:
+            parameter.data = own.data
+    learned = [name for name, p in model.named_parameters() if p.requires_grad]
+    towers = {tower_of(name) for name in learned if name != "logit_scale"}
+    return Keep(start, weight, sorted(towers))
