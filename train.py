@@ -44,11 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--language", choices=["en", "cn"], nargs="+", default=["en"],
         help="captions to train on and to score with; several languages are mixed (default: en)")
     add("--input_shape", type=integer(1, MAX_RESOLUTION), metavar="PIXELS",
-        help="side of the images (default: the model's own); another one than the weights' "
-        "interpolates the positional embedding")
+        help="side of the images, for which positions are interpolated (default: the model's own)")
     add("--captions_per_image", type=integer(1), default=2, metavar="K",
-        help="captions of an image in a step, all of them right answers; where no image has so "
-        "many, as many as there are (default: %(default)s)")
+        help="captions of an image in a step, all right answers, or all it has (default: 2)")
     add("--no_augment", action="store_true",
         help="train on whole images; otherwise a random crop keeps at least 90%% of each")
     add("--check_data", action="store_true",
@@ -63,15 +61,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=integer(1), default=10,
-        help="passes over the training images; the learning rate ends at zero after the last "
-        "(default: %(default)s)")
+        help="passes over the training images; the rate ends at zero (default: %(default)s)")
     add("--batch_size", type=integer(2), default=64,
         help="images a step, on all GPUs together; more are more negatives (default: %(default)s)")
     add("--lr", type=positive,
         help="peak learning rate, that of the last layers (default: 1e-4, from scratch 5e-4)")
     add("--warmup_epochs", type=number(),
-        help="epochs in which the rate rises to its peak, before it falls along a cosine "
-        "(default: 1, or a tenth of --epochs if that is less)")
+        help="epochs before the rate's peak (default: 1, or a tenth of --epochs if less)")
     add("--optimizer_type", choices=["adam", "adamw", "sgd"], default="adamw",
         help="adamw decays weights apart from the gradient, adam and sgd through it; sgd needs a "
         "far higher --lr (default: %(default)s)")
@@ -98,8 +94,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ema", type=number(below=1), metavar="DECAY",
         help="score and save an exponential moving average of the weights, such as 0.999")
     add("--wise_ft", type=fraction, nargs="+", metavar="ALPHA",
-        help="score the weights between the start (0) and the best epoch (1) at each ALPHA, such "
-        "as 0 0.25 0.5 0.75 1, and save the best; with 0 it is never worse than the start")
+        help="score mixtures of the start (0) and the best epoch (1) at each ALPHA, such as 0 0.25 "
+        "0.5 0.75 1, and save the best; with 0 it is never worse than the start")
 
     add = parser.add_argument_group("memory, speed, interruptions").add_argument
     add("--use_amp", action="store_true",
@@ -109,8 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--grad_checkpointing", action="store_true",
         help="less memory, more time: transformers compute their activations twice")
     add("--compile", action="store_true",
-        help="torch.compile both towers: a slow first step, then faster ones on a GPU; "
-        "needs a C++ compiler on a CPU, Triton on a GPU")
+        help="torch.compile both towers (needs Triton or a C++ compiler): slow at first, then fast")
     add("--device", help="cuda, cuda:1, mps (a Mac's GPU) or cpu (default: the first there is)")
     add("--freq", type=integer(1), default=5, metavar="EPOCHS",
         help="keep the weights of every EPOCHS-th epoch (default: %(default)s)")
@@ -128,12 +123,11 @@ def main() -> None:
     from utils.machine.memory import IN_TRAINING, explained
     from utils.machine.processes import join_processes
     from utils.metric import evaluate
-    from utils.retrieval.tables import format_table
     from utils.training.gradients import GradientExchange, accumulate_gradients
     from utils.training.keep import keep_features
     from utils.training.layer_groups import train_mode
     from utils.training.optimizer import learning_rate, set_learning_rate
-    from utils.training.progress import Progress, announce, score_start
+    from utils.training.progress import Progress, announce, report_epoch, score_start
     from utils.training.settings import settle
 
     args, resumed = settle(parser)
@@ -144,8 +138,7 @@ def main() -> None:
     loader, val_set = get_data(args, model, device, processes)
     run = open_run(args, resumed, model, loader, val_set)
     state = get_state(args, resumed, model, device, run)
-    start_weights = processes.from_first(run.folder) / "weights" / "start_weights.pth"
-    keep = keep_features(model, start_weights, args.keep) if args.keep else None
+    keep = keep_features(model, run, args.keep) if args.keep else None
     del resumed  # a second copy of the moments
 
     announce(state, loader, val_set, args.epochs, run.folder)
@@ -181,11 +174,8 @@ def main() -> None:
                         raise run.stopped(interrupt)
             trained = progress.summary(state.losses, rate_at(epoch * len(loader) - 1))
         metrics, val_loss = score()
-        row = state.finish_epoch(trained, metrics, val_loss)
-        print(
-            f"epoch {epoch}/{args.epochs}: train loss {row['train_loss']:.4f}, validation loss "
-            f"{val_loss:.4f}, mean recall {row['mean_recall']:.2f}\n{format_table(metrics)}"
-        )
+        state.finish_epoch(trained, metrics, val_loss)
+        report_epoch(state, args.epochs, metrics, len(val_set), args.lr)
         run.save_epoch(state.scored, state.state_dict(), args.freq)
         if processes.any(interrupt.has_come()):
             raise run.stopped(interrupt)

@@ -1,11 +1,11 @@
 """The model that fine-tuning starts from, kept to hold the features near its own."""
 
-from pathlib import Path
 from typing import NamedTuple
 
 from models.clip import CLIP
 from models.clip_utils import load
 from models.errors import InputError
+from utils.runs.folder import Run
 from utils.training.layer_groups import tower_of
 
 
@@ -23,12 +23,13 @@ class Keep(NamedTuple):
     towers: list[str]
 
 
-def keep_features(model: CLIP, start_weights: Path, weight: float) -> Keep:
-    """The starting model of `start_weights` beside `model`, which learns. They share the parameters
-    that do not. Raises `InputError` if the file is missing."""
-    if not start_weights.exists():
-        raise InputError(f"{start_weights} is missing, whose features --keep keeps: put it back")
-    start, _ = load(start_weights, model.device)
+def keep_features(model: CLIP, run: Run, weight: float) -> Keep:
+    """The model that the run has started from beside `model`, which learns. They share the
+    parameters that do not. Raises `InputError` if the run's start_weights.pth is missing."""
+    file = run.processes.from_first(run.folder) / "weights" / "start_weights.pth"
+    if not file.exists():
+        raise InputError(f"{file} is missing, whose features --keep keeps: put it back")
+    start, _ = load(file, model.device)
     start.requires_grad_(False)
     for name, parameter in start.named_parameters():
         own = model.get_parameter(name)

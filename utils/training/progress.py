@@ -23,10 +23,12 @@ def announce(
     `epochs` behind it."""
     train_set = loader.dataset
     millions = sum(p.numel() for p in state.model.parameters()) / 1e6
+    learned = sum(p.numel() for p in state.model.parameters() if p.requires_grad) / 1e6
+    which = f", of which {learned:.2f} M learn" if learned < millions else ""
     size = loader.processes.size
     processes = f"{size} processes, " if size > 1 else ""
     print(f"{len(train_set)} training images, {len(val_set)} validation images, {processes}"
-          f"{loader.device}, {state.precision}, {millions:.1f} M parameters")  # fmt: skip
+          f"{loader.device}, {state.precision}, {millions:.1f} M parameters{which}")  # fmt: skip
     texts = len(train_set.text) + len(val_set.text)
     if cut := train_set.count_cut_captions() + val_set.count_cut_captions():
         print(f"{cut} captions ({cut / texts:.2%}) are longer than 77 tokens and were cut")
@@ -44,6 +46,31 @@ def score_start(state: State, score: Callable[[], tuple[Metrics, float]]) -> Non
     state.note_start(metrics, val_loss)
     print(f"before training: validation loss {val_loss:.4f}, mean recall "
           f"{mean_recall(metrics):.2f}\n{format_table(metrics)}")  # fmt: skip
+
+
+def report_epoch(state: State, epochs: int, metrics: Metrics, images: int, rate: float) -> None:
+    """Print the scores of the epoch that has ended, one of `epochs`; after the first, say so if it
+    has clearly made the weights worse, and which learning rate to try in place of `rate`.
+
+    Clearly is a fall of mean recall by more than two standard errors of the difference. That of a
+    share p of n queries is sqrt(p (1 - p) / n); the mean of several R@K has at most that of their
+    mean, and n is the number of validation `images`, since the captions of one are not independent.
+    """
+    row = state.epochs[-1]
+    print(
+        f"epoch {row['epoch']}/{epochs}: train loss {row['train_loss']:.4f}, validation loss "
+        f"{row['val_loss']:.4f}, mean recall {row['mean_recall']:.2f}\n{format_table(metrics)}"
+    )
+    if row["epoch"] > 1 or not state.start:
+        return
+    before, after = state.start["mean_recall"] / 100, row["mean_recall"] / 100
+    error = math.sqrt((before * (1 - before) + after * (1 - after)) / images)
+    if before - after > 2 * error:
+        lower = rate / 3 if after > before / 2 else rate / 10
+        print(
+            f"the first epoch made it worse, by more than chance: mean recall {100 * after:.2f}, "
+            f"{100 * before:.2f} before training; rather start anew with --lr {lower:.0e}"
+        )
 
 
 def compare_with_start(state: State) -> None:

@@ -102,6 +102,8 @@ def _check_row(row: object, field: str, epoch: int, needed: tuple[str, ...]) -> 
         _require(named, field, f"has a column {_short(name)}")
         fits = _is_index(value, epoch, epoch) if name == "epoch" else _is_usual(value)
         _require(fits, f"{field}: {name:.60}", _is_no("number that it can be", value))
+    recall = row["mean_recall"]
+    _require(0 <= recall <= 100, f"{field}: mean_recall", _is_no("percentage", recall))
 
 
 def _model(weights: object, content: object, arguments: dict[str, Any]) -> CLIP:

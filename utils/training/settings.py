@@ -81,9 +81,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.model and args.resume_training != "none":
         raise InputError("--model is for training from scratch: add --resume_training none, or "
                          "leave --model out, since weights bring their architecture")  # fmt: skip
-    if args.wise_ft and args.resume_training == "none":
-        raise InputError("--wise_ft mixes tuned weights with those they started from: it needs "
-                         "--resume_training WEIGHTS")  # fmt: skip
+    for name in ("wise_ft", "lora", "keep"):
+        if getattr(args, name) and args.resume_training == "none":
+            raise InputError(f"--{name} keeps what weights can do that training starts from: it "
+                             "needs --resume_training WEIGHTS")  # fmt: skip
     if args.lock_image == 0 and args.lock_text == 0:
         raise InputError("--lock_image and --lock_text together leave nothing to train: unlock "
                          "some blocks of one, such as --lock_text 2")  # fmt: skip
