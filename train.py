@@ -65,7 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=integer(2), default=64,
         help="images a step, on all GPUs together; more are more negatives (default: %(default)s)")
     add("--lr", type=positive,
-        help="peak learning rate, that of the last layers (default: 1e-4, from scratch 5e-4)")
+        help="peak learning rate, that of the last layers (default: 1e-4; with --lora 1e-3; from "
+        "scratch 5e-4)")
     add("--warmup_epochs", type=number(),
         help="epochs before the rate's peak (default: 1, or a tenth of --epochs if less)")
     add("--optimizer_type", choices=["adam", "adamw", "sgd"], default="adamw",
@@ -86,8 +87,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lock_text", type=integer(0), nargs="?", const=0, metavar="N",
         help="keep the text tower as it is, but for its last N blocks (default: none of them)")
     add("--lora", type=integer(1, 1024), metavar="RANK",
-        help="learn only changes of this rank, 4 to 64, of the transformers' matrices: forgets "
-        "less, in less memory; saved weights are plain")
+        help="a quarter of the memory for weights and optimizer: of all that is not locked, only "
+        "changes of this rank, such as 8, of the transformers' matrices learn, and the logit scale")
     add("--keep", type=positive, metavar="WEIGHT",
         help="keep features near those of the starting weights: adds WEIGHT times their mean "
         "squared distance to the loss")

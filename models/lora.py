@@ -8,15 +8,19 @@ from torch import Tensor, nn
 from models.clip import CLIP
 from models.errors import InputError
 from models.transformer import MultiheadAttention
+from models.weights.file_kind import one_line
+
+# The change is times ALPHA / rank, so that a step of Adam changes a layer's outputs as much at any
+# rank: the learning rate need not follow the rank (section 4.1), nor the width.
+ALPHA = 8
 
 
 class LowRank(nn.Module):
-    """The change of a matrix `[out, in]`: `b @ a`, which is zero at first.
+    """The change of a matrix `[out, in]`: `ALPHA / rank * b @ a`, which is zero at first.
 
     Where the matrix is `parts` matrices on top of each other, as those of queries, keys and values
-    are, each of them has a change of this rank of its own. `a` is `[parts, rank, in]`, `b` is
-    `[parts, out / parts, rank]`. There is no factor alpha / rank on the change: it would do what
-    the learning rate does.
+    are, each of them has a change of this rank of its own. `a` is `[parts, rank, in]` and starts
+    Gaussian, `b` is `[parts, out / parts, rank]` and starts as zero.
     """
 
     def __init__(self, weight: Tensor, rank: int, parts: int = 1):
@@ -28,7 +32,7 @@ class LowRank(nn.Module):
     def forward(self, x: Tensor, parts: slice = slice(None)) -> Tensor:
         """`[..., in]` -> `[..., out]`, or of some of the parts alone. The product `b @ a`, as large
         as the matrix, is never made."""
-        a, b = self.a[parts], self.b[parts]
+        a, b = self.a[parts], self.b[parts] * (ALPHA / self.a.shape[1])
         inner = F.linear(x, a.flatten(0, 1)).unflatten(-1, a.shape[:2])
         if len(a) == 1:
             return F.linear(inner.squeeze(-2), b[0])
@@ -69,15 +73,18 @@ def merged(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         a, b = weights[name], weights.get(f"{owner}.lora.b")
         matrix = f"{owner}.weight" if f"{owner}.weight" in plain else f"{owner}.in_proj_weight"
         if not _fits(plain.get(matrix), a, b):
-            raise InputError(f"{name:.90}: a low-rank change that fits no matrix of the weights")
-        plain[matrix] = plain[matrix] + (b @ a).flatten(0, 1)
+            raise InputError(
+                f"{one_line(name)}: a low-rank change that fits no matrix of the weights"
+            )
+        plain[matrix] = plain[matrix] + (b @ a).flatten(0, 1) * (ALPHA / a.shape[1])
     return plain
 
 
 def _fits(matrix: Tensor | None, a: Tensor, b: Tensor | None) -> bool:
-    if matrix is None or b is None or a.ndim != 3 or b.ndim != 3 or len(a) != len(b):
+    if matrix is None or b is None or a.ndim != 3 or b.ndim != 3:
         return False
-    return a.shape[1] == b.shape[2] and matrix.shape == (len(b) * b.shape[1], a.shape[2])
+    (parts, rank, inputs), (of_b, out, its_rank) = a.shape, b.shape
+    return parts == of_b and rank == its_rank > 0 and matrix.shape == (parts * out, inputs)
 
 
 def _add_change(linear: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor:

@@ -34,13 +34,15 @@ def adapted(rank, dtype=torch.float64):
 
 
 def matrices(plain, factors):
-    """W + B A for every matrix; queries, keys and values have changes of their own."""
+    """W + 8 / rank B A for each matrix; queries, keys and values have changes of their own."""
     weights = dict(plain.named_parameters())
     for name in list(weights):
         owner = name.removesuffix(".weight").removesuffix(".in_proj_weight")
         if f"{owner}.lora.a" in factors and name != f"{owner}.bias":
             parts = zip(factors[f"{owner}.lora.a"], factors[f"{owner}.lora.b"], strict=True)
-            weights[name] = weights[name].detach() + torch.cat([b @ a for a, b in parts])
+            weights[name] = weights[name].detach() + torch.cat(
+                [8 / len(a) * b @ a for a, b in parts]
+            )
     return weights
 
 

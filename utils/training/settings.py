@@ -20,6 +20,7 @@ DEMO = {
 }
 FROM_SCRATCH = {"lr": 5e-4, "layer_decay": 1.0}
 FINE_TUNING = {"lr": 1e-4, "layer_decay": 0.7}
+LORA = {"lr": 1e-3, "layer_decay": 0.7}  # ten times, as Biderman et al. 2024 find it
 # What a run was started with stays in its records, however it goes on.
 OF_THE_START = ("demo", "model", "resume_training")
 # What the saved moments and the weights at the start belong to.
@@ -45,7 +46,8 @@ def settle(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict[st
         saved = {k: v for k, v in resumed["arguments"].items() if k not in OF_THE_START}
         parser.set_defaults(**saved)
     args = parser.parse_args()
-    recipe = FROM_SCRATCH if args.resume_training == "none" else FINE_TUNING
+    tuning = LORA if args.lora else FINE_TUNING
+    recipe = FROM_SCRATCH if args.resume_training == "none" else tuning
     for name, value in {**recipe, "warmup_epochs": min(1.0, args.epochs / 10)}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
