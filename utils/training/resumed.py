@@ -110,12 +110,11 @@ def _model(weights: object, content: object, arguments: dict[str, Any]) -> CLIP:
     """The model with these weights, as `content` describes it, learning what it does in the run."""
     _require(_holds_tensors(weights), "model", _is_no("dict of tensors by name", weights))
     try:
-        factors = {name: tensor for name, tensor in weights.items() if ".lora." in name}
-        model = build_model(
-            {k: weights[k] for k in weights.keys() - factors}, from_open_clip(content)
-        )
+        factors, plain = ({n: t for n, t in weights.items() if (".lora." in n) == is_factor}
+                          for is_factor in (True, False))  # fmt: skip
+        model = build_model(plain, from_open_clip(content))
         choose_what_learns(model, arguments)
-        check_keys(factors, {k: t for k, t in model.state_dict().items() if ".lora." in k})
+        check_keys(factors, {n: t for n, t in model.state_dict().items() if ".lora." in n})
         check_finite(factors)
         model.load_state_dict(factors, strict=False)
     except InputError as error:
