@@ -1,8 +1,13 @@
-"""Rank captions by how well they describe an image, and draw the ranking.
+"""Rank captions by how well they describe an image, or search a folder of images; draw the result.
 
-python predict.py photo.jpg --text "a dog runs" "a cat sleeps"
-python predict.py photo.jpg      ranks the validation captions of the data set of the weights
-python predict.py                asks for one image after another, until an empty line
+captions for an image:
+  python predict.py photo.jpg --text "a dog runs" "a cat sleeps"
+  python predict.py photo.jpg      ranks the validation captions of the data set of the weights
+  python predict.py                asks for one image after another, until an empty line
+
+images for a text, or like another image:
+  python predict.py photos --text "two dogs in the snow" "a red car"
+  python predict.py photos --similar photo.jpg
 """
 
 import argparse
@@ -13,10 +18,12 @@ from itertools import chain, count
 from pathlib import Path
 
 from models.errors import InputError, run_script
-from models.scripts import SCRIPTS, from_here
-from utils.runs.arguments import name_or_path, path, run_folder, trained_on
+from models.scripts import add_activation
+from utils.runs.arguments import name_or_path, newest_weights, path, run_folder, trained_on
 
 TOP = 5  # captions that are printed and drawn
+FIRST = 10  # images that are
+THUMBNAIL = (480, 480)  # pixels of an image that is drawn, at most
 NAME_LENGTH = 60  # characters, at most 240 bytes: with a number they fit into a name everywhere
 
 
@@ -25,7 +32,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "image", nargs="?", metavar="IMAGE", help="path (default: you are asked for it)"
+        "image",
+        nargs="?",
+        metavar="IMAGE",
+        help="path of an image (default: you are asked for it), or of a folder to search in, with "
+        "all folders in it",
     )
     parser.add_argument(
         "--weights",
@@ -35,20 +46,26 @@ def main() -> None:
         "best_epoch_weights.pth here, else beside this script)",
     )
     captions = parser.add_mutually_exclusive_group()
-    captions.add_argument("--text", nargs="+", metavar="CAPTION", help="captions to choose from")
     captions.add_argument(
-        "--captions_file", type=path, metavar="FILE", help="captions to choose from, one a line"
+        "--text",
+        nargs="+",
+        metavar="CAPTION",
+        help="captions to choose from; in a folder, what to search for",
+    )
+    captions.add_argument(
+        "--captions_file", type=path, metavar="FILE", help="the same from a file, one a line"
+    )
+    captions.add_argument(
+        "--similar", metavar="IMAGE", help="in a folder, search for images like this one"
     )
     parser.add_argument(
         "--output",
         type=path,
         metavar="FILE",
-        help="file for the picture of the ranking (default: in predictions/ in the run's folder)",
+        help="file for the picture of the result (default: in predictions/ in the run's folder)",
     )
     parser.add_argument("--show", action="store_true", help="open the picture in a window as well")
-    parser.add_argument(
-        "--activation", choices=["quick_gelu", "gelu"], help="of weights that do not tell it"
-    )
+    add_activation(parser)
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first there is)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
@@ -57,71 +74,109 @@ def main() -> None:
         raise InputError("--output is for one picture; name the IMAGE as well")
     if not all(caption.strip() for caption in args.text or []):
         raise InputError("--text: one of the captions is empty")
+    if args.image and Path(args.image).expanduser().is_dir():
+        search(args, Path(args.image).expanduser())
+    elif args.similar:
+        raise InputError("--similar searches a folder of images: name the folder as well")
+    else:
+        caption(args)
 
-    from PIL import ImageShow
 
-    from models.clip_utils import find_weights, load
+def caption(args: argparse.Namespace) -> None:
+    """Print and draw the captions that fit an image best, or each image that is asked for."""
+    from models.clip_utils import check_name, find_weights, load
     from models.preprocess import open_image
-    from utils.retrieval.encode import encode_texts
+    from utils.retrieval.encode import encode_texts, kept_caption_features
     from utils.retrieval.plots import draw_ranking
     from utils.retrieval.ranking import rank_captions
 
     if args.image:
         open_image(args.image)  # to refuse a bad image before weights are loaded
-    weights = find_weights(args.weights or newest_weights())
-    captions = list(dict.fromkeys(args.text or read_captions(args.captions_file, weights)))
+    name = args.weights or newest_weights()
+    check_name(name)
+    captions = list(dict.fromkeys(args.text or read_captions(args.captions_file, name)))
+    weights = find_weights(name)
     model, preprocess = load(weights, args.device, activation=args.activation)
-    text_features = encode_texts(model, model.tokenize(captions, truncate=True))
+    if args.text:
+        text_features = encode_texts(model, model.tokenize(captions, truncate=True))
+    else:
+        source = str(args.captions_file.resolve()) if args.captions_file else "validation"
+        text_features = kept_caption_features(model, weights, source, captions)
 
-    for name in [args.image] if args.image else ask_for_images():
+    for file in [args.image] if args.image else ask_for_images():
         try:
-            image = open_image(name)
+            image = open_image(file)
             ranked = rank_captions(model, preprocess(image), captions, text_features)[:TOP]
-            output = args.output or new_picture(output_folder(weights), name)
-            for place, (caption, probability, similarity) in enumerate(ranked, 1):
-                print(f"{place}. {probability:7.2%}  similarity {similarity:.3f}  {caption}")
+            output = args.output or new_picture(output_folder(weights), file)
+            for place, (text, probability, similarity) in enumerate(ranked, 1):
+                print(f"{place}. {probability:7.2%}  similarity {similarity:.3f}  {text}")
             draw_ranking(image, ranked, output)
-            print(f"picture: {output}")
-            if args.show and not ImageShow.show(open_image(output)):
-                print("there is no program here that can show it")
+            tell_of_picture(output, args.show)
         except InputError as error:
             if args.image:
                 raise
             print(f"error: {error}")
 
 
-def newest_weights() -> Path:
-    """The newest `best_epoch_weights.pth` of the runs in logs/ in the working folder, where
-    train.py puts them; if there is none, in logs/ beside this script. Raises `InputError` if there
-    is none either."""
-    for logs in (Path("logs"), SCRIPTS / "logs"):
-        if found := list(logs.glob("*/weights/best_epoch_weights.pth")):
-            return max(found, key=lambda path: path.stat().st_mtime)
-    raise InputError(
-        "logs: there is no run with weights/best_epoch_weights.pth in it, here or beside "
-        f"predict.py; train one (python {from_here('train.py')} --demo), or name weights with "
-        "--weights"
-    )
+def search(args: argparse.Namespace, folder: Path) -> None:
+    """Print and draw the images in a folder that fit each text best, or are most like an image."""
+    from models.clip_utils import check_name, find_weights, load
+    from models.preprocess import open_image
+    from utils.data.image_files import find_images
+    from utils.retrieval.encode import encode_texts
+    from utils.retrieval.plots import draw_found
+    from utils.retrieval.search import encode_pixels, image_features, most_similar
+
+    if not (args.text or args.captions_file or args.similar):
+        raise InputError(f"{folder}: a folder; say what to search for: --text or --similar IMAGE")
+    pictures = [open_image(args.similar)] if args.similar else []
+    images = find_images(folder)
+    name = args.weights or newest_weights()
+    check_name(name)
+    texts = [] if args.similar else args.text or read_captions(args.captions_file, name)
+    if args.output and len(texts) > 1:
+        raise InputError("--output is for one picture; give one text to search for")
+    weights = find_weights(name)
+    model, preprocess = load(weights, args.device, activation=args.activation)
+    images, features = image_features(model, weights, folder, images)
+    if args.similar:
+        queries = encode_pixels(model, [preprocess.pixels(picture) for picture in pictures])
+    else:
+        queries = encode_texts(model, model.tokenize(texts, truncate=True))
+
+    for title, query in zip(texts or [f"like {args.similar}"], queries, strict=True):
+        print(title)
+        shown = [(picture, "the image that is searched for") for picture in pictures]
+        for place, (i, similarity) in enumerate(most_similar(features, query, FIRST), 1):
+            print(f"{place:2}. similarity {similarity:.3f}  {folder / images[i]}")
+            picture = open_image(folder / images[i])
+            picture.thumbnail(THUMBNAIL)
+            shown.append((picture, f"{place}. {similarity:.3f} {images[i]}"))
+        output = args.output or new_picture(output_folder(weights), folder.resolve().name)
+        draw_found(title, shown, output)
+        tell_of_picture(output, args.show)
+
+
+def tell_of_picture(picture: Path, show: bool) -> None:
+    """Print where a picture is, and open it in a window if the user wants to see it."""
+    from PIL import ImageShow
+
+    from models.preprocess import open_image
+
+    print(f"picture: {picture}")
+    if show and not ImageShow.show(open_image(picture)):
+        print("there is no program here that can show it")
 
 
 def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
     """The lines of `captions_file`; without one, the validation captions of the data set that
     `weights` were trained on, in all languages of their run. Raises `InputError` if there are none
     to be had."""
-    from models.files import read_bytes
+    from models.files import read_lines
     from utils.data.annotations import caption_file, missing_annotations, read_annotations
 
     if captions_file:
-        try:
-            lines = read_bytes(captions_file).decode("utf-8-sig").splitlines()
-        except FileNotFoundError:
-            raise InputError(f"{captions_file}: no such file; write one caption a line") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{captions_file}: cannot be read as UTF-8 text ({error})") from None
-        captions = [line.strip() for line in lines if line.strip()]
-        if not captions:
-            raise InputError(f"{captions_file}: no captions in it; write one on each line")
-        return captions
+        return read_lines(captions_file, "caption")
     trained = trained_on(weights)
     if trained is None:
         raise InputError(

@@ -7,7 +7,8 @@ python predict_zero_shot.py photo.jpg --labels "a dog" "a cat"
 import argparse
 
 from models.errors import InputError, run_script
-from models.scripts import from_here
+from models.scripts import add_activation, from_here
+from utils.data.templates import TEMPLATE_SETS, read_templates
 from utils.runs.arguments import name_or_path
 
 LABELS = ["two line charts", "a schematic diagram", "a landscape photo", "a oil painting"]
@@ -28,6 +29,15 @@ def main() -> None:
         "--labels", nargs="+", default=LABELS, metavar="LABEL", help="default: %(default)s"
     )
     parser.add_argument(
+        "--templates",
+        type=name_or_path,
+        default="none",
+        metavar="SET_OR_FILE",
+        help="sentences around a label, whose features are averaged: "
+        f"{', '.join(TEMPLATE_SETS)} (cn: Chinese), or a file with one a line, {{}} standing for "
+        "the label (default: %(default)s, the label alone)",
+    )
+    parser.add_argument(
         "--weights",
         type=name_or_path,
         default="ViT-B/32",
@@ -35,24 +45,27 @@ def main() -> None:
         help="model name, whose weights are downloaded if need be, or weights file "
         "(default: %(default)s)",
     )
-    parser.add_argument(
-        "--activation", choices=["quick_gelu", "gelu"], help="of weights that do not tell it"
-    )
+    add_activation(parser)
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first there is)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
-    check_labels(args.labels)
+    templates = read_templates(args.templates)
 
     import torch
+    import torch.nn.functional as F
 
     from models import load
     from models.preprocess import open_image
+    from utils.classification import zero_shot_classifier
 
     image = open_image(args.image)
     model, preprocess = load(args.weights, args.device, activation=args.activation)
-    tokens = model.tokenize(args.labels)
+    check_labels(args.labels, model.tokenizer)
     with torch.inference_mode():
-        logits_per_image, _ = model(preprocess(image)[None].to(model.device), tokens)
+        text_features = zero_shot_classifier(model, args.labels, templates)
+        image_features = model.encode_image(preprocess(image)[None].to(model.device))
+        image_features = F.normalize(image_features, dim=-1)
+        logits_per_image = model.logit_scale.exp() * image_features @ text_features.T
         probs = logits_per_image.softmax(dim=-1).cpu().numpy()
 
     ranked = sorted(zip(args.labels, probs[0], strict=True), key=lambda pair: -pair[1])
@@ -62,19 +75,17 @@ def main() -> None:
     print(f"image 0: [{', '.join(f'({label!r}, {prob!s})' for label, prob in ranked)}]")
 
 
-def check_labels(labels: list[str]) -> None:
-    """Raise `InputError` for an empty label, and for two labels that the model reads as the same
-    text, because the two would share one probability."""
-    from models.simple_tokenizer import clean
-
-    same: dict[str, str] = {}
+def check_labels(labels: list[str], tokenizer) -> None:
+    """Raise `InputError` for an empty label, and for two labels that are the same to the model's
+    tokenizer, because the two would share one probability."""
+    same: dict[tuple[int, ...], str] = {}
     for label in labels:
-        text = clean(label)
-        if not text:
+        tokens = tuple(tokenizer.encode(label))
+        if not tokens:
             raise InputError("--labels: one of them is empty")
-        if text in same:
-            raise InputError(f"--labels: {label!r} repeats {same[text]!r}; leave one of them out")
-        same[text] = label
+        if tokens in same:
+            raise InputError(f"--labels: {label!r} repeats {same[tokens]!r}; leave one of them out")
+        same[tokens] = label
 
 
 if __name__ == "__main__":

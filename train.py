@@ -13,9 +13,9 @@ import warnings
 from functools import partial
 from pathlib import Path
 
-from models.errors import InputError, run_script
+from models.errors import run_script
 from models.host import Console, is_terminal, script_settings
-from models.scripts import from_here
+from models.scripts import add_activation, from_here
 from models.weights.registry import MAX_RESOLUTION
 from utils.runs.arguments import fraction, integer, number, path, positive, starting_point, workers
 
@@ -27,13 +27,13 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     # fmt: off
     add("--demo", action="store_true",
-        help="render the demo set and train ViT-demo on it, a few minutes on a CPU")
+        help="render the demo set and train a small model on it, a few minutes on a CPU")
     add("--resume_training", type=starting_point, default="ViT-B/32", metavar="NAME_OR_PATH",
         help="what to start from: a model name (downloaded if need be), a weights file, a run's "
         "weights/checkpoint.pth to continue that run with its own arguments and those given now, "
         "or none to train --model from scratch (default: %(default)s)")
     add("--model", help="architecture to train from scratch, with --resume_training none")
-    add("--activation", choices=["quick_gelu", "gelu"], help="of weights that do not tell it")
+    add_activation(parser)
     add("--log_dir", type=path, default="logs", help="folder for the runs (default: %(default)s)")
     add("--seed", type=integer(0, 2**32 - 1), default=0, help="of random choices (default: 0)")
     add("--debug", action="store_true", help="show the traceback of an error")
@@ -44,9 +44,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--language", choices=["en", "cn"], nargs="+", default=["en"],
         help="captions to train on and to score with; several languages are mixed (default: en)")
     add("--input_shape", type=integer(1, MAX_RESOLUTION), metavar="PIXELS",
-        help="side of the images, for which positions are interpolated (default: the model's own)")
+        help="side of the images (default: the model's own); another one than the weights' "
+        "interpolates the positional embedding")
     add("--captions_per_image", type=integer(1), default=2, metavar="K",
-        help="captions of an image in a step, all right answers, or all it has (default: 2)")
+        help="captions of an image in a step, all of them right answers; where no image has so "
+        "many, as many as there are (default: %(default)s)")
     add("--no_augment", action="store_true",
         help="train on whole images; otherwise a random crop keeps at least 90%% of each")
     add("--check_data", action="store_true",
@@ -68,7 +70,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="peak learning rate, that of the last layers (default: 1e-4; with --lora 1e-3; from "
         "scratch 5e-4)")
     add("--warmup_epochs", type=number(),
-        help="epochs before the rate's peak (default: 1, or a tenth of --epochs if less)")
+        help="epochs in which the rate rises to its peak, before it falls along a cosine "
+        "(default: 1, or a tenth of --epochs if that is less)")
     add("--optimizer_type", choices=["adam", "adamw", "sgd"], default="adamw",
         help="adamw decays weights apart from the gradient, adam and sgd through it; sgd needs a "
         "far higher --lr (default: %(default)s)")
@@ -106,7 +109,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--grad_checkpointing", action="store_true",
         help="less memory, more time: transformers compute their activations twice")
     add("--compile", action="store_true",
-        help="torch.compile both towers (needs Triton or a C++ compiler): slow at first, then fast")
+        help="torch.compile both towers: a slow first step, then faster ones on a GPU; "
+        "needs a C++ compiler on a CPU, Triton on a GPU")
     add("--device", help="cuda, cuda:1, mps (a Mac's GPU) or cpu (default: the first there is)")
     add("--freq", type=integer(1), default=5, metavar="EPOCHS",
         help="keep the weights of every EPOCHS-th epoch (default: %(default)s)")
@@ -133,26 +137,26 @@ def main() -> None:
 
     args, resumed = settle(parser)
     processes, device = join_processes(args.device)
-    prepare(args, processes)
+    sets = prepare(args, device, processes)
 
     model = get_model(args, resumed, device, processes)
-    loader, val_set = get_data(args, model, device, processes)
-    run = open_run(args, resumed, model, loader, val_set)
-    state = get_state(args, resumed, model, device, run)
-    keep = keep_features(model, run, args.keep) if args.keep else None
-    del resumed  # a second copy of the moments
-
-    announce(state, loader, val_set, args.epochs, run.folder)
-    score = partial(evaluate, state.scored, val_set, args.batch_size, loader.num_workers,
-                    state.precision, processes=processes,
-                    captions_per_image=loader.captions_per_image)  # fmt: skip
-    if state.is_at_start and args.resume_training != "none":
-        score_start(state, score)
+    loader = get_loader(args, sets, model, device, processes)
+    run = open_run(args, resumed, model, loader, sets["val"])
+    with run.discarded_on_error():  # before its first step there is nothing to keep
+        state = get_state(args, resumed, model, device, run)
+        keep = keep_features(model, run, args.keep) if args.keep else None
+        del resumed  # a second copy of the moments
+        announce(state, loader, sets, args.epochs, run.folder)
+        score = partial(evaluate, state.scored, sets["val"], args.batch_size, loader.num_workers,
+                        state.precision, processes=processes,
+                        captions_per_image=loader.captions_per_image)  # fmt: skip
+        if state.is_at_start and args.resume_training != "none":
+            score_start(state, score)
+        interrupt = Interrupt()
 
     rate_at = partial(learning_rate, peak=args.lr, total_steps=args.epochs * len(loader),
                       warmup_steps=round(args.warmup_epochs * len(loader)))  # fmt: skip
     exchange = GradientExchange(model, processes)
-    interrupt = Interrupt()
     for epoch in range(len(state.epochs) + 1, args.epochs + 1):
         if args.patience and state.epochs_since_best >= args.patience:
             print(f"no better mean recall in {args.patience} epochs (--patience): training ends")
@@ -176,35 +180,39 @@ def main() -> None:
             trained = progress.summary(state.losses, rate_at(epoch * len(loader) - 1))
         metrics, val_loss = score()
         state.finish_epoch(trained, metrics, val_loss)
-        report_epoch(state, args.epochs, metrics, len(val_set), args.lr)
+        report_epoch(state, args.epochs, metrics, len(sets["val"]), args.lr)
         run.save_epoch(state.scored, state.state_dict(), args.freq)
         if processes.any(interrupt.has_come()):
             raise run.stopped(interrupt)
     interrupt.release()
     run.close(state.scored, state.state_dict())
     if processes.is_first:
-        finish(args, run.folder, loader, val_set, state)
+        finish(args, run.folder, loader, sets, state)
 
 
-def prepare(args: argparse.Namespace, processes) -> None:
-    """Check the arguments, render the demo's images, seed every random choice."""
+def prepare(args: argparse.Namespace, device, processes):
+    """Check the arguments, render the demo's images, seed every random choice; the data by split.
+    Comes before the weights, which may take minutes to download."""
     from flickr8k.render_demo import render_demo
-    from utils.training.settings import check_arguments, wants_demo_set
+    from utils.training.settings import check_arguments, check_model, read_data, wants_demo_set
 
     if wants_demo_set(args):
         with processes.first_ahead():
             render_demo(args.dataset_path, folder_option="--dataset_path")
     check_arguments(args)
+    check_model(args, device, processes)
+    sets = read_data(args, processes)
     warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # a package of pyzjr's uses it
     from pyzjr import SeedEvery
 
     SeedEvery(args.seed)
+    return sets
 
 
 def get_model(args: argparse.Namespace, resumed: dict | None, device, processes):
     """The model to train, on the CPU: from a checkpoint, from weights, or with random weights."""
     from models.clip_utils import create_model, load
-    from utils.training.layer_groups import choose_what_learns, whole_batch_norms
+    from utils.training.layer_groups import trainable
 
     with processes.first_ahead():  # which downloads
         if resumed:
@@ -214,42 +222,32 @@ def get_model(args: argparse.Namespace, resumed: dict | None, device, processes)
         else:
             model, _ = load(args.resume_training, "cpu", input_shape=args.input_shape,
                             activation=args.activation)  # fmt: skip
-    if not resumed:
-        choose_what_learns(model, vars(args))
-    if processes.size > 1 or args.grad_cache:
-        model = whole_batch_norms(model, device, args.grad_cache)
-    return model
+    return trainable(model, args, device, processes)
 
 
-def get_data(args: argparse.Namespace, model, device, processes):
-    """The batches to train on, and the images to score with, as the model takes them."""
-    from utils.data.annotations import shared_images_warning
-    from utils.data.check_images import check_images
-    from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
+def get_loader(args: argparse.Namespace, sets: dict, model, device, processes):
+    """The batches to train on; afterwards all data is as the model takes it."""
+    from utils.data.check_images import check_splits
+    from utils.flickr8k_dataloader import TrainLoader
     from utils.machine.memory import check_images_fit
 
     by_default = 0 if device.type == "cpu" else 4
     num_workers = by_default if args.num_workers is None else args.num_workers
-    data = {"root_dir": args.dataset_path, "language": args.language, "model": model}
-    train_set = Flickr8kDataset(**data, is_train=True)
-    at_once = min(len(train_set), args.batch_size, args.grad_cache or args.batch_size)
+    for dataset in sets.values():
+        dataset.prepare_for(model)
+    at_once = min(args.batch_size, args.grad_cache or args.batch_size)
     check_images_fit(at_once // processes.size, model.visual.input_resolution, device)
-    val_set = Flickr8kDataset(**data, is_train=False)
     if processes.is_first:
-        if warning := shared_images_warning(train_set.image, val_set.image):
-            print(f"warning: {warning}")
-        checked = train_set.image + val_set.image if args.check_data else val_set.image
-        if broken := check_images(checked, num_workers):
-            raise InputError("\n  ".join([f"{len(broken)} images cannot be read:", *broken]))
+        images = {split: dataset.image for split, dataset in sets.items()}
+        check_splits(images, num_workers, train_too=args.check_data)
     if args.cache is not None:
         with processes.first_ahead():  # which decodes
-            for dataset in (train_set, val_set):
-                dataset.cache(args.cache or None, device, num_workers)
-    loader = TrainLoader(
-        train_set, args.batch_size, device, args.seed, num_workers, augment=not args.no_augment,
+            for split in ("train", "val"):
+                sets[split].cache(args.cache or None, device, num_workers)
+    return TrainLoader(
+        sets["train"], args.batch_size, device, args.seed, num_workers, augment=not args.no_augment,
         captions_per_image=args.captions_per_image, strict=args.strict, processes=processes,
     )  # fmt: skip
-    return loader, val_set
 
 
 def open_run(args: argparse.Namespace, resumed: dict | None, model, loader, val_set):
@@ -273,13 +271,14 @@ def open_run(args: argparse.Namespace, resumed: dict | None, model, loader, val_
         run.best_since = resumed["best_since"]
     else:
         run.folder = new_run_folder(args.log_dir, started)
-    write_json(run.folder / "arguments.json", run.arguments)
-    log = Log(run.folder / f"console_{started}.log")
-    sys.stdout = Console(log, colours=is_terminal(sys.stdout))
-    show_config(args=args, color="bold")
-    run.loss_history = Losses(run.folder, model, resumed["rows"] if resumed else [])
-    if args.wise_ft or args.keep:
-        run.keep_start(model, is_new=not resumed)
+    with run.discarded_on_error():
+        write_json(run.folder / "arguments.json", run.arguments)
+        log = Log(run.folder / f"console_{started}.log")
+        sys.stdout = Console(log, colours=is_terminal(sys.stdout))
+        show_config(args=args, color="bold")
+        run.loss_history = Losses(run.folder, model, resumed["rows"] if resumed else [])
+        if args.wise_ft or args.keep:
+            run.keep_start(model, is_new=not resumed)
     return run
 
 
@@ -307,32 +306,34 @@ def get_state(args: argparse.Namespace, resumed: dict | None, model, device, run
     return state
 
 
-def finish(args: argparse.Namespace, folder: Path, loader, val_set, state) -> None:
-    """Score the best epoch, read back from its file, and the weights on the way to it."""
+def finish(args: argparse.Namespace, folder: Path, loader, sets: dict, state) -> None:
+    """Score the best epoch, read back from its file, and the weights on the way to it; then, on the
+    test split, the weights that these scores chose."""
     from models.clip_utils import load
     from utils.metric import evaluate
-    from utils.retrieval.plots import plot_metrics
-    from utils.retrieval.tables import format_table
     from utils.runs.commands import what_to_try
-    from utils.training.progress import compare_with_start
+    from utils.training.progress import compare_with_start, score_best, score_test
     from utils.training.wise_ft import evaluate_path
 
-    best_weights = folder / "weights" / "best_epoch_weights.pth"
-    model, _ = load(best_weights, state.precision.device)
-    score = partial(evaluate, model, val_set, args.batch_size, loader.num_workers, state.precision,
-                    captions_per_image=loader.captions_per_image)  # fmt: skip
-    metrics, _ = score(k_values=range(1, 11))
-    plot_metrics(metrics, folder / "R_mAP.png")
-    print(f"the best epoch:\n{format_table(metrics)}\nplot: {folder / 'R_mAP.png'}")
+    chosen = folder / "weights" / "best_epoch_weights.pth"
+    model, _ = load(chosen, state.precision.device)
+    score = partial(
+        evaluate, model, batch_size=args.batch_size, num_workers=loader.num_workers,
+        precision=state.precision, captions_per_image=loader.captions_per_image,
+    )  # fmt: skip
+    score_best(model, folder, loader, sets["val"], state.precision)
     start_weights = folder / "weights" / "start_weights.pth"
     if args.wise_ft and not start_weights.exists():
         print(f"{start_weights} is missing: no --wise_ft; put it back and run this again")
     elif args.wise_ft:
         start = load(start_weights, "cpu")[0].state_dict()
-        evaluate_path(model, start, args.wise_ft, score, folder)
-        best_weights = folder / "weights" / "wise_ft_weights.pth"
+        evaluate_path(model, start, args.wise_ft, partial(score, sets["val"]), folder)
+        chosen = folder / "weights" / "wise_ft_weights.pth"
+        model.load_state_dict(load(chosen, "cpu")[0].state_dict())
     compare_with_start(state)
-    print(what_to_try(val_set.image[0], best_weights, val_set.text))
+    if "test" in sets:
+        score_test(partial(score, sets["test"], k_values=range(1, 11)), chosen, folder)
+    print(what_to_try(sets["val"].image[0], chosen, sets["val"].text, model))
 
 
 if __name__ == "__main__":

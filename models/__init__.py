@@ -5,7 +5,7 @@ from importlib import import_module
 _HOMES = {  # the module that defines each public name
     "CLIP": "models.clip",
     "build_model": "models.clip",
-    "available_models": "models.clip_utils",
+    "available_models": "models.weights.registry",
     "load": "models.clip_utils",
     "tokenize": "models.clip_utils",
 }

@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.bert import Bert
 from models.device import upload
 from models.errors import InputError
 from models.preprocess import Preprocess
 from models.resnet import ModifiedResNet
-from models.tokens import Tokenizer, clip_tokenizer, token_rows
-from models.transformer import Layout, Transformer
+from models.tokens import Tokenizer, chinese_tokenizer, clip_tokenizer, token_rows
+from models.transformer import BlockStack, Layout, Transformer
 from models.vit import VisionTransformer
 from models.weights.architecture import infer_config, resize_positional_embedding
 from models.weights.checks import check_finite, check_keys
@@ -33,6 +34,16 @@ class CLIP(nn.Module):
         self.config = config
         self.visual = (VisionTransformer if config.is_vit else ModifiedResNet)(config)
         width = config.transformer_width
+        if config.has_bert:
+            self.bert = Bert(config)
+        else:
+            self._add_text_tower(config)
+        self.text_projection = nn.Parameter(torch.empty(width, config.embed_dim))
+        self.logit_scale = nn.Parameter(torch.empty(()))
+
+    def _add_text_tower(self, config: Config) -> None:
+        """CLIP's own. Its modules are the model's, since so are the published names of weights."""
+        width = config.transformer_width
         self.transformer = Transformer(
             width,
             config.transformer_layers,
@@ -46,8 +57,6 @@ class CLIP(nn.Module):
         self.token_embedding = nn.Embedding.from_pretrained(table, freeze=False)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
         self.ln_final = nn.LayerNorm(width)
-        self.text_projection = nn.Parameter(torch.empty(width, config.embed_dim))
-        self.logit_scale = nn.Parameter(torch.empty(()))
 
     @property
     def embed_dim(self) -> int:
@@ -68,7 +77,7 @@ class CLIP(nn.Module):
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the text tower was trained with."""
-        return clip_tokenizer()
+        return chinese_tokenizer() if self.config.has_bert else clip_tokenizer()
 
     @property
     def device(self) -> torch.device:
@@ -94,9 +103,10 @@ class CLIP(nn.Module):
         """Token ids `[n, <=context_length]` of `tokenize` -> features `[n, d]`, not normalised to
         length 1.
 
-        The text tower is pooled at the end-of-text token, which has the largest id in its row
+        CLIP's text tower is pooled at the end-of-text token, which has the largest id in its row
         (Radford et al. 2021, section 2.4). Attention is causal, so the tokens after it cannot
-        change the feature and are left out. The CPU has to know how many remain: keep `tokens`
+        change the feature and are left out. BERT is pooled at the first token, and what is left out
+        are the zeros at the end of a row. The CPU has to know how many tokens remain: keep `tokens`
         on the CPU, so that it does not wait for the GPU. Raises `InputError` for rows that are too
         long.
         """
@@ -104,17 +114,20 @@ class CLIP(nn.Module):
             raise InputError(
                 f"texts of {tokens.shape[1]} tokens; this model reads {self.context_length}"
             )
-        ends = tokens.argmax(dim=1)
+        ends = self._ends(tokens)
         length = int(ends.max()) + 1
         positions = torch.arange(length, device=tokens.device)
         cells = (positions <= ends[:, None]).flatten().nonzero().flatten()
         ids = tokens[:, :length].flatten()[cells]
         pooled = (ends + 1).cumsum(0) - 1
+        if self.config.has_bert:
+            pooled = pooled - ends
         if tokens.device.type == "cpu" and self.device.type == "cuda":
             ids, cells, pooled = (t.pin_memory() for t in (ids, cells, pooled))
         ids, cells, pooled = (upload(t, self.device) for t in (ids, cells, pooled))
 
-        return self._encode_tokens(ids, cells % length, Layout(length, pooled, cells, causal=True))
+        layout = Layout(length, pooled, cells, causal=not self.config.has_bert)
+        return self._encode_tokens(ids, cells % length, layout)
 
     def encode_text_grid(self, tokens: Tensor) -> Tensor:
         """Token ids `[n, <=context_length]` on the model's device -> what `encode_text` gives.
@@ -125,13 +138,25 @@ class CLIP(nn.Module):
         the longest possible one.
         """
         n, length = tokens.shape
-        positions = torch.arange(length, device=tokens.device).repeat(n)
-        starts = torch.arange(n, device=tokens.device) * length
-        layout = Layout(length, pooled=starts + tokens.argmax(dim=1), causal=True)
-        return self._encode_tokens(tokens.flatten(), positions, layout)
+        positions = torch.arange(length, device=tokens.device)
+        starts, ends = torch.arange(n, device=tokens.device) * length, self._ends(tokens)
+        if self.config.has_bert:
+            layout = Layout(length, pooled=starts, filled=positions <= ends[:, None])
+        else:
+            layout = Layout(length, pooled=starts + ends, causal=True)
+        return self._encode_tokens(tokens.flatten(), positions.repeat(n), layout)
+
+    def _ends(self, tokens: Tensor) -> Tensor:
+        """The place `[n]` of the last token in each row `[n, l]`."""
+        if not self.config.has_bert:
+            return tokens.argmax(dim=1)
+        # Where the count of tokens reaches its highest: of equal ones argmax gives the first.
+        return tokens.ne(0).cumsum(dim=1).argmax(dim=1)
 
     def _encode_tokens(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
         """Ids `[t]` of packed tokens and their positions `[t]` in their texts -> `[n, d]`."""
+        if self.config.has_bert:
+            return self.bert(ids, positions, layout) @ self.text_projection
         # F.embedding and not indexing: the gradient of indexing is summed in an order that differs
         # from run to run.
         x = self.token_embedding(ids) + F.embedding(positions, self.positional_embedding)
@@ -158,21 +183,24 @@ class CLIP(nn.Module):
         """Save memory in training: transformers do not keep the activations inside their blocks,
         but compute them again during the backward pass (Chen et al. 2016)."""
         for module in self.modules():
-            if isinstance(module, Transformer):
+            if isinstance(module, BlockStack):
                 module.grad_checkpointing = True
 
     def compile_towers(self) -> None:
         """Compile both towers with `torch.compile`. The text tower is compiled for any number of
         tokens, because that number differs from batch to batch."""
         self.visual.compile()
-        self.transformer.compile(dynamic=True)
+        (self.bert.encoder if self.config.has_bert else self.transformer).compile(dynamic=True)
 
     def initialize(self) -> "CLIP":
         """Draw random weights for training from scratch, and return the model."""
         self.visual.initialize()
-        self.transformer.initialize()
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.positional_embedding, std=0.01)
+        if self.config.has_bert:
+            self.bert.initialize()
+        else:
+            self.transformer.initialize()
+            nn.init.normal_(self.token_embedding.weight, std=0.02)
+            nn.init.normal_(self.positional_embedding, std=0.01)
         nn.init.normal_(self.text_projection, std=self.text_projection.shape[0] ** -0.5)
         nn.init.constant_(self.logit_scale, math.log(1 / 0.07))
         return self

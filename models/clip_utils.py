@@ -1,6 +1,6 @@
 """`load` gives a model with its weights; `tokenize` turns texts into the token ids it takes.
 
-As a script this file downloads weights, or lists the models:
+As a script this file downloads weights, or lists those that have a name:
 
     python models/clip_utils.py --model ViT-B/16
     python models/clip_utils.py --list
@@ -25,20 +25,34 @@ from models.files import check_regular
 from models.preprocess import Preprocess
 from models.scripts import from_here
 from models.tokens import clip_tokenizer, token_rows
+from models.weights import hub
 from models.weights.architecture import check_resolution
-from models.weights.download import download
 from models.weights.registry import (
     CONFIGS,
     CONTEXT_LENGTH,
     SHA256,
-    available_models,
     near_names,
     weights_filename,
-    weights_url,
 )
 from models.weights.sources import read_weights
 
 MODELS_PTH = Path(__file__).with_name("models_pth")
+HELP = """
+examples:
+  python models/clip_utils.py --list
+  python models/clip_utils.py --model ViT-B/16                              OpenAI's name
+  python models/clip_utils.py --model ViT-B-32/laion2b_s34b_b79k            open_clip's name
+  python models/clip_utils.py --model openai/clip-vit-base-patch32          any CLIP on the hub
+  python models/clip_utils.py --model hf-hub:timm/resnet50_clip.openai      as open_clip writes it
+
+All scripts take these names, and download what is missing. What comes from the hub lies in the
+cache of the library huggingface_hub. Its environment variables:
+  HF_HOME             another folder for the cache
+  HF_ENDPOINT         address of a mirror, such as https://<mirror>
+  HF_HUB_DISABLE_XET  1: where a mirror has the small files alone
+  HF_HUB_OFFLINE      1: take what is in the cache, download nothing
+  HF_TOKEN            for repositories that are private or ask for consent
+"""
 
 
 def create_model(name: str, input_shape: int | None = None) -> CLIP:
@@ -59,17 +73,19 @@ def create_model(name: str, input_shape: int | None = None) -> CLIP:
 
 
 def find_weights(name: str | os.PathLike, download_root: str | os.PathLike = MODELS_PTH) -> Path:
-    """The weights that `name` stands for, a file or a folder: the name of a model, or a path. The
-    folder of a run stands for its best weights.
+    """The weights that `name` stands for, a file or a folder: a name, or a path, as `load` has
+    them. The folder of a run stands for its best weights.
 
-    The published weights of a model are downloaded to the folder `download_root` if they are not
-    there yet. Raises `InputError` if `name` is neither, or if the download fails.
+    Weights with a name are downloaded if they are not there yet: OpenAI's to the folder
+    `download_root`, those of the Hugging Face hub to its cache. Raises `InputError` if `name` is
+    neither a name nor a path, or if the download fails.
     """
     if name in SHA256:
-        path = Path(download_root).expanduser() / weights_filename(name)
-        return download(weights_url(name), path, SHA256[name])
+        return hub.fetch_published(name, Path(download_root).expanduser() / weights_filename(name))
     check_name(name)
     path = Path(name).expanduser()
+    if not path.exists():
+        return hub.fetch(str(name))
     best = path / "weights" / "best_epoch_weights.pth"
     if best.is_file():
         return best
@@ -79,14 +95,18 @@ def find_weights(name: str | os.PathLike, download_root: str | os.PathLike = MOD
 
 
 def check_name(name: str | os.PathLike) -> None:
-    """Raise `InputError` for what is neither the name of published weights nor a path."""
-    if name not in SHA256 and not Path(name).expanduser().exists():
-        near = near_names(str(name), CONFIGS)
-        known = ", ".join(available_models())
-        raise InputError(
-            f"{name}: neither a file nor the name of published weights{near}; the names are "
-            f"{known} (ViT-demo has no published weights; to train it: {_train_demo()})"
-        )
+    """Raise `InputError` for what is neither a name of weights nor a path. Whether the hub has a
+    repository of that name is not asked."""
+    if name in SHA256 or Path(name).expanduser().exists() or hub.repository_of(str(name)):
+        return
+    if name in CONFIGS:
+        raise InputError(f"{name}: has no published weights; to train it: {_train(name)}")
+    near = near_names(str(name), [*CONFIGS, *hub.HUB])
+    raise InputError(
+        f"{name}: neither a file nor the name of published weights{near}; the names are "
+        f"{', '.join(SHA256)}, more that python {from_here('models/clip_utils.py')} --list shows, "
+        "and OWNER/NAME of a repository on the Hugging Face hub"
+    )
 
 
 def load(
@@ -98,11 +118,14 @@ def load(
 ) -> tuple[CLIP, Preprocess]:
     """A model with trained weights, in float32 and evaluation mode, and its preprocessing.
 
-    - `name`: the name of a model, such as `"ViT-B/32"`, or the path of weights. That may be a
-      published TorchScript archive, a state dict (.pt, .pth or .safetensors, in float16 or
-      float32), a checkpoint of `train.py` or open_clip, or a folder of open_clip or transformers.
+    - `name`: OpenAI's name of a model, such as `"ViT-B/32"`; open_clip's, such as
+      `"ViT-B-32/laion2b_s34b_b79k"` (`HUB` in models/weights/hub.py); a repository of the Hugging
+      Face hub, such as `"openai/clip-vit-base-patch32"`, with `hf-hub:` before it or without; or
+      the path of weights, which is looked for before the hub. That may be a published TorchScript
+      archive, a state dict (.pt, .pth or .safetensors, in float16 or float32), a checkpoint of
+      `train.py` or open_clip, or a folder of open_clip or transformers.
     - `device`: `pick_device` chooses the default.
-    - `download_root`: the folder for published weights.
+    - `download_root`: the folder for OpenAI's weights.
     - `input_shape`: another image resolution than that of the weights, in pixels.
     - `activation`: `"quick_gelu"` or `"gelu"`, for a state dict without a description beside it.
 
@@ -130,37 +153,48 @@ def tokenize(
 
 
 def list_models(download_root: str | os.PathLike = MODELS_PTH) -> None:
-    """Print a table of the models: name, number of channels of a feature, image resolution in
-    pixels, and where the weights are. That is the file if it has been downloaded, else the web
-    address; for a model without published weights it is the command that trains it."""
-    print(f"{'model':15} {'embed dim':>9} {'resolution':>10}  weights")
-    for name, config in CONFIGS.items():
+    """Print a table of all weights that have a name: what they were trained on, millions of
+    parameters, image resolution in pixels, activation; and below, the place of those that have been
+    downloaded."""
+    row = "{:<38}  {:<19}  {:>12}  {:>6}  {}".format
+    print(row("name", "trained on", "M parameters", "pixels", "activation"))
+    for name in (*SHA256, *hub.HUB):
+        weights = hub.HUB[name] if name in hub.HUB else hub.published_copy(name)
+        print(row(name, weights.trained_on, weights.million_parameters, weights.resolution,
+                  weights.activation))  # fmt: skip
         path = Path(download_root).expanduser() / weights_filename(name)
-        if name not in SHA256:
-            weights = f"none published: {_train_demo()}"
-        else:
-            weights = path if path.exists() else weights_url(name)
-        print(f"{name:15} {config.embed_dim:9} {config.image_resolution:10}  {weights}")
+        if name not in SHA256 or not path.exists():
+            path = hub.cached(weights.repository)
+        if path:
+            print(f"    {path}")
+    for name in (name for name in CONFIGS if name not in SHA256):
+        config = CONFIGS[name]
+        with torch.device("meta"):
+            size = sum(parameter.numel() for parameter in CLIP(config).parameters())
+        print(row(name, "nothing yet", round(size / 1e6, 1), config.image_resolution,
+                  config.activation))  # fmt: skip
+        print(f"    to train it: {_train(name)}")
 
 
-def _train_demo() -> str:
-    return f"python {from_here('train.py')} --resume_training none --model ViT-demo"
+def _train(name: str) -> str:
+    """The command that trains a model from scratch."""
+    return f"python {from_here('train.py')} --resume_training none --model {name}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Download published CLIP weights; a broken-off download is continued."
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Download the weights of a CLIP model and print their place, or list those "
+        "that have a name.",
+        epilog=HELP,
     )
     task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--model", choices=available_models(), help="the model to download")
-    task.add_argument(
-        "--list",
-        action="store_true",
-        help="list the models, each with its weights file, or the address if it is not downloaded",
-    )
-    parser.add_argument(
-        "--download_root", default=MODELS_PTH, help="folder for the files (default: %(default)s)"
-    )
+    task.add_argument("--model", metavar="NAME", help="weights to download: a name of the list, or "
+                      "OWNER/NAME of a repository on the Hugging Face hub")  # fmt: skip
+    task.add_argument("--list", action="store_true", help="list the names, what the weights were "
+                      "trained on, and where those are that have been downloaded")  # fmt: skip
+    parser.add_argument("--download_root", default=MODELS_PTH, metavar="FOLDER",
+                        help="folder for OpenAI's weights (default: %(default)s)")  # fmt: skip
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     if args.list:

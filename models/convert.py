@@ -1,49 +1,198 @@
-"""Write weights in the format of another library, for open_clip or for transformers.
+"""Write weights in another format, for another program or to pass them on.
 
-python models/convert.py logs/<run>/weights/best_epoch_weights.pth my_clip --format transformers
-python models/convert.py ViT-B/32 my_clip --format open_clip
+python models/convert.py logs/<run> my_clip --format transformers
+python models/convert.py ViT-B/32 my_clip.safetensors --format safetensors --half
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 if __name__ == "__main__":  # Python looks for modules in this folder only, not in the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from models.clip import CLIP
 from models.clip_utils import find_weights, read_model
 from models.errors import InputError, run_script
+from models.onnx_export import check_packages, export_onnx, preparation
+from models.scripts import add_activation
 from models.simple_tokenizer import END_OF_TEXT, START_OF_TEXT
 from models.tokens import clip_tokenizer
-from models.weights import open_clip, transformers
+from models.weights import chinese_clip, open_clip, transformers
+from models.weights.checks import listed
+from models.weights.file_kind import one_line
 
-HOW_TO_OPEN = {
-    "open_clip": 'open_clip.create_model_and_transforms("local-dir:{}")',
-    "transformers": 'CLIPModel.from_pretrained("{0}"), CLIPProcessor.from_pretrained("{0}")',
+
+def write_open_clip(model: CLIP, folder: Path, dtype: torch.dtype) -> None:
+    """What `open_clip.create_model_and_transforms("local-dir:FOLDER")` opens. Raises `InputError`
+    for a Chinese-CLIP, which open_clip has not."""
+    if model.config.has_bert:
+        raise InputError("open_clip has no Chinese-CLIP; take --format transformers or cn_clip")
+    folder.mkdir()
+    _write_json(folder / open_clip.CONFIG_FILE, open_clip.to_open_clip(model.config))
+    write_safetensors(model, folder / open_clip.WEIGHTS_FILES[0], dtype)
+
+
+def write_transformers(model: CLIP, folder: Path, dtype: torch.dtype) -> None:
+    """What `CLIPModel.from_pretrained(FOLDER)` and `CLIPProcessor.from_pretrained(FOLDER)` open, or
+    for a Chinese-CLIP `ChineseCLIPModel` and `ChineseCLIPProcessor`. Raises `InputError` for a
+    model with a ResNet, which transformers has not."""
+    library = chinese_clip if model.config.has_bert else transformers
+    config, preprocessor = library.config_to_transformers(model.config)
+    folder.mkdir()
+    dtype_name = str(dtype).removeprefix("torch.")
+    _write_json(folder / transformers.CONFIG_FILE, config | {"torch_dtype": dtype_name})
+    _write_json(folder / transformers.PREPROCESSOR_FILE, preprocessor)
+    weights = library.to_transformers(model.state_dict())
+    _save(weights, folder / "model.safetensors", dtype, {})
+    _write_tokenizer(model, folder)
+
+
+def write_cn_clip(model: CLIP, file: Path, dtype: torch.dtype) -> None:
+    """A file that cn_clip's `load_from_name` opens. Raises `InputError` for any other model than a
+    Chinese-CLIP."""
+    if not model.config.has_bert:
+        raise InputError("cn_clip has no other models than Chinese-CLIPs; take another --format")
+    try:
+        with file.open("wb") as opened:
+            torch.save({"state_dict": _cast(model.state_dict(), dtype)}, opened)
+    except RuntimeError as error:  # torch fails a check of its own on a full disk
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+
+def write_safetensors(model: CLIP, file: Path, dtype: torch.dtype) -> None:
+    """One file with our keys. In its metadata lies the description of the model, which `load` would
+    otherwise look for beside the file."""
+    description = json.dumps(open_clip.to_open_clip(model.config))
+    _save(model.state_dict(), file, dtype, {open_clip.CONFIG_FILE: description})
+
+
+def write_onnx(model: CLIP, folder: Path, dtype: torch.dtype) -> None:
+    """image.onnx and text.onnx; how to prepare their inputs (clip.json), and the tokenizer, which
+    `CLIPTokenizer.from_pretrained(FOLDER)` opens, or `BertTokenizer` for a Chinese-CLIP."""
+    folder.mkdir()
+    export_onnx(model, folder, dtype)
+    _write_json(folder / "clip.json", preparation(model))
+    _write_tokenizer(model, folder)
+
+
+class Format(NamedTuple):
+    """What writes it, what it is for, and what opens it, where `{0}` is its path."""
+
+    write: Callable[[CLIP, Path, torch.dtype], None]
+    purpose: str
+    opened_by: tuple[str, ...]
+
+
+FORMATS = {
+    "open_clip": Format(
+        write_open_clip,
+        "a folder for the library open_clip",
+        ('open_clip.create_model_and_transforms("local-dir:{0}")',),
+    ),
+    "transformers": Format(
+        write_transformers,
+        "a folder for the library transformers, which has no ResNets",
+        (
+            'CLIPModel.from_pretrained("{0}")',
+            'CLIPProcessor.from_pretrained("{0}")',
+            "or, of a Chinese-CLIP, ChineseCLIPModel and ChineseCLIPProcessor",
+        ),
+    ),
+    "cn_clip": Format(
+        write_cn_clip,
+        "a file for the authors' program, of a Chinese-CLIP",
+        (
+            'cn_clip.clip.load_from_name("{0}", vision_model_name=..., text_model_name=..., '
+            "input_resolution=...)",
+        ),
+    ),
+    "safetensors": Format(
+        write_safetensors,
+        "one file to keep or to pass on, which describes its model itself",
+        ('models.load("{0}")',),
+    ),
+    "onnx": Format(
+        write_onnx,
+        "a folder for onnxruntime: programs without PyTorch, in many languages",
+        (
+            'onnxruntime.InferenceSession("{0}/image.onnx").run(None, {{"images": images}})',
+            'onnxruntime.InferenceSession("{0}/text.onnx").run(None, {{"tokens": tokens}})',
+            'CLIPTokenizer.from_pretrained("{0}"), or BertTokenizer for a Chinese-CLIP',
+            "{0}/clip.json tells how to prepare images and tokens",
+        ),
+    ),
 }
 
 
-def write_open_clip(model: CLIP, folder: Path) -> None:
-    """What `open_clip.create_model_and_transforms("local-dir:FOLDER")` opens, in float32."""
-    _write_json(folder / open_clip.CONFIG_FILE, open_clip.to_open_clip(model.config))
-    save_file(_contiguous(model.state_dict()), folder / open_clip.WEIGHTS_FILES[0])
+def convert(model: CLIP, output: Path, to: str, half: bool = False) -> None:
+    """Write a float32 model to `output`, whole or not at all; with floats as float16 if `half`.
+
+    Raises `InputError` if `output` exists, if the format has no such model, if float16 has no such
+    numbers, and if the disk is full.
+    """
+    check_output(output, to)
+    floats = {key: t for key, t in model.state_dict().items() if t.is_floating_point()}
+    too_large = [key for key, t in floats.items() if half and not t.half().isfinite().all()]
+    if too_large:
+        raise InputError(f"float16 ends at 65,504, which {listed(too_large)} exceed; omit --half")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(
+            dir=output.parent, prefix=".unfinished.", ignore_cleanup_errors=True
+        ) as staging:
+            written = Path(staging) / "output"
+            FORMATS[to].write(model, written, torch.float16 if half else torch.float32)
+            written.rename(output)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{output}: cannot be written ({one_line(error)}), and nothing of it is left; make "
+            "room, or name another place"
+        ) from error
 
 
-def write_transformers(model: CLIP, folder: Path) -> None:
-    """What `CLIPModel.from_pretrained(FOLDER)` and `CLIPProcessor.from_pretrained(FOLDER)` open, in
-    float32. Raises `InputError` for a model with a ResNet, which transformers has not."""
-    config, preprocessor = transformers.config_to_transformers(model.config)
-    _write_json(folder / transformers.CONFIG_FILE, config)
-    _write_json(folder / transformers.PREPROCESSOR_FILE, preprocessor)
-    weights = transformers.to_transformers(model.state_dict())
-    save_file(_contiguous(weights), folder / "model.safetensors", metadata={"format": "pt"})
+def check_output(output: Path, to: str) -> None:
+    """Raise `InputError` if `output` exists, or is no name for this format."""
+    if output.exists():
+        raise InputError(f"{output}: exists already; name a new file or folder")
+    if to == "safetensors" and output.suffix != ".safetensors":
+        raise InputError(f"{output}: a single file; name it {output.name}.safetensors")
+    if to == "onnx":
+        check_packages()
+
+
+def _save(
+    weights: dict[str, Tensor], file: Path, dtype: torch.dtype, metadata: dict[str, str]
+) -> None:
+    file.touch()
+    mode = file.stat().st_mode  # safetensors lets nobody but the owner read
+    save_file(_cast(weights, dtype), file, metadata={"format": "pt"} | metadata)
+    file.chmod(mode)
+
+
+def _cast(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {
+        key: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+        for key, tensor in weights.items()
+    }
+
+
+def _write_tokenizer(model: CLIP, folder: Path) -> None:
+    if model.config.has_bert:
+        vocabulary = "".join(f"{token}\n" for token in model.tokenizer.decoder)
+        (folder / "vocab.txt").write_bytes(vocabulary.encode())
+        settings = {"tokenizer_class": "BertTokenizer", "model_max_length": model.context_length}
+        _write_json(folder / "tokenizer_config.json", settings)
+        return
     bpe = clip_tokenizer()
     _write_json(folder / "vocab.json", bpe.encoder)
     merges = (" ".join(merge) for merge in bpe.priorities)
@@ -55,44 +204,38 @@ def write_transformers(model: CLIP, folder: Path) -> None:
     _write_json(folder / "special_tokens_map.json", special)
 
 
-WRITERS = {"open_clip": write_open_clip, "transformers": write_transformers}
-
-
-def convert(model: CLIP, output: Path, to: str) -> None:
-    """Write the folder `output`, whole or not at all. Raises `InputError` if it exists already, and
-    for a model that the format has not."""
-    if output.exists():
-        raise InputError(f"{output}: exists already; name a new folder")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=output.parent, prefix=".unfinished.") as staging:
-        folder = Path(staging) / "folder"
-        folder.mkdir()
-        WRITERS[to](model, folder)
-        folder.rename(output)
-
-
-def _contiguous(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: tensor.contiguous() for key, tensor in weights.items()}
-
-
 def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def description(name: str, path: object) -> str:
+    """Lines on a format: what is at `path`, and what opens it in Python."""
+    each = FORMATS[name]
+    lines = [f"  {name}: {each.purpose}", *(f"    {line}" for line in each.opened_by)]
+    return "\n".join(lines).format(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog="\n".join(
+            ["formats, and what opens them in Python:", *(description(f, "OUT") for f in FORMATS)]
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("weights", metavar="WEIGHTS", help="weights file or folder, or a model name")
-    add("output", type=Path, metavar="OUT", help="folder to write; it must not exist yet")
-    add("--format", choices=list(WRITERS), required=True, help="whose program is to open it")
-    add("--activation", choices=["quick_gelu", "gelu"], help="of weights that do not tell it")
+    add("weights", metavar="WEIGHTS", help="weights file or folder, a run, or a model name")
+    add("output", type=Path, metavar="OUT", help="what to write; it must not exist yet")
+    add("--format", choices=list(FORMATS), required=True, help="see below")
+    add("--half", action="store_true", help="float16: half the size; features agree to 3 digits")
+    add_activation(parser)
     add("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
+    output = args.output.expanduser()
+    check_output(output, args.format)
     model = read_model(find_weights(args.weights), args.activation)
-    convert(model, args.output.expanduser(), args.format)
-    print(f"written to {args.output}; open it with {HOW_TO_OPEN[args.format].format(args.output)}")
+    convert(model, output, args.format, args.half)
+    print(f"written to {output}\n{description(args.format, output.as_posix())}")
 
 
 if __name__ == "__main__":

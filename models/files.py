@@ -30,3 +30,18 @@ def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
     check_regular(path)
     check_size(path, path.stat().st_size, largest)
     return path.read_bytes()
+
+
+def read_lines(path: Path, kind: str) -> list[str]:
+    """The lines of a UTF-8 text file that has one `kind`, such as "caption", on each; without blank
+    ones and the white space around them. Raises `InputError` if there are none."""
+    try:
+        text = read_bytes(path).decode("utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; write one {kind} a line") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise InputError(f"{path}: no {kind}s in it; write one on each line")
+    return lines

@@ -15,10 +15,15 @@ MAX_QUOTED = 60  # characters of a text that an error message quotes
 
 
 class Tokenizer(Protocol):
-    """What a model's tokenizer has: the ids of the special tokens around a text, and `encode`."""
+    """What a model's tokenizer has: the ids of the special tokens around a text, and `encode`.
+
+    `fragments` are the ids of the tokens that do not end a word (CLIP's) or start one (WordPiece),
+    and of the token for what is unknown: few of them show that it was made for such texts.
+    """
 
     start_of_text: int
     end_of_text: int
+    fragments: list[int]
 
     def encode(self, text: str) -> list[int]:
         """The token ids of `text`, without start-of-text and end-of-text token."""
@@ -28,6 +33,14 @@ class Tokenizer(Protocol):
 def clip_tokenizer() -> SimpleTokenizer:
     """CLIP's own tokenizer. It is read from its file once, on the first call."""
     return SimpleTokenizer()
+
+
+@lru_cache
+def chinese_tokenizer() -> Tokenizer:
+    """The tokenizer of the Chinese-CLIP models, which alone need its library."""
+    from models.wordpiece import WordPieceTokenizer
+
+    return WordPieceTokenizer()
 
 
 def token_rows(

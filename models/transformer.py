@@ -24,6 +24,7 @@ class Layout(NamedTuple):
     pooled: Tensor  # [n] row of the token whose feature stands for its sequence
     cells: Tensor | None = None  # [t] number of the cell that holds each token
     causal: bool = False  # a token attends only to itself and to the tokens before it
+    filled: Tensor | None = None  # bool [n, length]: which cells hold no padding, if some do
 
     def grid(self, x: Tensor) -> Tensor:
         """`[t, c]` -> `[n, length, c]`, with zeros after the end of a sequence."""
@@ -39,6 +40,8 @@ class Layout(NamedTuple):
             cells = self.pooled if self.cells is None else self.cells[self.pooled]
             positions = torch.arange(self.length, device=cells.device)
             return (positions <= cells[:, None] % self.length)[:, None, None]
+        if self.filled is not None:
+            return self.filled[:, None, None]
         if self.cells is None:
             return None
         n = len(self.pooled)
@@ -130,15 +133,30 @@ class ResidualAttentionBlock(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class Transformer(nn.Module):
-    """A stack of blocks. Its output is the pooled token of each sequence, so the last block
+class BlockStack(nn.Module):
+    """A stack of `blocks`. Its output is the pooled token of each sequence, so the last block
     computes the other tokens' keys and values only, not their outputs."""
+
+    # Gradient checkpointing (Chen et al. 2016): keep only the input of a block, and compute the
+    # block again during the backward pass.
+    grad_checkpointing = False
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """`[t, w]` -> `[n, w]`: the output of the pooled tokens."""
+        *blocks, last = self.blocks
+        for block in blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = recompute(block, x, layout, use_reentrant=False)
+            else:
+                x = block(x, layout)
+        return last.forward_pooled(x, layout)
+
+
+class Transformer(BlockStack):
+    """The blocks of CLIP's towers."""
 
     def __init__(self, width: int, layers: int, heads: int, mlp_width: int, activation: str):
         super().__init__()
-        # Gradient checkpointing (Chen et al. 2016): keep only the input of a block, and compute
-        # the block again during the backward pass.
-        self.grad_checkpointing = False
         self.resblocks = nn.Sequential(
             *(
                 ResidualAttentionBlock(width, heads, mlp_width, ACTIVATIONS[activation]())
@@ -146,15 +164,9 @@ class Transformer(nn.Module):
             )
         )
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """`[t, w]` -> `[n, w]`: the output of the pooled tokens."""
-        *blocks, last = self.resblocks
-        for block in blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = recompute(block, x, layout, use_reentrant=False)
-            else:
-                x = block(x, layout)
-        return last.forward_pooled(x, layout)
+    @property
+    def blocks(self) -> nn.Sequential:
+        return self.resblocks
 
     def initialize(self) -> None:
         """Draw random weights as for GPT-2 (Radford et al. 2019, section 2.3): layers whose output

@@ -5,19 +5,22 @@ import torch
 import torch.nn.functional as F
 
 
+def ranking(row, right):
+    """All items, the most similar first; among equals, what is not `right` comes first."""
+    return sorted(range(len(row)), key=lambda item: (-row[item], item in right))
+
+
 def by_definition(scores, truth, k_values):
     """R@K, mAP@K and ranks of one direction, as the docstring of `compute_metrics` defines them.
 
-    Each query's row is sorted, what is no ground truth first among equals; then the list is walked
-    down.
+    Each query's row is sorted; then the list is walked down.
     """
     recalls = {k: [] for k in k_values}
     precisions = {k: [] for k in k_values}
     ranks = []
     for query, row in enumerate(np.asarray(scores)):
         right = set(np.atleast_1d(truth[query]).tolist())
-        ranking = sorted(range(len(row)), key=lambda item: (-row[item], item in right))
-        hits = [item in right for item in ranking]
+        hits = [item in right for item in ranking(row, right)]
         ranks.append(hits.index(True) + 1)
         for k in k_values:
             recalls[k].append(any(hits[:k]))

@@ -1,12 +1,31 @@
-"""The CLIP models of open_clip and transformers, to compare ours with, given the same weights."""
+"""The CLIP models of open_clip, transformers and cn_clip, to compare ours with, given the same
+weights."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import open_clip
+import pytest
 import torch
+from open_clip.model import set_model_preprocess_cfg
+from open_clip.push_to_hf_hub import save_for_hf
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel
+from transformers import (
+    ChineseCLIPConfig,
+    ChineseCLIPModel,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+)
 
+from models.tokens import clip_tokenizer
+from models.weights.config import Config
 from models.weights.registry import CONFIGS
 
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)  # of the small models' images
 TEXT = {"context_length": 77, "vocab_size": 49408}
 
 
@@ -113,3 +132,138 @@ def to_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             module, kind = part.rsplit(".", 1)
             renamed[f"{layer}{parts[module]}.{kind}"] = tensor
     return renamed
+
+
+def small_open_clip(
+    quick_gelu: bool = False,
+    width: int = 128,
+    head_width: int = 64,
+    layers: int | list[int] = 2,
+    context: int = 77,
+) -> tuple[nn.Module, dict]:
+    """(model, its description): random weights, and a ViT or, with a list of layers, a ResNet."""
+    vision = {"image_size": 64, "layers": layers, "width": width, "head_width": head_width}
+    text = {"context_length": context, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}
+    description = {"embed_dim": 48, "vision_cfg": vision | {"patch_size": 16}, "text_cfg": text}
+    description |= {"quick_gelu": True} if quick_gelu else {}
+    model = open_clip.model.CLIP(**description)
+    preprocess = {"mean": MEAN, "std": STD, "interpolation": "bilinear", "resize_mode": "squash"}
+    set_model_preprocess_cfg(model, preprocess)
+    return _enlarged(model), description
+
+
+def small_transformers(
+    activation: str = "quick_gelu", width: int = 128, heads: int = 2, eos: int = 49407
+) -> CLIPModel:
+    """With random weights. `eos` is the id of the end of a text, or 2, by which transformers means
+    the largest id."""
+    text = {"hidden_size": 64, "intermediate_size": 200, "num_attention_heads": 1,
+            "num_hidden_layers": 2, "vocab_size": 49408, "eos_token_id": eos}  # fmt: skip
+    vision = {"hidden_size": width, "intermediate_size": 500, "num_attention_heads": heads,
+              "num_hidden_layers": 2, "image_size": 64, "patch_size": 16}  # fmt: skip
+    act = {"hidden_act": activation}
+    config = CLIPConfig(text_config=text | act, vision_config=vision | act, projection_dim=48)
+    return _enlarged(CLIPModel(config))
+
+
+def save_open_clip(model: nn.Module, description: dict, folder: Path) -> None:
+    """As open_clip saves a model for a hub: both files of weights, and the description."""
+    no_tokenizer = SimpleNamespace(save_pretrained=lambda folder: None)
+    save_for_hf(model, no_tokenizer, description, folder)
+
+
+def save_transformers(
+    model: CLIPModel, folder: Path, processor: bool = True, **options: object
+) -> None:
+    """With a processor, whose images are in processor_config.json, or with the settings of images
+    alone, in preprocessor_config.json."""
+    model.save_pretrained(folder, **options)
+    images = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size=64, image_mean=list(MEAN),
+                                image_std=list(STD), resample=2)  # fmt: skip
+    if not processor:
+        images.save_pretrained(folder)
+        return
+    bpe = clip_tokenizer()
+    (folder / "vocab.json").write_text(json.dumps(bpe.encoder))
+    merges = "\n".join(["#version: 0.2", *map(" ".join, bpe.priorities)])
+    (folder / "merges.txt").write_text(merges, "utf-8")
+    CLIPProcessor(images, CLIPTokenizer.from_pretrained(folder)).save_pretrained(folder)
+
+
+@torch.no_grad()
+def their_features(model: nn.Module, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Of images and of texts, by a model of any of the libraries, or by ours."""
+    if not isinstance(model, CLIPModel):
+        return model.encode_image(images), model.encode_text(tokens)
+    found = model.get_image_features(images), model.get_text_features(tokens)
+    return tuple(getattr(one, "pooler_output", one) for one in found)
+
+
+def _enlarged(model: nn.Module) -> nn.Module:
+    """With activations where GELU and QuickGELU are far apart, and no bias that is zero."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "c_fc.weight" in key or "fc1.weight" in key:
+                parameter.copy_(torch.randn_like(parameter) * (3 / parameter.shape[1] ** 0.5))
+            elif parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            elif parameter.ndim:
+                parameter.copy_(torch.randn_like(parameter) / parameter[0].numel() ** 0.5)
+    return model.eval()
+
+
+def chinese_clip_model(config: Config) -> ChineseCLIPModel:
+    """transformers' Chinese-CLIP of this description, with a ViT, random weights and no dropout."""
+    vision = {
+        "hidden_size": config.vision_width,
+        "intermediate_size": config.vision_mlp_width,
+        "num_attention_heads": config.vision_heads,
+        "num_hidden_layers": config.vision_layers,
+        "image_size": config.image_resolution,
+        "patch_size": config.vision_patch_size,
+        "hidden_act": config.activation,
+    }
+    text = {
+        "hidden_size": config.transformer_width,
+        "intermediate_size": config.transformer_mlp_width,
+        "num_attention_heads": config.transformer_heads,
+        "num_hidden_layers": config.transformer_layers,
+        "max_position_embeddings": config.text_positions,
+        "vocab_size": config.vocab_size,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    torch.manual_seed(0)
+    model = ChineseCLIPModel(
+        ChineseCLIPConfig(text_config=text, vision_config=vision, projection_dim=config.embed_dim)
+    )
+    disturb(model)
+    return model.eval()
+
+
+def cn_clip_model(config: Config, weights: dict[str, Tensor]) -> nn.Module:
+    """cn_clip's model of this description with these weights, without dropout; the test is skipped
+    if cn_clip is not installed."""
+    module = pytest.importorskip("cn_clip.clip.model", reason="needs cn_clip")
+    model = module.CLIP(
+        embed_dim=config.embed_dim,
+        image_resolution=config.image_resolution,
+        vision_layers=config.vision_layers,
+        vision_width=config.vision_width,
+        vision_patch_size=config.vision_patch_size,
+        vision_head_width=config.vision_head_width,
+        vocab_size=config.vocab_size,
+        text_attention_probs_dropout_prob=0.0,
+        text_hidden_act="gelu",
+        text_hidden_dropout_prob=0.0,
+        text_hidden_size=config.transformer_width,
+        text_initializer_range=0.02,
+        text_intermediate_size=config.transformer_mlp_width,
+        text_max_position_embeddings=config.text_positions,
+        text_num_attention_heads=config.transformer_heads,
+        text_num_hidden_layers=config.transformer_layers,
+        text_type_vocab_size=2,
+    )
+    model.load_state_dict(weights)
+    return model.eval()

@@ -23,23 +23,24 @@ from models.errors import InputError
 from models.preprocess import Preprocess, open_image
 from models.tokens import clip_tokenizer, token_rows
 from models.weights.registry import CONTEXT_LENGTH
-from utils.data.annotations import caption_file, read_annotations
+from utils.data.annotations import SPLITS, caption_file, read_annotations
 from utils.data.augment import crop, draw_crops
-from utils.data.image_cache import cached_pixels, gather, on_device_if_small
+from utils.data.image_cache import decode_once, gather
 from utils.data.image_reading import Loaded, read_batches, substitutes
 from utils.machine.processes import ALONE, Processes
 
-BUILD_BATCH = 32  # images decoded at a time for the cache
-
 
 class Flickr8kDataset(Dataset):
-    """Images and their captions, from `{language}_train.json` or `{language}_val.json` (or .jsonl,
-    .csv, .tsv) in `root_dir`. With several languages an image has its captions in all of them.
+    """Images and their captions, from `{language}_{split}.json` (or .jsonl, .csv, .tsv) in
+    `root_dir`. With several languages an image has its captions in all of them.
+
+    `split` is "train", "val" or "test"; without it, `is_train` chooses between the first two, and
+    training is the default. Both together have to agree.
 
     `dataset[i]` is (image, captions). The image is uint8 pixels `[3, target_shape, target_shape]`,
     resized and cropped as CLIP does it, or what `transform` makes of the PIL image; the captions
-    are strings. With a `model`, images and captions are prepared as it takes them. Raises
-    `InputError` for caption files that cannot be used and for missing images.
+    are strings. With a `model`, images and captions are prepared as it takes them (`prepare_for`).
+    Raises `InputError` for caption files that cannot be used and for missing images.
 
     Captions that are the same to the tokenizer are one text, which is right for every image that
     has it; with `plain_protocol` a caption is right for its own image alone.
@@ -56,17 +57,20 @@ class Flickr8kDataset(Dataset):
         root_dir: str | os.PathLike,
         target_shape: int = 224,
         language: str | Sequence[str] = "en",
-        is_train: bool = True,
+        is_train: bool | None = None,
         transform: Callable[[Image.Image], Tensor] | None = None,
         plain_protocol: bool = False,
         model: CLIP | None = None,
+        split: str | None = None,
     ):
         root = Path(root_dir).expanduser()
         self.root = root
-        self.split = "train" if is_train else "val"
-        self.preprocess = model.preprocess if model else Preprocess(target_shape)
-        self.tokenizer = model.tokenizer if model else clip_tokenizer()
-        self.context_length = model.context_length if model else CONTEXT_LENGTH
+        self.split = _split(split, is_train)
+        self.preprocess = Preprocess(target_shape)
+        self.tokenizer = clip_tokenizer()
+        self.context_length = CONTEXT_LENGTH
+        if model:
+            self.prepare_for(model)
         self.transform = transform
         self.plain_protocol = plain_protocol
         self.cached: Tensor | None = None
@@ -93,6 +97,13 @@ class Flickr8kDataset(Dataset):
         if self.transform is not None:
             return self.transform(image), captions
         return self.preprocess.pixels(image), captions
+
+    def prepare_for(self, model: CLIP) -> None:
+        """Prepare images and captions as `model` takes them, from now on: call it before either is
+        used."""
+        self.preprocess = model.preprocess
+        self.tokenizer = model.tokenizer
+        self.context_length = model.context_length
 
     @cached_property
     def tokens(self) -> Tensor:
@@ -136,27 +147,24 @@ class Flickr8kDataset(Dataset):
         num_workers: int = 0,
     ) -> None:
         """Decode all images into a file in `folder` (by default `.cache` in `root_dir`), which all
-        runs share, and have `image_batches` read the pixels from there. They are kept on the device
+        runs share, and have `batches` read the pixels from there. They are kept on the device
         if they take at most a quarter of its free memory. Raises `InputError` if the file cannot be
         written.
         """
         if self.transform is not None:
             raise InputError("the cache keeps what CLIP makes of the images: it takes no transform")
-        root = self.root.resolve()
-        folder = root / ".cache" if folder is None else Path(folder).expanduser()
-        batches = [rows.tolist() for rows in torch.arange(len(self)).split(BUILD_BATCH)]
-        decoded, unreadable = cached_pixels(
-            folder / f"{root.name}_{self.split}_{self.preprocess.side}.pixels",
-            self.root,
-            self.image,
-            self.preprocess,
-            (
-                (loaded.images, loaded.problems)
-                for loaded in read_batches(self, batches, num_workers, substitute=True)
-            ),
-        )
-        self.unreadable = {row: self._problem(row) for row in unreadable}
-        self.cached = on_device_if_small(decoded, torch.device(device))
+        name = f"{self.root.resolve().name}_{self.split}"
+        self.cached, self.unreadable = decode_once(self, name, folder, device, num_workers)
+
+    def batches(self, batches: list[list[int]], num_workers: int) -> Iterator[Tensor]:
+        """Batches of images, `[n, 3, r, r]`, for lists of image indices. Raises `InputError` for an
+        image that cannot be read."""
+        if self.cached is None:
+            yield from (loaded.images for loaded in read_batches(self, batches, num_workers))
+            return
+        for problem in self.unreadable.values():
+            raise InputError(problem)
+        yield from gather(self.cached, batches)
 
     def fingerprint(self) -> str:
         """A digest of the images' names, the captions and their order. It stays the same when the
@@ -172,39 +180,38 @@ class Flickr8kDataset(Dataset):
         lengths = (len(self.tokenizer.encode(self.text[i])) + 2 for i in full)
         return sum(length > self.context_length for length in lengths)
 
+    def share_of_fragments(self) -> float:
+        """The share of the captions' tokens that are parts of words, or unknown."""
+        tokens = self.tokens[self.tokens > 0]  # without the zeros that fill up rows
+        fragments = torch.tensor(self.tokenizer.fragments, dtype=tokens.dtype)
+        of_words = len(tokens) - 2 * len(self.text)  # without those of start and end
+        return torch.isin(tokens, fragments).sum().item() / max(1, of_words)
+
     def count_shared_captions(self) -> int:
         """How many captions are right for several images."""
         return sum(isinstance(images, list) for images in self.txt_to_img.values())
-
-    def _problem(self, row: int) -> str:
-        try:
-            self[row]
-        except InputError as error:
-            return str(error)
-        return f"{self.image[row]}: could not be read when the cache was written"
 
     def _check_images_exist(self) -> None:
         """Refuse a set with missing images. While training, others take their place, but some image
         must be there."""
         missing = [image for image in self.image if not Path(image).is_file()]
-        if missing and (self.split == "val" or len(missing) == len(self.image)):
+        if missing and (self.split != "train" or len(missing) == len(self.image)):
             raise InputError(
                 f"{self.root}: {len(missing)} of the {len(self.image)} {self.split} images are "
                 f"missing, the first is {missing[0]}; put them there or remove their entries"
             )
 
 
-def image_batches(
-    dataset: Flickr8kDataset, batches: list[list[int]], num_workers: int
-) -> Iterator[Tensor]:
-    """Batches of images, `[n, 3, r, r]`, for lists of image indices. Raises `InputError` for an
-    image that cannot be read."""
-    if dataset.cached is None:
-        yield from (loaded.images for loaded in read_batches(dataset, batches, num_workers))
-        return
-    for problem in dataset.unreadable.values():
-        raise InputError(problem)
-    yield from gather(dataset.cached, batches)
+def _split(split: str | None, is_train: bool | None) -> str:
+    """The split that the arguments of a data set choose. Raises `InputError` if they contradict
+    each other."""
+    if split is None:
+        return "train" if is_train is None or is_train else "val"
+    if split not in SPLITS:
+        raise InputError(f"split {split!r:.60}: no split; those are {', '.join(SPLITS)}")
+    if is_train is not None and bool(is_train) != (split == "train"):
+        raise InputError(f"split {split!r} and is_train={is_train}: give one of them")
+    return split
 
 
 class Batch(NamedTuple):
@@ -212,7 +219,7 @@ class Batch(NamedTuple):
 
     images  `[n, 3, r, r]` on the device, uint8
     crops   `[n, 3]` of `draw_crops`, or None for whole images
-    tokens  `[n * k, 77]` on the CPU, image by image
+    tokens  `[n * k, context_length]` on the CPU, image by image
     texts   `[n, m]` on the CPU, for `contrastive_loss`: `text_ids` of an image's captions, first
             of those k; or None, if no two texts are equal
     """
@@ -239,6 +246,18 @@ class Batch(NamedTuple):
         return images if self.crops is None else crop(images, self.crops)
 
 
+def check_batch_size(batch_size: int, images: int, processes: Processes) -> None:
+    """Raise `InputError` for a batch that so many training images do not fill, or that has nothing
+    for some process."""
+    if images < batch_size:
+        raise InputError(
+            f"--batch_size {batch_size} is more than the {images} training images: give "
+            f"--batch_size {images} or less"
+        )
+    if batch_size < processes.size:
+        raise InputError(f"--batch_size {batch_size} is less than the {processes.size} processes")
+
+
 class TrainLoader:
     """Shuffled batches of images, each with `captions_per_image` of its captions, drawn anew in
     every epoch; if no image has so many, as many as the richest has. Random choices follow from the
@@ -261,15 +280,7 @@ class TrainLoader:
         strict: bool = False,
         processes: Processes = ALONE,
     ):
-        if len(dataset) < batch_size:
-            raise InputError(
-                f"--batch_size {batch_size} is more than the {len(dataset)} training images: give "
-                f"--batch_size {len(dataset)} or less"
-            )
-        if batch_size < processes.size:
-            raise InputError(
-                f"--batch_size {batch_size} is less than the {processes.size} processes"
-            )
+        check_batch_size(batch_size, len(dataset), processes)
         self.dataset = dataset
         self.batch_size = batch_size
         self.device = device

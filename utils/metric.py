@@ -1,13 +1,14 @@
 """Retrieval scores: Recall@K, mAP@K and ranks, images to texts and texts to images.
 
-As a script, it scores a weights file on the validation set:
+As a script, it scores weights on validation or test images:
 
-    python utils/metric.py --weights logs/<run>/weights/best_epoch_weights.pth
+    python utils/metric.py                        the newest run, on its own data
+    python utils/metric.py --weights ViT-B/32 --dataset_path flickr8k --split test
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Integral
 from pathlib import Path
 
@@ -20,20 +21,30 @@ from torch import Tensor
 
 from models.clip import CLIP
 from models.errors import InputError, run_script
-from models.scripts import from_here
+from models.scripts import add_activation, from_here
 from utils.data.annotations import caption_file, missing_annotations
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.loss import contrastive_loss
 from utils.machine.memory import explained
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE, Processes
-from utils.retrieval.encode import encode_images, encode_texts
+from utils.retrieval.encode import encode_set
+from utils.retrieval.gallery import write_report
 from utils.retrieval.plots import plot_metrics
+from utils.retrieval.ranking import RowsOf, blocks, ground_truth, rows_both_ways
 from utils.retrieval.tables import K_VALUES, Metrics, format_table
-from utils.runs.arguments import TrainedOn, integer, name_or_path, path, trained_on, workers
+from utils.runs.arguments import (
+    TrainedOn,
+    integer,
+    name_or_path,
+    newest_weights,
+    path,
+    run_folder,
+    trained_on,
+    workers,
+)
 from utils.runs.checkpoint import write_json
 
-BLOCK_BYTES = 2**26  # of the scores that are in memory at once
 MANY_TRUTHS = 8  # of a query; for more, sorting its scores is faster than a pass for each
 
 
@@ -86,18 +97,12 @@ def retrieval_metrics(
 ) -> Metrics:
     """`compute_metrics` of the similarities between features `[images, d]` and `[texts, d]`, which
     are computed block by block, so that memory does not grow with their number."""
-    if 4 * len(image_features) * len(text_features) <= BLOCK_BYTES:
-        scores = image_features @ text_features.T
-        return compute_metrics(scores, img2txt, scores.T, txt2img, k_values)
     images, texts = len(image_features), len(text_features)
     k_values = _positive_integers(k_values)
+    rows_of = rows_both_ways(image_features, text_features)
     return {
-        "i2t": _score(
-            lambda rows: image_features[rows] @ text_features.T, images, texts, img2txt, k_values
-        ),
-        "t2i": _score(
-            lambda rows: text_features[rows] @ image_features.T, texts, images, txt2img, k_values
-        ),
+        "i2t": _score(rows_of["i2t"], images, texts, img2txt, k_values),
+        "t2i": _score(rows_of["t2i"], texts, images, txt2img, k_values),
     }
 
 
@@ -115,46 +120,16 @@ def _positive_integers(k_values: Iterable[int]) -> tuple[int, ...]:
 
 
 def _score(
-    scores_of: Callable[[slice], Tensor],
+    rows_of: RowsOf,
     queries: int,
     gallery: int,
     truth: Mapping[int, int | list[int]],
     k_values: tuple[int, ...],
 ) -> dict[str, float]:
-    """The metrics of one direction; `scores_of(rows)` computes these rows of the scores."""
-    columns = _ground_truth(truth, queries, gallery)
-    positions = [_positions(scores_of(rows), columns[rows]) for rows in _blocks(queries, gallery)]
+    """The metrics of one direction; `rows_of(rows)` gives these rows of the scores."""
+    columns = ground_truth(truth, queries, gallery)
+    positions = [_positions(rows_of(rows), columns[rows]) for rows in blocks(queries, gallery)]
     return _summarize(torch.cat(positions), k_values)
-
-
-def _blocks(queries: int, gallery: int) -> Iterator[slice]:
-    rows = max(1, BLOCK_BYTES // (4 * gallery))
-    return (slice(start, start + rows) for start in range(0, queries, rows))
-
-
-def _ground_truth(truth: Mapping[int, int | list[int]], queries: int, gallery: int) -> Tensor:
-    """Gallery indices `[queries, most]` of each query's ground truths, -1 where there are fewer."""
-    if not queries or not gallery:
-        raise InputError(f"nothing to score: {queries} queries, {gallery} to rank")
-    if len(truth) > queries:
-        raise InputError(f"ground truth of {len(truth)} queries, where {queries} have scores")
-    lists = [np.atleast_1d(truth.get(query, [])) for query in range(queries)]
-    counts = np.array([len(indices) for indices in lists])
-    if not counts.all():
-        raise InputError(f"query {int(counts.argmin())} has no ground truth")
-    flat = np.concatenate(lists)
-    if flat.dtype.kind not in "iu":
-        raise InputError(f"ground truths should be integers, not {flat.dtype}")
-    outside = flat[(flat < 0) | (flat >= gallery)]
-    if len(outside):
-        raise InputError(f"ground truth {outside[0]} is not among the {gallery} that are ranked")
-    padded = np.full((queries, counts.max()), -1, dtype=np.int64)
-    padded[np.arange(counts.max()) < counts[:, None]] = flat
-    ordered = np.sort(padded, axis=1)
-    twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(axis=1)
-    if twice.any():
-        raise InputError(f"query {int(twice.argmax())} has the same ground truth twice")
-    return torch.from_numpy(padded)
 
 
 def _positions(scores: Tensor, columns: Tensor) -> Tensor:
@@ -219,21 +194,17 @@ def evaluate(
     be compared with the training loss for the same two numbers, up to what the last batch, with
     fewer wrong answers, makes it smaller; a set smaller than `batch_size` is such a batch.
     """
-    with precision.autocast():
-        image_features = encode_images(model, dataset, batch_size, num_workers, processes)
-        text_features = encode_texts(model, dataset.tokens, processes=processes)
+    features = encode_set(model, dataset, batch_size, num_workers, precision, processes=processes)
     if not processes.is_first:
         return processes.from_first(None)
-    metrics = retrieval_metrics(
-        image_features, text_features, dataset.img_to_txt, dataset.txt_to_img, k_values
-    )
+    metrics = retrieval_metrics(*features, dataset.img_to_txt, dataset.txt_to_img, k_values)
     own = dataset.own_captions.values()
     width = max(captions_per_image, *map(len, own))
     captions = torch.tensor([[c[i % len(c)] for i in range(width)] for c in own])
     loss = 0.0
     for rows in torch.arange(len(dataset)).split(batch_size):
-        texts = text_features[captions[rows, :captions_per_image].flatten()]
-        of_batch = contrastive_loss(image_features[rows], texts, model.logit_scale,
+        texts = features.texts[captions[rows, :captions_per_image].flatten()]
+        of_batch = contrastive_loss(features.images[rows], texts, model.logit_scale,
                                     texts=dataset.text_ids[captions[rows]])  # fmt: skip
         loss += of_batch.item() * len(rows) / len(dataset)
     return processes.from_first((metrics, loss))
@@ -241,13 +212,13 @@ def evaluate(
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Score a CLIP on the validation set: Recall@K and mAP@K in both directions."
+        description="Score a CLIP on captioned images: Recall@K and mAP@K in both directions."
     )
     parser.add_argument(
         "--weights",
         type=name_or_path,
-        required=True,
-        help="weights file, or a name like ViT-B/32",
+        help="weights file, or a name like ViT-B/32 (default: the newest logs/*/weights/"
+        "best_epoch_weights.pth here, else beside the scripts)",
     )
     parser.add_argument(
         "--dataset_path",
@@ -262,8 +233,9 @@ def main() -> None:
         help="of the captions, one or both (default: those of the weights' run, else en)",
     )
     parser.add_argument(
-        "--activation", choices=["quick_gelu", "gelu"], help="of weights that do not tell it"
+        "--split", choices=["val", "test"], default="val", help="images to score (default: val)"
     )
+    add_activation(parser)
     parser.add_argument("--batch_size", type=integer(1), default=64, help="images at a time")
     parser.add_argument("--num_workers", type=workers, default=0, help="processes that read images")
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first there is)")
@@ -271,7 +243,18 @@ def main() -> None:
         "--json", type=path, metavar="FILE", help="write the metrics, K from 1 to 10"
     )
     parser.add_argument(
-        "--plot", type=path, metavar="FILE", help="write the plot of both against K, e.g. R_mAP.png"
+        "--plot",
+        type=path,
+        metavar="FILE",
+        help="write the plot of both against K, e.g. R_mAP.png (default: R_mAP_<split>.png in the "
+        "newest run, if --weights is left out)",
+    )
+    parser.add_argument(
+        "--report",
+        type=path,
+        metavar="FILE",
+        help="write a page to look at: scores, curves, and what was found for each query, e.g. "
+        "report.html",
     )
     parser.add_argument(
         "--plain_protocol",
@@ -282,44 +265,47 @@ def main() -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
 
-    from models.clip_utils import find_weights, load
+    from models.clip_utils import check_name, load
 
-    weights = find_weights(args.weights)
-    dataset_path, languages = data_to_score_on(args)
-    model, _ = load(weights, args.device, activation=args.activation)
+    weights = args.weights or newest_weights()
+    check_name(weights)
+    dataset_path, languages = data_to_score_on(args, weights)
     dataset = Flickr8kDataset(
-        dataset_path,
-        language=languages,
-        is_train=False,
-        plain_protocol=args.plain_protocol,
-        model=model,
+        dataset_path, language=languages, plain_protocol=args.plain_protocol, split=args.split
     )
+    model, _ = load(weights, args.device, activation=args.activation)
+    dataset.prepare_for(model)
     precision = Precision(model.device, use_amp=False)
-    metrics, _ = evaluate(
-        model, dataset, args.batch_size, args.num_workers, precision, k_values=range(1, 11)
-    )
-    print(f"{len(dataset)} images, {len(dataset.text)} captions (percent; ranks from 1)")
+    features = encode_set(model, dataset, args.batch_size, args.num_workers, precision)
+    metrics = retrieval_metrics(*features, dataset.img_to_txt, dataset.txt_to_img, range(1, 11))
+    print(f"{weights}: {len(dataset)} images, {len(dataset.text)} captions (percent; ranks from 1)")
     if shared := dataset.count_shared_captions():
         print(f"{shared} of the captions belong to several images, each a right answer "
               "(--plain_protocol: its own image alone)")  # fmt: skip
-    print(format_table(metrics))
+    print(format_table(metrics, args.split))
     if args.json:
         write_json(args.json, metrics)
         print(f"metrics written to {args.json}")
-    if args.plot:
-        plot_metrics(metrics, args.plot)
-        print(f"plot written to {args.plot}")
+    plot = args.plot
+    if not args.weights:
+        plot = plot or run_folder(weights) / f"R_mAP_{args.split}.png"
+    if plot:
+        plot_metrics(metrics, plot)
+        print(f"plot written to {plot}")
+    if args.report:
+        write_report(args.report, weights, dataset, features, metrics)
+        print(f"report written to {args.report}: open it in a browser")
 
 
-def data_to_score_on(args: argparse.Namespace) -> TrainedOn:
+def data_to_score_on(args: argparse.Namespace, weights: str | Path) -> TrainedOn:
     """The data that the command line names, or else that the weights were trained on. Raises
-    `InputError` if its validation captions are missing."""
-    run = None if args.dataset_path and args.language else trained_on(args.weights)
+    `InputError` if the captions of the split are missing."""
+    run = None if args.dataset_path and args.language else trained_on(weights)
     run = run or TrainedOn(from_here("flickr8k"), ["en"])
     dataset_path = args.dataset_path or run.dataset_path
     languages = list(dict.fromkeys(args.language or run.languages))
     for language in languages:
-        missing = missing_annotations(caption_file(dataset_path, language, "val"))
+        missing = missing_annotations(caption_file(dataset_path, language, args.split))
         if missing:
             raise InputError(
                 f"{missing}; name the data to score on with --dataset_path and --language"

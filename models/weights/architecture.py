@@ -9,17 +9,19 @@ from torch import Tensor
 from models.errors import InputError
 from models.weights.checks import listed
 from models.weights.config import Config, check_config
-from models.weights.registry import MAX_RESOLUTION
+from models.weights.registry import CHINESE_CONTEXT_LENGTH, MAX_RESOLUTION
 
-HEAD_WIDTH = 64  # of the attention heads in the published models
+HEAD_WIDTH = 64  # of the attention heads in most published models
+HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}  # in open_clip's ViT-H, g, bigG and e
 RESNET_STRIDE = 32  # pixels of an image to a position: a ResNet halves the image five times
 
 
 def infer_config(state_dict: dict[str, Tensor]) -> Config:
     """The description of a model that these weights fit. What their shapes do not tell is as in the
     published models. Raises `InputError` if they are not the weights of a CLIP model."""
+    has_bert = any(key.startswith("bert.") for key in state_dict)
     try:
-        text_width = state_dict["ln_final.weight"].shape[0]
+        text_tower = (_bert if has_bert else _clip_text_tower)(state_dict)
         is_resnet = any(key.startswith("visual.layer1.") for key in state_dict)
         if is_resnet:
             positions = state_dict["visual.attnpool.positional_embedding"].shape[0] - 1
@@ -38,22 +40,19 @@ def infer_config(state_dict: dict[str, Tensor]) -> Config:
             vision_width=vision_width,
             vision_patch_size=patch_size,
             vision_mlp_width=None if is_resnet else _mlp_width(state_dict, "visual.transformer"),
-            transformer_width=text_width,
-            transformer_mlp_width=_mlp_width(state_dict, "transformer"),
-            transformer_heads=text_width // HEAD_WIDTH,
-            transformer_layers=count_blocks(state_dict, "transformer.resblocks"),
-            context_length=state_dict["positional_embedding"].shape[0],
-            vocab_size=state_dict["token_embedding.weight"].shape[0],
+            vision_head_width=HEAD_WIDTH if is_resnet else _head_width(vision_width),
+            **text_tower,
         )
     except KeyError as error:
         raise InputError(_not_clip(f"{error} is missing", state_dict)) from None
     except (IndexError, ValueError):
         raise InputError(_not_clip("its shapes are different", state_dict)) from None
-    for name in ("transformer_width", "vision_width")[: 1 if is_resnet else 2]:
-        if getattr(config, name) % HEAD_WIDTH:
+    heads = {"transformer_width": HEAD_WIDTH, "vision_width": config.vision_head_width}
+    for name, head_width in heads.items():
+        if getattr(config, name) % head_width and not (is_resnet and name == "vision_width"):
             reason = (
-                f"its {name} {getattr(config, name)} is no multiple of {HEAD_WIDTH}, "
-                "the width of an attention head"
+                f"its {name} {getattr(config, name)} is no multiple of {head_width}, the width of "
+                "an attention head where no description lies beside it"
             )
             raise InputError(_not_clip(reason, state_dict))
     if math.isqrt(positions) ** 2 != positions:
@@ -66,11 +65,41 @@ def infer_config(state_dict: dict[str, Tensor]) -> Config:
     return config
 
 
+def _clip_text_tower(state_dict: dict[str, Tensor]) -> dict[str, int]:
+    """The fields of `Config` on CLIP's own text tower."""
+    width = state_dict["ln_final.weight"].shape[0]
+    return {
+        "transformer_width": width,
+        "transformer_mlp_width": _mlp_width(state_dict, "transformer"),
+        "transformer_heads": width // HEAD_WIDTH,
+        "transformer_layers": count_blocks(state_dict, "transformer.resblocks"),
+        "context_length": state_dict["positional_embedding"].shape[0],
+        "vocab_size": state_dict["token_embedding.weight"].shape[0],
+    }
+
+
+def _bert(state_dict: dict[str, Tensor]) -> dict[str, int | str]:
+    """The fields of `Config` on the text tower of a Chinese-CLIP, and what goes with it."""
+    vocabulary, width = state_dict["bert.embeddings.word_embeddings.weight"].shape
+    positions = state_dict["bert.embeddings.position_embeddings.weight"].shape[0]
+    return {
+        "text_tower": "bert",
+        "text_positions": positions,
+        "transformer_width": width,
+        "transformer_mlp_width": len(state_dict["bert.encoder.layer.0.intermediate.dense.bias"]),
+        "transformer_heads": width // HEAD_WIDTH,
+        "transformer_layers": count_blocks(state_dict, "bert.encoder.layer"),
+        "context_length": min(CHINESE_CONTEXT_LENGTH, positions),
+        "vocab_size": vocabulary,
+        "resize_mode": "squash",
+    }
+
+
 def _not_clip(reason: str, state_dict: dict[str, Tensor]) -> str:
     """The message for weights that no CLIP model has."""
     towers = {
         "image": any(key.startswith("visual.") for key in state_dict),
-        "text": any(key.startswith("transformer.") for key in state_dict),
+        "text": any(key.startswith(("transformer.", "bert.")) for key in state_dict),
     }
     if sum(towers.values()) == 1:
         missing = next(tower for tower, is_there in towers.items() if not is_there)
@@ -86,6 +115,11 @@ def _mlp_width(state_dict: dict[str, Tensor], tower: str) -> int:
     start, end = f"{tower}.resblocks.", ".mlp.c_fc.bias"
     biases = (t for key, t in state_dict.items() if key.startswith(start) and key.endswith(end))
     return len(next(biases, ()))
+
+
+def _head_width(vision_width: int) -> int:
+    """The width of a ViT's attention heads in the published model of this width."""
+    return HEAD_WIDTHS.get(vision_width, HEAD_WIDTH)
 
 
 def count_blocks(state_dict: dict[str, Tensor], prefix: str) -> int:

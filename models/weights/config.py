@@ -1,17 +1,21 @@
 """The description of a model: its sizes, its activation, and how its images are prepared."""
 
 import math
-from dataclasses import asdict, dataclass
+import reprlib
+from dataclasses import dataclass
 from typing import Literal
 
 from models.errors import InputError
 
 MAX_BLOCKS = 500  # of a tower, or of a ResNet's stage; the largest published model has 56
 MAX_SIZE = 10**6  # of a width, a resolution, a vocabulary, a context
+VOCABULARY = 49408  # tokens that CLIP's tokenizer knows; the last is the end-of-text token
+CHINESE_VOCABULARY = 21128  # tokens of BERT's Chinese vocabulary
 CHOICES = {
     "activation": ("quick_gelu", "gelu"),
     "interpolation": ("bicubic", "bilinear"),
     "resize_mode": ("shortest", "squash"),
+    "text_tower": ("clip", "bert"),
 }
 
 Colour = tuple[float, float, float]  # red, green and blue, from 0 to 1
@@ -30,6 +34,10 @@ class Config:
     `..._mlp_width` that of the hidden layer of an MLP, which a ResNet has none of. The defaults are
     those of the published models (Radford et al. 2021, tables 19 and 20).
 
+    `text_tower` is CLIP's own or BERT, as in Chinese-CLIP (Yang et al. 2022), whose activation is
+    always GELU: `activation` is then that of the image tower. BERT has embeddings for
+    `text_positions` tokens, of which a text uses the first `context_length`.
+
     Images are resized with `interpolation`: in `resize_mode` "shortest" until their short side fits
     and the square in the centre is cut out; in "squash", both sides until they fit. Then `mean` is
     subtracted from each channel (red, green and blue from 0 to 1), and it is divided by `std`.
@@ -46,9 +54,11 @@ class Config:
     transformer_heads: int
     transformer_layers: int
     context_length: int = 77
-    vocab_size: int = 49408
+    vocab_size: int = VOCABULARY
     vision_head_width: int = 64
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    text_tower: Literal["clip", "bert"] = "clip"
+    text_positions: int | None = None
     mean: Colour = OPENAI_MEAN
     std: Colour = OPENAI_STD
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
@@ -58,6 +68,11 @@ class Config:
     def is_vit(self) -> bool:
         """Whether the image tower is a Vision Transformer, not a ResNet."""
         return self.vision_patch_size is not None
+
+    @property
+    def has_bert(self) -> bool:
+        """Whether the text tower is BERT, not CLIP's own."""
+        return self.text_tower == "bert"
 
     @property
     def vision_heads(self) -> int:
@@ -70,13 +85,15 @@ class Config:
 def check_config(config: Config) -> None:
     """Raise `InputError` for fields of a wrong type, and for sizes that no model can have, before
     building one could take very long or fail."""
-    for name, value in asdict(config).items():
+    absent = set() if config.is_vit else {"vision_patch_size", "vision_mlp_width"}
+    absent |= set() if config.has_bert else {"text_positions"}
+    for name, value in vars(config).items():  # not asdict: it copies what may be nested deep
         if name in ("mean", "std"):
             fits = isinstance(value, tuple) and len(value) == 3 and all(map(_is_finite, value))
         elif name in CHOICES:
             fits = value in CHOICES[name]
         elif value is None:
-            fits = name in ("vision_patch_size", "vision_mlp_width") and not config.is_vit
+            fits = name in absent
         elif name == "vision_layers" and not config.is_vit:
             fits = isinstance(value, tuple) and len(value) == 4 and all(map(_is_depth, value))
         elif name.endswith("layers"):
@@ -84,13 +101,21 @@ def check_config(config: Config) -> None:
         else:
             fits = type(value) is int and 0 < value <= MAX_SIZE
         if not fits:
-            raise InputError(f"its {name} would be {value!r:.60}")
+            raise InputError(f"its {name} would be {quoted(value)}")
+    if config.has_bert and config.context_length > config.text_positions:
+        raise InputError(f"its context_length {config.context_length} is more than the "
+                         f"{config.text_positions} positions of its text tower")  # fmt: skip
     towers = [("transformer_width", config.transformer_heads, config.transformer_width)]
     if config.is_vit:
         towers.append(("vision_width", config.vision_heads, config.vision_width))
     for name, heads, width in towers:
         if heads == 0 or width % heads:
             raise InputError(f"its {name} {width} is no multiple of its {heads} attention heads")
+
+
+def quoted(value: object) -> str:
+    """An untrusted value for an error message: on one line, and cut if it is long or nested."""
+    return "".join(c if c.isprintable() else " " for c in reprlib.repr(value)[:60])
 
 
 def _is_finite(number: object) -> bool:

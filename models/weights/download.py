@@ -6,8 +6,7 @@ Beside the file `NAME` there may lie:
 - `NAME.sha256` (or `.md5`): a record that the digest was right, for a file of that size and time.
   While those stay the same, the file is not read through again: this notices a file that was
   replaced or edited, not a disk that decays. `sha256sum -c` reads the record too.
-- `NAME.lock`: locked by the process that writes the part, so that no other does. The system frees
-  the lock when that process ends, however it ends. The empty file may stay, and hinders no one.
+- `NAME.lock`: locked by the process that writes the part, so that no other does (`models.locks`).
 """
 
 import hashlib
@@ -21,9 +20,8 @@ from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from filelock import FileLock, Timeout
-
 from models.errors import InputError
+from models.locks import lock
 from models.progress_bar import progress_bar
 from models.weights.file_kind import describe, one_line
 
@@ -33,6 +31,10 @@ CHUNK = 1 << 16  # bytes
 TIMEOUT = 30  # seconds without a byte
 BACK_OFF = (1, 2, 4)  # seconds before each further attempt; from the first again after new bytes
 PASSING = {408, 429, 500, 502, 503, 504}  # HTTP statuses worth another attempt
+
+
+class Unavailable(InputError):
+    """The address does not give the file: nothing answers there, or the answer is a refusal."""
 
 
 class _Interrupted(Exception):
@@ -52,7 +54,8 @@ def download(url: str, path: str | os.PathLike, digest: str) -> Path:
     """The file at `path`, downloaded from `url` unless it is there, never with a wrong digest.
 
     `digest`: 32 hexadecimal digits are an MD5, 64 a SHA-256. A file put there by hand is checked
-    too. Raises `InputError` if the file cannot be had, cannot be saved, or is another one.
+    too. Raises `Unavailable` if the address does not give the file, and another `InputError` if it
+    cannot be saved, or is another one.
     """
     if not url.startswith(WEB):
         raise InputError(f"{url}: not an http or https address")
@@ -118,7 +121,7 @@ def _receive_all(url: str, path: Path, part: Path) -> None:
             most, waits = _size(part), iter(BACK_OFF)
         wait = next(waits, None)
         if wait is None:
-            raise InputError(f"{url}: {reason}; try again later, or {_by_hand(path)}")
+            raise Unavailable(f"{url}: {reason}; try again later, or {_by_hand(path)}")
         print(f"{path.name}: {reason}; another attempt in {wait} s", file=sys.stderr)
         time.sleep(wait)
 
@@ -157,7 +160,7 @@ def _open(url: str, path: Path, offset: int) -> HTTPResponse | None:
             raise _Interrupted(one_line(error)) from error
         reason = one_line(error)  # the server's words
         where = f" (at {error.url})" if error.url != url else ""
-        raise InputError(
+        raise Unavailable(
             f"{url}: {reason}{where}; look whether it has moved, or {_by_hand(path)}"
         ) from error
     except (OSError, HTTPException) as error:
@@ -175,12 +178,9 @@ def _chunks(response: HTTPResponse) -> Iterator[bytes]:
 
 def _lock(path: Path) -> AbstractContextManager:
     """The lock on the download to `path`, once no other process holds it."""
-    lock = FileLock(_beside(path, "lock"))
+    waiting = f"{path.name}: waiting for another process to download it"
     try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        print(f"{path.name}: waiting for another process to download it", file=sys.stderr)
-        return lock.acquire()
+        return lock(_beside(path, "lock"), waiting)
     except (OSError, NotImplementedError):
         # A file system without locks: two processes at once end in a wrong digest. A folder that
         # cannot be written to shows when the part is.

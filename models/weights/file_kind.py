@@ -1,9 +1,16 @@
 """What a file is, in particular one that should have been another, in words that fit on a line."""
 
+import re
 import zipfile
 from pathlib import Path
 
 from models.errors import InputError
+
+OTHER_PROGRAMS = {  # how their files start
+    re.compile(rb"GGUF"): "a GGUF file (llama.cpp's)",
+    re.compile(rb"\x89HDF\r\n"): "an HDF5 file (of Keras and TensorFlow)",
+    re.compile(rb"\x08[\x01-\x1f][\x12\x1a\x3a]"): "an ONNX model",
+}
 
 
 def one_line(text: object) -> str:
@@ -19,6 +26,9 @@ def describe(path: Path) -> str:
         start = file.read(256)
     if start.startswith(b"PK\3\4") and _names_in_archive(path) is None:
         return f"an archive cut short at {size}"
+    for pattern, program in OTHER_PROGRAMS.items():
+        if pattern.match(start):
+            return f"{program} of {size}"
     start = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if not start:
         return f"an empty file of {size}"
@@ -45,7 +55,9 @@ def weights_format(path: Path) -> str:
         return "zip"
     if start.startswith(b"\x80"):
         return "legacy"
-    raise InputError(f"{describe(path)}, not weights; download it anew")
+    raise InputError(
+        f"{describe(path)}, not weights; download it anew, as .safetensors, .bin, .pt or .pth"
+    )
 
 
 def is_torchscript(path: Path) -> bool:

@@ -1,10 +1,14 @@
-"""open_clip's description of a model, open_clip_config.json, and ours. The keys are the same."""
+"""open_clip's description of a model, open_clip_config.json, and ours. The keys are the same.
+
+For a model with BERT, which open_clip has not in this form, the description has two fields of our
+own in `text_cfg`: `tower` and `positions`.
+"""
 
 import math
 from typing import Any
 
 from models.errors import InputError
-from models.weights.config import Config, check_config
+from models.weights.config import MAX_SIZE, VOCABULARY, Config, check_config, quoted
 from models.weights.file_kind import one_line
 
 CONFIG_FILE = "open_clip_config.json"
@@ -22,11 +26,13 @@ VISION = {
 }
 TEXT = {
     "context_length": 77,
-    "vocab_size": 49408,
+    "vocab_size": VOCABULARY,
     "width": 512,
     "heads": 8,
     "layers": 12,
     "mlp_ratio": 4.0,
+    "tower": "clip",
+    "positions": None,
 }
 # Fields that change nothing about a model that is loaded, or that say what ours does anyway.
 NEUTRAL = {
@@ -62,13 +68,15 @@ def from_open_clip(content: dict[str, Any]) -> Config:
             vision_width=vision["width"],
             vision_patch_size=None if is_resnet else vision["patch_size"],
             vision_head_width=vision["head_width"],
-            vision_mlp_width=None if is_resnet else int(vision["width"] * vision["mlp_ratio"]),
+            vision_mlp_width=None if is_resnet else _mlp_width(vision),
             transformer_width=text["width"],
-            transformer_mlp_width=int(text["width"] * text["mlp_ratio"]),
+            transformer_mlp_width=_mlp_width(text),
             transformer_heads=text["heads"],
             transformer_layers=text["layers"],
             context_length=text["context_length"],
             vocab_size=text["vocab_size"],
+            text_tower=text["tower"],
+            text_positions=text["positions"],
             activation="quick_gelu" if model.get("quick_gelu") else "gelu",
             **{k: _plain(preprocess[k]) for k in known if k in preprocess},
         )
@@ -93,6 +101,7 @@ def to_open_clip(config: Config) -> dict[str, Any]:
     }
     if config.is_vit:
         vision["mlp_ratio"] = _ratio(config.vision_mlp_width, config.vision_width)
+    own = {"tower": config.text_tower, "positions": config.text_positions}
     return {
         "model_cfg": {
             "embed_dim": config.embed_dim,
@@ -105,6 +114,7 @@ def to_open_clip(config: Config) -> dict[str, Any]:
                 "heads": config.transformer_heads,
                 "layers": config.transformer_layers,
                 "mlp_ratio": _ratio(config.transformer_mlp_width, config.transformer_width),
+                **(own if config.has_bert else {}),
             },
         },
         "preprocess_cfg": {
@@ -123,8 +133,8 @@ def _tower(model: dict[str, Any], name: str, fields: dict[str, Any]) -> dict[str
         if field in fields or value in UNUSED or (field in NEUTRAL and _is_neutral(field, value)):
             continue
         raise InputError(
-            f'its {name} has "{field}": {value!r:.60}, which no tower here has; take a model with '
-            "its own ViT or ResNet and its own text tower, such as ViT-B-32"
+            f"its {name} has {quoted(field)}: {quoted(value)}, which no tower here has; take a "
+            "model with its own ViT or ResNet and its own text tower, such as ViT-B-32"
         )
     return fields | {field: value for field, value in tower.items() if field in fields}
 
@@ -137,11 +147,21 @@ def _is_neutral(field: str, value: object) -> bool:
     return NEUTRAL[field] is None or value in NEUTRAL[field]
 
 
-def _side(image_size: int | list[int]) -> int:
-    sides = set(image_size) if isinstance(image_size, list) else {image_size}
-    if len(sides) != 1:
-        raise InputError(f"it takes images of {image_size} pixels, and only square ones work here")
-    return sides.pop()
+def _side(image_size: Any) -> Any:
+    if not isinstance(image_size, list):
+        return image_size
+    if not all(type(side) is int for side in image_size) or len(set(image_size)) != 1:
+        sides = quoted(image_size)
+        raise InputError(f"it takes images of {sides} pixels; only square ones work here")
+    return image_size[0]
+
+
+def _mlp_width(tower: dict[str, Any]) -> int:
+    """Raises `InputError` for what are no numbers, since Python multiplies texts and lists, too."""
+    for field in ("width", "mlp_ratio"):
+        if not isinstance(tower[field], int | float) or not 0 < tower[field] <= MAX_SIZE:
+            raise InputError(f"its {field} would be {quoted(tower[field])}")
+    return int(tower["width"] * tower["mlp_ratio"])
 
 
 def _ratio(mlp_width: int, width: int) -> float:

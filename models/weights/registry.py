@@ -4,10 +4,11 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import replace
 
-from models.weights.config import Config
+from models.weights.config import CHINESE_VOCABULARY, Config
 
 BASE_URL = "https://openaipublic.azureedge.net/clip/models"
 CONTEXT_LENGTH = 77  # tokens
+CHINESE_CONTEXT_LENGTH = 52  # tokens of a text in the training of Chinese-CLIP
 MAX_RESOLUTION = 10_000  # pixels: 100 million an image
 
 SHA256 = {  # of the published weights files, in hexadecimal
@@ -56,9 +57,19 @@ CONFIGS = {
     "ViT-B/16": _config(512, 224, 12, 768, 16, 512),
     "ViT-L/14": _config(768, 224, 24, 1024, 14, 768),
     "ViT-L/14@336px": _config(768, 336, 24, 1024, 14, 768),
-    # This project's own: it trains on a CPU in minutes. It has no published weights.
+    # This project's own: it trains on a CPU in minutes, as cn-demo does. They have no published
+    # weights.
     "ViT-demo": replace(_config(256, 64, 3, 192, 16, 128), transformer_layers=3),
 }
+# The same with BERT as text tower, for Chinese.
+CONFIGS["cn-demo"] = replace(
+    CONFIGS["ViT-demo"],
+    text_tower="bert",
+    vocab_size=CHINESE_VOCABULARY,
+    context_length=CHINESE_CONTEXT_LENGTH,
+    text_positions=CHINESE_CONTEXT_LENGTH,
+    resize_mode="squash",  # as in Chinese-CLIP
+)
 
 
 def available_models() -> list[str]:

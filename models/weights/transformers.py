@@ -8,11 +8,32 @@ import torch
 from torch import Tensor
 
 from models.errors import InputError
-from models.weights.config import Config, check_config
+from models.weights.config import MAX_SIZE, VOCABULARY, Config, check_config, quoted
 from models.weights.file_kind import one_line
 
 CONFIG_FILE = "config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
+PROCESSOR_FILE = "processor_config.json"  # has the same as "image_processor", which counts more
+# Names that every CLIPModel has, and those with one of its towers or similar ones.
+MARKS = {"text_model.final_layer_norm.weight", "vision_model.post_layernorm.weight"}
+# What a config.json leaves out has these values, which are those of ViT-B/32.
+TEXT = {
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 12,
+    "max_position_embeddings": 77,
+    "vocab_size": VOCABULARY,
+}
+VISION = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "image_size": 224,
+    "patch_size": 32,
+}
+ENDS = (VOCABULARY - 1, 2)  # eos_token_id: of the end of a text, which also was written as 2
 INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 TOWERS = {"text_model": "", "vision_model": "visual."}
@@ -40,8 +61,8 @@ PROJECTIONS = {
 
 
 def is_transformers(names: Iterable[str]) -> bool:
-    """Whether these are names of weights of a `CLIPModel`."""
-    return "visual_projection.weight" in set(names)
+    """Whether these are names of weights of a `CLIPModel`, a part of one, or a similar model."""
+    return not MARKS.isdisjoint(names)
 
 
 def from_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -63,7 +84,9 @@ def from_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             ours[_our_name(name)] = tensor
     for key, parts in thirds.items():
         if parts.keys() != set("qkv"):
-            raise InputError(f"{key}: of query, key and value only {', '.join(sorted(parts))}")
+            raise InputError(
+                f"{key}: of query, key and value only {', '.join(sorted(parts))}; download it anew"
+            )
         ours[key] = torch.cat([parts[part] for part in "qkv"])
     return ours
 
@@ -89,38 +112,26 @@ def config_from_transformers(content: dict[str, Any], preprocessor: dict[str, An
     its preprocessor_config.json, or empty. Raises `InputError` that names what our models lack."""
     try:
         if content.get("model_type") != "clip":
-            raise InputError(f"it describes a {content.get('model_type')!r:.40}, not a CLIPModel")
-        # transformers leaves out what has its default value, which is that of ViT-B/32.
-        text = {
-            "hidden_size": 512,
-            "intermediate_size": 2048,
-            "num_attention_heads": 8,
-        } | content.get("text_config", {})
-        vision = content.get("vision_config", {})
-        acts = {tower.get("hidden_act", "quick_gelu") for tower in (text, vision)}
-        if len(acts) > 1 or not acts <= {"gelu", "quick_gelu"}:
-            found = " and ".join(sorted(acts))
-            raise InputError(f"its hidden_act is {found}; gelu or quick_gelu work")
-        for name, tower in (("text_config", text), ("vision_config", vision)):
-            if tower.get("layer_norm_eps", 1e-5) != 1e-5:
-                raise InputError(f"its {name} has another layer_norm_eps than 1e-5")
-        width = vision.get("hidden_size", 768)
+            raise InputError(
+                f"its model_type is {quoted(content.get('model_type'))}, not 'clip'; take a whole "
+                "CLIPModel, such as openai/clip-vit-base-patch32"
+            )
+        text = tower(content, "text_config", TEXT)
+        image = image_tower(content, preprocessor)
+        if text.get("hidden_act", "quick_gelu") != image["activation"]:
+            raise InputError("its towers have another hidden_act each; one for both works")
+        check_epsilon(text, "text_config", 1e-5)
+        if text.get("eos_token_id", ENDS[0]) not in ENDS:
+            found = quoted(text["eos_token_id"])
+            raise InputError(f"its eos_token_id is {found}; {ENDS[0]} works, as in published CLIPs")
         config = Config(
-            embed_dim=content.get("projection_dim", 512),
-            image_resolution=vision.get("image_size", 224),
-            vision_layers=vision.get("num_hidden_layers", 12),
-            vision_width=width,
-            vision_patch_size=vision.get("patch_size", 32),
-            vision_mlp_width=vision.get("intermediate_size", 3072),
-            vision_head_width=width // vision.get("num_attention_heads", 12),
             transformer_width=text["hidden_size"],
             transformer_mlp_width=text["intermediate_size"],
             transformer_heads=text["num_attention_heads"],
-            transformer_layers=text.get("num_hidden_layers", 12),
-            context_length=text.get("max_position_embeddings", 77),
-            vocab_size=text.get("vocab_size", 49408),
-            activation=acts.pop(),
-            **_preprocessing(preprocessor),
+            transformer_layers=text["num_hidden_layers"],
+            context_length=text["max_position_embeddings"],
+            vocab_size=text["vocab_size"],
+            **image,
         )
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
@@ -130,11 +141,37 @@ def config_from_transformers(content: dict[str, Any], preprocessor: dict[str, An
     return config
 
 
+def image_tower(content: dict[str, Any], preprocessor: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `Config` on images, of a `CLIPModel` or another with the same image tower."""
+    vision = tower(content, "vision_config", VISION)
+    activation = vision.get("hidden_act", "quick_gelu")
+    if activation not in ("gelu", "quick_gelu"):
+        raise InputError(f"its hidden_act is {quoted(activation)}; gelu or quick_gelu work")
+    check_epsilon(vision, "vision_config", 1e-5)
+    return {
+        "embed_dim": content.get("projection_dim", 512),
+        "image_resolution": vision["image_size"],
+        "vision_layers": vision["num_hidden_layers"],
+        "vision_width": vision["hidden_size"],
+        "vision_patch_size": vision["patch_size"],
+        "vision_mlp_width": vision["intermediate_size"],
+        "vision_head_width": vision["hidden_size"] // vision["num_attention_heads"],
+        "activation": activation,
+        **_preprocessing(preprocessor),
+    }
+
+
+def check_epsilon(tower: dict[str, Any], name: str, epsilon: float) -> None:
+    """Raise `InputError` for norms with another epsilon than ours."""
+    found = tower.get("layer_norm_eps", epsilon)
+    if found != epsilon:
+        raise InputError(f"its {name} has layer_norm_eps {quoted(found)}; only {epsilon:g} works")
+
+
 def config_to_transformers(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
     """The content of config.json and of preprocessor_config.json for a model with a ViT. Raises
     `InputError` for a ResNet, which transformers has not."""
-    if not config.is_vit:
-        raise InputError("transformers has no CLIP with a ResNet; take --format open_clip")
+    vision, preprocessor = image_tower_to_transformers(config)
     text = {
         "hidden_size": config.transformer_width,
         "intermediate_size": config.transformer_mlp_width,
@@ -144,10 +181,26 @@ def config_to_transformers(config: Config) -> tuple[dict[str, Any], dict[str, An
         "vocab_size": config.vocab_size,
         "hidden_act": config.activation,
         "projection_dim": config.embed_dim,
-        "bos_token_id": config.vocab_size - 2,
-        "eos_token_id": config.vocab_size - 1,
-        "pad_token_id": config.vocab_size - 1,
+        "bos_token_id": VOCABULARY - 2,
+        "eos_token_id": VOCABULARY - 1,
+        "pad_token_id": VOCABULARY - 1,
     }
+    model = {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": config.embed_dim,
+        "logit_scale_init_value": 2.6592,
+        "text_config": text,
+        "vision_config": vision,
+    }
+    return model, preprocessor
+
+
+def image_tower_to_transformers(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`vision_config` and the content of preprocessor_config.json for a model with a ViT. Raises
+    `InputError` for a ResNet."""
+    if not config.is_vit:
+        raise InputError("transformers has no CLIP with a ResNet; take --format open_clip")
     vision = {
         "hidden_size": config.vision_width,
         "intermediate_size": config.vision_mlp_width,
@@ -175,25 +228,40 @@ def config_to_transformers(config: Config) -> tuple[dict[str, Any], dict[str, An
         "image_std": list(config.std),
         "do_convert_rgb": True,
     }
-    model = {
-        "architectures": ["CLIPModel"],
-        "model_type": "clip",
-        "projection_dim": config.embed_dim,
-        "logit_scale_init_value": 2.6592,
-        "text_config": text,
-        "vision_config": vision,
-    }
-    return model, preprocessor
+    return vision, preprocessor
+
+
+def tower(content: dict[str, Any], name: str, defaults: dict[str, int]) -> dict[str, Any]:
+    """The description of a tower. Early ones have it as `..._config_dict`, which counts more."""
+    found = defaults | (content.get(name) or {}) | (content.get(f"{name}_dict") or {})
+    for field in defaults:
+        if type(found[field]) is not int or not 0 < found[field] <= MAX_SIZE:
+            raise InputError(f"its {name} has {field} {quoted(found[field])}")
+    return found
 
 
 def _preprocessing(content: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `Config` that preprocessor_config.json decides."""
+    """The fields of `Config` that preprocessor_config.json decides. Raises `InputError` for what is
+    done to images otherwise than here: a square is cut out of all of the short side, or none."""
     if not content:
         return {}
-    size, resample = content.get("size", {}), content.get("resample", 3)
+    size, resample = content.get("size", 224), content.get("resample", 3)
     if resample not in INTERPOLATIONS:
-        raise InputError(f"its resample is {resample!r:.40}; 2 (bilinear) and 3 (bicubic) work")
-    is_square = isinstance(size, dict) and "height" in size
+        raise InputError(f"its resample is {quoted(resample)}; 2 (bilinear) and 3 (bicubic) work")
+    size = size if isinstance(size, dict) else {"shortest_edge": size}
+    is_square, is_cut = "height" in size, content.get("do_center_crop", True)
+    sides = list(size.values())
+    if is_cut:
+        crop = content.get("crop_size", sides[0])
+        sides += crop.values() if isinstance(crop, dict) else [crop]
+    if not (is_square or is_cut) or any(side != sides[0] for side in sides):
+        raise InputError(
+            f"it resizes images to {quoted(size)} and cuts out {quoted(sides[len(size) :])}; only "
+            "equal sides work here"
+        )
+    for field in ("do_resize", "do_rescale", "do_normalize"):
+        if content.get(field, True) is not True:
+            raise InputError(f"its {field} is {quoted(content[field])}; true works")
     fields: dict[str, Any] = {
         "interpolation": INTERPOLATIONS[resample],
         "resize_mode": "squash" if is_square else "shortest",

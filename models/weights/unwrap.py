@@ -10,8 +10,11 @@ from models.errors import InputError
 from models.weights.file_kind import one_line
 from models.weights.unpickle import PlainTensor
 
-# The name that every CLIP has, with our keys and with those of transformers.
-MARKS = ("ln_final.weight", "text_model.final_layer_norm.weight")
+# A name that every CLIP has, with our keys and with those of transformers, then the same two for
+# a Chinese-CLIP.
+MARKS = ("ln_final.weight", "text_model.final_layer_norm.weight",
+         "bert.embeddings.word_embeddings.weight",
+         "text_model.embeddings.word_embeddings.weight")  # fmt: skip
 PREFIX = re.compile(r"((module|_orig_mod|model|clip_model|clip)\.)*")  # of training programs
 MAX_DEPTH = 8  # of dicts in dicts
 NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # buffers of published archives
@@ -21,11 +24,11 @@ def unwrap(content: Any) -> dict[str, Any]:
     """The state dict of the CLIP in `content`: names of weights to `Tensor` or `PlainTensor`.
 
     It may be in dicts (`state_dict`, `model`, `ema` or any other name), and its names may have a
-    `PREFIX`. Raises `InputError` if there is no
-    state dict, or if there are several CLIPs, which it lists.
+    `PREFIX`. Raises `InputError` if there is no state dict, or if there are several CLIPs, which it
+    lists.
     """
-    if isinstance(content, dict) and {"format", "model", "average"} <= content.keys():
-        content = content["model"]  # a checkpoint of train.py, which may have an average as well
+    if _is_ours(content):
+        content = content["model"]  # there may be an average as well
     found = dict(_clips(content, "", set()))
     if len(found) > 1:
         names = one_line(", ".join(sorted(found)))
@@ -36,6 +39,15 @@ def unwrap(content: Any) -> dict[str, Any]:
     if strange:
         raise InputError(f"no state dict: {one_line(', '.join(strange[:5]))} hold no tensors")
     return weights
+
+
+def own_description(content: Any) -> dict[str, Any] | None:
+    """open_clip's description of the model in a checkpoint of train.py; None for anything else."""
+    return content.get("config") if _is_ours(content) else None
+
+
+def _is_ours(content: Any) -> bool:
+    return isinstance(content, dict) and {"format", "model", "average"} <= content.keys()
 
 
 def _clips(content: Any, place: str, seen: set[int]) -> Iterator[tuple[str, dict[str, Any]]]:

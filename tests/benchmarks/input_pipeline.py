@@ -29,7 +29,7 @@ from torch import Tensor
 
 from models.errors import run_script
 from models.preprocess import normalize
-from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader, image_batches
+from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
 from utils.runs.arguments import integer
 
 
@@ -115,7 +115,7 @@ def open_clip_loader(dataset: Flickr8kDataset, args: argparse.Namespace, file: P
 def pixel_batches(dataset: Flickr8kDataset, args: argparse.Namespace) -> Iterator[Tensor]:
     """The uint8 images in order."""
     batches = [rows.tolist() for rows in torch.arange(len(dataset)).split(args.batch_size)]
-    return image_batches(dataset, batches, args.workers)
+    return dataset.batches(batches, args.workers)
 
 
 def largest_difference(

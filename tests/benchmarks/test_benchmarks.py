@@ -21,6 +21,7 @@ import cold_start
 import evaluation
 import gpu
 import grad_cache
+import image_search
 import loss
 import measure
 import text_encoding
@@ -71,10 +72,25 @@ def test_tokenizing(rows, data):
 
 
 @pytest.mark.slow
+def test_chinese_models(rows, data):
+    pytest.importorskip("cn_clip", reason="needs cn_clip")
+    small = ["--data", data, "--model", "cn-demo", "--layers", 1]
+    printed = rows(train_step, *small, "--batch_size", 4, "--rounds", 1, "--side", 64)
+    assert printed[2:] == ["ours", "cn_clip", "transformers"]
+    assert rows(text_encoding, *small)[2:] == ["ours", "cn_clip", "transformers"]
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_evaluation(rows):
     printed = rows(evaluation, "--compared", 40, "--images", 60, "--rounds", 1)
     assert "a sort a query" in printed and "60 images, 300 captions" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_image_search(rows):
+    assert rows(image_search, "--images", 300, "--rounds", 2)[-2:] == ["ours", "a sort in float64"]
 
 
 @pytest.mark.slow

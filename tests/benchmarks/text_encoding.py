@@ -4,10 +4,13 @@
 
 The same weights (random, of a published architecture) and captions for all; the three take turns
 batch by batch. open_clip pads texts to 77 tokens; it is also measured with texts cut at the batch's
-longest; transformers pads to that. The normalised features are checked to be the same.
+longest; transformers pads to that. For `--model chinese-clip`, on the Chinese captions: cn_clip,
+which pads to 52 tokens, and transformers. The normalised features are checked to be the same.
 """
 
 import argparse
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from statistics import median
 
@@ -16,13 +19,21 @@ import torch.nn.functional as F
 from measure import alternate, check, describe_cpu, print_table, times_as_fast
 from peers import open_clip_model, transformers_model
 from torch import Tensor
-from training import VIT_MODELS, longest, open_clip_cut_text
+from training import (
+    CHINESE,
+    VIT_MODELS,
+    chinese_models,
+    lengths_of_chinese,
+    longest,
+    open_clip_cut_text,
+)
 
-from models import build_model
+from models import CLIP, build_model
 from models.errors import run_script
 from utils import Flickr8kDataset
 
 TOLERANCE = 1e-5
+Encode = Callable[[Tensor], Tensor]  # token ids to features
 
 
 @torch.inference_mode()
@@ -32,37 +43,22 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--data", default="flickr8k", metavar="FOLDER", help="default: %(default)s")
-    add("--model", choices=VIT_MODELS, default="ViT-B/32", help="default: %(default)s")
+    add("--model", choices=[*VIT_MODELS, *CHINESE], default="ViT-B/32",
+        help="default: %(default)s")  # fmt: skip
     add("--layers", type=int, help="of the text tower, for a quick check (default: the model's)")
     add("--batch_size", type=int, default=256, help="captions at a time (default: %(default)s)")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
     args = parser.parse_args()
 
-    theirs = open_clip_model(args.model, 1, args.layers)
-    weights = {key: tensor.clone() for key, tensor in theirs.state_dict().items()}
-    ours, hugging_face = build_model(weights), transformers_model(weights)
-    for model in (ours, theirs, hugging_face):
-        model.to(args.device).eval()
-
-    def transformers_encode(tokens: Tensor) -> Tensor:
-        tokens = tokens[:, : longest(tokens)]
-        mask = torch.arange(tokens.shape[1]) <= tokens.argmax(dim=1)[:, None]
-        ids, mask = (t.to(args.device).long() for t in (tokens, mask))
-        output = hugging_face.text_model(input_ids=ids, attention_mask=mask)
-        return hugging_face.text_projection(output.pooler_output)
-
-    encoders = {
-        "ours": ours.encode_text,
-        "open_clip": lambda tokens: theirs.encode_text(tokens.to(args.device).long()),
-        "open_clip, text cut": partial(open_clip_cut_text, theirs),
-        "transformers": transformers_encode,
-    }
+    contestants = chinese_contestants if args.model in CHINESE else clip_contestants
+    ours, encoders = contestants(args)
     features: dict[str, list[Tensor]] = {name: [] for name in encoders}
 
     def encode(name: str):
         return lambda tokens: features[name].append(F.normalize(encoders[name](tokens), dim=-1))
 
-    tokens = Flickr8kDataset(args.data, is_train=False).tokens
+    language = "cn" if ours.config.has_bert else "en"
+    tokens = Flickr8kDataset(args.data, language=language, is_train=False, model=ours).tokens
     batches = tokens.split(args.batch_size)
     seconds = alternate(
         {name: encode(name) for name in encoders},
@@ -88,6 +84,47 @@ def main() -> None:
             for name, values in seconds.items()
         ),
     )
+
+
+def clip_contestants(args: argparse.Namespace) -> tuple[CLIP, dict[str, Encode]]:
+    """Our model, and what encodes tokens by name: ours first, then the peers."""
+    theirs = open_clip_model(args.model, 1, args.layers).to(args.device)
+    weights = {key: tensor.clone() for key, tensor in theirs.state_dict().items()}
+    ours = build_model(weights).to(args.device)
+    hugging_face = transformers_model(weights).to(args.device)
+
+    def transformers_encode(tokens: Tensor) -> Tensor:
+        tokens = tokens[:, : longest(tokens)]
+        mask = torch.arange(tokens.shape[1]) <= tokens.argmax(dim=1)[:, None]
+        ids, mask = (t.to(args.device).long() for t in (tokens, mask))
+        output = hugging_face.text_model(input_ids=ids, attention_mask=mask)
+        return hugging_face.text_projection(output.pooler_output)
+
+    return ours, {
+        "ours": ours.encode_text,
+        "open_clip": lambda tokens: theirs.encode_text(tokens.to(args.device).long()),
+        "open_clip, text cut": partial(open_clip_cut_text, theirs),
+        "transformers": transformers_encode,
+    }
+
+
+def chinese_contestants(args: argparse.Namespace) -> tuple[CLIP, dict[str, Encode]]:
+    """The same for a Chinese-CLIP."""
+    config = replace(CHINESE[args.model], vision_layers=1)
+    if args.layers:
+        config = replace(config, transformer_layers=args.layers)
+    ours, theirs, hugging_face = (model.to(args.device) for model in chinese_models(config))
+
+    def transformers_encode(tokens: Tensor) -> Tensor:
+        tokens = tokens[:, : int(lengths_of_chinese(tokens).max())].to(args.device)
+        output = hugging_face.text_model(input_ids=tokens.long(), attention_mask=tokens.ne(0))
+        return hugging_face.text_projection(output.last_hidden_state[:, 0])
+
+    return ours, {
+        "ours": ours.encode_text,
+        "cn_clip": lambda tokens: theirs.encode_text(tokens.to(args.device).long()),
+        "transformers": transformers_encode,
+    }
 
 
 if __name__ == "__main__":

@@ -2,23 +2,32 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from measure import check
 from open_clip.loss import ClipLoss
-from peers import to_transformers
+from peers import chinese_clip_model, cn_clip_model, to_transformers
 from torch import Tensor, nn
 
-from models.clip import MAX_LOGIT_SCALE
+from models.clip import CLIP, MAX_LOGIT_SCALE, build_model
 from models.errors import InputError
 from models.preprocess import normalize, open_image, pixels
+from models.weights import chinese_clip
 from models.weights.config import Config
 from models.weights.registry import CONFIGS
 from utils import Flickr8kDataset, contrastive_loss
 from utils.training.optimizer import parameter_groups
 
-VIT_MODELS = [name for name, config in CONFIGS.items() if config.vision_patch_size]
+VIT_MODELS = [name for name, config in CONFIGS.items() if config.is_vit and not config.has_bert]
+CHINESE = {  # the second is of the size of OFA-Sys/chinese-clip-vit-base-patch16
+    "cn-demo": CONFIGS["cn-demo"],
+    "chinese-clip": replace(
+        CONFIGS["ViT-B/16"], text_tower="bert", transformer_width=768, transformer_mlp_width=3072,
+        transformer_heads=12, context_length=52, text_positions=512, vocab_size=21128,
+    ),
+}  # fmt: skip
 TOLERANCE = 1e-4  # relative, of losses and gradients
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
@@ -26,6 +35,30 @@ Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 def our_loss(model: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:
     image_features, text_features = model.encode_image(images), model.encode_text(tokens)
     return contrastive_loss(image_features, text_features, model.logit_scale)
+
+
+def chinese_models(config: Config) -> tuple[CLIP, nn.Module, nn.Module]:
+    """Ours, cn_clip's and transformers', with the same random weights and without dropout."""
+    hugging_face = chinese_clip_model(config)
+    weights = {key: tensor.clone() for key, tensor in hugging_face.state_dict().items()}
+    ours = build_model(chinese_clip.from_transformers(weights), config)
+    return ours, cn_clip_model(config, ours.state_dict()), hugging_face
+
+
+def cn_clip_loss(model: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:
+    """As cn_clip trains: every text padded to 52 tokens."""
+    return ClipLoss()(*model(images, tokens.to(images.device).long()))
+
+
+def chinese_transformers_loss(model: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:
+    """As transformers' processor prepares a batch: padded to the longest text, with a mask."""
+    tokens = tokens[:, : int(lengths_of_chinese(tokens).max())].to(images.device)
+    return model(
+        input_ids=tokens.long(),
+        attention_mask=tokens.ne(0).long(),
+        pixel_values=images,
+        return_loss=True,
+    ).loss
 
 
 def open_clip_loss(model: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:
@@ -67,6 +100,11 @@ def longest(tokens: Tensor) -> int:
     return int(tokens.argmax(dim=1).max()) + 1
 
 
+def lengths_of_chinese(tokens: Tensor) -> Tensor:
+    """Tokens in each text, `[n]`. No text has the id 0, which fills up rows."""
+    return tokens.ne(0).sum(dim=1)
+
+
 def adamw(model: nn.Module) -> torch.optim.AdamW:
     """The same optimizer for everyone; its rate is so low that the weights stay comparable."""
     return torch.optim.AdamW(parameter_groups(model, momentum=0.9, weight_decay=0.1), lr=1e-7)
@@ -91,10 +129,16 @@ def train(
 
 
 def real_batches(
-    data: str, side: int, batch_size: int, count: int, device: torch.device
+    data: str,
+    side: int,
+    batch_size: int,
+    count: int,
+    device: torch.device,
+    chinese: CLIP | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """`count` batches of training images, normalised and on the device, and one caption of each."""
-    dataset = Flickr8kDataset(data, side)
+    """`count` batches of training images, normalised and on the device, and one caption of each, in
+    Chinese for a `chinese` model."""
+    dataset = Flickr8kDataset(data, side, language="cn" if chinese else "en", model=chinese)
     if len(dataset) < batch_size:
         raise InputError(f"{data} has {len(dataset)} training images, too few for {batch_size}")
     for first in range(0, count * batch_size, batch_size):
@@ -113,7 +157,8 @@ def check_agreement(
         loss, gradients = _loss_and_gradients(ours, our_loss, images, tokens)
         for name, (model, peer_loss) in peers.items():
             their_loss, theirs = _loss_and_gradients(model, peer_loss, images, tokens)
-            mine = gradients if gradients.keys() == theirs.keys() else to_transformers(gradients)
+            rename = chinese_clip.to_transformers if ours.config.has_bert else to_transformers
+            mine = gradients if gradients.keys() == theirs.keys() else rename(gradients)
             check(f"ours and {name}: losses", [abs(loss / their_loss - 1)], TOLERANCE)
             check(f"ours and {name}: gradients", relative_differences(mine, theirs), TOLERANCE)
 
@@ -143,7 +188,7 @@ def step_flops(config: Config, tokens: Tensor) -> float:
 
     Counted from shapes, 2 m n k a matrix product, backward twice the forward: real tokens only,
     causal attention as far as it looks, and in a tower's last block what the pooled tokens depend
-    on. `config` describes the model, `tokens` `[n, 77]` the texts. The same number
+    on. `config` describes the model, `tokens` `[n, context_length]` the texts. The same number
     stands for everyone: padding counts as time and not as work.
     """
     n, d = len(tokens), config.embed_dim
@@ -153,9 +198,9 @@ def step_flops(config: Config, tokens: Tensor) -> float:
     embedding = 2 * n * patches * 3 * patch**2 * width  # its input needs no gradient: backward once
     images = _tower_flops(lengths, lengths**2, width, config.vision_layers)
 
-    lengths = tokens.argmax(dim=1) + 1
+    lengths = lengths_of_chinese(tokens) if config.has_bert else tokens.argmax(dim=1) + 1
     text_width = config.transformer_width
-    seen = lengths * (lengths + 1) // 2
+    seen = lengths**2 if config.has_bert else lengths * (lengths + 1) // 2
     texts = _tower_flops(lengths, seen, text_width, config.transformer_layers)
     joint = 2 * n * d * (width + text_width) + 2 * n * n * d
     return 2 * embedding + 3 * (images + texts + joint)

@@ -306,8 +306,13 @@ def test_damaged_weights_give_a_working_model_or_a_one_line_error(weights, side)
 def test_an_unknown_name_gets_similar_names_suggested(name, near):
     with pytest.raises(InputError, match=rf"did you mean .*{near}.*\?.*RN50x64"):
         create_model(name)
-    with pytest.raises(InputError, match=rf"did you mean .*{near}.*--model ViT-demo"):
+    with pytest.raises(InputError, match=rf"did you mean .*{near}.*--list"):
         load(name, "cpu")
+
+
+def test_the_demo_s_name_says_how_to_get_weights():
+    with pytest.raises(InputError, match=r"no published weights.*--model ViT-demo"):
+        load("ViT-demo", "cpu")
 
 
 def test_a_name_unlike_all_others_gets_no_suggestion():

@@ -1,18 +1,31 @@
 """Converted weights, opened by the programs that they are for."""
 
+import json
+import stat
+
+import numpy as np
+import onnxruntime
 import open_clip
 import pytest
 import torch
+from peers import disturb
 from PIL import Image
 from script_runs import ROOT, error_line, run_script
-from transformers import CLIPModel, CLIPProcessor
+from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from models import load, tokenize
+from models import load, onnx_export, tokenize
 from models.clip_utils import create_model
+from models.convert import FORMATS, convert
+from models.errors import InputError
 from models.preprocess import open_image
 from utils.runs.checkpoint import save_weights
 
 CAPTIONS = ["a red bird on a fence", "两只狗", "It's 10 o'clock, all's well!"]
+TEXT = {"context_length": 20, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
+TOWERS = {
+    "ViT": {"image_size": 48, "layers": 2, "width": 160, "head_width": 80, "patch_size": 16},
+    "ResNet": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "head_width": 64},
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +44,48 @@ def ours(weights):
         return model, images, model.encode_image(images), model.encode_text(tokenize(CAPTIONS))
 
 
+@pytest.fixture(scope="module", params=TOWERS)
+def pair(request, tmp_path_factory):
+    """open_clip's model, and ours with its weights: GELU with a ViT, QuickGELU with a ResNet."""
+    torch.manual_seed(0)
+    tower, quick = TOWERS[request.param], request.param == "ResNet"
+    theirs = open_clip.model.CLIP(48, tower, TEXT, quick_gelu=quick).eval()
+    disturb(theirs)
+    folder = tmp_path_factory.mktemp("theirs")
+    torch.save(theirs.state_dict(), folder / open_clip.constants.HF_WEIGHTS_NAME)
+    description = {"embed_dim": 48, "quick_gelu": quick, "vision_cfg": tower, "text_cfg": TEXT}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": description}))
+    return theirs, load(folder, "cpu")[0]
+
+
+def inputs(model, n):
+    """Images, and texts with ends at several positions; what follows an end is no zero."""
+    generator = torch.Generator().manual_seed(n)
+    side = model.visual.input_resolution
+    tokens = torch.randint(0, 49407, (n, 20), generator=generator, dtype=torch.int32)
+    tokens[range(n), [1 + 5 * i % 19 for i in range(n)]] = 49407
+    return torch.randn(n, 3, side, side, generator=generator), tokens
+
+
+def assert_onnx_gives(theirs, folder, model, tolerance):
+    for tower, encode in (("image", theirs.encode_image), ("text", theirs.encode_text)):
+        session = onnxruntime.InferenceSession(folder / f"{tower}.onnx")
+        for n in (1, 5):
+            x = inputs(model, n)[tower == "text"]
+            name = "images" if tower == "image" else "tokens"
+            (found,) = session.run([f"{tower}_features"], {name: x.numpy()})
+            with torch.no_grad():
+                torch.testing.assert_close(
+                    torch.from_numpy(found), encode(x), atol=tolerance, rtol=tolerance
+                )
+
+
+def assert_same(model, expected):
+    assert model.config == expected.config
+    state = model.state_dict()
+    assert all(torch.equal(state[key], t) for key, t in expected.state_dict().items())
+
+
 def test_open_clip_opens_it_and_we_do_again(weights, ours, tmp_path):
     model, images, image_features, text_features = ours
     run_script("models/convert.py", weights, "out", "--format", "open_clip", cwd=tmp_path)
@@ -44,16 +99,20 @@ def test_open_clip_opens_it_and_we_do_again(weights, ours, tmp_path):
         )
         tokens = tokenize(CAPTIONS)
         torch.testing.assert_close(theirs.encode_text(tokens), text_features, atol=1e-4, rtol=1e-4)
-    back, _ = load(path, "cpu")
-    assert back.config == model.config
-    assert all(torch.equal(back.state_dict()[k], t) for k, t in model.state_dict().items())
+    assert_same(load(path, "cpu")[0], model)
 
 
-def test_transformers_opens_it_and_we_do_again(weights, ours, tmp_path):
+@pytest.mark.parametrize("half", [False, True])
+def test_transformers_opens_it_and_we_do_again(weights, ours, tmp_path, half):
+    """The weights of a run are float16, so that `--half` loses nothing of them. The features of
+    transformers' float16 model have float16's accuracy."""
     model, images, image_features, text_features = ours
-    run_script("models/convert.py", weights, "out", "--format", "transformers", cwd=tmp_path)
+    options = ["--format", "transformers", *["--half"] * half]
+    run_script("models/convert.py", weights, "out", *options, cwd=tmp_path)
     path = tmp_path / "out"
-    theirs, processor = CLIPModel.from_pretrained(path).eval(), CLIPProcessor.from_pretrained(path)
+    theirs = CLIPModel.from_pretrained(path, dtype="auto").eval()
+    assert theirs.dtype == (torch.float16 if half else torch.float32)
+    processor = CLIPProcessor.from_pretrained(path)
     with Image.open(ROOT / "R_mAP.png") as image:
         given = processor(
             text=CAPTIONS, images=[image.convert("RGB")] * 2, return_tensors="pt", padding=True
@@ -61,16 +120,96 @@ def test_transformers_opens_it_and_we_do_again(weights, ours, tmp_path):
     own = tokenize(CAPTIONS)
     for row, mask, expected in zip(given.input_ids, given.attention_mask, own, strict=True):
         assert row[mask.bool()].tolist() == expected[: expected.argmax() + 1].tolist()
+    tolerance = 1e-2 if half else 1e-4
     with torch.no_grad():
         for found, expected in [
-            (theirs.get_image_features(images), image_features),
+            (theirs.get_image_features(images.to(theirs.dtype)), image_features),
             (theirs.get_text_features(own), text_features),
         ]:
-            features = getattr(found, "pooler_output", found)
-            torch.testing.assert_close(features, expected, atol=1e-4, rtol=1e-4)
-    back, _ = load(path, "cpu")
-    assert back.config == model.config
-    assert all(torch.equal(back.state_dict()[k], t) for k, t in model.state_dict().items())
+            features = getattr(found, "pooler_output", found).float()
+            torch.testing.assert_close(features, expected, atol=tolerance, rtol=tolerance)
+    assert_same(load(path, "cpu")[0], model)
+
+
+def test_one_safetensors_file_describes_its_model(weights, ours, tmp_path):
+    options = ["--format", "safetensors", "--half"]
+    run_script("models/convert.py", weights, "out.safetensors", *options, cwd=tmp_path)
+    path = tmp_path / "out.safetensors"
+    assert path.stat().st_size < 0.51 * sum(t.nbytes for t in ours[0].state_dict().values())
+    (tmp_path / "open_clip_config.json").write_text('{"of": "another model"}')
+    assert_same(load(path, "cpu")[0], ours[0])
+    (tmp_path / "other").touch()
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "other").stat().st_mode)
+
+
+@pytest.mark.slow
+def test_a_round_trip_through_every_format_changes_nothing(pair, tmp_path, monkeypatch):
+    """From open_clip's model to ours, through each format of weights, and to ONNX."""
+    theirs, model = pair
+    passed_on = model
+    for name in ["open_clip", *["transformers"] * model.config.is_vit, "safetensors"]:
+        path = tmp_path / f"{name}.safetensors"
+        convert(passed_on, path, name)
+        passed_on, _ = load(path, "cpu")
+        assert_same(passed_on, model)
+    if not model.config.is_vit:  # as for a large model: the weights beside the file
+        monkeypatch.setattr(onnx_export, "LARGEST_FILE", 0)
+    folder = tmp_path / "onnx"
+    convert(passed_on, folder, "onnx")
+    assert (folder / "image.onnx.data").exists() == (not model.config.is_vit)
+    assert not any(str(ROOT).encode() in path.read_bytes() for path in folder.iterdir())
+    assert_onnx_gives(theirs, folder, model, 1e-4)
+
+
+@pytest.mark.slow
+def test_half_the_size_keeps_the_features_within_float16s_accuracy(pair, tmp_path):
+    theirs, model = pair
+    for name in ["open_clip", "safetensors", *["transformers", "onnx"] * model.config.is_vit]:
+        path = tmp_path / f"{name}.safetensors"
+        convert(model, path, name, half=True)
+        if name == "onnx":
+            assert_onnx_gives(theirs, path, model, 1e-2)
+            continue
+        back = load(path, "cpu")[0].state_dict()
+        for key, tensor in model.state_dict().items():
+            rounded = tensor.half().float() if tensor.is_floating_point() else tensor
+            assert torch.equal(back[key], rounded), (name, key)
+    assert all(t.dtype != torch.float16 for t in model.state_dict().values())
+
+
+@pytest.mark.slow
+def test_onnx_answers_without_pytorch(weights, ours, tmp_path):
+    """All that a program has to know stands in the folder."""
+    run_script("models/convert.py", weights, "out", "--format", "onnx", cwd=tmp_path)
+    path = tmp_path / "out"
+    facts = json.loads((path / "clip.json").read_text("utf-8"))
+    image, text = facts["image"], facts["text"]
+    with Image.open(ROOT / "R_mAP.png") as picture:
+        short = min(picture.size)
+        size = [int(image["size"] * side / short) for side in picture.size]
+        left, top = (round((side - image["size"]) / 2) for side in size)
+        box = (left, top, left + image["size"], top + image["size"])
+        resample = Image.Resampling[image["interpolation"].upper()]
+        pixels = np.asarray(picture.convert("RGB").resize(size, resample).crop(box), np.float32)
+    images = ((pixels / 255 - image["mean"]) / image["std"]).transpose(2, 0, 1)[None]
+    tokens = np.full((len(CAPTIONS), text["context_length"]), text["padding"], np.int32)
+    for row, ids in zip(
+        tokens, CLIPTokenizer.from_pretrained(path)(CAPTIONS).input_ids, strict=True
+    ):
+        row[: len(ids)] = ids
+    features = [
+        onnxruntime.InferenceSession(path / name).run(None, {key: x})[0]
+        for name, key, x in (
+            ("image.onnx", "images", images.astype(np.float32)),
+            ("text.onnx", "tokens", tokens),
+        )
+    ]
+    image_features, text_features = (f / np.linalg.norm(f, axis=1, keepdims=True) for f in features)
+    logits = torch.from_numpy(facts["logit_scale"] * image_features @ text_features.T)
+    model, own_images, *_ = ours
+    with torch.no_grad():
+        expected, _ = model(own_images[:1], tokenize(CAPTIONS))
+    torch.testing.assert_close(logits.float(), expected, atol=1e-3, rtol=1e-4)
 
 
 def test_nothing_is_overwritten_and_no_half_is_left(weights, tmp_path):
@@ -78,6 +217,8 @@ def test_nothing_is_overwritten_and_no_half_is_left(weights, tmp_path):
     arguments = [weights, "out", "--format", "open_clip"]
     line = error_line("models/convert.py", *arguments, cwd=tmp_path)
     assert "out: exists already" in line
+    line = error_line("models/convert.py", weights, "new", "--format", "safetensors", cwd=tmp_path)
+    assert "new: a single file; name it new.safetensors" in line
     save_weights(create_model("RN50", 32), tmp_path / "resnet.pth")
     arguments = ["resnet.pth", "new", "--format", "transformers"]
     line = error_line("models/convert.py", *arguments, cwd=tmp_path)
@@ -85,3 +226,66 @@ def test_nothing_is_overwritten_and_no_half_is_left(weights, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {
         "out", "resnet.pth", "open_clip_config.json"
     }  # fmt: skip
+
+
+def test_missing_packages_are_named_before_anything_is_read(tmp_path, monkeypatch):
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "onnxscript.py").write_text('raise ImportError("No onnxscript")')
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
+    arguments = ["no weights", "out", "--format", "onnx"]
+    done = run_script("models/convert.py", *arguments, cwd=tmp_path, code=2, fresh=True)
+    assert done.stderr == (
+        "error: ONNX needs other packages (No onnxscript): pip install onnx onnxruntime "
+        "onnxscript\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["packages"]
+
+
+@pytest.fixture
+def small_disk():
+    """Files end at 100,000 bytes."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "onnx")) for name in FORMATS]
+)
+def test_a_full_disk_leaves_nothing(name, small_disk, tmp_path):
+    model = create_model("cn-demo" if name == "cn_clip" else "ViT-demo").eval()
+    with pytest.raises(InputError, match=r"out\.safetensors: cannot be written \(.*too large"):
+        convert(model, tmp_path / "out.safetensors", name)
+    assert not any(tmp_path.iterdir())
+
+
+def test_weights_beyond_float16_are_refused(tmp_path):
+    model = create_model("ViT-demo")
+    with torch.no_grad():
+        model.ln_final.weight[0] = 1e5
+    with pytest.raises(InputError, match=r"65,504, which ln_final\.weight exceed; omit --half"):
+        convert(model, tmp_path / "out", "open_clip", half=True)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_onnx_files_that_compute_something_else_are_refused(tmp_path, monkeypatch):
+    def forward(encoder, images):
+        return 1.001 * encoder.model.encode_image(images)
+
+    monkeypatch.setattr(onnx_export.ImageEncoder, "forward", forward)
+    with pytest.raises(InputError, match=r"other features from image\.onnx, by 0\.001 "):
+        convert(create_model("ViT-demo").eval(), tmp_path / "out", "onnx")
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_export_that_fails_leaves_nothing_and_names_a_remedy(tmp_path, monkeypatch):
+    def export(*_, **__):
+        raise torch.onnx.OnnxExporterError("no such operator\nand much more")
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+    with pytest.raises(InputError, match=r"image\.onnx .*no such operator.*pip install -U"):
+        convert(create_model("ViT-demo").eval(), tmp_path / "new" / "out", "onnx")
+    assert not any((tmp_path / "new").iterdir())

@@ -14,6 +14,7 @@ from script_runs import ROOT
 
 SCRIPTS = [
     *("train.py", "predict.py", "predict_zero_shot.py", "utils/metric.py"),
+    "utils/classification.py",
     *("models/clip_utils.py", "models/convert.py"),
     *("flickr8k/prepare.py", "flickr8k/render_demo.py"),
 ]
@@ -40,8 +41,11 @@ def tree(file: str) -> ast.Module:
 
 @cache
 def options(script: str) -> set[str]:
-    """All strings of a script that are an option and nothing else: those of its parser."""
-    return {"--help", *(s for s in strings(tree(script)) if OPTION.fullmatch(s))}
+    """All strings that are an option and nothing else, in a script and in the functions `add_...`
+    that it imports: those of its parser."""
+    shared = (place for name, place in imports(script).items() if name.startswith("add_"))
+    pieces = [tree(script), *(definitions(file)[name] for file, name in shared)]
+    return {"--help", *(s for piece in pieces for s in strings(piece) if OPTION.fullmatch(s))}
 
 
 def file_of(module: str) -> str | None:

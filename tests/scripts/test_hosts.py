@@ -21,11 +21,11 @@ from script_runs import ROOT, run_script
 
 import predict
 from flickr8k.render_demo import render_demo
-from models import errors, tokenize
+from models import errors
 from models import progress_bar as bars
 from models.errors import InputError
 from models.simple_tokenizer import clean
-from models.tokens import clip_tokenizer
+from models.tokens import chinese_tokenizer, clip_tokenizer, token_rows
 from predict_zero_shot import check_labels
 from utils.machine.interrupt import Interrupt
 from utils.runs.commands import labels_to_try, quoted
@@ -285,22 +285,24 @@ texts = st.text(max_size=200) | st.sampled_from(
 )  # fmt: skip
 
 
+@pytest.mark.parametrize("tokenizer", [clip_tokenizer(), chinese_tokenizer()])
 @given(st.lists(texts, min_size=1, max_size=5))
-def test_labels_to_try_are_two_that_the_script_takes(captions):
-    labels = labels_to_try(captions)
+def test_labels_to_try_are_two_that_the_script_takes(tokenizer, captions):
+    labels = labels_to_try(captions, tokenizer, 52)
     assert len(labels) == 2
-    check_labels(labels)  # two that the model reads differently
-    tokenize(labels)  # which both fit
+    check_labels(labels, tokenizer)  # two that the model reads differently
+    token_rows(tokenizer, labels, 52)  # which both fit
     assert all(label.isprintable() and not label.startswith("-") for label in labels)
 
 
 def test_labels_to_try_are_captions_and_long_ones_what_the_model_reads_of_them():
-    assert labels_to_try(["a dog", "A cat!", "a  Dog"]) == ["a dog", "A cat!"]
+    clip = clip_tokenizer(), 77
+    assert labels_to_try(["a dog", "A cat!", "a  Dog"], *clip) == ["a dog", "A cat!"]
     long = "word " * 500
-    first, second = labels_to_try([long, long + "end", "一只狗"])
+    first, second = labels_to_try([long, long + "end", "一只狗"], *clip)
     assert first == ("word " * 75).strip() and second == "一只狗"
     assert clip_tokenizer().encode(first) == clip_tokenizer().encode(long)[:75]
-    assert clean(labels_to_try(["a dog", "a  dog"])[1]) not in ("", "a dog")
+    assert clean(labels_to_try(["a dog", "a  dog"], *clip)[1]) not in ("", "a dog")
 
 
 @pytest.fixture(scope="module")
@@ -471,3 +473,15 @@ def test_every_format_of_pictures_is_written_or_refused_in_one_line(tmp_path):
             save_figure(figure, path)
             assert path.stat().st_size > 0
     assert not list(tmp_path.glob(".*"))
+
+
+def test_parsers_answer_before_torch_is_imported():
+    """It takes seconds. utils/metric.py, which computes with it, needs it for its own functions."""
+    code = (
+        "import runpy, sys\n"
+        "for script in ('train.py', 'predict.py', 'predict_zero_shot.py'):\n"
+        "    runpy.run_path(script)\n"
+        "import models.weights.config\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,33 @@ def test_zero_shot_takes_a_published_archive_any_labels_and_any_file_name(work, 
     assert len(done.stdout.splitlines()) == 3 and "一只猫" in done.stdout
 
 
+def test_a_template_stands_around_each_label(work, photo):
+    """One template does what writing the whole sentences does, to the last digit; of several, the
+    normalised features are averaged, computed once more here."""
+    weights = work / "logs" / "a run" / "weights" / "best_epoch_weights.pth"
+    templates, labels = ["a photo of a {}.", "{}, drawn"], ["dog", "cat"]
+    (work / "one.txt").write_text(templates[0], "utf-8")
+    (work / "two.txt").write_text("\n".join(templates), "utf-8")
+    start = "predict_zero_shot.py", photo, "--weights", weights, "--labels"
+    first = run_script(*start, *labels, "--templates", "one.txt", cwd=work).stdout.splitlines()[0]
+    sentences = [templates[0].replace("{}", label) for label in labels]
+    assert first == run_script(*start, *sentences, cwd=work).stdout.splitlines()[0]
+
+    model, preprocess = load(weights, "cpu")
+    with torch.no_grad():
+        means = []
+        for label in labels:
+            texts = tokenize([template.replace("{}", label) for template in templates])
+            features = model.encode_text(texts)
+            means.append((features / features.norm(dim=1, keepdim=True)).mean(dim=0))
+        image = model.encode_image(preprocess(open_image(photo))[None])[0]
+        similarity = torch.stack([m @ image / (m.norm() * image.norm()) for m in means])
+    expected = (model.logit_scale.exp() * similarity).softmax(0).tolist()
+    done = run_script(*start, *labels, "--templates", "two.txt", cwd=work)
+    printed = ast.literal_eval(done.stdout.splitlines()[2].removeprefix("image 0: "))
+    assert dict(printed) == pytest.approx(dict(zip(labels, expected, strict=True)), rel=1e-4)
+
+
 def test_zero_shot_finds_its_picture_from_any_folder(work):
     weights = work / "logs" / "a run" / "weights" / "best_epoch_weights.pth"
     printed = [
@@ -94,25 +122,6 @@ def test_zero_shot_finds_its_picture_from_any_folder(work):
         for image in ([], [ROOT / "R_mAP.png"])
     ]
     assert printed[0] == printed[1]
-
-
-def test_the_newest_run_is_looked_for_here_and_then_beside_the_script(tmp_path, monkeypatch):
-    here, beside = tmp_path / "here", tmp_path / "beside"
-    here.mkdir()
-    monkeypatch.chdir(here)
-    monkeypatch.setattr(predict, "SCRIPTS", beside)
-    name = "weights/best_epoch_weights.pth"
-    with pytest.raises(InputError, match=re.escape(f"python {ROOT / 'train.py'} --demo")):
-        predict.newest_weights()
-    for file, when in ((beside / "logs/a" / name, 2), (beside / "logs/b" / name, 1)):
-        file.parent.mkdir(parents=True)
-        file.touch()
-        os.utime(file, (when, when))
-    assert predict.newest_weights() == beside / "logs/a" / name
-    (here / "logs/c" / name).parent.mkdir(parents=True)
-    (here / "logs/c" / name).touch()
-    os.utime(here / "logs/c" / name, (0, 0))
-    assert predict.newest_weights() == Path("logs/c") / name
 
 
 def test_predict_ranks_the_captions_it_is_given(work, photo):
@@ -188,6 +197,8 @@ def error_of(work, monkeypatch, capsys):
 
 
 def test_unusable_images_and_a_missing_run_end_in_one_line(work, tmp_path):
+    templates = error_line("predict_zero_shot.py", "--templates", "phot", cwd=work)
+    assert "--templates phot: neither a file nor a set; did you mean photo?" in templates
     (work / "text.png").write_text("no image")
     assert "text.png: not an image" in error_line("predict.py", "text.png", cwd=work)
     assert "nowhere.png" in error_line("predict_zero_shot.py", "nowhere.png", cwd=work)
@@ -295,3 +306,100 @@ def test_any_picture_and_caption_can_be_drawn(tmp_path, size):
     draw_ranking(Image.new("RGB", size), ranked, tmp_path / "ranking.png")
     with Image.open(tmp_path / "ranking.png") as image:
         assert min(image.size) > 300
+
+
+# Searching a folder
+
+
+def lines_of(done) -> list[tuple[str, float, str]]:
+    """(place, similarity, image) of the images that were printed."""
+    found = re.findall(r"^ *(\d+)\. similarity (-?\d\.\d{3})  (.*)$", done.stdout, re.MULTILINE)
+    return [(place, float(similarity), image) for place, similarity, image in found]
+
+
+def test_a_folder_is_searched_for_each_text(work, tmp_path):
+    """The ranking is that of the model's own features; the second time none is computed."""
+    weights = work / "logs" / "a run" / "weights" / "best_epoch_weights.pth"
+    shutil.copytree(work / "data" / "images", tmp_path / "found 图")
+    (tmp_path / "found 图" / "broken.png").write_text("no image")
+    folder = tmp_path / "found 图"
+    texts = ["a red square", "两个蓝色的圆"]
+    first, second = (run_script("predict.py", folder, "--text", *texts, cwd=work) for _ in range(2))
+    images = sorted(file for file in folder.iterdir() if file.name != "broken.png")
+    model, preprocess = load(weights, "cpu")
+    with torch.no_grad():
+        pixels = torch.stack([preprocess(open_image(image)) for image in images])
+        logits, _ = model(pixels, tokenize(texts))
+    similarities = (logits / model.logit_scale.exp()).double().T
+    assert lines_of(first) == lines_of(second) and len(lines_of(first)) == 20
+    for number, of_text in enumerate(similarities):
+        found = lines_of(first)[10 * number : 10 * number + 10]
+        own = {
+            str(image): similarity
+            for image, similarity in zip(images, of_text.tolist(), strict=True)
+        }
+        assert [place for place, _, _ in found] == [str(place) for place in range(1, 11)]
+        assert [s for _, s, _ in found] == pytest.approx([own[f] for _, _, f in found], abs=1e-3)
+        worst, others = found[-1][1], own.keys() - {image for _, _, image in found}
+        assert all(own[image] <= worst + 1e-3 for image in others)
+    for done, kept in ((first, True), (second, False)):
+        assert ("features of 12 images are kept in " in done.stdout) == kept
+        (line,) = [line for line in done.stdout.splitlines() if "broken.png" in line]
+        assert "not an image" in line
+        for picture in re.findall("picture: (.*)", done.stdout):
+            assert Image.open(picture).format == "PNG"
+            assert Path(picture).parent.name == "predictions"
+
+
+def test_images_like_another_are_found(work, photo):
+    folder = work / "data" / "images"
+    done = run_script("predict.py", folder, "--similar", photo, "--output", "like.jpg", cwd=work)
+    assert lines_of(done)[0] == ("1", 1.0, str(photo))
+    assert Image.open(work / "like.jpg").format == "JPEG"
+
+
+def test_captions_are_encoded_once(work, photo):
+    (work / "two.txt").write_text("a dog\na cat\n", encoding="utf-8")
+    first, second, other = (
+        run_script("predict.py", photo, *given, cwd=work).stdout.splitlines()
+        for given in (["--captions_file", "two.txt"],) * 2 + (["--text", "a dog", "a cat"],)
+    )
+    assert first[0].startswith("features of 2 captions are kept in ")
+    assert first[1:3] == second[:2] == other[:2]
+
+
+def test_a_folder_in_which_nothing_can_be_read_ends_in_one_line(work, tmp_path):
+    (tmp_path / "none").mkdir()
+    arguments = ("--text", "a dog")
+    line = error_line("predict.py", tmp_path / "none", *arguments, cwd=work)
+    assert f"{tmp_path / 'none'}: there are no images in it" in line
+    for name in ("1.jpg", "2.png"):
+        (tmp_path / "none" / name).write_text("no image")
+    line = error_line("predict.py", tmp_path / "none", *arguments, cwd=work)
+    assert "none of its 2 images can be read" in line and "1.jpg: not an image" in line
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["data"], "data: a folder; say what to search for: --text or --similar IMAGE"),
+        (
+            ["data", "--text", "a", "b", "--output", "x.png"],
+            "--output is for one picture; give one",
+        ),
+        (["data", "--similar", "gone.png"], "gone.png: no such image file"),
+        (["data", "--similar", "data"], "data: is no file"),
+        (["--similar", "gone.png"], "--similar searches a folder of images: name the folder"),
+        (["data", "--similar", "a.png", "--text", "a"], "not allowed with"),
+        (["data", "--text", " "], "--text: one of the captions is empty"),
+        (["data", "--text", "a", "--weights", "ViT-B/33"], "ViT-B/33: neither a file nor"),
+        (
+            ["data", "--captions_file", "gone.txt", "--weights", "ViT-B/32"],
+            "gone.txt: no such file",
+        ),
+    ],
+)
+def test_a_search_that_cannot_be_made_is_refused_before_weights_are_loaded(
+    error_of, arguments, message
+):
+    assert message in error_of(predict.main, *arguments)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from definitions import by_definition
 from PIL import Image
 from script_runs import ROOT, error_line, run_script
 
@@ -17,11 +18,13 @@ from flickr8k.render_demo import render_demo
 from models import load
 from models.clip_utils import create_model
 from models.errors import InputError
+from models.preprocess import open_image
 from models.scripts import from_here
-from train import build_parser, get_data
+from train import build_parser, get_loader
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE
 from utils.training.optimizer import learning_rate, parameter_groups
+from utils.training.settings import read_data
 
 SCRATCH = ["--resume_training", "none", "--model", "ViT-demo", "--lr", "1e-3", "--batch_size", "16"]
 
@@ -59,6 +62,9 @@ def test_a_run_leaves_its_files(trained):
     assert len((run / "epoch_loss.txt").read_text().splitlines()) == 4
     for picture in ("epoch_loss.png", "R_mAP.png"):
         Image.open(run / picture).verify()
+    report = (run / "report.html").read_text("utf-8")
+    assert report.count("<article") == 16 + 80 and "loss by epoch" in report
+    assert str(Path("logs", run.name, "report.html")) in printed
     (log,) = run.glob("console_*.log")
     assert "epoch 4/4" in log.read_text("utf-8") and "epoch 4/4" in printed
     assert json.loads((run / "arguments.json").read_text())["batch_size"] == 16
@@ -182,6 +188,57 @@ def test_scoring_the_best_weights_gives_the_best_row(trained, data, work):
             assert metrics[way][name] == pytest.approx(float(row[f"{way}_{name}"]), abs=3)
             assert f"{metrics[way][name]:.2f}" in done.stdout
     assert Image.open(work / "R_mAP.png").format == "PNG"
+
+
+@pytest.mark.slow
+def test_the_weights_that_validation_chose_are_scored_on_the_test_split(trained, data, work):
+    """Once, at the end, and under the name of the split."""
+    shutil.copytree(data, tested := work / "tested")
+    entries = json.loads((tested / "en_val.json").read_text("utf-8"))
+    (tested / "en_val.json").write_text(json.dumps(entries[:6]), "utf-8")
+    (tested / "en_test.json").write_text(json.dumps(entries[6:]), "utf-8")
+    weights = trained[0] / "weights" / "best_epoch_weights.pth"
+    done = run_script(
+        "train.py", "--resume_training", weights, "--dataset_path", tested, "--epochs", 1,
+        "--batch_size", 16, "--wise_ft", 0.3, "--log_dir", "of_test", cwd=work,
+    )  # fmt: skip
+    (run,) = (work / "of_test").iterdir()
+    found = json.loads((run / "test_metrics.json").read_text())
+    expected = scores_by_definition(run / "weights" / "wise_ft_weights.pth", tested, entries[6:])
+    for way in ("i2t", "t2i"):
+        assert found[way] == pytest.approx(expected[way])
+    assert done.stdout.count("\ntest ") == 1 and "wise_ft_weights.pth on the test" in done.stdout
+    assert done.stdout.count("\nvalidation ") == 3  # before training, its epoch, the best epoch
+    assert "6 validation images, 10 test images" in done.stdout
+
+    done = run_script("utils/metric.py", "--split", "test", "--weights", run, "--json", "test.json",
+                      cwd=work)  # fmt: skip
+    found = json.loads((work / "test.json").read_text())
+    expected = scores_by_definition(run / "weights" / "best_epoch_weights.pth", tested, entries[6:])
+    assert found["t2i"] == pytest.approx(expected["t2i"])
+    assert "\ntest " in done.stdout and "10 images" in done.stdout
+
+
+def scores_by_definition(weights, root, entries):
+    model, preprocess = load(weights, "cpu")
+    images = torch.stack([preprocess(open_image(root / entry["image"])) for entry in entries])
+    texts = [caption for entry in entries for caption in entry["caption"]]
+    with torch.inference_mode():
+        logits, _ = model(images, model.tokenize(texts))
+    having = {t: [i for i, e in enumerate(entries) if text in e["caption"]]
+              for t, text in enumerate(texts)}  # fmt: skip
+    right = {i: [t for t in having if i in having[t]] for i in range(len(entries))}
+    return {"i2t": by_definition(logits, right, range(1, 11)),
+            "t2i": by_definition(logits.T, having, range(1, 11))}  # fmt: skip
+
+
+def test_a_test_split_is_that_of_all_languages(data, tmp_path):
+    shutil.copytree(data, root := tmp_path / "data")
+    shutil.copy(root / "en_val.json", root / "en_test.json")
+    parser = build_parser()
+    for languages, has_test in ((["en"], True), (["cn"], False), (["en", "cn"], False)):
+        args = ["--dataset_path", str(root), "--language", *languages]
+        assert ("test" in read_data(parser.parse_args(args), ALONE)) == has_test
 
 
 def test_a_run_goes_on_with_what_is_given_now(trained, work):
@@ -316,6 +373,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, work):
         ([*SCRATCH[:3], "ViT-B"], "ViT-demo"),
         (["--resume_training", "nothing.pth"], "nothing.pth"),
         ([*SCRATCH, "--batch_size", "71"], "--batch_size"),
+        # Of OpenAI's models, whose weights would be downloaded next.
+        (["--batch_size", "71"], "--batch_size 71 is more than the 70"),
+        (["--lock_image", "13"], "this tower has 12 blocks"),
+        (["--input_shape", "50"], "--input_shape 50"),
+        (["--resume_training", "RN50", "--grad_cache", "4"], "--grad_cache"),
         ([*SCRATCH, "--input_shape", "50"], "--input_shape"),
         ([*SCRATCH, "--log_dir", "a_file"], "--log_dir"),
     ],
@@ -369,8 +431,10 @@ def test_images_that_no_memory_holds_are_refused_before_any_is_read(data, monkey
     demo = partial(create_model, "ViT-demo")
     parser = build_parser()
     args = ["--dataset_path", str(data), "--batch_size"]
-    with pytest.raises(InputError, match=r"--input_shape 224: 16 images .*--grad_cache"):
-        get_data(parser.parse_args([*args, "16"]), demo(224), torch.device("cpu"), ALONE)
     with pytest.raises(InputError, match=r"71 is more than the 70"):
-        get_data(parser.parse_args([*args, "71"]), demo(16), torch.device("cpu"), ALONE)
-    get_data(parser.parse_args([*args, "16"]), demo(64), torch.device("cpu"), ALONE)  # 786 kB
+        read_data(parser.parse_args([*args, "71"]), ALONE)
+    args = parser.parse_args([*args, "16"])
+    sets = read_data(args, ALONE)
+    with pytest.raises(InputError, match=r"--input_shape 224: 16 images .*--grad_cache"):
+        get_loader(args, sets, demo(224), torch.device("cpu"), ALONE)
+    get_loader(args, sets, demo(64), torch.device("cpu"), ALONE)  # 786 kB

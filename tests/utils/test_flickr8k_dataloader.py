@@ -258,6 +258,32 @@ def test_two_languages_bring_an_images_captions_in_both(root):
     assert all(c in both.img_to_txt[i] for c, i in both.txt_to_img.items())
 
 
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ({}, "train"),
+        ({"is_train": True}, "train"),
+        ({"is_train": False}, "val"),
+        ({"split": "test"}, "test"),
+        ({"split": "val", "is_train": False}, "val"),
+        ({"split": "test", "is_train": False}, "test"),
+        ({"split": "test", "is_train": True}, None),
+        ({"split": "val", "is_train": True}, None),
+        ({"split": "train", "is_train": False}, None),
+        ({"split": "tests"}, None),
+    ],
+)
+def test_a_split_goes_by_its_name_or_by_whether_it_is_trained_on(root, arguments, expected):
+    entry = {"image": "images/val2.png", "caption": "of the test"}
+    (root / "en_test.json").write_text(json.dumps([entry]), "utf-8")
+    if expected is None:
+        with pytest.raises(InputError, match="split"):
+            Flickr8kDataset(root, 32, **arguments)
+    else:
+        count = {"train": 11, "val": 3, "test": 1}[expected]
+        assert len(Flickr8kDataset(root, 32, **arguments)) == count
+
+
 def test_too_large_a_batch_is_named(root):
     with pytest.raises(InputError, match=r"--batch_size 12 is more than the 11.*--batch_size 11"):
         TrainLoader(Flickr8kDataset(root, 32), 12, CPU)

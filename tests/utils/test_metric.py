@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def test_retrieval_metrics_from_features_is_the_same(problem, block_bytes):
     images = torch.from_numpy(random.integers(-2, 3, (len(img2txt), 3)).astype(np.float32))
     texts = torch.from_numpy(random.integers(-2, 3, (len(txt2img), 3)).astype(np.float32))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("utils.metric.BLOCK_BYTES", block_bytes)
+        patch.setattr("utils.retrieval.ranking.BLOCK_BYTES", block_bytes)
         metrics = retrieval_metrics(images, texts, img2txt, txt2img, K_VALUES)
     scores = images @ texts.T
     assert metrics == compute_metrics(scores, img2txt, scores.T, txt2img, K_VALUES)
@@ -204,7 +205,7 @@ def test_a_k_that_is_no_positive_integer_is_named(k):
 
 @pytest.mark.parametrize("block_bytes", [1, 2**26])
 def test_k_values_may_be_read_only_once_and_of_numpy(block_bytes, monkeypatch):
-    monkeypatch.setattr("utils.metric.BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr("utils.retrieval.ranking.BLOCK_BYTES", block_bytes)
     features, truth = torch.eye(3), {0: 0, 1: 1, 2: 2}
     expected = compute_metrics(np.eye(3), truth, np.eye(3), truth, (1, 5))
     assert set(expected["t2i"]) == {"R@1", "R@5", "mAP@1", "mAP@5", "median_rank", "mean_rank"}
@@ -266,7 +267,8 @@ def test_table_plot_and_json_hold_the_metrics(tmp_path):
     txt2img = {t: t // 2 for t in range(40)}
     metrics = compute_metrics(scores, img2txt, scores.T, txt2img, range(1, 11))
     assert json.loads(json.dumps(metrics)) == metrics
-    table = format_table(metrics)
+    table = format_table(metrics, "test")
+    assert table.startswith("test ")
     for direction in metrics:
         for name in ("R@1", "R@5", "R@10", "mAP@1", "mAP@5", "mAP@10", "median_rank", "mean_rank"):
             assert f"{metrics[direction][name]:.2f}" in table
@@ -318,6 +320,13 @@ def test_script_scores_on_what_the_run_was_trained_on(trained, score, language, 
     assert f"8 images, {captions} captions" in score(run=run)
 
 
+def test_script_takes_the_folder_of_a_run_for_its_best_weights(trained, score):
+    shutil.copy(trained, best := trained.with_name("best_epoch_weights.pth"))
+    run = {"dataset_path": str(trained.parents[3] / "data"), "language": "cn"}
+    assert "8 images, 40 captions" in score("--weights", trained.parents[1], run=run)
+    best.unlink()
+
+
 def test_script_counts_shared_captions_and_can_score_as_other_programs_do(trained, score):
     """With one caption for all of eight images every text and every image is right."""
     data = trained.parents[3] / "data"
@@ -342,11 +351,41 @@ def test_script_scores_on_what_it_is_told(score):
     assert "8 images, 80 captions" in score(*arguments, run="not asked for what is told")
 
 
+def test_without_arguments_the_newest_run_is_scored_on_its_own_data(
+    trained, monkeypatch, capsys, tmp_path
+):
+    """And its plot stands beside that of the training, which stays."""
+    run = shutil.copytree(trained.parents[1], tmp_path / "logs" / "run")
+    write_json(run / "arguments.json",
+               {"dataset_path": str(trained.parents[3] / "data"), "language": "cn"})  # fmt: skip
+    (run / "weights" / "last.pth").rename(run / "weights" / "best_epoch_weights.pth")
+    (run / "R_mAP.png").write_text("of the training")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["metric.py"])
+    main()
+    printed = capsys.readouterr().out
+    assert "8 images, 40 captions" in printed and "\nvalidation " in printed
+    assert f"plot written to {run.resolve() / 'R_mAP_val.png'}" in printed
+    Image.open(run / "R_mAP_val.png").verify()
+    assert (run / "R_mAP.png").read_text() == "of the training"
+
+
+def test_script_writes_a_report_of_the_run(trained, score):
+    run = {"dataset_path": "data", "language": "en", "lr": 0.0123}
+    printed = score("--report", "seen/report.html", run=run)
+    page = (trained.parents[3] / "seen" / "report.html").read_text("utf-8")
+    assert f"report written to {Path('seen/report.html')}" in printed
+    assert page.count("<article") == 8 + 40  # a card for each image and each caption
+    assert "0.0123" in page and str(trained) in page
+
+
 @pytest.mark.parametrize(
     "run, arguments, message",
     [
         (("gone", "en"), [], "gone: no such folder; name the data to score on with --dataset_path"),
         (("mine", "en"), [], "mine: no en_val.json in it, only cn_val.json; .* and --language"),
+        (("data", "en"), ["--split", "test"], "data: no en_test.json in it"),
+        (("data", "en"), ["--split", "train"], r"--split: .*choose from '?val'?, '?test'?"),
         (("data", ["en", "fr"]), [], "data: no fr_val.json in it, only cn_val.json, en_val.json"),
         (("gone", "en"), ["--dataset_path", "also gone"], "also gone: no such folder"),
         (("data", "en"), ["--weights", "gone.pth"], "gone.pth: neither a file nor"),

@@ -1,5 +1,5 @@
-"""The caption files of a data set, `{language}_{train,val}.json` (or .jsonl, .csv, .tsv): finding
-and reading them, and writing a set of them."""
+"""The caption files of a data set, `{language}_{train,val,test}.json` (or .jsonl, .csv, .tsv):
+finding and reading them, and writing a set of them."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -20,6 +20,7 @@ from utils.data.caption_formats import (
 )
 from utils.runs.files import replaced_whole
 
+SPLITS = {"train": "training", "val": "validation", "test": "test"}  # in names of files; in words
 PROBLEMS_SHOWN = 10  # of one caption file
 SHARED_SHOWN = 3  # images that are in both splits
 OTHERS_SHOWN = 5  # caption files that are there instead of the one that is not
@@ -41,21 +42,25 @@ def missing_annotations(file: Path) -> str | None:
     return f"{root}: no {file.name} in it" + (f", only {', '.join(shown)}" if shown else "")
 
 
-def shared_images_warning(train: Iterable[str], val: Iterable[str]) -> str | None:
-    """A warning that names images listed in both splits; None where there are none."""
-    held_out = set(val)
+def shared_images_warning(
+    train: Iterable[str], held_out: Iterable[str], split: str = "val"
+) -> str | None:
+    """A warning that names images listed in the training split and in another one, `split`; None
+    where there are none."""
+    held_out = set(held_out)
     shared = [image for image in train if image in held_out]
     if not shared:
         return None
     more = ", ..." if len(shared) > SHARED_SHOWN else ""
     return (
-        f"images in both training and validation: {len(shared)} ({', '.join(shared[:SHARED_SHOWN])}"
-        f"{more}); scores on images seen in training are too good; list each image once"
+        f"images in both training and {SPLITS[split]}: {len(shared)} "
+        f"({', '.join(shared[:SHARED_SHOWN])}{more}); scores on images seen in training are too "
+        "good; list each image once"
     )
 
 
 def caption_file(root: Path, language: str, split: str) -> Path:
-    """The caption file of a language and a split ("train", "val") in the data folder `root`, with
+    """The caption file of a language and a split (of `SPLITS`) in the data folder `root`, with
     whichever of the known suffixes; .json if there is none. Raises `InputError` for several."""
     files = [root / f"{language}_{split}{suffix}" for suffix in SUFFIXES]
     found = [file for file in files if file.is_file()]

@@ -7,6 +7,7 @@ that they were made from. A file with another fingerprint or length is stale and
 import errno
 import hashlib
 import math
+import os
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator
@@ -17,13 +18,56 @@ import numpy as np
 import PIL
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from models.errors import InputError
 from models.preprocess import Preprocess
 from models.progress_bar import progress_bar
+from utils.data.image_reading import read_batches
 from utils.runs.files import replaced_whole
 
 FORMAT = 2  # of the file; raise it when `models.preprocess.pixels` makes other pixels
+BUILD_BATCH = 32  # images decoded at a time
+
+
+def decode_once(
+    dataset: Dataset,
+    name: str,
+    folder: str | os.PathLike | None = None,
+    device: torch.device | str = "cpu",
+    num_workers: int = 0,
+) -> tuple[Tensor, dict[int, str]]:
+    """The pixels of all images, uint8 `[n, 3, side, side]`, and {index: what is wrong} of those
+    that cannot be read, in whose place another image's pixels stand.
+
+    They are in the file `<name>_<side>.pixels` in `folder` (by default `.cache` in the data set's
+    root), which all runs share, or on the device if they take at most a quarter of its free memory.
+    `dataset` has `root`, the paths `image` below it and `preprocess`, and `dataset[i]` is (pixels,
+    ...). Raises `InputError` if the file cannot be written.
+    """
+    root = dataset.root.resolve()
+    folder = root / ".cache" if folder is None else Path(folder).expanduser()
+    batches = [rows.tolist() for rows in torch.arange(len(dataset)).split(BUILD_BATCH)]
+    decoded, unreadable = cached_pixels(
+        folder / f"{name}_{dataset.preprocess.side}.pixels",
+        dataset.root,
+        dataset.image,
+        dataset.preprocess,
+        (
+            (loaded.images, loaded.problems)
+            for loaded in read_batches(dataset, batches, num_workers, substitute=True)
+        ),
+    )
+    problems = {row: _problem(dataset, row) for row in unreadable}
+    return on_device_if_small(decoded, torch.device(device)), problems
+
+
+def _problem(dataset: Dataset, row: int) -> str:
+    try:
+        dataset[row]
+    except InputError as error:
+        return str(error)
+    return f"{dataset.image[row]}: could not be read when the cache was written"
 
 
 def cached_pixels(

@@ -1,5 +1,8 @@
 """Features of a whole data set: its images and its texts, encoded batch by batch."""
 
+from pathlib import Path
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,38 +11,71 @@ from tqdm import tqdm
 from models.clip import CLIP
 from models.device import upload
 from models.progress_bar import progress_bar
-from utils.flickr8k_dataloader import Flickr8kDataset, image_batches
+from utils.data.labelled_images import LabelledImages
+from utils.flickr8k_dataloader import Flickr8kDataset
+from utils.machine.memory import explained
+from utils.machine.precision import Precision
 from utils.machine.processes import ALONE, Processes
+from utils.retrieval.store import Store
+
+TEXT_BATCH = 256  # captions
+
+
+class Features(NamedTuple):
+    """Normalised float32 features of a data set: images `[n, d]`, texts `[captions, d]`."""
+
+    images: Tensor
+    texts: Tensor
+
+
+@explained()
+@torch.inference_mode()
+def encode_set(
+    model: CLIP,
+    dataset: Flickr8kDataset,
+    batch_size: int,
+    num_workers: int,
+    precision: Precision,
+    processes: Processes = ALONE,
+) -> Features:
+    """Features of all images and captions, on the model's device."""
+    with precision.autocast():
+        return Features(
+            encode_images(model, dataset, batch_size, num_workers, processes),
+            encode_texts(model, dataset.tokens, processes=processes),
+        )
 
 
 @torch.inference_mode()
 def encode_images(
     model: CLIP,
-    dataset: Flickr8kDataset,
+    dataset: Flickr8kDataset | LabelledImages,
     batch_size: int,
     num_workers: int,
     processes: Processes = ALONE,
 ) -> Tensor:
     """Normalised float32 features `[n, d]` of all images, on the model's device. Each process
-    encodes some of the batches, and all get the features of all."""
+    encodes some of the batches, and all get the features of all. Those of labelled images that
+    cannot be read are zeros; such a caption's image raises `InputError`."""
     model.eval()
     features = torch.zeros(len(dataset), model.embed_dim, device=model.device)
     own = torch.arange(len(dataset)).split(batch_size)[processes.rank :: processes.size]
-    batches = image_batches(dataset, [rows.tolist() for rows in own], num_workers)
+    batches = dataset.batches([rows.tolist() for rows in own], num_workers)
     with _progress_bar(own, "encoding images", "img", processes) as bar:
         for rows, images in zip(own, batches, strict=True):
             images = model.preprocess.normalize(upload(images, model.device))
             features[rows] = F.normalize(model.encode_image(images).float(), dim=-1)
             bar.update(len(rows))
+    features[list(dataset.unreadable)] = 0
     return processes.sum(features)
 
 
 @torch.inference_mode()
 def encode_texts(
-    model: CLIP, tokens: Tensor, batch_size: int = 256, processes: Processes = ALONE
+    model: CLIP, tokens: Tensor, batch_size: int = TEXT_BATCH, processes: Processes = ALONE
 ) -> Tensor:
-    """Normalised float32 features `[n, d]` of `tokens` `[n, <=77]`, on the model's device. Each
-    process encodes some of the batches, and all get the features of all."""
+    """Normalised float32 features `[n, d]` of `tokens` `[n, <=context_length]`, on the model's
+    device. Each process encodes some of the batches, and all get the features of all."""
     model.eval()
     features = torch.zeros(len(tokens), model.embed_dim, device=model.device)
     own = torch.arange(len(tokens)).split(batch_size)[processes.rank :: processes.size]
@@ -48,6 +84,20 @@ def encode_texts(
             features[rows] = F.normalize(model.encode_text(tokens[rows]).float(), dim=-1)
             bar.update(len(rows))
     return processes.sum(features)
+
+
+def kept_caption_features(model: CLIP, weights: Path, source: str, captions: list[str]) -> Tensor:
+    """What `encode_texts` gives for different captions, those too long being cut; in float16, since
+    they are kept for the next time, beside `weights`, as the captions of `source`."""
+
+    def encode(rows: list[int]) -> tuple[list[int], Tensor]:
+        tokens = model.tokenize([captions[row] for row in rows], truncate=True)
+        with torch.inference_mode():
+            return rows, F.normalize(model.encode_text(tokens).float(), dim=-1)
+
+    store = Store("captions", model, weights, source)
+    _, features = store.features_of(captions, encode, TEXT_BATCH)
+    return features.to(model.device).float()
 
 
 def _progress_bar(batches: tuple[Tensor, ...], title: str, unit: str, processes: Processes) -> tqdm:

@@ -1,11 +1,16 @@
-"""Pictures: scores against K, captions ranked for an image, scores of mixed weights."""
+"""Pictures: scores against K, captions ranked for an image, images that were found, scores of mixed
+weights, confusions of classes."""
 
+import math
 import textwrap
 import unicodedata
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
+from torch import Tensor
 
 from models.weights.file_kind import one_line
 from utils.retrieval.fonts import fonts_for
@@ -13,7 +18,14 @@ from utils.retrieval.ranking import Ranked
 from utils.retrieval.tables import K_VALUES, TITLES, Metrics
 from utils.runs.files import save_figure
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 LINE = 68  # letters in a line of a caption; half as many Chinese characters
+NAMED_CLASSES = 50  # of a confusion matrix: the names of more cannot be read
+NAME_LENGTH = 30  # characters of a class's name beside it
+COLUMNS = 4  # of images that were found
+NARROW_LINE = 36  # letters, below one of them
 
 
 def plot_metrics(metrics: Metrics, path: Path) -> None:
@@ -58,14 +70,36 @@ def draw_ranking(image: Image.Image, ranked: list[Ranked], path: Path) -> None:
     chart.barh(rows, [r.probability for r in ranked], height=0.3, color="tab:blue", alpha=0.6)
     for row, (_, probability, similarity) in enumerate(ranked):
         caption = f"{captions[row]}  ({probability:.1%}, similarity {similarity:.3f})"
-        text = textwrap.fill(caption, LINE * len(caption) // _columns(caption))
-        chart.text(0, row - 0.22, text, va="bottom", fontfamily=fonts, fontsize=9,
+        chart.text(0, row - 0.22, _filled(caption, LINE), va="bottom", fontfamily=fonts, fontsize=9,
                    parse_math=False)  # fmt: skip
     chart.set(xlim=(0, 1), ylim=(len(ranked) - 0.5, -0.9), yticks=[], xlabel="probability")
     chart.spines[["top", "right", "left"]].set_visible(False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # `fonts_for` has said it
-        save_figure(figure, path)
+    _save_with_any_text(figure, path)
+
+
+def draw_found(query: str, found: list[tuple[Image.Image, str]], path: Path) -> None:
+    """Write a picture to `path`: images side by side, each with its caption, below the query."""
+    from matplotlib.figure import Figure
+
+    query, captions = one_line(query), [one_line(caption) for _, caption in found]
+    fonts = fonts_for(query + "".join(captions))
+    columns = min(COLUMNS, len(found))
+    rows = math.ceil(len(found) / columns)
+    figure = Figure(figsize=(3 * columns, 0.6 + 3 * rows), layout="constrained")
+    figure.suptitle(_filled(query, 30 * columns), fontfamily=fonts, parse_math=False)
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for panel in panels:
+        panel.axis("off")
+    for panel, (image, _), caption in zip(panels, found, captions, strict=False):
+        panel.imshow(image)
+        panel.set_title(_filled(caption, NARROW_LINE), fontfamily=fonts, fontsize=8,
+                        parse_math=False)  # fmt: skip
+    _save_with_any_text(figure, path)
+
+
+def _filled(text: str, line: int) -> str:
+    """A text in lines of so many letters, or half as many Chinese characters."""
+    return textwrap.fill(text, max(1, line * len(text) // max(1, _columns(text))))
 
 
 def _columns(text: str) -> int:
@@ -92,3 +126,33 @@ def plot_wise_ft(rows: list[dict[str, float]], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     save_figure(figure, path)
+
+
+def plot_confusion(confusions: dict[str, Tensor], classes: Sequence[str], path: Path) -> None:
+    """How many of each class's images are taken for which class, as a picture at `path`: a panel
+    for each title, with the share of the row's images as colour. `confusions` are `[c, c]`, in
+    images. The names are written where they have room."""
+    from matplotlib.figure import Figure
+
+    names = [one_line(name)[:NAME_LENGTH] for name in classes]
+    names = names if len(names) <= NAMED_CLASSES else []
+    side = 3 + 0.22 * min(len(classes), NAMED_CLASSES)
+    figure = Figure(figsize=(side * len(confusions) + 1.5, side), layout="constrained")
+    panels = figure.subplots(1, len(confusions), sharey=True, squeeze=False)[0]
+    style = {"fontfamily": fonts_for("".join(names)), "fontsize": 8, "parse_math": False}
+    for panel, (title, confusion) in zip(panels, confusions.items(), strict=True):
+        share = 100 * confusion.double() / confusion.sum(dim=1, keepdim=True)
+        colours = panel.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=100)
+        panel.set(title=title, xlabel="taken for")
+        if names:
+            panel.set_xticks(range(len(names)), names, rotation=90, **style)
+            panel.set_yticks(range(len(names)), names, **style)
+    panels[0].set(ylabel="class")
+    figure.colorbar(colours, ax=panels, label="percent of the class's images", shrink=0.8)
+    _save_with_any_text(figure, path)
+
+
+def _save_with_any_text(figure: "Figure", path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # `fonts_for` has said it
+        save_figure(figure, path)

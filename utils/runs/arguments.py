@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from models.errors import InputError
 from models.files import read_bytes
+from models.scripts import SCRIPTS, from_here
 from models.weights.file_kind import one_line
 
 ARGUMENTS_LENGTH = 2**20  # bytes of an arguments.json
@@ -122,21 +123,36 @@ class TrainedOn(NamedTuple):
 
 
 def run_folder(weights: str | Path) -> Path | None:
-    """The run that a weights file, `RUN/weights/<file>`, belongs to; None if it belongs to none."""
-    file = Path(weights).expanduser().resolve()
-    run = file.parent.parent
-    return run if file.is_file() and (run / "arguments.json").is_file() else None
+    """The run that a weights file, `RUN/weights/<file>`, belongs to, or whose folder `weights` is;
+    None if there is none."""
+    weights = Path(weights).expanduser().resolve()
+    run = weights.parent.parent if weights.is_file() else weights
+    return run if (run / "arguments.json").is_file() else None
+
+
+def newest_weights() -> Path:
+    """The newest `best_epoch_weights.pth` of the runs in logs/ in the working folder, where
+    train.py puts them; if there is none, in logs/ beside the scripts. Raises `InputError` if there
+    is none either."""
+    for logs in (Path("logs"), SCRIPTS / "logs"):
+        if found := list(logs.glob("*/weights/best_epoch_weights.pth")):
+            return max(found, key=lambda path: path.stat().st_mtime)
+    raise InputError(
+        "logs: there is no run with weights/best_epoch_weights.pth in it, here or beside the "
+        f"scripts; train one (python {from_here('train.py')} --demo), or name weights with "
+        "--weights"
+    )
 
 
 def trained_on(weights: str | Path) -> TrainedOn | None:
-    """The data set and the languages that the run of a weights file was trained on; None if the
-    file belongs to no run. Raises `InputError` for an arguments.json that does not say."""
+    """The data set and the languages that the run of `weights` was trained on; None if they belong
+    to no run. Raises `InputError` for an arguments.json that does not say."""
     run = run_folder(weights)
     if run is None:
         return None
     file = run / "arguments.json"
     try:
-        arguments = json.loads(read_bytes(file, ARGUMENTS_LENGTH))
+        arguments = saved_arguments(run)
         languages = arguments["language"]
         languages = [languages] if isinstance(languages, str) else [str(la) for la in languages]
         return TrainedOn(Path(arguments["dataset_path"]), languages)
@@ -145,3 +161,16 @@ def trained_on(weights: str | Path) -> TrainedOn | None:
             f"{file}: should hold the dataset_path and language of its run, but cannot be used; "
             "give both, or mend it"
         ) from None
+
+
+def saved_arguments(run: Path) -> dict[str, object]:
+    """The arguments of a run, from its arguments.json. Raises `InputError` for a file of anything
+    else."""
+    file = run / "arguments.json"
+    try:
+        arguments = json.loads(read_bytes(file, ARGUMENTS_LENGTH))
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise InputError(f"{file}: should hold the arguments of its run; mend it or remove it")
+    return arguments

@@ -1,6 +1,7 @@
 """The files that a run writes: weights, the checkpoint to go on from, tables and arguments."""
 
 import csv
+import io
 import json
 import os
 import reprlib
@@ -11,8 +12,10 @@ import torch
 
 from models.clip import CLIP
 from models.errors import InputError
+from models.files import read_bytes
 from models.lora import merged
 from models.weights.content import read_content
+from models.weights.file_kind import one_line
 from models.weights.open_clip import CONFIG_FILE, to_open_clip
 from utils.runs.files import replaced_whole, writing
 
@@ -87,6 +90,18 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, fieldnames=list(columns))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def read_csv(path: Path) -> list[dict[str, float]]:
+    """The rows of a table that `write_csv` wrote, without what is empty. Raises `InputError` for
+    anything but numbers."""
+    try:
+        rows = csv.DictReader(io.StringIO(read_bytes(path).decode()))
+        return [{name: float(value) for name, value in row.items() if value} for row in rows]
+    except (ValueError, TypeError, csv.Error) as error:
+        raise InputError(
+            f"{path}: should be a table of numbers ({one_line(error)}); mend it or remove it"
+        ) from None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

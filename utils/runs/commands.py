@@ -10,9 +10,8 @@ from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 
-from models.simple_tokenizer import clean
-from models.tokens import clip_tokenizer
-from models.weights.registry import CONTEXT_LENGTH
+from models.clip import CLIP
+from models.tokens import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 WINDOWS = sys.platform == "win32"
@@ -39,24 +38,26 @@ def quoted(words: Iterable[object], windows: bool = WINDOWS) -> str:
     return " ".join(map(_for_cmd if windows else _for_bash, map(str, words)))
 
 
-def what_to_try(image: str, weights: Path, captions: Iterable[str]) -> str:
-    """Two commands that use new weights, on an image and with two of the captions."""
+def what_to_try(image: str, weights: Path, captions: Iterable[str], model: CLIP) -> str:
+    """Two commands that use new weights of `model`, on an image and with two of the captions."""
     words = Path(image), "--weights", weights
-    labels = labels_to_try(captions)
+    labels = labels_to_try(captions, model.tokenizer, model.context_length)
     return (
         f"now try{TO_PASTE}\n  {command('predict.py', *words)}\n"
         f"  {command('predict_zero_shot.py', *words, '--labels', *labels)}"
     )
 
 
-def labels_to_try(captions: Iterable[str]) -> list[str]:
+def labels_to_try(captions: Iterable[str], tokenizer: Tokenizer, context_length: int) -> list[str]:
     """Two captions that predict_zero_shot.py takes as `--labels`: the first, and the last that the
     model reads differently, or something else where there are no two."""
     captions = list(dict.fromkeys(captions))
     others = ("something else", "a photo")
-    first = next(filter(clean, map(_label, chain(captions, others))))
-    candidates = map(_label, chain(reversed(captions), others))
-    return [first, next(c for c in candidates if clean(c) not in ("", clean(first)))]
+    labels = (_label(c, tokenizer, context_length) for c in chain(captions, others))
+    first = next(filter(tokenizer.encode, labels))
+    labels = (_label(c, tokenizer, context_length) for c in chain(reversed(captions), others))
+    taken = ([], tokenizer.encode(first))
+    return [first, next(label for label in labels if tokenizer.encode(label) not in taken)]
 
 
 def _argument(word: object) -> str:
@@ -86,16 +87,12 @@ def _for_cmd(word: str) -> str:
     return '"{}"'.format(re.sub(r'(\\+)("|\Z)', r"\1\1\2", word).replace('"', '""'))
 
 
-def _label(caption: str) -> str:
+def _label(caption: str, tokenizer: Tokenizer, context_length: int) -> str:
     """What the model reads of a caption, as a word of a command line: one line without control
     codes, and no hyphen first, which would make it an option."""
     text = "".join(c if c.isprintable() else " " for c in caption)
     text = " ".join(text.split()).lstrip("- ")
-    room = CONTEXT_LENGTH - 2  # without the tokens for the start and the end
-    fits = bisect_right(range(len(text) + 1), room, key=lambda n: _length(text[:n])) - 1
+    room = context_length - 2  # without the tokens for the start and the end
+    lengths = range(len(text) + 1)
+    fits = bisect_right(lengths, room, key=lambda n: len(tokenizer.encode(text[:n]))) - 1
     return text[:fits].rstrip()
-
-
-def _length(text: str) -> int:
-    """How many tokens a text has."""
-    return len(clip_tokenizer().encode(text))

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,19 @@ class Run:
     @property
     def best_weights(self) -> Path:
         return self.weights / "best_epoch_weights.pth"
+
+    @contextmanager
+    def discarded_on_error(self) -> Iterator[None]:
+        """Remove the folder of a new run if an error or Ctrl-C ends the block: before the first
+        step there is nothing in it to go on from."""
+        try:
+            yield
+        except BaseException:
+            if self.folder and not (self.weights / "checkpoint.pth").exists():
+                if self.loss_history:
+                    self.loss_history.close()  # Windows removes no open file
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write everything needed to go on from `State.state_dict()`."""

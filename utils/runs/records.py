@@ -4,6 +4,7 @@ They are pyzjr's; here their files stay whole, and an error of writing them name
 """
 
 import shutil
+import signal
 import threading
 import warnings
 from pathlib import Path
@@ -14,6 +15,7 @@ from pyzjr import LossHistory
 from pyzjr.visualize.printf import ConsoleLogger
 
 from models.clip import CLIP
+from utils.machine.interrupt import Interrupt
 from utils.runs.files import TEMPORARY, replaced_whole, writing
 
 
@@ -31,9 +33,13 @@ class Losses(LossHistory):
     def __init__(self, folder: Path, model: CLIP, rows: list[dict[str, Any]]):
         threading.excepthook = _leave_to_main_thread
         side = model.visual.input_resolution
+        interrupt = Interrupt()  # or pyzjr would take Ctrl-C for an error of the graph, and go on
         with writing(folder), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # TensorBoard's graph needs torch.jit
             super().__init__(str(folder), model, (side, side))
+        interrupt.release()
+        if interrupt.has_come():
+            raise KeyboardInterrupt if interrupt.signal == signal.SIGINT else interrupt.exit()
         self.folder = folder
         self.losses = [row["train_loss"] for row in rows]
         self.val_loss = [row["val_loss"] for row in rows]

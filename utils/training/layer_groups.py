@@ -1,7 +1,7 @@
 """Which tower and which layer a parameter belongs to; locking a tower, all of it or in part."""
 
+import argparse
 import re
-from typing import Any
 
 import torch
 from torch import nn
@@ -9,8 +9,9 @@ from torch import nn
 from models.clip import CLIP
 from models.errors import InputError
 from models.lora import add_lora
+from utils.machine.processes import Processes
 
-LAYER = re.compile(r"(?:transformer\.resblocks\.|visual\.layer)(\d+)\.")
+LAYER = re.compile(r"(?:transformer\.resblocks\.|visual\.layer|bert\.encoder\.layer\.)(\d+)\.")
 HEAD = re.compile(
     r"(?:visual\.)?(?:ln_post|ln_final|proj|text_projection|attnpool|logit_scale)(?:\.|$)"
 )
@@ -45,16 +46,6 @@ def tower_of(name: str) -> str:
     return "image" if name.startswith("visual.") else "text"
 
 
-def choose_what_learns(model: CLIP, arguments: dict[str, Any]) -> None:
-    """Exclude from training what --lock_image, --lock_text and --lora keep as it is, and add what
-    --lora learns instead."""
-    for tower in ("image", "text"):
-        if (unlocked := arguments[f"lock_{tower}"]) is not None:
-            lock(model, tower, unlocked)
-    if arguments["lora"]:
-        add_lora(model, arguments["lora"])
-
-
 def lock(model: CLIP, tower: str, unlocked: int) -> None:
     """Exclude a tower, `"image"` or `"text"`, from training, except for its last `unlocked` blocks
     and what follows them; with 0, all of it is excluded (Zhai et al. 2022, "LiT")."""
@@ -69,6 +60,29 @@ def lock(model: CLIP, tower: str, unlocked: int) -> None:
     for name in own:
         if unlocked == 0 or distances[name] > unlocked:
             model.get_parameter(name).requires_grad_(False)
+
+
+def trainable(
+    model: CLIP, args: argparse.Namespace, device: torch.device, processes: Processes
+) -> CLIP:
+    """The model as it is trained: with locked towers, with low-rank changes, and with batch norms
+    over the whole batch. Raises `InputError` for arguments that this model cannot have."""
+    choose_what_learns(model, args.lock_image, args.lock_text, args.lora)
+    if processes.size > 1 or args.grad_cache:
+        return whole_batch_norms(model, device, args.grad_cache)
+    return model
+
+
+def choose_what_learns(
+    model: CLIP, lock_image: int | None, lock_text: int | None, lora: int | None
+) -> None:
+    """`lock` the towers of which a number of blocks is given, and add changes of rank `lora`, if it
+    is given and the model, that of a run that goes on, does not have them."""
+    for tower, unlocked in (("image", lock_image), ("text", lock_text)):
+        if unlocked is not None:
+            lock(model, tower, unlocked)
+    if lora and not any(".lora." in name for name, _ in model.named_parameters()):
+        add_lora(model, lora)
 
 
 def train_mode(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""What a run prints while it trains: what it trains, and the progress bar of an epoch."""
+"""What a run prints: what it trains, the progress bar of an epoch, the scores of the best one."""
 
 import math
 import time
@@ -8,36 +8,73 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from models.clip import CLIP
 from models.errors import InputError
 from models.progress_bar import progress_bar
+from utils.data.annotations import SPLITS
 from utils.flickr8k_dataloader import Batch, Flickr8kDataset, TrainLoader
-from utils.metric import mean_recall
+from utils.machine.precision import Precision
+from utils.metric import mean_recall, retrieval_metrics
+from utils.retrieval.encode import encode_set
+from utils.retrieval.gallery import write_report
+from utils.retrieval.plots import plot_metrics
 from utils.retrieval.tables import Metrics, format_table
+from utils.runs.checkpoint import write_json
 from utils.training.state import State
+
+# Share of tokens that are parts of words. In Flickr8k: CLIP's tokenizer 2% of English and 90% of
+# Chinese captions; BERT's Chinese one 33% of English and 0% of Chinese, 22% of both together.
+MANY_FRAGMENTS = 0.25
 
 
 def announce(
-    state: State, loader: TrainLoader, val_set: Flickr8kDataset, epochs: int, folder: Path | None
+    state: State,
+    loader: TrainLoader,
+    sets: dict[str, Flickr8kDataset],
+    epochs: int,
+    folder: Path | None,
 ) -> None:
     """Print what is trained, on what, and where results will be; and whether a run has all its
     `epochs` behind it."""
-    train_set = loader.dataset
+    train_set, val_set = sets["train"], sets["val"]
     millions = sum(p.numel() for p in state.model.parameters()) / 1e6
     learned = sum(p.numel() for p in state.model.parameters() if p.requires_grad) / 1e6
     which = f", of which {learned:.2f} M learn" if learned < millions else ""
     size = loader.processes.size
     processes = f"{size} processes, " if size > 1 else ""
-    print(f"{len(train_set)} training images, {len(val_set)} validation images, {processes}"
-          f"{loader.device}, {state.precision}, {millions:.1f} M parameters{which}")  # fmt: skip
+    images = ", ".join(f"{len(dataset)} {SPLITS[split]} images" for split, dataset in sets.items())
+    print(f"{images}, {processes}{loader.device}, {state.precision}, "
+          f"{millions:.1f} M parameters{which}")  # fmt: skip
     texts = len(train_set.text) + len(val_set.text)
     if cut := train_set.count_cut_captions() + val_set.count_cut_captions():
-        print(f"{cut} captions ({cut / texts:.2%}) are longer than 77 tokens and were cut")
+        print(f"{cut} captions ({cut / texts:.2%}) are longer than the "
+              f"{train_set.context_length} tokens that the model reads, and were cut")  # fmt: skip
+    if warning := tokenizer_warning(train_set, state.model.config.has_bert):
+        print(f"warning: {warning}")
     if shared := train_set.count_shared_captions() + val_set.count_shared_captions():
         print(f"{shared} captions ({shared / texts:.2%}) belong to several images, and are right "
               "for each of them")  # fmt: skip
     print(f"results in {folder}")
     if len(state.epochs) == epochs:
-        print(f"the run has all {epochs} epochs behind it; --epochs with more goes on")
+        print(f"this run is finished, with all {epochs} epochs behind it: nothing is trained; more "
+              "--epochs go on with it")  # fmt: skip
+
+
+def tokenizer_warning(dataset: Flickr8kDataset, is_chinese: bool) -> str | None:
+    """A warning if the tokenizer, which is for Chinese or for English, takes the captions' words to
+    pieces; else None."""
+    share = dataset.share_of_fragments()
+    if share < MANY_FRAGMENTS:
+        return None
+    made_for, other, instead = (
+        ("Chinese", "English", "ViT-B/32, from scratch ViT-demo")
+        if is_chinese
+        else ("English", "Chinese", "OFA-Sys/chinese-clip-vit-base-patch16, from scratch cn-demo")
+    )
+    return (
+        f"the model's tokenizer was made for {made_for}, and of these captions {share:.0%} of the "
+        f"tokens are parts of words or unknown; for {other} captions take a model such as {instead}"
+    )
 
 
 def score_start(state: State, score: Callable[[], tuple[Metrics, float]]) -> None:
@@ -45,7 +82,36 @@ def score_start(state: State, score: Callable[[], tuple[Metrics, float]]) -> Non
     metrics, val_loss = score()
     state.note_start(metrics, val_loss)
     print(f"before training: validation loss {val_loss:.4f}, mean recall "
-          f"{mean_recall(metrics):.2f}\n{format_table(metrics)}")  # fmt: skip
+          f"{mean_recall(metrics):.2f}\n{format_table(metrics, 'val')}")  # fmt: skip
+
+
+def score_test(score: Callable[[], tuple[Metrics, float]], weights: Path, run: Path) -> None:
+    """Score the test split, once, with the `weights` that validation chose: write
+    `test_metrics.json` into the folder `run`, and print the scores."""
+    metrics, _ = score()
+    file = run / "test_metrics.json"
+    write_json(file, metrics)
+    print(f"{weights.name} on the test images, which had no say in choosing it:\n"
+          f"{format_table(metrics, 'test')}\nscores: {file}")  # fmt: skip
+
+
+def score_best(
+    model: CLIP,
+    folder: Path,
+    loader: TrainLoader,
+    val_set: Flickr8kDataset,
+    precision: Precision,
+) -> None:
+    """Score the weights of the best epoch, which `model` has, print the scores, and write them as a
+    plot and as a page to look at into the run's folder."""
+    features = encode_set(model, val_set, loader.batch_size, loader.num_workers, precision)
+    metrics = retrieval_metrics(*features, val_set.img_to_txt, val_set.txt_to_img, range(1, 11))
+    plot, report = folder / "R_mAP.png", folder / "report.html"
+    print(f"the best epoch:\n{format_table(metrics, 'val')}")
+    plot_metrics(metrics, plot)
+    weights = folder / "weights" / "best_epoch_weights.pth"
+    write_report(report, weights, val_set, features, metrics)
+    print(f"plot: {plot}\nreport, with the answers to every query, for a browser: {report}")
 
 
 def report_epoch(state: State, epochs: int, metrics: Metrics, images: int, rate: float) -> None:
@@ -56,10 +122,10 @@ def report_epoch(state: State, epochs: int, metrics: Metrics, images: int, rate:
     share p of n queries is sqrt(p (1 - p) / n); the mean of several R@K has at most that of their
     mean, and n is the number of validation `images`, since the captions of one are not independent.
     """
-    row = state.epochs[-1]
+    row, table = state.epochs[-1], format_table(metrics, "val")
     print(
         f"epoch {row['epoch']}/{epochs}: train loss {row['train_loss']:.4f}, validation loss "
-        f"{row['val_loss']:.4f}, mean recall {row['mean_recall']:.2f}\n{format_table(metrics)}"
+        f"{row['val_loss']:.4f}, mean recall {row['mean_recall']:.2f}\n{table}"
     )
     if row["epoch"] > 1 or not state.start:
         return

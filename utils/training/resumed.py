@@ -113,7 +113,9 @@ def _model(weights: object, content: object, arguments: dict[str, Any]) -> CLIP:
         factors, plain = ({n: t for n, t in weights.items() if (".lora." in n) == is_factor}
                           for is_factor in (True, False))  # fmt: skip
         model = build_model(plain, from_open_clip(content))
-        choose_what_learns(model, arguments)
+        choose_what_learns(
+            model, *(arguments[name] for name in ("lock_image", "lock_text", "lora"))
+        )
         check_keys(factors, {n: t for n, t in model.state_dict().items() if ".lora." in n})
         check_finite(factors)
         model.load_state_dict(factors, strict=False)

@@ -5,10 +5,18 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from models.clip import CLIP
 from models.clip_utils import check_name
 from models.errors import InputError
 from models.scripts import from_here
+from models.weights.architecture import check_resolution
+from models.weights.registry import CONFIGS
 from utils.data.annotations import caption_file, missing_annotations
+from utils.flickr8k_dataloader import Flickr8kDataset, check_batch_size
+from utils.machine.processes import Processes
+from utils.training.layer_groups import trainable
 from utils.training.resumed import read_resumed
 
 DEMO = {
@@ -18,6 +26,7 @@ DEMO = {
     "epochs": 28,
     "batch_size": 50,
 }
+CHINESE_DEMO = {"model": "cn-demo"}
 FROM_SCRATCH = {"lr": 5e-4, "layer_decay": 1.0}
 FINE_TUNING = {"lr": 1e-4, "layer_decay": 0.7}
 LORA = FINE_TUNING | {"lr": 1e-3}  # ten times, as Biderman et al. 2024 find it
@@ -41,7 +50,7 @@ def settle(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict[st
     resumed = None if args.demo else read_resumed(args.resume_training, parser)
     saved: dict[str, Any] = {}
     if args.demo:
-        parser.set_defaults(**DEMO)
+        parser.set_defaults(**DEMO | (CHINESE_DEMO if args.language == ["cn"] else {}))
     elif resumed:
         saved = {k: v for k, v in resumed["arguments"].items() if k not in OF_THE_START}
         parser.set_defaults(**saved)
@@ -103,6 +112,32 @@ def check_arguments(args: argparse.Namespace) -> None:
                 f"by python {from_here('flickr8k/prepare.py')} --source FOLDER --output FOLDER; "
                 f"to see it work without any: python {from_here('train.py')} --demo"
             )
+
+
+def check_model(args: argparse.Namespace, device: torch.device, processes: Processes) -> None:
+    """Raise `InputError` for arguments that a model cannot have whose name tells its sizes: its
+    weights, which may take minutes to download, are not needed for that."""
+    config = CONFIGS.get(args.model or args.resume_training)
+    if config is None:
+        return
+    if args.input_shape is not None:
+        check_resolution(config, args.input_shape)
+    with torch.device("meta"):
+        trainable(CLIP(config), args, device, processes)
+
+
+def read_data(args: argparse.Namespace, processes: Processes) -> dict[str, Flickr8kDataset]:
+    """The data set by split: "train", "val" and, where there are lists of it in all languages,
+    "test". Raises `InputError` for lists that cannot be used, missing images, and a batch that is
+    larger than the training split."""
+    lists = [caption_file(args.dataset_path, language, "test") for language in args.language]
+    splits = ["train", "val", "test"] if all(map(Path.is_file, lists)) else ["train", "val"]
+    sets = {
+        split: Flickr8kDataset(args.dataset_path, language=args.language, split=split)
+        for split in splits
+    }
+    check_batch_size(args.batch_size, len(sets["train"]), processes)
+    return sets
 
 
 def check_same_data(args: argparse.Namespace, data: str, resumed: dict[str, Any]) -> None:

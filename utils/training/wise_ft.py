@@ -47,7 +47,7 @@ def evaluate_path(
         write_csv(run / "wise_ft.csv", rows)
     plot_wise_ft(rows, run / "wise_ft.png")
     best = max(rows, key=lambda row: row["mean_recall"])
-    print("WiSE-FT, mean recall at alpha:", ", ".join(
+    print("WiSE-FT, mean recall on validation at alpha:", ", ".join(
         f"{row['mean_recall']:.2f} at {row['alpha']:g}" for row in rows))  # fmt: skip
     print(f"the best, alpha {best['alpha']:g}: {run / 'weights' / 'wise_ft_weights.pth'}; "
           f"plot: {run / 'wise_ft.png'}")  # fmt: skip

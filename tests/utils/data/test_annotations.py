@@ -235,6 +235,7 @@ def test_images_in_both_splits_are_counted_and_named():
     assert shared_images_warning([], []) is None
     message = shared_images_warning(train, [*val, "images/5.jpg", "images/2.jpg"])
     assert ": 2 (images/2.jpg, images/5.jpg)" in message
+    assert "both training and test: 9" in shared_images_warning(train, train, "test")
     message = shared_images_warning(train, train)
     assert ": 9 (" in message and message.count(".jpg") == 3 and ", ...)" in message
 

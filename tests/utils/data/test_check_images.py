@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from models.errors import InputError
 from utils import Flickr8kDataset
-from utils.data.check_images import check_images
+from utils.data.check_images import check_images, check_splits
 
 
 def encoded(image: Image.Image, format: str, **options: object) -> bytes:
@@ -114,3 +115,20 @@ def test_images_may_be_on_another_disk(tmp_path):
         assert [Path(image).name for image in dataset.image] == names
         assert check_images(dataset.image) == []
         assert dataset[1][0].shape == (3, 8, 8)
+
+
+def test_bad_images_of_the_test_split_are_found_before_training(tmp_path, capsys):
+    """Its scores come last, when a broken image would cost the whole run's wait."""
+    for name in ("1", "2", "3"):
+        (tmp_path / name).write_bytes(PHOTO if name != "3" else b"none")
+    one, two, broken = (str(tmp_path / name) for name in ("1", "2", "3"))
+    check_splits({"train": [one, broken], "val": [two]}, 0)
+    assert "warning" not in capsys.readouterr().out
+    check_splits({"train": [one], "val": [two], "test": [two, one]}, 0)
+    assert "warning: images in both training and test: 1 (" in capsys.readouterr().out
+    for images, train_too in (
+        ({"train": [one], "val": [two], "test": [broken]}, False),
+        ({"train": [one, broken], "val": [two]}, True),
+    ):
+        with pytest.raises(InputError, match=r"1 images cannot be read:\n.*not an image"):
+            check_splits(images, 0, train_too)

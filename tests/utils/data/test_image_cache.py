@@ -20,7 +20,7 @@ from models.errors import InputError
 from models.preprocess import Preprocess, normalize
 from utils import Flickr8kDataset
 from utils.data.image_cache import cached_pixels
-from utils.flickr8k_dataloader import TrainLoader, image_batches
+from utils.flickr8k_dataloader import TrainLoader
 
 SIDE = 24
 NAME = f"data_train_{SIDE}.pixels"
@@ -92,7 +92,7 @@ def test_any_batches_are_gathered(root):
 
     @given(st.lists(st.lists(st.integers(0, 10), min_size=1, max_size=12), min_size=1, max_size=5))
     def check(batches):
-        gathered = list(image_batches(dataset, batches, num_workers=0))
+        gathered = list(dataset.batches(batches, num_workers=0))
         assert len(gathered) == len(batches)
         for images, batch in zip(gathered, batches, strict=True):
             assert torch.equal(images, torch.stack([pixels[i] for i in batch]))
@@ -108,7 +108,7 @@ def test_batches_on_a_gpu(root, monkeypatch, fits):
     dataset.cache(device="cuda")
     assert dataset.cached.is_cuda == fits
     batches = [[3, 1, 3], [10]]
-    for images, batch in zip(image_batches(dataset, batches, 0), batches, strict=True):
+    for images, batch in zip(dataset.batches(batches, 0), batches, strict=True):
         assert torch.equal(images.cpu(), decoded(dataset)[batch])
         assert images.is_cuda or images.is_pinned()
     expected = TrainLoader(Flickr8kDataset(root, SIDE), 4, torch.device("cuda"))
@@ -375,7 +375,7 @@ def test_a_broken_image_is_remembered_and_named_when_it_is_asked_for(root, num_w
         dataset.cache(num_workers=num_workers)
         assert list(dataset.unreadable) == [7]
         with pytest.raises(InputError, match=r"train_0007\.png") as error:
-            list(image_batches(dataset, [[0, 1]], num_workers))
+            list(dataset.batches([[0, 1]], num_workers))
         assert "\n" not in str(error.value)
     image.write_bytes(content)
     assert cached(root).unreadable == {}

@@ -32,6 +32,14 @@ def gradients(model, batch, precision, chunk, keep=None):
     return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+def assert_same_gradients(found, expected):
+    assert found.keys() == expected.keys()
+    total = torch.stack([g.norm() for g in expected.values()]).norm()
+    for name, gradient in expected.items():
+        # A gradient that is zero but for rounding (of a key's bias) has no direction to compare.
+        assert (found[name] - gradient).norm() <= max(1e-5 * gradient.norm(), 1e-7 * total), name
+
+
 @pytest.mark.parametrize("n, k, chunk", [(12, 1, 5), (12, 3, 4), (7, 2, 1), (6, 1, 6), (6, 1, 99)])
 @pytest.mark.parametrize("locked", [(), ("image",), ("text",)])
 @pytest.mark.parametrize("weight", [None, 3.0])
@@ -45,11 +53,20 @@ def test_chunks_bring_the_gradients_of_the_whole_batch(n, k, chunk, locked, weig
     loss, expected = gradients(model, batch_of(n, k), precision, None, keep)
     chunked_loss, found = gradients(model, batch_of(n, k), precision, chunk, keep)
     assert chunked_loss == pytest.approx(loss.item(), rel=1e-6)
-    assert found.keys() == expected.keys()
-    total = torch.stack([g.norm() for g in expected.values()]).norm()
-    for name, gradient in expected.items():
-        # A gradient that is zero but for rounding (of a key's bias) has no direction to compare.
-        assert (found[name] - gradient).norm() <= max(1e-5 * gradient.norm(), 1e-7 * total), name
+    assert_same_gradients(found, expected)
+
+
+def test_chunks_bring_the_gradients_of_the_whole_batch_to_a_chinese_clip():
+    torch.manual_seed(0)
+    model = create_model("cn-demo")
+    lock(model, "text", unlocked=2)
+    precision, batch = Precision(CPU, use_amp=False), batch_of(6, 2)
+    texts = [f"{'一只' * (i % 5)}鸟 {i}" for i in range(12)]
+    batch = batch._replace(tokens=model.tokenize(texts))
+    loss, expected = gradients(model, batch, precision, None)
+    chunked_loss, found = gradients(model, batch, precision, 4)
+    assert chunked_loss == pytest.approx(loss.item(), rel=1e-6)
+    assert_same_gradients(found, expected)
 
 
 def normalised(features):

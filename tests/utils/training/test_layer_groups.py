@@ -9,7 +9,7 @@ from models.clip import CLIP
 from models.clip_utils import create_model
 from models.errors import InputError
 from models.weights.registry import CONFIGS
-from utils.training.layer_groups import distance_from_end, lock, train_mode
+from utils.training.layer_groups import distance_from_end, lock, tower_of, train_mode
 from utils.training.optimizer import parameter_groups, set_learning_rate
 
 
@@ -35,6 +35,21 @@ def test_distances_count_the_blocks_from_the_features():
     assert resnet["visual.attnpool.c_proj.weight"] == 0 and resnet["visual.conv1.weight"] == 5
     assert [resnet[f"visual.layer{s}.0.conv1.weight"] for s in (4, 3, 2, 1)] == [1, 2, 3, 4]
     assert resnet["transformer.resblocks.0.ln_1.bias"] == 2
+
+
+def test_distances_count_the_blocks_of_bert():
+    distances = distance_from_end(create_model("cn-demo"))  # three blocks
+    for block in range(3):
+        for part in ("attention.self.key", "attention.output.LayerNorm", "output.dense"):
+            assert distances[f"bert.encoder.layer.{block}.{part}.bias"] == 3 - block
+    assert {d for name, d in distances.items() if name.startswith("bert.embeddings.")} == {4}
+    assert distances["text_projection"] == 0 and tower_of("bert.encoder.layer.0.output") == "text"
+    model = create_model("cn-demo")
+    lock(model, "text", 1)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    of_text = {name for name in trained if tower_of(name) == "text"} - {"logit_scale"}
+    last = {name for name in distances if name.startswith("bert.encoder.layer.2.")}
+    assert of_text == last | {"text_projection"}
 
 
 def outputs(model):

@@ -1,0 +1,169 @@
+"""A model as ONNX files, which programs run without PyTorch."""
+
+import copy
+import logging
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from models.clip import CLIP
+from models.errors import InputError
+from models.weights.config import Config
+from models.weights.file_kind import one_line
+
+OPSET = 18  # the version of the ONNX operators
+LARGEST_FILE = 2 * 10**9  # bytes; an ONNX file ends at 2 GiB, and larger weights lie beside it
+UPGRADE = "pip install -U torch onnx onnxruntime onnxscript"
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2}  # relative to the largest number
+
+
+class ImageEncoder(nn.Module):
+    """`CLIP.encode_image` as the module that torch exports."""
+
+    def __init__(self, model: CLIP):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """float32 `[n, 3, r, r]` -> float32 `[n, d]`, whatever the type of the weights."""
+        return self.model.encode_image(images.to(self.model.logit_scale.dtype)).float()
+
+
+class TextEncoder(ImageEncoder):
+    """`CLIP.encode_text` as the module that torch exports."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """int32 `[n, context_length]` -> float32 `[n, d]`, whatever the type of the weights."""
+        return self.model.encode_text_grid(tokens).float()
+
+
+def check_packages() -> None:
+    """Raise `InputError` if a package that the export needs is missing or broken."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"ONNX needs other packages ({error}): pip install onnx onnxruntime onnxscript"
+        ) from None
+
+
+def export_onnx(model: CLIP, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write `image.onnx` (`images` -> `image_features`) and `text.onnx` (`tokens`, as `tokenize`
+    gives them, -> `text_features`), with weights of type `dtype`. Inputs and outputs are those of
+    `ImageEncoder` and `TextEncoder`, n being any number.
+
+    Raises `InputError` if onnxruntime computes other features from a file than `model`.
+    """
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it warns of what it cannot simplify
+    exported = model
+    if dtype != torch.float32 or not model.config.is_vit:
+        exported = copy.deepcopy(model)
+        _fold_norms(exported)
+        exported.to(dtype)
+    images, tokens = (partial(make, model.config) for make in (_random_images, _random_tokens))
+    for name, encoder, inputs, encode in (
+        ("image", ImageEncoder(exported), images, model.encode_image),
+        ("text", TextEncoder(exported), tokens, model.encode_text),
+    ):
+        file = folder / f"{name}.onnx"
+        with torch.no_grad():
+            _export(encoder, inputs(2), file, f"{name}_features")
+            _check(file, encode, [inputs(1), inputs(3)], TOLERANCES[dtype])
+
+
+def _fold_norms(model: nn.Module) -> None:
+    """Make every batch norm a part of the convolution before it: less to compute, and torch 2.6
+    cannot export one."""
+    for parent in model.modules():
+        for (name, module), (next_name, norm) in pairwise([*parent.named_children()]):
+            if isinstance(norm, nn.BatchNorm2d):
+                parent.add_module(name, fuse_conv_bn_eval(module, norm))
+                parent.add_module(next_name, nn.Identity())
+
+
+def _export(encoder: ImageEncoder, example: Tensor, file: Path, output: str) -> None:
+    n = torch.export.Dim("n", max=2**31 - 1)  # torch 2.6 does not take a number without a maximum
+    shapes = ({0: n},)
+    try:
+        program = torch.onnx.export(
+            torch.export.export(encoder, (example,), dynamic_shapes=shapes, strict=False),
+            output_names=[output],
+            opset_version=OPSET,
+            dynamic_shapes=shapes,
+            dynamo=True,
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        raise InputError(
+            f"torch {torch.__version__} cannot export {file.name} with this onnxscript "
+            f"({one_line(error)}): {UPGRADE}"
+        ) from error
+    for node in program.model.graph:
+        node.metadata_props.clear()  # they tell strangers the folders of this computer
+    size = sum(t.nbytes for t in encoder.state_dict().values())
+    program.save(file, external_data=size > LARGEST_FILE)
+
+
+def _check(
+    file: Path, encode: Callable[[Tensor], Tensor], inputs: list[Tensor], tolerance: float
+) -> None:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    for x in inputs:
+        expected = encode(x)
+        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        error = ((torch.from_numpy(found) - expected).abs().max() / expected.abs().max()).item()
+        if not error <= tolerance:
+            raise InputError(
+                f"onnxruntime computes other features from {file.name}, by {error:.2g} of the "
+                f"largest number, where {tolerance:g} is allowed: {UPGRADE}"
+            )
+
+
+def _random_images(config: Config, n: int) -> Tensor:
+    side = config.image_resolution
+    return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(n))
+
+
+def _random_tokens(config: Config, n: int) -> Tensor:
+    """Texts of different lengths, which end with the largest id and are filled up with zeros."""
+    generator = torch.Generator().manual_seed(n)
+    shape, end = (n, config.context_length), config.vocab_size - 1
+    tokens = torch.randint(end, shape, dtype=torch.int32, generator=generator)
+    ends = torch.randint(config.context_length, (n, 1), generator=generator)
+    positions = torch.arange(config.context_length)
+    return tokens.masked_fill(positions > ends, 0).masked_fill(positions == ends, end)
+
+
+def preparation(model: CLIP) -> dict[str, Any]:
+    """What a program has to know to prepare images and texts for the ONNX files, and to turn
+    similarities of features into logits."""
+    config = model.config
+    return {
+        "image": {
+            "size": config.image_resolution,
+            "mean": config.mean,
+            "std": config.std,
+            "interpolation": config.interpolation,
+            "resize_mode": config.resize_mode,
+        },
+        "text": {
+            "context_length": config.context_length,
+            "start_of_text": model.tokenizer.start_of_text,
+            "end_of_text": model.tokenizer.end_of_text,
+            "padding": 0,
+        },
+        "embed_dim": config.embed_dim,
+        "logit_scale": model.logit_scale.exp().item(),
+    }

@@ -1,0 +1,44 @@
+"""The tokenizer of Chinese-CLIP: text to the ids of BERT's word pieces (Devlin et al. 2019).
+
+A Chinese character is a word of its own. Any other word is taken apart into the longest pieces that
+the vocabulary has, from its start on (Wu et al. 2016, section 4.1).
+"""
+
+from pathlib import Path
+
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import WordPiece
+
+VOCABULARY_FILE = Path(__file__).with_name("bert_chinese_vocab.txt")
+UNKNOWN, START_OF_TEXT, END_OF_TEXT = "[UNK]", "[CLS]", "[SEP]"
+CONTINUES = "##"  # starts a piece that is not the first of its word
+LONGEST_WORD = 200  # characters; a longer word is unknown
+
+
+class WordPieceTokenizer:
+    """Text to token ids, with the 21,128 tokens of BERT's Chinese vocabulary.
+
+    Text is cleaned of control characters and accents and put into lower case. The special tokens
+    are never made from text: a caption's `[SEP]` becomes tokens for its brackets and letters, as in
+    Chinese-CLIP's own tokenizer (transformers' takes it for the end of the text).
+    """
+
+    def __init__(self, vocabulary_file: Path = VOCABULARY_FILE):
+        # Not splitlines: one of the tokens is a line separator (U+2028).
+        tokens = vocabulary_file.read_text("utf-8").removesuffix("\n").split("\n")
+        self.encoder = {token: i for i, token in enumerate(tokens)}
+        self.decoder = tokens
+        self.start_of_text = self.encoder[START_OF_TEXT]
+        self.end_of_text = self.encoder[END_OF_TEXT]
+        self.fragments = [i for i, token in enumerate(tokens) if token.startswith(CONTINUES)]
+        self.fragments.append(self.encoder[UNKNOWN])
+        model = WordPiece(self.encoder, unk_token=UNKNOWN, max_input_chars_per_word=LONGEST_WORD)
+        self._tokenizer = Tokenizer(model)
+        self._tokenizer.normalizer = normalizers.BertNormalizer()
+        self._tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of `text`, without start-of-text and end-of-text token."""
+        # Half a surrogate pair, which JSON can hold, is no text to the library.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return self._tokenizer.encode(text, add_special_tokens=False).ids

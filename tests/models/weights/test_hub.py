@@ -1,0 +1,490 @@
+"""Weights by name, from a hub on this machine (tests/hub_server.py).
+
+What the names stand for is compared with open_clip's own list; what comes of a repository with the
+folder that it was made of.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from hub_server import COMMIT, running_hub
+from open_clip.pretrained import _PRETRAINED
+from published import save_published
+from safetensors.torch import load_file, save_file
+from script_runs import ROOT, error_line, run_script
+from test_open_clip import DESCRIPTIONS, OWN
+
+from models import CLIP, clip_utils, load
+from models.convert import convert
+from models.errors import InputError
+from models.weights import download, registry
+from models.weights.config import Config
+from models.weights.hub import HUB, fetch, published_copy, repository_of
+from models.weights.open_clip import from_open_clip
+from models.weights.registry import CONFIGS, SHA256
+
+# Earlier versions copy their settings, so that a test cannot change them.
+huggingface_hub = pytest.importorskip("huggingface_hub", "1.0")
+SMALL = Config(
+    embed_dim=32, image_resolution=32, vision_layers=1, vision_width=64, vision_patch_size=16,
+    vision_mlp_width=256, transformer_width=64, transformer_mlp_width=256, transformer_heads=1,
+    transformer_layers=1, activation="gelu", mean=(0.5, 0.4, 0.3),
+)  # fmt: skip
+NAME = "ViT-B-32/laion2b_s34b_b79k"
+LAION = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
+THEIRS = "someone/clip_tuned.v2"
+UNUSED = ("flax_model.msgpack", "tf_model.h5", "model.onnx", "README.md")
+
+
+@pytest.fixture
+def server():
+    with running_hub() as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def environment(server, tmp_path, monkeypatch):
+    """The library, imported already, as if it had found the server and a cache in the environment;
+    its attempts follow at once."""
+    constants = huggingface_hub.constants
+    template = server.root + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", server.root)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.file_download.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    monkeypatch.setattr(download, "BACK_OFF", (0,))
+    monkeypatch.chdir(tmp_path)
+
+
+def offline(monkeypatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def written(folder: Path, config: Config = SMALL, seed: int = 0, of: str = "open_clip") -> Path:
+    """A folder of open_clip's or of transformers', with random weights."""
+    torch.manual_seed(seed)
+    convert(CLIP(config).initialize(), folder, of)
+    for name in UNUSED:
+        (folder / name).write_bytes(b"of no use here")
+    return folder
+
+
+def assert_same(ours: tuple, folder: Path | str) -> None:
+    """Two models as `load` gives them: features and preprocessing are the same."""
+    model, preprocess = ours
+    expected, expected_preprocess = load(folder, "cpu")
+    assert preprocess == expected_preprocess and model.config == expected.config
+    side = expected.config.image_resolution
+    torch.manual_seed(1)
+    images, tokens = (
+        torch.randn(2, 3, side, side),
+        torch.randint(expected.config.vocab_size, (2, 7)),
+    )
+    with torch.inference_mode():
+        assert model.encode_image(images).equal(expected.encode_image(images))
+        assert model.encode_text(tokens).equal(expected.encode_text(tokens))
+
+
+class TestTable:
+    def test_it_has_every_tag_of_open_clip_that_our_models_fit(self):
+        theirs = {f"{a}/{tag}": c for a in OWN for tag, c in _PRETRAINED.get(a, {}).items()}
+        assert HUB.keys() == {name for name, c in theirs.items() if c["hf_hub"]}
+        for name, row in HUB.items():
+            assert f"{row.repository}/" == theirs[name]["hf_hub"]
+
+    def test_sizes_are_those_of_open_clips_models(self):
+        for architecture in {name.partition("/")[0] for name in HUB}:
+            description = DESCRIPTIONS[architecture]
+            with torch.device("meta"):
+                model = open_clip.model.CLIP(**description)
+            size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+            rows = [row for name, row in HUB.items() if name.startswith(f"{architecture}/")]
+            assert {row.million_parameters for row in rows} == {round(size, 1)}
+            assert {row.resolution for row in rows} == {description["vision_cfg"]["image_size"]}
+
+    def test_activations_are_those_that_the_weights_were_trained_with(self):
+        """open_clip's list tells them by tag. The names of its architectures tell them, too, where
+        they end in -quickgelu; else it builds GELU, and warns if the tag says otherwise."""
+        for name, row in HUB.items():
+            architecture, tag = name.split("/")
+            told = _PRETRAINED[architecture][tag].get("quick_gelu", False)
+            assert row.activation == ("quick_gelu" if told else "gelu")
+            if DESCRIPTIONS[architecture].get("quick_gelu"):
+                assert row.activation == "quick_gelu"
+
+    def test_openais_copies_are_described_as_openais_models(self):
+        """By what open_clip describes them as, from which the repositories were made."""
+        assert len(SHA256) == 9
+        for name in SHA256:
+            row = published_copy(name)
+            assert row.repository.startswith("timm/") and row.repository.endswith(".openai")
+            architecture = row.name.partition("/")[0]
+            assert from_open_clip(DESCRIPTIONS[f"{architecture}-quickgelu"]) == CONFIGS[name]
+
+
+class TestNames:
+    @pytest.mark.parametrize(
+        ("name", "repository"),
+        [
+            (NAME, LAION),
+            (f"hf-hub:{LAION}", LAION),
+            (LAION, LAION),
+            ("timm/vit_base_patch32_clip_224.openai@a1b2c3d", None),
+            ("UCSC-VLAA/ViT-L-14-CLIPA-datacomp1B", None),
+            ("patrickjohncyh/fashion-clip", None),
+            ("M-CLIP/XLM-Roberta-Large-Vit-B-32", None),
+            ("hf-hub:ViT-B/33", "ViT-B/33"),
+        ],
+    )
+    def test_of_repositories(self, name, repository):
+        assert repository_of(name) == (repository or name)
+
+    @pytest.mark.parametrize(
+        "name",
+        ["ViT-B/33", "ViT-B-32/laion2b_s34b_b79", "vitb32/openai", "weights/best.pth", "there/clip",
+         "ViT-B-32", "hf-hub:clip", "https://host/owner/name", "../a/b", "a/b/c", "a b/c", ""],
+    )  # fmt: skip
+    def test_that_look_mistyped_are_no_repositories(self, name, tmp_path):
+        (tmp_path / "there").mkdir()
+        assert repository_of(name) is None
+
+    def test_a_near_miss_is_answered_by_the_names_that_are_near(self, server):
+        with pytest.raises(InputError, match=r"did you mean .*ViT-B-32/laion2b_s34b_b79k"):
+            load("ViT-B-32/laion2b_s34b_b79")
+        assert not server.requests
+
+    def test_a_path_comes_before_a_repository(self, server, tmp_path):
+        folder = written(tmp_path / THEIRS)
+        assert_same(load(THEIRS, "cpu"), folder)
+        assert not server.requests
+
+
+@pytest.mark.parametrize("name", [NAME, f"hf-hub:{LAION}", LAION, f"{LAION}@{COMMIT}"])
+@pytest.mark.parametrize("of", ["open_clip", "transformers"])
+def test_the_model_is_that_of_the_folder_and_is_downloaded_once(
+    server, tmp_path, monkeypatch, name, of
+):
+    folder = written(tmp_path / "folder", of=of)
+    server.add(LAION, folder)
+    assert_same(load(name, "cpu"), folder)
+    weights = "open_clip_model" if of == "open_clip" else "model"
+    config = ["open_clip_config.json"] if of == "open_clip" else ["config.json"]
+    preprocessor = [] if of == "open_clip" else ["preprocessor_config.json"]
+    assert server.downloaded() == [*config, *preprocessor, f"{weights}.safetensors"]
+    server.requests.clear()
+    assert_same(load(name, "cpu"), folder)
+    offline(monkeypatch)
+    assert_same(load(name, "cpu"), folder)
+    assert not server.requests
+
+
+def test_pickles_are_taken_where_there_are_no_safetensors(server, tmp_path):
+    folder = written(tmp_path / "folder")
+    torch.save(load_file(folder / "open_clip_model.safetensors"),
+               folder / "open_clip_pytorch_model.bin")  # fmt: skip
+    server.add(THEIRS, folder)
+    load(THEIRS, "cpu")
+    assert server.downloaded()[-1] == "open_clip_model.safetensors"
+    del server.repositories[THEIRS]["open_clip_model.safetensors"]
+    server.repositories["other/copy"] = server.repositories.pop(THEIRS)
+    assert_same(load("other/copy", "cpu"), folder)
+    assert server.downloaded()[-1] == "open_clip_pytorch_model.bin"
+
+
+def test_the_chinese_resnet_is_in_a_file_of_its_authors(server, tmp_path):
+    config = replace(
+        CONFIGS["cn-demo"], image_resolution=32, vision_layers=(1, 1, 1, 1), vision_width=8,
+        vision_patch_size=None, vision_mlp_width=None, text_positions=60, transformer_layers=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    weights = CLIP(config).initialize().state_dict()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    torch.save({"state_dict": {f"module.{k}": t for k, t in weights.items()}},
+               folder / "clip_cn_rn50.pt")  # fmt: skip
+    server.add("OFA-Sys/chinese-clip-rn50", folder)
+    ours = load("OFA-Sys/chinese-clip-rn50", "cpu")
+    assert_same(ours, folder / "clip_cn_rn50.pt")
+    assert server.downloaded() == ["clip_cn_rn50.pt"] and ours[0].config == config
+
+
+def test_weights_in_several_files(server, tmp_path):
+    folder = written(tmp_path / "folder", of="transformers")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files = {key: f"model-{i % 3}.safetensors" for i, key in enumerate(weights)}
+    for name in set(files.values()):
+        part = {key: tensor for key, tensor in weights.items() if files[key] == name}
+        save_file(part, folder / name, metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": files}))
+    server.add(THEIRS, folder)
+    assert_same(load(THEIRS, "cpu"), folder)
+
+
+class TestBothFormats:
+    @pytest.fixture
+    def folders(self, server, tmp_path):
+        """A repository with two models that differ in everything, so that a mixture shows."""
+        other = replace(SMALL, activation="quick_gelu", mean=(0.1, 0.2, 0.3), vision_layers=2)
+        folders = [written(tmp_path / "open_clip"),
+                   written(tmp_path / "theirs", other, 1, "transformers")]  # fmt: skip
+        server.add(THEIRS, folders[0])
+        server.repositories[THEIRS] |= {f.name: f.read_bytes() for f in folders[1].iterdir()}
+        return folders
+
+    def test_open_clips_is_taken(self, server, folders):
+        assert_same(load(THEIRS, "cpu"), folders[0])
+        assert "config.json" not in server.downloaded()
+
+    def test_a_description_without_weights_is_passed_over(self, server, folders):
+        del server.repositories[THEIRS]["open_clip_model.safetensors"]
+        assert_same(load(THEIRS, "cpu"), folders[1])
+
+    def test_without_the_hub_what_is_cached_is_taken_if_it_is_whole(
+        self, folders, tmp_path, monkeypatch
+    ):
+        """As after a program that took transformers' alone."""
+        for file in ("config.json", "model.safetensors"):
+            huggingface_hub.hf_hub_download(THEIRS, file)
+        offline(monkeypatch)
+        with pytest.raises(InputError, match=r"not whole in the cache.*preprocessor_config\.json"):
+            load(THEIRS, "cpu")
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        huggingface_hub.hf_hub_download(THEIRS, "preprocessor_config.json")
+        offline(monkeypatch)
+        assert_same(load(THEIRS, "cpu"), folders[1])
+
+
+def test_a_download_that_broke_off_is_continued(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    folder = written(tmp_path / "folder")
+    server.add(THEIRS, folder)
+    huggingface_hub.hf_hub_download(THEIRS, "open_clip_config.json")
+    server.breaks = [5000, 7000]
+    for _ in range(2):  # the library goes on at once, or, in its versions 1, when it runs again
+        with suppress(InputError):
+            fetch(THEIRS)
+    assert_same(load(THEIRS, "cpu"), folder)
+    ranges = [
+        asked for method, file, asked in server.requests if "safe" in file and method == "GET"
+    ]
+    assert ranges == [None, "bytes=5000-", "bytes=12000-"]
+
+
+def test_a_description_that_contradicts_open_clips_list_is_followed_and_told(
+    server, tmp_path, capsys
+):
+    folder = written(tmp_path / "folder", replace(SMALL, activation="quick_gelu"))
+    server.add(LAION, folder)
+    assert load(NAME, "cpu")[0].config.activation == "quick_gelu"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {NAME}") and "quick_gelu" in line and " gelu" in line
+
+
+class TestOpenAI:
+    COPY = "timm/vit_base_patch32_clip_224.openai"
+
+    @pytest.fixture
+    def archive(self, server, tmp_path, monkeypatch):
+        """A small "ViT-B/32" in OpenAI's format, its copy on the hub, and no server at OpenAI's."""
+        small = replace(SMALL, activation="quick_gelu", mean=CONFIGS["ViT-B/32"].mean)
+        monkeypatch.setitem(CONFIGS, "ViT-B/32", small)
+        monkeypatch.setattr(registry, "BASE_URL", "http://127.0.0.1:1")
+        folder = written(tmp_path / "folder", small)
+        weights = {k: t.half().float() for k, t in load(folder, "cpu")[0].state_dict().items()}
+        save_file(weights, folder / "open_clip_model.safetensors")
+        server.add(self.COPY, folder)
+        return save_published(weights, tmp_path / "archive.pt")
+
+    def test_the_copy_on_the_hub_is_the_same_model(self, server, archive, tmp_path, capsys):
+        assert_same(load("ViT-B/32", "cpu", download_root=tmp_path / "root"), archive)
+        told = [line for line in capsys.readouterr().err.splitlines() if self.COPY in line]
+        assert len(told) == 1 and registry.weights_url("ViT-B/32") in told[0]
+        server.requests.clear()
+        assert_same(load("ViT-B/32", "cpu", download_root=tmp_path / "root"), archive)
+        assert not server.requests and not capsys.readouterr().err
+
+    def test_a_copy_that_is_none_is_refused(self, server, archive, tmp_path):
+        folder = written(tmp_path / "other", replace(SMALL, activation="gelu"))
+        server.add(self.COPY, folder)
+        with pytest.raises(InputError, match=r"should be a copy of ViT-B/32"):
+            load("ViT-B/32", "cpu", download_root=tmp_path / "root")
+
+    def test_if_neither_can_be_had_both_are_named(self, server, archive, tmp_path):
+        server.repositories.clear()
+        with pytest.raises(InputError) as caught:
+            load("ViT-B/32", "cpu", download_root=tmp_path / "root")
+        for part in (registry.weights_url("ViT-B/32"), "save it as", f"{server.root}/{self.COPY}"):
+            assert part in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    def test_a_wrong_file_or_a_full_disk_is_no_reason_for_the_copy(
+        self, server, archive, tmp_path, monkeypatch
+    ):
+        root = tmp_path / "root"
+        root.mkdir()
+        (root / "ViT-B-32.pt").write_bytes(b"something else")
+        with pytest.raises(InputError, match="delete it"):
+            load("ViT-B/32", "cpu", download_root=root)
+        (tmp_path / "file").write_bytes(b"")
+        with pytest.raises(InputError, match="cannot be saved"):
+            load("ViT-B/32", "cpu", download_root=tmp_path / "file" / "root")
+        assert not server.requests
+
+
+def refused(name: str) -> str:
+    """The one line about what cannot be had."""
+    with pytest.raises(InputError) as caught:
+        fetch(name)
+    message = str(caught.value)
+    assert message.startswith(f"{name}: ") and "\n" not in message and len(message) < 900
+    return message
+
+
+class TestRefusals:
+    def test_a_repository_that_does_not_exist(self, server):
+        wanted = LAION.replace("79K", "7")
+        message = refused(wanted)
+        assert f"{server.root}/{wanted} does not exist" in message
+        assert f"did you mean {LAION}" in message
+
+    @pytest.mark.parametrize("status", [401, 403])
+    def test_a_gated_repository(self, server, status):
+        server.errors[THEIRS] = (status, "GatedRepo")
+        message = refused(THEIRS)
+        assert f"agree to the terms on {server.root}/{THEIRS}" in message and "HF_TOKEN" in message
+
+    @pytest.mark.parametrize("status", [403, 500])
+    def test_an_error_of_the_server(self, server, status):
+        server.errors[THEIRS] = (status, "")
+        message = refused(THEIRS)
+        for part in (
+            str(status),
+            "HF_ENDPOINT=https://<mirror>",
+            "open_clip_config.json",
+            "model.safetensors",
+            f"{server.root}/{THEIRS}/tree/main",
+            "give that folder",
+        ):
+            assert part in message
+
+    def test_no_connection(self, server, monkeypatch):
+        template = "http://127.0.0.1:1/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        message = refused(NAME)
+        assert "HF_ENDPOINT=https://<mirror>" in message and f"{LAION}/tree/main" in message
+        assert "open_clip_model.safetensors" in message and "preprocessor" not in message
+
+    def test_offline(self, server, monkeypatch):
+        offline(monkeypatch)
+        assert "HF_HUB_OFFLINE" in refused(THEIRS)
+        assert not server.requests
+
+    def test_a_revision_that_does_not_exist(self, server, tmp_path):
+        server.add(THEIRS, written(tmp_path / "folder"))
+        assert "has no revision v9" in refused(f"{THEIRS}@v9")
+
+    @pytest.mark.parametrize(
+        ("files", "reason"),
+        [
+            ({"config.json": b'{"model_type": "bert"}'}, "of type 'bert'"),
+            ({"config.json": b'{"architecture": "vit_base"}'}, "no weights of a CLIP"),
+            ({"RemoteCLIP.pt": b"", "README.md": b""}, "no weights of a CLIP"),
+            ({"open_clip_config.json": json.dumps(DESCRIPTIONS["ViT-B-16-SigLIP"]).encode()},
+             "timm_model_name"),
+            ({"open_clip_config.json": b"[]"}, "not that of a CLIP model"),
+        ],
+    )  # fmt: skip
+    def test_other_models_before_their_weights_are_downloaded(self, server, files, reason):
+        weights = dict.fromkeys(("model.safetensors", "open_clip_model.safetensors"), b"weights")
+        server.repositories[THEIRS] = files | (weights if "RemoteCLIP.pt" not in files else {})
+        assert reason in refused(THEIRS)
+        assert all(file.endswith("config.json") for file in server.downloaded())
+
+    def test_a_download_that_breaks_off_again_and_again(self, server, tmp_path):
+        server.add(THEIRS, written(tmp_path / "folder"))
+        huggingface_hub.hf_hub_download(THEIRS, "open_clip_config.json")
+        server.breaks = [0] * 100
+        message = refused(THEIRS)
+        assert "open_clip_model.safetensors" in message and "run it again" in message
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+    def test_a_cache_that_cannot_be_written(self, server, tmp_path):
+        server.add(THEIRS, written(tmp_path / "folder"))
+        (tmp_path / "cache").write_bytes(b"")
+        assert "HF_HOME" in refused(THEIRS)
+
+
+def test_the_list_tells_where_downloaded_weights_are(server, tmp_path, monkeypatch, capsys):
+    def printed(*arguments: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["clip_utils.py", *arguments])
+        clip_utils.main()
+        return capsys.readouterr().out.splitlines()
+
+    server.add(LAION, written(tmp_path / "folder"))
+    (place,) = printed("--model", NAME)
+    assert (Path(place) / "open_clip_model.safetensors").is_file()
+    lines = printed("--list")
+    for name in (*SHA256, *HUB, "ViT-demo"):
+        assert sum(line.split()[0] == name for line in lines) == 1
+    at = next(i for i, line in enumerate(lines) if line.split()[0] == NAME)
+    assert lines[at].split()[1:] == ["LAION-2B", "151.3", "224", "gelu"]
+    assert lines[at + 1] == f"    {place}"
+    assert max(len(line) for line in lines if not line.startswith(" ")) <= 100
+
+
+@pytest.mark.slow
+def test_predict_puts_its_picture_into_the_working_folder(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", server.root)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    server.add(LAION, written(tmp_path / "folder"))
+    run = tmp_path / "run"
+    run.mkdir()
+    picture = shutil.copy(ROOT / "R_mAP.png", run / "photo.png")
+    run_script("predict.py", picture, "--weights", NAME, "--text", "a", "b", cwd=run, fresh=True)
+    assert {file.name for file in run.iterdir()} == {"photo.png", "predictions"}
+    assert not list((tmp_path / "home").rglob("predictions"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("train.py", ["--resume_training"]),
+        ("predict.py", ["--weights"]),
+        ("predict_zero_shot.py", ["--weights"]),
+        ("utils/metric.py", ["--weights"]),
+        ("models/convert.py", ["--format=open_clip", "out"]),
+        ("models/clip_utils.py", ["--model"]),
+    ],
+)
+def test_every_script_refuses_a_near_miss_by_the_names_that_are_near(script, arguments, tmp_path):
+    """Without asking anybody: there is no server in the environment, and little time."""
+    if script == "models/convert.py":
+        arguments = ["ViT-B-32/laion2b_s34b_b79", *arguments[::-1]]
+    else:
+        arguments = [*arguments, "ViT-B-32/laion2b_s34b_b79"]
+    line = error_line(script, *arguments, cwd=tmp_path)
+    assert "neither a file" in line and NAME in line
+
+
+@pytest.mark.slow
+def test_a_local_file_needs_none_of_the_packages_of_the_network(tmp_path):
+    folder = written(tmp_path / "folder")
+    code = (
+        "import runpy, sys; runpy.run_path('predict_zero_shot.py', run_name='__main__');"
+        "sys.exit(bool({'huggingface_hub', 'requests', 'httpx', 'httpx2'} & sys.modules.keys()))"
+    )
+    command = [sys.executable, "-c", code, "--weights", str(folder)]
+    assert subprocess.run(command, cwd=ROOT, check=False, capture_output=True).returncode == 0

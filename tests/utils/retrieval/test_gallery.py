@@ -1,0 +1,476 @@
+"""The report: the answers are a sort's, what users wrote is text, and a browser shows it."""
+
+import base64
+import hashlib
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from browser import CHROMIUM, Page
+from definitions import ranking
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from models.errors import InputError
+from utils import Flickr8kDataset
+from utils.metric import compute_metrics, retrieval_metrics
+from utils.retrieval import gallery
+from utils.retrieval.encode import Features
+from utils.retrieval.gallery import write_report
+from utils.retrieval.ranking import first_answers, rows_both_ways
+
+HOSTILE = [
+    "<script>document.title = 'stolen'</script>",
+    "</style></script></title><img src=http://localhost/x onerror=\"document.title='stolen'\">",
+    "\" onmouseover='document.title=1' x=\"",
+    "&lt;b&gt; &amp; <!-- ]]> {{ 7 * 7 }} {% raw %} ${words}",
+    "half a character \udcff, bell \x07, nothing \x00, from right to left \u202e",
+    "一只狗<b>在跑</b>",
+]
+
+
+@st.composite
+def queries(draw):
+    """(scores, right answers of each query) with few distinct scores, so that many tie."""
+    seed, levels = draw(st.integers(0, 2**31)), draw(st.integers(1, 12))
+    random = np.random.default_rng(seed)
+    shape = draw(st.integers(1, 6)), draw(st.integers(1, 12))
+    right = random.random(shape) < draw(st.sampled_from([0.1, 0.5, 0.9]))
+    right[np.arange(shape[0]), random.integers(shape[1], size=shape[0])] = True
+    scores = random.integers(-levels, levels, shape).astype(np.float32)
+    return scores, {query: np.flatnonzero(row).tolist() for query, row in enumerate(right)}
+
+
+@settings(max_examples=300, deadline=None)
+@given(queries(), st.integers(1, 7), st.integers(1, 200))
+def test_first_answers_are_those_of_a_sort(problem, k, block_bytes):
+    scores, truth = problem
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("utils.retrieval.ranking.BLOCK_BYTES", block_bytes)
+        found = first_answers(torch.from_numpy(scores).__getitem__, *scores.shape, truth, k)
+    for query, row in enumerate(scores):
+        order = ranking(row, truth[query])
+        place = next(i for i, item in enumerate(order) if item in truth[query])
+        expected = [*order[:k], order[place]]
+        items = found.items[query].tolist()
+        assert found.rank[query] == place + 1
+        assert len(set(items[:-1])) == len(expected) - 1
+        assert row[items].tolist() == row[expected].tolist() == found.similarity[query].tolist()
+        is_right = [item in truth[query] for item in expected]
+        assert [item in truth[query] for item in items] == is_right
+        assert found.is_right[query].tolist() == is_right
+
+
+def test_ranks_are_those_of_the_scores():
+    """Also where a product that is computed in blocks would be rounded in another way."""
+    features = F.normalize(torch.randn(400, 32, generator=torch.Generator().manual_seed(0)))
+    images, texts = features.split([100, 300])
+    rows_of = rows_both_ways(images, texts)
+    img2txt = {i: [3 * i, 3 * i + 1, 3 * i + 2] for i in range(100)}
+    txt2img = {t: t // 3 for t in range(300)}
+    metrics = retrieval_metrics(images, texts, img2txt, txt2img)
+    for way, truth, size in (("i2t", img2txt, (100, 300)), ("t2i", txt2img, (300, 100))):
+        rank = first_answers(rows_of[way], *size, truth, 5).rank.double()
+        assert metrics[way]["mean_rank"] == rank.mean().item()
+        assert metrics[way]["R@5"] == pytest.approx(100 * (rank <= 5).double().mean().item())
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+class Parsed(HTMLParser):
+    """What html.parser finds in a page: elements with their attributes, and for each card its
+    direction, its class, and the pieces of its text and the classes of its pictures in order."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.elements, self.scripts, self.styles, self.text = [], [], [], []
+        self.cards = {"i2t": [], "t2i": []}
+        self.open, self.card = "", None
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.elements.append((tag, attributes))
+        self.open = tag
+        if tag == "section" and "cards" in attributes.get("class", ""):
+            self.way = attributes["class"].split()[1]
+        elif tag == "article":
+            self.card = []
+            self.cards[self.way].append((attributes["class"], self.card))
+        elif tag == "i":
+            self.card.append(int(attributes["class"].removeprefix("i i")))
+
+    def handle_data(self, data):
+        kept = {"script": self.scripts, "style": self.styles}.get(self.open, self.text)
+        kept.append(data)
+        if self.card is not None and data.strip():
+            self.card.append(data)
+
+    def handle_endtag(self, tag):
+        self.open = ""
+        if tag == "article":
+            self.card = None
+
+
+def make_set(folder, captions, side=8):
+    """A validation set in which image i is of one colour and has captions[i]."""
+    entries = []
+    for i, own in enumerate(captions):
+        Image.new("RGB", (side, side), colour(i)).save(folder / f"{i}.png")
+        entries.append({"image": f"{i}.png", "caption": own})
+    (folder / "en_val.json").write_text(json.dumps(entries), "utf-8")
+    return Flickr8kDataset(folder, side, is_train=False)
+
+
+def colour(image):
+    return (20 * image % 256, 255 - 20 * image % 256, 90)
+
+
+def report(folder, dataset, features, weights="ViT-B/32"):
+    """The page on these features, as text."""
+    metrics = retrieval_metrics(*features, dataset.img_to_txt, dataset.txt_to_img, range(1, 11))
+    write_report(folder / "report.html", weights, dataset, features, metrics)
+    return (folder / "report.html").read_bytes().decode()
+
+
+def random_features(dataset, seed=0):
+    """Of images and captions; half of the captions are near their own images."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(len(dataset), 8, generator=generator)
+    owners = [i for i, own in dataset.own_captions.items() for _ in own]
+    texts = torch.randn(len(owners), 8, generator=generator)
+    texts[::2] += 2 * images[owners][::2]
+    return Features(F.normalize(images), F.normalize(texts))
+
+
+@pytest.fixture
+def twelve(tmp_path):
+    """Images with one to three captions; the first caption of images 0 and 7 is the same."""
+    captions = [[f"bird {i}{c}" for c in "abc"[: 1 + i % 3]] for i in range(12)]
+    captions[7][0] = captions[0][0]
+    return make_set(tmp_path, captions)
+
+
+def test_the_page_has_the_answers_of_a_sort(tmp_path, twelve):
+    features = random_features(twelve)
+    page = Parsed(report(tmp_path, twelve, features))
+    scores = (features.images @ features.texts.T).numpy()
+    shown = {"i2t": twelve.text, "t2i": range(12)}
+    for way, rows, truth in (
+        ("i2t", scores, twelve.img_to_txt),
+        ("t2i", scores.T, twelve.txt_to_img),
+    ):
+        expected = []
+        for query, row in enumerate(rows):
+            right = set(np.atleast_1d(truth[query]).tolist())
+            order = ranking(row, right)
+            rank = 1 + next(i for i, item in enumerate(order) if item in right)
+            content = [query, f"{query}.png"] if way == "i2t" else [twelve.text[query]]
+            content += ["rank ", str(rank)]
+            for place, item in enumerate(order, 1):
+                if place <= 5 or place == rank:
+                    mark = "✓ " if item in right else ""
+                    name, cosine = shown[way][item], f"{row[item]:.3f}"
+                    content += (
+                        [str(place), f"{mark}{name}", cosine]
+                        if way == "i2t"
+                        else [name, f"{mark}{place} · {cosine}"]
+                    )
+            level = "r1" if rank == 1 else "r5" if rank <= 5 else ""
+            expected.append((-rank, query, level, content))
+        assert page.cards[way] == [(level, content) for *_, level, content in sorted(expected)]
+
+
+def test_what_users_wrote_is_text_and_the_page_runs_its_own_script_alone(tmp_path, twelve):
+    """Hostile captions and arguments make no other elements than harmless ones do."""
+    run = tmp_path / "a run"
+    (run / "weights").mkdir(parents=True)
+    weights = run / "weights" / "<i>'\".pth"
+    weights.touch()
+    (run / "arguments.json").write_text(json.dumps({"lr": 1, "model": "ViT"}))
+    features = random_features(twelve)
+    harmless = Parsed(report(tmp_path, twelve, features, weights))
+    _ = twelve.img_to_txt, twelve.txt_to_img  # of the harmless captions
+    twelve.text[:] = [HOSTILE[i % len(HOSTILE)] for i in range(len(twelve.text))]
+    (run / "arguments.json").write_text(json.dumps({HOSTILE[1]: HOSTILE[2], "model": HOSTILE[0]}))
+    page = report(tmp_path, twelve, features, weights)
+    hostile = Parsed(page)
+    assert [tag for tag, _ in hostile.elements] == [tag for tag, _ in harmless.elements]
+    both = harmless, hostile
+    for (_, before), (_, after) in zip(*(p.elements for p in both), strict=True):
+        assert before.keys() - {"lang"} == after.keys() - {"lang"}
+        assert after.get("src") is None and after.get("href") in (None, "data:,")
+    assert len(hostile.scripts) == len(hostile.styles) == 1
+    assert hostile.scripts == harmless.scripts and hostile.styles == harmless.styles
+    text = "".join(hostile.text)
+    seen = [*HOSTILE[:4], "half a character \\udcff, bell ␇, nothing ␀, from right to left \u202e"]
+    assert all(line in text for line in seen) and str(weights) in text
+    langs = [{a.get("lang") for tag, a in p.elements if tag in ("h3", "span")} for p in both]
+    assert langs == [{None}, {None, "zh"}]
+    # The policy allows no more than these two, which it names by their digests.
+    (policy,) = (a["content"] for t, a in hostile.elements if "http-equiv" in a)
+    for kind, content in (("script", hostile.scripts[0]), ("style", hostile.styles[0])):
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+
+
+def test_each_picture_is_in_the_page_once(tmp_path, twelve):
+    page = Parsed(report(tmp_path, twelve, random_features(twelve)))
+    rules = re.findall(r"\.i(\d+)\{background-image:url\(\"data:image/jpeg;base64,(.*?)\"\)\}",
+                       page.styles[0])  # fmt: skip
+    assert [int(image) for image, _ in rules] == list(range(12))
+    for image, data in rules:
+        with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
+            assert picture.format == "JPEG" and picture.size == (128, 128)
+            seen = np.asarray(picture).mean((0, 1))
+        assert np.abs(seen - colour(int(image))).max() < 5
+    used = [a for tag, a in page.elements if tag == "i"]
+    assert len(used) > 12 and all(a["role"] == "img" and a["title"] for a in used)
+
+
+def test_a_page_that_has_no_room_for_all_says_so(tmp_path, twelve, monkeypatch):
+    monkeypatch.setattr(gallery, "QUERIES", {"i2t": 3, "t2i": 20})
+    monkeypatch.setattr(gallery, "PICTURES", 9)
+    features = random_features(twelve)
+    page = Parsed(report(tmp_path, twelve, features))
+    pictures = {int(a["class"][3:]) for tag, a in page.elements if tag == "i"}
+    assert len(page.cards["i2t"]) == 3 and len(pictures) <= 9
+    assert page.styles[0].count("base64") == len(pictures)
+    text = "".join(page.text)
+    assert "This page has the 3 hardest of 12 queries." in text
+    left = len(page.cards["t2i"])
+    assert 0 < left < 20 and f"This page has the {left} hardest of 24 queries." in text
+    assert "3 of 12" in text and f"{left} of 24" in text
+
+
+def test_filters_count_what_the_scores_count(tmp_path, twelve):
+    features = random_features(twelve)
+    page = Parsed(report(tmp_path, twelve, features))
+    scores = features.images @ features.texts.T
+    metrics = compute_metrics(scores, twelve.img_to_txt, scores.T, twelve.txt_to_img)
+    for way, queries in (("i2t", 12), ("t2i", 24)):
+        levels = [level for level, _ in page.cards[way]]
+        assert len(levels) == queries
+        assert 100 * levels.count("r1") / queries == pytest.approx(metrics[way]["R@1"])
+        within = levels.count("r1") + levels.count("r5")
+        assert 100 * within / queries == pytest.approx(metrics[way]["R@5"])
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("arguments.json", "[1, 2]", "arguments.json: should hold the arguments of its run"),
+        ("arguments.json", "[" * 10**5, "arguments.json: should hold the arguments of its run"),
+        ("metrics.csv", "epoch,train_loss\n1,much\n", "metrics.csv: should be a table of numbers"),
+        ("metrics.csv", "epoch\n1,2,3\n", "metrics.csv: should be a table of numbers"),
+        ("metrics.csv", b"\xff\xfe\0", "metrics.csv: should be a table of numbers"),
+        ("3.png", "no picture", "3.png: not an image"),
+    ],
+)
+def test_what_the_report_cannot_read_is_named(tmp_path, twelve, name, content, message):
+    """And a report that was there is kept."""
+    (tmp_path / "weights").mkdir()
+    weights = tmp_path / "weights" / "best.pth"
+    weights.touch()
+    (tmp_path / "arguments.json").write_text("{}")
+    (tmp_path / "report.html").write_text("as before")
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=message):
+        report(tmp_path, twelve, random_features(twelve), weights)
+    assert (tmp_path / "report.html").read_text() == "as before"
+
+
+def test_curves_of_a_run_are_those_of_its_table(tmp_path, twelve):
+    """Epoch 0 has no training loss, and what is not finite cannot be drawn."""
+    (tmp_path / "weights").mkdir()
+    weights = tmp_path / "weights" / "best.pth"
+    weights.touch()
+    (tmp_path / "arguments.json").write_text("{}")
+    (tmp_path / "metrics.csv").write_text(
+        "epoch,train_loss,val_loss,mean_recall\n0,,4.5,10\n1,4,inf,20\n2,3,4.25,30\n"
+    )
+    text = report(tmp_path, twelve, random_features(twelve), weights)
+    assert 'Loss by epoch; at the end training 3, validation 4.25"' in text.replace("loss", "Loss")
+    assert re.findall(r"<title>(\d: [\d.]+)</title>", text)[-7:] == [
+        "1: 4", "2: 3", "0: 4.5", "2: 4.25", "0: 10", "1: 20", "2: 30"
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_thousand_images_and_five_thousand_captions_are_below_15_mb(tmp_path):
+    """One made photograph stands for all: its picture is larger than those of Flickr8k are on
+    average, 3.1 kB, and so are the captions, of 52 characters."""
+    dataset = make_set(tmp_path, [[f"{'a' * 55} {i} {c}" for c in range(5)] for i in range(1000)])
+    random = np.random.default_rng(0)
+    coarse = Image.fromarray(random.integers(0, 256, (12, 12, 3), dtype=np.uint8))
+    photograph = np.asarray(coarse.resize((224, 224), Image.Resampling.BICUBIC)).astype(int)
+    photograph = (photograph + random.normal(0, 26, photograph.shape)).clip(0, 255)
+    Image.fromarray(photograph.astype(np.uint8)).save(tmp_path / "photograph.jpg")
+    dataset.image[:] = [str(tmp_path / "photograph.jpg")] * 1000
+    page = report(tmp_path, dataset, random_features(dataset))
+    pictures = re.findall(r"base64,(.*?)\"", page)
+    assert len(pictures) == 1000 and len(pictures[0]) > 4 / 3 * 3100
+    assert page.count("<article") == 6000
+    assert (tmp_path / "report.html").stat().st_size < 15e6
+
+
+# --- in a browser ---------------------------------------------------------------------------------
+
+in_browser = pytest.mark.skipif(not CHROMIUM, reason="no Chromium here: apt-get install chromium")
+# The cards that are shown, as direction and number.
+SHOWN = """[...document.querySelectorAll("article")].filter(card => card.checkVisibility())
+    .map(card => [card.parentNode.classList[1], card.querySelector("h3").textContent])"""
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """(file, its cards) of a page with words that begin alike, and hostile captions."""
+    folder = tmp_path_factory.mktemp("browser")
+    own = [*HOSTILE[:4], "a man runs", "a woman runs", "A MAN sits", "一只狗", "dogs run", "a café"]
+    captions = [[text, f"bird {i}"] for i, text in enumerate(own)]
+    dataset = make_set(folder, captions)
+    page = Parsed(report(folder, dataset, random_features(dataset)))
+    return folder / "report.html", page.cards
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["script", "no script"])
+def opened(request, written, tmp_path_factory):
+    with Page(written[0], tmp_path_factory.mktemp("profile"), scripts=request.param) as page:
+        page.has_script = request.param
+        yield page
+        assert page.errors == []  # also none of the policy's
+
+
+def narrow(page, words):
+    page.value(f"""(() => {{
+        const field = document.querySelector("#narrow input");
+        field.value = {json.dumps(words)};
+        field.dispatchEvent(new Event("input"));
+    }})()""")
+
+
+def choose(page, name):
+    page.value(f"document.getElementById('{name}').click()")
+
+
+def expected(cards, way, *hidden):
+    names = [
+        content[1 if way == "i2t" else 0] for level, content in cards[way] if level not in hidden
+    ]
+    return [[way, " ".join(name.split())] for name in names]
+
+
+@in_browser
+def test_filters_work_with_and_without_a_script(written, opened):
+    _, cards = written
+    for way in ("i2t", "t2i"):
+        choose(opened, way)
+        for name, hidden in (("wrong-at-1", ["r1"]), ("wrong-at-5", ["r1", "r5"]), ("all", [])):
+            choose(opened, name)
+            assert opened.value(SHOWN) == expected(cards, way, *hidden)
+            if opened.has_script:
+                left, of = len(expected(cards, way, *hidden)), len(cards[way])
+                told = opened.value("document.querySelector('output').textContent")
+                assert told == f"{left} of {of} queries shown"
+    assert opened.value("document.getElementById('narrow').checkVisibility()") == opened.has_script
+
+
+@in_browser
+def test_pictures_show_and_nothing_is_asked_for_elsewhere(written, opened):
+    """The middle of a picture on the screen has the colour of its image."""
+    choose(opened, "i2t")
+    for width, dark in ((1280, False), (380, True)):
+        opened.resize(width, dark)
+        x, y, image = opened.value("""(() => {
+            const picture = document.querySelector("article > .i");
+            picture.scrollIntoView({ block: "center" });
+            const { x, y, width } = picture.getBoundingClientRect();
+            return [x + width / 2, y + width / 2, parseInt(picture.classList[1].slice(1))];
+        })()""")
+        screen = Image.open(io.BytesIO(opened.picture())).convert("RGB")
+        seen = screen.getpixel((round(x), round(y)))
+        assert np.abs(np.subtract(seen, colour(image))).max() < 6
+        ground = screen.getpixel((2, 2))
+        assert max(ground) < 60 if dark else min(ground) > 230
+        assert opened.value("document.documentElement.scrollWidth") <= width  # nothing is cut off
+    assert {u for u in opened.requested if not u.startswith("data:")} == {written[0].as_uri()}
+    assert "Retrieval" in opened.value("document.title")
+
+
+@in_browser
+@pytest.mark.parametrize("opened", [True], indirect=True)
+@pytest.mark.parametrize(
+    "words, left",
+    [
+        ("man", ["a man runs", "A MAN sits"]),  # words begin so; "woman" does not
+        ("runs man", ["a man runs"]),
+        ("RUN", ["a man runs", "a woman runs", "dogs run"]),
+        ("狗", ["一只狗"]),
+        ("caf", ["a café"]),
+        ("(", []),
+        ("</style>", [HOSTILE[1]]),
+        ("", None),
+    ],
+)
+def test_words_narrow_what_is_shown(written, opened, words, left):
+    choose(opened, "t2i")
+    choose(opened, "all")
+    narrow(opened, words)
+    shown = [name for _, name in opened.value(SHOWN)]
+    if left is None:
+        assert len(shown) == len(written[1]["t2i"])
+    else:
+        assert sorted(shown) == sorted(left)
+    told = opened.value("document.querySelector('output').textContent")
+    assert told == f"{len(shown)} of {len(written[1]['t2i'])} queries shown"
+
+
+@in_browser
+@pytest.mark.parametrize("opened", [True], indirect=True)
+def test_words_are_looked_for_in_the_answers_of_an_image(written, opened):
+    """Also the first word of an answer, which stands beside its place."""
+    choose(opened, "i2t")
+    choose(opened, "all")
+    for words in (["man"], ["a", "woman"], ["dogs"]):
+        narrow(opened, " ".join(words))
+        having = []
+        for _, content in written[1]["i2t"]:
+            begin = [w for piece in content[1:] for w in re.findall(r"\w+", str(piece).lower())]
+            if all(any(w.startswith(word) for w in begin) for word in words):
+                having.append(["i2t", content[1]])
+        assert 0 < len(having) < 10 and opened.value(SHOWN) == having
+    narrow(opened, "")
+
+
+@in_browser
+@pytest.mark.parametrize("opened", [True], indirect=True)
+def test_the_keyboard_reaches_the_filters_and_a_reader_hears_the_answers(written, opened):
+    """As the browser's accessibility tree has them; what is far below has its name alone there."""
+    choose(opened, "i2t")
+    choose(opened, "all")
+    opened.value("document.getElementById('all').focus()")
+    opened.press("ArrowRight", 39)
+    assert opened.value("document.activeElement.id") == "wrong-at-1"
+    assert opened.value(SHOWN) == expected(written[1], "i2t", "r1")
+    opened.press("ArrowLeft", 37)
+    opened.value("""new Promise(done => {
+        document.querySelector("article[aria-label$=' a man runs']").scrollIntoView();
+        requestAnimationFrame(() => setTimeout(done));
+    })""")
+    nodes = opened.call("Accessibility.getFullAXTree")["nodes"]
+    heard = {(n["role"]["value"], n.get("name", {}).get("value", "")) for n in nodes if "role" in n}
+    assert {("radio", "All 10"), ("radio", "Text to image"), ("searchbox", "Words")} <= heard
+    articles = [name for role, name in heard if role == "article"]
+    assert len(articles) == 10 and all(re.match(r"rank \d+: .", name) for name in articles)
+    assert ("image", "a man runs") in heard and ("heading", "4.png") in heard
+    (recall,) = (name for role, name in heard if name.startswith("image to text, percent by K"))
+    assert "at the end recall" in recall

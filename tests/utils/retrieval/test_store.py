@@ -1,0 +1,304 @@
+"""Kept features: those of the model itself, whatever happens to the images, the weights, the store
+and the programs that use it."""
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from script_runs import PRELOADED
+
+from models.clip_utils import create_model
+from models.errors import InputError
+from models.preprocess import open_image
+from utils.data.image_files import find_images
+from utils.retrieval import store
+from utils.retrieval.encode import encode_texts, kept_caption_features
+from utils.retrieval.search import image_features
+from utils.runs.checkpoint import save_weights, write_json
+
+HALF = 2**-11  # relative error of a number that is rounded to float16
+CAPTIONS = ["a dog", "a cat", "一只狗", "word " * 99]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """The user's cache folder, for these tests alone."""
+    for variable in ("XDG_CACHE_HOME", "LOCALAPPDATA", "HOME"):
+        monkeypatch.setenv(variable, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def demo(seed: int = 0):
+    torch.manual_seed(seed)
+    return create_model("ViT-demo").eval()
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A file in a run; the tests give the model themselves."""
+    file = tmp_path / "run" / "weights" / "best.pth"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    write_json(tmp_path / "run" / "arguments.json", {})
+    return file
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six images of noise in two folders."""
+    for i in range(6):
+        draw(tmp_path / "photos" / ("a" if i % 2 else "b") / f"{i}.png", i)
+    return tmp_path / "photos"
+
+
+def draw(file: Path, seed: int) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (70, 80, 3), np.uint8)
+    Image.fromarray(pixels).save(file)
+
+
+class Counted:
+    """A model, and how many images it has encoded."""
+
+    def __init__(self, model):
+        self.model, self.images = model, 0
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def encode_image(self, images):
+        self.images += len(images)
+        return self.model.encode_image(images)
+
+
+def searched(model, weights, folder) -> int:
+    """Check the features of all images in the folder, and return how many were encoded now."""
+    counted = Counted(model)
+    images, features = image_features(counted, weights, folder, find_images(folder))
+    assert images == find_images(folder)
+    with torch.no_grad():
+        pixels = torch.stack([model.preprocess(open_image(folder / image)) for image in images])
+        own = F.normalize(model.encode_image(pixels), dim=-1)
+    assert features.dtype == torch.float16
+    assert torch.allclose(features.float(), own, rtol=2 * HALF, atol=1e-6)
+    return counted.images
+
+
+def stored(place: Path) -> list[str]:
+    """The keys in the only store below a folder."""
+    (file,) = place.rglob(store.FILE)
+    with safe_open(file, "np") as content:
+        assert content.get_tensor("features").dtype == np.float16
+        return json.loads(content.get_tensor("keys").tobytes())
+
+
+def test_an_image_is_encoded_once_and_again_when_it_has_changed(weights, folder):
+    model, kept = demo(), weights.parents[1] / "features"
+    assert searched(model, weights, folder) == 6
+    assert searched(model, weights, folder) == 0
+    draw(folder / "new" / "deep" / "6.PNG", 6)
+    assert searched(model, weights, folder) == 1
+    draw(folder / "a" / "1.png", 7)  # changed
+    os.utime(folder / "b" / "0.png", (1, 1))  # touched
+    (folder / "a" / "3.png").rename(folder / "a" / "moved.png")
+    assert searched(model, weights, folder) == 3
+    for gone in ("a/moved.png", "b/2.png"):
+        (folder / gone).unlink()
+    assert searched(model, weights, folder) == 0
+    names = {key.split(" ", 2)[2] for key in stored(kept)}
+    assert names == {"a/1.png", "a/5.png", "b/0.png", "b/4.png", "new/deep/6.PNG"}
+
+
+def test_features_are_those_of_the_weights_whatever_their_file_says(weights, folder, capsys):
+    """Two models in turn, from a file of one name, size and time."""
+    assert searched(demo(0), weights, folder) == 6
+    assert searched(demo(1), weights, folder) == 6
+    assert "made with other weights" in capsys.readouterr().out
+    assert searched(demo(1), weights, folder) == 0
+
+
+def test_another_preprocessing_makes_other_features(weights, folder):
+    searched(demo(), weights, folder)
+    model = demo()
+    model.config = replace(model.config, mean=(0.5, 0.5, 0.5))
+    assert searched(model, weights, folder) == 6
+
+
+def test_captions_are_kept_as_encode_texts_gives_them(weights, monkeypatch):
+    model = demo()
+    own = encode_texts(model, model.tokenize(CAPTIONS, truncate=True))
+    for captions in (CAPTIONS[:2], CAPTIONS, CAPTIONS[::-1]):
+        features = kept_caption_features(model, weights, "list", captions)
+        expected = own[[CAPTIONS.index(caption) for caption in captions]]
+        assert torch.allclose(features, expected, rtol=2 * HALF, atol=1e-6)
+    monkeypatch.setattr(model, "encode_text", None)  # would fail
+    kept_caption_features(model, weights, "list", CAPTIONS)
+
+
+def damaged(content: bytes):
+    """What can become of a file; each byte of the features counts."""
+    yield content[: len(content) // 2]
+    yield b""
+    yield b"\xff" * 100
+    for place in (20, len(content) // 2, len(content) - 9):
+        yield content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+def test_a_damaged_store_is_replaced_and_named_in_one_line(weights, folder, capsys):
+    model = demo()
+    searched(model, weights, folder)
+    (file,) = weights.parents[1].rglob(store.FILE)
+    for content in damaged(file.read_bytes()):
+        file.write_bytes(content)
+        capsys.readouterr()
+        assert searched(model, weights, folder) == 6
+        lines = capsys.readouterr().out.splitlines()
+        assert sum(str(file) in line and "anew" in line for line in lines) == 1, lines
+        assert searched(model, weights, folder) == 0
+    save_file({"features": torch.zeros(6, 256)}, file)  # another program's
+    assert searched(model, weights, folder) == 6
+    file.unlink()  # by the user
+    assert searched(model, weights, folder) == 6
+
+
+def test_where_the_run_cannot_be_written_features_are_in_the_users_cache(
+    weights, folder, cache, capsys
+):
+    """A file stands where their folder would: that stops the superuser as well."""
+    (weights.parents[1] / "features").touch()
+    model = demo()
+    assert searched(model, weights, folder) == 6
+    assert f"kept in {cache}" in capsys.readouterr().out
+    assert searched(model, weights, folder) == 0
+
+
+def test_what_a_run_brings_is_used_where_it_cannot_be_written(weights, folder, monkeypatch):
+    model = demo()
+    searched(model, weights, folder)
+    monkeypatch.setattr(store, "lock", lambda file, _: file.open("x"))  # as in a read-only folder
+    draw(folder / "new.png", 9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "replaced_whole", None)  # nothing may be written
+        (folder / "new.png").unlink()
+        assert searched(model, weights, folder) == 0
+
+
+def test_without_any_place_a_search_works_and_says_so(weights, folder, cache, capsys):
+    (weights.parents[1] / "features").touch()
+    cache.touch()
+    assert searched(demo(), weights, folder) == 6
+    assert "warning: features are not kept: " in capsys.readouterr().out
+
+
+def test_weights_in_no_run_have_features_beside_them(tmp_path, folder):
+    weights = tmp_path / "models_pth" / "ViT.pt"
+    save_weights(demo(), weights)
+    searched(demo(), weights, folder)
+    assert len(stored(weights.parent / "features")) == 6
+
+
+def test_images_that_cannot_be_read_are_named_and_passed_over(weights, folder, capsys):
+    (folder / "broken.jpg").write_text("no image")
+    for _ in range(2):
+        images, features = image_features(demo(), weights, folder, find_images(folder))
+        assert len(images) == len(features) == 6 and Path("broken.jpg") not in images
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "broken" in line]
+        assert "not an image" in line and line.endswith("passed over")
+
+
+def test_features_that_are_not_finite_are_not_kept(weights, folder):
+    model = demo()
+    with torch.no_grad():
+        model.visual.proj.fill_(math.inf)
+    with pytest.raises(InputError, match="not finite"):
+        image_features(model, weights, folder, find_images(folder))
+    assert not list(weights.parents[1].rglob(store.FILE))
+
+
+class Slow(Counted):
+    """Takes so many seconds for a batch; ends the program that uses it in the `last`-th."""
+
+    def __init__(self, model, seconds=0.0, last=None):
+        super().__init__(model)
+        self.seconds, self.last, self.batches = seconds, last, 0
+
+    def encode_image(self, images):
+        self.batches += 1
+        if self.batches == self.last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(self.seconds)
+        return super().encode_image(images)
+
+
+def search_in_child(weights, folder, arguments, results) -> None:
+    store.SAVE_EVERY = 0.0
+    model = Slow(demo(), *arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("utils.retrieval.search.BATCH_SIZE", 1)
+        _, features = image_features(model, weights, folder, find_images(folder))
+    results.put((model.images, features.float().numpy()))
+
+
+def in_children(weights, folder, *arguments) -> list:
+    """What children with these arguments of `Slow`, at work at the same time, return."""
+    context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    results = context.Queue()
+    children = [
+        context.Process(target=search_in_child, args=(weights, folder, given, results))
+        for given in arguments
+    ]
+    for child in children:
+        child.start()
+    found = [results.get(timeout=120) for given in arguments if len(given) < 2]
+    for child in children:
+        child.join()
+    return found
+
+
+@pytest.mark.slow
+def test_two_programs_at_once_encode_each_image_once(weights, folder):
+    (one, first), (other, second) = in_children(weights, folder, (0.3,), (0.3,))
+    assert one + other == 6
+    assert np.array_equal(first, second)
+    assert searched(demo(), weights, folder) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+def test_a_program_that_is_killed_leaves_what_it_had(weights, folder):
+    """It is killed in the fourth batch, after three were saved; and another one as it writes."""
+    in_children(weights, folder, (0.0, 4))
+    (file,) = weights.parents[1].rglob(store.FILE)
+    assert len(stored(weights.parents[1])) == 3
+    left = file.with_name(".unfinished.abc")
+    left.write_bytes(file.read_bytes()[:100])
+    assert searched(demo(), weights, folder) == 3
+    assert not left.exists()
+
+
+def test_ctrl_c_keeps_what_was_encoded(weights, folder, monkeypatch):
+    monkeypatch.setattr("utils.retrieval.search.BATCH_SIZE", 2)
+
+    class Interrupted(Counted):
+        def encode_image(self, images):
+            if self.images == 4:
+                raise KeyboardInterrupt
+            return super().encode_image(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        image_features(Interrupted(demo()), weights, folder, find_images(folder))
+    assert searched(demo(), weights, folder) == 2

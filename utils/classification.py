@@ -1,0 +1,349 @@
+"""Classification: how often a model names the class of an image, by texts alone (zero-shot) or by a
+linear probe on its image features (Radford et al. 2021, sections 3.1 and 3.2).
+
+As a script, it scores weights on class folders, or on a data set of torchvision:
+
+    python utils/classification.py --weights ViT-B/32 --data cifar10 --templates ensemble
+    python utils/classification.py --data my_images --linear_probe
+"""
+
+import argparse
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from math import isnan
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.clip import CLIP
+from models.errors import InputError, run_script
+from models.progress_bar import progress_bar
+from models.scripts import add_activation
+from models.weights.file_kind import one_line
+from utils.data.labelled_images import LabelledImages, find_labelled_images
+from utils.data.templates import TEMPLATE_SETS, read_templates
+from utils.data.torchvision_sets import TORCHVISION_SETS
+from utils.machine.memory import explained
+from utils.machine.processes import ALONE, Processes
+from utils.retrieval.encode import encode_images, encode_texts
+from utils.retrieval.plots import plot_confusion
+from utils.retrieval.tables import format_rows
+from utils.runs.arguments import integer, name_or_path, newest_weights, path, workers
+from utils.runs.checkpoint import write_json
+
+WORST = 3  # classes that are printed
+HELD_OUT = 5  # one in so many training images chooses the strength of the probe
+ITERATIONS = 1000  # of L-BFGS at most, as in the paper
+
+
+class Accuracy(NamedTuple):
+    """How often images are given their class, in percent; `confusion` is in images.
+
+    top1, top5      share of the images whose class is the first, or among the first five
+    mean_per_class  mean of `per_class` over the classes that have images
+    per_class       share of each class's images whose class is the first; NaN if it has none
+    confusion       `[c, c]`: images of the class in the row that were taken for that in the column
+    """
+
+    top1: float
+    top5: float
+    mean_per_class: float
+    per_class: list[float]
+    confusion: Tensor
+
+
+class Features(NamedTuple):
+    """Normalised features `[n, d]` of images, on the model's device, and their labels `[n]`."""
+
+    images: Tensor
+    labels: Tensor
+
+
+def zero_shot_classifier(
+    model: CLIP,
+    labels: Sequence[str],
+    templates: Sequence[str] = ("{}",),
+    processes: Processes = ALONE,
+) -> Tensor:
+    """Normalised class embeddings `[labels, d]`, on the model's device: the mean of the normalised
+    features of the label in each template (Radford et al. 2021, section 3.1.4). Raises `InputError`
+    for texts that are too long for the model."""
+    texts = [template.replace("{}", label) for label in labels for template in templates]
+    features = encode_texts(model, model.tokenize(texts), processes=processes)
+    if len(templates) == 1:
+        return features  # what the model itself compares images with, to the last bit
+    return F.normalize(features.view(len(labels), len(templates), -1).mean(dim=1), dim=-1)
+
+
+def readable_features(
+    model: CLIP,
+    images: LabelledImages,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    processes: Processes = ALONE,
+) -> Features:
+    """The features of all images but the broken ones, which are named."""
+    features = encode_images(model, images, batch_size, num_workers, processes)
+    readable = features.any(dim=1)
+    return Features(features[readable], images.labels[readable.cpu()])
+
+
+def zero_shot_accuracy(
+    model: CLIP,
+    images: LabelledImages,
+    classifier: Tensor,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    processes: Processes = ALONE,
+) -> Accuracy:
+    """How well `classifier`, `[c, d]` of `zero_shot_classifier`, names the classes of images. To
+    score them again and again, call `images.cache()` before."""
+    features = readable_features(model, images, batch_size, num_workers, processes)
+    return accuracy(features.images @ classifier.T, features.labels)
+
+
+def accuracy(scores: Tensor, labels: Tensor) -> Accuracy:
+    """The accuracy of `scores` `[n, c]`, the higher the likelier, for classes `labels` `[n]`. Of
+    classes with the same score, the one with the lower index comes first. Raises `InputError` for a
+    NaN, and if there are no images."""
+    scores, labels = scores.cpu(), labels.cpu()
+    if not len(labels):
+        raise InputError("nothing to score: there are no images that can be read")
+    if scores.amax().isnan():
+        raise InputError("the scores hold NaN: the features of this model are not finite")
+    classes = scores.shape[1]
+    own = scores.gather(1, labels[:, None])
+    lower = torch.arange(classes) < labels[:, None]
+    before = ((scores > own) | ((scores == own) & lower)).sum(dim=1)
+    confusion = torch.zeros(classes, classes, dtype=torch.int64)
+    confusion.index_put_((labels, scores.argmax(dim=1)), torch.tensor(1), accumulate=True)
+    per_class = 100 * confusion.diagonal().double() / confusion.sum(dim=1)
+    return Accuracy(
+        100 * (before < 1).double().mean().item(),
+        100 * (before < 5).double().mean().item(),
+        per_class.nanmean().item(),
+        per_class.tolist(),
+        confusion,
+    )
+
+
+def linear_probe(train: Features, features: Tensor, classes: Sequence[str]) -> tuple[Tensor, float]:
+    """Scores `[n, c]` of images with `features` `[n, d]` by scikit-learn's logistic regression,
+    trained on `train` with the `C` of `choose_c`; and that `C`. Raises `InputError` where a class
+    has no training image, or none has two."""
+    inputs, labels = train.images.cpu().numpy(), train.labels.numpy()
+    counts = np.bincount(labels, minlength=len(classes))
+    if not counts.all():
+        raise InputError(
+            f"{classes[counts.argmin()]!r}: there is no training image of this class that can be "
+            "read; add some, or remove the class"
+        )
+    c = choose_c(inputs, labels)
+    scores = _fitted(c, inputs, labels).decision_function(features.cpu().numpy())
+    if scores.ndim == 1:  # of two classes it gives the second one's alone
+        scores = np.stack([-scores, scores], axis=1)
+    return torch.from_numpy(scores), c
+
+
+def choose_c(features: np.ndarray, labels: np.ndarray) -> float:
+    """The `C` (the inverse of the strength of the regularization) from 1e-6 to 1e6 that is best on
+    `held_out` images after training on the others. It is searched for as in appendix A.3: first in
+    steps of a factor of 100, then around the best in ever smaller ones, down to eight for a factor
+    of 10. Of equally good ones it is the smallest that was tried."""
+    held = held_out(labels)
+    found: dict[float, float] = {}  # exponent of 10: share of right answers
+    exponents: list[float] = [-6, -4, -2, 0, 2, 4, 6]
+    with progress_bar(total=15, desc="choosing C of the probe", leave=False) as bar:
+        for step in (1, 1 / 2, 1 / 4, 1 / 8, 0):
+            for exponent in exponents:
+                if abs(exponent) <= 6:
+                    probe = _fitted(10**exponent, features[~held], labels[~held])
+                    found[exponent] = probe.score(features[held], labels[held])
+                bar.update()
+            best = max(found, key=lambda exponent: (found[exponent], -exponent))
+            exponents = [best - step, best + step]
+    return 10**best
+
+
+def held_out(labels: np.ndarray) -> np.ndarray:
+    """Which of the training images choose the strength of the probe, bool `[n]`: a fifth of each
+    class's, and at least one of two. Raises `InputError` if no class has two."""
+    held = np.zeros(len(labels), dtype=bool)
+    random = np.random.default_rng(0)
+    for number in np.unique(labels):
+        own = random.permutation(np.flatnonzero(labels == number))
+        held[own[: max(len(own) // HELD_OUT, len(own) > 1)]] = True
+    if not held.any():
+        raise InputError(
+            "--linear_probe: no class has two training images, and some are needed to choose the "
+            "strength of the regularization on; add some"
+        )
+    return held
+
+
+def _fitted(c: float, features: np.ndarray, labels: np.ndarray):
+    from sklearn.linear_model import LogisticRegression  # takes a second
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it need not converge, as in the paper
+        return LogisticRegression(C=c, max_iter=ITERATIONS).fit(features, labels)
+
+
+def chance(classes: int) -> dict[str, float]:
+    """What a model that guesses gets, in percent."""
+    one = 100 / classes
+    return {"top1": one, "top5": min(5 * one, 100), "mean_per_class": one}
+
+
+def as_text(found: dict[str, Accuracy], classes: Sequence[str]) -> str:
+    """A table of what was found in each way, and the classes that are the hardest in each."""
+    rows = {way: [a.top1, a.top5, a.mean_per_class] for way, a in found.items()}
+    rows["chance"] = list(chance(len(classes)).values())
+    lines = [format_rows(["top-1", "top-5", "mean per class"], rows)]
+    for way, a in found.items():
+        if worst := worst_classes(a, classes):
+            lines += [f"lowest top-1, {way}:", *worst]
+    return "\n".join(lines)
+
+
+def as_json(found: dict[str, Accuracy], classes: Sequence[str]) -> dict[str, Any]:
+    """The scores for a file; those `per_class` are in the order of `classes`, null where a class
+    has no images."""
+    content: dict[str, Any] = {"classes": list(classes), "chance": chance(len(classes))}
+    for way, a in found.items():
+        content["images"] = int(a.confusion.sum())
+        scores = {"top1": a.top1, "top5": a.top5, "mean_per_class": a.mean_per_class}
+        per_class = [None if isnan(share) else share for share in a.per_class]
+        content[way.replace("-", "_").replace(" ", "_")] = scores | {"per_class": per_class}
+    return content
+
+
+def worst_classes(found: Accuracy, classes: Sequence[str]) -> list[str]:
+    """Lines of text on the classes that are named least often, the worst first, each with what its
+    images are most often taken for."""
+    lines = []
+    having = [i for i, share in enumerate(found.per_class) if share < 100]  # NaN is not less
+    for i in sorted(having, key=found.per_class.__getitem__)[:WORST]:
+        wrong = found.confusion[i].clone()
+        wrong[i] = 0
+        other = int(wrong.argmax())
+        lines.append(
+            f"{found.per_class[i]:8.2f}  {one_line(classes[i])}: {int(wrong[other])} of "
+            f"{int(found.confusion[i].sum())} taken for {one_line(classes[other])}"
+        )
+    return lines
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Score a CLIP on images of classes: top-1, top-5 and mean per-class accuracy."
+    )
+    parser.add_argument(
+        "--weights",
+        type=name_or_path,
+        help="weights file, or a name like ViT-B/32 (default: the newest logs/*/weights/"
+        "best_epoch_weights.pth here, else beside the scripts)",
+    )
+    parser.add_argument(
+        "--data",
+        type=name_or_path,
+        required=True,
+        metavar="FOLDER_OR_NAME",
+        help="folder of class folders, or one with train/ and val/ (or valid/ or test/) that have "
+        f"class folders in them; or a data set of torchvision: {', '.join(TORCHVISION_SETS)}",
+    )
+    parser.add_argument(
+        "--data_root",
+        type=path,
+        metavar="FOLDER",
+        help="where torchvision's data sets are, and are downloaded to (default: "
+        "torchvision_data beside the scripts)",
+    )
+    parser.add_argument(
+        "--classnames",
+        type=path,
+        metavar="FILE",
+        help="names of the classes, one a line in the order of the sorted class folders, or lines "
+        "folder<TAB>name (default: the folders' names, or the data set's)",
+    )
+    parser.add_argument(
+        "--templates",
+        type=name_or_path,
+        default="photo",
+        metavar="SET_OR_FILE",
+        help="sentences around a class name, whose features are averaged: "
+        f"{', '.join(TEMPLATE_SETS)} (cn: Chinese), or a file with one a line, {{}} standing for "
+        "the name (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--linear_probe",
+        action="store_true",
+        help="also train a logistic regression on the image features of train/ (or torchvision's "
+        "training images) and score it",
+    )
+    add_activation(parser)
+    parser.add_argument("--batch_size", type=integer(1), default=64, help="images at a time")
+    parser.add_argument("--num_workers", type=workers, default=0, help="processes that read images")
+    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first there is)")
+    parser.add_argument(
+        "--json", type=path, metavar="FILE", help="write the scores, with those of each class"
+    )
+    parser.add_argument(
+        "--plot", type=path, metavar="FILE", help="write a picture of the confusion matrix"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+@explained()
+def main() -> None:
+    args = build_parser().parse_args()
+
+    from models.clip_utils import check_name, load
+
+    weights = args.weights or newest_weights()
+    check_name(weights)
+    templates = read_templates(args.templates)
+    source = find_labelled_images(args.data, False, args.data_root, args.classnames)
+    if repeated := [name for name, n in Counter(source.classes).items() if n > 1]:
+        print(f"warning: several classes are called {one_line(repeated[0])}; images are only ever "
+              "taken for the first of them")  # fmt: skip
+    train_source = None
+    if args.linear_probe:
+        train_source = find_labelled_images(args.data, True, args.data_root, args.classnames)
+    model, preprocess = load(weights, args.device, activation=args.activation)
+
+    classifier = zero_shot_classifier(model, source.classes, templates)
+    images = LabelledImages(source, preprocess)
+    scored = readable_features(model, images, args.batch_size, args.num_workers)
+    found = {"zero-shot": accuracy(scored.images @ classifier.T, scored.labels)}
+    print(
+        f"{weights}, {source.name}: {len(scored.labels):,} images of {len(source.classes):,} "
+        f"classes, templates: {len(templates)} (percent)"
+    )
+    if train_source:
+        images = LabelledImages(train_source, preprocess)
+        train = readable_features(model, images, args.batch_size, args.num_workers)
+        scores, c = linear_probe(train, scored.images, source.classes)
+        found["linear probe"] = accuracy(scores, scored.labels)
+        print(f"linear probe: trained on {len(train.labels):,} images, C = {c:.3g}")
+    print(as_text(found, source.classes))
+    if args.json:
+        write_json(args.json, as_json(found, source.classes))
+        print(f"scores written to {args.json}")
+    if args.plot:
+        plot_confusion({way: a.confusion for way, a in found.items()}, source.classes, args.plot)
+        print(f"plot written to {args.plot}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,105 @@
+"""Search in a folder: the features of its images, and those that are most similar to a query."""
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.clip import CLIP
+from models.device import upload
+from models.errors import InputError
+from models.preprocess import Preprocess, open_image
+from utils.retrieval.store import Store
+
+BATCH_SIZE = 32  # images
+THREADS = 4  # that decode images; a large one takes half a GB
+PROBLEMS_SHOWN = 10  # images that cannot be read
+BLOCK = 2**11  # features at a time, so that what is computed of them stays in the CPU's cache
+
+
+def image_features(
+    model: CLIP, weights: Path, folder: Path, images: list[Path]
+) -> tuple[list[Path], Tensor]:
+    """The `images` of a folder (paths relative to it) that can be read, and their normalised
+    features `[n, d]`, float16 on the CPU. They are kept for the next search, beside `weights`, by
+    path, size and time. Those that cannot be read are named. Raises `InputError` if none can."""
+    problems: list[str] = []
+
+    def encode(rows: list[int]) -> tuple[list[int], Tensor]:
+        paths = [folder / images[row] for row in rows]
+        read = list(threads.map(partial(_read, model.preprocess), paths))
+        problems.extend(problem for problem in read if isinstance(problem, str))
+        done = [row for row, pixels in zip(rows, read, strict=True) if isinstance(pixels, Tensor)]
+        pixels = [pixels for pixels in read if isinstance(pixels, Tensor)]
+        return done, encode_pixels(model, pixels)
+
+    store = Store("images", model, weights, str(folder.resolve()))
+    keys = [_key(folder, image) for image in images]
+    with ThreadPoolExecutor(THREADS) as threads:
+        found, features = store.features_of(keys, encode, BATCH_SIZE)
+    if not found:
+        raise InputError(f"{folder}: none of its {len(images)} images can be read; {problems[0]}")
+    for problem in problems[:PROBLEMS_SHOWN]:
+        print(f"{problem}; passed over")
+    if len(problems) > PROBLEMS_SHOWN:
+        print(f"... and {len(problems) - PROBLEMS_SHOWN:,} more that cannot be read")
+    return [images[i] for i in found], features
+
+
+@torch.inference_mode()
+def encode_pixels(model: CLIP, pixels: list[Tensor]) -> Tensor:
+    """Normalised float32 features `[n, d]` of n images as `Preprocess.pixels` makes them, on the
+    model's device."""
+    if not pixels:
+        return torch.empty(0, model.embed_dim)
+    images = model.preprocess.normalize(upload(torch.stack(pixels), model.device))
+    return F.normalize(model.encode_image(images).float(), dim=-1)
+
+
+def _key(folder: Path, image: Path) -> str:
+    """What says whether an image is still the one that was encoded."""
+    try:
+        status = (folder / image).stat()
+    except OSError:  # a link to nothing
+        return f"missing {image.as_posix()}"
+    return f"{status.st_size} {status.st_mtime_ns} {image.as_posix()}"
+
+
+def _read(preprocess: Preprocess, path: Path) -> Tensor | str:
+    try:
+        return preprocess.pixels(open_image(path))
+    except InputError as error:
+        return str(error)
+
+
+def most_similar(features: Tensor, query: Tensor, count: int) -> list[tuple[int, float]]:
+    """(index, cosine) of those `count` of the normalised `features` `[n, d]` (float16) that are
+    most similar to `query` `[d]` (float32), the most similar first, equal ones in their order: the
+    ranking of all similarities in float64.
+
+    Float32 finds those that may be among them, since the error of a sum of d products is less than
+    d times the unit of rounding (Higham 2002, section 3.1); they alone are computed in float64.
+    """
+    query = query.cpu()
+    count = min(count, len(features))
+    rough = _similarities(features, query)
+    margin = 2 * len(query) * torch.finfo(torch.float32).eps
+    candidates = (rough >= rough.topk(count).values[-1] - margin).nonzero().flatten()
+    exact = _similarities(features[candidates], query.double())
+    similarity, order = exact.sort(descending=True, stable=True)
+    return list(zip(candidates[order].tolist(), similarity.tolist(), strict=True))[:count]
+
+
+def _similarities(features: Tensor, query: Tensor) -> Tensor:
+    """The products of `features` and `query`, in the precision of the latter; the same for equal
+    features, which a BLAS does not promise."""
+    similarities = torch.empty(len(features), dtype=query.dtype)
+    block = torch.empty(min(BLOCK, len(features)), len(query), dtype=query.dtype)
+    for start in range(0, len(features), BLOCK):
+        rows = features[start : start + BLOCK]
+        products = block[: len(rows)].copy_(rows).mul_(query)
+        torch.sum(products, dim=1, out=similarities[start : start + BLOCK])
+    return similarities
