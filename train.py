@@ -63,12 +63,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=integer(1), default=10,
-        help="passes over the training images; the learning rate ends at zero after the last "
-        "(default: %(default)s)")
+        help="passes over the training images; the rate ends at zero (default: %(default)s)")
     add("--batch_size", type=integer(2), default=64,
         help="images a step, on all GPUs together; more are more negatives (default: %(default)s)")
     add("--lr", type=positive,
-        help="peak learning rate, that of the last layers (default: 1e-4, from scratch 5e-4)")
+        help="peak learning rate, that of the last layers (default: 1e-4; with --lora 1e-3; from "
+        "scratch 5e-4)")
     add("--warmup_epochs", type=number(),
         help="epochs in which the rate rises to its peak, before it falls along a cosine "
         "(default: 1, or a tenth of --epochs if that is less)")
@@ -89,11 +89,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="keep the image tower as it is, but for its last N blocks (default: none of them)")
     add("--lock_text", type=integer(0), nargs="?", const=0, metavar="N",
         help="keep the text tower as it is, but for its last N blocks (default: none of them)")
+    add("--lora", type=integer(1, 1024), metavar="RANK",
+        help="a quarter of the memory for weights and optimizer: of all that is not locked, only "
+        "changes of this rank, such as 8, of the transformers' matrices learn, and the logit scale")
+    add("--keep", type=positive, metavar="WEIGHT",
+        help="forget less: adds WEIGHT, such as 10, times the mean squared distance of features to "
+        "those of the starting weights to the loss, for a forward pass more; --lr may be 3e-4 then")
     add("--ema", type=number(below=1), metavar="DECAY",
         help="score and save an exponential moving average of the weights, such as 0.999")
     add("--wise_ft", type=fraction, nargs="+", metavar="ALPHA",
-        help="score the weights between the start (0) and the best epoch (1) at each ALPHA, such "
-        "as 0 0.25 0.5 0.75 1, and save the best; with 0 it is never worse than the start")
+        help="score mixtures of the start (0) and the best epoch (1) at each ALPHA, such as 0 0.25 "
+        "0.5 0.75 1, and save the best; with 0 it is never worse than the start")
 
     add = parser.add_argument_group("memory, speed, interruptions").add_argument
     add("--use_amp", action="store_true",
@@ -122,11 +128,11 @@ def main() -> None:
     from utils.machine.memory import IN_TRAINING, explained
     from utils.machine.processes import join_processes
     from utils.metric import evaluate
-    from utils.retrieval.tables import format_table
     from utils.training.gradients import GradientExchange, accumulate_gradients
+    from utils.training.keep import keep_features
     from utils.training.layer_groups import train_mode
     from utils.training.optimizer import learning_rate, set_learning_rate
-    from utils.training.progress import Progress, announce, score_start
+    from utils.training.progress import Progress, announce, report_epoch, score_start
     from utils.training.settings import settle
 
     args, resumed = settle(parser)
@@ -138,6 +144,7 @@ def main() -> None:
     run = open_run(args, resumed, model, loader, sets["val"])
     with run.discarded_on_error():  # before its first step there is nothing to keep
         state = get_state(args, resumed, model, device, run)
+        keep = keep_features(model, run, args.keep) if args.keep else None
         del resumed  # a second copy of the moments
         announce(state, loader, sets, args.epochs, run.folder)
         score = partial(evaluate, state.scored, sets["val"], args.batch_size, loader.num_workers,
@@ -161,7 +168,7 @@ def main() -> None:
             for step, batch in enumerate(progress.timed(loader.epoch(epoch, done)), first):
                 set_learning_rate(state.optimizer, rate_at(step))
                 loss = accumulate_gradients(model, batch, state.precision, exchange,
-                                            args.grad_cache)  # fmt: skip
+                                            args.grad_cache, keep=keep)  # fmt: skip
                 state.update(processes.sum(loss))
                 progress.advance(state.losses[-1], rate_at(step), step)
                 stop = processes.any(interrupt.has_come())
@@ -172,11 +179,8 @@ def main() -> None:
                         raise run.stopped(interrupt)
             trained = progress.summary(state.losses, rate_at(epoch * len(loader) - 1))
         metrics, val_loss = score()
-        row = state.finish_epoch(trained, metrics, val_loss)
-        print(
-            f"epoch {epoch}/{args.epochs}: train loss {row['train_loss']:.4f}, validation loss "
-            f"{val_loss:.4f}, mean recall {row['mean_recall']:.2f}\n{format_table(metrics, 'val')}"
-        )
+        state.finish_epoch(trained, metrics, val_loss)
+        report_epoch(state, args.epochs, metrics, len(sets["val"]), args.lr)
         run.save_epoch(state.scored, state.state_dict(), args.freq)
         if processes.any(interrupt.has_come()):
             raise run.stopped(interrupt)
@@ -273,7 +277,7 @@ def open_run(args: argparse.Namespace, resumed: dict | None, model, loader, val_
         sys.stdout = Console(log, colours=is_terminal(sys.stdout))
         show_config(args=args, color="bold")
         run.loss_history = Losses(run.folder, model, resumed["rows"] if resumed else [])
-        if args.wise_ft:
+        if args.wise_ft or args.keep:
             run.keep_start(model, is_new=not resumed)
     return run
 

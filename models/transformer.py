@@ -75,13 +75,16 @@ class MultiheadAttention(nn.Module):
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = nn.Linear(width, width)
+        self.lora: nn.Module | None = None  # a change of in_proj_weight, see models/lora.py
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """`[t, w]` -> `[t, w]`: the attention output of every token."""
         # No mask: sequences of different lengths are causal here, so a token never attends to the
         # zeros after the end of its sequence.
-        qkv = layout.grid(F.linear(x, self.in_proj_weight, self.in_proj_bias))
-        query, key, value = self._heads(qkv, 3)
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        if self.lora is not None:
+            qkv = qkv + self.lora(x)
+        query, key, value = self._heads(layout.grid(qkv), 3)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=layout.causal)
         return self.out_proj(layout.packed(mixed.transpose(1, 2).flatten(2)))
 
@@ -90,8 +93,13 @@ class MultiheadAttention(nn.Module):
         width = x.shape[1]
         query_weight, weight = self.in_proj_weight.split([width, 2 * width])
         query_bias, bias = self.in_proj_bias.split([width, 2 * width])
-        (query,) = self._heads(F.linear(x[layout.pooled], query_weight, query_bias)[:, None], 1)
-        key, value = self._heads(layout.grid(F.linear(x, weight, bias)), 2)
+        query = F.linear(x[layout.pooled], query_weight, query_bias)
+        key_value = F.linear(x, weight, bias)
+        if self.lora is not None:
+            query = query + self.lora(x[layout.pooled], slice(1))
+            key_value = key_value + self.lora(x, slice(1, 3))
+        (query,) = self._heads(query[:, None], 1)
+        key, value = self._heads(layout.grid(key_value), 2)
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=layout.mask())
         return self.out_proj(mixed.flatten(1))
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from models.errors import InputError
 from models.files import read_bytes
+from models.lora import merged
 from models.weights import chinese_clip, open_clip, transformers
 from models.weights.architecture import infer_config
 from models.weights.config import CHINESE_VOCABULARY, VOCABULARY, Config
@@ -43,7 +44,7 @@ def read_weights(path: Path, activation: str | None = None) -> tuple[dict[str, T
     """
     folder = path if path.is_dir() else path.parent
     weights, own = (_read_folder(path), None) if path.is_dir() else read_file(path)
-    weights = chinese_clip.without_pooler(weights)
+    weights = merged(chinese_clip.without_pooler(weights))
     library = chinese_clip if chinese_clip.is_transformers(weights) else transformers
     if library.is_transformers(weights):
         config = _config_of_transformers(folder, library)

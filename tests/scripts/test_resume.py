@@ -116,6 +116,40 @@ def test_a_run_killed_again_and_again_ends_bit_for_bit_as_one_that_was_not(data,
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a fork server")
+def test_low_rank_changes_near_the_start_go_on_bit_for_bit_and_are_saved_plain(
+    data, whole, tmp_path
+):
+    start = whole / "weights" / "best_epoch_weights.pth"
+    arguments = ["--resume_training", start, "--dataset_path", data, "--lora", 2, "--keep", 5,
+                 "--ema", 0.9, "--lr", 1e-2, "--epochs", 2, "--batch_size", 22, "--grad_cache", 8,
+                 "--save_steps", 1, "--wise_ft", 0, 1]  # fmt: skip
+    run_script("train.py", *arguments, "--log_dir", "one", cwd=tmp_path)
+    (one,) = (tmp_path / "one").iterdir()
+    process = start_script("train.py", *arguments, "--log_dir", "two", cwd=tmp_path)
+    while not (runs := list(tmp_path.glob("two/*/weights"))):
+        time.sleep(0.002)
+    wait_for_saves(process, runs[0] / "checkpoint.pth", 2)
+    process.kill()
+    process.join()
+    two = runs[0].parent
+    run_script("train.py", "--resume_training", two, cwd=tmp_path)
+    assert_same_run(two, one)
+    plain = torch.load(start, weights_only=True)
+    for file in two.glob("weights/*_weights.pth"):
+        assert torch.load(file, weights_only=True).keys() == plain.keys()
+    best = torch.load(two / "weights" / "best_epoch_weights.pth", weights_only=True)
+    changed = {name for name in plain if not torch.equal(best[name], plain[name])}
+    assert {name.split(".")[-2] for name in changed - {"logit_scale"}} <= {
+        "attn", "out_proj", "c_fc", "c_proj"
+    }  # fmt: skip
+    assert len(changed) > 20
+    (two / "weights" / "start_weights.pth").unlink()
+    line = error_line("train.py", "--resume_training", two, "--epochs", 3, cwd=tmp_path)
+    assert "start_weights.pth is missing" in line and "--keep" in line
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_saves_and_names_the_command_that_goes_on(

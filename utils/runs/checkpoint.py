@@ -13,20 +13,22 @@ import torch
 from models.clip import CLIP
 from models.errors import InputError
 from models.files import read_bytes
+from models.lora import merged
 from models.weights.content import read_content
 from models.weights.file_kind import one_line
 from models.weights.open_clip import CONFIG_FILE, to_open_clip
 from utils.runs.files import replaced_whole, writing
 
-FORMAT = 4  # of checkpoint.pth; raised whenever other fields are written to it
+FORMAT = 5  # of checkpoint.pth; raised whenever other fields are written to it
 
 
 def save_weights(model: CLIP, path: Path) -> None:
     """Write the model's state dict with floats as float16: half the size, and enough to predict;
-    and beside it the description of the model, as open_clip has it."""
+    and beside it the description of the model, as open_clip has it. What `--lora` has learned is
+    added to its matrices."""
     weights = {
         key: tensor.half() if tensor.is_floating_point() else tensor
-        for key, tensor in model.state_dict().items()
+        for key, tensor in merged(model.state_dict()).items()
     }
     write_json(path.with_name(CONFIG_FILE), to_open_clip(model.config))
     _save(weights, path)

@@ -8,9 +8,12 @@ from torch import Tensor
 
 from models.clip import CLIP
 from utils.flickr8k_dataloader import Batch
-from utils.loss import contrastive_loss
+from utils.loss import contrastive_loss, mean_distance
 from utils.machine.precision import Precision
 from utils.machine.processes import Processes
+from utils.training.keep import Keep
+
+TOWERS = ("image", "text")
 
 
 class GradientExchange:
@@ -69,6 +72,7 @@ def accumulate_gradients(
     precision: Precision,
     exchange: GradientExchange,
     chunk: int | None = None,
+    keep: Keep | None = None,
 ) -> Tensor:
     """Set the parameters' gradients to those of the loss of the whole batch, of which `batch` is
     this process's part; return this process's part of the loss.
@@ -77,31 +81,31 @@ def accumulate_gradients(
     2021): features of the whole batch first, then the loss and its gradient for each feature, then
     each chunk's features again and from their gradients those of the parameters. The sum is the
     gradient of the whole batch, at the cost of a second forward pass.
-    """
-    if chunk is None or chunk >= len(batch.images):
-        features = [_encode(model, batch, tower, precision) for tower in ("image", "text")]
-        loss = contrastive_loss(*features, model.logit_scale, exchange.processes, batch.texts)
-        precision.backward(loss)
-        exchange.finish()
-        return loss.detach()
 
-    chunks = batch.split(chunk)
-    with torch.no_grad():
-        image_features, text_features = (
-            torch.cat([_encode(model, part, tower, precision) for part in chunks])
-            for tower in ("image", "text")
-        )
-    image_features.requires_grad_()
-    text_features.requires_grad_()
-    features = image_features, text_features
-    loss = contrastive_loss(*features, model.logit_scale, exchange.processes, batch.texts)
-    precision.backward(loss)
+    `keep` adds its distance to what the gradients are of, but not to the loss that is returned,
+    which so can be compared with that of validation.
+    """
+    chunks = batch.split(chunk or len(batch.images))
+    at_once = len(chunks) == 1
+    with torch.set_grad_enabled(at_once):
+        features = {tower: _encode(model, chunks, tower, precision) for tower in TOWERS}
+    if not at_once:
+        for of_tower in features.values():
+            of_tower.requires_grad_()
+    loss = contrastive_loss(*features.values(), model.logit_scale, exchange.processes, batch.texts)
+    total = loss
+    for tower in keep.towers if keep else ():
+        with torch.no_grad():
+            start = _encode(keep.start, chunks, tower, precision)
+        distance = mean_distance(features[tower], start, exchange.processes)
+        total = total + keep.weight * distance / 2
+    precision.backward(total)
     # Tower by tower: the activations of one meet the gradients of few parameters of the other.
-    for tower, features in (("image", image_features), ("text", text_features)):
-        gradients = features.grad.split(chunk * len(features) // len(batch.images))
+    for tower, of_tower in () if at_once else features.items():
+        gradients = of_tower.grad.split(chunk * len(of_tower) // len(batch.images))
         for part, gradient in zip(chunks, gradients, strict=True):
             exchange.completes = part is chunks[-1]
-            of_part = _encode(model, part, tower, precision)
+            of_part = _encode(model, [part], tower, precision)
             if of_part.requires_grad:  # a locked tower's do not
                 of_part.backward(gradient)
     exchange.completes = True
@@ -109,9 +113,11 @@ def accumulate_gradients(
     return loss.detach()
 
 
-def _encode(model: CLIP, batch: Batch, tower: str, precision: Precision) -> Tensor:
-    """The features of the batch's images `[n, d]` or of its captions `[n * k, d]`."""
+def _encode(model: CLIP, chunks: list[Batch], tower: str, precision: Precision) -> Tensor:
+    """The features of a batch's images `[n, d]` or of its captions `[n * k, d]`."""
     with precision.autocast():
         if tower == "image":
-            return model.encode_image(batch.augmented_images(model.preprocess))
-        return model.encode_text(batch.tokens)
+            features = [model.encode_image(c.augmented_images(model.preprocess)) for c in chunks]
+        else:
+            features = [model.encode_text(c.tokens) for c in chunks]
+    return features[0] if len(chunks) == 1 else torch.cat(features)

@@ -8,6 +8,7 @@ from torch import nn
 
 from models.clip import CLIP
 from models.errors import InputError
+from models.lora import add_lora
 from utils.machine.processes import Processes
 
 LAYER = re.compile(r"(?:transformer\.resblocks\.|visual\.layer|bert\.encoder\.layer\.)(\d+)\.")
@@ -64,20 +65,24 @@ def lock(model: CLIP, tower: str, unlocked: int) -> None:
 def trainable(
     model: CLIP, args: argparse.Namespace, device: torch.device, processes: Processes
 ) -> CLIP:
-    """The model as it is trained: with locked towers, and batch norms over the whole batch. Raises
-    `InputError` for arguments that this model cannot have."""
-    lock_towers(model, args.lock_image, args.lock_text)
+    """The model as it is trained: with locked towers, with low-rank changes, and with batch norms
+    over the whole batch. Raises `InputError` for arguments that this model cannot have."""
+    choose_what_learns(model, args.lock_image, args.lock_text, args.lora)
     if processes.size > 1 or args.grad_cache:
         return whole_batch_norms(model, device, args.grad_cache)
     return model
 
 
-def lock_towers(model: CLIP, image: int | None, text: int | None) -> None:
-    """`lock` both towers but for their last `image` and `text` blocks; with None, a tower stays as
-    it is."""
-    for tower, unlocked in (("image", image), ("text", text)):
+def choose_what_learns(
+    model: CLIP, lock_image: int | None, lock_text: int | None, lora: int | None
+) -> None:
+    """`lock` the towers of which a number of blocks is given, and add changes of rank `lora`, if it
+    is given and the model, that of a run that goes on, does not have them."""
+    for tower, unlocked in (("image", lock_image), ("text", lock_text)):
         if unlocked is not None:
             lock(model, tower, unlocked)
+    if lora and not any(".lora." in name for name, _ in model.named_parameters()):
+        add_lora(model, lora)
 
 
 def train_mode(model: nn.Module) -> None:

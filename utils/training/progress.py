@@ -38,10 +38,13 @@ def announce(
     `epochs` behind it."""
     train_set, val_set = sets["train"], sets["val"]
     millions = sum(p.numel() for p in state.model.parameters()) / 1e6
+    learned = sum(p.numel() for p in state.model.parameters() if p.requires_grad) / 1e6
+    which = f", of which {learned:.2f} M learn" if learned < millions else ""
     size = loader.processes.size
     processes = f"{size} processes, " if size > 1 else ""
     images = ", ".join(f"{len(dataset)} {SPLITS[split]} images" for split, dataset in sets.items())
-    print(f"{images}, {processes}{loader.device}, {state.precision}, {millions:.1f} M parameters")
+    print(f"{images}, {processes}{loader.device}, {state.precision}, "
+          f"{millions:.1f} M parameters{which}")  # fmt: skip
     texts = len(train_set.text) + len(val_set.text)
     if cut := train_set.count_cut_captions() + val_set.count_cut_captions():
         print(f"{cut} captions ({cut / texts:.2%}) are longer than the "
@@ -109,6 +112,31 @@ def score_best(
     weights = folder / "weights" / "best_epoch_weights.pth"
     write_report(report, weights, val_set, features, metrics)
     print(f"plot: {plot}\nreport, with the answers to every query, for a browser: {report}")
+
+
+def report_epoch(state: State, epochs: int, metrics: Metrics, images: int, rate: float) -> None:
+    """Print the scores of the epoch that has ended, one of `epochs`; after the first, say so if it
+    has clearly made the weights worse, and which learning rate to try in place of `rate`.
+
+    Clearly is a fall of mean recall by more than two standard errors of the difference. That of a
+    share p of n queries is sqrt(p (1 - p) / n); the mean of several R@K has at most that of their
+    mean, and n is the number of validation `images`, since the captions of one are not independent.
+    """
+    row, table = state.epochs[-1], format_table(metrics, "val")
+    print(
+        f"epoch {row['epoch']}/{epochs}: train loss {row['train_loss']:.4f}, validation loss "
+        f"{row['val_loss']:.4f}, mean recall {row['mean_recall']:.2f}\n{table}"
+    )
+    if row["epoch"] > 1 or not state.start:
+        return
+    before, after = state.start["mean_recall"] / 100, row["mean_recall"] / 100
+    error = math.sqrt((before * (1 - before) + after * (1 - after)) / images)
+    if before - after > 2 * error:
+        lower = rate / 3 if after > before / 2 else rate / 10
+        print(
+            f"the first epoch made it worse, by more than chance: mean recall {100 * after:.2f}, "
+            f"{100 * before:.2f} before training; rather start anew with --lr {lower:.0e}"
+        )
 
 
 def compare_with_start(state: State) -> None:

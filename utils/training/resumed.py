@@ -14,11 +14,12 @@ from torch import Tensor
 
 from models.clip import CLIP, build_model
 from models.errors import InputError
+from models.weights.checks import check_finite, check_keys
 from models.weights.file_kind import one_line
 from models.weights.open_clip import from_open_clip
 from utils.runs.arguments import check_values
 from utils.runs.checkpoint import read_checkpoint
-from utils.training.layer_groups import lock_towers
+from utils.training.layer_groups import choose_what_learns
 from utils.training.optimizer import parameter_groups
 
 REMEDY = "take an earlier copy of the run, or start a new one from its weights"
@@ -101,14 +102,23 @@ def _check_row(row: object, field: str, epoch: int, needed: tuple[str, ...]) -> 
         _require(named, field, f"has a column {_short(name)}")
         fits = _is_index(value, epoch, epoch) if name == "epoch" else _is_usual(value)
         _require(fits, f"{field}: {name:.60}", _is_no("number that it can be", value))
+    recall = row["mean_recall"]
+    _require(0 <= recall <= 100, f"{field}: mean_recall", _is_no("percentage", recall))
 
 
 def _model(weights: object, content: object, arguments: dict[str, Any]) -> CLIP:
-    """The model with these weights, as `content` describes it, locked as the run has it."""
+    """The model with these weights, as `content` describes it, learning what it does in the run."""
     _require(_holds_tensors(weights), "model", _is_no("dict of tensors by name", weights))
     try:
-        model = build_model(weights, from_open_clip(content))
-        lock_towers(model, arguments["lock_image"], arguments["lock_text"])
+        factors, plain = ({n: t for n, t in weights.items() if (".lora." in n) == is_factor}
+                          for is_factor in (True, False))  # fmt: skip
+        model = build_model(plain, from_open_clip(content))
+        choose_what_learns(
+            model, *(arguments[name] for name in ("lock_image", "lock_text", "lora"))
+        )
+        check_keys(factors, {n: t for n, t in model.state_dict().items() if ".lora." in n})
+        check_finite(factors)
+        model.load_state_dict(factors, strict=False)
     except InputError as error:
         raise InputError(f"model: {error}") from None
     return model

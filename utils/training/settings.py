@@ -29,10 +29,12 @@ DEMO = {
 CHINESE_DEMO = {"model": "cn-demo"}
 FROM_SCRATCH = {"lr": 5e-4, "layer_decay": 1.0}
 FINE_TUNING = {"lr": 1e-4, "layer_decay": 0.7}
+LORA = FINE_TUNING | {"lr": 1e-3}  # ten times, as Biderman et al. 2024 find it
 # What a run was started with stays in its records, however it goes on.
 OF_THE_START = ("demo", "model", "resume_training")
 # What the saved moments and the weights at the start belong to.
-FIXED = ("input_shape", "optimizer_type", "layer_decay", "lock_image", "lock_text", "wise_ft")
+FIXED = ("input_shape", "optimizer_type", "layer_decay", "lock_image", "lock_text", "wise_ft",
+         "lora", "keep")  # fmt: skip
 # What decides which images and captions the rest of an epoch brings.
 FIXED_IN_AN_EPOCH = ("batch_size", "captions_per_image", "no_augment", "seed")
 
@@ -53,7 +55,8 @@ def settle(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict[st
         saved = {k: v for k, v in resumed["arguments"].items() if k not in OF_THE_START}
         parser.set_defaults(**saved)
     args = parser.parse_args()
-    recipe = FROM_SCRATCH if args.resume_training == "none" else FINE_TUNING
+    tuning = LORA if args.lora else FINE_TUNING
+    recipe = FROM_SCRATCH if args.resume_training == "none" else tuning
     for name, value in {**recipe, "warmup_epochs": min(1.0, args.epochs / 10)}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -89,9 +92,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.model and args.resume_training != "none":
         raise InputError("--model is for training from scratch: add --resume_training none, or "
                          "leave --model out, since weights bring their architecture")  # fmt: skip
-    if args.wise_ft and args.resume_training == "none":
-        raise InputError("--wise_ft mixes tuned weights with those they started from: it needs "
-                         "--resume_training WEIGHTS")  # fmt: skip
+    for name in ("wise_ft", "lora", "keep"):
+        if getattr(args, name) and args.resume_training == "none":
+            raise InputError(f"--{name} keeps what weights can do that training starts from: it "
+                             "needs --resume_training WEIGHTS")  # fmt: skip
     if args.lock_image == 0 and args.lock_text == 0:
         raise InputError("--lock_image and --lock_text together leave nothing to train: unlock "
                          "some blocks of one, such as --lock_text 2")  # fmt: skip

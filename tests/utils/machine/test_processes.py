@@ -13,12 +13,14 @@ from spawned import in_processes
 
 from flickr8k.render_demo import render_demo
 from models.clip_utils import create_model
+from models.lora import add_lora
 from utils import Flickr8kDataset, contrastive_loss
 from utils.flickr8k_dataloader import TrainLoader
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE, Processes
 from utils.metric import evaluate
 from utils.training.gradients import GradientExchange, accumulate_gradients
+from utils.training.keep import Keep
 
 CPU = torch.device("cpu")
 CASES = [(7, 1, 5), (7, 2, 3), (8, 1, 16), (3, 4, 4)]  # images, captions of each, channels
@@ -78,25 +80,33 @@ def test_parts_of_the_loss_and_their_gradients_are_those_of_one_process(size):
             assert np.linalg.norm(difference) <= 1e-5 * expected.norm()
 
 
-def step_gradients(processes, data, chunk):
+def step_gradients(processes, data, chunk, rank=None):
+    """With a `rank`, those of a model that learns changes of it, with features kept near those of
+    another one."""
     torch.manual_seed(0)
-    model = create_model("ViT-demo")
+    model, keep = create_model("ViT-demo"), None
+    if rank:
+        add_lora(model, rank)
+        keep = Keep(create_model("ViT-demo"), 3.0, ["image", "text"])
+    precision = Precision(CPU, use_amp=False)
     dataset = Flickr8kDataset(data, 64)
     loader = TrainLoader(dataset, 11, CPU, captions_per_image=2, processes=processes)
     batch = next(loader.epoch(1))
     exchange = GradientExchange(model, processes)
     for _ in range(2):  # the first step learns the order in which gradients are sent
         model.zero_grad()
-        loss = accumulate_gradients(model, batch, Precision(CPU, use_amp=False), exchange, chunk)
-    gradients = {name: p.grad.numpy() for name, p in model.named_parameters()}
+        loss = accumulate_gradients(model, batch, precision, exchange, chunk, keep)
+    gradients = {name: p.grad.numpy() for name, p in model.named_parameters() if p.requires_grad}
     return processes.sum(loss).item(), gradients
 
 
-@pytest.mark.parametrize("size, chunk", [(2, None), pytest.param(3, 2, marks=pytest.mark.slow)])
-def test_a_step_has_the_gradients_of_one_process_with_the_whole_batch(data, size, chunk):
-    expected_loss, expected = step_gradients(ALONE, data, None)
+@pytest.mark.parametrize(
+    "size, chunk, rank", [(2, None, 2), pytest.param(3, 2, None, marks=pytest.mark.slow)]
+)
+def test_a_step_has_the_gradients_of_one_process_with_the_whole_batch(data, size, chunk, rank):
+    expected_loss, expected = step_gradients(ALONE, data, None, rank)
     total = np.sqrt(sum(np.linalg.norm(g) ** 2 for g in expected.values()))
-    for loss, found in in_processes(size, step_gradients, data, chunk):
+    for loss, found in in_processes(size, step_gradients, data, chunk, rank):
         assert loss == pytest.approx(expected_loss, rel=1e-6)
         for name, gradient in expected.items():
             bound = max(1e-5 * np.linalg.norm(gradient), 1e-7 * total)

@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from models.clip_utils import create_model, tokenize
+from models.errors import InputError
 from utils.flickr8k_dataloader import Batch
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE
+from utils.runs.folder import Run
 from utils.training.gradients import GradientExchange, accumulate_gradients
+from utils.training.keep import Keep, keep_features
 from utils.training.layer_groups import lock
 
 CPU = torch.device("cpu")
@@ -22,9 +25,10 @@ def batch_of(n, k):
     return Batch(images, crops, tokens, ids.view(n, k))
 
 
-def gradients(model, batch, precision, chunk):
+def gradients(model, batch, precision, chunk, keep=None):
     model.zero_grad()
-    loss = accumulate_gradients(model, batch, precision, GradientExchange(model, ALONE), chunk)
+    exchange = GradientExchange(model, ALONE)
+    loss = accumulate_gradients(model, batch, precision, exchange, chunk, keep)
     return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -38,14 +42,16 @@ def assert_same_gradients(found, expected):
 
 @pytest.mark.parametrize("n, k, chunk", [(12, 1, 5), (12, 3, 4), (7, 2, 1), (6, 1, 6), (6, 1, 99)])
 @pytest.mark.parametrize("locked", [(), ("image",), ("text",)])
-def test_chunks_bring_the_gradients_of_the_whole_batch(n, k, chunk, locked):
+@pytest.mark.parametrize("weight", [None, 3.0])
+def test_chunks_bring_the_gradients_of_the_whole_batch(n, k, chunk, locked, weight):
     torch.manual_seed(0)
     model = create_model("ViT-demo")
     for tower in locked:
         lock(model, tower, unlocked=0)
     precision = Precision(CPU, use_amp=False)
-    loss, expected = gradients(model, batch_of(n, k), precision, None)
-    chunked_loss, found = gradients(model, batch_of(n, k), precision, chunk)
+    keep = Keep(create_model("ViT-demo"), weight, ["image", "text"]) if weight else None
+    loss, expected = gradients(model, batch_of(n, k), precision, None, keep)
+    chunked_loss, found = gradients(model, batch_of(n, k), precision, chunk, keep)
     assert chunked_loss == pytest.approx(loss.item(), rel=1e-6)
     assert_same_gradients(found, expected)
 
@@ -61,6 +67,60 @@ def test_chunks_bring_the_gradients_of_the_whole_batch_to_a_chinese_clip():
     chunked_loss, found = gradients(model, batch, precision, 4)
     assert chunked_loss == pytest.approx(loss.item(), rel=1e-6)
     assert_same_gradients(found, expected)
+
+
+def normalised(features):
+    return features / features.norm(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_what_keeps_features_adds_the_mean_squared_distance_to_those_of_the_start(k):
+    """Its gradients are the difference that a weight makes; the loss that is told is without it."""
+    torch.manual_seed(0)
+    model, start = create_model("ViT-demo"), create_model("ViT-demo")
+    batch = batch_of(5, k)
+    precision = Precision(CPU, use_amp=False)
+    loss, without = gradients(model, batch, precision, None)
+    kept_loss, found = gradients(model, batch, precision, None, Keep(start, 7.0, ["image", "text"]))
+    assert torch.equal(loss, kept_loss)
+
+    model.zero_grad()
+    images = batch.augmented_images(model.preprocess)
+    pairs = [(m.encode_image(images), m.encode_text(batch.tokens)) for m in (model, start)]
+    distances = [
+        torch.stack([(a - b).square().sum() for a, b in zip(*map(normalised, tower), strict=True)])
+        for tower in zip(*pairs, strict=True)
+    ]
+    (7.0 * (distances[0].mean() + distances[1].mean()) / 2).backward()
+    total = torch.stack([g.norm() for g in found.values()]).norm()
+    for name, gradient in found.items():
+        added = model.get_parameter(name).grad
+        expected = without[name] if added is None else without[name] + added
+        assert (gradient - expected).norm() <= max(1e-5 * expected.norm(), 1e-7 * total), name
+
+
+def test_the_starting_model_shares_what_does_not_learn_and_keeps_the_rest(tmp_path):
+    model = create_model("ViT-demo")
+    lock(model, "text", unlocked=1)
+    run = Run(ALONE, {}, "")
+    run.folder = tmp_path
+    with pytest.raises(InputError, match=r"start_weights\.pth is missing"):
+        keep_features(model, run, 1.0)
+    run.weights.mkdir()
+    run.keep_start(model, is_new=True)
+    before = {name: tensor.half().float() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += parameter.requires_grad
+    keep = keep_features(model, run, 1.0)
+    assert keep.towers == ["image", "text"]
+    for name, parameter in keep.start.named_parameters():
+        own = model.get_parameter(name)
+        assert not parameter.requires_grad
+        assert (parameter.data_ptr() == own.data_ptr()) == (not own.requires_grad), name
+        assert not own.requires_grad or torch.equal(parameter, before[name]), name
+    lock(model, "text", unlocked=0)
+    assert keep_features(model, run, 1.0).towers == ["image"]
 
 
 @pytest.mark.parametrize("chunk", [None, 2])

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from models.clip import CLIP
 from models.errors import InputError
+from models.lora import add_lora
 from models.weights.config import Config
 from train import build_parser
 from utils.machine.precision import Precision
@@ -123,6 +124,28 @@ def test_what_a_run_saves_is_taken_and_goes_on_with_the_same_numbers(valid, tmp_
     assert taken(file, valid) == ""
 
 
+def test_factors_are_in_the_checkpoint_and_go_on_with_the_same_numbers(valid, tmp_path):
+    arguments = valid["arguments"] | {"lora": 2, "ema": None}
+    model = CLIP(TINY).initialize()
+    add_lora(model, 2)
+    state = new_state(model, ema=None)
+    train_a_step(state)
+    content = valid | state.state_dict() | {"arguments": arguments, "rows": [], "losses": [1.0]}
+    file = tmp_path / "checkpoint.pth"
+    save_checkpoint(file, **content)
+    found = read_resumed(str(file), build_parser())["model"].state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in content["model"].items())
+    assert any(name.endswith("lora.b") and tensor.any() for name, tensor in found.items())
+    assert taken(file, content) == ""
+    name = "transformer.resblocks.0.attn.lora.a"
+    for path, value in [
+        (("model", name), GONE), (("model", name), torch.zeros(3, 1, 64)),
+        (("model", name), torch.full((3, 2, 64), math.nan)), (("arguments", "lora"), 3),
+        (("arguments", "lora"), None),
+    ]:  # fmt: skip
+        assert taken(file, changed(content, path, value)).startswith("model"), path
+
+
 STATE = ("optimizer", "state", 0)
 GROUPS = ("optimizer", "param_groups")
 WRONG = [
@@ -134,6 +157,7 @@ WRONG = [
     (("rows",), {}), (("rows",), "text"), (("rows",), [1, 2]), (("rows",), [[]]),
     (("rows", 0), {}), (("rows", 0, "mean_recall"), GONE), (("rows", 0, "train_loss"), "1"),
     (("rows", 1, "mean_recall"), math.nan), (("rows", 1, "val_loss"), math.inf),
+    (("rows", 1, "mean_recall"), 101.0), (("rows", 1, "mean_recall"), -1.0),
     (("rows", 1, "epoch"), 7), (("rows", 1, "epoch"), True), (("rows", 0, "\ud800"), 1.0),
     (("rows", 0, 3), 1.0), (("rows", 0, "lr"), 2**999), (("best_since",), 3),
     (("best_since",), -1), (("losses",), "text"), (("losses",), [1]), (("losses",), [math.nan]),
@@ -241,7 +265,7 @@ def test_a_nested_checkpoint_is_refused_at_once(valid, tmp_path):
             started = time.process_time()
             assert taken(file, changed(valid, path, value)).startswith(path[0])
             assert time.process_time() - started < 5
-    head = pickle.dumps({"format": 4, "arguments": {}}, 2)[:-1]  # without the end
+    head = pickle.dumps({"format": 5, "arguments": {}}, 2)[:-1]  # without the end
     file.write_bytes(archive_of(head + b"X\4\0\0\0rows" + b"]" * 300_000 + b"a" * 299_999 + b"s."))
     with pytest.raises(InputError, match=r"checkpoint\.pth: "):
         read_resumed(str(file), build_parser())

@@ -1,0 +1,91 @@
+"""Low-rank adaptation (Hu et al. 2022): the matrices of a model stay as they are, and a change of
+each is learned, which is the product of two far smaller matrices."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.clip import CLIP
+from models.errors import InputError
+from models.transformer import MultiheadAttention
+from models.weights.file_kind import one_line
+
+# The change is times ALPHA / rank, so that a step of Adam changes a layer's outputs as much at any
+# rank: the learning rate need not follow the rank (section 4.1), nor the width.
+ALPHA = 8
+
+
+class LowRank(nn.Module):
+    """The change of a matrix `[out, in]`: `ALPHA / rank * b @ a`, which is zero at first.
+
+    Where the matrix is `parts` matrices on top of each other, as those of queries, keys and values
+    are, each of them has a change of this rank of its own. `a` is `[parts, rank, in]` and starts
+    Gaussian, `b` is `[parts, out / parts, rank]` and starts as zero.
+    """
+
+    def __init__(self, weight: Tensor, rank: int, parts: int = 1):
+        super().__init__()
+        out, inputs = weight.shape
+        self.a = nn.Parameter(weight.new_empty(parts, rank, inputs).normal_(std=inputs**-0.5))
+        self.b = nn.Parameter(weight.new_zeros(parts, out // parts, rank))
+
+    def forward(self, x: Tensor, parts: slice = slice(None)) -> Tensor:
+        """`[..., in]` -> `[..., out]`, or of some of the parts alone. The product `b @ a`, as large
+        as the matrix, is never made."""
+        a, b = self.a[parts], self.b[parts] * (ALPHA / self.a.shape[1])
+        inner = F.linear(x, a.flatten(0, 1)).unflatten(-1, a.shape[:2])
+        if len(a) == 1:
+            return F.linear(inner.squeeze(-2), b[0])
+        return torch.einsum("...pr,por->...po", inner, b).flatten(-2)
+
+
+def add_lora(model: CLIP, rank: int) -> None:
+    """Exclude all but `logit_scale` from training, and let a change of this rank learn instead in
+    every linear layer of both transformers, attention and MLP, that was trained before.
+
+    What starts as zero leaves the model's outputs as they are, bit for bit. Norms, biases,
+    embeddings and projections stay as they are, as in the paper (section 4.2) and in CLIP-LoRA
+    (Zanella & Ben Ayed 2024). Raises `InputError` for a ResNet.
+    """
+    if not model.config.is_vit:
+        raise InputError("--lora changes transformers, and this image tower is a ResNet: take a "
+                         "ViT, or leave --lora out")  # fmt: skip
+    learned = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    model.requires_grad_(False)
+    model.logit_scale.requires_grad_(True)
+    for module in list(model.modules()):
+        if isinstance(module, MultiheadAttention) and module.in_proj_weight in learned:
+            module.lora = LowRank(module.in_proj_weight, rank, parts=3)
+        if isinstance(module, nn.Linear) and module.weight in learned:
+            module.lora = LowRank(module.weight, rank)
+            module.register_forward_hook(_add_change)
+
+
+def merged(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a model with `LowRank` changes as that of a plain one: the changes are
+    added to their matrices. Another state dict stays as it is. Raises `InputError` for changes that
+    fit no matrix."""
+    plain = {name: tensor for name, tensor in weights.items() if ".lora." not in name}
+    for name in weights.keys() - plain.keys():
+        owner, _, factor = name.rpartition(".lora.")
+        if factor != "a":
+            continue
+        a, b = weights[name], weights.get(f"{owner}.lora.b")
+        matrix = f"{owner}.weight" if f"{owner}.weight" in plain else f"{owner}.in_proj_weight"
+        if not _fits(plain.get(matrix), a, b):
+            raise InputError(
+                f"{one_line(name)}: a low-rank change that fits no matrix of the weights"
+            )
+        plain[matrix] = plain[matrix] + (b @ a).flatten(0, 1) * (ALPHA / a.shape[1])
+    return plain
+
+
+def _fits(matrix: Tensor | None, a: Tensor, b: Tensor | None) -> bool:
+    if matrix is None or b is None or a.ndim != 3 or b.ndim != 3:
+        return False
+    (parts, rank, inputs), (of_b, out, its_rank) = a.shape, b.shape
+    return parts == of_b and rank == its_rank > 0 and matrix.shape == (parts * out, inputs)
+
+
+def _add_change(linear: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    return output + linear.lora(*inputs)

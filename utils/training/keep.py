@@ -1,0 +1,40 @@
+"""The model that fine-tuning starts from, kept to hold the features near its own."""
+
+from typing import NamedTuple
+
+from models.clip import CLIP
+from models.clip_utils import load
+from models.errors import InputError
+from utils.runs.folder import Run
+from utils.training.layer_groups import tower_of
+
+
+class Keep(NamedTuple):
+    """What pulls features towards those of the starting model (after LDIFS, Mukhoti et al. 2023,
+    with the features that are compared with each other in place of those of all layers).
+
+    start   the starting model
+    weight  of the mean squared distance to its features in the loss
+    towers  those in which something learns; the features of the others stay by themselves
+    """
+
+    start: CLIP
+    weight: float
+    towers: list[str]
+
+
+def keep_features(model: CLIP, run: Run, weight: float) -> Keep:
+    """The model that the run has started from beside `model`, which learns. They share the
+    parameters that do not. Raises `InputError` if the run's start_weights.pth is missing."""
+    file = run.processes.from_first(run.folder) / "weights" / "start_weights.pth"
+    if not file.exists():
+        raise InputError(f"{file} is missing, whose features --keep keeps: put it back")
+    start, _ = load(file, model.device)
+    start.requires_grad_(False)
+    for name, parameter in start.named_parameters():
+        own = model.get_parameter(name)
+        if not own.requires_grad:
+            parameter.data = own.data
+    learned = [name for name, p in model.named_parameters() if p.requires_grad]
+    towers = {tower_of(name) for name in learned if name != "logit_scale"}
+    return Keep(start, weight, sorted(towers))
