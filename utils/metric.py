@@ -39,7 +39,6 @@ from utils.runs.arguments import (
     name_or_path,
     newest_weights,
     path,
-    run_folder,
     trained_on,
     workers,
 )
@@ -288,7 +287,7 @@ def main() -> None:
         print(f"metrics written to {args.json}")
     plot = args.plot
     if not args.weights:
-        plot = plot or run_folder(weights) / f"R_mAP_{args.split}.png"
+        plot = plot or weights.parents[1] / f"R_mAP_{args.split}.png"
     if plot:
         plot_metrics(metrics, plot)
         print(f"plot written to {plot}")

@@ -1,1 +1,1 @@
-"""Retrieval: features of a whole data set, rankings and tables of scores."""
+"""Retrieval: features of a data set or folder, some kept; searches, rankings, scores, pictures."""

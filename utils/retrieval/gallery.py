@@ -154,7 +154,7 @@ def _charts(metrics: Metrics, epochs: list[dict[str, float]]) -> list[Chart]:
             shown: {row["epoch"]: row[name] for row in epochs if {"epoch", name} <= row.keys()}
             for name, shown in names.items()
         }
-        charts.append(draw(f"{title} by epoch", columns))
+        charts.append(draw(f"{title} of the run by epoch", columns))
     return [chart for chart in charts if chart]
 
 

@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 import PIL
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from models.clip import CLIP
@@ -113,10 +113,9 @@ class Store:
                         saved = time.monotonic()
         finally:
             complete = Kept(names, torch.cat(parts))
-            if names != kept.keys:
-                self._save(complete, folder)
-        if folder and len(names) > len(rows):
-            print(f"features of {len(names):,} {self.kind} are kept in {folder}")
+            is_kept = names != kept.keys and self._save(complete, folder)
+            if is_kept and len(names) > len(rows):
+                print(f"features of {len(names):,} {self.kind} are kept in {folder}")
         return complete
 
     def _read(self) -> tuple[Kept, list[str]]:
@@ -133,19 +132,22 @@ class Store:
             everything = _joined(everything, kept) if everything.keys else kept
         return everything, problems
 
-    def _save(self, kept: Kept, folder: Path | None) -> None:
-        """Write the store to `folder`. A search does not fail for want of room for its features."""
+    def _save(self, kept: Kept, folder: Path | None) -> bool:
+        """Write the store to `folder`; whether that went well. A search does not fail for want of
+        room for its features."""
         if folder is None:
-            return
+            return False
         file = folder / FILE
         keys = torch.frombuffer(bytearray(json.dumps(kept.keys).encode()), dtype=torch.uint8)
         tensors = {"features": kept.features.contiguous(), "keys": keys}
         metadata = {"made_with": self.made_with, "content": _content_digest(**tensors)}
         try:
             with writing(file), replaced_whole(file) as temporary:
-                save_file(tensors, temporary, metadata)
+                temporary.write_bytes(save(tensors, metadata))  # its own errors are no OSError
         except InputError as error:
             print(f"warning: features are not kept: {error.__cause__ or error}")
+            return False
+        return True
 
     @contextmanager
     def _locked(self) -> Iterator[Path | None]:

@@ -290,7 +290,7 @@ def test_a_program_that_is_killed_leaves_what_it_had(weights, folder):
     assert not left.exists()
 
 
-def test_ctrl_c_keeps_what_was_encoded(weights, folder, monkeypatch):
+def test_ctrl_c_keeps_what_was_encoded(weights, folder, monkeypatch, capsys):
     monkeypatch.setattr("utils.retrieval.search.BATCH_SIZE", 2)
 
     class Interrupted(Counted):
@@ -301,4 +301,20 @@ def test_ctrl_c_keeps_what_was_encoded(weights, folder, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         image_features(Interrupted(demo()), weights, folder, find_images(folder))
+    assert "features of 4 images are kept in " in capsys.readouterr().out
     assert searched(demo(), weights, folder) == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+def test_a_full_disk_ends_no_search(weights, folder, capsys):
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        assert searched(demo(), weights, folder) == 6
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    printed = capsys.readouterr().out
+    assert "warning: features are not kept: " in printed and "File too large" in printed
+    assert "are kept in" not in printed and not list(weights.parents[1].rglob(".*"))
