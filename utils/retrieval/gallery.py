@@ -159,7 +159,7 @@ def _charts(metrics: Metrics, epochs: list[dict[str, float]]) -> list[Chart]:
     for row in (row for row in epochs if "epoch" in row):
         for name, score in retained(row).items():
             by_set.setdefault(name, {})[row["epoch"]] = score
-    charts += [draw(f"retention, {name} by epoch", {"": curve}) for name, curve in by_set.items()]
+    charts += [draw(f"{name} (retention) by epoch", {"": curve}) for name, curve in by_set.items()]
     return [chart for chart in charts if chart]
 
 
