@@ -62,7 +62,7 @@ def test_the_best_of_the_mixtures_that_lose_little_is_kept(
         return (model.visual.proj / tuned["visual.proj"]).median().item()
 
     def score():
-        return dict.fromkeys(("i2t", "t2i"), {"R@1": 50 + alpha()}), 0.0
+        return {way: {"R@1": 50 + alpha()} for way in ("i2t", "t2i")}, 0.0
 
     def compare():
         return {"retention_猫$^": 90 - 10 * alpha(), "points_lost": 10 * alpha()}
