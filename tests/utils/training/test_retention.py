@@ -139,13 +139,14 @@ def measured(processes, work):
     torch.manual_seed(0)
     model = create_model("ViT-demo")
     retention = Retention([str(work / "colours"), str(work / "旧的$x^")], ["en"], processes)
-    loader = SimpleNamespace(batch_size=4, num_workers=0, processes=processes)
+    loader = SimpleNamespace(batch_size=16, num_workers=0, processes=processes)
     retention.prepare_for(model, loader, None)
     return retention.measure(model, processes)
 
 
 @pytest.mark.slow
 def test_several_processes_find_what_one_does(work):
+    """Also where a set has fewer batches than there are processes."""
     shutil.rmtree(work / "colours" / ".cache", ignore_errors=True)
     found = in_processes(2, measured, work)
     assert found == [measured(ALONE, work)] * 2
