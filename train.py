@@ -93,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="a quarter of the memory for weights and optimizer: of all that is not locked, only "
         "changes of this rank, such as 8, of the transformers' matrices learn, and the logit scale")
     add("--keep", type=positive, metavar="WEIGHT",
-        help="forget less: adds WEIGHT, such as 10, times the mean squared distance of features to "
+        help="forget less: adds WEIGHT, such as 5, times the mean squared distance of features to "
         "those of the starting weights to the loss, for a forward pass more; --lr may be 3e-4 then")
     add("--ema", type=number(below=1), metavar="DECAY",
         help="score and save an exponential moving average of the weights, such as 0.999")

@@ -156,7 +156,7 @@ def list_models(download_root: str | os.PathLike = MODELS_PTH) -> None:
     """Print a table of all weights that have a name: what they were trained on, millions of
     parameters, image resolution in pixels, activation; and below, the place of those that have been
     downloaded."""
-    row = "{:<38}  {:<19}  {:>12}  {:>6}  {}".format
+    row = "{:<44}  {:<19}  {:>12}  {:>6}  {}".format
     print(row("name", "trained on", "M parameters", "pixels", "activation"))
     for name in (*SHA256, *hub.HUB):
         weights = hub.HUB[name] if name in hub.HUB else hub.published_copy(name)

@@ -34,9 +34,10 @@ OF_TRANSFORMERS = "{}, {} and {} (or {})".format(
 
 
 class HubWeights(NamedTuple):
-    """A row of hub_names.tsv: weights for which open_clip has a name, and we a model."""
+    """A row of hub_names.tsv: weights of open_clip's list for which we have a model, and those of
+    Chinese-CLIP."""
 
-    name: str  # open_clip's for the architecture, and its for the weights
+    name: str  # open_clip's for the architecture, and its for the weights; or the repository
     repository: str
     trained_on: str
     million_parameters: float
@@ -54,7 +55,8 @@ def _read_table() -> dict[str, HubWeights]:
 
 
 HUB = _read_table()
-ARCHITECTURES = {name.partition("/")[0].lower() for name in (*CONFIGS, *HUB)}
+OPEN_CLIP = {name: row for name, row in HUB.items() if name != row.repository}
+ARCHITECTURES = {name.partition("/")[0].lower() for name in (*CONFIGS, *OPEN_CLIP)}
 
 
 def repository_of(name: str) -> str | None:
@@ -252,8 +254,10 @@ class _Repository:
     def by_hand(self) -> str:
         from huggingface_hub import constants
 
-        names = {row.repository for row in HUB.values()}
+        names = {row.repository for row in OPEN_CLIP.values()}
         files = OF_OPEN_CLIP if self.name in names else f"{OF_OPEN_CLIP}, or {OF_TRANSFORMERS},"
+        if self.name == chinese_clip.RESNET[0]:
+            files = chinese_clip.RESNET[1]
         return (
             f"get {files} of {constants.ENDPOINT}/{self.name}/tree/{self.revision} by other means, "
             "put them into one folder and give that folder"

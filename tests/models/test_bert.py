@@ -11,6 +11,7 @@ from peers import chinese_clip_model, cn_clip_model, disturb
 
 from models import CLIP, build_model
 from models.errors import InputError
+from models.lora import add_lora, merged
 from models.weights.chinese_clip import from_transformers, to_transformers
 from models.weights.registry import CONFIGS
 from utils import contrastive_loss
@@ -107,6 +108,23 @@ def test_checkpointed_gradients_are_the_same(trio):
     again.enable_grad_checkpointing()
     for name, gradient in losses_and_gradients(again, our_loss(again, images, tokens)).items():
         torch.testing.assert_close(gradient, plain[name], atol=0, rtol=0)
+
+
+def test_low_rank_changes_of_all_its_matrices_can_be_merged():
+    torch.manual_seed(0)
+    model = CLIP(SMALL).initialize().eval()
+    tokens, before = model.tokenize(CAPTIONS), model.state_dict()
+    add_lora(model, rank=3)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora.b"):
+            torch.nn.init.normal_(parameter, std=0.05)
+    plain = merged(model.state_dict())
+    moved = {name for name in before if not torch.equal(plain[name], before[name])}
+    # Query, key, value, output and two of the MLP in each block.
+    assert sum(name.startswith("bert.encoder.layer.") for name in moved) == 2 * 6
+    with torch.no_grad():
+        mine, theirs = (m.encode_text(tokens) for m in (model, build_model(plain, SMALL)))
+    torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
 
 @settings(deadline=None, max_examples=20)

@@ -6,25 +6,25 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from models.clip_utils import create_model, load, tokenize
+from models.clip_utils import create_model, load
 from models.errors import InputError
 from models.lora import add_lora, merged
 from utils.runs.checkpoint import save_checkpoint, save_weights
 from utils.training.layer_groups import lock
 from utils.training.optimizer import parameter_groups
 
-TOKENS = tokenize(["a red bird", "two boats on a lake in the evening", "snow"])
+TEXTS = ["a red bird", "two boats on a lake in the evening", "雪"]
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 64 * 64).view(2, 3, 64, 64).sin()
 
 
 def outputs(model, images=IMAGES):
-    return model.encode_image(images), model.encode_text(TOKENS)
+    return model.encode_image(images), model.encode_text(model.tokenize(TEXTS))
 
 
-def adapted(rank, dtype=torch.float64):
+def adapted(rank, dtype=torch.float64, name="ViT-demo"):
     """A model before and after `add_lora`, with changes that are not zero any more."""
     torch.manual_seed(0)
-    plain = create_model("ViT-demo").to(dtype)
+    plain = create_model(name).to(dtype)
     model = copy.deepcopy(plain)
     add_lora(model, rank)
     for name, parameter in model.named_parameters():
@@ -57,7 +57,9 @@ def test_features_and_gradients_are_those_of_matrices_with_the_product_added():
     assert sum(not torch.equal(w, plain.get_parameter(n)) for n, w in weights.items()) == 2 * 3 * 4
     images = functional_call(plain.visual, _below(weights, "visual."), (IMAGES.double(),))
     texts = _EncodesText(plain)
-    texts = functional_call(texts, {f"model.{n}": w for n, w in weights.items()}, (TOKENS,))
+    texts = functional_call(
+        texts, {f"model.{n}": w for n, w in weights.items()}, (plain.tokenize(TEXTS),)
+    )
     for mine, theirs in zip(found, (images, texts), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
     (images.square().sum() + texts.square().sum()).backward()
@@ -90,12 +92,13 @@ def test_the_start_is_the_model_bit_for_bit():
     assert all(torch.equal(weights[name], tensor) for name, tensor in plain.state_dict().items())
 
 
-def test_weights_of_a_run_and_of_its_checkpoint_are_merged_and_plain(tmp_path):
-    _, model = adapted(rank=2, dtype=torch.float32)
+@pytest.mark.parametrize("name", ["ViT-demo", "cn-demo"])  # the second has BERT as text tower
+def test_weights_of_a_run_and_of_its_checkpoint_are_merged_and_plain(tmp_path, name):
+    plain, model = adapted(rank=2, dtype=torch.float32, name=name)
     expected = outputs(model)
     save_weights(model, tmp_path / "plain.pth")  # in float16
     saved = torch.load(tmp_path / "plain.pth", weights_only=True)
-    assert saved.keys() == create_model("ViT-demo").state_dict().keys()
+    assert saved.keys() == plain.state_dict().keys()
     save_checkpoint(tmp_path / "checkpoint.pth", arguments={}, average=None,
                     model=model.state_dict())  # fmt: skip
     for file, tolerance in (("plain.pth", 2e-3), ("checkpoint.pth", 1e-5)):
@@ -104,18 +107,15 @@ def test_weights_of_a_run_and_of_its_checkpoint_are_merged_and_plain(tmp_path):
             assert (found - feature).norm() <= tolerance * feature.norm(), file
 
 
-@pytest.mark.parametrize("rank", [1, 5])
-def test_what_learns_are_two_factors_of_each_matrix_and_the_logit_scale(rank):
-    """ViT-demo has three blocks in each tower, of these widths, with an MLP four times as wide."""
-    model = create_model("ViT-demo")
+@pytest.mark.parametrize("name, rank", [("ViT-demo", 1), ("ViT-demo", 5), ("cn-demo", 2)])
+def test_what_learns_are_two_factors_of_each_matrix_and_the_logit_scale(name, rank):
+    """The models have three blocks in each tower, with an MLP four times as wide."""
+    model = create_model(name)
     add_lora(model, rank)
     learned = [p for group in parameter_groups(model, 0.9, 0.1) for p in group["params"]]
-    of_block = {w: rank * (3 * (w + w) + (w + w) + 2 * (w + 4 * w)) for w in _widths(model)}
-    assert sum(p.numel() for p in learned) == 3 * sum(of_block[w] for w in _widths(model)) + 1
-
-
-def _widths(model):
-    return [model.config.vision_width, model.config.transformer_width]
+    widths = model.config.vision_width, model.config.transformer_width
+    of_blocks = [rank * (3 * (w + w) + (w + w) + 2 * (w + 4 * w)) for w in widths]
+    assert sum(p.numel() for p in learned) == 3 * sum(of_blocks) + 1
 
 
 def test_what_is_locked_has_no_change_and_a_resnet_no_transformer():

@@ -63,7 +63,7 @@ def test_a_run_leaves_its_files(trained):
     for picture in ("epoch_loss.png", "R_mAP.png"):
         Image.open(run / picture).verify()
     report = (run / "report.html").read_text("utf-8")
-    assert report.count("<article") == 16 + 80 and "loss by epoch" in report
+    assert report.count("<article") == 16 + 80 and "loss of the run by epoch" in report
     assert str(Path("logs", run.name, "report.html")) in printed
     (log,) = run.glob("console_*.log")
     assert "epoch 4/4" in log.read_text("utf-8") and "epoch 4/4" in printed

@@ -154,12 +154,13 @@ def _charts(metrics: Metrics, epochs: list[dict[str, float]]) -> list[Chart]:
             shown: {row["epoch"]: row[name] for row in epochs if {"epoch", name} <= row.keys()}
             for name, shown in names.items()
         }
-        charts.append(draw(f"{title} by epoch", columns))
+        charts.append(draw(f"{title} of the run by epoch", columns))
     by_set: dict[str, dict[float, float]] = {}
     for row in (row for row in epochs if "epoch" in row):
         for name, score in retained(row).items():
             by_set.setdefault(name, {})[row["epoch"]] = score
-    charts += [draw(f"{name} (retention) by epoch", {"": curve}) for name, curve in by_set.items()]
+    for name, curve in by_set.items():
+        charts.append(draw(f"{name} (retention) of the run by epoch", {"": curve}))
     return [chart for chart in charts if chart]
 
 

@@ -28,7 +28,7 @@ DEMO = {
     "epochs": 28,
     "batch_size": 50,
 }
-CHINESE_DEMO = {"model": "cn-demo"}
+CHINESE_DEMO = {"model": "cn-demo", "epochs": 36}
 FROM_SCRATCH = {"lr": 5e-4, "layer_decay": 1.0}
 FINE_TUNING = {"lr": 1e-4, "layer_decay": 0.7}
 LORA = FINE_TUNING | {"lr": 1e-3}  # ten times, as Biderman et al. 2024 find it

@@ -4,6 +4,7 @@ What the names stand for is compared with open_clip's own list; what comes of a 
 folder that it was made of.
 """
 
+import ast
 import json
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import cn_clip.clip.model
 import open_clip
 import pytest
 import torch
@@ -27,7 +29,7 @@ from models.convert import convert
 from models.errors import InputError
 from models.weights import download, registry
 from models.weights.config import Config
-from models.weights.hub import HUB, fetch, published_copy, repository_of
+from models.weights.hub import HUB, OPEN_CLIP, fetch, published_copy, repository_of
 from models.weights.open_clip import from_open_clip
 from models.weights.registry import CONFIGS, SHA256
 
@@ -41,6 +43,16 @@ SMALL = Config(
 NAME = "ViT-B-32/laion2b_s34b_b79k"
 LAION = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
 THEIRS = "someone/clip_tuned.v2"
+CHINESE = {  # names of cn_clip's configurations of both towers
+    "OFA-Sys/chinese-clip-vit-base-patch16": ("ViT-B-16", "RoBERTa-wwm-ext-base-chinese"),
+    "OFA-Sys/chinese-clip-vit-large-patch14": ("ViT-L-14", "RoBERTa-wwm-ext-base-chinese"),
+    "OFA-Sys/chinese-clip-vit-large-patch14-336px": (
+        "ViT-L-14-336",
+        "RoBERTa-wwm-ext-base-chinese",
+    ),
+    "OFA-Sys/chinese-clip-vit-huge-patch14": ("ViT-H-14", "RoBERTa-wwm-ext-large-chinese"),
+    "OFA-Sys/chinese-clip-rn50": ("RN50", "RBT3-chinese"),
+}
 UNUSED = ("flax_model.msgpack", "tf_model.h5", "model.onnx", "README.md")
 
 
@@ -98,29 +110,46 @@ def assert_same(ours: tuple, folder: Path | str) -> None:
 class TestTable:
     def test_it_has_every_tag_of_open_clip_that_our_models_fit(self):
         theirs = {f"{a}/{tag}": c for a in OWN for tag, c in _PRETRAINED.get(a, {}).items()}
-        assert HUB.keys() == {name for name, c in theirs.items() if c["hf_hub"]}
-        for name, row in HUB.items():
+        assert OPEN_CLIP.keys() == {name for name, c in theirs.items() if c["hf_hub"]}
+        for name, row in OPEN_CLIP.items():
             assert f"{row.repository}/" == theirs[name]["hf_hub"]
 
     def test_sizes_are_those_of_open_clips_models(self):
-        for architecture in {name.partition("/")[0] for name in HUB}:
+        for architecture in {name.partition("/")[0] for name in OPEN_CLIP}:
             description = DESCRIPTIONS[architecture]
             with torch.device("meta"):
                 model = open_clip.model.CLIP(**description)
             size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-            rows = [row for name, row in HUB.items() if name.startswith(f"{architecture}/")]
+            rows = [row for name, row in OPEN_CLIP.items() if name.startswith(f"{architecture}/")]
             assert {row.million_parameters for row in rows} == {round(size, 1)}
             assert {row.resolution for row in rows} == {description["vision_cfg"]["image_size"]}
 
     def test_activations_are_those_that_the_weights_were_trained_with(self):
         """open_clip's list tells them by tag. The names of its architectures tell them, too, where
         they end in -quickgelu; else it builds GELU, and warns if the tag says otherwise."""
-        for name, row in HUB.items():
+        for name, row in OPEN_CLIP.items():
             architecture, tag = name.split("/")
             told = _PRETRAINED[architecture][tag].get("quick_gelu", False)
             assert row.activation == ("quick_gelu" if told else "gelu")
             if DESCRIPTIONS[architecture].get("quick_gelu"):
                 assert row.activation == "quick_gelu"
+
+    def test_chinese_clips_are_as_large_as_cn_clips_models(self):
+        """Which has BERT's pooler as well, whose weights are in no file."""
+        folder = Path(cn_clip.clip.model.__file__).parent / "model_configs"
+        rows = {name: row for name, row in HUB.items() if name not in OPEN_CLIP}
+        assert rows.keys() == CHINESE.keys()
+        for name, (vision, text) in CHINESE.items():
+            parts = [json.loads((folder / f"{part}.json").read_text()) for part in (vision, text)]
+            sizes = parts[0] | parts[1]
+            layers = sizes["vision_layers"]
+            sizes["vision_layers"] = ast.literal_eval(layers) if isinstance(layers, str) else layers
+            with torch.device("meta"):
+                model = cn_clip.clip.model.CLIP(**sizes)
+            size = sum(p.numel() for key, p in model.named_parameters() if "pooler" not in key)
+            assert rows[name].million_parameters == round(size / 1e6, 1)
+            assert rows[name].resolution == sizes["image_resolution"]
+            assert rows[name].repository == name and rows[name].activation == "quick_gelu"
 
     def test_openais_copies_are_described_as_openais_models(self):
         """By what open_clip describes them as, from which the repositories were made."""

@@ -299,7 +299,7 @@ def test_curves_of_a_run_are_those_of_its_table(tmp_path, twelve):
         "epoch,train_loss,val_loss,mean_recall\n0,,4.5,10\n1,4,inf,20\n2,3,4.25,30\n"
     )
     text = report(tmp_path, twelve, random_features(twelve), weights)
-    assert 'Loss by epoch; at the end training 3, validation 4.25"' in text.replace("loss", "Loss")
+    assert 'loss of the run by epoch; at the end training 3, validation 4.25"' in text
     assert re.findall(r"<title>(\d: [\d.]+)</title>", text)[-7:] == [
         "1: 4", "2: 3", "0: 4.5", "2: 4.25", "0: 10", "1: 20", "2: 30"
     ]  # fmt: skip

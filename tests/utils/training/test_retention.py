@@ -108,7 +108,8 @@ def test_the_mixture_is_the_best_that_keeps_enough_and_the_curves_are_shown(tune
     line = "retention: colours {:.2f} ({:.2f} before training), 旧的$x^ ".format(*colours)
     assert f"{line}{after['retention_旧的$x^']:.2f} (" in printed
     report = (run / "report.html").read_text("utf-8")
-    assert report.count("colours (retention) by epoch") and "旧的$x^ (retention) by" in report
+    for name in ("colours", "旧的$x^"):
+        assert f"{name} (retention) of the run by epoch" in report
     Image.open(run / "wise_ft.png").verify()
 
 
