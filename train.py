@@ -100,6 +100,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--wise_ft", type=fraction, nargs="+", metavar="ALPHA",
         help="score mixtures of the start (0) and the best epoch (1) at each ALPHA, such as 0 0.25 "
         "0.5 0.75 1, and save the best; with 0 it is never worse than the start")
+    add("--retention", type=path, nargs="+", metavar="DATA",
+        help="measure before training and after each epoch what is left on DATA: a folder of class "
+        "folders or a set of torchvision (zero-shot top-1), or a folder like --dataset_path (mean "
+        "recall on validation); brings --wise_ft 0 0.25 0.5 0.75 1")
+    add("--retention_loss", type=number(), default=2.0, metavar="POINTS",
+        help="with --retention, --wise_ft takes the best mixture of those that lose at most so "
+        "many points of percent there, on average (default: %(default)g)")
 
     add = parser.add_argument_group("memory, speed, interruptions").add_argument
     add("--use_amp", action="store_true",
@@ -127,31 +134,31 @@ def main() -> None:
     from utils.machine.interrupt import Interrupt
     from utils.machine.memory import IN_TRAINING, explained
     from utils.machine.processes import join_processes
-    from utils.metric import evaluate
     from utils.training.gradients import GradientExchange, accumulate_gradients
     from utils.training.keep import keep_features
     from utils.training.layer_groups import train_mode
     from utils.training.optimizer import learning_rate, set_learning_rate
-    from utils.training.progress import Progress, announce, report_epoch, score_start
+    from utils.training.progress import Progress, announce, report_epoch, score_start, scoring
     from utils.training.settings import settle
 
     args, resumed = settle(parser)
     processes, device = join_processes(args.device)
-    sets = prepare(args, device, processes)
+    sets, retention = prepare(args, device, processes)
 
     model = get_model(args, resumed, device, processes)
     loader = get_loader(args, sets, model, device, processes)
+    retention.prepare_for(model, loader, args.cache)
     run = open_run(args, resumed, model, loader, sets["val"])
     with run.discarded_on_error():  # before its first step there is nothing to keep
         state = get_state(args, resumed, model, device, run)
         keep = keep_features(model, run, args.keep) if args.keep else None
         del resumed  # a second copy of the moments
         announce(state, loader, sets, args.epochs, run.folder)
-        score = partial(evaluate, state.scored, sets["val"], args.batch_size, loader.num_workers,
-                        state.precision, processes=processes,
-                        captions_per_image=loader.captions_per_image)  # fmt: skip
+        score = partial(scoring(loader, state.precision), state.scored, sets["val"],
+                        processes=processes)  # fmt: skip
+        measure = partial(retention.measure, state.scored, processes)
         if state.is_at_start and args.resume_training != "none":
-            score_start(state, score)
+            score_start(state, score, measure)
         interrupt = Interrupt()
 
     rate_at = partial(learning_rate, peak=args.lr, total_steps=args.epochs * len(loader),
@@ -179,7 +186,7 @@ def main() -> None:
                         raise run.stopped(interrupt)
             trained = progress.summary(state.losses, rate_at(epoch * len(loader) - 1))
         metrics, val_loss = score()
-        state.finish_epoch(trained, metrics, val_loss)
+        state.finish_epoch(trained, metrics, val_loss, measure())
         report_epoch(state, args.epochs, metrics, len(sets["val"]), args.lr)
         run.save_epoch(state.scored, state.state_dict(), args.freq)
         if processes.any(interrupt.has_come()):
@@ -187,13 +194,14 @@ def main() -> None:
     interrupt.release()
     run.close(state.scored, state.state_dict())
     if processes.is_first:
-        finish(args, run.folder, loader, sets, state)
+        finish(args, run.folder, loader, sets, state, retention=retention)
 
 
 def prepare(args: argparse.Namespace, device, processes):
-    """Check the arguments, render the demo's images, seed every random choice; the data by split.
-    Comes before the weights, which may take minutes to download."""
+    """Check the arguments, render the demo's images, seed every random choice; the data by split,
+    and that of --retention. Comes before the weights, which may take minutes to download."""
     from flickr8k.render_demo import render_demo
+    from utils.training.retention import Retention
     from utils.training.settings import check_arguments, check_model, read_data, wants_demo_set
 
     if wants_demo_set(args):
@@ -202,11 +210,12 @@ def prepare(args: argparse.Namespace, device, processes):
     check_arguments(args)
     check_model(args, device, processes)
     sets = read_data(args, processes)
+    retention = Retention(args.retention or [], args.language, processes)
     warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # a package of pyzjr's uses it
     from pyzjr import SeedEvery
 
     SeedEvery(args.seed)
-    return sets
+    return sets, retention
 
 
 def get_model(args: argparse.Namespace, resumed: dict | None, device, processes):
@@ -306,30 +315,21 @@ def get_state(args: argparse.Namespace, resumed: dict | None, model, device, run
     return state
 
 
-def finish(args: argparse.Namespace, folder: Path, loader, sets: dict, state) -> None:
+def finish(args: argparse.Namespace, folder: Path, loader, sets: dict, state, retention) -> None:
     """Score the best epoch, read back from its file, and the weights on the way to it; then, on the
     test split, the weights that these scores chose."""
     from models.clip_utils import load
-    from utils.metric import evaluate
     from utils.runs.commands import what_to_try
-    from utils.training.progress import compare_with_start, score_best, score_test
-    from utils.training.wise_ft import evaluate_path
+    from utils.training.progress import compare_with_start, score_best, score_test, scoring
+    from utils.training.wise_ft import mix_with_start
 
     chosen = folder / "weights" / "best_epoch_weights.pth"
     model, _ = load(chosen, state.precision.device)
-    score = partial(
-        evaluate, model, batch_size=args.batch_size, num_workers=loader.num_workers,
-        precision=state.precision, captions_per_image=loader.captions_per_image,
-    )  # fmt: skip
+    score = partial(scoring(loader, state.precision), model)
     score_best(model, folder, loader, sets["val"], state.precision)
-    start_weights = folder / "weights" / "start_weights.pth"
-    if args.wise_ft and not start_weights.exists():
-        print(f"{start_weights} is missing: no --wise_ft; put it back and run this again")
-    elif args.wise_ft:
-        start = load(start_weights, "cpu")[0].state_dict()
-        evaluate_path(model, start, args.wise_ft, partial(score, sets["val"]), folder)
-        chosen = folder / "weights" / "wise_ft_weights.pth"
-        model.load_state_dict(load(chosen, "cpu")[0].state_dict())
+    if args.wise_ft:
+        compare = partial(retention.compare, model, state.start)
+        chosen = mix_with_start(model, args, partial(score, sets["val"]), compare, folder) or chosen
     compare_with_start(state)
     if "test" in sets:
         score_test(partial(score, sets["test"], k_values=range(1, 11)), chosen, folder)

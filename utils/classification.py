@@ -30,7 +30,7 @@ from models.progress_bar import progress_bar
 from models.scripts import add_activation
 from models.weights.file_kind import one_line
 from utils.data.labelled_images import LabelledImages, find_labelled_images
-from utils.data.templates import TEMPLATE_SETS, read_templates
+from utils.data.templates import TEMPLATE_SETS, default_templates, read_templates
 from utils.data.torchvision_sets import TORCHVISION_SETS
 from utils.machine.memory import explained
 from utils.machine.processes import ALONE, Processes
@@ -278,11 +278,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--templates",
         type=name_or_path,
-        default="photo",
         metavar="SET_OR_FILE",
         help="sentences around a class name, whose features are averaged: "
         f"{', '.join(TEMPLATE_SETS)} (cn: Chinese), or a file with one a line, {{}} standing for "
-        "the name (default: %(default)s)",
+        "the name (default: photo, for a Chinese model cn_photo)",
     )
     parser.add_argument(
         "--linear_probe",
@@ -312,7 +311,7 @@ def main() -> None:
 
     weights = args.weights or newest_weights()
     check_name(weights)
-    templates = read_templates(args.templates)
+    templates = read_templates(args.templates) if args.templates else None
     source = find_labelled_images(args.data, False, args.data_root, args.classnames)
     if repeated := [name for name, n in Counter(source.classes).items() if n > 1]:
         print(f"warning: several classes are called {one_line(repeated[0])}; images are only ever "
@@ -322,6 +321,7 @@ def main() -> None:
         train_source = find_labelled_images(args.data, True, args.data_root, args.classnames)
     model, preprocess = load(weights, args.device, activation=args.activation)
 
+    templates = templates or default_templates(model.config.has_bert)
     classifier = zero_shot_classifier(model, source.classes, templates)
     images = LabelledImages(source, preprocess)
     scored = readable_features(model, images, args.batch_size, args.num_workers)

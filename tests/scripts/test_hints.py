@@ -18,11 +18,14 @@ SCRIPTS = [
     *("models/clip_utils.py", "models/convert.py"),
     *("flickr8k/prepare.py", "flickr8k/render_demo.py"),
 ]
-# Raised for another input_shape, or for mixed precision, which only train.py asks for.
+# Raised for another input_shape, or for mixed precision, which only train.py asks for; or for
+# training images of classes, which only classification.py does.
 CANNOT_BE = {
     ("models/weights/architecture.py", "check_resolution"),
     ("utils/machine/precision.py", "Precision"),
     ("utils/machine/precision.py", "Precision.__init__"),
+    ("utils/data/labelled_images.py", "_check_both_splits"),
+    ("utils/data/torchvision_sets.py", "open_torchvision_set"),
 }
 OPTION = re.compile(r"--[a-z][a-z_-]*(?:\{\})?")
 OF_OTHERS = {

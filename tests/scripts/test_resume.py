@@ -13,6 +13,7 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 from script_runs import ROOT, error_line, run_script, start_script
 
 from flickr8k.render_demo import render_demo
@@ -57,7 +58,7 @@ def wait_for_saves(process, checkpoint, saves):
 
 def assert_same_run(run, whole):
     def rows(folder):
-        with (folder / "metrics.csv").open(newline="") as file:
+        with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
             return [
                 {k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)
             ]
@@ -121,9 +122,12 @@ def test_low_rank_changes_near_the_start_go_on_bit_for_bit_and_are_saved_plain(
     data, whole, tmp_path
 ):
     start = whole / "weights" / "best_epoch_weights.pth"
+    for colour in ("red", "blue"):
+        (tmp_path / "颜色" / colour).mkdir(parents=True)
+        Image.new("RGB", (64, 64), colour).save(tmp_path / "颜色" / colour / "1.png")
     arguments = ["--resume_training", start, "--dataset_path", data, "--lora", 2, "--keep", 5,
                  "--ema", 0.9, "--lr", 1e-2, "--epochs", 2, "--batch_size", 22, "--grad_cache", 8,
-                 "--save_steps", 1, "--wise_ft", 0, 1]  # fmt: skip
+                 "--save_steps", 1, "--wise_ft", 0, 1, "--retention", "颜色", data]  # fmt: skip
     run_script("train.py", *arguments, "--log_dir", "one", cwd=tmp_path)
     (one,) = (tmp_path / "one").iterdir()
     process = start_script("train.py", *arguments, "--log_dir", "two", cwd=tmp_path)
@@ -135,6 +139,8 @@ def test_low_rank_changes_near_the_start_go_on_bit_for_bit_and_are_saved_plain(
     two = runs[0].parent
     run_script("train.py", "--resume_training", two, cwd=tmp_path)
     assert_same_run(two, one)
+    assert (two / "wise_ft.csv").read_bytes() == (one / "wise_ft.csv").read_bytes()
+    assert "retention_颜色" in (two / "metrics.csv").read_text("utf-8")
     plain = torch.load(start, weights_only=True)
     for file in two.glob("weights/*_weights.pth"):
         assert torch.load(file, weights_only=True).keys() == plain.keys()

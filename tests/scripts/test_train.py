@@ -356,6 +356,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, work):
         (["--wise_ft", "2"], "from 0 to 1"),
         ([*SCRATCH, "--lora", "4"], "--resume_training WEIGHTS"),
         ([*SCRATCH, "--keep", "1"], "--resume_training WEIGHTS"),
+        ([*SCRATCH, "--retention", "gone"], "--retention is for what weights can do"),
+        (["--retention", "gone"], "--retention gone: no such folder, and no data set of"),
+        (["--retention", "a_file"], "--retention a_file: is no folder, and no data set of"),
+        (["--retention", "a_folder"], "captioned images need en_val.json or cn_val.json there"),
+        (["--retention", " "], "--retention: the path is empty"),
+        (["--retention_loss", "-1"], "at least 0"),
         (["--lora", "0"], "from 1 to 1,024"),
         (["--language", "fr"], "cn"),
         (["--dataset_path", "nowhere"], "nowhere: no such folder"),
@@ -384,6 +390,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, work):
 )
 def test_arguments_that_cannot_work_are_refused(arguments, named, data, work):
     (work / "a_file").touch()
+    (work / "a_folder").mkdir(exist_ok=True)
     assert named in error_line("train.py", "--dataset_path", data, *arguments, cwd=work)
 
 

@@ -333,6 +333,25 @@ def test_script_names_what_it_cannot_use(work, classify, arguments, message):
         classify(*arguments)
 
 
+@pytest.mark.parametrize(
+    "model, template", [("ViT-demo", "a photo of a {}."), ("cn-demo", "一张{}的照片。")]
+)
+def test_classes_are_described_in_the_language_of_the_model(
+    work, classify, monkeypatch, model, template
+):
+    used = []
+    monkeypatch.setattr(
+        "utils.classification.zero_shot_classifier",
+        lambda model, labels, templates: (
+            used.append(templates) or zero_shot_classifier(model, labels, templates)
+        ),
+    )
+    save_weights(create_model(model), work / model / "weights.pth")
+    for given_now in ([], ["--templates", "none"]):
+        classify("--weights", f"{model}/weights.pth", "--data", "digits/val", *given_now)
+    assert used == [[template], ["{}"]]
+
+
 def test_without_weights_it_takes_the_newest_run(work, monkeypatch, capsys):
     save_weights(create_model("ViT-demo"), work / "logs/a/weights/best_epoch_weights.pth")
     monkeypatch.chdir(work)

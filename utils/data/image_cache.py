@@ -100,7 +100,7 @@ def cached_pixels(
             raise InputError(
                 f"{file}: cannot be written ({error.strerror or error}); it takes "
                 f"{needed / 1e6:,.0f} MB. Make room, name a folder for it "
-                "(--cache FOLDER), or train without --cache"
+                "(--cache FOLDER), or train without what needs it (--cache, --retention)"
             ) from error
         return mapped
     return _mapped(file, shape, fingerprint)
@@ -176,6 +176,8 @@ def on_device_if_small(pixels: Tensor, device: torch.device) -> Tensor:
 
 def gather(pixels: Tensor, batches: list[list[int]]) -> Iterator[Tensor]:
     """Batches of images, `[n, 3, r, r]`, for lists of their indices, on the device of `pixels`."""
+    if not batches:  # of a small set, a process may have none
+        return
     indices = torch.tensor([index for batch in batches for index in batch], device=pixels.device)
     indices = indices.split([len(batch) for batch in batches])
     if pixels.is_cuda:

@@ -54,6 +54,7 @@ def find_labelled_images(
     is_train: bool = False,
     data_root: Path | None = None,
     names_file: Path | None = None,
+    option: str = "--data",
 ) -> Source:
     """The images to score on, or those to train on, of the folder or torchvision's set `data`.
 
@@ -62,7 +63,7 @@ def find_labelled_images(
     from `data_root`, by default `torchvision_data` beside the scripts, and downloaded there if need
     be. The classes have the names of their folders, or of the set, or those in `names_file`: a line
     for each in the order of the sorted folders, or lines `folder<TAB>name`. Raises `InputError` for
-    data or names that cannot be used.
+    data or names that cannot be used; `option` is what a script calls the data.
     """
     root = Path(data).expanduser()
     if root.is_dir():
@@ -76,8 +77,8 @@ def find_labelled_images(
         source = Source(name, root, image, labels, class_names(data, pictures), pictures)
     else:
         raise InputError(
-            f"--data {data}: {'is no folder' if root.exists() else 'no such folder'}, and no data "
-            f"set of torchvision{near_names(str(data), TORCHVISION_SETS)}; the sets are "
+            f"{option} {data}: {'is no folder' if root.exists() else 'no such folder'}, and no "
+            f"data set of torchvision{near_names(str(data), TORCHVISION_SETS)}; the sets are "
             f"{', '.join(TORCHVISION_SETS)}"
         )
     return source._replace(classes=_named(source.classes, names_file))

@@ -147,8 +147,7 @@ def open_torchvision_set(name: str, root: Path, is_train: bool) -> Dataset:
             problem = error
     raise InputError(
         f"{name}: is not in {root}, or not whole, and cannot be downloaded ({one_line(problem)}); "
-        f"put {known.source} into {root / known.folder} and run this again, or name another folder "
-        "of data sets with --data_root"
+        f"put {known.source} into {root / known.folder} and run this again"
     ) from problem
 
 

@@ -17,7 +17,7 @@ from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.retrieval.curves import Chart, draw
 from utils.retrieval.encode import Features
 from utils.retrieval.ranking import Answers, first_answers, rows_both_ways
-from utils.retrieval.tables import K_VALUES, TITLES, Metrics
+from utils.retrieval.tables import K_VALUES, TITLES, Metrics, retained
 from utils.runs.arguments import run_folder, saved_arguments
 from utils.runs.checkpoint import read_csv
 from utils.runs.files import replaced_whole, writing
@@ -136,8 +136,8 @@ def _direction(way: str, answers: Answers, cards: list[Card]) -> Direction:
 
 
 def _charts(metrics: Metrics, epochs: list[dict[str, float]]) -> list[Chart]:
-    """Recall@K and mAP@K against K, a chart a direction; the losses and the mean recall by epoch,
-    from the rows of a metrics.csv."""
+    """Recall@K and mAP@K against K, a chart a direction; the losses, the mean recall and what is
+    left on each set of --retention by epoch, from the rows of a metrics.csv."""
     charts = []
     for way, title in TITLES.items():
         scores = {
@@ -155,6 +155,12 @@ def _charts(metrics: Metrics, epochs: list[dict[str, float]]) -> list[Chart]:
             for name, shown in names.items()
         }
         charts.append(draw(f"{title} of the run by epoch", columns))
+    by_set: dict[str, dict[float, float]] = {}
+    for row in (row for row in epochs if "epoch" in row):
+        for name, score in retained(row).items():
+            by_set.setdefault(name, {})[row["epoch"]] = score
+    for name, curve in by_set.items():
+        charts.append(draw(f"{name} (retention) of the run by epoch", {"": curve}))
     return [chart for chart in charts if chart]
 
 

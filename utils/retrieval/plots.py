@@ -15,7 +15,7 @@ from torch import Tensor
 from models.weights.file_kind import one_line
 from utils.retrieval.fonts import fonts_for
 from utils.retrieval.ranking import Ranked
-from utils.retrieval.tables import K_VALUES, TITLES, Metrics
+from utils.retrieval.tables import K_VALUES, TITLES, Metrics, retained
 from utils.runs.files import save_figure
 
 if TYPE_CHECKING:
@@ -107,12 +107,15 @@ def _columns(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
-def plot_wise_ft(rows: list[dict[str, float]], path: Path) -> None:
-    """Mean recall, and R@1 in both directions, against alpha, as a picture at `path`."""
+def plot_wise_ft(
+    rows: list[dict[str, float]], best: dict[str, float], path: Path, most_lost: float = math.inf
+) -> None:
+    """Mean recall, R@1 in both directions, and the score of each set of --retention against alpha,
+    as a picture at `path`; a star at the row `best`, which was chosen, and a line where `most_lost`
+    points of the sets' mean are lost."""
     from matplotlib.figure import Figure
 
     rows = sorted(rows, key=lambda row: row["alpha"])
-    best = max(rows, key=lambda row: row["mean_recall"])
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     alphas = [row["alpha"] for row in rows]
@@ -121,11 +124,22 @@ def plot_wise_ft(rows: list[dict[str, float]], path: Path) -> None:
     }
     for label, name in curves.items():
         axes.plot(alphas, [row[name] for row in rows], "o-", label=label)
-    axes.plot(best["alpha"], best["mean_recall"], "k*", markersize=14, label="best", zorder=3)
+    by_set = {f"retention, {n}": [retained(row)[n] for row in rows] for n in retained(best)}
+    for label, scores in by_set.items():
+        axes.plot(alphas, scores, "s--", label=label)
+    if by_set:
+        means = [sum(scores) / len(scores) for scores in zip(*by_set.values(), strict=True)]
+        if len(by_set) > 1:
+            axes.plot(alphas, means, "k--", label="retention, mean")
+        limit = means[0] + rows[0]["points_lost"] - most_lost
+        axes.axhline(limit, color="k", linestyle=":", label=f"{most_lost:g} points of it lost")
+    axes.plot(best["alpha"], best["mean_recall"], "k*", markersize=14, label="chosen", zorder=3)
     axes.set(xlabel="alpha (0: the starting weights, 1: the tuned ones)", ylabel="percent")
     axes.grid(alpha=0.3)
-    axes.legend()
-    save_figure(figure, path)
+    legend = axes.legend(prop={"family": fonts_for("".join(by_set))})
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # names may hold a $
+    _save_with_any_text(figure, path)
 
 
 def plot_confusion(confusions: dict[str, Tensor], classes: Sequence[str], path: Path) -> None:

@@ -19,7 +19,7 @@ from models.weights.file_kind import one_line
 from models.weights.open_clip import CONFIG_FILE, to_open_clip
 from utils.runs.files import replaced_whole, writing
 
-FORMAT = 5  # of checkpoint.pth; raised whenever other fields are written to it
+FORMAT = 6  # of checkpoint.pth; raised whenever other fields are written to it
 
 
 def save_weights(model: CLIP, path: Path) -> None:
@@ -85,7 +85,7 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     with (
         writing(path),
         replaced_whole(path) as temporary,
-        temporary.open("w", newline="") as file,
+        temporary.open("w", encoding="utf-8", newline="") as file,
     ):
         writer = csv.DictWriter(file, fieldnames=list(columns))
         writer.writeheader()

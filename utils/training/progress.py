@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,11 +15,11 @@ from models.progress_bar import progress_bar
 from utils.data.annotations import SPLITS
 from utils.flickr8k_dataloader import Batch, Flickr8kDataset, TrainLoader
 from utils.machine.precision import Precision
-from utils.metric import mean_recall, retrieval_metrics
+from utils.metric import evaluate, mean_recall, retrieval_metrics
 from utils.retrieval.encode import encode_set
 from utils.retrieval.gallery import write_report
 from utils.retrieval.plots import plot_metrics
-from utils.retrieval.tables import Metrics, format_table
+from utils.retrieval.tables import Metrics, format_table, points_lost, retained
 from utils.runs.checkpoint import write_json
 from utils.training.state import State
 
@@ -77,12 +78,31 @@ def tokenizer_warning(dataset: Flickr8kDataset, is_chinese: bool) -> str | None:
     )
 
 
-def score_start(state: State, score: Callable[[], tuple[Metrics, float]]) -> None:
-    """Score the weights that training starts from, keep the scores in `state` and print them."""
+def scoring(loader: TrainLoader, precision: Precision) -> Callable[..., tuple[Metrics, float]]:
+    """`evaluate` as a run does it, its loss being comparable with the training loss; to be given a
+    model and a data set."""
+    return partial(
+        evaluate,
+        batch_size=loader.batch_size,
+        num_workers=loader.num_workers,
+        precision=precision,
+        captions_per_image=loader.captions_per_image,
+    )
+
+
+def score_start(
+    state: State,
+    score: Callable[[], tuple[Metrics, float]],
+    measure: Callable[[], dict[str, float]],
+) -> None:
+    """Score the weights that training starts from, on validation by `score` and on the sets of
+    --retention by `measure`; keep the scores in `state` and print them."""
     metrics, val_loss = score()
-    state.note_start(metrics, val_loss)
+    state.note_start(metrics, val_loss, measure())
     print(f"before training: validation loss {val_loss:.4f}, mean recall "
           f"{mean_recall(metrics):.2f}\n{format_table(metrics, 'val')}")  # fmt: skip
+    if scores := retained(state.start):
+        print("retention:", ", ".join(f"{name} {score:.2f}" for name, score in scores.items()))
 
 
 def score_test(score: Callable[[], tuple[Metrics, float]], weights: Path, run: Path) -> None:
@@ -127,6 +147,12 @@ def report_epoch(state: State, epochs: int, metrics: Metrics, images: int, rate:
         f"epoch {row['epoch']}/{epochs}: train loss {row['train_loss']:.4f}, validation loss "
         f"{row['val_loss']:.4f}, mean recall {row['mean_recall']:.2f}\n{table}"
     )
+    if scores := retained(row):
+        was = retained(state.start)
+        print("retention:", ", ".join(
+            f"{name} {score:.2f} ({was[name]:.2f} before training)"
+            for name, score in scores.items()), end="; ")  # fmt: skip
+        print(f"points lost, on average: {points_lost(row, state.start):.2f}")
     if row["epoch"] > 1 or not state.start:
         return
     before, after = state.start["mean_recall"] / 100, row["mean_recall"] / 100

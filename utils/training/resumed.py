@@ -98,7 +98,7 @@ def _check_row(row: object, field: str, epoch: int, needed: tuple[str, ...]) -> 
     missing = [name for name in needed if name not in row]
     _require(not missing, field, f"has no {', '.join(missing)}")
     for name, value in row.items():
-        named = isinstance(name, str) and name.isascii() and name.isprintable()
+        named = isinstance(name, str) and name.isprintable()
         _require(named, field, f"has a column {_short(name)}")
         fits = _is_index(value, epoch, epoch) if name == "epoch" else _is_usual(value)
         _require(fits, f"{field}: {name:.60}", _is_no("number that it can be", value))

@@ -16,8 +16,10 @@ from models.weights.registry import CONFIGS
 from utils.data.annotations import caption_file, missing_annotations
 from utils.flickr8k_dataloader import Flickr8kDataset, check_batch_size
 from utils.machine.processes import Processes
+from utils.retrieval.tables import retained
 from utils.training.layer_groups import trainable
 from utils.training.resumed import read_resumed
+from utils.training.retention import names_of
 
 DEMO = {
     "dataset_path": from_here("flickr8k/demo"),
@@ -30,6 +32,7 @@ CHINESE_DEMO = {"model": "cn-demo", "epochs": 30}
 FROM_SCRATCH = {"lr": 5e-4, "layer_decay": 1.0}
 FINE_TUNING = {"lr": 1e-4, "layer_decay": 0.7}
 LORA = FINE_TUNING | {"lr": 1e-3}  # ten times, as Biderman et al. 2024 find it
+ALPHAS = [0.0, 0.25, 0.5, 0.75, 1.0]  # of --wise_ft with --retention
 # What a run was started with stays in its records, however it goes on.
 OF_THE_START = ("demo", "model", "resume_training")
 # What the saved moments and the weights at the start belong to.
@@ -57,7 +60,11 @@ def settle(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict[st
     args = parser.parse_args()
     tuning = LORA if args.lora else FINE_TUNING
     recipe = FROM_SCRATCH if args.resume_training == "none" else tuning
-    for name, value in {**recipe, "warmup_epochs": min(1.0, args.epochs / 10)}.items():
+    by_default = recipe | {"warmup_epochs": min(1.0, args.epochs / 10)}
+    if args.retention:
+        args.retention = list(map(str, args.retention))  # a path, or the name of a set
+        by_default |= {"wise_ft": ALPHAS}
+    for name, value in by_default.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if resumed:
@@ -76,6 +83,9 @@ def wants_demo_set(args: argparse.Namespace) -> bool:
 def as_saved(args: argparse.Namespace, resumed: dict[str, Any] | None) -> dict[str, Any]:
     """The arguments as a run's arguments.json and checkpoint keep them."""
     given = vars(args) | {"dataset_path": args.dataset_path.resolve()}
+    if args.retention:
+        paths = map(Path, args.retention)
+        given["retention"] = [str(path.resolve() if path.exists() else path) for path in paths]
     arguments = {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
     if resumed:
         arguments |= {name: resumed["arguments"][name] for name in OF_THE_START}
@@ -92,9 +102,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.model and args.resume_training != "none":
         raise InputError("--model is for training from scratch: add --resume_training none, or "
                          "leave --model out, since weights bring their architecture")  # fmt: skip
-    for name in ("wise_ft", "lora", "keep"):
+    for name in ("retention", "wise_ft", "lora", "keep"):
         if getattr(args, name) and args.resume_training == "none":
-            raise InputError(f"--{name} keeps what weights can do that training starts from: it "
+            raise InputError(f"--{name} is for what weights can do that training starts from: it "
                              "needs --resume_training WEIGHTS")  # fmt: skip
     if args.lock_image == 0 and args.lock_text == 0:
         raise InputError("--lock_image and --lock_text together leave nothing to train: unlock "
@@ -154,6 +164,12 @@ def _check_continued(
     args: argparse.Namespace, saved: dict[str, Any], resumed: dict[str, Any]
 ) -> None:
     """Raise `InputError` for arguments with which a run cannot go on."""
+    measured = retained(resumed["start"] or {})
+    if set(names_of(args.retention or [])) - measured.keys():
+        raise InputError(
+            "--retention: a run goes on with sets that it has measured before training, wherever "
+            f"they lie: {', '.join(measured) or 'it has none'}; to change them, start a new run"
+        )
     fixed = FIXED + FIXED_IN_AN_EPOCH if resumed["losses"] else FIXED
     for name in fixed:
         if getattr(args, name) != saved[name]:

@@ -73,19 +73,24 @@ class State:
             self.average.update_parameters(self.model)
         self.losses.append(loss)
 
-    def note_start(self, metrics: Metrics, val_loss: float) -> None:
-        """Keep the scores before the first step."""
-        self.start = {"epoch": 0, **self._scores(metrics, val_loss)}
+    def note_start(self, metrics: Metrics, val_loss: float, retention: dict[str, float]) -> None:
+        """Keep the scores before the first step; `retention` is what `Retention.measure` finds."""
+        self.start = {"epoch": 0, **self._scores(metrics, val_loss), **retention}
 
     def finish_epoch(
-        self, trained: dict[str, float], metrics: Metrics, val_loss: float
+        self,
+        trained: dict[str, float],
+        metrics: Metrics,
+        val_loss: float,
+        retention: dict[str, float],
     ) -> dict[str, float]:
         """Add the row of the epoch that has ended, and return it. `trained` is what
-        `Progress.summary` says of its steps."""
+        `Progress.summary` says of its steps, and `retention` what `Retention.measure` finds."""
         row = {
             "epoch": len(self.epochs) + 1,
             **trained,
             **self._scores(metrics, val_loss),
+            **retention,
             "peak_memory_mb": peak_memory_mb(self.model.device),
         }
         self.epochs.append(row)

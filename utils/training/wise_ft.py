@@ -1,11 +1,14 @@
 """Mixtures of the weights before and after fine-tuning (WiSE-FT, Wortsman et al. 2022)."""
 
+import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
 from models.clip import CLIP
+from models.clip_utils import load
 from utils.metric import mean_recall
 from utils.retrieval.plots import plot_wise_ft
 from utils.retrieval.tables import Metrics, columns
@@ -20,35 +23,83 @@ def interpolate(start: dict[str, Tensor], tuned: dict[str, Tensor], alpha: float
     }
 
 
+def mix_with_start(
+    model: CLIP,
+    args: argparse.Namespace,
+    score: Callable[[], tuple[Metrics, float]],
+    compare: Callable[[], dict[str, float]],
+    run: Path,
+) -> Path | None:
+    """`evaluate_path` from the run's starting weights; then `model` holds those that it has chosen,
+    whose file is returned. None, and a line that says so, if the starting weights are missing."""
+    start = run / "weights" / "start_weights.pth"
+    if not start.exists():
+        print(f"{start} is missing: no --wise_ft; put it back and run this again")
+        return None
+    weights = load(start, "cpu")[0].state_dict()
+    evaluate_path(
+        model, weights, args.wise_ft, score, run, compare=compare, most_lost=args.retention_loss
+    )
+    chosen = run / "weights" / "wise_ft_weights.pth"
+    model.load_state_dict(load(chosen, "cpu")[0].state_dict())
+    return chosen
+
+
 def evaluate_path(
     model: CLIP,
     start: dict[str, Tensor],
     alphas: list[float],
     score: Callable[[], tuple[Metrics, float]],
     run: Path,
+    compare: Callable[[], dict[str, float]] = dict,
+    most_lost: float = math.inf,
 ) -> list[dict[str, float]]:
     """Score the weights at each of `alphas` between `start` (0) and those of `model` (1).
 
-    `score()` evaluates `model`, which is given each of these weights in turn; afterwards it holds
-    those of the last alpha. Writes the curve, `wise_ft.csv` and `wise_ft.png`, and the weights with
-    the best mean recall, `weights/wise_ft_weights.pth`, into the folder `run`; prints the curve and
-    returns its rows.
+    `score()` evaluates `model`, which is given each of these weights in turn, and `compare()` the
+    sets of --retention with it; afterwards it holds those of the last alpha. Writes the curves,
+    `wise_ft.csv` and `wise_ft.png`, and the weights that `best_row` chooses,
+    `weights/wise_ft_weights.pth`, into the folder `run`; prints the curves and returns their rows.
     """
     tuned = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     start = {key: start[key].to(tensor) for key, tensor in tuned.items()}
-    rows = []
+    rows: list[dict[str, float]] = []
     for alpha in alphas:
         model.load_state_dict(interpolate(start, tuned, alpha))
         metrics, val_loss = score()
-        row = {"alpha": alpha, "mean_recall": mean_recall(metrics), "val_loss": val_loss}
-        if all(row["mean_recall"] > other["mean_recall"] for other in rows):  # the first is, too
+        scores = {"mean_recall": mean_recall(metrics), "val_loss": val_loss}
+        rows.append({"alpha": alpha, **scores, **compare(), **columns(metrics)})
+        best = best_row(rows, most_lost)
+        if best is rows[-1]:
             save_weights(model, run / "weights" / "wise_ft_weights.pth")
-        rows.append(row | columns(metrics))
         write_csv(run / "wise_ft.csv", rows)
-    plot_wise_ft(rows, run / "wise_ft.png")
-    best = max(rows, key=lambda row: row["mean_recall"])
+    plot_wise_ft(rows, best, run / "wise_ft.png", most_lost)
+    _print_path(rows, best, run, most_lost)
+    return rows
+
+
+def best_row(rows: list[dict[str, float]], most_lost: float) -> dict[str, float]:
+    """The row with the highest mean recall of those with at most so many `points_lost`; where all
+    have more, that with the fewest. Of equal ones the first."""
+    kept = [row for row in rows if row.get("points_lost", 0.0) <= most_lost]
+    if kept:
+        return max(kept, key=lambda row: row["mean_recall"])
+    return min(rows, key=lambda row: row["points_lost"])
+
+
+def _print_path(
+    rows: list[dict[str, float]], best: dict[str, float], run: Path, most_lost: float
+) -> None:
     print("WiSE-FT, mean recall on validation at alpha:", ", ".join(
         f"{row['mean_recall']:.2f} at {row['alpha']:g}" for row in rows))  # fmt: skip
-    print(f"the best, alpha {best['alpha']:g}: {run / 'weights' / 'wise_ft_weights.pth'}; "
+    which = "the best"
+    if "points_lost" in best:
+        print("points lost on the sets of --retention, on average:", ", ".join(
+            f"{row['points_lost']:.2f} at {row['alpha']:g}" for row in rows))  # fmt: skip
+        limit = f"at most {most_lost:g} points (--retention_loss)"
+        which = f"the best that loses {limit}"
+        if best["points_lost"] > most_lost:
+            print(f"none of them loses {limit}: smaller alphas lose less")
+            which = "the one that loses least"
+    print(f"{which}, alpha {best['alpha']:g}: {run / 'weights' / 'wise_ft_weights.pth'}; "
           f"plot: {run / 'wise_ft.png'}")  # fmt: skip
-    return rows

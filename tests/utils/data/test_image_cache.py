@@ -90,7 +90,7 @@ def test_any_batches_are_gathered(root):
     dataset = cached(root)
     pixels = decoded(dataset)
 
-    @given(st.lists(st.lists(st.integers(0, 10), min_size=1, max_size=12), min_size=1, max_size=5))
+    @given(st.lists(st.lists(st.integers(0, 10), min_size=1, max_size=12), max_size=5))
     def check(batches):
         gathered = list(dataset.batches(batches, num_workers=0))
         assert len(gathered) == len(batches)

@@ -63,6 +63,7 @@ def valid():
             {"train_loss": 1.0, "lr": 1e-3, "images_per_second": 9.0, "data_wait_percent": 0.0},
             metrics,
             2.0,
+            {"retention_宠物, 2$": 50.0},
         )
     train_a_step(state)
     arguments = vars(build_parser().parse_args([])) | {
@@ -265,7 +266,7 @@ def test_a_nested_checkpoint_is_refused_at_once(valid, tmp_path):
             started = time.process_time()
             assert taken(file, changed(valid, path, value)).startswith(path[0])
             assert time.process_time() - started < 5
-    head = pickle.dumps({"format": 5, "arguments": {}}, 2)[:-1]  # without the end
+    head = pickle.dumps({"format": 6, "arguments": {}}, 2)[:-1]  # without the end
     file.write_bytes(archive_of(head + b"X\4\0\0\0rows" + b"]" * 300_000 + b"a" * 299_999 + b"s."))
     with pytest.raises(InputError, match=r"checkpoint\.pth: "):
         read_resumed(str(file), build_parser())

@@ -4,12 +4,14 @@ import csv
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from script_runs import error_line, run_script
 
 from flickr8k.render_demo import render_demo
 from models.clip_utils import create_model
-from utils.training.wise_ft import evaluate_path, interpolate
+from utils.training.wise_ft import best_row, evaluate_path, interpolate
 
 SCRATCH = ["--resume_training", "none", "--model", "ViT-demo", "--lr", "1e-3", "--batch_size", "16"]
 
@@ -39,6 +41,67 @@ def test_the_best_point_of_the_path_is_kept(tmp_path):
     saved = torch.load(tmp_path / "weights" / "wise_ft_weights.pth", weights_only=True)
     expected = (tuned["visual.proj"] / 2).half()
     torch.testing.assert_close(saved["visual.proj"], expected)
+
+
+@pytest.mark.parametrize(
+    "most_lost, chosen, said",
+    [
+        (6, 0.5, "the best that loses at most 6 points (--retention_loss), alpha 0.5:"),
+        (2, 0.25, "none of them loses at most 2 points (--retention_loss)"),
+    ],
+)
+def test_the_best_of_the_mixtures_that_lose_little_is_kept(
+    tmp_path, capsys, most_lost, chosen, said
+):
+    """Recall rises along the path, ten points of what the weights could do are lost."""
+    model = create_model("ViT-demo")
+    tuned = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    start = {key: torch.zeros_like(tensor) for key, tensor in tuned.items()}
+
+    def alpha():
+        return (model.visual.proj / tuned["visual.proj"]).median().item()
+
+    def score():
+        return {way: {"R@1": 50 + alpha()} for way in ("i2t", "t2i")}, 0.0
+
+    def compare():
+        return {"retention_猫$^": 90 - 10 * alpha(), "points_lost": 10 * alpha()}
+
+    (tmp_path / "weights").mkdir()
+    evaluate_path(model, start, [1.0, 0.5, 0.25], score, tmp_path, compare, most_lost)
+    saved = torch.load(tmp_path / "weights" / "wise_ft_weights.pth", weights_only=True)
+    torch.testing.assert_close(saved["visual.proj"], (tuned["visual.proj"] * chosen).half())
+    printed = capsys.readouterr().out
+    assert said in printed and "10.00 at 1, 5.00 at 0.5, 2.50 at 0.25" in printed
+    assert f"alpha {chosen:g}: {tmp_path / 'weights'}" in printed
+    Image.open(tmp_path / "wise_ft.png").verify()
+
+
+few = st.integers(-3, 9).map(float)
+table = st.lists(st.fixed_dictionaries({"mean_recall": few, "points_lost": few}), min_size=1)
+
+
+@given(table, st.integers(0, 9))
+def test_the_best_row_is_that_of_a_search_and_stays_when_others_follow(rows, most_lost):
+    """The first row than which no other is better; and since the weights of a row are gone once the
+    next is scored, a row is the best of all only if it was so when it came."""
+
+    def is_better(row, other):
+        fits, other_fits = row["points_lost"] <= most_lost, other["points_lost"] <= most_lost
+        if fits != other_fits:
+            return fits
+        if fits:
+            return row["mean_recall"] > other["mean_recall"]
+        return row["points_lost"] < other["points_lost"]
+
+    best = best_row(rows, most_lost)
+    first = next(row for row in rows if not any(is_better(other, row) for other in rows))
+    assert best is first
+    until_then = rows[: next(i for i, row in enumerate(rows) if row is best) + 1]
+    assert best_row(until_then, most_lost) is best
+    for row in rows:
+        del row["points_lost"]  # without --retention
+    assert best_row(rows, most_lost)["mean_recall"] == max(row["mean_recall"] for row in rows)
 
 
 @pytest.mark.slow

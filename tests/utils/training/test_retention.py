@@ -1,0 +1,172 @@
+"""What a run measures of the abilities that its weights had, and what it does with that."""
+
+import csv
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from script_runs import error_line, run_script
+from spawned import in_processes
+
+from flickr8k.render_demo import render_demo
+from models.clip_utils import create_model
+from utils import Flickr8kDataset
+from utils.machine.processes import ALONE
+from utils.training.retention import Retention, names_of
+
+BATCH = 8
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Images to train on, and two sets besides: colours, and other captions."""
+    work = tmp_path_factory.mktemp("retention")
+    render_demo(work / "data", n_train=48, n_val=12)
+    render_demo(work / "旧的$x^", n_train=2, n_val=10)
+    random = np.random.default_rng(0)
+    for n, colour in enumerate(["red", "green", "blue", "white"], 5):
+        (work / "colours" / "val" / colour).mkdir(parents=True)
+        for i in range(2 * n):
+            pixels = 0.6 * np.array(Image.new("RGB", (4, 4), colour))
+            pixels = (pixels + random.integers(0, 100, pixels.shape)).astype(np.uint8)
+            Image.fromarray(pixels).save(work / "colours" / "val" / colour / f"{i}.png")
+    return work
+
+
+def read_rows(file):
+    with file.open(encoding="utf-8", newline="") as stream:
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(stream)]
+
+
+@pytest.fixture(scope="module")
+def tuned(work):
+    """(the weights that training started from, the run, what it printed); the rate is so high that
+    the scores change."""
+    run_script("train.py", "--resume_training", "none", "--model", "ViT-demo", "--lr", 1e-3,
+               "--dataset_path", "data", "--batch_size", BATCH, "--epochs", 2, "--log_dir", "first",
+               cwd=work)  # fmt: skip
+    (weights,) = work.glob("first/*/weights/best_epoch_weights.pth")
+    done = run_script("train.py", "--resume_training", weights, "--dataset_path", "data", "--lr",
+                      1e-2, "--batch_size", BATCH, "--epochs", 2, "--log_dir", "tuned",
+                      "--retention", "colours", "旧的$x^", "--retention_loss", 0.5,
+                      cwd=work)  # fmt: skip
+    return weights, next((work / "tuned").iterdir()), done.stdout
+
+
+def scores_of_scripts(weights, work):
+    """What the scripts for it say of weights on both sets."""
+    common = ["--weights", weights, "--batch_size", BATCH, "--json", "scores.json"]
+    run_script("utils/classification.py", *common, "--data", "colours", cwd=work)
+    top1 = json.loads((work / "scores.json").read_text())["zero_shot"]["top1"]
+    run_script("utils/metric.py", *common, "--dataset_path", "旧的$x^", "--language", "en",
+               cwd=work)  # fmt: skip
+    found = json.loads((work / "scores.json").read_text())
+    return top1, np.mean([found[way][f"R@{k}"] for way in ("i2t", "t2i") for k in (1, 5, 10)])
+
+
+@pytest.mark.slow
+def test_the_scores_are_those_of_the_scripts_before_in_and_after_training(tuned, work):
+    start, run, _ = tuned
+    before, *epochs = read_rows(run / "metrics.csv")
+    path = read_rows(run / "wise_ft.csv")
+    columns = "retention_colours", "retention_旧的$x^"
+    for row, weights in [
+        (before, start),
+        (epochs[-1], run / "weights" / "checkpoint.pth"),
+        (path[-1], run / "weights" / "best_epoch_weights.pth"),
+    ]:
+        assert [row[c] for c in columns] == pytest.approx(scores_of_scripts(weights, work))
+    assert all(len({row[c] for row in (before, *epochs, *path)}) > 1 for c in columns)
+
+
+@pytest.mark.slow
+def test_the_mixture_is_the_best_that_keeps_enough_and_the_curves_are_shown(tuned):
+    _, run, printed = tuned
+    before = read_rows(run / "metrics.csv")[0]
+    path = read_rows(run / "wise_ft.csv")
+    assert [row["alpha"] for row in path] == [0, 0.25, 0.5, 0.75, 1]
+    names = [name for name in before if name.startswith("retention_")]
+    for row in path:
+        lost = sum(before[name] - row[name] for name in names) / 2
+        assert row["points_lost"] == pytest.approx(lost, abs=1e-5)
+    chosen = max((r for r in path if r["points_lost"] <= 0.5), key=lambda r: r["mean_recall"])
+    assert f"at most 0.5 points (--retention_loss), alpha {chosen['alpha']:g}:" in printed
+    start, best, mixed = (
+        torch.load(run / "weights" / f"{name}_weights.pth", weights_only=True)["visual.proj"]
+        for name in ("start", "best_epoch", "wise_ft")
+    )
+    torch.testing.assert_close(mixed.float(), start.float().lerp(best.float(), chosen["alpha"]),
+                               rtol=1e-3, atol=1e-6)  # fmt: skip
+    after = read_rows(run / "metrics.csv")[2]
+    colours = [row["retention_colours"] for row in (after, before)]
+    line = "retention: colours {:.2f} ({:.2f} before training), 旧的$x^ ".format(*colours)
+    assert f"{line}{after['retention_旧的$x^']:.2f} (" in printed
+    report = (run / "report.html").read_text("utf-8")
+    for name in ("colours", "旧的$x^"):
+        assert f"{name} (retention) of the run by epoch" in report
+    Image.open(run / "wise_ft.png").verify()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_its_sets_alone_wherever_they_lie(tuned, work, tmp_path):
+    """From another folder, and after one of them has moved; a set that is gone is told at once."""
+    run, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(tuned[1], run)
+    go_on = ["--resume_training", run, "--epochs", 3]
+    for other in (["data"], ["colours", "旧的$x^", work / "data"]):
+        line = error_line("train.py", *go_on, "--retention", *other, cwd=work)
+        assert "--retention: a run goes on with sets that it has measured" in line
+        assert "colours, 旧的$x^" in line
+    moved = tmp_path / "elsewhere" / "colours"
+    shutil.copytree(work / "colours", moved)
+    shutil.copytree(work / "旧的$x^", data / "旧的$x^")
+    both = [moved, data / "旧的$x^"]
+    done = run_script("train.py", *go_on, "--retention", *both, cwd=tmp_path)
+    assert "epoch 3/3" in done.stdout and "before training:" not in done.stdout
+    for row in read_rows(run / "metrics.csv"):
+        assert {"retention_colours", "retention_旧的$x^"} <= row.keys()
+    shutil.rmtree(moved)
+    line = error_line("train.py", "--resume_training", run, "--epochs", 4, cwd=tmp_path)
+    assert f"--retention {moved}: no such folder" in line
+
+
+def measured(processes, work):
+    torch.manual_seed(0)
+    model = create_model("ViT-demo")
+    retention = Retention([str(work / "colours"), str(work / "旧的$x^")], ["en"], processes)
+    loader = SimpleNamespace(batch_size=16, num_workers=0, processes=processes)
+    retention.prepare_for(model, loader, None)
+    return retention.measure(model, processes)
+
+
+@pytest.mark.slow
+def test_several_processes_find_what_one_does(work):
+    """Also where a set has fewer batches than there are processes."""
+    shutil.rmtree(work / "colours" / ".cache", ignore_errors=True)
+    found = in_processes(2, measured, work)
+    assert found == [measured(ALONE, work)] * 2
+
+
+def test_captions_are_in_the_languages_of_the_run_or_else_in_those_that_there_are(work, tmp_path):
+    shutil.copytree(work / "旧的$x^", both := tmp_path / "both")
+    shutil.copytree(both, chinese := tmp_path / "chinese")
+    (chinese / "en_val.json").unlink()
+    for folder, run, expected in (
+        (both, ["en"], ["en"]), (both, ["cn", "en"], ["en", "cn"]), (chinese, ["en"], ["cn"]),
+    ):  # fmt: skip
+        (found,) = Retention([str(folder)], run).sets.values()
+        assert found.text == Flickr8kDataset(folder, language=expected, split="val").text
+
+
+@given(st.lists(st.sampled_from(["a/x", "b/x", "c/x (2)", "x", "宠物", "a\x1b\n"]), max_size=6))
+def test_every_set_has_a_name_of_its_own_that_can_be_printed(data):
+    names = names_of(data)
+    assert len(set(names)) == len(names) == len(data)
+    assert all(name.isprintable() for name in names)
+    assert names_of(["a/宠物", "cifar10", "b/宠物/"]) == ["宠物", "cifar10", "宠物 (2)"]

@@ -1,0 +1,102 @@
+"""What the weights could do before: data sets of other images, scored as training goes on."""
+
+from collections.abc import Mapping, Sequence
+from itertools import chain, count
+from pathlib import Path
+
+from models.clip import CLIP
+from models.errors import InputError
+from models.weights.file_kind import one_line
+from utils.classification import zero_shot_accuracy, zero_shot_classifier
+from utils.data.annotations import caption_file
+from utils.data.labelled_images import LabelledImages, Source, find_labelled_images
+from utils.data.templates import default_templates
+from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
+from utils.machine.memory import explained
+from utils.machine.precision import Precision
+from utils.machine.processes import ALONE, Processes
+from utils.metric import evaluate, mean_recall
+from utils.retrieval.tables import RETENTION, points_lost
+
+
+class Retention:
+    """The sets that `data` names: each a folder of class folders, a data set of torchvision, or a
+    folder of captioned images. Scores are computed in float32, as utils/classification.py and
+    utils/metric.py do it. Without data there is nothing to measure.
+
+    Raises `InputError` for a set that cannot be used; a set of torchvision is downloaded if need
+    be. `prepare_for` comes before the first `measure`.
+    """
+
+    def __init__(self, data: Sequence[str], languages: Sequence[str], processes: Processes = ALONE):
+        self.sets: dict[str, Source | LabelledImages | Flickr8kDataset] = {}
+        with processes.first_ahead():  # which downloads
+            for name, path in zip(names_of(data), data, strict=True):
+                self.sets[name] = _find(path, languages)
+
+    def prepare_for(self, model: CLIP, loader: TrainLoader, folder: str | None) -> None:
+        """Take images and captions as `model` does from now on, and decode all images, once, into
+        `folder`, by default `.cache` in each set. They stay off the GPU, whose memory training
+        needs."""
+        self.batch_size, self.num_workers = loader.batch_size, loader.num_workers
+        for name, found in self.sets.items():
+            if isinstance(found, Flickr8kDataset):
+                found.prepare_for(model)
+            else:
+                self.sets[name] = LabelledImages(found, model.preprocess)
+        with loader.processes.first_ahead():  # which decodes
+            for images in self.sets.values():
+                images.cache(folder or None, num_workers=self.num_workers)
+
+    @explained()
+    def measure(self, model: CLIP, processes: Processes = ALONE) -> dict[str, float]:
+        """Columns of a table: for each set, in percent, zero-shot top-1 of classes, or mean recall
+        of captions."""
+        scores = {}
+        for name, images in self.sets.items():
+            sizes = self.batch_size, self.num_workers
+            if isinstance(images, Flickr8kDataset):
+                precision = Precision(model.device, use_amp=False)
+                metrics, _ = evaluate(model, images, *sizes, precision, processes=processes)
+                scores[RETENTION + name] = mean_recall(metrics)
+            else:
+                templates = default_templates(model.config.has_bert)
+                classifier = zero_shot_classifier(model, images.classes, templates, processes)
+                found = zero_shot_accuracy(model, images, classifier, *sizes, processes)
+                scores[RETENTION + name] = found.top1
+        return scores
+
+    def compare(self, model: CLIP, before: Mapping[str, float] | None) -> dict[str, float]:
+        """What `measure` finds, and the `points_lost` since `before`, a row of scores; nothing if
+        there are no sets."""
+        now = self.measure(model)
+        return now | {"points_lost": points_lost(now, before)} if now else {}
+
+
+def names_of(data: Sequence[str]) -> list[str]:
+    """What each set is called, after its folder or as torchvision does. A name that several have
+    is numbered from the second on."""
+    names: list[str] = []
+    for path in data:
+        name = one_line(Path(path).resolve().name)
+        numbered = (f"{name} ({number})" for number in count(2))
+        names.append(next(n for n in chain([name], numbered) if n not in names))
+    return names
+
+
+def _find(data: str, languages: Sequence[str]) -> Source | Flickr8kDataset:
+    """The set, none of whose images is read yet; captions in those of `languages` that it has, or
+    else in those that it has."""
+    root = Path(data)
+    having = [name for name in ("en", "cn") if caption_file(root, name, "val").is_file()]
+    if having:
+        wanted = [name for name in having if name in languages]
+        return Flickr8kDataset(root, language=wanted or having, split="val")
+    try:
+        return find_labelled_images(data, option="--retention")
+    except InputError as error:
+        if not root.is_dir():
+            raise
+        raise InputError(
+            f"--retention: {error}; captioned images need en_val.json or cn_val.json there"
+        ) from None
