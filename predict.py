@@ -42,8 +42,8 @@ def main() -> None:
         "--weights",
         type=name_or_path,
         metavar="NAME_OR_PATH",
-        help="weights file or model name (default: the newest logs/*/weights/"
-        "best_epoch_weights.pth here, else beside this script)",
+        help="weights file or model name (default: those that the newest run in "
+        "logs/ here chose, else beside this script)",
     )
     captions = parser.add_mutually_exclusive_group()
     captions.add_argument(
@@ -96,6 +96,7 @@ def caption(args: argparse.Namespace) -> None:
     check_name(name)
     captions = list(dict.fromkeys(args.text or read_captions(args.captions_file, name)))
     weights = find_weights(name)
+    print(f"weights: {weights}")
     model, preprocess = load(weights, args.device, activation=args.activation)
     if args.text:
         text_features = encode_texts(model, model.tokenize(captions, truncate=True))
@@ -137,6 +138,7 @@ def search(args: argparse.Namespace, folder: Path) -> None:
     if args.output and len(texts) > 1:
         raise InputError("--output is for one picture; give one text to search for")
     weights = find_weights(name)
+    print(f"weights: {weights}")
     model, preprocess = load(weights, args.device, activation=args.activation)
     images, features = image_features(model, weights, folder, images)
     if args.similar:

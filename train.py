@@ -316,8 +316,7 @@ def get_state(args: argparse.Namespace, resumed: dict | None, model, device, run
 
 
 def finish(args: argparse.Namespace, folder: Path, loader, sets: dict, state, retention) -> None:
-    """Score the best epoch, read back from its file, and the weights on the way to it; then, on the
-    test split, the weights that these scores chose."""
+    """Score the best epoch and the weights on the way to it; the chosen ones on the test split."""
     from models.clip_utils import load
     from utils.runs.commands import what_to_try
     from utils.training.progress import compare_with_start, score_best, score_test, scoring
@@ -330,7 +329,8 @@ def finish(args: argparse.Namespace, folder: Path, loader, sets: dict, state, re
     if args.wise_ft:
         compare = partial(retention.compare, model, state.start)
         chosen = mix_with_start(model, args, partial(score, sets["val"]), compare, folder) or chosen
-    compare_with_start(state)
+    else:
+        compare_with_start(state)
     if "test" in sets:
         score_test(partial(score, sets["test"], k_values=range(1, 11)), chosen, folder)
     print(what_to_try(sets["val"].image[0], chosen, sets["val"].text, model))

@@ -21,7 +21,7 @@ from torch import Tensor
 from models.clip import CLIP, build_model
 from models.device import pick_device
 from models.errors import InputError, run_script
-from models.files import check_regular
+from models.files import check_regular, run_weights
 from models.preprocess import Preprocess
 from models.scripts import from_here
 from models.tokens import clip_tokenizer, token_rows
@@ -74,7 +74,7 @@ def create_model(name: str, input_shape: int | None = None) -> CLIP:
 
 def find_weights(name: str | os.PathLike, download_root: str | os.PathLike = MODELS_PTH) -> Path:
     """The weights that `name` stands for, a file or a folder: a name, or a path, as `load` has
-    them. The folder of a run stands for its best weights.
+    them. The folder of a run stands for the weights that it chose.
 
     Weights with a name are downloaded if they are not there yet: OpenAI's to the folder
     `download_root`, those of the Hugging Face hub to its cache. Raises `InputError` if `name` is
@@ -86,9 +86,8 @@ def find_weights(name: str | os.PathLike, download_root: str | os.PathLike = MOD
     path = Path(name).expanduser()
     if not path.exists():
         return hub.fetch(str(name))
-    best = path / "weights" / "best_epoch_weights.pth"
-    if best.is_file():
-        return best
+    if chosen := run_weights(path):
+        return chosen
     if not path.is_dir():
         check_regular(path)
     return path

@@ -91,6 +91,7 @@ class Format(NamedTuple):
     write: Callable[[CLIP, Path, torch.dtype], None]
     purpose: str
     opened_by: tuple[str, ...]
+    opened_by_chinese: tuple[str, ...] = ()  # what opens a Chinese-CLIP, if it is something else
 
 
 FORMATS = {
@@ -105,7 +106,10 @@ FORMATS = {
         (
             'CLIPModel.from_pretrained("{0}")',
             'CLIPProcessor.from_pretrained("{0}")',
-            "or, of a Chinese-CLIP, ChineseCLIPModel and ChineseCLIPProcessor",
+        ),
+        (
+            'ChineseCLIPModel.from_pretrained("{0}")',
+            'ChineseCLIPProcessor.from_pretrained("{0}")',
         ),
     ),
     "cn_clip": Format(
@@ -127,7 +131,13 @@ FORMATS = {
         (
             'onnxruntime.InferenceSession("{0}/image.onnx").run(None, {{"images": images}})',
             'onnxruntime.InferenceSession("{0}/text.onnx").run(None, {{"tokens": tokens}})',
-            'CLIPTokenizer.from_pretrained("{0}"), or BertTokenizer for a Chinese-CLIP',
+            'CLIPTokenizer.from_pretrained("{0}")',
+            "{0}/clip.json tells how to prepare images and tokens",
+        ),
+        (
+            'onnxruntime.InferenceSession("{0}/image.onnx").run(None, {{"images": images}})',
+            'onnxruntime.InferenceSession("{0}/text.onnx").run(None, {{"tokens": tokens}})',
+            'BertTokenizer.from_pretrained("{0}")',
             "{0}/clip.json tells how to prepare images and tokens",
         ),
     ),
@@ -208,10 +218,11 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def description(name: str, path: object) -> str:
+def description(name: str, path: object, is_chinese: bool = False) -> str:
     """Lines on a format: what is at `path`, and what opens it in Python."""
     each = FORMATS[name]
-    lines = [f"  {name}: {each.purpose}", *(f"    {line}" for line in each.opened_by)]
+    opened_by = (is_chinese and each.opened_by_chinese) or each.opened_by
+    lines = [f"  {name}: {each.purpose}", *(f"    {line}" for line in opened_by)]
     return "\n".join(lines).format(path)
 
 
@@ -235,7 +246,9 @@ def main() -> None:
     check_output(output, args.format)
     model = read_model(find_weights(args.weights), args.activation)
     convert(model, output, args.format, args.half)
-    print(f"written to {output}\n{description(args.format, output.as_posix())}")
+    print(
+        f"written to {output}\n{description(args.format, output.as_posix(), model.config.has_bert)}"
+    )
 
 
 if __name__ == "__main__":

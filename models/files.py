@@ -8,6 +8,13 @@ from models.errors import InputError
 LARGEST = 2**30  # bytes of a file that is read whole: captions of millions of images are less
 
 
+def run_weights(run: Path) -> Path | None:
+    """The weights that a run of train.py chose: the mixture with those it started from
+    (--wise_ft), or else those of its best epoch. None for a folder that is no run's."""
+    names = ("wise_ft_weights.pth", "best_epoch_weights.pth")
+    return next((file for name in names if (file := run / "weights" / name).is_file()), None)
+
+
 def check_regular(path: Path) -> None:
     """Raise `InputError` if what stands at `path` is no regular file; nothing need stand there."""
     if path.exists() and not path.is_file():

@@ -250,8 +250,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--weights",
         type=name_or_path,
-        help="weights file, or a name like ViT-B/32 (default: the newest logs/*/weights/"
-        "best_epoch_weights.pth here, else beside the scripts)",
+        help="weights file, or a name like ViT-B/32 (default: those that the newest run in "
+        "logs/ here chose, else beside the scripts)",
     )
     parser.add_argument(
         "--data",

@@ -196,7 +196,9 @@ class _Repository:
     def download(self, file: str) -> str | None:
         """The path of a file in the cache, downloaded from the hub."""
         from huggingface_hub import constants, errors, hf_hub_download
+        from huggingface_hub.utils import logging
 
+        logging.set_verbosity_error()  # else it prints every attempt
         address = f"{constants.ENDPOINT}/{self.name}"
         try:
             return hf_hub_download(self.name, file, revision=self.revision)
@@ -239,10 +241,12 @@ class _Repository:
         from huggingface_hub import constants
 
         if self.no_answer:
+            known = {row.repository for row in HUB.values()}
+            near = "" if self.name in known else near_names(self.name, known)
             return (
                 f"no file or folder here, not whole in the cache {constants.HF_HUB_CACHE}, and "
                 f"{constants.ENDPOINT} does not give it ({self.no_answer}); name a mirror "
-                f"(HF_ENDPOINT=https://<mirror>), or {self.by_hand()}"
+                f"(HF_ENDPOINT=https://<mirror>), or {self.by_hand()}{near}"
             )
         reason = f"is for a model of type {one_line(model_type)!r}; it" if model_type else "has"
         return (

@@ -364,8 +364,9 @@ def test_captions_are_encoded_once(work, photo):
         run_script("predict.py", photo, *given, cwd=work).stdout.splitlines()
         for given in (["--captions_file", "two.txt"],) * 2 + (["--text", "a dog", "a cat"],)
     )
-    assert first[0].startswith("features of 2 captions are kept in ")
-    assert first[1:3] == second[:2] == other[:2]
+    assert first[0] == second[0] == f"weights: {Path('logs/a run/weights/best_epoch_weights.pth')}"
+    assert first[1].startswith("features of 2 captions are kept in ")
+    assert first[2:4] == second[1:3] == other[1:3]
 
 
 def test_a_folder_in_which_nothing_can_be_read_ends_in_one_line(work, tmp_path):

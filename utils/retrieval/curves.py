@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-LEFT, RIGHT, TOP, BOTTOM = 34, 214, 10, 152  # of the plot, in a drawing 320 wide and 175 high
+LEFT, RIGHT, TOP, BOTTOM = 34, 200, 10, 152  # of the plot, in a drawing 320 wide and 175 high
 LINE = 15  # from one name to the next
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from models.errors import InputError
-from models.files import read_bytes
+from models.files import read_bytes, run_weights
 from models.scripts import SCRIPTS, from_here
 from models.weights.file_kind import one_line
 
@@ -131,12 +131,13 @@ def run_folder(weights: str | Path) -> Path | None:
 
 
 def newest_weights() -> Path:
-    """The newest `best_epoch_weights.pth` of the runs in logs/ in the working folder, where
-    train.py puts them; if there is none, in logs/ beside the scripts. Raises `InputError` if there
-    is none either."""
+    """The weights that the newest of the runs in logs/ in the working folder chose, where train.py
+    puts them; if there is none, in logs/ beside the scripts. Raises `InputError` if there is none
+    either."""
     for logs in (Path("logs"), SCRIPTS / "logs"):
         if found := list(logs.glob("*/weights/best_epoch_weights.pth")):
-            return max(found, key=lambda path: path.stat().st_mtime)
+            newest = max(found, key=lambda path: path.stat().st_mtime)
+            return run_weights(newest.parents[1])
     raise InputError(
         "logs: there is no run with weights/best_epoch_weights.pth in it, here or beside the "
         f"scripts; train one (python {from_here('train.py')} --demo), or name weights with "

@@ -360,11 +360,13 @@ def test_prefixes_and_wrappers_are_taken_off(prefix, wrappers):
     assert unwrap(content).keys() == weights.keys()
 
 
-def test_the_folder_of_a_run_stands_for_its_best_weights(tmp_path):
+def test_the_folder_of_a_run_stands_for_the_weights_that_it_chose(tmp_path):
     weights = tmp_path / "run" / "weights"
     weights.mkdir(parents=True)
     save_weights(create_model("ViT-demo"), weights / "best_epoch_weights.pth")
     assert find_weights(tmp_path / "run") == weights / "best_epoch_weights.pth"
+    shutil.copy(weights / "best_epoch_weights.pth", weights / "wise_ft_weights.pth")
+    assert find_weights(tmp_path / "run") == weights / "wise_ft_weights.pth"
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,9 @@ def test_the_newest_run_is_looked_for_here_and_then_beside_the_scripts(tmp_path,
     (here / "logs/c" / name).touch()
     os.utime(here / "logs/c" / name, (0, 0))
     assert newest_weights() == Path("logs/c") / name
+    mixture = Path("logs/c/weights/wise_ft_weights.pth")
+    mixture.touch()
+    assert newest_weights() == mixture
 
 
 def test_names_and_missing_files_are_of_no_run(weights, monkeypatch):
