@@ -37,7 +37,7 @@ from utils.machine.processes import ALONE, Processes
 from utils.retrieval.encode import encode_images, encode_texts
 from utils.retrieval.plots import plot_confusion
 from utils.retrieval.tables import format_rows
-from utils.runs.arguments import integer, name_or_path, newest_weights, path, workers
+from utils.runs.arguments import add_scoring, name_or_path, newest_weights, path
 from utils.runs.checkpoint import write_json
 
 WORST = 3  # classes that are printed
@@ -248,12 +248,6 @@ def build_parser() -> argparse.ArgumentParser:
         description="Score a CLIP on images of classes: top-1, top-5 and mean per-class accuracy."
     )
     parser.add_argument(
-        "--weights",
-        type=name_or_path,
-        help="weights file, or a name like ViT-B/32 (default: those that the newest run in "
-        "logs/ here chose, else beside the scripts)",
-    )
-    parser.add_argument(
         "--data",
         type=name_or_path,
         required=True,
@@ -290,16 +284,13 @@ def build_parser() -> argparse.ArgumentParser:
         "training images) and score it",
     )
     add_activation(parser)
-    parser.add_argument("--batch_size", type=integer(1), default=64, help="images at a time")
-    parser.add_argument("--num_workers", type=workers, default=0, help="processes that read images")
-    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first there is)")
+    add_scoring(parser)
     parser.add_argument(
         "--json", type=path, metavar="FILE", help="write the scores, with those of each class"
     )
     parser.add_argument(
         "--plot", type=path, metavar="FILE", help="write a picture of the confusion matrix"
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 

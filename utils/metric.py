@@ -35,12 +35,10 @@ from utils.retrieval.ranking import RowsOf, blocks, ground_truth, rows_both_ways
 from utils.retrieval.tables import K_VALUES, Metrics, format_table
 from utils.runs.arguments import (
     TrainedOn,
-    integer,
-    name_or_path,
+    add_scoring,
     newest_weights,
     path,
     trained_on,
-    workers,
 )
 from utils.runs.checkpoint import write_json
 
@@ -209,15 +207,9 @@ def evaluate(
     return processes.from_first((metrics, loss))
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Score a CLIP on captioned images: Recall@K and mAP@K in both directions."
-    )
-    parser.add_argument(
-        "--weights",
-        type=name_or_path,
-        help="weights file, or a name like ViT-B/32 (default: those that the newest run in "
-        "logs/ here chose, else beside the scripts)",
     )
     parser.add_argument(
         "--dataset_path",
@@ -235,9 +227,7 @@ def main() -> None:
         "--split", choices=["val", "test"], default="val", help="images to score (default: val)"
     )
     add_activation(parser)
-    parser.add_argument("--batch_size", type=integer(1), default=64, help="images at a time")
-    parser.add_argument("--num_workers", type=workers, default=0, help="processes that read images")
-    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first there is)")
+    add_scoring(parser)
     parser.add_argument(
         "--json", type=path, metavar="FILE", help="write the metrics, K from 1 to 10"
     )
@@ -261,8 +251,11 @@ def main() -> None:
         help="a caption is right for its own image alone, also where others have the same; to "
         "compare with scores of other programs",
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
 
     from models.clip_utils import check_name, load
 

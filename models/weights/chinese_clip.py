@@ -8,8 +8,7 @@ from torch import Tensor
 
 from models.errors import InputError
 from models.weights import transformers
-from models.weights.config import Config, check_config, quoted
-from models.weights.file_kind import one_line
+from models.weights.config import Config, check_config, description_of, quoted
 from models.weights.registry import CHINESE_CONTEXT_LENGTH
 
 WEIGHTS_FILES = "clip_cn_*.pt"  # as cn_clip names them
@@ -55,7 +54,7 @@ def to_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def config_from_transformers(content: dict[str, Any], preprocessor: dict[str, Any]) -> Config:
     """Our description of the model that a config.json describes; `preprocessor` is the content of
     its preprocessor_config.json, or empty. Raises `InputError` that names what our models lack."""
-    try:
+    with description_of("a ChineseCLIPModel's"):
         if content.get("model_type") != "chinese_clip":
             raise InputError(
                 f"its model_type is {quoted(content.get('model_type'))}, not 'chinese_clip'; take "
@@ -71,22 +70,13 @@ def config_from_transformers(content: dict[str, Any], preprocessor: dict[str, An
         if not preprocessor:
             image["resize_mode"] = "squash"  # as the authors do
         config = Config(
-            transformer_width=text["hidden_size"],
-            transformer_mlp_width=text["intermediate_size"],
-            transformer_heads=text["num_attention_heads"],
-            transformer_layers=text["num_hidden_layers"],
+            **{ours: text[theirs] for ours, theirs in transformers.TEXT_SIZES.items()},
             # Not a field of transformers': we write it, and it keeps what it does not know.
             context_length=text.get("context_length", min(CHINESE_CONTEXT_LENGTH, positions)),
-            vocab_size=text["vocab_size"],
             text_tower="bert",
             text_positions=positions,
             **image,
         )
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        reason = one_line(error)
-        raise InputError(f"its description is not a ChineseCLIPModel's ({reason})") from None
     check_config(config)
     return config
 
@@ -96,13 +86,9 @@ def config_to_transformers(config: Config) -> tuple[dict[str, Any], dict[str, An
     `InputError` for a ResNet, which transformers has not."""
     vision, preprocessor = transformers.image_tower_to_transformers(config)
     text = {
-        "hidden_size": config.transformer_width,
-        "intermediate_size": config.transformer_mlp_width,
-        "num_attention_heads": config.transformer_heads,
-        "num_hidden_layers": config.transformer_layers,
+        **{theirs: getattr(config, ours) for ours, theirs in transformers.TEXT_SIZES.items()},
         "max_position_embeddings": config.text_positions,
         "context_length": config.context_length,
-        "vocab_size": config.vocab_size,
         "hidden_act": "gelu",
         "layer_norm_eps": EPSILON,
     }

@@ -2,10 +2,13 @@
 
 import math
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 from models.errors import InputError
+from models.weights.file_kind import one_line
 
 MAX_BLOCKS = 500  # of a tower, or of a ResNet's stage; the largest published model has 56
 MAX_SIZE = 10**6  # of a width, a resolution, a vocabulary, a context
@@ -111,6 +114,18 @@ def check_config(config: Config) -> None:
     for name, heads, width in towers:
         if heads == 0 or width % heads:
             raise InputError(f"its {name} {width} is no multiple of its {heads} attention heads")
+
+
+@contextmanager
+def description_of(whose: str) -> Iterator[None]:
+    """Reads a description within: whatever goes wrong, because it is of another kind or damaged, is
+    an `InputError` that says that it is not `whose`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(f"its description is not {whose} ({one_line(error)})") from None
 
 
 def quoted(value: object) -> str:

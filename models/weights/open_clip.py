@@ -8,8 +8,7 @@ import math
 from typing import Any
 
 from models.errors import InputError
-from models.weights.config import MAX_SIZE, VOCABULARY, Config, check_config, quoted
-from models.weights.file_kind import one_line
+from models.weights.config import MAX_SIZE, VOCABULARY, Config, check_config, description_of, quoted
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -51,7 +50,7 @@ UNUSED = (None, False, {}, "")
 def from_open_clip(content: dict[str, Any]) -> Config:
     """Our description of the model that an open_clip_config.json, or a file of open_clip's
     model_configs, describes. Raises `InputError` that names what our models do not have."""
-    try:
+    with description_of("that of a CLIP model"):
         model = content.get("model_cfg", content)
         vision = _tower(model, "vision_cfg", VISION)
         text = _tower(model, "text_cfg", TEXT)
@@ -80,12 +79,6 @@ def from_open_clip(content: dict[str, Any]) -> Config:
             activation="quick_gelu" if model.get("quick_gelu") else "gelu",
             **{k: _plain(preprocess[k]) for k in known if k in preprocess},
         )
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"its description is not that of a CLIP model ({one_line(error)})"
-        ) from None
     check_config(config)
     return config
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from models.errors import InputError
-from models.weights.config import MAX_SIZE, VOCABULARY, Config, check_config, quoted
-from models.weights.file_kind import one_line
+from models.weights.config import MAX_SIZE, VOCABULARY, Config, check_config, description_of, quoted
 
 CONFIG_FILE = "config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -24,6 +23,13 @@ TEXT = {
     "num_hidden_layers": 12,
     "max_position_embeddings": 77,
     "vocab_size": VOCABULARY,
+}
+TEXT_SIZES = {  # the fields of `Config` on any text tower, and transformers' names of them
+    "transformer_width": "hidden_size",
+    "transformer_mlp_width": "intermediate_size",
+    "transformer_heads": "num_attention_heads",
+    "transformer_layers": "num_hidden_layers",
+    "vocab_size": "vocab_size",
 }
 VISION = {
     "hidden_size": 768,
@@ -110,7 +116,7 @@ def to_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def config_from_transformers(content: dict[str, Any], preprocessor: dict[str, Any]) -> Config:
     """Our description of the model that a config.json describes; `preprocessor` is the content of
     its preprocessor_config.json, or empty. Raises `InputError` that names what our models lack."""
-    try:
+    with description_of("a CLIPModel's"):
         if content.get("model_type") != "clip":
             raise InputError(
                 f"its model_type is {quoted(content.get('model_type'))}, not 'clip'; take a whole "
@@ -125,18 +131,10 @@ def config_from_transformers(content: dict[str, Any], preprocessor: dict[str, An
             found = quoted(text["eos_token_id"])
             raise InputError(f"its eos_token_id is {found}; {ENDS[0]} works, as in published CLIPs")
         config = Config(
-            transformer_width=text["hidden_size"],
-            transformer_mlp_width=text["intermediate_size"],
-            transformer_heads=text["num_attention_heads"],
-            transformer_layers=text["num_hidden_layers"],
             context_length=text["max_position_embeddings"],
-            vocab_size=text["vocab_size"],
+            **{ours: text[theirs] for ours, theirs in TEXT_SIZES.items()},
             **image,
         )
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"its description is not a CLIPModel's ({one_line(error)})") from None
     check_config(config)
     return config
 
@@ -173,12 +171,8 @@ def config_to_transformers(config: Config) -> tuple[dict[str, Any], dict[str, An
     `InputError` for a ResNet, which transformers has not."""
     vision, preprocessor = image_tower_to_transformers(config)
     text = {
-        "hidden_size": config.transformer_width,
-        "intermediate_size": config.transformer_mlp_width,
-        "num_attention_heads": config.transformer_heads,
-        "num_hidden_layers": config.transformer_layers,
+        **{theirs: getattr(config, ours) for ours, theirs in TEXT_SIZES.items()},
         "max_position_embeddings": config.context_length,
-        "vocab_size": config.vocab_size,
         "hidden_act": config.activation,
         "projection_dim": config.embed_dim,
         "bos_token_id": VOCABULARY - 2,

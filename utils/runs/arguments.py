@@ -79,6 +79,20 @@ def starting_point(text: str) -> str:
     return str(checkpoint) if checkpoint.is_file() else text
 
 
+def add_scoring(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that all scripts have which score weights."""
+    parser.add_argument(
+        "--weights",
+        type=name_or_path,
+        help="weights file, or a name like ViT-B/32 (default: those that the newest run in "
+        "logs/ here chose, else beside the scripts)",
+    )
+    parser.add_argument("--batch_size", type=integer(1), default=64, help="images at a time")
+    parser.add_argument("--num_workers", type=workers, default=0, help="processes that read images")
+    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first there is)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
 def check_values(values: dict[str, object], parser: argparse.ArgumentParser) -> None:
     """Raise `InputError` unless `values` are what `parser` gives for all of its arguments, paths
     being text."""
