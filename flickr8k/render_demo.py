@@ -16,6 +16,7 @@ import argparse
 import math
 import random
 import sys
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -239,7 +240,9 @@ def describe(scene: Scene, wording: Wording, rng: random.Random) -> list[str]:
     return captions
 
 
-def draw(scene: Scene, rng: random.Random) -> Image.Image:
+def draw(
+    scene: Scene, rng: random.Random, outlines: Mapping[str, Points] = OUTLINES
+) -> Image.Image:
     """The scene as an RGB image of `IMAGE_SIZE` by `IMAGE_SIZE` pixels. `rng` decides how far the
     object is off its place."""
     background = BACKGROUNDS[scene.background]
@@ -256,7 +259,7 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
                 round((middle + offset + RADII[scene.size] * unit) * SUPERSAMPLING)
                 for middle, unit in zip(centre, point, strict=True)
             )
-            for point in OUTLINES[scene.shape]
+            for point in outlines[scene.shape]
         ]
         pen.polygon(outline, fill=fill)
     return canvas.reduce(SUPERSAMPLING)
