@@ -33,13 +33,17 @@ def build_parser(description: str, output: str) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     # fmt: off
-    add("--dataset_path", type=path, default="flickr8k",
-        help="Flickr8k as prepare.py makes it (default: %(default)s)")
     add("--output", type=path, default=output,
         help="folder for runs and results (default: %(default)s)")
-    add("--seeds", type=integer(0), nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
+    add("--seeds", type=integer(0), nargs="+", default=[0, 1, 2, 3, 4],
+        help="(default: 0 1 2 3 4)")
     # fmt: on
     return parser
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dataset_path", type=path, default="flickr8k",
+                        help="Flickr8k as prepare.py makes it (default: %(default)s)")  # fmt: skip
 
 
 def once(file: Path, compute: Callable[[], dict | list]) -> dict | list:

@@ -1,4 +1,4 @@
-"""Random crops against Pillow's resizing of the same boxes."""
+"""Random crops against Pillow's resizing of the same boxes; other colours."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from utils.data.augment import MIN_AREA, crop, draw_crops, sample_without_border
+from utils.data.augment import (
+    GAIN,
+    MIN_AREA,
+    OFFSET,
+    crop,
+    draw_crops,
+    draw_recolourings,
+    hue_turns,
+    recolour,
+    sample_without_border,
+)
 
 
 def pillow_crop(image: torch.Tensor, side: float, x: float, y: float) -> torch.Tensor:
@@ -87,3 +97,35 @@ def test_without_padding_by_the_border_the_crops_are_the_same():
                         (side * centres[:, None] + y).expand(-1, -1, 24)], dim=-1)  # fmt: skip
     found = sample_without_border(images, grid)
     assert torch.allclose(found, crop(images, crops), atol=1e-5)
+
+
+@given(st.lists(st.floats(-7, 7), max_size=4))
+def test_hues_are_turned_as_rotations_about_grey_are(angles):
+    """Against the exponential of the rotation's generator."""
+    x = y = z = 3**-0.5
+    generator = torch.tensor([[0, -z, y], [z, 0, -x], [-y, x, 0]], dtype=torch.float64)
+    turns = torch.from_numpy(hue_turns(np.array(angles, dtype=float)))
+    for angle, turn in zip(angles, turns, strict=True):
+        torch.testing.assert_close(turn, torch.matrix_exp(angle * generator))
+
+
+def test_recolourings_are_spread_from_none_to_all_that_is_allowed():
+    """Of a grey one's three channels, what is left is their gains and offsets."""
+    colours = draw_recolourings(20_000, np.random.default_rng(0)).double()
+    assert colours.shape == (20_000, 3, 4)
+    offsets = colours[..., 3].flatten()
+    grey = colours[..., :3].sum(dim=2)  # 1 plus a share of the gain's distance from 1
+    assert grey.min() < GAIN[0] + 0.02 and grey.max() > GAIN[1] - 0.02
+    assert ((grey > GAIN[0]) & (grey < GAIN[1])).all()
+    # The mean of a uniform share's square is a third.
+    assert offsets.square().mean().item() == pytest.approx(OFFSET**2 / 3, rel=0.05)
+    assert offsets.mean().item() == pytest.approx(0, abs=0.01)
+    untouched = (colours[..., :3] - torch.eye(3)).norm(dim=(1, 2)) < 0.05
+    assert 0.01 < untouched.double().mean() < 0.06
+
+
+def test_recolour_mixes_channels():
+    images = random_images(3, 5)
+    colours = draw_recolourings(3, np.random.default_rng(1))
+    mixed = torch.einsum("ncd,ndhw->nchw", colours[..., :3], images) + colours[..., 3:, None]
+    torch.testing.assert_close(recolour(images, colours), mixed)
