@@ -1,4 +1,7 @@
-"""Features of a whole data set: its images and its texts, encoded batch by batch."""
+"""Features of a whole data set: its images and its texts, encoded batch by batch.
+
+But for `encode_set`, which is told its precision, functions compute in that of the `autocast` that
+they are called in."""
 
 from pathlib import Path
 from typing import NamedTuple
