@@ -14,7 +14,8 @@ from models.errors import InputError
 from models.progress_bar import progress_bar
 from utils.data.annotations import SPLITS
 from utils.flickr8k_dataloader import Batch, Flickr8kDataset, TrainLoader
-from utils.machine.precision import Precision, amp_hint
+from utils.machine.amp_hint import amp_hint
+from utils.machine.precision import Precision
 from utils.metric import evaluate, mean_recall, retrieval_metrics
 from utils.retrieval.encode import encode_set
 from utils.retrieval.gallery import write_report
