@@ -105,12 +105,12 @@ def caption(args: argparse.Namespace) -> None:
     print(f"weights: {weights}")
     model, preprocess = load(weights, args.device, activation=args.activation)
     precision = Precision(model.device, args.use_amp)
-    with precision.autocast():
-        if args.text:
+    if args.text:
+        with precision.autocast():
             text_features = encode_texts(model, model.tokenize(captions, truncate=True))
-        else:
-            source = str(args.captions_file.resolve()) if args.captions_file else "validation"
-            text_features = kept_caption_features(model, weights, source, captions)
+    else:
+        source = str(args.captions_file.resolve()) if args.captions_file else "validation"
+        text_features = kept_caption_features(model, weights, source, captions, precision)
 
     for file in [args.image] if args.image else ask_for_images():
         try:
@@ -151,8 +151,9 @@ def search(args: argparse.Namespace, folder: Path) -> None:
     weights = find_weights(name)
     print(f"weights: {weights}")
     model, preprocess = load(weights, args.device, activation=args.activation)
-    with Precision(model.device, args.use_amp).autocast():
-        images, features = image_features(model, weights, folder, images)
+    precision = Precision(model.device, args.use_amp)
+    images, features = image_features(model, weights, folder, images, precision)
+    with precision.autocast():
         if args.similar:
             queries = encode_pixels(model, [preprocess.pixels(picture) for picture in pictures])
         else:

@@ -308,6 +308,69 @@ def test_any_picture_and_caption_can_be_drawn(tmp_path, size):
         assert min(image.size) > 300
 
 
+# Mixed precision
+
+
+@pytest.fixture(scope="module")
+def in_bfloat16(work):
+    """A function of an image and texts: the model's cosines `[texts]` in float64, of features that
+    were computed in bfloat16, and the factor on them. Those of float32 are clearly different."""
+    model, preprocess = load(work / "logs" / "a run" / "weights" / "best_epoch_weights.pth", "cpu")
+
+    def cosines(file: Path, texts: list[str]) -> tuple[np.ndarray, float]:
+        pixels, tokens = preprocess(open_image(file))[None], tokenize(texts)
+        found = {}
+        for is_mixed in (False, True):
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
+                image, *rows = (*model.encode_image(pixels), *model.encode_text(tokens))
+            image, rows = image.double().numpy(), torch.stack(rows).double().numpy()
+            norms = np.linalg.norm(rows, axis=1) * np.linalg.norm(image)
+            found[is_mixed] = rows @ image / norms
+        assert 1e-4 < np.abs(found[True] - found[False]).max() < 0.03
+        return found[True], model.logit_scale.exp().item()
+
+    return cosines
+
+
+def test_zero_shot_in_mixed_precision_is_the_softmax_of_bfloat16_features(work, photo, in_bfloat16):
+    """Features are rounded to 8 bits, but their similarities and the probabilities are not."""
+    weights, labels = work / "logs/a run/weights/best_epoch_weights.pth", ["a dog", "a red circle"]
+    done = run_script("predict_zero_shot.py", photo, "--weights", weights, "--labels", *labels,
+                      "--use_amp", cwd=work)  # fmt: skip
+    similarity, scale = in_bfloat16(photo, labels)
+    expected = np.exp(scale * similarity) / np.exp(scale * similarity).sum()
+    printed = ast.literal_eval(done.stdout.splitlines()[2].removeprefix("image 0: "))
+    assert dict(printed) == pytest.approx(dict(zip(labels, expected, strict=True)), rel=1e-4)
+
+
+def test_predict_and_search_in_mixed_precision(work, photo, in_bfloat16, tmp_path):
+    texts = ["a dog", "a red circle"]
+    expected, _ = in_bfloat16(photo, texts)
+    (tmp_path / "one").mkdir()
+    image = shutil.copy(photo, tmp_path / "one")
+    for place, found in ((photo, "a dog"), (tmp_path / "one", image)):
+        done = run_script("predict.py", place, "--text", *texts, "--use_amp", cwd=work)
+        printed = re.findall(r"similarity (-?\d\.\d{3})  (.*)$", done.stdout, re.MULTILINE)
+        values = [float(value) for value, _ in printed]
+        assert values == pytest.approx(
+            sorted(expected, reverse=True) if place == photo else expected, abs=5.1e-4
+        )
+        assert str(found) in dict(map(reversed, printed))
+
+
+@pytest.mark.slow
+def test_mixed_precision_is_right_on_a_cpu_without_bfloat16(work, photo, monkeypatch):
+    """As oneDNN and torch compute where there are no instructions for it, on an x86 CPU."""
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    weights, labels = work / "logs/a run/weights/best_epoch_weights.pth", ["a dog", "a red circle"]
+    start = "predict_zero_shot.py", photo, "--weights", weights, "--labels", *labels
+    done = (run_script(*start, *given, cwd=work, fresh=True) for given in ([], ["--use_amp"]))
+    lines = (printed.stdout.splitlines()[2].removeprefix("image 0: ") for printed in done)
+    exact, mixed = (dict(ast.literal_eval(line)) for line in lines)
+    assert mixed == pytest.approx(exact, abs=0.05) and mixed != exact
+
+
 # Searching a folder
 
 

@@ -35,6 +35,7 @@ from models.clip import CLIP
 from models.errors import InputError
 from models.locks import lock
 from models.progress_bar import progress_bar
+from utils.machine.precision import Precision
 from utils.runs.arguments import run_folder
 from utils.runs.files import TEMPORARY, replaced_whole, writing
 
@@ -54,22 +55,21 @@ class Kept(NamedTuple):
 
 
 class Store:
-    """The kept features of one collection of images or captions, in the precision of the `autocast`
-    that the store is opened in.
+    """The kept features of one collection of images or captions.
 
-    model    what encodes them
-    weights  the file or folder that the model was loaded from: the store lies beside it
-    source   the collection's name: each has a store of its own
+    model      what encodes them
+    weights    the file or folder that the model was loaded from: the store lies beside it
+    source     the collection's name: each has a store of its own
+    precision  in which they are encoded
     """
 
-    def __init__(self, kind: Kind, model: CLIP, weights: Path, source: str):
+    def __init__(self, kind: Kind, model: CLIP, weights: Path, source: str, precision: Precision):
         self.kind = kind
         self.d = model.embed_dim
         self.made_with = _made_with(model, kind)
         names, places = [f"{kind}-{_digest(weights.name, source)[:16]}"], _places(weights)
-        if torch.is_autocast_enabled(model.device.type):
-            dtype = torch.get_autocast_dtype(model.device.type)
-            names.append(f"{names[0]}-{dtype}".replace("torch.", ""))
+        if precision.use_amp:
+            names.append(f"{names[0]}-{precision.dtype}".replace("torch.", ""))
         self.read_from = [folder / name for name in names for folder in places]
         self.folders = [folder / names[-1] for folder in places]
 
