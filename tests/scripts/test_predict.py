@@ -311,51 +311,44 @@ def test_any_picture_and_caption_can_be_drawn(tmp_path, size):
 # Mixed precision
 
 
-@pytest.fixture(scope="module")
-def in_bfloat16(work):
-    """A function of an image and texts: the model's cosines `[texts]` in float64, of features that
-    were computed in bfloat16, and the factor on them. Those of float32 are clearly different."""
+@pytest.fixture
+def in_bfloat16(work, photo):
+    """(texts, cosine of each with `photo`, its probability) of features that are computed in
+    bfloat16, and then in float64. With those of float32 the probabilities are others."""
     model, preprocess = load(work / "logs" / "a run" / "weights" / "best_epoch_weights.pth", "cpu")
-
-    def cosines(file: Path, texts: list[str]) -> tuple[np.ndarray, float]:
-        pixels, tokens = preprocess(open_image(file))[None], tokenize(texts)
-        found = {}
-        for is_mixed in (False, True):
-            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
-                image, *rows = (*model.encode_image(pixels), *model.encode_text(tokens))
-            image, rows = image.double().numpy(), torch.stack(rows).double().numpy()
-            norms = np.linalg.norm(rows, axis=1) * np.linalg.norm(image)
-            found[is_mixed] = rows @ image / norms
-        assert 1e-4 < np.abs(found[True] - found[False]).max() < 0.03
-        return found[True], model.logit_scale.exp().item()
-
-    return cosines
+    texts, pixels = ["a dog", "a red circle"], preprocess(open_image(photo))[None]
+    found = []
+    for is_mixed in (False, True):
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
+            image, of_texts = model.encode_image(pixels), model.encode_text(tokenize(texts))
+        similarity = torch.cosine_similarity(image.double(), of_texts.double())
+        found.append((similarity, (model.logit_scale.exp() * similarity).softmax(dim=0)))
+    (_, other), (similarity, probability) = found
+    assert (other - probability).abs().max() > 3e-4
+    return texts, similarity.tolist(), probability.tolist()
 
 
-def test_zero_shot_in_mixed_precision_is_the_softmax_of_bfloat16_features(work, photo, in_bfloat16):
-    """Features are rounded to 8 bits, but their similarities and the probabilities are not."""
-    weights, labels = work / "logs/a run/weights/best_epoch_weights.pth", ["a dog", "a red circle"]
-    done = run_script("predict_zero_shot.py", photo, "--weights", weights, "--labels", *labels,
+def test_zero_shot_in_mixed_precision_rounds_features_alone(work, photo, in_bfloat16):
+    """Not their similarities and the probabilities, which 8 bits would round to 0.4%."""
+    weights, (texts, _, expected) = work / "logs/a run/weights/best_epoch_weights.pth", in_bfloat16
+    done = run_script("predict_zero_shot.py", photo, "--weights", weights, "--labels", *texts,
                       "--use_amp", cwd=work)  # fmt: skip
-    similarity, scale = in_bfloat16(photo, labels)
-    expected = np.exp(scale * similarity) / np.exp(scale * similarity).sum()
     printed = ast.literal_eval(done.stdout.splitlines()[2].removeprefix("image 0: "))
-    assert dict(printed) == pytest.approx(dict(zip(labels, expected, strict=True)), rel=1e-4)
+    assert dict(printed) == pytest.approx(dict(zip(texts, expected, strict=True)), rel=1e-4)
 
 
-def test_predict_and_search_in_mixed_precision(work, photo, in_bfloat16, tmp_path):
-    texts = ["a dog", "a red circle"]
-    expected, _ = in_bfloat16(photo, texts)
+def test_captions_and_a_search_in_mixed_precision(work, photo, in_bfloat16, tmp_path):
+    texts, similarity, probability = in_bfloat16
+    done = run_script("predict.py", photo, "--text", *texts, "--use_amp", cwd=work)
+    printed = re.findall(r"\. +(\S+)%  similarity (\S+)  (.*)", done.stdout)
+    assert {text: float(percent) for percent, _, text in printed} == pytest.approx(
+        {text: 100 * p for text, p in zip(texts, probability, strict=True)}, abs=6e-3
+    )
     (tmp_path / "one").mkdir()
-    image = shutil.copy(photo, tmp_path / "one")
-    for place, found in ((photo, "a dog"), (tmp_path / "one", image)):
-        done = run_script("predict.py", place, "--text", *texts, "--use_amp", cwd=work)
-        printed = re.findall(r"similarity (-?\d\.\d{3})  (.*)$", done.stdout, re.MULTILINE)
-        values = [float(value) for value, _ in printed]
-        assert values == pytest.approx(
-            sorted(expected, reverse=True) if place == photo else expected, abs=5.1e-4
-        )
-        assert str(found) in dict(map(reversed, printed))
+    shutil.copy(photo, tmp_path / "one")
+    done = run_script("predict.py", tmp_path / "one", "--text", *texts, "--use_amp", cwd=work)
+    assert re.search("features of 1 images are kept in .*-bfloat16\n", done.stdout)
+    assert [found for _, found, _ in lines_of(done)] == pytest.approx(similarity, abs=6e-4)
 
 
 @pytest.mark.slow
