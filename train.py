@@ -67,8 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=integer(2), default=64,
         help="images a step, on all GPUs together; more are more negatives (default: %(default)s)")
     add("--lr", type=positive,
-        help="peak learning rate, that of the last layers (default: 0.115 / width of the model, "
-        "1.5e-4 for ViT-B/32; with --lora 1e-2; from scratch 5e-4)")
+        help="peak learning rate (default: 0.115 / the model's width, 1.5e-4 for ViT-B/32; with "
+        "--lora 1e-2; from scratch 5e-4)")
     add("--warmup_epochs", type=number(),
         help="epochs in which the rate rises to its peak, before it falls along a cosine "
         "(default: 1, or a tenth of --epochs if that is less)")
@@ -82,8 +82,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="stop after so many epochs without a better mean recall")
 
     add = parser.add_argument_group("keeping what the weights could do").add_argument
-    add("--layer_decay", type=fraction, metavar="FACTOR",
-        help="each layer learns at FACTOR times the rate of the one after it (default: 1)")
+    add("--layer_decay", type=fraction, default=1.0, metavar="FACTOR",
+        help="each layer learns at FACTOR times the rate of the next one (default: %(default)g)")
     add("--lock_image", type=integer(0), nargs="?", const=0, metavar="N",
         help="keep the image tower as it is, but for its last N blocks (default: none of them)")
     add("--lock_text", type=integer(0), nargs="?", const=0, metavar="N",
@@ -92,21 +92,19 @@ def build_parser() -> argparse.ArgumentParser:
         help="a quarter of the memory for weights and optimizer: of all that is not locked, only "
         "changes of this rank, such as 8, of the transformers' matrices learn, and the logit scale")
     add("--keep", type=number(), metavar="WEIGHT",
-        help="forget less: adds WEIGHT times the mean squared distance of features to those of the "
-        "starting weights, on images in random colours and captions in random words, to the loss; "
-        "2 gains more, 12 keeps more, 0 takes less time (default: 6; from scratch 0)")
+        help="WEIGHT in the loss of the distance of features to those of the start, on images in "
+        "random colours and captions of random words: 12 forgets less, 0 is faster (default: 6)")
     add("--ema", type=number(below=1), metavar="DECAY",
         help="score and save an exponential moving average of the weights, such as 0.999")
     add("--wise_ft", type=fraction, nargs="+", metavar="ALPHA",
         help="score mixtures of the start (0) and the best epoch (1) at each ALPHA, and save the "
-        "best; with 0 it is never worse than the start (default: 0 0.25 0.5 0.75 1)")
+        "best (default: 0 0.25 0.5 0.75 1, which is never worse than the start)")
     add("--retention", type=path, nargs="+", metavar="DATA",
-        help="measure before training and after each epoch what is left on DATA: a folder of class "
-        "folders or a set of torchvision (zero-shot top-1), or a folder like --dataset_path (mean "
-        "recall on validation)")
+        help="measure as training goes on what is left on DATA: a folder of class folders or a set "
+        "of torchvision (zero-shot top-1), or a folder like --dataset_path (mean recall)")
     add("--retention_loss", type=number(), default=2.0, metavar="POINTS",
-        help="with --retention, --wise_ft takes the best mixture of those that lose at most so "
-        "many points of percent there, on average (default: %(default)g)")
+        help="with --retention, --wise_ft takes the best mixture that loses at most so many points "
+        "there (default: %(default)g)")
 
     add = parser.add_argument_group("memory, speed, interruptions").add_argument
     add("--use_amp", action="store_true",
@@ -258,8 +256,7 @@ def get_loader(args: argparse.Namespace, sets: dict, model, device, processes):
     return TrainLoader(
         sets["train"], args.batch_size, device, args.seed, num_workers, augment=not args.no_augment,
         captions_per_image=args.captions_per_image, strict=args.strict, processes=processes,
-        alter=bool(args.keep),
-    )  # fmt: skip
+        alter=bool(args.keep))  # fmt: skip
 
 
 def open_run(args: argparse.Namespace, resumed: dict | None, model, loader, val_set):

@@ -30,8 +30,8 @@ DEMO = {
     "batch_size": 50,
 }
 CHINESE_DEMO = {"model": "cn-demo", "epochs": 30}
-FROM_SCRATCH = {"lr": 5e-4, "layer_decay": 1.0}
-FINE_TUNING = {"layer_decay": 1.0, "keep": 6.0, "wise_ft": [0.0, 0.25, 0.5, 0.75, 1.0]}
+FROM_SCRATCH = {"lr": 5e-4}
+FINE_TUNING = {"keep": 6.0, "wise_ft": [0.0, 0.25, 0.5, 0.75, 1.0]}
 # Of fine-tuning, times the width of the wider tower: Adam's best rate falls as the width grows
 # (Yang et al. 2021, "Tensor Programs V", table 3; measured in tests/benchmarks/learning_rate.py).
 RATE_TIMES_WIDTH = 0.115

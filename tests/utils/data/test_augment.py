@@ -1,4 +1,4 @@
-"""Random crops against Pillow's resizing of the same boxes; other colours."""
+"""Random crops against Pillow's resizing of the same boxes; other colours, other words."""
 
 import numpy as np
 import pytest
@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from models.tokens import chinese_tokenizer, clip_tokenizer, token_rows
 from utils.data.augment import (
     GAIN,
     MIN_AREA,
@@ -16,6 +17,7 @@ from utils.data.augment import (
     draw_recolourings,
     hue_turns,
     recolour,
+    reword,
     sample_without_border,
 )
 
@@ -129,3 +131,35 @@ def test_recolour_mixes_channels():
     colours = draw_recolourings(3, np.random.default_rng(1))
     mixed = torch.einsum("ncd,ndhw->nchw", colours[..., :3], images) + colours[..., 3:, None]
     torch.testing.assert_close(recolour(images, colours), mixed)
+
+
+@settings(deadline=None, max_examples=30)
+@given(texts=st.lists(st.text(max_size=30), min_size=1, max_size=4), seed=st.integers(0, 2**32))
+@pytest.mark.parametrize("tokenizer", [clip_tokenizer(), chinese_tokenizer()])
+def test_other_words_stand_between_the_first_and_the_last_token(tokenizer, texts, seed):
+    tokens = token_rows(tokenizer, texts, 12, truncate=True)
+    draws = torch.from_numpy(np.random.default_rng(seed).random((len(texts), 25)))
+    draws[0, 0] = 0  # of the first text nothing is changed, of the last all
+    draws[-1, 0] = 1 if len(texts) > 1 else 0
+    found = reword(tokens, draws, tokenizer.words)
+    assert found.dtype == tokens.dtype
+    for row, old, (share, *_) in zip(found.tolist(), tokens.tolist(), draws.tolist(), strict=True):
+        end = old.index(tokenizer.end_of_text)
+        assert row[0] == old[0] and row[end:] == old[end:]
+        changed = [new for new, before in zip(row[1:end], old[1:end], strict=True) if new != before]
+        assert all(new in tokenizer.words for new in changed)
+        assert share > 0 or not changed
+    if len(texts) > 1:
+        end = old.index(tokenizer.end_of_text)
+        expected = tokenizer.words.start + (draws[-1, 14 : 13 + end] * len(tokenizer.words)).floor()
+        assert row[1:end] == expected.tolist()
+
+
+@pytest.mark.parametrize("tokenizer", [clip_tokenizer(), chinese_tokenizer()])
+def test_words_are_all_tokens_but_the_special_ones(tokenizer):
+    special = {tokenizer.start_of_text, tokenizer.end_of_text}
+    assert not special & set(tokenizer.words)
+    of_text = {i for text in ("一只狗, a dog!", "~龟 [SEP]") for i in tokenizer.encode(text)}
+    assert of_text <= set(tokenizer.words)
+    known = [tokenizer.decoder[i] for i in tokenizer.words]
+    assert not [token for token in known if token.startswith(("[unused", "[CLS", "<|"))]
