@@ -14,18 +14,15 @@ validation images, one setting for both worlds; the scores are those of test ima
 say in it. All runs are kept in `--output`, and what is there is not computed again.
 """
 
-import os
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
-import torch
 from measure import print_table
 from open_clip_training import train_open_clip
-from runs import build_parser, once, over_seeds, score, train
+from runs import add_jobs, build_parser, jobs, once, over_seeds, score, train
 from worlds import render_world
 
 from models import load
@@ -33,7 +30,7 @@ from models.clip import CLIP
 from models.errors import run_script
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.metric import mean_recall
-from utils.runs.arguments import integer, path
+from utils.runs.arguments import path
 from utils.runs.checkpoint import write_json
 from utils.runs.files import save_figure
 from utils.training.wise_ft import interpolate
@@ -75,18 +72,12 @@ class Point(NamedTuple):
 
 def main() -> None:
     parser = build_parser(__doc__, output="logs/fine_tuning")
-    add = parser.add_argument
-    # fmt: off
-    add("--jobs", type=integer(1), default=2,
-        help="runs at the same time, each on one core (default: %(default)s)")
-    add("--plot", type=path, default=Path(__file__).with_suffix(".png"), metavar="FILE",
-        help="(default: %(default)s)")
-    # fmt: on
+    add_jobs(parser)
+    parser.add_argument("--plot", type=path, default=Path(__file__).with_suffix(".png"),
+                        metavar="FILE", help="(default: %(default)s)")  # fmt: skip
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the runs
 
-    with ThreadPoolExecutor(args.jobs) as pool:
+    with jobs(args.jobs) as pool:
         list(pool.map(lambda seed: pretrain(args.output, seed), args.seeds))
         wanted = list(product(all_settings(), args.seeds, WORLDS))
         scores = list(pool.map(lambda each: fine_tune(args.output, *each), wanted))
