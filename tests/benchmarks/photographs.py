@@ -1,35 +1,51 @@
-"""Does fine-tuning make it better? Two recipes on the same pretrained model, over several seeds.
+"""What does fine-tuning gain on photographs? Recipes on the same pretrained model, over seeds.
 
     python tests/benchmarks/photographs.py --dataset_path flickr8k
 
 In miniature, since it needs no published weights: five sixths of the training images pretrain
-ViT-demo with `train.py`, once a seed; the others then fine-tune it, by
+ViT-demo with `train.py`, once a seed; the others then fine-tune it, ten times each, by
 
-ours        `train.py` with its defaults (or with `--ours`)
+ours        `train.py` with its defaults
+alone       the same without `--keep`, at the rate and layer decay that it had before
 followed    the recipe of the project that this one follows: images letterboxed on grey, divided by
             255 and not normalised; Adam at 2e-5, constant for half of the run, then along a cosine
             to 1% of it; batches of 8 images, each with one of its captions; best by validation loss
 normalised  the same on images as the model was pretrained with, to tell the two causes apart
 
 Where the data holds square images (Flickr8k stored at 224x224), letterboxing changes nothing.
-Reported are the scores on the validation images, epoch by epoch, and retention: those on
-1,000 of the images that the model was pretrained on. Epochs and settings are chosen on the
-validation images. All runs are kept in `--output`; what is there is not trained again.
+Reported are the scores on Flickr8k's validation images, which choose nothing here: epochs are
+chosen on some of the training images, which nobody trains on. Retention is the same score on some
+of the images that the model was pretrained on. All runs are kept in `--output`; what is there is
+not trained again.
 """
 
+import copy
 import math
 import random
 import shutil
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from statistics import mean
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fine_tuning import ALONE
 from measure import print_table
 from PIL import Image, ImageOps
-from runs import RECALL_NAMES, add_data, build_parser, once, over_seeds, recalls, score, train
+from runs import (
+    RECALL_NAMES,
+    add_data,
+    add_jobs,
+    build_parser,
+    jobs,
+    once,
+    over_seeds,
+    recalls,
+    score,
+    train,
+)
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -41,46 +57,41 @@ from models.weights.registry import CONFIGS
 from utils.data.annotations import annotations_json, read_annotations
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.metric import mean_recall
-from utils.runs.arguments import path
+from utils.retrieval.tables import Metrics
 from utils.runs.checkpoint import write_json
-from utils.runs.files import save_figure
 
 PRETRAINING = [
     "--resume_training", "none", "--model", "ViT-demo",
     "--epochs", 30, "--batch_size", 128, "--lr", 5e-4, "--freq", 100,
 ]  # fmt: skip
 SHARE = 6  # of so many training images, the last one is kept for fine-tuning
+CHOOSING = 10  # of so many others, the first one is kept for choosing epochs
 RETAINED = 5  # of so many pretraining images, the first one measures retention
 EPOCHS = 10
 FOLLOWED = {"batch_size": 8, "lr": 2e-5}
 GREY = (128, 128, 128)
-COLOURS = {"ours": "C0", "followed": "C3", "normalised": "C1"}
-Epochs = list[dict]  # of a run: scores before training, then after each epoch
+OURS = {"ours": "", "alone": f"{ALONE} --lr 1e-4"}  # arguments of train.py
+THEIRS = ("followed", "normalised")
+Scores = dict[str, Metrics]  # by set
 
 
 def main() -> None:
     parser = build_parser(__doc__, output="logs/photographs")
     add_data(parser)
-    add = parser.add_argument
-    # fmt: off
-    add("--ours", default="", metavar="ARGUMENTS",
-        help="of train.py in place of its defaults, in quotes: --ours='--lr 1e-4'")
-    add("--plot", type=path, default=Path(__file__).with_suffix(".png"), metavar="FILE",
-        help="(default: %(default)s)")
-    # fmt: on
+    add_jobs(parser)
     args = parser.parse_args()
 
     make_splits(args.dataset_path, args.output)
-    runs: dict[str, list[Epochs]] = {name: [] for name in COLOURS}
-    for seed in args.seeds:
-        pretrained = pretrain(args.output, seed)
-        runs["ours"].append(fine_tune_ours(args.output, pretrained, seed, args.ours))
-        for name in ("followed", "normalised"):
-            runs[name].append(fine_tune_followed(args.output, pretrained, seed, name))
-    write_json(args.output / "photographs.json", runs)
-    print_results(runs)
-    plot(runs, args.plot)
-    print(f"epoch by epoch: {args.output / 'photographs.json'}, plot: {args.plot}")
+    with jobs(args.jobs) as pool:
+        list(pool.map(lambda seed: pretrain(args.output, seed), args.seeds))
+        wanted = list(product(["before", "before, as followed", *OURS, *THEIRS], args.seeds))
+        found = pool.map(lambda each: scores_of(args.output, *each), wanted)
+        scores = dict(zip(wanted, found, strict=True))
+    names = dict.fromkeys(name for name, _ in wanted)
+    results = {name: [scores[name, seed] for seed in args.seeds] for name in names}
+    write_json(args.output / "photographs.json", results)
+    print_results(results)
+    print(f"every seed: {args.output / 'photographs.json'}")
 
 
 # Data
@@ -94,15 +105,17 @@ def split(entries: list) -> tuple[list, list]:
 
 def make_splits(dataset_path: Path, output: Path) -> None:
     """Data sets `pretrain` and `finetune` in `output`, which share the images and the validation
-    captions; what `retention` validates on is part of what `pretrain` trains on."""
+    and test captions; what `retention` validates on is part of what `pretrain` trains on."""
     entries = read_annotations(dataset_path / "en_train.json")
-    validation = read_annotations(dataset_path / "en_val.json")
-    pretraining, fine_tuning = split(entries)
+    test = (dataset_path / "en_val.json").read_bytes()
+    others, fine_tuning = split(entries)
+    choosing = others[::CHOOSING]
+    pretraining = [entry for i, entry in enumerate(others) if i % CHOOSING]
     if not fine_tuning:
         raise InputError(f"{dataset_path}: {len(entries)} training images are too few to split")
     sets = {
-        "pretrain": (pretraining, validation),
-        "finetune": (fine_tuning, validation),
+        "pretrain": (pretraining, choosing),
+        "finetune": (fine_tuning, choosing),
         "retention": (fine_tuning, pretraining[::RETAINED]),
     }
     for name, (train_entries, val_entries) in sets.items():
@@ -111,6 +124,7 @@ def make_splits(dataset_path: Path, output: Path) -> None:
         share_images(dataset_path / "images", folder / "images")
         (folder / "en_train.json").write_bytes(annotations_json(train_entries))
         (folder / "en_val.json").write_bytes(annotations_json(val_entries))
+        (folder / "en_test.json").write_bytes(test)
 
 
 def share_images(source: Path, target: Path) -> None:
@@ -142,51 +156,49 @@ def pretrain(output: Path, seed: int) -> Path:
     return run / "weights" / "last_epoch_weights.pth"
 
 
-def fine_tune_ours(output: Path, pretrained: Path, seed: int, extra: str) -> Epochs:
-    """Fine-tune with train.py, keeping the weights of every epoch, and score each of them."""
-    name = " ".join(["ours", *extra.split()])
-    log_dir = output / name / str(seed)
+def scores_of(output: Path, name: str, seed: int) -> Scores:
+    """Scores of the best epoch of the recipe `name`, or before fine-tuning."""
+    pretrained = pretrain(output, seed)
 
-    def epochs() -> Epochs:
-        run = train(
-            log_dir,
-            *("--resume_training", pretrained, "--dataset_path", output / "finetune"),
-            *("--cache", output / "cache", "--freq", 1, "--seed", seed, *extra.split()),
-        )
-        weights = [pretrained, *sorted((run / "weights").glob("ep*.pth"))]
-        sets = evaluation_sets(output)
-        scored = [
-            score_on(sets, load(file, "cpu")[0]) for file in tqdm(weights, desc="scoring epochs")
-        ]
-        best = max(range(1, len(scored)), key=lambda i: mean_recall(scored[i]["validation"]))
-        scored[best]["best"] = True
-        return scored
+    def compute() -> Scores:
+        if name in OURS:
+            run = train(
+                output / name / str(seed),
+                *("--resume_training", pretrained, "--dataset_path", output / "finetune"),
+                *("--cache", output / "cache", "--device", "cpu", "--seed", seed),
+                *OURS[name].split(),
+            )
+            model, _ = load(run / "weights" / "best_epoch_weights.pth", "cpu")
+        else:
+            model, _ = load(pretrained, "cpu")
+        transform = letterboxed(model.visual.input_resolution) if "followed" in name else None
+        if name in THEIRS:
+            fine_tune_followed(model, output, seed, transform)
+        return {
+            kind: score(model, data) for kind, data in evaluation_sets(output, transform).items()
+        }
 
-    return once(log_dir / "epochs.json", epochs)
+    return once(output / f"{name} {seed}.json", compute)
 
 
-def fine_tune_followed(output: Path, pretrained: Path, seed: int, name: str) -> Epochs:
-    """Fine-tune by the recipe of the project that this one follows, scored as it preprocesses; or
-    by the same recipe on normalised images."""
-
-    def epochs() -> Epochs:
-        torch.manual_seed(seed)
-        random.seed(seed)
-        model, preprocess = load(pretrained, "cpu")
-        side = model.visual.input_resolution
-        transform = letterboxed(side) if name == "followed" else preprocess
-        data = Flickr8kDataset(output / "finetune", side, transform=transform)
-        sets = evaluation_sets(output, transform)
-        scored = [score_on(sets, model)]
-        optimizer = torch.optim.Adam(model.parameters(), lr=FOLLOWED["lr"], fused=True)
-        for epoch in tqdm(range(EPOCHS), desc=f"{name}, seed {seed}"):
-            train_as_followed(model, data, optimizer, epoch)
-            loss = validation_loss(model, sets["validation"])
-            scored.append(score_on(sets, model) | {"val_loss": loss})
-        min(scored[1:], key=lambda epoch: epoch["val_loss"])["best"] = True
-        return scored
-
-    return once(output / name / f"{seed}.json", epochs)
+def fine_tune_followed(
+    model: CLIP, output: Path, seed: int, transform: Callable[[Image.Image], Tensor] | None
+) -> None:
+    """Train by the recipe of the project that this one follows; `model` has the weights of the
+    epoch with the lowest validation loss afterwards."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    transform = transform or model.preprocess
+    data = Flickr8kDataset(output / "finetune", model.visual.input_resolution, transform=transform)
+    validation = evaluation_sets(output, transform)["validation"]
+    optimizer = torch.optim.Adam(model.parameters(), lr=FOLLOWED["lr"], fused=True)
+    lowest, best = math.inf, {}
+    for epoch in tqdm(range(EPOCHS), desc=f"seed {seed}"):
+        train_as_followed(model, data, optimizer, epoch)
+        loss = validation_loss(model, validation)
+        if loss < lowest:
+            lowest, best = loss, copy.deepcopy(model.state_dict())
+    model.load_state_dict(best)
 
 
 def train_as_followed(
@@ -240,11 +252,14 @@ def pair_loss(model: CLIP, images: Tensor, tokens: Tensor) -> Tensor:
 
 
 def evaluation_sets(output: Path, transform: Callable | None = None) -> dict[str, Flickr8kDataset]:
-    """Validation images, and images of the pretraining; `transform` in place of CLIP's own."""
+    """Validation and test images, and some of the pretraining; `transform` in place of CLIP's."""
+    folders = {"validation": "finetune", "test": "finetune", "retention": "retention"}
     side = CONFIGS["ViT-demo"].image_resolution
     sets = {
-        "validation": Flickr8kDataset(output / "finetune", side, "en", False, transform),
-        "retention": Flickr8kDataset(output / "retention", side, "en", False, transform),
+        kind: Flickr8kDataset(
+            output / folder, side, transform=transform, split="test" if kind == "test" else "val"
+        )
+        for kind, folder in folders.items()
     }
     if transform is None:
         for data in sets.values():
@@ -252,54 +267,17 @@ def evaluation_sets(output: Path, transform: Callable | None = None) -> dict[str
     return sets
 
 
-def score_on(sets: dict[str, Flickr8kDataset], model: CLIP) -> dict:
-    return {name: score(model, data) for name, data in sets.items()}
-
-
-def print_results(runs: dict[str, list[Epochs]]) -> None:
-    """A row for what is reached before, at the best and at the last epoch."""
-    befores = [epochs[0] for epochs in runs["ours"]]
-    before = [mean_recall(scores["validation"]) for scores in befores]
-
-    def row(title: str, picked: list[dict]) -> list[str]:
-        columns = zip(*(recalls(scores["validation"]) for scores in picked), strict=True)
-        means = [mean_recall(scores["validation"]) for scores in picked]
+def print_results(results: dict[str, list[Scores]]) -> None:
+    before = [mean_recall(scores["test"]) for scores in results["before"]]
+    rows = []
+    for name, seeds in results.items():
+        columns = zip(*(recalls(scores["test"]) for scores in seeds), strict=True)
+        means = [mean_recall(scores["test"]) for scores in seeds]
         gains = [mean - base for mean, base in zip(means, before, strict=True)]
-        retained = [mean_recall(scores["retention"]) for scores in picked]
-        return [title, *map(over_seeds, columns), over_seeds(gains), over_seeds(retained)]
-
-    rows = [
-        row("before fine-tuning", befores),
-        row("before, images as in followed", [epochs[0] for epochs in runs["followed"]]),
-    ]
-    for name, seeds in runs.items():
-        best = [next(scores for scores in epochs if scores.get("best")) for epochs in seeds]
-        rows.append(row(f"{name}, best epoch", best))
-        rows.append(row(f"{name}, last epoch", [epochs[-1] for epochs in seeds]))
-    print(f"\npercent, mean ± standard deviation over {len(before)} seeds\n")
+        retained = [mean_recall(scores["retention"]) for scores in seeds]
+        rows.append([name, *map(over_seeds, columns), over_seeds(gains), over_seeds(retained)])
+    print(f"\ntest images, percent, mean ± standard deviation over {len(before)} seeds\n")
     print_table(["", *RECALL_NAMES, "gain", "retention"], rows)
-
-
-def plot(runs: dict[str, list[Epochs]], file: Path) -> None:
-    """Mean recall epoch by epoch, a thin line a seed and a thick one for their mean: on the
-    validation images, and on images of the pretraining."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    titles = {"validation": "Validation images", "retention": "Images of the pretraining"}
-    for panel, (data, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
-        for name, seeds in runs.items():
-            lines = [[mean_recall(scores[data]) for scores in epochs] for epochs in seeds]
-            for line in lines:
-                panel.plot(line, color=COLOURS[name], alpha=0.35, linewidth=0.8)
-            panel.plot(np.mean(lines, axis=0), "o-", color=COLOURS[name], label=name, markersize=4)
-        before = mean(mean_recall(epochs[0][data]) for epochs in runs["ours"])
-        panel.axhline(before, color="grey", linestyle="--", label="before fine-tuning")
-        panel.set(title=title, xlabel="epoch", ylabel="mean recall, percent")
-        panel.set_ylim(bottom=0)
-        panel.grid(alpha=0.3)
-        panel.legend()
-    save_figure(figure, file)
 
 
 if __name__ == "__main__":
