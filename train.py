@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="images a step, on all GPUs together; more are more negatives (default: %(default)s)")
     add("--lr", type=positive,
         help="peak learning rate (default: 0.115 / the model's width, 1.5e-4 for ViT-B/32; with "
-        "--lora 1e-2; from scratch 5e-4)")
+        "--lora 3e-3; from scratch 5e-4)")
     add("--warmup_epochs", type=number(),
         help="epochs in which the rate rises to its peak, before it falls along a cosine "
         "(default: 1, or a tenth of --epochs if that is less)")

@@ -35,7 +35,7 @@ FINE_TUNING = {"keep": 6.0, "wise_ft": [0.0, 0.25, 0.5, 0.75, 1.0]}
 # Of fine-tuning, times the width of the wider tower: Adam's best rate falls as the width grows
 # (Yang et al. 2021, "Tensor Programs V", table 3; measured in tests/benchmarks/learning_rate.py).
 RATE_TIMES_WIDTH = 0.115
-LORA_RATE = 1e-2
+LORA_RATE = 3e-3
 # What a run was started with stays in its records, however it goes on.
 OF_THE_START = ("demo", "model", "resume_training")
 # What the saved moments and the weights at the start belong to.
