@@ -326,11 +326,10 @@ def finish(args: argparse.Namespace, folder: Path, loader, sets: dict, state, re
     model, _ = load(chosen, state.precision.device)
     score = partial(scoring(loader, state.precision), model)
     score_best(model, folder, loader, sets["val"], state.precision)
+    compare_with_start(state)
     if args.wise_ft:
         compare = partial(retention.compare, model, state.start)
         chosen = mix_with_start(model, args, partial(score, sets["val"]), compare, folder) or chosen
-    else:
-        compare_with_start(state)
     if "test" in sets:
         score_test(partial(score, sets["test"], k_values=range(1, 11)), chosen, folder)
     print(what_to_try(sets["val"].image[0], chosen, sets["val"].text, model))
