@@ -246,13 +246,12 @@ def get_loader(args: argparse.Namespace, sets: dict, model, device, processes):
         dataset.prepare_for(model)
     at_once = min(args.batch_size, args.grad_cache or args.batch_size)
     check_images_fit(at_once // processes.size, model.visual.input_resolution, device)
-    if processes.is_first:
-        images = {split: dataset.image for split, dataset in sets.items()}
-        check_splits(images, num_workers, train_too=args.check_data)
     if args.cache is not None:
         with processes.first_ahead():  # which decodes
-            for split in ("train", "val"):
-                sets[split].cache(args.cache or None, device, num_workers)
+            for dataset in sets.values():
+                dataset.cache(args.cache or None, device, num_workers)
+    if processes.is_first:
+        check_splits(sets, num_workers, train_too=args.check_data)
     return TrainLoader(
         sets["train"], args.batch_size, device, args.seed, num_workers, augment=not args.no_augment,
         captions_per_image=args.captions_per_image, strict=args.strict, processes=processes,
