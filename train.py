@@ -284,7 +284,7 @@ def open_run(args: argparse.Namespace, resumed: dict | None, model, loader, val_
         log = Log(run.folder / f"console_{started}.log")
         sys.stdout = Console(log, colours=is_terminal(sys.stdout))
         show_config(args=args, color="bold")
-        run.loss_history = Losses(run.folder, model, resumed["rows"] if resumed else [])
+        run.loss_history = Losses(run.folder, resumed["rows"] if resumed else [])
         if args.wise_ft or args.keep:
             run.keep_start(model, is_new=not resumed)
     return run

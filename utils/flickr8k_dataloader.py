@@ -75,6 +75,7 @@ class Flickr8kDataset(Dataset):
         self.plain_protocol = plain_protocol
         self.cached: Tensor | None = None
         self.unreadable: dict[int, str] = {}  # what is wrong with images, found by `cache`
+        self.names: list[str] = []  # of the images: their paths below the root, with slashes
         self.image: list[str] = []
         self.text: list[str] = []
         self.own_captions: dict[int, list[int]] = {}
@@ -83,6 +84,7 @@ class Flickr8kDataset(Dataset):
             for image, captions in read_annotations(caption_file(root, name, self.split)):
                 captions_of.setdefault(image, []).extend(captions)
         for i, (image, captions) in enumerate(captions_of.items()):
+            self.names.append(image)
             self.image.append(str(root / image))
             self.own_captions[i] = list(range(len(self.text), len(self.text) + len(captions)))
             self.text += captions
@@ -169,9 +171,8 @@ class Flickr8kDataset(Dataset):
     def fingerprint(self) -> str:
         """A digest of the images' names, the captions and their order. It stays the same when the
         folder is moved."""
-        images = [Path(image).relative_to(self.root).as_posix() for image in self.image]
         owners = [i for i, captions in self.own_captions.items() for _ in captions]
-        listed = json.dumps([images, owners, self.text])
+        listed = json.dumps([self.names, owners, self.text])
         return hashlib.sha256(listed.encode()).hexdigest()
 
     def count_cut_captions(self) -> int:

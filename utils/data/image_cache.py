@@ -12,6 +12,7 @@ import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -129,8 +130,10 @@ def _fingerprint(root: Path, images: list[str], preprocess: Preprocess) -> bytes
     digest = hashlib.sha256(f"{FORMAT} {PIL.__version__} {how}\n".encode())
     for image in images:
         path = Path(image)
-        status = path.stat() if path.exists() else None
-        version = f"{status.st_size} {status.st_mtime_ns}" if status else "missing"
+        version = "missing"
+        with suppress(OSError, ValueError):
+            status = path.stat()
+            version = f"{status.st_size} {status.st_mtime_ns}"
         digest.update(f"{version} {path.relative_to(root).as_posix()}\n".encode())
     return digest.digest()
 
