@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from models.errors import run_script
-from models.host import Console, is_terminal, script_settings
+from models.host import Console, garbage_unsearched, is_terminal, script_settings
 from models.scripts import add_activation, from_here
 from models.weights.registry import MAX_RESOLUTION
 from utils.runs.arguments import fraction, integer, number, path, positive, starting_point, workers
@@ -197,6 +197,7 @@ def main() -> None:
         finish(args, run.folder, loader, sets, state, retention=retention)
 
 
+@garbage_unsearched()
 def prepare(args: argparse.Namespace, device, processes):
     """Check the arguments, render the demo's images, seed every random choice; the data by split,
     and that of --retention. Comes before the weights, which may take minutes to download."""
