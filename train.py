@@ -56,8 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--strict", action="store_true",
         help="stop at a training image that cannot be read; otherwise another takes its place")
     add("--cache", nargs="?", const="", metavar="FOLDER",
-        help="decode every image once into a file in FOLDER (default: .cache in the data set), "
-        "kept on the GPU where it fits")
+        help="decode images once, into FOLDER (default: .cache in the data); on the GPU if small")
     add("--num_workers", type=workers,
         help="processes that read images (default: 4 with a GPU, 0 without)")
 
@@ -67,8 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=integer(2), default=64,
         help="images a step, on all GPUs together; more are more negatives (default: %(default)s)")
     add("--lr", type=positive,
-        help="peak learning rate, that of the last layers (default: 1e-4; with --lora 1e-3; from "
-        "scratch 5e-4)")
+        help="peak rate, of the last layers (default: 1e-4; with --lora 1e-3; from scratch 5e-4)")
     add("--warmup_epochs", type=number(),
         help="epochs in which the rate rises to its peak, before it falls along a cosine "
         "(default: 1, or a tenth of --epochs if that is less)")
@@ -83,12 +81,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("keeping what the weights could do").add_argument
     add("--layer_decay", type=fraction, metavar="FACTOR",
-        help="each layer learns at FACTOR times the rate of the one after it (default: 0.7, from "
-        "scratch 1)")
+        help="each layer learns at FACTOR times the next one's rate (default: 0.7, from scratch 1)")
     add("--lock_image", type=integer(0), nargs="?", const=0, metavar="N",
         help="keep the image tower as it is, but for its last N blocks (default: none of them)")
     add("--lock_text", type=integer(0), nargs="?", const=0, metavar="N",
         help="keep the text tower as it is, but for its last N blocks (default: none of them)")
+    add("--cache_features", action="store_true",
+        help="compute features of a locked tower once, not in each step; for images, --no_augment")
     add("--lora", type=integer(1, 1024), metavar="RANK",
         help="a quarter of the memory for weights and optimizer: of all that is not locked, only "
         "changes of this rank, such as 8, of the transformers' matrices learn, and the logit scale")
@@ -137,6 +136,7 @@ def main() -> None:
     from utils.training.gradients import GradientExchange, accumulate_gradients
     from utils.training.keep import keep_features
     from utils.training.layer_groups import train_mode
+    from utils.training.locked_features import cache_features
     from utils.training.optimizer import learning_rate, set_learning_rate
     from utils.training.progress import Progress, announce, report_epoch, score_start, scoring
     from utils.training.settings import settle
@@ -154,8 +154,9 @@ def main() -> None:
         keep = keep_features(model, run, args.keep) if args.keep else None
         del resumed  # a second copy of the moments
         announce(state, loader, sets, args.epochs, run.folder)
+        known = cache_features(args, model, loader, sets["val"], state.precision)
         score = partial(scoring(loader, state.precision), state.scored, sets["val"],
-                        processes=processes)  # fmt: skip
+                        processes=processes, known=known)  # fmt: skip
         measure = partial(retention.measure, state.scored, processes)
         if state.is_at_start and args.resume_training != "none":
             score_start(state, score, measure)
@@ -269,8 +270,7 @@ def open_run(args: argparse.Namespace, resumed: dict | None, model, loader, val_
     from utils.training.settings import as_saved, check_same_data
 
     data = loader.dataset.fingerprint() + val_set.fingerprint()
-    if resumed:
-        check_same_data(args, data, resumed)
+    check_same_data(args, data, resumed)
     run = Run(loader.processes, as_saved(args, resumed), data)
     if not loader.processes.is_first:
         return run

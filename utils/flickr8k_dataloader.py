@@ -223,6 +223,9 @@ class Batch(NamedTuple):
     tokens  `[n * k, context_length]` on the CPU, image by image
     texts   `[n, m]` on the CPU, for `contrastive_loss`: `text_ids` of an image's captions, first
             of those k; or None, if no two texts are equal
+
+    Where a tower does not learn, its features, float32, can be in the place of its inputs:
+    `[n, d]` as `images`, or `[n * k, d]` as `tokens`.
     """
 
     images: Tensor
@@ -293,6 +296,7 @@ class TrainLoader:
         self.strict = strict
         self.processes = processes
         self.reported: set[int] = set()
+        self.features: dict[str, Tensor] = {}  # of towers that do not learn, see `cache_features`
 
     def __len__(self) -> int:
         return len(self.dataset) // self.batch_size
@@ -304,19 +308,21 @@ class TrainLoader:
         batches = order[: len(self) * self.batch_size].reshape(len(self), -1)[start:].tolist()
         captions = self._draw_captions(random)
         crops = draw_crops(len(self.dataset), random)
+        texts = self.features.get("text", self.dataset.tokens)
         for loaded in self._load(batches):
             self._report(loaded.problems)
             yield Batch(
                 upload(loaded.images, self.device),
                 upload(crops[loaded.rows], self.device) if self.augment else None,
-                self.dataset.tokens[captions[loaded.rows, : self.captions_per_image].flatten()],
+                texts[captions[loaded.rows, : self.captions_per_image].flatten()],
                 self.dataset.text_ids[captions[loaded.rows]],
             )
 
     def _load(self, batches: list[list[int]]) -> Iterator[Loaded]:
         share = self.processes.share(self.batch_size)
         own = slice(share.start, share.stop)
-        cached, unreadable = self.dataset.cached, self.dataset.unreadable
+        cached = self.features.get("image", self.dataset.cached)
+        unreadable = self.dataset.unreadable
         if cached is None:
             return read_batches(self.dataset, batches, self.num_workers, own, not self.strict)
         for problem in unreadable.values() if self.strict else ():

@@ -13,17 +13,22 @@ from utils.data.annotations import shared_images_warning
 
 def check_splits(sets: dict[str, Dataset], num_workers: int, train_too: bool = False) -> None:
     """Warn of training images that are in other splits as well, and read the images of the others;
-    with `train_too`, also those to train on. `sets` are data sets by split, each with paths
-    `image`. One whose pixels are `cached` has read its images, and `unreadable` tells what is wrong
-    with them. Raises `InputError` with a list of those that cannot be read."""
+    with `train_too`, also those to train on. `sets` are data sets by split. Raises `InputError`
+    with a list of those that cannot be read."""
     train = sets["train"]
     held_out = {split: dataset for split, dataset in sets.items() if split != "train"}
     for split, dataset in held_out.items():
         if warning := shared_images_warning(train.image, dataset.image, split):
             print(f"warning: {warning}")
     checked = [*([train] if train_too else []), *held_out.values()]
-    unread = chain.from_iterable(dataset.image for dataset in checked if dataset.cached is None)
-    problems = chain.from_iterable(dataset.unreadable.values() for dataset in checked)
+    refuse_unreadable(checked, num_workers)
+
+
+def refuse_unreadable(sets: list[Dataset], num_workers: int) -> None:
+    """Raise `InputError` with a list of the images of `sets` that cannot be read; each is decoded,
+    but where the set's pixels are `cached`, and its `unreadable` tells what is wrong."""
+    unread = chain.from_iterable(dataset.image for dataset in sets if dataset.cached is None)
+    problems = chain.from_iterable(dataset.unreadable.values() for dataset in sets)
     broken = dict.fromkeys(chain(problems, check_images(list(dict.fromkeys(unread)), num_workers)))
     if broken:
         raise InputError("\n  ".join([f"{len(broken)} images cannot be read:", *broken]))
