@@ -11,21 +11,19 @@ images and captions; the losses of the first step are checked to be the same. Me
 """
 
 import argparse
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
 import torch
-from measure import check, describe_cpu, extra_peak_megabytes, print_table
+from measure import check, describe_cpu, extra_peak_megabytes, in_a_process, print_table
 from peers import open_clip_model
 from torch import nn
 from training import VIT_MODELS, adamw, open_clip_loss
 
 from models import build_model
-from models.errors import InputError, run_script
+from models.errors import run_script
 from models.preprocess import normalize
 from models.weights.registry import CONFIGS
 from utils import Flickr8kDataset
-from utils.flickr8k_dataloader import Batch
+from utils.flickr8k_dataloader import Batch, TrainLoader
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE
 from utils.training.gradients import GradientExchange, accumulate_gradients
@@ -51,8 +49,7 @@ def main() -> None:
         for use_amp in (False, True):
             measured = {}
             for who in ("open_clip", "ours"):
-                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-                    measured[who] = process.submit(measure, who, args, batch_size, use_amp).result()
+                measured[who] = in_a_process(measure, who, args, batch_size, use_amp)
             (theirs, their_loss), (ours, our_loss) = measured.values()
             dtype = "bfloat16" if use_amp else "float32"
             difference = abs(our_loss / their_loss - 1)
@@ -83,12 +80,8 @@ def measure(
 
 
 def first_batch(data: str, side: int, n: int) -> Batch:
-    """The first n training images, each with its first caption."""
-    dataset = Flickr8kDataset(data, side)
-    if len(dataset) < n:
-        raise InputError(f"{data} has {len(dataset)} training images, too few for {n}")
-    images = torch.stack([dataset[row][0] for row in range(n)])
-    return Batch(images, None, dataset.tokens[[dataset.own_captions[row][0] for row in range(n)]])
+    """n training images, each with one caption."""
+    return next(TrainLoader(Flickr8kDataset(data, side), n, CPU, augment=False).epoch(1))
 
 
 def our_step(
