@@ -10,6 +10,7 @@ from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
 from utils.machine.memory import explained
 from utils.machine.precision import Precision
 from utils.retrieval.encode import encode_images, encode_texts
+from utils.training.gradients import TOWERS
 from utils.training.layer_groups import learning_towers
 
 
@@ -31,8 +32,8 @@ def cache_features(
     of_val: dict[str, Tensor] = {}
     if not args.cache_features:
         return of_val
-    processes = loader.processes
-    for tower in {"image", "text"} - set(learning_towers(model)):
+    processes, learning = loader.processes, learning_towers(model)
+    for tower in (tower for tower in TOWERS if tower not in learning):
         if tower == "image" and processes.is_first:
             refuse_unreadable([loader.dataset], loader.num_workers)
         for dataset, features in ((loader.dataset, loader.features), (val_set, of_val)):
