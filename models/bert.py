@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.transformer import BlockStack, Layout
+from models.packing import Layout
+from models.transformer import BlockStack
 from models.weights.config import Config
 
 EPSILON = 1e-12  # of all norms
@@ -92,7 +93,7 @@ class Block(nn.Module):
     def forward_pooled(self, x: Tensor, layout: Layout) -> Tensor:
         """`[t, w]` -> `[n, w]`: the output of the pooled tokens only."""
         mixed = self.attention["self"].forward_pooled(x, layout)
-        return self._after_attention(mixed, x[layout.pooled])
+        return self._after_attention(mixed, layout.pool(x))
 
     def _after_attention(self, mixed: Tensor, x: Tensor) -> Tensor:
         x = self.attention["output"](mixed, x)
@@ -117,7 +118,7 @@ class SelfAttention(nn.Module):
 
     def forward_pooled(self, x: Tensor, layout: Layout) -> Tensor:
         """`[t, w]` -> `[n, w]`: the mixed values for the pooled tokens only."""
-        return self._mixed(self.query(x[layout.pooled])[:, None], x, layout).squeeze(1)
+        return self._mixed(self.query(layout.pool(x))[:, None], x, layout).squeeze(1)
 
     def _mixed(self, query: Tensor, x: Tensor, layout: Layout) -> Tensor:
         """Queries `[n, q, w]`, tokens `[t, w]` -> `[n, q, w]`."""

@@ -1,57 +1,15 @@
 """The transformer that the image tower and the text tower share (Radford et al. 2021, section 2.4).
 
-The sequences of a batch are packed: they lie end to end in one tensor `[t, w]`, where t is the
-number of tokens in the batch without padding and w is the width. So linear layers and norms do no
-work on padding. Only attention needs a grid, which has one row for each sequence.
+The sequences of a batch are packed, see `models.packing`: t is the number of tokens in the batch
+without padding, w the width.
 """
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-
-class Layout(NamedTuple):
-    """How n sequences are packed, and which token of each is pooled.
-
-    The grid has n rows of `length` cells, which are numbered row by row. `cells` is None if all
-    sequences are equally long, so that every cell holds a token.
-    """
-
-    length: int  # number of tokens in the longest sequence
-    pooled: Tensor  # [n] row of the token whose feature stands for its sequence
-    cells: Tensor | None = None  # [t] number of the cell that holds each token
-    causal: bool = False  # a token attends only to itself and to the tokens before it
-    filled: Tensor | None = None  # bool [n, length]: which cells hold no padding, if some do
-
-    def grid(self, x: Tensor) -> Tensor:
-        """`[t, c]` -> `[n, length, c]`, with zeros after the end of a sequence."""
-        n, channels = self.pooled.shape[0], x.shape[-1]
-        if self.cells is not None:
-            x = x.new_zeros(n * self.length, channels).index_copy(0, self.cells, x)
-        return x.view(n, self.length, channels)
-
-    def mask(self) -> Tensor | None:
-        """bool `[n, 1, 1, length]`: True for the cells that a pooled token attends to, which hold a
-        token and, if causal, no later one; None for all cells."""
-        if self.causal:
-            cells = self.pooled if self.cells is None else self.cells[self.pooled]
-            positions = torch.arange(self.length, device=cells.device)
-            return (positions <= cells[:, None] % self.length)[:, None, None]
-        if self.filled is not None:
-            return self.filled[:, None, None]
-        if self.cells is None:
-            return None
-        n = len(self.pooled)
-        mask = torch.zeros(n * self.length, dtype=torch.bool, device=self.cells.device)
-        return mask.index_fill(0, self.cells, True).view(n, 1, 1, self.length)
-
-    def packed(self, x: Tensor) -> Tensor:
-        """`[n, length, c]` -> `[t, c]`, the inverse of `grid`."""
-        x = x.flatten(0, 1)
-        return x if self.cells is None else x[self.cells]
+from models.packing import Layout
 
 
 class QuickGELU(nn.Module):
@@ -93,10 +51,10 @@ class MultiheadAttention(nn.Module):
         width = x.shape[1]
         query_weight, weight = self.in_proj_weight.split([width, 2 * width])
         query_bias, bias = self.in_proj_bias.split([width, 2 * width])
-        query = F.linear(x[layout.pooled], query_weight, query_bias)
+        query = F.linear(layout.pool(x), query_weight, query_bias)
         key_value = F.linear(x, weight, bias)
         if self.lora is not None:
-            query = query + self.lora(x[layout.pooled], slice(1))
+            query = query + self.lora(layout.pool(x), slice(1))
             key_value = key_value + self.lora(x, slice(1, 3))
         (query,) = self._heads(query[:, None], 1)
         key, value = self._heads(layout.grid(key_value), 2)
@@ -129,7 +87,7 @@ class ResidualAttentionBlock(nn.Module):
 
     def forward_pooled(self, x: Tensor, layout: Layout) -> Tensor:
         """`[t, w]` -> `[n, w]`: the output of the pooled tokens only."""
-        x = x[layout.pooled] + self.attn.forward_pooled(self.ln_1(x), layout)
+        x = layout.pool(x) + self.attn.forward_pooled(self.ln_1(x), layout)
         return x + self.mlp(self.ln_2(x))
 
 

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from models.transformer import Layout, Transformer
+from models.packing import Layout
+from models.transformer import Transformer
 from models.weights.config import Config
 
 
