@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.attention import attend
 from models.packing import Layout
 from models.transformer import BlockStack
 from models.weights.config import Config
@@ -124,7 +125,7 @@ class SelfAttention(nn.Module):
         """Queries `[n, q, w]`, tokens `[t, w]` -> `[n, q, w]`."""
         grids = (query, layout.grid(self.key(x)), layout.grid(self.value(x)))
         query, key, value = (g.unflatten(-1, (self.heads, -1)).transpose(1, 2) for g in grids)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=layout.mask())
+        mixed = attend(query, key, value, layout.mask())
         return mixed.transpose(1, 2).flatten(2)
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
+from models.attention import attend
 from models.packing import Layout
 
 
@@ -43,7 +44,7 @@ class MultiheadAttention(nn.Module):
         if self.lora is not None:
             qkv = qkv + self.lora(x)
         query, key, value = self._heads(layout.grid(qkv), 3)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=layout.causal)
+        mixed = attend(query, key, value, causal=layout.causal)
         return self.out_proj(layout.packed(mixed.transpose(1, 2).flatten(2)))
 
     def forward_pooled(self, x: Tensor, layout: Layout) -> Tensor:
@@ -58,7 +59,7 @@ class MultiheadAttention(nn.Module):
             key_value = key_value + self.lora(x, slice(1, 3))
         (query,) = self._heads(query[:, None], 1)
         key, value = self._heads(layout.grid(key_value), 2)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=layout.mask())
+        mixed = attend(query, key, value, layout.mask())
         return self.out_proj(mixed.flatten(1))
 
     def _heads(self, x: Tensor, parts: int) -> Tensor:
