@@ -19,7 +19,22 @@ class QuickGELU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """A tensor of any shape -> the same shape."""
-        return F.silu(1.702 * x) / 1.702
+        return _QuickGELU.apply(x)
+
+
+class _QuickGELU(torch.autograd.Function):
+    """silu(1.702 x) / 1.702, whose derivative is that of silu at 1.702 x: autograd alone would
+    multiply and divide by 1.702 in the backward pass, too."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        scaled = 1.702 * x
+        ctx.save_for_backward(scaled)
+        return F.silu(scaled).div_(1.702)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return torch.ops.aten.silu_backward(gradient, *ctx.saved_tensors)
 
 
 ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
