@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.attention import attend
 from models.packing import Layout
-from models.transformer import BlockStack
+from models.transformer import BlockStack, LayerNorm
 from models.weights.config import Config
 
 EPSILON = 1e-12  # of all norms
@@ -51,7 +51,7 @@ class Embeddings(nn.Module):
         self.word_embeddings = _table(config.vocab_size, width)
         self.position_embeddings = _table(config.text_positions, width)
         self.token_type_embeddings = _table(TOKEN_TYPES, width)
-        self.LayerNorm = nn.LayerNorm(width, EPSILON)
+        self.LayerNorm = LayerNorm(width, EPSILON)
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Ids and positions `[t]` -> `[t, w]`."""
@@ -135,7 +135,7 @@ class AddAndNorm(nn.Module):
     def __init__(self, in_width: int, width: int):
         super().__init__()
         self.dense = nn.Linear(in_width, width)
-        self.LayerNorm = nn.LayerNorm(width, EPSILON)
+        self.LayerNorm = LayerNorm(width, EPSILON)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """`[t, in_width]` and `[t, width]` -> `[t, width]`."""

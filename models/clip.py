@@ -13,7 +13,7 @@ from models.packing import Layout, last_tokens, pack
 from models.preprocess import Preprocess
 from models.resnet import ModifiedResNet
 from models.tokens import Tokenizer, chinese_tokenizer, clip_tokenizer, token_rows
-from models.transformer import BlockStack, Transformer
+from models.transformer import BlockStack, LayerNorm, Transformer
 from models.vit import VisionTransformer
 from models.weights.architecture import infer_config, resize_positional_embedding
 from models.weights.checks import check_finite, check_keys
@@ -56,7 +56,7 @@ class CLIP(nn.Module):
         table = torch.empty(config.vocab_size, width)
         self.token_embedding = nn.Embedding.from_pretrained(table, freeze=False)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
-        self.ln_final = nn.LayerNorm(width)
+        self.ln_final = LayerNorm(width)
 
     @property
     def embed_dim(self) -> int:

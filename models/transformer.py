@@ -40,6 +40,19 @@ class _QuickGELU(torch.autograd.Function):
 ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
 
 
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation (Ba et al. 2016) in the type of its input; mean and variance are computed
+    in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A tensor `[..., w]` -> the same shape and type."""
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
 class MultiheadAttention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017, section 3.2) over packed sequences."""
 
@@ -89,12 +102,12 @@ class ResidualAttentionBlock(nn.Module):
     def __init__(self, width: int, heads: int, mlp_width: int, activation: nn.Module):
         super().__init__()
         self.attn = MultiheadAttention(width, heads)
-        self.ln_1 = nn.LayerNorm(width)
+        self.ln_1 = LayerNorm(width)
         self.mlp = nn.Sequential()
         self.mlp.add_module("c_fc", nn.Linear(width, mlp_width))
         self.mlp.add_module("gelu", activation)
         self.mlp.add_module("c_proj", nn.Linear(mlp_width, width))
-        self.ln_2 = nn.LayerNorm(width)
+        self.ln_2 = LayerNorm(width)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """`[t, w]` -> `[t, w]`: the output of every token."""
@@ -109,7 +122,8 @@ class ResidualAttentionBlock(nn.Module):
 
 class BlockStack(nn.Module):
     """A stack of `blocks`. Its output is the pooled token of each sequence, so the last block
-    computes the other tokens' keys and values only, not their outputs."""
+    computes the other tokens' keys and values only, not their outputs. In mixed precision the
+    residual stream, too, has the type in which products are computed."""
 
     # Gradient checkpointing (Chen et al. 2016): keep only the input of a block, and compute the
     # block again during the backward pass.
@@ -117,6 +131,9 @@ class BlockStack(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """`[t, w]` -> `[n, w]`: the output of the pooled tokens."""
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
         *blocks, last = self.blocks
         for block in blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():

@@ -98,7 +98,7 @@ def run_backward(outputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...], *_,
             leaf = node.variable
             leaf.grad = slots[0] if leaf.grad is None else leaf.grad + slots[0]
             continue
-        results = node(*slots)
+        results = getattr(node, "apply", node)(*slots)  # the first: of a torch.autograd.Function
         results = results if isinstance(results, tuple) else (results,)
         for (following, number), result in zip(node.next_functions, results, strict=True):
             if following is not None and result is not None:
