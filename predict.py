@@ -18,8 +18,14 @@ from itertools import chain, count
 from pathlib import Path
 
 from models.errors import InputError, run_script
-from models.scripts import add_activation
-from utils.runs.arguments import name_or_path, newest_weights, path, run_folder, trained_on
+from utils.runs.arguments import (
+    add_loading,
+    name_or_path,
+    newest_weights,
+    path,
+    run_folder,
+    trained_on,
+)
 
 TOP = 5  # captions that are printed and drawn
 FIRST = 10  # images that are
@@ -65,9 +71,7 @@ def main() -> None:
         help="file for the picture of the result (default: in predictions/ in the run's folder)",
     )
     parser.add_argument("--show", action="store_true", help="open the picture in a window as well")
-    add_activation(parser)
-    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first there is)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_loading(parser)
     args = parser.parse_args()
 
     if args.output and not args.image:
@@ -86,9 +90,11 @@ def caption(args: argparse.Namespace) -> None:
     """Print and draw the captions that fit an image best, or each image that is asked for."""
     from models.clip_utils import check_name, find_weights, load
     from models.preprocess import open_image
+    from utils.machine.precision import Precision
     from utils.retrieval.encode import encode_texts, kept_caption_features
     from utils.retrieval.plots import draw_ranking
     from utils.retrieval.ranking import rank_captions
+    from utils.retrieval.search import encode_pixels
 
     if args.image:
         open_image(args.image)  # to refuse a bad image before weights are loaded
@@ -98,16 +104,20 @@ def caption(args: argparse.Namespace) -> None:
     weights = find_weights(name)
     print(f"weights: {weights}")
     model, preprocess = load(weights, args.device, activation=args.activation)
+    precision = Precision(model.device, args.use_amp)
     if args.text:
-        text_features = encode_texts(model, model.tokenize(captions, truncate=True))
+        with precision.autocast():
+            text_features = encode_texts(model, model.tokenize(captions, truncate=True))
     else:
         source = str(args.captions_file.resolve()) if args.captions_file else "validation"
-        text_features = kept_caption_features(model, weights, source, captions)
+        text_features = kept_caption_features(model, weights, source, captions, precision)
 
     for file in [args.image] if args.image else ask_for_images():
         try:
             image = open_image(file)
-            ranked = rank_captions(model, preprocess(image), captions, text_features)[:TOP]
+            with precision.autocast():
+                (own,) = encode_pixels(model, [preprocess.pixels(image)])
+            ranked = rank_captions(captions, text_features, own, model.logit_scale)[:TOP]
             output = args.output or new_picture(output_folder(weights), file)
             for place, (text, probability, similarity) in enumerate(ranked, 1):
                 print(f"{place}. {probability:7.2%}  similarity {similarity:.3f}  {text}")
@@ -124,6 +134,7 @@ def search(args: argparse.Namespace, folder: Path) -> None:
     from models.clip_utils import check_name, find_weights, load
     from models.preprocess import open_image
     from utils.data.image_files import find_images
+    from utils.machine.precision import Precision
     from utils.retrieval.encode import encode_texts
     from utils.retrieval.plots import draw_found
     from utils.retrieval.search import encode_pixels, image_features, most_similar
@@ -140,11 +151,13 @@ def search(args: argparse.Namespace, folder: Path) -> None:
     weights = find_weights(name)
     print(f"weights: {weights}")
     model, preprocess = load(weights, args.device, activation=args.activation)
-    images, features = image_features(model, weights, folder, images)
-    if args.similar:
-        queries = encode_pixels(model, [preprocess.pixels(picture) for picture in pictures])
-    else:
-        queries = encode_texts(model, model.tokenize(texts, truncate=True))
+    precision = Precision(model.device, args.use_amp)
+    images, features = image_features(model, weights, folder, images, precision)
+    with precision.autocast():
+        if args.similar:
+            queries = encode_pixels(model, [preprocess.pixels(picture) for picture in pictures])
+        else:
+            queries = encode_texts(model, model.tokenize(texts, truncate=True))
 
     for title, query in zip(texts or [f"like {args.similar}"], queries, strict=True):
         print(title)

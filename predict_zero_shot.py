@@ -7,9 +7,9 @@ python predict_zero_shot.py photo.jpg --labels "a dog" "a cat"
 import argparse
 
 from models.errors import InputError, run_script
-from models.scripts import add_activation, from_here
+from models.scripts import from_here
 from utils.data.templates import TEMPLATE_SETS, read_templates
-from utils.runs.arguments import name_or_path
+from utils.runs.arguments import add_loading, name_or_path
 
 LABELS = ["two line charts", "a schematic diagram", "a landscape photo", "a oil painting"]
 
@@ -45,9 +45,7 @@ def main() -> None:
         help="model name, whose weights are downloaded if need be, or weights file "
         "(default: %(default)s)",
     )
-    add_activation(parser)
-    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first there is)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_loading(parser)
     args = parser.parse_args()
     templates = read_templates(args.templates)
 
@@ -57,14 +55,16 @@ def main() -> None:
     from models import load
     from models.preprocess import open_image
     from utils.classification import zero_shot_classifier
+    from utils.machine.precision import Precision
 
     image = open_image(args.image)
     model, preprocess = load(args.weights, args.device, activation=args.activation)
     check_labels(args.labels, model.tokenizer)
     with torch.inference_mode():
-        text_features = zero_shot_classifier(model, args.labels, templates)
-        image_features = model.encode_image(preprocess(image)[None].to(model.device))
-        image_features = F.normalize(image_features, dim=-1)
+        with Precision(model.device, args.use_amp).autocast():
+            text_features = zero_shot_classifier(model, args.labels, templates)
+            image_features = model.encode_image(preprocess(image)[None].to(model.device))
+        image_features = F.normalize(image_features.float(), dim=-1)
         logits_per_image = model.logit_scale.exp() * image_features @ text_features.T
         probs = logits_per_image.softmax(dim=-1).cpu().numpy()
 

@@ -67,8 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=integer(2), default=64,
         help="images a step, on all GPUs together; more are more negatives (default: %(default)s)")
     add("--lr", type=positive,
-        help="peak learning rate, that of the last layers (default: 1e-4; with --lora 1e-3; from "
-        "scratch 5e-4)")
+        help="peak learning rate (default: 0.115 / the model's width, 1.5e-4 for ViT-B/32; with "
+        "--lora 3e-3; from scratch 5e-4)")
     add("--warmup_epochs", type=number(),
         help="epochs in which the rate rises to its peak, before it falls along a cosine "
         "(default: 1, or a tenth of --epochs if that is less)")
@@ -82,9 +82,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="stop after so many epochs without a better mean recall")
 
     add = parser.add_argument_group("keeping what the weights could do").add_argument
-    add("--layer_decay", type=fraction, metavar="FACTOR",
-        help="each layer learns at FACTOR times the rate of the one after it (default: 0.7, from "
-        "scratch 1)")
+    add("--layer_decay", type=fraction, default=1.0, metavar="FACTOR",
+        help="each layer learns at FACTOR times the rate of the next one (default: %(default)g)")
     add("--lock_image", type=integer(0), nargs="?", const=0, metavar="N",
         help="keep the image tower as it is, but for its last N blocks (default: none of them)")
     add("--lock_text", type=integer(0), nargs="?", const=0, metavar="N",
@@ -92,21 +91,20 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lora", type=integer(1, 1024), metavar="RANK",
         help="a quarter of the memory for weights and optimizer: of all that is not locked, only "
         "changes of this rank, such as 8, of the transformers' matrices learn, and the logit scale")
-    add("--keep", type=positive, metavar="WEIGHT",
-        help="forget less: adds WEIGHT, such as 5, times the mean squared distance of features to "
-        "those of the starting weights to the loss, for a forward pass more; --lr may be 3e-4 then")
+    add("--keep", type=number(), metavar="WEIGHT",
+        help="WEIGHT in the loss of the distance of features to those of the start, on images in "
+        "random colours and captions of random words: 12 forgets less, 0 is faster (default: 6)")
     add("--ema", type=number(below=1), metavar="DECAY",
         help="score and save an exponential moving average of the weights, such as 0.999")
     add("--wise_ft", type=fraction, nargs="+", metavar="ALPHA",
-        help="score mixtures of the start (0) and the best epoch (1) at each ALPHA, such as 0 0.25 "
-        "0.5 0.75 1, and save the best; with 0 it is never worse than the start")
+        help="score mixtures of the start (0) and the best epoch (1) at each ALPHA, and save the "
+        "best (default: 0 0.25 0.5 0.75 1, which is never worse than the start)")
     add("--retention", type=path, nargs="+", metavar="DATA",
-        help="measure before training and after each epoch what is left on DATA: a folder of class "
-        "folders or a set of torchvision (zero-shot top-1), or a folder like --dataset_path (mean "
-        "recall on validation); brings --wise_ft 0 0.25 0.5 0.75 1")
+        help="measure as training goes on what is left on DATA: a folder of class folders or a set "
+        "of torchvision (zero-shot top-1), or a folder like --dataset_path (mean recall)")
     add("--retention_loss", type=number(), default=2.0, metavar="POINTS",
-        help="with --retention, --wise_ft takes the best mixture of those that lose at most so "
-        "many points of percent there, on average (default: %(default)g)")
+        help="with --retention, --wise_ft takes the best mixture that loses at most so many points "
+        "there (default: %(default)g)")
 
     add = parser.add_argument_group("memory, speed, interruptions").add_argument
     add("--use_amp", action="store_true",
@@ -222,6 +220,7 @@ def get_model(args: argparse.Namespace, resumed: dict | None, device, processes)
     """The model to train, on the CPU: from a checkpoint, from weights, or with random weights."""
     from models.clip_utils import create_model, load
     from utils.training.layer_groups import trainable
+    from utils.training.settings import fine_tuning_rate
 
     with processes.first_ahead():  # which downloads
         if resumed:
@@ -231,6 +230,7 @@ def get_model(args: argparse.Namespace, resumed: dict | None, device, processes)
         else:
             model, _ = load(args.resume_training, "cpu", input_shape=args.input_shape,
                             activation=args.activation)  # fmt: skip
+    args.lr = args.lr or fine_tuning_rate(model.config, args.lora)
     return trainable(model, args, device, processes)
 
 
@@ -256,7 +256,7 @@ def get_loader(args: argparse.Namespace, sets: dict, model, device, processes):
     return TrainLoader(
         sets["train"], args.batch_size, device, args.seed, num_workers, augment=not args.no_augment,
         captions_per_image=args.captions_per_image, strict=args.strict, processes=processes,
-    )  # fmt: skip
+        alter=bool(args.keep))  # fmt: skip
 
 
 def open_run(args: argparse.Namespace, resumed: dict | None, model, loader, val_set):
@@ -326,11 +326,10 @@ def finish(args: argparse.Namespace, folder: Path, loader, sets: dict, state, re
     model, _ = load(chosen, state.precision.device)
     score = partial(scoring(loader, state.precision), model)
     score_best(model, folder, loader, sets["val"], state.precision)
+    compare_with_start(state)
     if args.wise_ft:
         compare = partial(retention.compare, model, state.start)
         chosen = mix_with_start(model, args, partial(score, sets["val"]), compare, folder) or chosen
-    else:
-        compare_with_start(state)
     if "test" in sets:
         score_test(partial(score, sets["test"], k_values=range(1, 11)), chosen, folder)
     print(what_to_try(sets["val"].image[0], chosen, sets["val"].text, model))

@@ -15,7 +15,8 @@ MAX_QUOTED = 60  # characters of a text that an error message quotes
 
 
 class Tokenizer(Protocol):
-    """What a model's tokenizer has: the ids of the special tokens around a text, and `encode`.
+    """What a model's tokenizer has: the ids of the special tokens around a text, the ids of those
+    that texts consist of, `words`, and `encode`.
 
     `fragments` are the ids of the tokens that do not end a word (CLIP's) or start one (WordPiece),
     and of the token for what is unknown: few of them show that it was made for such texts.
@@ -23,6 +24,7 @@ class Tokenizer(Protocol):
 
     start_of_text: int
     end_of_text: int
+    words: range
     fragments: list[int]
 
     def encode(self, text: str) -> list[int]:

@@ -30,6 +30,7 @@ class WordPieceTokenizer:
         self.decoder = tokens
         self.start_of_text = self.encoder[START_OF_TEXT]
         self.end_of_text = self.encoder[END_OF_TEXT]
+        self.words = range(self.encoder["!"], len(tokens))  # the special tokens come first
         self.fragments = [i for i, token in enumerate(tokens) if token.startswith(CONTINUES)]
         self.fragments.append(self.encoder[UNKNOWN])
         model = WordPiece(self.encoder, unk_token=UNKNOWN, max_input_chars_per_word=LONGEST_WORD)

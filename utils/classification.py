@@ -27,12 +27,12 @@ from torch import Tensor
 from models.clip import CLIP
 from models.errors import InputError, run_script
 from models.progress_bar import progress_bar
-from models.scripts import add_activation
 from models.weights.file_kind import one_line
 from utils.data.labelled_images import LabelledImages, find_labelled_images
 from utils.data.templates import TEMPLATE_SETS, default_templates, read_templates
 from utils.data.torchvision_sets import TORCHVISION_SETS
 from utils.machine.memory import explained
+from utils.machine.precision import Precision
 from utils.machine.processes import ALONE, Processes
 from utils.retrieval.encode import encode_images, encode_texts
 from utils.retrieval.plots import plot_confusion
@@ -283,7 +283,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="also train a logistic regression on the image features of train/ (or torchvision's "
         "training images) and score it",
     )
-    add_activation(parser)
     add_scoring(parser)
     parser.add_argument(
         "--json", type=path, metavar="FILE", help="write the scores, with those of each class"
@@ -313,9 +312,11 @@ def main() -> None:
     model, preprocess = load(weights, args.device, activation=args.activation)
 
     templates = templates or default_templates(model.config.has_bert)
-    classifier = zero_shot_classifier(model, source.classes, templates)
+    precision = Precision(model.device, args.use_amp)
     images = LabelledImages(source, preprocess)
-    scored = readable_features(model, images, args.batch_size, args.num_workers)
+    with precision.autocast():
+        classifier = zero_shot_classifier(model, source.classes, templates)
+        scored = readable_features(model, images, args.batch_size, args.num_workers)
     found = {"zero-shot": accuracy(scored.images @ classifier.T, scored.labels)}
     print(
         f"{weights}, {source.name}: {len(scored.labels):,} images of {len(source.classes):,} "
@@ -323,7 +324,8 @@ def main() -> None:
     )
     if train_source:
         images = LabelledImages(train_source, preprocess)
-        train = readable_features(model, images, args.batch_size, args.num_workers)
+        with precision.autocast():
+            train = readable_features(model, images, args.batch_size, args.num_workers)
         scores, c = linear_probe(train, scored.images, source.classes)
         found["linear probe"] = accuracy(scores, scored.labels)
         print(f"linear probe: trained on {len(train.labels):,} images, C = {c:.3g}")

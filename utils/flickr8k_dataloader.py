@@ -24,7 +24,7 @@ from models.preprocess import Preprocess, open_image
 from models.tokens import clip_tokenizer, token_rows
 from models.weights.registry import CONTEXT_LENGTH
 from utils.data.annotations import SPLITS, caption_file, read_annotations
-from utils.data.augment import crop, draw_crops
+from utils.data.augment import crop, draw_crops, draw_recolourings, recolour, reword
 from utils.data.image_cache import decode_once, gather
 from utils.data.image_reading import Loaded, read_batches, substitutes
 from utils.machine.processes import ALONE, Processes
@@ -222,28 +222,35 @@ class Batch(NamedTuple):
     tokens  `[n * k, context_length]` on the CPU, image by image
     texts   `[n, m]` on the CPU, for `contrastive_loss`: `text_ids` of an image's captions, first
             of those k; or None, if no two texts are equal
+    colours `[n, 3, 4]` of `draw_recolourings`, on the device, or None for the images' own
+    altered every other image of the batch of all processes, as far as this one has them, in other
+            colours and with captions of other words; or None
     """
 
     images: Tensor
     crops: Tensor | None
     tokens: Tensor
     texts: Tensor | None = None
+    colours: Tensor | None = None
+    altered: "Batch | None" = None
 
     def split(self, size: int) -> list["Batch"]:
-        """The batch in parts of `size` images; the last may have fewer."""
+        """The batch in parts of `size` images, without `altered`; the last may have fewer."""
         k = len(self.tokens) // len(self.images)
         images = self.images.split(size)
-        crops, texts = (
+        crops, texts, colours = (
             [None] * len(images) if rows is None else rows.split(size)
-            for rows in (self.crops, self.texts)
+            for rows in (self.crops, self.texts, self.colours)
         )
-        parts = zip(images, crops, self.tokens.split(size * k), texts, strict=True)
+        parts = zip(images, crops, self.tokens.split(size * k), texts, colours, strict=True)
         return [Batch(*part) for part in parts]
 
     def augmented_images(self, preprocess: Preprocess) -> Tensor:
-        """`[n, 3, r, r]`, normalised and cropped."""
+        """`[n, 3, r, r]`, normalised, cropped and in other colours."""
         images = preprocess.normalize(self.images)
-        return images if self.crops is None else crop(images, self.crops)
+        if self.crops is not None:
+            images = crop(images, self.crops)
+        return images if self.colours is None else recolour(images, self.colours)
 
 
 def check_batch_size(batch_size: int, images: int, processes: Processes) -> None:
@@ -262,7 +269,8 @@ class TrainLoader:
     """Shuffled batches of images, each with `captions_per_image` of its captions, drawn anew in
     every epoch; if no image has so many, as many as the richest has. Random choices follow from the
     seed and the epoch alone, not from the number of workers or processes, nor from what ran before.
-    Images that are left over after the last whole batch sit out the epoch.
+    Images that are left over after the last whole batch sit out the epoch. With `alter` the batches
+    have an `altered` one.
 
     An image that cannot be read is reported once, and another takes its place; with `strict` it is
     an `InputError`.
@@ -279,6 +287,7 @@ class TrainLoader:
         captions_per_image: int = 1,
         strict: bool = False,
         processes: Processes = ALONE,
+        alter: bool = False,
     ):
         check_batch_size(batch_size, len(dataset), processes)
         self.dataset = dataset
@@ -291,6 +300,7 @@ class TrainLoader:
         self.captions_per_image = min(captions_per_image, most)
         self.strict = strict
         self.processes = processes
+        self.alter = alter
         self.reported: set[int] = set()
 
     def __len__(self) -> int:
@@ -303,14 +313,32 @@ class TrainLoader:
         batches = order[: len(self) * self.batch_size].reshape(len(self), -1)[start:].tolist()
         captions = self._draw_captions(random)
         crops = draw_crops(len(self.dataset), random)
-        for loaded in self._load(batches):
+        for step, loaded in enumerate(self._load(batches), start):
             self._report(loaded.problems)
-            yield Batch(
+            batch = Batch(
                 upload(loaded.images, self.device),
                 upload(crops[loaded.rows], self.device) if self.augment else None,
                 self.dataset.tokens[captions[loaded.rows, : self.captions_per_image].flatten()],
                 self.dataset.text_ids[captions[loaded.rows]],
             )
+            yield batch._replace(altered=self._altered(batch, (self.seed, epoch, step)))
+
+    def _altered(self, batch: Batch, seed: tuple[int, int, int]) -> Batch | None:
+        """Random numbers are drawn for the batch of all processes; this one takes its own part."""
+        share = self.processes.share(self.batch_size)
+        mine, everyones = slice(share.start % 2, None, 2), slice(share.start, share.stop)
+        images = batch.images[mine]
+        if not (self.alter and len(images)):
+            return None
+        random = np.random.default_rng(seed)
+        colours = draw_recolourings(self.batch_size, random)[everyones][mine]
+        tokens = batch.tokens.unflatten(0, (len(batch.images), -1))
+        n, k, length = self.batch_size, *tokens.shape[1:]
+        draws = torch.from_numpy(random.random((n, k, 2 * length + 1)))[everyones][mine]
+        words = self.dataset.tokenizer.words
+        tokens = reword(tokens[mine].flatten(0, 1), draws.flatten(0, 1), words)
+        crops = None if batch.crops is None else batch.crops[mine]
+        return Batch(images, crops, tokens, colours=upload(colours, self.device))
 
     def _load(self, batches: list[list[int]]) -> Iterator[Loaded]:
         share = self.processes.share(self.batch_size)

@@ -73,12 +73,11 @@ def contrastive_loss(
     return ((over_texts + over_images) / 2 - matching).sum() / (share.total * k)
 
 
-def mean_distance(features: Tensor, targets: Tensor, processes: Processes = ALONE) -> Tensor:
-    """The mean over the rows of `features` of the squared distance to the same row of `targets`,
-    both `[n, d]` and normalised first. Of several `processes` each gives its own rows, and gets its
-    part of the mean."""
+def squared_distance(features: Tensor, targets: Tensor) -> Tensor:
+    """The sum over the rows of `features` of the squared distance to the same row of `targets`,
+    both `[n, d]` and normalised first."""
     features, targets = (F.normalize(x.float(), dim=-1) for x in (features, targets))
-    return (features - targets).square().sum() / processes.share_with(len(features)).total
+    return (features - targets).square().sum()
 
 
 def _shared_texts(

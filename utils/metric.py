@@ -21,7 +21,7 @@ from torch import Tensor
 
 from models.clip import CLIP
 from models.errors import InputError, run_script
-from models.scripts import add_activation, from_here
+from models.scripts import from_here
 from utils.data.annotations import caption_file, missing_annotations
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.loss import contrastive_loss
@@ -226,7 +226,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--split", choices=["val", "test"], default="val", help="images to score (default: val)"
     )
-    add_activation(parser)
     add_scoring(parser)
     parser.add_argument(
         "--json", type=path, metavar="FILE", help="write the metrics, K from 1 to 10"
@@ -267,7 +266,7 @@ def main() -> None:
     )
     model, _ = load(weights, args.device, activation=args.activation)
     dataset.prepare_for(model)
-    precision = Precision(model.device, use_amp=False)
+    precision = Precision(model.device, args.use_amp)
     features = encode_set(model, dataset, args.batch_size, args.num_workers, precision)
     metrics = retrieval_metrics(*features, dataset.img_to_txt, dataset.txt_to_img, range(1, 11))
     print(f"{weights}: {len(dataset)} images, {len(dataset.text)} captions (percent; ranks from 1)")

@@ -1,304 +1,265 @@
-"""Does fine-tuning make it better? Two recipes on the same pretrained model, over several seeds.
+"""What does fine-tuning gain, and what is forgotten for it? Many settings in two small worlds.
 
-    python tests/benchmarks/fine_tuning.py --dataset_path flickr8k
+    pip install 'open_clip_torch[training]'
+    python tests/benchmarks/fine_tuning.py
 
-In miniature, since it needs no published weights: five sixths of the training images pretrain
-ViT-demo with `train.py`, once a seed; the others then fine-tune it, by
+For each seed ViT-demo learns world A (`worlds.py`) with `train.py --demo`, and is then fine-tuned
+on 600 images of B, and on 600 of B2, by every setting in `SETTINGS`: ten passes over the images, by
+`train.py` or by open_clip's program. What it gains is its mean recall on the new world, what it
+keeps is that on A. Of ours the best epoch counts, and mixtures of it with the weights at the start
+(WiSE-FT); of open_clip the last epoch.
 
-ours        `train.py` with its defaults (or with `--ours`)
-followed    the recipe of the project that this one follows: images letterboxed on grey, divided by
-            255 and not normalised; Adam at 2e-5, constant for half of the run, then along a cosine
-            to 1% of it; batches of 8 images, each with one of its captions; best by validation loss
-normalised  the same on images as the model was pretrained with, to tell the two causes apart
-
-Where the data holds square images (Flickr8k stored at 224x224), letterboxing changes nothing.
-Reported are the scores on the validation images, epoch by epoch, and retention: those on
-1,000 of the images that the model was pretrained on. Epochs and settings are chosen on the
-validation images. All runs are kept in `--output`; what is there is not trained again.
+A family of settings is a line on the way from keeping to gaining. Where on it to stand is chosen on
+validation images, one setting for both worlds; the scores are those of test images, which have no
+say in it. All runs are kept in `--output`, and what is there is not computed again.
 """
 
-import math
-import random
-import shutil
-from collections.abc import Callable
+from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
+from typing import NamedTuple
 
-import numpy as np
-import torch
-import torch.nn.functional as F
 from measure import print_table
-from PIL import Image, ImageOps
-from runs import RECALL_NAMES, build_parser, once, over_seeds, recalls, score, train
-from torch import Tensor
-from torch.utils.data import DataLoader
-from tqdm import tqdm
+from open_clip_training import train_open_clip
+from runs import add_jobs, build_parser, jobs, once, over_seeds, score, train
+from worlds import render_world
 
-from models import load, tokenize
+from models import load
 from models.clip import CLIP
-from models.errors import InputError, run_script
-from models.weights.registry import CONFIGS
-from utils.data.annotations import annotations_json, read_annotations
+from models.errors import run_script
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.metric import mean_recall
 from utils.runs.arguments import path
 from utils.runs.checkpoint import write_json
 from utils.runs.files import save_figure
+from utils.training.wise_ft import interpolate
 
-PRETRAINING = [
-    "--resume_training", "none", "--model", "ViT-demo",
-    "--epochs", 30, "--batch_size", 128, "--lr", 5e-4, "--freq", 100,
-]  # fmt: skip
-SHARE = 6  # of so many training images, the last one is kept for fine-tuning
-RETAINED = 5  # of so many pretraining images, the first one measures retention
-EPOCHS = 10
-FOLLOWED = {"batch_size": 8, "lr": 2e-5}
-GREY = (128, 128, 128)
-COLOURS = {"ours": "C0", "followed": "C3", "normalised": "C1"}
-Epochs = list[dict]  # of a run: scores before training, then after each epoch
+WORLDS = {
+    "B": "B: other colours, blurred, noisy",
+    "B2": "B2: other shapes, other words",
+}
+ALPHAS = (0.25, 0.5, 0.75, 1.0)
+ALONE = "--keep 0 --layer_decay 0.7"  # the settings of before `--keep`
+SETTINGS = {  # of train.py; "open_clip": of its program
+    "--keep": ["--keep 2", "", "--keep 12"],
+    "--epochs 20": ["--epochs 20", "--epochs 20 --keep 12"],
+    "training alone": [f"{ALONE} --lr {lr}" for lr in ("3e-5", "1e-4", "3e-4", "1e-3")],
+    "open_clip": [f"--lr {lr}" for lr in ("3e-5", "1e-4", "3e-4", "1e-3")],
+    "--lora 8": ["--lora 8"],
+    "--ema 0.95": ["--ema 0.95"],
+}
+FLOORS = (90, 80)  # of what is kept of A
+OPEN_CLIP_EPOCHS = 2  # of a row a caption: as many images as ten epochs of ours
+
+
+class Point(NamedTuple):
+    """A setting, and the weights at `alpha` on the way from the start to its end: for each world
+    and each seed what is gained there, and what is kept of A, by split."""
+
+    family: str
+    setting: str
+    alpha: float
+    scores: dict[str, list[dict]]
+
+    def of(self, world: str, what: str, split: str) -> list[float]:
+        return [seed[what][split] for seed in self.scores[world]]
+
+    def overall(self, what: str) -> float:
+        """Over worlds and seeds, on the validation images."""
+        return mean(mean(self.of(world, what, "val")) for world in WORLDS)
 
 
 def main() -> None:
     parser = build_parser(__doc__, output="logs/fine_tuning")
-    add = parser.add_argument
-    # fmt: off
-    add("--ours", default="", metavar="ARGUMENTS",
-        help="of train.py in place of its defaults, in quotes: --ours='--lr 1e-4'")
-    add("--plot", type=path, default=Path(__file__).with_suffix(".png"), metavar="FILE",
-        help="(default: %(default)s)")
-    # fmt: on
+    add_jobs(parser)
+    parser.add_argument("--plot", type=path, default=Path(__file__).with_suffix(".png"),
+                        metavar="FILE", help="(default: %(default)s)")  # fmt: skip
     args = parser.parse_args()
 
-    make_splits(args.dataset_path, args.output)
-    runs: dict[str, list[Epochs]] = {name: [] for name in COLOURS}
-    for seed in args.seeds:
-        pretrained = pretrain(args.output, seed)
-        runs["ours"].append(fine_tune_ours(args.output, pretrained, seed, args.ours))
-        for name in ("followed", "normalised"):
-            runs[name].append(fine_tune_followed(args.output, pretrained, seed, name))
-    write_json(args.output / "fine_tuning.json", runs)
-    print_results(runs)
-    plot(runs, args.plot)
-    print(f"epoch by epoch: {args.output / 'fine_tuning.json'}, plot: {args.plot}")
+    with jobs(args.jobs) as pool:
+        list(pool.map(lambda seed: pretrain(args.output, seed), args.seeds))
+        wanted = list(product(all_settings(), args.seeds, WORLDS))
+        scores = list(pool.map(lambda each: fine_tune(args.output, *each), wanted))
+    points = collect(dict(zip(wanted, scores, strict=True)), args.seeds)
+    write_json(args.output / "fine_tuning.json", [point._asdict() for point in points])
+    before = [once(args.output / str(seed) / "before.json", dict) for seed in args.seeds]
+    print_points(points, before)
+    print_choices(points)
+    plot(points, args.plot)
+    print(f"every seed: {args.output / 'fine_tuning.json'}, plot: {args.plot}")
 
 
-# Data
-
-
-def split(entries: list) -> tuple[list, list]:
-    """Entries to pretrain on and entries to fine-tune on: every sixth goes to the latter."""
-    kept = entries[SHARE - 1 :: SHARE]
-    return [entry for i, entry in enumerate(entries) if i % SHARE != SHARE - 1], kept
-
-
-def make_splits(dataset_path: Path, output: Path) -> None:
-    """Data sets `pretrain` and `finetune` in `output`, which share the images and the validation
-    captions; what `retention` validates on is part of what `pretrain` trains on."""
-    entries = read_annotations(dataset_path / "en_train.json")
-    validation = read_annotations(dataset_path / "en_val.json")
-    pretraining, fine_tuning = split(entries)
-    if not fine_tuning:
-        raise InputError(f"{dataset_path}: {len(entries)} training images are too few to split")
-    sets = {
-        "pretrain": (pretraining, validation),
-        "finetune": (fine_tuning, validation),
-        "retention": (fine_tuning, pretraining[::RETAINED]),
-    }
-    for name, (train_entries, val_entries) in sets.items():
-        folder = output / name
-        folder.mkdir(parents=True, exist_ok=True)
-        share_images(dataset_path / "images", folder / "images")
-        (folder / "en_train.json").write_bytes(annotations_json(train_entries))
-        (folder / "en_val.json").write_bytes(annotations_json(val_entries))
-
-
-def share_images(source: Path, target: Path) -> None:
-    """A link to the folder, or a copy where the system gives no links (Windows, to most users)."""
-    if target.exists():
-        return
-    try:
-        target.symlink_to(source.resolve(), target_is_directory=True)
-    except OSError:
-        shutil.copytree(source, target)
-
-
-def letterboxed(side: int) -> Callable[[Image.Image], Tensor]:
-    """The image shrunk to fit into a grey square of this side, `[3, side, side]`, from 0 to 1."""
-
-    def transform(image: Image.Image) -> Tensor:
-        square = ImageOps.pad(image, (side, side), Image.Resampling.BICUBIC, color=GREY)
-        return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
-
-    return transform
+def all_settings() -> list[tuple[str, str]]:
+    return [(family, setting) for family, settings in SETTINGS.items() for setting in settings]
 
 
 # Runs
 
 
 def pretrain(output: Path, seed: int) -> Path:
-    arguments = ["--dataset_path", output / "pretrain", "--cache", output / "cache"]
-    run = train(output / "pretrained" / str(seed), *PRETRAINING, "--seed", seed, *arguments)
-    return run / "weights" / "last_epoch_weights.pth"
-
-
-def fine_tune_ours(output: Path, pretrained: Path, seed: int, extra: str) -> Epochs:
-    """Fine-tune with train.py, keeping the weights of every epoch, and score each of them."""
-    name = " ".join(["ours", *extra.split()])
-    log_dir = output / name / str(seed)
-
-    def epochs() -> Epochs:
-        run = train(
-            log_dir,
-            *("--resume_training", pretrained, "--dataset_path", output / "finetune"),
-            *("--cache", output / "cache", "--freq", 1, "--seed", seed, *extra.split()),
-        )
-        weights = [pretrained, *sorted((run / "weights").glob("ep*.pth"))]
-        sets = evaluation_sets(output)
-        scored = [
-            score_on(sets, load(file, "cpu")[0]) for file in tqdm(weights, desc="scoring epochs")
-        ]
-        best = max(range(1, len(scored)), key=lambda i: mean_recall(scored[i]["validation"]))
-        scored[best]["best"] = True
-        return scored
-
-    return once(log_dir / "epochs.json", epochs)
-
-
-def fine_tune_followed(output: Path, pretrained: Path, seed: int, name: str) -> Epochs:
-    """Fine-tune by the recipe of the project that this one follows, scored as it preprocesses; or
-    by the same recipe on normalised images."""
-
-    def epochs() -> Epochs:
-        torch.manual_seed(seed)
-        random.seed(seed)
-        model, preprocess = load(pretrained, "cpu")
-        side = model.visual.input_resolution
-        transform = letterboxed(side) if name == "followed" else preprocess
-        data = Flickr8kDataset(output / "finetune", side, transform=transform)
-        sets = evaluation_sets(output, transform)
-        scored = [score_on(sets, model)]
-        optimizer = torch.optim.Adam(model.parameters(), lr=FOLLOWED["lr"], fused=True)
-        for epoch in tqdm(range(EPOCHS), desc=f"{name}, seed {seed}"):
-            train_as_followed(model, data, optimizer, epoch)
-            loss = validation_loss(model, sets["validation"])
-            scored.append(score_on(sets, model) | {"val_loss": loss})
-        min(scored[1:], key=lambda epoch: epoch["val_loss"])["best"] = True
-        return scored
-
-    return once(output / name / f"{seed}.json", epochs)
-
-
-def train_as_followed(
-    model: CLIP, data: Flickr8kDataset, optimizer: torch.optim.Optimizer, epoch: int
-) -> None:
-    loader = batches(data, random.choice, shuffle=True)
-    model.train()
-    for step, (images, tokens) in enumerate(loader):
-        share = followed_rate((epoch + step / len(loader)) / EPOCHS)
-        for group in optimizer.param_groups:
-            group["lr"] = FOLLOWED["lr"] * share
-        loss = pair_loss(model, images, tokens)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-
-def followed_rate(progress: float) -> float:
-    """The share of the peak learning rate after `progress` of the run, from 0 to 1: constant for
-    half of it, then along half a cosine to 1%."""
-    falling = max(0.0, 2 * progress - 1)
-    return 0.01 + 0.99 * (1 + math.cos(math.pi * falling)) / 2
-
-
-@torch.inference_mode()
-def validation_loss(model: CLIP, data: Flickr8kDataset) -> float:
-    model.eval()
-    loader = batches(data, lambda captions: captions[0], shuffle=False)
-    return mean(pair_loss(model, images, tokens).item() for images, tokens in loader)
-
-
-def batches(data: Flickr8kDataset, pick: Callable[[list[str]], str], shuffle: bool) -> DataLoader:
-    """Whole batches of images and tokens of the caption that `pick` takes."""
-
-    def collate(pairs: list[tuple[Tensor, list[str]]]) -> tuple[Tensor, Tensor]:
-        texts = [pick(captions) for _, captions in pairs]
-        return torch.stack([image for image, _ in pairs]), tokenize(texts, truncate=True)
-
-    return DataLoader(
-        data, FOLLOWED["batch_size"], shuffle=shuffle, drop_last=True, collate_fn=collate
+    """The weights of a model that has learned A, whose scores on all worlds are kept."""
+    data = {name: render_world(output / str(seed) / name, name, seed) for name in ("A", *WORLDS)}
+    run = train(
+        output / str(seed) / "pretrained",
+        *("--demo", "--dataset_path", data["A"], "--seed", seed, "--device", "cpu", "--cache"),
     )
+    weights = run / "weights" / "last_epoch_weights.pth"
+    once(output / str(seed) / "before.json", lambda: scores_of(load(weights, "cpu")[0], data))
+    return weights
 
 
-def pair_loss(model: CLIP, images: Tensor, tokens: Tensor) -> Tensor:
-    logits_per_image, logits_per_text = model(images, tokens)
-    pairs = torch.arange(len(images))
-    return (F.cross_entropy(logits_per_image, pairs) + F.cross_entropy(logits_per_text, pairs)) / 2
+def fine_tune(output: Path, which: tuple[str, str], seed: int, world: str) -> dict[str, dict]:
+    """Scores by alpha (as text, since they are kept in a file), by "gained" and "kept"."""
+    (family, setting), start = which, pretrain(output, seed)
+    data = {name: output / str(seed) / name for name in (world, "A")}
+    folder = output / str(seed) / f"{world} {family}" / (setting or "default")
 
+    def compute() -> dict[str, dict]:
+        if family == "open_clip":
+            weights = train_open_clip(
+                data[world], folder, "run", *setting.split(), "--wd", 0.1,
+                batch_size=64, epochs=OPEN_CLIP_EPOCHS, seed=seed, start=start,
+            )  # fmt: skip
+            return {"1.0": scores_of(load(weights, "cpu", activation="quick_gelu")[0], data)}
+        run = train(
+            folder,
+            *("--resume_training", start, "--dataset_path", data[world], "--seed", seed),
+            *("--device", "cpu", "--cache", *setting.split()),
+        )
+        model, _ = load(run / "weights" / "best_epoch_weights.pth", "cpu")
+        before = load(start, "cpu")[0].state_dict()
+        after = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        scores = {}
+        for alpha in ALPHAS:
+            model.load_state_dict(interpolate(before, after, alpha))
+            scores[str(alpha)] = scores_of(model, data)
+        return scores
 
-# Scores
-
-
-def evaluation_sets(output: Path, transform: Callable | None = None) -> dict[str, Flickr8kDataset]:
-    """Validation images, and images of the pretraining; `transform` in place of CLIP's own."""
-    side = CONFIGS["ViT-demo"].image_resolution
-    sets = {
-        "validation": Flickr8kDataset(output / "finetune", side, "en", False, transform),
-        "retention": Flickr8kDataset(output / "retention", side, "en", False, transform),
+    by_alpha = once(folder / "scores.json", compute)
+    return {
+        alpha: {"gained": scores[world], "kept": scores["A"]} for alpha, scores in by_alpha.items()
     }
-    if transform is None:
-        for data in sets.values():
-            data.cache(output / "cache")
-    return sets
 
 
-def score_on(sets: dict[str, Flickr8kDataset], model: CLIP) -> dict:
-    return {name: score(model, data) for name, data in sets.items()}
+def scores_of(model: CLIP, data: dict[str, Path]) -> dict[str, dict[str, float]]:
+    """Mean recall on each data set, validation and test."""
+
+    def recall(folder: Path, split: str) -> float:
+        images = Flickr8kDataset(folder, split=split, model=model)
+        images.cache()
+        return mean_recall(score(model, images))
+
+    return {
+        name: {split: recall(folder, split) for split in ("val", "test")}
+        for name, folder in data.items()
+    }
 
 
-def print_results(runs: dict[str, list[Epochs]]) -> None:
-    """A row for what is reached before, at the best and at the last epoch."""
-    befores = [epochs[0] for epochs in runs["ours"]]
-    before = [mean_recall(scores["validation"]) for scores in befores]
+# Results
 
-    def row(title: str, picked: list[dict]) -> list[str]:
-        columns = zip(*(recalls(scores["validation"]) for scores in picked), strict=True)
-        means = [mean_recall(scores["validation"]) for scores in picked]
-        gains = [mean - base for mean, base in zip(means, before, strict=True)]
-        retained = [mean_recall(scores["retention"]) for scores in picked]
-        return [title, *map(over_seeds, columns), over_seeds(gains), over_seeds(retained)]
 
-    rows = [
-        row("before fine-tuning", befores),
-        row("before, images as in followed", [epochs[0] for epochs in runs["followed"]]),
+def collect(scores: dict[tuple, dict], seeds: Iterable[int]) -> list[Point]:
+    points = []
+    for which in all_settings():
+        first = scores[which, next(iter(seeds)), "B"]
+        for alpha in first:
+            of_worlds = {
+                world: [scores[which, seed, world][alpha] for seed in seeds] for world in WORLDS
+            }
+            points.append(Point(*which, float(alpha), of_worlds))
+    return points
+
+
+def families(points: list[Point]) -> dict[str, list[Point]]:
+    """The points of every family; training alone with mixtures is one of its own."""
+    found = {
+        family: [p for p in points if p.family == family and p.alpha == 1] for family in SETTINGS
+    }
+    found["training alone, mixed"] = [p for p in points if p.family == "training alone"]
+    found["all of ours, mixed"] = [p for p in points if p.family != "open_clip"]
+    return found
+
+
+def choose(points: list[Point], floor: float) -> Point | None:
+    """The point that gains most of those that keep `floor` in both worlds, on validation images."""
+    keeping = [
+        point
+        for point in points
+        if all(mean(point.of(world, "kept", "val")) >= floor for world in WORLDS)
     ]
-    for name, seeds in runs.items():
-        best = [next(scores for scores in epochs if scores.get("best")) for epochs in seeds]
-        rows.append(row(f"{name}, best epoch", best))
-        rows.append(row(f"{name}, last epoch", [epochs[-1] for epochs in seeds]))
-    print(f"\npercent, mean ± standard deviation over {len(before)} seeds\n")
-    print_table(["", *RECALL_NAMES, "gain", "retention"], rows)
+    return max(keeping, key=lambda point: point.overall("gained"), default=None)
 
 
-def plot(runs: dict[str, list[Epochs]], file: Path) -> None:
-    """Mean recall epoch by epoch, a thin line a seed and a thick one for their mean: on the
-    validation images, and on images of the pretraining."""
+def columns(point: Point) -> list[str]:
+    return [
+        over_seeds(point.of(world, what, "test"))
+        for world, what in product(WORLDS, ("gained", "kept"))
+    ]
+
+
+HEADER = [f"{world} {what}" for world, what in product(WORLDS, ("gained", "A kept"))]
+
+
+def print_points(points: list[Point], before: list[dict]) -> None:
+    start = [
+        over_seeds(seed[name]["test"] for seed in before)
+        for name in (name for world in WORLDS for name in (world, "A"))
+    ]
+    print(f"\ntest images, mean recall, mean ± standard deviation over {len(before)} seeds\n")
+    rows = [["before fine-tuning", "", *start]]
+    rows += [[p.family, f"`{p.setting}`" if p.setting else "default", *columns(p)]
+             for p in points if p.alpha == 1]  # fmt: skip
+    print_table(["", "settings", *HEADER], rows)
+
+
+def print_choices(points: list[Point]) -> None:
+    """For each floor, the setting of each family that validation chooses."""
+    for floor in FLOORS:
+        rows = []
+        for family, members in families(points).items():
+            if point := choose(members, floor):
+                setting = f"`{point.setting}`" if point.setting else "default"
+                mixed = f", alpha {point.alpha:g}" if point.alpha < 1 else ""
+                rows.append([family, setting + mixed, *columns(point)])
+            else:
+                rows.append([family, "none", *[""] * len(HEADER)])
+        print(f"\nchosen on validation to keep {floor} of A; test images\n")
+        print_table(["", "settings", *HEADER], rows)
+
+
+def plot(points: list[Point], file: Path) -> None:
+    """What is gained against what is kept, a panel a world and a line a family, with the standard
+    deviation over the seeds."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    titles = {"validation": "Validation images", "retention": "Images of the pretraining"}
-    for panel, (data, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
-        for name, seeds in runs.items():
-            lines = [[mean_recall(scores[data]) for scores in epochs] for epochs in seeds]
-            for line in lines:
-                panel.plot(line, color=COLOURS[name], alpha=0.35, linewidth=0.8)
-            panel.plot(np.mean(lines, axis=0), "o-", color=COLOURS[name], label=name, markersize=4)
-        before = mean(mean_recall(epochs[0][data]) for epochs in runs["ours"])
-        panel.axhline(before, color="grey", linestyle="--", label="before fine-tuning")
-        panel.set(title=title, xlabel="epoch", ylabel="mean recall, percent")
-        panel.set_ylim(bottom=0)
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    for panel, (world, title) in zip(figure.subplots(1, 2), WORLDS.items(), strict=True):
+        for number, (family, members) in enumerate(families(points).items()):
+            if family == "all of ours, mixed":
+                continue
+            if family == "training alone, mixed":
+                members = [point for point in members if point.alpha == 0.5]
+            drawn = sorted(members, key=lambda point: mean(point.of(world, "kept", "test")))
+            kept, gained = (
+                [point.of(world, what, "test") for point in drawn] for what in ("kept", "gained")
+            )
+            panel.errorbar(
+                [mean(values) for values in kept], [mean(values) for values in gained],
+                xerr=[spread(values) for values in kept],
+                yerr=[spread(values) for values in gained],
+                fmt="o-" if len(drawn) > 1 else "D", color=f"C{number}", label=family,
+                markersize=4, linewidth=1.2, elinewidth=0.7,
+            )  # fmt: skip
+        panel.set(title=title, xlabel="kept: mean recall on A, percent",
+                  ylabel="gained: mean recall, percent")  # fmt: skip
         panel.grid(alpha=0.3)
         panel.legend()
     save_figure(figure, file)
+
+
+def spread(values: list[float]) -> float:
+    return stdev(values) if len(values) > 1 else 0.0
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from measure import alternate, check, describe_cpu, extra_peak_megabytes, print_
 from torch import Tensor
 
 from models.errors import run_script
+from utils.machine.precision import Precision
 from utils.retrieval.search import most_similar
 from utils.retrieval.store import FILE, Store
 
@@ -51,7 +52,8 @@ def load_from_store(made: Tensor, folder: Path) -> Tensor:
     """Keep the features in a store, and print what it costs to load them again."""
     keys = [f"123456 {10**18 + i} images/{i:08}.jpg" for i in range(len(made))]
     model = SimpleNamespace(embed_dim=made.shape[1], config=None, state_dict=dict)
-    store = Store("images", model, folder / "weights.pt", "made")
+    precision = Precision(torch.device("cpu"), use_amp=False)
+    store = Store("images", model, folder / "weights.pt", "made", precision)
     store.features_of(keys, lambda rows: (rows, made[rows]), len(keys))
     (file,) = folder.rglob(FILE)
     loaded: list[Tensor] = []

@@ -6,9 +6,11 @@ those of `utils.metric`, over the same images and captions for everyone.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -33,13 +35,29 @@ def build_parser(description: str, output: str) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     # fmt: off
-    add("--dataset_path", type=path, default="flickr8k",
-        help="Flickr8k as prepare.py makes it (default: %(default)s)")
     add("--output", type=path, default=output,
         help="folder for runs and results (default: %(default)s)")
-    add("--seeds", type=integer(0), nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
+    add("--seeds", type=integer(0), nargs="+", default=[0, 1, 2, 3, 4],
+        help="(default: 0 1 2 3 4)")
     # fmt: on
     return parser
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dataset_path", type=path, default="flickr8k",
+                        help="Flickr8k as prepare.py makes it (default: %(default)s)")  # fmt: skip
+
+
+def add_jobs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--jobs", type=integer(1), default=2,
+                        help="runs at a time, each on one core (default: %(default)s)")  # fmt: skip
+
+
+def jobs(number: int) -> ThreadPoolExecutor:
+    """A pool for so many runs at the same time, each of which gets one core."""
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started
+    return ThreadPoolExecutor(number)
 
 
 def once(file: Path, compute: Callable[[], dict | list]) -> dict | list:

@@ -1,6 +1,7 @@
-"""The parts of the training benchmarks: their splits, the recipe beside ours, what is run anew."""
+"""The benchmark in small worlds: the worlds, what open_clip is given, and what is chosen."""
 
 import sys
+from statistics import mean
 
 import numpy as np
 import open_clip
@@ -8,170 +9,131 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from open_clip.loss import ClipLoss
 from PIL import Image
 from script_runs import ROOT
 
-from flickr8k.render_demo import render_demo
 from models import build_model, tokenize
 from models.clip_utils import create_model
 from utils.data.annotations import annotations_json, read_annotations
-from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.runs.checkpoint import save_weights
 
 sys.path.append(str(ROOT / "tests" / "benchmarks"))
 
 import fine_tuning
-import from_scratch
-import runs
+import open_clip_training
+import worlds
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return render_demo(tmp_path_factory.mktemp("data"), n_train=24, n_val=8)
+@pytest.fixture
+def small(monkeypatch):
+    sizes = {"train": 12, "val": 4, "test": 5}
+    monkeypatch.setattr(worlds, "IMAGES", dict.fromkeys(("A", "B", "B2"), sizes))
+    return sizes
 
 
-@given(st.lists(st.integers(), unique=True))
-def test_split_is_disjoint_and_complete(entries):
-    pretraining, fine_tuning_part = fine_tuning.split(entries)
-    assert sorted(pretraining + fine_tuning_part) == sorted(entries)
-    assert len(fine_tuning_part) == len(entries) // 6
+@pytest.mark.parametrize("name", ["A", "B", "B2"])
+def test_a_world_follows_from_its_seed_and_its_parts_share_no_scene(name, small, tmp_path):
+    roots = [worlds.render_world(tmp_path / str(i), name, seed) for i, seed in enumerate([3, 3, 4])]
+    files = [{f.relative_to(root): f.read_bytes() for f in root.rglob("*.*")} for root in roots]
+    assert files[0] == files[1] and files[0].keys() == files[2].keys() != set()
+    assert files[0] != files[2]
+    seen = []
+    for split, number in small.items():
+        entries = read_annotations(roots[0] / f"en_{split}.json")
+        assert len(entries) == number
+        seen += [frozenset(captions) for _, captions in entries]
+    assert len(set(seen)) == sum(small.values())
+    assert worlds.render_world(roots[0], name, seed=3) == roots[0]
 
 
-@pytest.mark.parametrize("links", [True, False])
-def test_splits_are_data_sets_that_share_images(data, tmp_path, monkeypatch, links):
-    if not links:
-        monkeypatch.setattr(fine_tuning.Path, "symlink_to", raise_os_error)
-    for _ in range(2):  # the second time all is there
-        fine_tuning.make_splits(data, tmp_path)
-    sets = {
-        (name, is_train): read_annotations(tmp_path / name / f"en_{split}.json")
-        for name in ("pretrain", "finetune", "retention")
-        for split, is_train in (("train", True), ("val", False))
+def test_the_other_world_has_other_words_for_what_tells_images_apart(small, tmp_path):
+    def words(name):
+        entries = read_annotations(worlds.render_world(tmp_path / name, name, 0) / "en_train.json")
+        texts = " ".join(caption for _, captions in entries for caption in captions)
+        return set("".join(c if c.isalpha() else " " for c in texts.lower()).split())
+
+    phrases = [p for values in worlds.demo.WORDINGS["en"].words.values() for p in values]
+    telling = {word for phrase in phrases for word in phrase.split()} - {"in", "at", "the", "on"}
+    assert words("A") & telling and words("B") & telling
+    assert not words("B2") & telling
+
+
+def test_hues_are_turned_by_a_quarter(monkeypatch):
+    monkeypatch.setattr(worlds, "NOISE", 0)
+    red = Image.new("RGB", (8, 8), (200, 0, 0))
+    turned = np.array(worlds.shifted(red, np.random.default_rng(0)))
+    # 90 degrees after red, halfway from yellow (60) to green (120).
+    np.testing.assert_allclose(turned[4, 4], [100, 200, 0], atol=2)
+
+
+def point(setting, gained, kept):
+    """Of two worlds and two seeds; test scores tell nothing about those of validation."""
+    scores = {
+        world: [
+            {"gained": {"val": g, "test": 100 - g}, "kept": {"val": k, "test": 100 - k}}
+            for g, k in zip(gained[world], kept[world], strict=True)
+        ]
+        for world in fine_tuning.WORLDS
     }
-    everything = read_annotations(data / "en_train.json")
-    assert sorted(sets["pretrain", True] + sets["finetune", True]) == sorted(everything)
-    assert [entry for entry in sets["retention", False] if entry in sets["finetune", True]] == []
-    assert all(entry in sets["pretrain", True] for entry in sets["retention", False])
-    for name in ("pretrain", "finetune"):
-        assert sets[name, False] == read_annotations(data / "en_val.json")
-    image, _ = Flickr8kDataset(tmp_path / "finetune", 32)[0]
-    assert image.shape == (3, 32, 32)
+    return fine_tuning.Point("family", setting, 1.0, scores)
 
 
-def raise_os_error(*_, **__):
-    raise OSError("no links here")
+percent = st.integers(0, 100).map(float)
+by_world = st.fixed_dictionaries({w: st.tuples(percent, percent) for w in fine_tuning.WORLDS})
 
 
-@pytest.mark.parametrize("size", [(500, 375), (375, 500), (224, 224), (90, 30)])
-def test_letterbox_keeps_the_aspect_on_grey(size):
-    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    image = Image.fromarray(noise)
-    side = 60
-    scale = side / max(size)
-    width, height = (round(length * scale) for length in size)
-    expected = Image.new("RGB", (side, side), (128, 128, 128))
-    left, top = round((side - width) / 2), round((side - height) / 2)
-    expected.paste(image.resize((width, height), Image.Resampling.BICUBIC), (left, top))
-    letterboxed = fine_tuning.letterboxed(side)(image)
-    torch.testing.assert_close(letterboxed.permute(1, 2, 0), torch.tensor(np.array(expected)) / 255)
+@given(st.lists(st.tuples(by_world, by_world), max_size=6), percent)
+def test_the_setting_is_chosen_on_validation_and_holds_in_both_worlds(scores, floor):
+    points = [point(str(i), *both) for i, both in enumerate(scores)]
+    allowed = [
+        i
+        for i, (_, kept) in enumerate(scores)
+        if min(sum(kept[world]) / 2 for world in kept) >= floor
+    ]
+    chosen = fine_tuning.choose(points, floor)
+    if not allowed:
+        assert chosen is None
+        return
+    overall = {i: mean(sum(values) / 2 for values in scores[i][0].values()) for i in allowed}
+    assert overall[int(chosen.setting)] == max(overall.values())
 
 
-def test_rate_is_constant_then_torchs_cosine():
-    steps = 40
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps, eta_min=0.01)
-    expected = [1.0] * steps
-    for _ in range(steps + 1):
-        expected += cosine.get_last_lr()
-        optimizer.step()
-        cosine.step()
-    rates = [fine_tuning.followed_rate(step / (2 * steps)) for step in range(2 * steps + 1)]
-    np.testing.assert_allclose(rates, expected, rtol=1e-9)
-
-
-def test_loss_of_the_followed_recipe_is_open_clips():
-    model = create_model("ViT-demo")
-    images, tokens = torch.randn(5, 3, 64, 64), tokenize(["a", "b c", "d", "e f g", "h"])
-    features = (
-        torch.nn.functional.normalize(features, dim=-1)
-        for features in (model.encode_image(images), model.encode_text(tokens))
-    )
-    expected = ClipLoss()(*features, model.logit_scale.exp())
-    torch.testing.assert_close(fine_tuning.pair_loss(model, images, tokens), expected)
-
-
-def test_followed_recipe_trains_scores_and_is_not_run_again(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(fine_tuning, "EPOCHS", 2)
-    monkeypatch.setitem(fine_tuning.FOLLOWED, "batch_size", 2)
-    fine_tuning.make_splits(data, tmp_path)
-    pretrained = tmp_path / "weights.pth"
-    save_weights(create_model("ViT-demo"), pretrained)
-    results = {
-        name: [fine_tuning.fine_tune_followed(tmp_path, pretrained, seed, name) for seed in (0, 1)]
-        for name in ("followed", "normalised")
-    }
-    best = [epochs for epochs in results["followed"][0] if epochs.get("best")]
-    losses = [epoch["val_loss"] for epoch in results["followed"][0][1:]]
-    assert len(losses) == 2 and [epoch["val_loss"] for epoch in best] == [min(losses)]
-    pretrained.unlink()
-    again = fine_tuning.fine_tune_followed(tmp_path, pretrained, 1, "normalised")
-    assert again == results["normalised"][1]
-
-    results["ours"] = results["normalised"]
-    fine_tuning.print_results(results)
-    assert "| followed, best epoch" in capsys.readouterr().out
-    fine_tuning.plot(results, tmp_path / "plot.png")
+def test_results_are_printed_and_drawn(tmp_path, capsys):
+    gained, kept = (dict.fromkeys(fine_tuning.WORLDS, v) for v in [(90.0, 80.0), (95.0, 93.0)])
+    points = [
+        fine_tuning.Point(family, setting, alpha, point("", gained, kept).scores)
+        for family, setting in fine_tuning.all_settings()
+        for alpha in ((1.0,) if family == "open_clip" else fine_tuning.ALPHAS)
+    ]
+    before = [{name: {"test": 50.0} for name in ("A", "B", "B2")}] * 2
+    fine_tuning.print_points(points, before)
+    fine_tuning.print_choices(points)
+    printed = capsys.readouterr().out
+    assert "| before fine-tuning" in printed and "15.00 ± 7.07" in printed
+    assert "chosen on validation to keep 90 of A" in printed
+    fine_tuning.plot(points, tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as picture:
         assert picture.format == "PNG"
-
-
-@given(st.lists(st.floats(0, 100), min_size=2, max_size=5))
-def test_mean_and_deviation_are_numpys(values):
-    printed = [float(number) for number in runs.over_seeds(values).split(" ± ")]
-    np.testing.assert_allclose(printed, [np.mean(values), np.std(values, ddof=1)], atol=0.0051)
-
-
-def test_training_starts_goes_on_and_is_not_repeated(tmp_path, monkeypatch):
-    called = []
-    run = tmp_path / "run"
-
-    def call(*command):
-        called.append(list(map(str, command[1:])))
-        (run / "weights").mkdir(parents=True, exist_ok=True)
-        name = "weights/checkpoint.pth" if len(called) == 1 else "R_mAP.png"
-        (run / name).touch()
-
-    monkeypatch.setattr(runs, "call", call)
-    with pytest.raises(StopIteration):  # broken off: a checkpoint, but not the last file
-        runs.train(tmp_path, "--epochs", 3)
-    for _ in range(2):
-        assert runs.train(tmp_path, "--epochs", 3) == run
-    assert called[0][:2] == ["--epochs", "3"]
-    assert called[1][:2] == ["--resume_training", str(run / "weights" / "checkpoint.pth")]
-    assert len(called) == 2
 
 
 def test_open_clip_reads_what_is_written_for_it(tmp_path):
     pandas = pytest.importorskip("pandas")
     captions = ['two "big" dogs', "a\ttab", "'quoted'", "一只狗"]
     (tmp_path / "en_train.json").write_bytes(annotations_json([("images\\1.jpg", captions)]))
-    assert from_scratch.write_csv(tmp_path, tmp_path / "train.csv") == len(captions)
+    assert open_clip_training.write_csv(tmp_path, tmp_path / "train.csv") == len(captions)
     table = pandas.read_csv(tmp_path / "train.csv", sep="\t")
     assert table["title"].tolist() == captions
     assert table["filepath"].unique().tolist() == [str(tmp_path.resolve() / "images" / "1.jpg")]
 
 
-def test_open_clip_builds_the_same_architecture(tmp_path):
-    file = from_scratch.write_model_config(tmp_path / "ViT-demo.json", context_length=40)
+def test_open_clip_has_the_same_model_with_a_shorter_context(tmp_path):
+    ours = create_model("ViT-demo")
+    save_weights(ours, tmp_path / "weights.pth")
+    start = open_clip_training.cut_context(tmp_path / "weights.pth", 40, tmp_path / "start.pt")
+    file = open_clip_training.write_model_config(tmp_path / "ViT-demo.json", context_length=40)
     open_clip.add_model_config(file)
-    theirs = open_clip.create_model("ViT-demo", pretrained=None)
-    weights = theirs.state_dict()
-    shapes = {key: tensor.shape for key, tensor in weights.items()}
-    expected = {key: tensor.shape for key, tensor in create_model("ViT-demo").state_dict().items()}
-    expected["positional_embedding"] = torch.Size([40, 128])
-    assert {key: shapes[key] for key in expected} == expected
-    images, tokens = torch.randn(2, 3, 64, 64), tokenize(["a red ball", "two dogs"])[:, :40]
-    ours = build_model(weights)
-    torch.testing.assert_close(ours.encode_image(images), theirs.encode_image(images))
-    torch.testing.assert_close(ours.encode_text(tokens), theirs.encode_text(tokens.long()))
+    theirs = open_clip.create_model("ViT-demo", pretrained=str(start))
+    images, tokens = torch.randn(2, 3, 64, 64), tokenize(["a red ball", "two dogs"])
+    ours = build_model({k: v.half().float() for k, v in ours.state_dict().items()})
+    torch.testing.assert_close(theirs.encode_image(images), ours.encode_image(images))
+    torch.testing.assert_close(theirs.encode_text(tokens[:, :40].long()), ours.encode_text(tokens))

@@ -80,7 +80,19 @@ def test_a_checkpoint_moved_alone_ends_with_plot_and_weights(run, tmp_path):
 @pytest.mark.slow
 def test_wise_ft_without_the_weights_at_the_start_says_so_before_and_after(run, data, tmp_path):
     start = run / "weights" / "best_epoch_weights.pth"
-    arguments = ["--dataset_path", data, "--batch_size", 8, "--epochs", 1, "--wise_ft", 0, 1]
+    arguments = [
+        "--dataset_path",
+        data,
+        "--batch_size",
+        8,
+        "--epochs",
+        1,
+        "--wise_ft",
+        0,
+        1,
+        "--keep",
+        0,
+    ]
     run_script("train.py", "--resume_training", start, *arguments, cwd=tmp_path)
     (first,) = (tmp_path / "logs").iterdir()
     moved = moved_alone(first, tmp_path / "moved")

@@ -18,12 +18,10 @@ SCRIPTS = [
     *("models/clip_utils.py", "models/convert.py"),
     *("flickr8k/prepare.py", "flickr8k/render_demo.py"),
 ]
-# Raised for another input_shape, or for mixed precision, which only train.py asks for; or for
-# training images of classes, which only classification.py does.
+# Raised for another input_shape, which only train.py asks for; or for training images of classes,
+# which only classification.py does.
 CANNOT_BE = {
     ("models/weights/architecture.py", "check_resolution"),
-    ("utils/machine/precision.py", "Precision"),
-    ("utils/machine/precision.py", "Precision.__init__"),
     ("utils/data/labelled_images.py", "_check_both_splits"),
     ("utils/data/torchvision_sets.py", "open_torchvision_set"),
 }
@@ -45,9 +43,12 @@ def tree(file: str) -> ast.Module:
 @cache
 def options(script: str) -> set[str]:
     """All strings that are an option and nothing else, in a script and in the functions `add_...`
-    that it imports: those of its parser."""
-    shared = (place for name, place in imports(script).items() if name.startswith("add_"))
-    pieces = [tree(script), *(definitions(file)[name] for file, name in shared)]
+    that it imports, and in those that these call: those of its parser."""
+    shared = [place for name, place in imports(script).items() if name.startswith("add_")]
+    pieces: list[ast.AST] = [tree(script)]
+    for file, name in shared:
+        pieces.append(definitions(file)[name])
+        shared += [place for place in named(file, pieces[-1], set()) if place[1].startswith("add_")]
     return {"--help", *(s for piece in pieces for s in strings(piece) if OPTION.fullmatch(s))}
 
 

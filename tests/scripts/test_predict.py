@@ -308,6 +308,62 @@ def test_any_picture_and_caption_can_be_drawn(tmp_path, size):
         assert min(image.size) > 300
 
 
+# Mixed precision
+
+
+@pytest.fixture
+def in_bfloat16(work, photo):
+    """(texts, cosine of each with `photo`, its probability) of features that are computed in
+    bfloat16, and then in float64. With those of float32 the probabilities are others."""
+    model, preprocess = load(work / "logs" / "a run" / "weights" / "best_epoch_weights.pth", "cpu")
+    texts, pixels = ["a dog", "a red circle"], preprocess(open_image(photo))[None]
+    found = []
+    for is_mixed in (False, True):
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
+            image, of_texts = model.encode_image(pixels), model.encode_text(tokenize(texts))
+        similarity = torch.cosine_similarity(image.double(), of_texts.double())
+        found.append((similarity, (model.logit_scale.exp() * similarity).softmax(dim=0)))
+    (_, other), (similarity, probability) = found
+    assert (other - probability).abs().max() > 3e-4
+    return texts, similarity.tolist(), probability.tolist()
+
+
+def test_zero_shot_in_mixed_precision_rounds_features_alone(work, photo, in_bfloat16):
+    """Not their similarities and the probabilities, which 8 bits would round to 0.4%."""
+    weights, (texts, _, expected) = work / "logs/a run/weights/best_epoch_weights.pth", in_bfloat16
+    done = run_script("predict_zero_shot.py", photo, "--weights", weights, "--labels", *texts,
+                      "--use_amp", cwd=work)  # fmt: skip
+    printed = ast.literal_eval(done.stdout.splitlines()[2].removeprefix("image 0: "))
+    assert dict(printed) == pytest.approx(dict(zip(texts, expected, strict=True)), rel=1e-4)
+
+
+def test_captions_and_a_search_in_mixed_precision(work, photo, in_bfloat16, tmp_path):
+    texts, similarity, probability = in_bfloat16
+    done = run_script("predict.py", photo, "--text", *texts, "--use_amp", cwd=work)
+    printed = re.findall(r"\. +(\S+)%  similarity (\S+)  (.*)", done.stdout)
+    assert {text: float(percent) for percent, _, text in printed} == pytest.approx(
+        {text: 100 * p for text, p in zip(texts, probability, strict=True)}, abs=6e-3
+    )
+    (tmp_path / "one").mkdir()
+    shutil.copy(photo, tmp_path / "one")
+    done = run_script("predict.py", tmp_path / "one", "--text", *texts, "--use_amp", cwd=work)
+    assert re.search("features of 1 images are kept in .*-bfloat16\n", done.stdout)
+    assert [found for _, found, _ in lines_of(done)] == pytest.approx(similarity, abs=6e-4)
+
+
+@pytest.mark.slow
+def test_mixed_precision_is_right_on_a_cpu_without_bfloat16(work, photo, monkeypatch):
+    """As oneDNN and torch compute where there are no instructions for it, on an x86 CPU."""
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    weights, labels = work / "logs/a run/weights/best_epoch_weights.pth", ["a dog", "a red circle"]
+    start = "predict_zero_shot.py", photo, "--weights", weights, "--labels", *labels
+    done = (run_script(*start, *given, cwd=work, fresh=True) for given in ([], ["--use_amp"]))
+    lines = (printed.stdout.splitlines()[2].removeprefix("image 0: ") for printed in done)
+    exact, mixed = (dict(ast.literal_eval(line)) for line in lines)
+    assert mixed == pytest.approx(exact, abs=0.05) and mixed != exact
+
+
 # Searching a folder
 
 

@@ -125,7 +125,8 @@ def test_a_run_that_made_the_weights_worse_says_so_and_what_to_do(spoiled, train
     for printed, best in ((first, epochs[0]), (second, max(epochs))):
         line = next(line for line in printed.splitlines() if "training made it worse" in line)
         assert f"{best:.2f} in the best epoch, {start:.2f} before training" in line
-        assert "--lr" in line and "--wise_ft" in line
+        assert "--lr" in line
+        assert "the best, alpha 0:" in printed  # the weights that the run stands for
     assert "made it worse" not in trained[1]
 
 

@@ -298,6 +298,25 @@ def test_script_draws_the_confusions_and_takes_templates_and_names(work, classif
         assert image.format == "PNG" and min(image.size) > 300
 
 
+def test_script_in_mixed_precision_rounds_features_alone(work, classify, monkeypatch):
+    """Not their products, which 8 bits would round to 0.4%."""
+    scored = []
+    monkeypatch.setattr(
+        "utils.classification.accuracy", lambda *given: scored.append(given[0]) or accuracy(*given)
+    )
+    classify("--data", "digits/val", "--use_amp")
+    model, preprocess = load(work / "weights.pth", "cpu")
+    images = LabelledImages(find_labelled_images(work / "digits"), preprocess)
+    products = []
+    for is_mixed in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
+            classes = zero_shot_classifier(model, images.classes, ["a photo of a {}."])
+            features = readable_features(model, images).images
+        products.append((features.double() @ classes.double().T).float())
+    torch.testing.assert_close(scored[0], products[0], rtol=0, atol=1e-6)
+    assert (products[0] - products[1]).abs().max() > 1e-4
+
+
 def test_any_number_of_classes_can_be_drawn(tmp_path):
     """The second panel is of a class without images."""
     confusions = {"one": torch.eye(120), "other": torch.zeros(120, 120)}

@@ -16,6 +16,7 @@ from models import tokenize
 from models.errors import InputError
 from models.preprocess import Preprocess, normalize
 from utils import Flickr8kDataset
+from utils.data.augment import recolour
 from utils.flickr8k_dataloader import TrainLoader
 from utils.machine.processes import Processes
 
@@ -230,6 +231,34 @@ def test_ranks_share_the_batches_of_one_process(root, size):
         for of_a_step in zip(*parts, strict=True)
     ]
     assert equal(whole, joined)
+
+
+def test_ranks_share_the_altered_images_of_one_process(root):
+    """Every other image, from the first on, in other colours and with captions of other words."""
+    dataset = Flickr8kDataset(root, 32)
+
+    def altered(step, **processes):
+        loader = TrainLoader(dataset, 5, CPU, captions_per_image=2, alter=True, **processes)
+        return list(loader.epoch(1))[step]
+
+    whole, other_step = altered(0), altered(1).altered
+    assert torch.equal(whole.altered.images, whole.images[::2])
+    tokens = whole.tokens.unflatten(0, (5, 2))[::2].flatten(0, 1)
+    assert torch.equal(whole.altered.tokens.argmax(1), tokens.argmax(1))
+    assert not torch.equal(whole.altered.tokens, tokens)
+    assert not torch.equal(whole.altered.colours, other_step.colours)
+    plain = whole._replace(images=whole.images[::2], crops=whole.crops[::2])
+    expected = recolour(plain.augmented_images(Preprocess(32)), whole.altered.colours)
+    assert torch.equal(whole.altered.augmented_images(Preprocess(32)), expected)
+    for size in (2, 5):
+        parts = [altered(0, processes=Processes(rank, size)).altered for rank in range(size)]
+        parts = [part for part in parts if part is not None]
+        for name in ("images", "crops", "tokens", "colours"):
+            joined = torch.cat([getattr(part, name) for part in parts])
+            assert torch.equal(joined, getattr(whole.altered, name)), name
+    without = TrainLoader(dataset, 5, CPU, captions_per_image=2)
+    first, again = next(without.epoch(1)), whole._replace(altered=None)
+    assert equal([first[:3]], [again[:3]]) and first.altered is None
 
 
 def test_several_captions_of_an_image_are_different_while_it_has_enough(root):

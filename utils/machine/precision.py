@@ -1,4 +1,4 @@
-"""Number formats of training: float32, or mixed precision with float32 master weights."""
+"""Number formats: float32, or mixed precision, whose weights are float32 as well."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,6 @@
-"""Features of a whole data set: its images and its texts, encoded batch by batch."""
+"""Features of a whole data set: its images and its texts, encoded batch by batch.
+
+Functions that are told no precision compute in that of the `autocast` that they are called in."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -86,16 +88,18 @@ def encode_texts(
     return processes.sum(features)
 
 
-def kept_caption_features(model: CLIP, weights: Path, source: str, captions: list[str]) -> Tensor:
+def kept_caption_features(
+    model: CLIP, weights: Path, source: str, captions: list[str], precision: Precision
+) -> Tensor:
     """What `encode_texts` gives for different captions, those too long being cut; in float16, since
     they are kept for the next time, beside `weights`, as the captions of `source`."""
 
     def encode(rows: list[int]) -> tuple[list[int], Tensor]:
         tokens = model.tokenize([captions[row] for row in rows], truncate=True)
-        with torch.inference_mode():
+        with torch.inference_mode(), precision.autocast():
             return rows, F.normalize(model.encode_text(tokens).float(), dim=-1)
 
-    store = Store("captions", model, weights, source)
+    store = Store("captions", model, weights, source, precision)
     _, features = store.features_of(captions, encode, TEXT_BATCH)
     return features.to(model.device).float()
 

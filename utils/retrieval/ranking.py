@@ -5,10 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from models.clip import CLIP
 from models.errors import InputError
 
 BLOCK_BYTES = 2**26  # of the similarities that are in memory at once
@@ -23,13 +21,13 @@ class Ranked(NamedTuple):
 
 @torch.inference_mode()
 def rank_captions(
-    model: CLIP, image: Tensor, captions: list[str], text_features: Tensor
+    captions: list[str], text_features: Tensor, image: Tensor, logit_scale: Tensor
 ) -> list[Ranked]:
-    """The captions, the most similar to `image` first. `image` is preprocessed, `[3, r, r]`;
-    `text_features` are the captions' normalised features, `[captions, d]`."""
-    image_features = F.normalize(model.encode_image(image[None].to(model.device)), dim=-1)
-    similarity = (text_features @ image_features.T).squeeze(1)
-    probability = (model.logit_scale.exp() * similarity).softmax(dim=0)
+    """The captions, the most similar to an image first, from normalised features: the captions',
+    `text_features` `[captions, d]`, and the image's, `image` `[d]`. `logit_scale` is the model's.
+    """
+    similarity = (text_features @ image[:, None]).squeeze(1)
+    probability = (logit_scale.exp() * similarity).softmax(dim=0)
     order = similarity.argsort(descending=True).tolist()
     return [Ranked(captions[i], probability[i].item(), similarity[i].item()) for i in order]
 

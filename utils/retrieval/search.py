@@ -12,6 +12,7 @@ from models.clip import CLIP
 from models.device import upload
 from models.errors import InputError
 from models.preprocess import Preprocess, open_image
+from utils.machine.precision import Precision
 from utils.retrieval.store import Store
 
 BATCH_SIZE = 32  # images
@@ -21,7 +22,7 @@ BLOCK = 2**11  # features at a time, so that what is computed of them stays in t
 
 
 def image_features(
-    model: CLIP, weights: Path, folder: Path, images: list[Path]
+    model: CLIP, weights: Path, folder: Path, images: list[Path], precision: Precision
 ) -> tuple[list[Path], Tensor]:
     """The `images` of a folder (paths relative to it) that can be read, and their normalised
     features `[n, d]`, float16 on the CPU. They are kept for the next search, beside `weights`, by
@@ -34,9 +35,10 @@ def image_features(
         problems.extend(problem for problem in read if isinstance(problem, str))
         done = [row for row, pixels in zip(rows, read, strict=True) if isinstance(pixels, Tensor)]
         pixels = [pixels for pixels in read if isinstance(pixels, Tensor)]
-        return done, encode_pixels(model, pixels)
+        with precision.autocast():
+            return done, encode_pixels(model, pixels)
 
-    store = Store("images", model, weights, str(folder.resolve()))
+    store = Store("images", model, weights, str(folder.resolve()), precision)
     keys = [_key(folder, image) for image in images]
     with ThreadPoolExecutor(THREADS) as threads:
         found, features = store.features_of(keys, encode, BATCH_SIZE)

@@ -6,6 +6,10 @@ A store is a folder with `features.safetensors` in it, which holds
 - `keys`: a JSON list of n texts, which say what each feature is of;
 - as metadata: a digest of what the features were made with, and one of the file's content.
 
+Features of mixed precision have stores of their own: bfloat16 rounds to 8 bits, which shows in the
+third decimal of a similarity, while float16, in which all are kept, rounds to 11. Mixed precision
+takes kept features of float32 as well, float32 none of mixed precision.
+
 Stores lie in `RUN/features/`, or in `features/` beside a weights file, or, where that cannot be
 written, in the user's cache folder. They may be deleted at any time.
 """
@@ -31,6 +35,7 @@ from models.clip import CLIP
 from models.errors import InputError
 from models.locks import lock
 from models.progress_bar import progress_bar
+from utils.machine.precision import Precision
 from utils.runs.arguments import run_folder
 from utils.runs.files import TEMPORARY, replaced_whole, writing
 
@@ -52,17 +57,21 @@ class Kept(NamedTuple):
 class Store:
     """The kept features of one collection of images or captions.
 
-    model    what encodes them
-    weights  the file or folder that the model was loaded from: the store lies beside it
-    source   the collection's name: each has a store of its own
+    model      what encodes them
+    weights    the file or folder that the model was loaded from: the store lies beside it
+    source     the collection's name: each has a store of its own
+    precision  in which they are encoded
     """
 
-    def __init__(self, kind: Kind, model: CLIP, weights: Path, source: str):
+    def __init__(self, kind: Kind, model: CLIP, weights: Path, source: str, precision: Precision):
         self.kind = kind
         self.d = model.embed_dim
         self.made_with = _made_with(model, kind)
-        name = f"{kind}-{_digest(weights.name, source)[:16]}"
-        self.folders = [folder / name for folder in _places(weights)]
+        names, places = [f"{kind}-{_digest(weights.name, source)[:16]}"], _places(weights)
+        if precision.use_amp:
+            names.append(f"{names[0]}-{precision.dtype}".replace("torch.", ""))
+        self.read_from = [folder / name for name in names for folder in places]
+        self.folders = [folder / names[-1] for folder in places]
 
     def features_of(self, keys: list[str], encode: Encode, batch_size: int) -> tuple[list, Tensor]:
         """The features of `keys`: the kept ones, and those of the others, which `encode` makes in
@@ -121,7 +130,7 @@ class Store:
     def _read(self) -> tuple[Kept, list[str]]:
         """What is kept in all places, and what is wrong with stores that cannot be used."""
         everything, problems = Kept([], torch.empty(0, self.d, dtype=torch.float16)), []
-        for folder in self.folders:
+        for folder in self.read_from:
             try:
                 kept = _read(folder / FILE, self.made_with)
             except FileNotFoundError:

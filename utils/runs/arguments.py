@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from models.errors import InputError
 from models.files import read_bytes, run_weights
-from models.scripts import SCRIPTS, from_here
+from models.scripts import SCRIPTS, add_activation, from_here
 from models.weights.file_kind import one_line
 
 ARGUMENTS_LENGTH = 2**20  # bytes of an arguments.json
@@ -79,6 +79,19 @@ def starting_point(text: str) -> str:
     return str(checkpoint) if checkpoint.is_file() else text
 
 
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that all scripts have which compute with weights, but for train.py."""
+    add_activation(parser)
+    parser.add_argument(
+        "--use_amp",
+        action="store_true",
+        help="mixed precision, faster on a GPU, and on a CPU that computes in bfloat16: bfloat16 "
+        "where the device has it, else float16; similarities stay float32",
+    )
+    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first there is)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
 def add_scoring(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that all scripts have which score weights."""
     parser.add_argument(
@@ -89,8 +102,7 @@ def add_scoring(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch_size", type=integer(1), default=64, help="images at a time")
     parser.add_argument("--num_workers", type=workers, default=0, help="processes that read images")
-    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first there is)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_loading(parser)
 
 
 def check_values(values: dict[str, object], parser: argparse.ArgumentParser) -> None:

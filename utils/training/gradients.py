@@ -8,7 +8,7 @@ from torch import Tensor
 
 from models.clip import CLIP
 from utils.flickr8k_dataloader import Batch
-from utils.loss import contrastive_loss, mean_distance
+from utils.loss import contrastive_loss, squared_distance
 from utils.machine.precision import Precision
 from utils.machine.processes import Processes
 from utils.training.keep import Keep
@@ -82,9 +82,13 @@ def accumulate_gradients(
     each chunk's features again and from their gradients those of the parameters. The sum is the
     gradient of the whole batch, at the cost of a second forward pass.
 
-    `keep` adds its distance to what the gradients are of, but not to the loss that is returned,
+    `keep` adds its distances to what the gradients are of, but not to the loss that is returned,
     which so can be compared with that of validation.
     """
+    if keep:
+        exchange.completes = False
+        _hold_features(model, batch.altered, precision, exchange.processes, keep, chunk)
+        exchange.completes = True
     chunks = batch.split(chunk or len(batch.images))
     at_once = len(chunks) == 1
     with torch.set_grad_enabled(at_once):
@@ -93,13 +97,7 @@ def accumulate_gradients(
         for of_tower in features.values():
             of_tower.requires_grad_()
     loss = contrastive_loss(*features.values(), model.logit_scale, exchange.processes, batch.texts)
-    total = loss
-    for tower in keep.towers if keep else ():
-        with torch.no_grad():
-            start = _encode(keep.start, chunks, tower, precision)
-        distance = mean_distance(features[tower], start, exchange.processes)
-        total = total + keep.weight * distance / 2
-    precision.backward(total)
+    precision.backward(loss)
     # Tower by tower: the activations of one meet the gradients of few parameters of the other.
     for tower, of_tower in () if at_once else features.items():
         gradients = of_tower.grad.split(chunk * len(of_tower) // len(batch.images))
@@ -111,6 +109,28 @@ def accumulate_gradients(
     exchange.completes = True
     exchange.finish()
     return loss.detach()
+
+
+def _hold_features(
+    model: CLIP,
+    batch: Batch | None,
+    precision: Precision,
+    processes: Processes,
+    keep: Keep,
+    chunk: int | None,
+) -> None:
+    """Set the parameters' gradients to those of `keep.weight` times the mean squared distance of
+    the features of `batch`, this process's part of the altered images and captions, to those of the
+    starting model; the mean over all images and that over all captions count alike."""
+    total = processes.share_with(len(batch.images) if batch else 0).total
+    for part in batch.split(chunk or total) if batch else ():
+        for tower in keep.towers:
+            with torch.no_grad():
+                targets = _encode(keep.start, [part], tower, precision)
+            features = _encode(model, [part], tower, precision)
+            per_image = len(features) // len(part.images)
+            distance = squared_distance(features, targets) / (total * per_image)
+            precision.backward(keep.weight * distance)
 
 
 def _encode(model: CLIP, chunks: list[Batch], tower: str, precision: Precision) -> Tensor:

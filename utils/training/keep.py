@@ -10,8 +10,13 @@ from utils.training.layer_groups import tower_of
 
 
 class Keep(NamedTuple):
-    """What pulls features towards those of the starting model (after LDIFS, Mukhoti et al. 2023,
-    with the features that are compared with each other in place of those of all layers).
+    """What pulls features towards those of the starting model: on images in random other colours
+    and on captions with random other words, which are more unlike each other than what is learned
+    from, and so hold more of what the model does elsewhere.
+
+    LDIFS (Mukhoti et al. 2023) holds the features of all layers on the training data as they are;
+    here it is the features that are compared, on inputs that are altered at random, as in knowledge
+    distillation by function matching (Beyer et al. 2022).
 
     start   the starting model
     weight  of the mean squared distance to its features in the loss

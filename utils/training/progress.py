@@ -14,6 +14,7 @@ from models.errors import InputError
 from models.progress_bar import progress_bar
 from utils.data.annotations import SPLITS
 from utils.flickr8k_dataloader import Batch, Flickr8kDataset, TrainLoader
+from utils.machine.amp_hint import amp_hint
 from utils.machine.precision import Precision
 from utils.metric import evaluate, mean_recall, retrieval_metrics
 from utils.retrieval.encode import encode_set
@@ -36,7 +37,7 @@ def announce(
     folder: Path | None,
 ) -> None:
     """Print what is trained, on what, and where results will be; and whether a run has all its
-    `epochs` behind it."""
+    `epochs` behind it, or would gain from `--use_amp`."""
     train_set, val_set = sets["train"], sets["val"]
     millions = sum(p.numel() for p in state.model.parameters()) / 1e6
     learned = sum(p.numel() for p in state.model.parameters() if p.requires_grad) / 1e6
@@ -59,6 +60,8 @@ def announce(
     if len(state.epochs) == epochs:
         print(f"this run is finished, with all {epochs} epochs behind it: nothing is trained; more "
               "--epochs go on with it")  # fmt: skip
+    elif loader.processes.is_first and (hint := amp_hint(state.precision, state.model.config)):
+        print(hint)
 
 
 def tokenizer_warning(dataset: Flickr8kDataset, is_chinese: bool) -> str | None:
@@ -171,9 +174,7 @@ def compare_with_start(state: State) -> None:
     if state.start and best < state.start["mean_recall"]:
         print(
             f"training made it worse: mean recall {best:.2f} in the best epoch, "
-            f"{state.start['mean_recall']:.2f} before training. Lower --lr, to a tenth at first; "
-            "the best point of --wise_ft 0 0.25 0.5 0.75 1 is never worse on validation than the "
-            "start"
+            f"{state.start['mean_recall']:.2f} before training; lower --lr, to a tenth at first"
         )
 
 

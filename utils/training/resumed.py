@@ -25,7 +25,7 @@ from utils.training.optimizer import parameter_groups
 REMEDY = "take an earlier copy of the run, or start a new one from its weights"
 FIELDS = ("arguments", "data", "start", "rows", "best_since", "losses", "config", "model",
           "average", "optimizer", "scaler")  # fmt: skip
-SETTLED = ("lr", "layer_decay", "warmup_epochs")  # arguments that have a value once a run starts
+SETTLED = ("lr", "warmup_epochs")  # arguments that have a value once a run starts
 AT_THE_START = ("epoch", "val_loss", "mean_recall")
 IN_EVERY_ROW = (*AT_THE_START, "train_loss")
 MOMENTS = {

@@ -22,7 +22,7 @@ from utils.retrieval.tables import RETENTION, points_lost
 class Retention:
     """The sets that `data` names: each a folder of class folders, a data set of torchvision, or a
     folder of captioned images. Scores are computed in float32, as utils/classification.py and
-    utils/metric.py do it. Without data there is nothing to measure.
+    utils/metric.py do it without --use_amp. Without data there is nothing to measure.
 
     Raises `InputError` for a set that cannot be used; a set of torchvision is downloaded if need
     be. `prepare_for` comes before the first `measure`.

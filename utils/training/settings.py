@@ -12,6 +12,7 @@ from models.clip_utils import check_name
 from models.errors import InputError
 from models.scripts import from_here
 from models.weights.architecture import check_resolution
+from models.weights.config import Config
 from models.weights.registry import CONFIGS
 from utils.data.annotations import caption_file, missing_annotations
 from utils.flickr8k_dataloader import Flickr8kDataset, check_batch_size
@@ -29,10 +30,12 @@ DEMO = {
     "batch_size": 50,
 }
 CHINESE_DEMO = {"model": "cn-demo", "epochs": 30}
-FROM_SCRATCH = {"lr": 5e-4, "layer_decay": 1.0}
-FINE_TUNING = {"lr": 1e-4, "layer_decay": 0.7}
-LORA = FINE_TUNING | {"lr": 1e-3}  # ten times, as Biderman et al. 2024 find it
-ALPHAS = [0.0, 0.25, 0.5, 0.75, 1.0]  # of --wise_ft with --retention
+FROM_SCRATCH = {"lr": 5e-4}
+FINE_TUNING = {"keep": 6.0, "wise_ft": [0.0, 0.25, 0.5, 0.75, 1.0]}
+# Of fine-tuning, times the width of the wider tower: Adam's best rate falls as the width grows
+# (Yang et al. 2021, "Tensor Programs V", table 3; measured in tests/benchmarks/learning_rate.py).
+RATE_TIMES_WIDTH = 0.115
+LORA_RATE = 3e-3
 # What a run was started with stays in its records, however it goes on.
 OF_THE_START = ("demo", "model", "resume_training")
 # What the saved moments and the weights at the start belong to.
@@ -58,18 +61,22 @@ def settle(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict[st
         saved = {k: v for k, v in resumed["arguments"].items() if k not in OF_THE_START}
         parser.set_defaults(**saved)
     args = parser.parse_args()
-    tuning = LORA if args.lora else FINE_TUNING
-    recipe = FROM_SCRATCH if args.resume_training == "none" else tuning
+    recipe = FROM_SCRATCH if args.resume_training == "none" else FINE_TUNING
     by_default = recipe | {"warmup_epochs": min(1.0, args.epochs / 10)}
     if args.retention:
         args.retention = list(map(str, args.retention))  # a path, or the name of a set
-        by_default |= {"wise_ft": ALPHAS}
     for name, value in by_default.items():
-        if getattr(args, name) is None:
+        if getattr(args, name) is None and not resumed:
             setattr(args, name, value)
     if resumed:
         _check_continued(args, saved, resumed)
     return args, resumed
+
+
+def fine_tuning_rate(config: Config, lora: int | None) -> float:
+    """The peak learning rate for a model of these sizes, rounded to two digits."""
+    width = max(config.vision_width, config.transformer_width)
+    return LORA_RATE if lora else float(f"{RATE_TIMES_WIDTH / width:.1e}")
 
 
 def wants_demo_set(args: argparse.Namespace) -> bool:

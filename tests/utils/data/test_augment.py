@@ -1,4 +1,4 @@
-"""Random crops against Pillow's resizing of the same boxes."""
+"""Random crops against Pillow's resizing of the same boxes; other colours, other words."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from utils.data.augment import MIN_AREA, crop, draw_crops, sample_without_border
+from models.tokens import chinese_tokenizer, clip_tokenizer, token_rows
+from utils.data.augment import (
+    GAIN,
+    MIN_AREA,
+    OFFSET,
+    crop,
+    draw_crops,
+    draw_recolourings,
+    hue_turns,
+    recolour,
+    reword,
+    sample_without_border,
+)
 
 
 def pillow_crop(image: torch.Tensor, side: float, x: float, y: float) -> torch.Tensor:
@@ -87,3 +99,67 @@ def test_without_padding_by_the_border_the_crops_are_the_same():
                         (side * centres[:, None] + y).expand(-1, -1, 24)], dim=-1)  # fmt: skip
     found = sample_without_border(images, grid)
     assert torch.allclose(found, crop(images, crops), atol=1e-5)
+
+
+@given(st.lists(st.floats(-7, 7), max_size=4))
+def test_hues_are_turned_as_rotations_about_grey_are(angles):
+    """Against the exponential of the rotation's generator."""
+    x = y = z = 3**-0.5
+    generator = torch.tensor([[0, -z, y], [z, 0, -x], [-y, x, 0]], dtype=torch.float64)
+    turns = torch.from_numpy(hue_turns(np.array(angles, dtype=float)))
+    for angle, turn in zip(angles, turns, strict=True):
+        torch.testing.assert_close(turn, torch.matrix_exp(angle * generator))
+
+
+def test_recolourings_are_spread_from_none_to_all_that_is_allowed():
+    """Of a grey one's three channels, what is left is their gains and offsets."""
+    colours = draw_recolourings(20_000, np.random.default_rng(0)).double()
+    assert colours.shape == (20_000, 3, 4)
+    offsets = colours[..., 3].flatten()
+    grey = colours[..., :3].sum(dim=2)  # 1 plus a share of the gain's distance from 1
+    assert grey.min() < GAIN[0] + 0.02 and grey.max() > GAIN[1] - 0.02
+    assert ((grey > GAIN[0]) & (grey < GAIN[1])).all()
+    # The mean of a uniform share's square is a third.
+    assert offsets.square().mean().item() == pytest.approx(OFFSET**2 / 3, rel=0.05)
+    assert offsets.mean().item() == pytest.approx(0, abs=0.01)
+    untouched = (colours[..., :3] - torch.eye(3)).norm(dim=(1, 2)) < 0.05
+    assert 0.01 < untouched.double().mean() < 0.06
+
+
+def test_recolour_mixes_channels():
+    images = random_images(3, 5)
+    colours = draw_recolourings(3, np.random.default_rng(1))
+    mixed = torch.einsum("ncd,ndhw->nchw", colours[..., :3], images) + colours[..., 3:, None]
+    torch.testing.assert_close(recolour(images, colours), mixed)
+
+
+@settings(deadline=None, max_examples=30)
+@given(texts=st.lists(st.text(max_size=30), min_size=1, max_size=4), seed=st.integers(0, 2**32))
+@pytest.mark.parametrize("tokenizer", [clip_tokenizer(), chinese_tokenizer()])
+def test_other_words_stand_between_the_first_and_the_last_token(tokenizer, texts, seed):
+    tokens = token_rows(tokenizer, texts, 12, truncate=True)
+    draws = torch.from_numpy(np.random.default_rng(seed).random((len(texts), 25)))
+    draws[0, 0] = 0  # of the first text nothing is changed, of the last all
+    draws[-1, 0] = 1 if len(texts) > 1 else 0
+    found = reword(tokens, draws, tokenizer.words)
+    assert found.dtype == tokens.dtype
+    for row, old, (share, *_) in zip(found.tolist(), tokens.tolist(), draws.tolist(), strict=True):
+        end = old.index(tokenizer.end_of_text)
+        assert row[0] == old[0] and row[end:] == old[end:]
+        changed = [new for new, before in zip(row[1:end], old[1:end], strict=True) if new != before]
+        assert all(new in tokenizer.words for new in changed)
+        assert share > 0 or not changed
+    if len(texts) > 1:
+        end = old.index(tokenizer.end_of_text)
+        expected = tokenizer.words.start + (draws[-1, 14 : 13 + end] * len(tokenizer.words)).floor()
+        assert row[1:end] == expected.tolist()
+
+
+@pytest.mark.parametrize("tokenizer", [clip_tokenizer(), chinese_tokenizer()])
+def test_words_are_all_tokens_but_the_special_ones(tokenizer):
+    special = {tokenizer.start_of_text, tokenizer.end_of_text}
+    assert not special & set(tokenizer.words)
+    of_text = {i for text in ("一只狗, a dog!", "~龟 [SEP]") for i in tokenizer.encode(text)}
+    assert of_text <= set(tokenizer.words)
+    known = [tokenizer.decoder[i] for i in tokenizer.words]
+    assert not [token for token in known if token.startswith(("[unused", "[CLS", "<|"))]

@@ -90,7 +90,7 @@ def step_gradients(processes, data, chunk, rank=None):
         keep = Keep(create_model("ViT-demo"), 3.0, ["image", "text"])
     precision = Precision(CPU, use_amp=False)
     dataset = Flickr8kDataset(data, 64)
-    loader = TrainLoader(dataset, 11, CPU, captions_per_image=2, processes=processes)
+    loader = TrainLoader(dataset, 11, CPU, captions_per_image=2, processes=processes, alter=True)
     batch = next(loader.epoch(1))
     exchange = GradientExchange(model, processes)
     for _ in range(2):  # the first step learns the order in which gradients are sent

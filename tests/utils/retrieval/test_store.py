@@ -24,12 +24,14 @@ from models.clip_utils import create_model
 from models.errors import InputError
 from models.preprocess import open_image
 from utils.data.image_files import find_images
+from utils.machine.precision import Precision
 from utils.retrieval import store
 from utils.retrieval.encode import encode_texts, kept_caption_features
 from utils.retrieval.search import image_features
 from utils.runs.checkpoint import save_weights, write_json
 
 HALF = 2**-11  # relative error of a number that is rounded to float16
+FLOAT32, MIXED = (Precision(torch.device("cpu"), use_amp) for use_amp in (False, True))
 CAPTIONS = ["a dog", "a cat", "一只狗", "word " * 99]
 
 
@@ -87,7 +89,7 @@ class Counted:
 def searched(model, weights, folder) -> int:
     """Check the features of all images in the folder, and return how many were encoded now."""
     counted = Counted(model)
-    images, features = image_features(counted, weights, folder, find_images(folder))
+    images, features = image_features(counted, weights, folder, find_images(folder), FLOAT32)
     assert images == find_images(folder)
     with torch.no_grad():
         pixels = torch.stack([model.preprocess(open_image(folder / image)) for image in images])
@@ -130,6 +132,31 @@ def test_features_are_those_of_the_weights_whatever_their_file_says(weights, fol
     assert searched(demo(1), weights, folder) == 0
 
 
+def test_float32_never_takes_features_of_mixed_precision_but_these_take_its(weights, folder):
+    """bfloat16 rounds more coarsely than float16, in which features are kept."""
+    model = demo()
+
+    def in_bfloat16() -> tuple[int, torch.Tensor]:
+        counted = Counted(model)
+        _, features = image_features(counted, weights, folder, find_images(folder), MIXED)
+        return counted.images, features.float()
+
+    encoded, coarse = in_bfloat16()
+    again, same = in_bfloat16()
+    assert (encoded, again) == (6, 0) and torch.equal(coarse, same)
+    assert searched(model, weights, folder) == 6  # and they are right to float16's 11 bits
+    again, exact = in_bfloat16()
+    distances = (coarse - exact).norm(dim=1)  # of vectors of length 1, after 8 bits several times
+    assert again == 0 and distances.min() > HALF and distances.max() < 0.1
+    draw(folder / "c" / "6.png", 6)
+    assert in_bfloat16()[0] == 1 and in_bfloat16()[0] == 0
+    assert searched(model, weights, folder) == 1
+    own = encode_texts(model, model.tokenize(CAPTIONS, truncate=True))
+    kept_caption_features(model, weights, "list", CAPTIONS, MIXED)
+    kept = kept_caption_features(model, weights, "list", CAPTIONS, FLOAT32)
+    assert torch.allclose(kept, own, rtol=2 * HALF, atol=1e-6)
+
+
 def test_another_preprocessing_makes_other_features(weights, folder):
     searched(demo(), weights, folder)
     model = demo()
@@ -141,11 +168,11 @@ def test_captions_are_kept_as_encode_texts_gives_them(weights, monkeypatch):
     model = demo()
     own = encode_texts(model, model.tokenize(CAPTIONS, truncate=True))
     for captions in (CAPTIONS[:2], CAPTIONS, CAPTIONS[::-1]):
-        features = kept_caption_features(model, weights, "list", captions)
+        features = kept_caption_features(model, weights, "list", captions, FLOAT32)
         expected = own[[CAPTIONS.index(caption) for caption in captions]]
         assert torch.allclose(features, expected, rtol=2 * HALF, atol=1e-6)
     monkeypatch.setattr(model, "encode_text", None)  # would fail
-    kept_caption_features(model, weights, "list", CAPTIONS)
+    kept_caption_features(model, weights, "list", CAPTIONS, FLOAT32)
 
 
 def damaged(content: bytes):
@@ -213,7 +240,7 @@ def test_weights_in_no_run_have_features_beside_them(tmp_path, folder):
 def test_images_that_cannot_be_read_are_named_and_passed_over(weights, folder, capsys):
     (folder / "broken.jpg").write_text("no image")
     for _ in range(2):
-        images, features = image_features(demo(), weights, folder, find_images(folder))
+        images, features = image_features(demo(), weights, folder, find_images(folder), FLOAT32)
         assert len(images) == len(features) == 6 and Path("broken.jpg") not in images
         (line,) = [line for line in capsys.readouterr().out.splitlines() if "broken" in line]
         assert "not an image" in line and line.endswith("passed over")
@@ -224,7 +251,7 @@ def test_features_that_are_not_finite_are_not_kept(weights, folder):
     with torch.no_grad():
         model.visual.proj.fill_(math.inf)
     with pytest.raises(InputError, match="not finite"):
-        image_features(model, weights, folder, find_images(folder))
+        image_features(model, weights, folder, find_images(folder), FLOAT32)
     assert not list(weights.parents[1].rglob(store.FILE))
 
 
@@ -248,7 +275,7 @@ def search_in_child(weights, folder, arguments, results) -> None:
     model = Slow(demo(), *arguments)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("utils.retrieval.search.BATCH_SIZE", 1)
-        _, features = image_features(model, weights, folder, find_images(folder))
+        _, features = image_features(model, weights, folder, find_images(folder), FLOAT32)
     results.put((model.images, features.float().numpy()))
 
 
@@ -300,7 +327,7 @@ def test_ctrl_c_keeps_what_was_encoded(weights, folder, monkeypatch, capsys):
             return super().encode_image(images)
 
     with pytest.raises(KeyboardInterrupt):
-        image_features(Interrupted(demo()), weights, folder, find_images(folder))
+        image_features(Interrupted(demo()), weights, folder, find_images(folder), FLOAT32)
     assert "features of 4 images are kept in " in capsys.readouterr().out
     assert searched(demo(), weights, folder) == 2
 

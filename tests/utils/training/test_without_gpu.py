@@ -99,7 +99,7 @@ def test_steps_stay_on_the_gpu_and_let_the_cpu_run_ahead(gpu, dataset, changed):
     exchange = GradientExchange(model, ALONE)
     train_mode(model)
 
-    loader = TrainLoader(dataset, 5, CUDA, captions_per_image=2)
+    loader = TrainLoader(dataset, 5, CUDA, captions_per_image=2, alter=bool(keep))
     for number, batch in enumerate(loader.epoch(1)):
         with gpu.step() if number else nullcontext():  # in the first, constants are copied
             loss = accumulate_gradients(
