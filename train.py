@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from models.errors import run_script
-from models.host import Console, is_terminal, script_settings
+from models.host import Console, garbage_unsearched, is_terminal, script_settings
 from models.scripts import add_activation, from_here
 from models.weights.registry import MAX_RESOLUTION
 from utils.runs.arguments import fraction, integer, number, path, positive, starting_point, workers
@@ -56,8 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--strict", action="store_true",
         help="stop at a training image that cannot be read; otherwise another takes its place")
     add("--cache", nargs="?", const="", metavar="FOLDER",
-        help="decode every image once into a file in FOLDER (default: .cache in the data set), "
-        "kept on the GPU where it fits")
+        help="decode images once, into FOLDER (default: .cache in the data); on the GPU if small")
     add("--num_workers", type=workers,
         help="processes that read images (default: 4 with a GPU, 0 without)")
 
@@ -88,9 +87,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="keep the image tower as it is, but for its last N blocks (default: none of them)")
     add("--lock_text", type=integer(0), nargs="?", const=0, metavar="N",
         help="keep the text tower as it is, but for its last N blocks (default: none of them)")
+    add("--cache_features", action="store_true",
+        help="compute features of a locked tower once, not in each step; for images, --no_augment")
     add("--lora", type=integer(1, 1024), metavar="RANK",
-        help="a quarter of the memory for weights and optimizer: of all that is not locked, only "
-        "changes of this rank, such as 8, of the transformers' matrices learn, and the logit scale")
+        help="less memory: learn only changes of this rank, such as 8, of transformers' matrices")
     add("--keep", type=number(), metavar="WEIGHT",
         help="WEIGHT in the loss of the distance of features to those of the start, on images in "
         "random colours and captions of random words: 12 forgets less, 0 is faster (default: 6)")
@@ -135,6 +135,7 @@ def main() -> None:
     from utils.training.gradients import GradientExchange, accumulate_gradients
     from utils.training.keep import keep_features
     from utils.training.layer_groups import train_mode
+    from utils.training.locked_features import cache_features
     from utils.training.optimizer import learning_rate, set_learning_rate
     from utils.training.progress import Progress, announce, report_epoch, score_start, scoring
     from utils.training.settings import settle
@@ -152,8 +153,9 @@ def main() -> None:
         keep = keep_features(model, run, args.keep) if args.keep else None
         del resumed  # a second copy of the moments
         announce(state, loader, sets, args.epochs, run.folder)
+        known = cache_features(args, model, loader, sets["val"], state.precision)
         score = partial(scoring(loader, state.precision), state.scored, sets["val"],
-                        processes=processes)  # fmt: skip
+                        processes=processes, known=known)  # fmt: skip
         measure = partial(retention.measure, state.scored, processes)
         if state.is_at_start and args.resume_training != "none":
             score_start(state, score, measure)
@@ -195,6 +197,7 @@ def main() -> None:
         finish(args, run.folder, loader, sets, state, retention=retention)
 
 
+@garbage_unsearched()
 def prepare(args: argparse.Namespace, device, processes):
     """Check the arguments, render the demo's images, seed every random choice; the data by split,
     and that of --retention. Comes before the weights, which may take minutes to download."""
@@ -246,13 +249,12 @@ def get_loader(args: argparse.Namespace, sets: dict, model, device, processes):
         dataset.prepare_for(model)
     at_once = min(args.batch_size, args.grad_cache or args.batch_size)
     check_images_fit(at_once // processes.size, model.visual.input_resolution, device)
-    if processes.is_first:
-        images = {split: dataset.image for split, dataset in sets.items()}
-        check_splits(images, num_workers, train_too=args.check_data)
     if args.cache is not None:
         with processes.first_ahead():  # which decodes
-            for split in ("train", "val"):
-                sets[split].cache(args.cache or None, device, num_workers)
+            for dataset in sets.values():
+                dataset.cache(args.cache or None, device, num_workers)
+    if processes.is_first:
+        check_splits(sets, num_workers, train_too=args.check_data)
     return TrainLoader(
         sets["train"], args.batch_size, device, args.seed, num_workers, augment=not args.no_augment,
         captions_per_image=args.captions_per_image, strict=args.strict, processes=processes,
@@ -269,8 +271,7 @@ def open_run(args: argparse.Namespace, resumed: dict | None, model, loader, val_
     from utils.training.settings import as_saved, check_same_data
 
     data = loader.dataset.fingerprint() + val_set.fingerprint()
-    if resumed:
-        check_same_data(args, data, resumed)
+    check_same_data(args, data, resumed)
     run = Run(loader.processes, as_saved(args, resumed), data)
     if not loader.processes.is_first:
         return run
@@ -285,7 +286,7 @@ def open_run(args: argparse.Namespace, resumed: dict | None, model, loader, val_
         log = Log(run.folder / f"console_{started}.log")
         sys.stdout = Console(log, colours=is_terminal(sys.stdout))
         show_config(args=args, color="bold")
-        run.loss_history = Losses(run.folder, model, resumed["rows"] if resumed else [])
+        run.loss_history = Losses(run.folder, resumed["rows"] if resumed else [])
         if args.wise_ft or args.keep:
             run.keep_start(model, is_new=not resumed)
     return run

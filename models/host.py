@@ -1,5 +1,6 @@
 """The program that a script runs in: a shell, a notebook, IDLE, a service without a console."""
 
+import gc
 import io
 import os
 import re
@@ -28,6 +29,21 @@ def script_settings() -> Iterator[None]:
         stack.enter_context(_no_warning_an_error())
         stack.enter_context(_pictures_into_files())
         yield
+
+
+@contextmanager
+def garbage_unsearched() -> Iterator[None]:
+    """No search for garbage in the block, for imports of large packages: Python would search the
+    hundreds of thousands of objects that they make, and keep, again and again, for a fifth of the
+    time. Nor are they searched afterwards. Also decorates functions."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_enabled:
+            gc.enable()
 
 
 def is_terminal(stream: object) -> bool:

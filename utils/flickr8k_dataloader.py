@@ -75,6 +75,7 @@ class Flickr8kDataset(Dataset):
         self.plain_protocol = plain_protocol
         self.cached: Tensor | None = None
         self.unreadable: dict[int, str] = {}  # what is wrong with images, found by `cache`
+        self.names: list[str] = []  # of the images: their paths below the root, with slashes
         self.image: list[str] = []
         self.text: list[str] = []
         self.own_captions: dict[int, list[int]] = {}
@@ -83,6 +84,7 @@ class Flickr8kDataset(Dataset):
             for image, captions in read_annotations(caption_file(root, name, self.split)):
                 captions_of.setdefault(image, []).extend(captions)
         for i, (image, captions) in enumerate(captions_of.items()):
+            self.names.append(image)
             self.image.append(str(root / image))
             self.own_captions[i] = list(range(len(self.text), len(self.text) + len(captions)))
             self.text += captions
@@ -169,9 +171,8 @@ class Flickr8kDataset(Dataset):
     def fingerprint(self) -> str:
         """A digest of the images' names, the captions and their order. It stays the same when the
         folder is moved."""
-        images = [Path(image).relative_to(self.root).as_posix() for image in self.image]
         owners = [i for i, captions in self.own_captions.items() for _ in captions]
-        listed = json.dumps([images, owners, self.text])
+        listed = json.dumps([self.names, owners, self.text])
         return hashlib.sha256(listed.encode()).hexdigest()
 
     def count_cut_captions(self) -> int:
@@ -225,6 +226,9 @@ class Batch(NamedTuple):
     colours `[n, 3, 4]` of `draw_recolourings`, on the device, or None for the images' own
     altered every other image of the batch of all processes, as far as this one has them, in other
             colours and with captions of other words; or None
+
+    Where a tower does not learn, its features, float32, can be in the place of its inputs:
+    `[n, d]` as `images`, or `[n * k, d]` as `tokens`.
     """
 
     images: Tensor
@@ -302,6 +306,7 @@ class TrainLoader:
         self.processes = processes
         self.alter = alter
         self.reported: set[int] = set()
+        self.features: dict[str, Tensor] = {}  # of towers that do not learn, see `cache_features`
 
     def __len__(self) -> int:
         return len(self.dataset) // self.batch_size
@@ -313,12 +318,13 @@ class TrainLoader:
         batches = order[: len(self) * self.batch_size].reshape(len(self), -1)[start:].tolist()
         captions = self._draw_captions(random)
         crops = draw_crops(len(self.dataset), random)
+        texts = self.features.get("text", self.dataset.tokens)
         for step, loaded in enumerate(self._load(batches), start):
             self._report(loaded.problems)
             batch = Batch(
                 upload(loaded.images, self.device),
                 upload(crops[loaded.rows], self.device) if self.augment else None,
-                self.dataset.tokens[captions[loaded.rows, : self.captions_per_image].flatten()],
+                texts[captions[loaded.rows, : self.captions_per_image].flatten()],
                 self.dataset.text_ids[captions[loaded.rows]],
             )
             yield batch._replace(altered=self._altered(batch, (self.seed, epoch, step)))
@@ -332,18 +338,20 @@ class TrainLoader:
             return None
         random = np.random.default_rng(seed)
         colours = draw_recolourings(self.batch_size, random)[everyones][mine]
-        tokens = batch.tokens.unflatten(0, (len(batch.images), -1))
-        n, k, length = self.batch_size, *tokens.shape[1:]
-        draws = torch.from_numpy(random.random((n, k, 2 * length + 1)))[everyones][mine]
-        words = self.dataset.tokenizer.words
-        tokens = reword(tokens[mine].flatten(0, 1), draws.flatten(0, 1), words)
+        tokens = batch.tokens.unflatten(0, (len(batch.images), -1))[mine].flatten(0, 1)
+        if not tokens.is_floating_point():
+            k, length = self.captions_per_image, tokens.shape[1]
+            draws = torch.from_numpy(random.random((self.batch_size, k, 2 * length + 1)))
+            draws = draws[everyones][mine].flatten(0, 1)
+            tokens = reword(tokens, draws, self.dataset.tokenizer.words)
         crops = None if batch.crops is None else batch.crops[mine]
         return Batch(images, crops, tokens, colours=upload(colours, self.device))
 
     def _load(self, batches: list[list[int]]) -> Iterator[Loaded]:
         share = self.processes.share(self.batch_size)
         own = slice(share.start, share.stop)
-        cached, unreadable = self.dataset.cached, self.dataset.unreadable
+        cached = self.features.get("image", self.dataset.cached)
+        unreadable = self.dataset.unreadable
         if cached is None:
             return read_batches(self.dataset, batches, self.num_workers, own, not self.strict)
         for problem in unreadable.values() if self.strict else ():

@@ -182,6 +182,7 @@ def evaluate(
     k_values: Iterable[int] = K_VALUES,
     processes: Processes = ALONE,
     captions_per_image: int = 1,
+    known: Mapping[str, Tensor] | None = None,
 ) -> tuple[Metrics, float]:
     """Retrieval metrics over the whole set, and its loss.
 
@@ -189,9 +190,11 @@ def evaluate(
     its first `captions_per_image` captions (from the first on again where it has fewer), averaged
     over the images: the last batch, which may be smaller, counts by its number of images. So it can
     be compared with the training loss for the same two numbers, up to what the last batch, with
-    fewer wrong answers, makes it smaller; a set smaller than `batch_size` is such a batch.
+    fewer wrong answers, makes it smaller; a set smaller than `batch_size` is such a batch. Features
+    that are `known`, by tower, are not computed.
     """
-    features = encode_set(model, dataset, batch_size, num_workers, precision, processes=processes)
+    features = encode_set(model, dataset, batch_size, num_workers, precision,
+                          processes=processes, known=known)  # fmt: skip
     if not processes.is_first:
         return processes.from_first(None)
     metrics = retrieval_metrics(*features, dataset.img_to_txt, dataset.txt_to_img, k_values)

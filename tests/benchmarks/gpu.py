@@ -16,13 +16,11 @@ Without a GPU: `--device cpu --tiny` goes through all of it with one layer and a
 import argparse
 import gc
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from statistics import median
 
 import torch
-from measure import alternate, check, matmul, print_table
+from measure import alternate, check, in_a_process, matmul, print_table
 from peers import open_clip_model
 from torch import Tensor
 from tqdm import tqdm
@@ -112,12 +110,6 @@ def main() -> None:
             for ours in (True, False)
         ]
         print_results(model, run_in_turn(contenders, tokens, args), rate)
-
-
-def in_a_process(function: Callable, *arguments: object):
-    """The result of a function that has the GPU, and torch's caches, to itself."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(function, *arguments).result()
 
 
 def run_in_turn(

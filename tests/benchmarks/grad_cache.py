@@ -9,12 +9,10 @@ from /proc: Linux only. Weights and images are random, captions are as long as F
 """
 
 import argparse
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from time import perf_counter
 
 import torch
-from measure import check, describe_cpu, extra_peak_megabytes, print_table
+from measure import check, describe_cpu, extra_peak_megabytes, in_a_process, print_table
 
 from models.clip_utils import create_model, tokenize
 from models.errors import run_script
@@ -46,8 +44,7 @@ def main() -> None:
     print()
     rows = []
     for size, chunk in ((args.chunk, None), (args.batch_size, args.chunk)):
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            megabytes, seconds = process.submit(measure_steps, args.model, size, chunk).result()
+        megabytes, seconds = in_a_process(measure_steps, args.model, size, chunk)
         how = f"batch {size}" + (f" in chunks of {chunk}" if chunk else "")
         share = megabytes / rows[0][1] if rows else 1.0
         rows.append([how, round(megabytes), f"{share:.2f}", f"{size / seconds:.2f}"])

@@ -8,6 +8,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -66,6 +68,12 @@ def matmul(side: int, dtype, device) -> Callable[[Any], object]:
     a, b = torch.randn(2, side, side, device=device).to(dtype)
     product = torch.empty_like(a)
     return lambda _: torch.mm(a, b, out=product)
+
+
+def in_a_process(function: Callable, *arguments: object) -> Any:
+    """The result of a function that has a GPU, or the memory of a process, to itself."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
 
 
 def extra_peak_megabytes(function: Callable[[], object]) -> float:

@@ -87,13 +87,30 @@ def call(*command: object) -> None:
 
 def score(model: torch.nn.Module, dataset: Flickr8kDataset) -> Metrics:
     """R@K, mAP@K and ranks in both directions over the whole set."""
+    (metrics,) = score_in_parts(model, dataset, len(dataset))
+    return metrics
+
+
+def score_in_parts(
+    model: torch.nn.Module, dataset: Flickr8kDataset, size: int
+) -> Iterable[Metrics]:
+    """The same over so many images at a time, and their captions."""
     tokens = dataset.tokens[:, : model.context_length]  # the models compared cut no caption
-    return retrieval_metrics(
-        encode_images(model, dataset, EVALUATION_BATCH, num_workers=0),
-        encode_texts(model, tokens),
-        dataset.img_to_txt,
-        dataset.txt_to_img,
-    )
+    images = encode_images(model, dataset, EVALUATION_BATCH, num_workers=0)
+    texts = encode_texts(model, tokens)
+    for rows in torch.arange(len(dataset)).split(size):
+        rows = rows.tolist()
+        captions = [caption for row in rows for caption in dataset.own_captions[row]]
+        place = {caption: number for number, caption in enumerate(captions)}
+        img_to_txt = {
+            image: [place[caption] for caption in dataset.img_to_txt[row] if caption in place]
+            for image, row in enumerate(rows)
+        }
+        txt_to_img: dict[int, list[int]] = {}
+        for image, right in img_to_txt.items():
+            for caption in right:
+                txt_to_img.setdefault(caption, []).append(image)
+        yield retrieval_metrics(images[rows], texts[captions], img_to_txt, txt_to_img)
 
 
 def recalls(metrics: Metrics) -> list[float]:

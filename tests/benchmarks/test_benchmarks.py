@@ -22,8 +22,11 @@ import evaluation
 import gpu
 import grad_cache
 import image_search
+import locked_towers
 import loss
 import measure
+import memory
+import start_up
 import text_encoding
 import tokenizing
 import train_step
@@ -104,6 +107,31 @@ def test_loss(rows):
 def test_grad_cache(rows):
     printed = rows(grad_cache, "--model", "ViT-demo", "--batch_size", 8, "--chunk", 3, "--check", 7)
     assert printed[-2:] == ["batch 3", "batch 8 in chunks of 3"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+def test_memory(rows, data, monkeypatch):
+    monkeypatch.setattr(memory, "in_a_process", lambda function, *arguments: function(*arguments))
+    small = ["--model", "ViT-demo", "--layers", 1, "--batch_size", 4]
+    assert rows(memory, "--data", data, *small)[2:] == ["float32", "bfloat16"]
+
+
+@pytest.mark.slow
+def test_locked_towers(rows, data):
+    printed = rows(locked_towers, "--data", data, "--model", "ViT-demo", "--batch_size", 4,
+                   "--rounds", 1)  # fmt: skip
+    assert printed[2] == "nothing locked" and printed[-1] == "--lock_image --cache_features"
+
+
+@pytest.mark.slow
+def test_start_up(tmp_path, data):
+    scratch = ["--resume_training", "none", "--model", "ViT-demo", "--batch_size", 4]
+    seconds = start_up.cpu_seconds(
+        start_up.FIRST_STEP, *scratch, "--dataset_path", data, "--log_dir", tmp_path
+    )
+    assert seconds > 0
+    assert len(list(tmp_path.iterdir())) == 1  # the run that began
 
 
 @pytest.mark.slow

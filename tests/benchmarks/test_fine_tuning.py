@@ -12,15 +12,20 @@ from hypothesis import strategies as st
 from PIL import Image
 from script_runs import ROOT
 
+from flickr8k.render_demo import render_demo
 from models import build_model, tokenize
 from models.clip_utils import create_model
 from utils.data.annotations import annotations_json, read_annotations
+from utils.flickr8k_dataloader import Flickr8kDataset
+from utils.metric import retrieval_metrics
+from utils.retrieval.encode import encode_images, encode_texts
 from utils.runs.checkpoint import save_weights
 
 sys.path.append(str(ROOT / "tests" / "benchmarks"))
 
 import fine_tuning
 import open_clip_training
+import runs
 import worlds
 
 
@@ -137,3 +142,22 @@ def test_open_clip_has_the_same_model_with_a_shorter_context(tmp_path):
     ours = build_model({k: v.half().float() for k, v in ours.state_dict().items()})
     torch.testing.assert_close(theirs.encode_image(images), ours.encode_image(images))
     torch.testing.assert_close(theirs.encode_text(tokens[:, :40].long()), ours.encode_text(tokens))
+
+
+def test_scores_in_parts_are_those_of_the_parts(tmp_path):
+    data = render_demo(tmp_path / "data", n_train=4, n_val=10)
+    entries = read_annotations(data / "en_val.json")
+    entries[7] = (entries[7][0], entries[1][1][:2])  # texts of another part
+    entries[3] = (entries[3][0], entries[2][1])  # and of the same one
+    torch.manual_seed(0)
+    model = create_model("ViT-demo")
+    found = []
+    for part in (entries, entries[:5], entries[5:]):
+        (data / "en_val.json").write_bytes(annotations_json(part))
+        dataset = Flickr8kDataset(data, split="val", model=model)
+        if part is entries:
+            found += [runs.score(model, dataset), *runs.score_in_parts(model, dataset, 5)]
+        tokens = dataset.tokens
+        features = encode_images(model, dataset, 4, 0), encode_texts(model, tokens)
+        expected = retrieval_metrics(*features, dataset.img_to_txt, dataset.txt_to_img)
+        assert found.pop(0) == expected

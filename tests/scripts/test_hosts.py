@@ -1,6 +1,7 @@
 """Scripts in notebooks, without a console, with any paths; the lines and commands they print."""
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -24,6 +25,7 @@ from flickr8k.render_demo import render_demo
 from models import errors
 from models import progress_bar as bars
 from models.errors import InputError
+from models.host import garbage_unsearched
 from models.simple_tokenizer import clean
 from models.tokens import chinese_tokenizer, clip_tokenizer, token_rows
 from predict_zero_shot import check_labels
@@ -485,3 +487,19 @@ def test_parsers_answer_before_torch_is_imported():
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_search_for_garbage_is_the_hosts_own_again(enabled):
+    """Also after an error; what was made in between is not searched."""
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with contextlib.suppress(InputError), garbage_unsearched():
+            made = [[] for _ in range(9)]
+            assert not gc.isenabled()
+            raise InputError("of the arguments")
+        assert gc.isenabled() == enabled
+        assert not any(found is made[0] for found in gc.get_objects())
+    finally:
+        gc.enable()
+        gc.unfreeze()

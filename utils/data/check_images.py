@@ -3,23 +3,34 @@
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
+from torch.utils.data import Dataset
+
 from models.errors import InputError
 from models.preprocess import open_image
 from models.progress_bar import progress_bar
 from utils.data.annotations import shared_images_warning
 
 
-def check_splits(images: dict[str, list[str]], num_workers: int, train_too: bool = False) -> None:
+def check_splits(sets: dict[str, Dataset], num_workers: int, train_too: bool = False) -> None:
     """Warn of training images that are in other splits as well, and read the images of the others;
-    with `train_too`, also those to train on. `images` are paths by split. Raises `InputError`
+    with `train_too`, also those to train on. `sets` are data sets by split. Raises `InputError`
     with a list of those that cannot be read."""
-    train = images["train"]
-    held_out = {split: paths for split, paths in images.items() if split != "train"}
-    for split, paths in held_out.items():
-        if warning := shared_images_warning(train, paths, split):
+    train = sets["train"]
+    held_out = {split: dataset for split, dataset in sets.items() if split != "train"}
+    for split, dataset in held_out.items():
+        if warning := shared_images_warning(train.image, dataset.image, split):
             print(f"warning: {warning}")
-    checked = dict.fromkeys(chain(train if train_too else (), *held_out.values()))
-    if broken := check_images(list(checked), num_workers):
+    checked = [*([train] if train_too else []), *held_out.values()]
+    refuse_unreadable(checked, num_workers)
+
+
+def refuse_unreadable(sets: list[Dataset], num_workers: int) -> None:
+    """Raise `InputError` with a list of the images of `sets` that cannot be read; each is decoded,
+    but where the set's pixels are `cached`, and its `unreadable` tells what is wrong."""
+    unread = chain.from_iterable(dataset.image for dataset in sets if dataset.cached is None)
+    problems = chain.from_iterable(dataset.unreadable.values() for dataset in sets)
+    broken = dict.fromkeys(chain(problems, check_images(list(dict.fromkeys(unread)), num_workers)))
+    if broken:
         raise InputError("\n  ".join([f"{len(broken)} images cannot be read:", *broken]))
 
 
@@ -29,7 +40,9 @@ def check_images(images: list[str], num_workers: int = 0) -> list[str]:
     problems = []
     with (
         ThreadPoolExecutor(max(1, num_workers)) as threads,
-        progress_bar(total=len(images), desc="checking images", unit="img") as bar,
+        progress_bar(
+            total=len(images), desc="checking images", unit="img", disable=not images
+        ) as bar,
     ):
         for problem in threads.map(_problem, images):
             bar.update()

@@ -12,6 +12,7 @@ import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -47,22 +48,31 @@ def decode_once(
     """
     root = dataset.root.resolve()
     folder = root / ".cache" if folder is None else Path(folder).expanduser()
-    batches = [rows.tolist() for rows in torch.arange(len(dataset)).split(BUILD_BATCH)]
+    problems: dict[int, str] = {}
     decoded, unreadable = cached_pixels(
         folder / f"{name}_{dataset.preprocess.side}.pixels",
         dataset.root,
         dataset.image,
         dataset.preprocess,
-        (
-            (loaded.images, loaded.problems)
-            for loaded in read_batches(dataset, batches, num_workers, substitute=True)
-        ),
+        _read(dataset, num_workers, problems),
     )
-    problems = {row: _problem(dataset, row) for row in unreadable}
-    return on_device_if_small(decoded, torch.device(device)), problems
+    told = {row: problems.get(row) or _problem(dataset, row) for row in sorted(unreadable)}
+    return on_device_if_small(decoded, torch.device(device)), told
+
+
+def _read(
+    dataset: Dataset, num_workers: int, problems: dict[int, str]
+) -> Iterator[tuple[Tensor, Iterable[int]]]:
+    """All images in their order, and the indices of those that cannot be read; what is wrong with
+    these is put into `problems`."""
+    batches = [rows.tolist() for rows in torch.arange(len(dataset)).split(BUILD_BATCH)]
+    for loaded in read_batches(dataset, batches, num_workers, substitute=True):
+        problems |= loaded.problems
+        yield loaded.images, loaded.problems
 
 
 def _problem(dataset: Dataset, row: int) -> str:
+    """What is wrong with an image that the file does not have."""
     try:
         dataset[row]
     except InputError as error:
@@ -120,8 +130,10 @@ def _fingerprint(root: Path, images: list[str], preprocess: Preprocess) -> bytes
     digest = hashlib.sha256(f"{FORMAT} {PIL.__version__} {how}\n".encode())
     for image in images:
         path = Path(image)
-        status = path.stat() if path.exists() else None
-        version = f"{status.st_size} {status.st_mtime_ns}" if status else "missing"
+        version = "missing"
+        with suppress(OSError, ValueError):
+            status = path.stat()
+            version = f"{status.st_size} {status.st_mtime_ns}"
         digest.update(f"{version} {path.relative_to(root).as_posix()}\n".encode())
     return digest.digest()
 

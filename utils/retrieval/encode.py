@@ -2,6 +2,7 @@
 
 Functions that are told no precision compute in that of the `autocast` that they are called in."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,13 +40,17 @@ def encode_set(
     num_workers: int,
     precision: Precision,
     processes: Processes = ALONE,
+    known: Mapping[str, Tensor] | None = None,
 ) -> Features:
-    """Features of all images and captions, on the model's device."""
+    """Features of all images and captions, on the model's device; without those by `"image"` or
+    `"text"`, the towers, which are `known`."""
+    images, texts = ((known or {}).get(tower) for tower in ("image", "text"))
     with precision.autocast():
-        return Features(
-            encode_images(model, dataset, batch_size, num_workers, processes),
-            encode_texts(model, dataset.tokens, processes=processes),
-        )
+        if images is None:
+            images = encode_images(model, dataset, batch_size, num_workers, processes)
+        if texts is None:
+            texts = encode_texts(model, dataset.tokens, processes=processes)
+    return Features(images, texts)
 
 
 @torch.inference_mode()

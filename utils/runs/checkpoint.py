@@ -19,7 +19,7 @@ from models.weights.file_kind import one_line
 from models.weights.open_clip import CONFIG_FILE, to_open_clip
 from utils.runs.files import replaced_whole, writing
 
-FORMAT = 6  # of checkpoint.pth; raised whenever other fields are written to it
+FORMAT = 7  # of checkpoint.pth; raised whenever other fields are written to it
 
 
 def save_weights(model: CLIP, path: Path) -> None:

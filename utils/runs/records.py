@@ -4,9 +4,7 @@ They are pyzjr's; here their files stay whole, and an error of writing them name
 """
 
 import shutil
-import signal
 import threading
-import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,8 +12,6 @@ from typing import Any
 from pyzjr import LossHistory
 from pyzjr.visualize.printf import ConsoleLogger
 
-from models.clip import CLIP
-from utils.machine.interrupt import Interrupt
 from utils.runs.files import TEMPORARY, replaced_whole, writing
 
 
@@ -30,16 +26,12 @@ class Log(ConsoleLogger):
 class Losses(LossHistory):
     """The losses of each epoch in the folder of a run, of which `rows` are done."""
 
-    def __init__(self, folder: Path, model: CLIP, rows: list[dict[str, Any]]):
+    def __init__(self, folder: Path, rows: list[dict[str, Any]]):
         threading.excepthook = _leave_to_main_thread
-        side = model.visual.input_resolution
-        interrupt = Interrupt()  # or pyzjr would take Ctrl-C for an error of the graph, and go on
-        with writing(folder), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # TensorBoard's graph needs torch.jit
-            super().__init__(str(folder), model, (side, side))
-        interrupt.release()
-        if interrupt.has_come():
-            raise KeyboardInterrupt if interrupt.signal == signal.SIGINT else interrupt.exit()
+        with writing(folder):
+            # No model: pyzjr goes on without its graph, which takes a model of images alone. With
+            # ours it would fail as well, but only after half a second.
+            super().__init__(str(folder), model=None, input_shape=(1, 1))
         self.folder = folder
         self.losses = [row["train_loss"] for row in rows]
         self.val_loss = [row["val_loss"] for row in rows]

@@ -7,11 +7,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from models.clip import CLIP
+from models.device import upload
 from utils.flickr8k_dataloader import Batch
 from utils.loss import contrastive_loss, squared_distance
 from utils.machine.precision import Precision
 from utils.machine.processes import Processes
 from utils.training.keep import Keep
+from utils.training.layer_groups import learning_towers
 
 TOWERS = ("image", "text")
 
@@ -28,6 +30,7 @@ class GradientExchange:
     def __init__(self, model: CLIP, processes: Processes):
         self.processes = processes
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.towers = learning_towers(model)
         self.order: list[int] | None = None
         # Whether the coming backward pass completes the gradients that it reaches.
         self.completes = True
@@ -94,18 +97,16 @@ def accumulate_gradients(
     with torch.set_grad_enabled(at_once):
         features = {tower: _encode(model, chunks, tower, precision) for tower in TOWERS}
     if not at_once:
-        for of_tower in features.values():
-            of_tower.requires_grad_()
+        for tower in exchange.towers:
+            features[tower].requires_grad_()
     loss = contrastive_loss(*features.values(), model.logit_scale, exchange.processes, batch.texts)
     precision.backward(loss)
     # Tower by tower: the activations of one meet the gradients of few parameters of the other.
-    for tower, of_tower in () if at_once else features.items():
-        gradients = of_tower.grad.split(chunk * len(of_tower) // len(batch.images))
-        for part, gradient in zip(chunks, gradients, strict=True):
+    for tower in () if at_once else exchange.towers:
+        rows = chunk * len(features[tower]) // len(batch.images)
+        for part, gradient in zip(chunks, features[tower].grad.split(rows), strict=True):
             exchange.completes = part is chunks[-1]
-            of_part = _encode(model, [part], tower, precision)
-            if of_part.requires_grad:  # a locked tower's do not
-                of_part.backward(gradient)
+            _encode(model, [part], tower, precision).backward(gradient)
     exchange.completes = True
     exchange.finish()
     return loss.detach()
@@ -136,7 +137,10 @@ def _hold_features(
 def _encode(model: CLIP, chunks: list[Batch], tower: str, precision: Precision) -> Tensor:
     """The features of a batch's images `[n, d]` or of its captions `[n * k, d]`."""
     with precision.autocast():
-        if tower == "image":
+        inputs = [c.images if tower == "image" else c.tokens for c in chunks]
+        if inputs[0].is_floating_point() and inputs[0].ndim == 2:  # features already
+            features = [upload(of_part, model.device) for of_part in inputs]
+        elif tower == "image":
             features = [model.encode_image(c.augmented_images(model.preprocess)) for c in chunks]
         else:
             features = [model.encode_text(c.tokens) for c in chunks]

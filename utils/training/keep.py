@@ -6,7 +6,7 @@ from models.clip import CLIP
 from models.clip_utils import load
 from models.errors import InputError
 from utils.runs.folder import Run
-from utils.training.layer_groups import tower_of
+from utils.training.layer_groups import learning_towers
 
 
 class Keep(NamedTuple):
@@ -40,6 +40,4 @@ def keep_features(model: CLIP, run: Run, weight: float) -> Keep:
         own = model.get_parameter(name)
         if not own.requires_grad:
             parameter.data = own.data
-    learned = [name for name, p in model.named_parameters() if p.requires_grad]
-    towers = {tower_of(name) for name in learned if name != "logit_scale"}
-    return Keep(start, weight, sorted(towers))
+    return Keep(start, weight, learning_towers(model))

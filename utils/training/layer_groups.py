@@ -46,6 +46,12 @@ def tower_of(name: str) -> str:
     return "image" if name.startswith("visual.") else "text"
 
 
+def learning_towers(model: CLIP) -> list[str]:
+    """The towers in which some parameter learns."""
+    learned = [name for name, p in model.named_parameters() if p.requires_grad]
+    return sorted({tower_of(name) for name in learned if name != "logit_scale"})
+
+
 def lock(model: CLIP, tower: str, unlocked: int) -> None:
     """Exclude a tower, `"image"` or `"text"`, from training, except for its last `unlocked` blocks
     and what follows them; with 0, all of it is excluded (Zhai et al. 2022, "LiT")."""

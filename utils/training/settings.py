@@ -116,6 +116,12 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.lock_image == 0 and args.lock_text == 0:
         raise InputError("--lock_image and --lock_text together leave nothing to train: unlock "
                          "some blocks of one, such as --lock_text 2")  # fmt: skip
+    if args.cache_features and 0 not in (args.lock_image, args.lock_text):
+        raise InputError("--cache_features is for a tower that does not learn at all: add "
+                         "--lock_image or --lock_text, without a number")  # fmt: skip
+    if args.cache_features and args.lock_image == 0 and not args.no_augment:
+        raise InputError("--cache_features with --lock_image needs the same images in every epoch: "
+                         "add --no_augment")  # fmt: skip
     if args.warmup_epochs >= args.epochs:
         raise InputError(f"--warmup_epochs {args.warmup_epochs:g} should be less than --epochs "
                          f"{args.epochs}")  # fmt: skip
@@ -157,9 +163,10 @@ def read_data(args: argparse.Namespace, processes: Processes) -> dict[str, Flick
     return sets
 
 
-def check_same_data(args: argparse.Namespace, data: str, resumed: dict[str, Any]) -> None:
-    """Raise `InputError` unless `data`, the fingerprint of the data set, is that of the run."""
-    if data != resumed["data"]:
+def check_same_data(args: argparse.Namespace, data: str, resumed: dict[str, Any] | None) -> None:
+    """Raise `InputError` unless `data`, the fingerprint of the data set, is that of the run that
+    goes on, if one does."""
+    if resumed and data != resumed["data"]:
         raise InputError(
             f"--dataset_path {args.dataset_path}: its images or captions are not those of the run "
             "(or --language is not); to train on others, start a new run from the run's "

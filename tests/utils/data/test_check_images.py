@@ -2,15 +2,22 @@
 
 import io
 import json
+import shutil
 import struct
+from collections import Counter
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from flickr8k.render_demo import render_demo
 from models.errors import InputError
-from utils import Flickr8kDataset
+from models.preprocess import open_image
+from utils import Flickr8kDataset, flickr8k_dataloader
+from utils.data import check_images as check_images_module
 from utils.data.check_images import check_images, check_splits
 
 
@@ -122,13 +129,61 @@ def test_bad_images_of_the_test_split_are_found_before_training(tmp_path, capsys
     for name in ("1", "2", "3"):
         (tmp_path / name).write_bytes(PHOTO if name != "3" else b"none")
     one, two, broken = (str(tmp_path / name) for name in ("1", "2", "3"))
-    check_splits({"train": [one, broken], "val": [two]}, 0)
+    check_splits(splits([one, broken], [two]), 0)
     assert "warning" not in capsys.readouterr().out
-    check_splits({"train": [one], "val": [two], "test": [two, one]}, 0)
+    check_splits(splits([one], [two], [two, one]), 0)
     assert "warning: images in both training and test: 1 (" in capsys.readouterr().out
-    for images, train_too in (
-        ({"train": [one], "val": [two], "test": [broken]}, False),
-        ({"train": [one, broken], "val": [two]}, True),
-    ):
+    for images, train_too in (([one], [two], [broken]), False), (([one, broken], [two]), True):
         with pytest.raises(InputError, match=r"1 images cannot be read:\n.*not an image"):
-            check_splits(images, 0, train_too)
+            check_splits(splits(*images), 0, train_too)
+
+
+def splits(*images: list[str]) -> dict[str, SimpleNamespace]:
+    """Sets of these paths, of which none is cached."""
+    sets = (SimpleNamespace(image=paths, cached=None, unreadable={}) for paths in images)
+    return dict(zip(("train", "val", "test"), sets, strict=False))
+
+
+@pytest.mark.parametrize("broken", [(), ("val_0002",), ("val_0001", "train_0003", "test_0000")])
+def test_the_cache_decodes_each_image_once_and_finds_what_a_check_finds(
+    tmp_path, monkeypatch, broken
+):
+    root = render_demo(tmp_path / "data", n_train=5, n_val=4)
+    shutil.copy(root / "en_train.json", root / "en_test.json")  # other images, below
+    for image in (root / "images").glob("train_*"):
+        shutil.copy(image, image.with_name(image.name.replace("train", "test")))
+    names = (root / "en_test.json").read_text("utf-8").replace("train_", "test_")
+    (root / "en_test.json").write_text(names, "utf-8")
+    for name in broken:
+        (root / "images" / f"{name}.png").write_bytes(b"none")
+    opened = Counter()
+    for module in (flickr8k_dataloader, check_images_module):
+        monkeypatch.setattr(module, "open_image", partial(count_opened, opened))
+    checked = outcome(root, cached=False)
+    assert len(opened) == 14 and set(opened.values()) == {1}
+    opened.clear()
+    assert outcome(root, cached=True) == checked
+    decoded = {path: times for path, times in opened.items() if Path(path).stem not in broken}
+    assert len(decoded) == 14 - len(broken)
+    # What stands in the place of a broken image is decoded for that once more.
+    assert sum(decoded.values()) == 14 and (broken or set(decoded.values()) == {1})
+    opened.clear()
+    assert outcome(root, cached=True) == checked
+    assert sorted(Path(path).stem for path in opened) == sorted(broken)
+
+
+def outcome(root: Path, cached: bool) -> str:
+    """What `check_splits` finds wrong with all images of a data set."""
+    sets = {name: Flickr8kDataset(root, 8, split=name) for name in ("train", "val", "test")}
+    for dataset in sets.values() if cached else ():
+        dataset.cache()
+    try:
+        check_splits(sets, 0, train_too=True)
+    except InputError as error:
+        return str(error)
+    return "nothing"
+
+
+def count_opened(opened: Counter, path: str) -> Image.Image:
+    opened[path] += 1
+    return open_image(path)

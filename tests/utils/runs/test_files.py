@@ -13,9 +13,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
 
-from models.clip import CLIP
 from models.errors import InputError
-from models.weights.config import Config
 from utils.runs.checkpoint import read_checkpoint, save_checkpoint, write_csv, write_json
 from utils.runs.files import TEMPORARY, replaced_whole, save_figure
 
@@ -121,12 +119,7 @@ def test_a_table_has_the_columns_of_all_its_rows(tmp_path_factory, rows):
 def test_records_of_a_full_disk_are_one_line_and_stay_whole(tmp_path):
     from utils.runs import records  # which takes seconds
 
-    tiny = Config(
-        embed_dim=4, image_resolution=8, vision_layers=1, vision_width=64, vision_patch_size=4,
-        vision_mlp_width=256, context_length=5, vocab_size=7, transformer_width=64,
-        transformer_mlp_width=256, transformer_heads=1, transformer_layers=1,
-    )  # fmt: skip
-    losses = records.Losses(tmp_path, CLIP(tiny), [])
+    losses = records.Losses(tmp_path, [])
     losses.append_loss(1, 1.0, 2.0)
     kept = {name: (tmp_path / name).read_bytes() for name in ("epoch_loss.txt", "epoch_loss.png")}
     for room in (0, 10, len(kept["epoch_loss.txt"]), 1000, len(kept["epoch_loss.png"]) // 2):

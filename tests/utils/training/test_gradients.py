@@ -62,6 +62,21 @@ def test_chunks_bring_the_gradients_of_the_whole_batch(n, k, chunk, locked, weig
     assert_same_gradients(found, expected)
 
 
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_a_locked_tower_has_no_second_forward_pass(monkeypatch, tower):
+    model = create_model("ViT-demo")
+    lock(model, tower, unlocked=0)
+    encoded = []
+    for name in ("image", "text"):
+        encode = getattr(model, f"encode_{name}")
+        monkeypatch.setattr(
+            model, f"encode_{name}", lambda x, n=name, e=encode: encoded.append(n) or e(x)
+        )
+    gradients(model, batch_of(6, 1), Precision(CPU, use_amp=False), chunk=2)
+    (other,) = {"image", "text"} - {tower}
+    assert (encoded.count(tower), encoded.count(other)) == (3, 6)
+
+
 def test_chunks_bring_the_gradients_of_the_whole_batch_to_a_chinese_clip():
     torch.manual_seed(0)
     model = create_model("cn-demo")

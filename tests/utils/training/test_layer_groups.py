@@ -1,5 +1,6 @@
 """Layers by their distance from the features: locking and layer-wise learning rates."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -74,6 +75,65 @@ def test_a_locked_tower_is_what_it_was_but_for_its_last_blocks(unlocked, trained
     assert blocks == {str(block) for block in range(3 - trained, 3)}
     assert ("visual.proj" in moved) == (trained > 0)
     assert "visual.conv1.weight" not in moved and "token_embedding.weight" in moved
+
+
+class Kept:
+    """A tensor that autograd keeps for the backward pass."""
+
+    def __init__(self, tensor, module):
+        self.tensor = tensor
+        self.module = module  # the one that was called last when it was kept
+
+
+def kept_for(model, encode):
+    """What is kept for the backward pass of `encode()`."""
+    called, kept = [], weakref.WeakSet()
+    for name, module in model.named_modules():
+        if not list(module.children()):
+            module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
+
+    def keep(tensor):
+        one = Kept(tensor, called[-1])
+        kept.add(one)
+        return one
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda one: one.tensor):
+        features = encode()
+    found = list(kept)  # what is not let go again, as inputs of what autograd has no part in are
+    return features, found
+
+
+@pytest.mark.parametrize("unlocked, checkpointing", [(0, False), (0, True), (1, False), (2, False)])
+@pytest.mark.parametrize(
+    "name, tower", [("ViT-demo", "image"), ("ViT-demo", "text"), ("cn-demo", "text")]
+)
+def test_what_is_locked_keeps_no_activations_no_gradients_and_no_moments(
+    name, tower, unlocked, checkpointing
+):
+    model = create_model(name)
+    lock(model, tower, unlocked)
+    if checkpointing:
+        model.enable_grad_checkpointing()
+    train_mode(model)
+    side = model.visual.input_resolution
+    encode = {
+        "image": lambda: model.encode_image(torch.rand(2, 3, side, side)),
+        "text": lambda: model.encode_text(model.tokenize(["a dog", "birds"])),
+    }
+    distances = distance_from_end(model)
+    features, kept = kept_for(model, encode[tower])
+    assert bool(kept) == features.requires_grad == (unlocked > 0)
+    for module in {one.module for one in kept}:
+        # An activation function has no weights; it is in the block of what was called before it.
+        owned = [distances[n] for n in distances if n.startswith(f"{module}.")]
+        assert max(owned, default=0) <= unlocked, module
+
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.9, 0.1), lr=1e-2)
+    torch.cat([encode["image"](), encode["text"]()]).sum().backward()
+    optimizer.step()
+    for parameter in model.parameters():
+        assert parameter.requires_grad or parameter.grad is None
+        assert parameter.requires_grad or parameter not in optimizer.state
 
 
 def test_more_blocks_than_there_are_cannot_be_left_open():

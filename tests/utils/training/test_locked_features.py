@@ -1,0 +1,125 @@
+"""Features of locked towers that are computed once: the same training as without."""
+
+import csv
+from argparse import Namespace
+
+import pytest
+import torch
+from script_runs import error_line, run_script
+
+from flickr8k.render_demo import render_demo
+from models.clip_utils import create_model
+from models.errors import InputError
+from utils import Flickr8kDataset
+from utils.flickr8k_dataloader import TrainLoader
+from utils.machine.precision import Precision
+from utils.machine.processes import ALONE
+from utils.metric import evaluate
+from utils.training.gradients import GradientExchange, accumulate_gradients
+from utils.training.layer_groups import lock, train_mode
+from utils.training.locked_features import cache_features
+
+CPU = torch.device("cpu")
+ASKED = Namespace(cache_features=True)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return render_demo(tmp_path_factory.mktemp("data"), n_train=21, n_val=9)
+
+
+def locked_model(tower):
+    torch.manual_seed(0)
+    model = create_model("ViT-demo")
+    lock(model, tower, unlocked=0)
+    return model
+
+
+def gradients_of_an_epoch(model, loader, precision, chunk):
+    train_mode(model)
+    exchange = GradientExchange(model, ALONE)
+    losses = [
+        accumulate_gradients(model, batch, precision, exchange, chunk) for batch in loader.epoch(1)
+    ]
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    return torch.stack(losses), torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def never(_):
+    raise AssertionError("a locked tower is asked")
+
+
+@pytest.mark.parametrize("use_amp", [False, True])
+@pytest.mark.parametrize("chunk", [None, 3])
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_they_stand_in_for_the_tower_in_steps_and_scores(root, tower, chunk, use_amp):
+    model, precision = locked_model(tower), Precision(CPU, use_amp)
+    train_set, val_set = (Flickr8kDataset(root, model=model, split=s) for s in ("train", "val"))
+    loader = TrainLoader(train_set, 7, CPU, augment=tower == "text", captions_per_image=2)
+    expected = gradients_of_an_epoch(model, loader, precision, chunk)
+    scored = evaluate(model, val_set, 4, 0, precision)
+
+    known = cache_features(ASKED, model, loader, val_set, precision)
+    setattr(model, f"encode_{tower}", never)
+    found = gradients_of_an_epoch(model, loader, precision, chunk)
+    # In bfloat16, whose numbers have 8 bits, sums are rounded in another order.
+    tolerance = 2**-7 if use_amp else 1e-5
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= tolerance * other.norm()
+    metrics, loss = evaluate(model, val_set, 4, 0, precision, known=known)
+    assert metrics == scored[0] and loss == pytest.approx(scored[1], rel=tolerance)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_images_that_cannot_be_read_are_listed_before_training(root, tmp_path, cached):
+    root = render_demo(tmp_path / "data", n_train=8, n_val=2)
+    for name in ("train_0003", "train_0006"):
+        (root / "images" / f"{name}.png").write_bytes(b"none")
+    model = locked_model("image")
+    train_set, val_set = (Flickr8kDataset(root, model=model, split=s) for s in ("train", "val"))
+    if cached:
+        train_set.cache()
+    loader = TrainLoader(train_set, 4, CPU, augment=False)
+    with pytest.raises(InputError, match=r"^2 images cannot be read:\n.*_0003.*\n.*_0006.*$"):
+        cache_features(ASKED, model, loader, val_set, Precision(CPU, use_amp=False))
+
+
+SCRATCH = ["--resume_training", "none", "--model", "ViT-demo", "--lr", 1e-3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--lock_image", "--no_augment", "--lock_text", 2, "--ema", 0.9],
+        ["--lock_text", "--grad_cache", 4, "--cache"],
+    ],
+)
+def test_a_whole_run_has_the_losses_and_scores_that_it_has_without(root, tmp_path, arguments):
+    rows = []
+    for more in ([], ["--cache_features"]):
+        folder = tmp_path / f"logs{len(more)}"
+        run_script("train.py", *SCRATCH, *arguments, *more, "--dataset_path", root, "--epochs", 2,
+                   "--batch_size", 7, "--log_dir", folder, cwd=tmp_path)  # fmt: skip
+        (run,) = folder.iterdir()
+        with (run / "metrics.csv").open(newline="") as file:
+            rows.append(list(csv.DictReader(file)))
+    timed = {"images_per_second", "data_wait_percent", "peak_memory_mb"}
+    for one, other in zip(*rows, strict=True):
+        for name in one.keys() - timed:
+            assert float(one[name]) == pytest.approx(float(other[name]), rel=1e-4), name
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        ([], "--lock_image or --lock_text"),
+        (["--lock_text", 1], "--lock_image or --lock_text"),
+        (["--lock_image"], "--no_augment"),
+        (["--lock_image", "--lock_text", 1], "--no_augment"),
+    ],
+)
+def test_arguments_that_do_not_allow_it_are_refused(root, tmp_path, arguments, named):
+    arguments = [*SCRATCH, "--dataset_path", root, "--cache_features", *arguments]
+    assert named in error_line("train.py", *arguments, cwd=tmp_path)
