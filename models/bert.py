@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.transformer import BlockStack, Layout
+from models.attention import attend
+from models.packing import Layout
+from models.transformer import BlockStack, LayerNorm
 from models.weights.config import Config
 
 EPSILON = 1e-12  # of all norms
@@ -49,7 +51,7 @@ class Embeddings(nn.Module):
         self.word_embeddings = _table(config.vocab_size, width)
         self.position_embeddings = _table(config.text_positions, width)
         self.token_type_embeddings = _table(TOKEN_TYPES, width)
-        self.LayerNorm = nn.LayerNorm(width, EPSILON)
+        self.LayerNorm = LayerNorm(width, EPSILON)
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Ids and positions `[t]` -> `[t, w]`."""
@@ -92,7 +94,7 @@ class Block(nn.Module):
     def forward_pooled(self, x: Tensor, layout: Layout) -> Tensor:
         """`[t, w]` -> `[n, w]`: the output of the pooled tokens only."""
         mixed = self.attention["self"].forward_pooled(x, layout)
-        return self._after_attention(mixed, x[layout.pooled])
+        return self._after_attention(mixed, layout.pool(x))
 
     def _after_attention(self, mixed: Tensor, x: Tensor) -> Tensor:
         x = self.attention["output"](mixed, x)
@@ -117,13 +119,13 @@ class SelfAttention(nn.Module):
 
     def forward_pooled(self, x: Tensor, layout: Layout) -> Tensor:
         """`[t, w]` -> `[n, w]`: the mixed values for the pooled tokens only."""
-        return self._mixed(self.query(x[layout.pooled])[:, None], x, layout).squeeze(1)
+        return self._mixed(self.query(layout.pool(x))[:, None], x, layout).squeeze(1)
 
     def _mixed(self, query: Tensor, x: Tensor, layout: Layout) -> Tensor:
         """Queries `[n, q, w]`, tokens `[t, w]` -> `[n, q, w]`."""
         grids = (query, layout.grid(self.key(x)), layout.grid(self.value(x)))
         query, key, value = (g.unflatten(-1, (self.heads, -1)).transpose(1, 2) for g in grids)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=layout.mask())
+        mixed = attend(query, key, value, layout.mask())
         return mixed.transpose(1, 2).flatten(2)
 
 
@@ -133,7 +135,7 @@ class AddAndNorm(nn.Module):
     def __init__(self, in_width: int, width: int):
         super().__init__()
         self.dense = nn.Linear(in_width, width)
-        self.LayerNorm = nn.LayerNorm(width, EPSILON)
+        self.LayerNorm = LayerNorm(width, EPSILON)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """`[t, in_width]` and `[t, width]` -> `[t, width]`."""

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.bert import Bert
-from models.device import upload
 from models.errors import InputError
+from models.packing import Layout, last_tokens, pack
 from models.preprocess import Preprocess
 from models.resnet import ModifiedResNet
 from models.tokens import Tokenizer, chinese_tokenizer, clip_tokenizer, token_rows
-from models.transformer import BlockStack, Layout, Transformer
+from models.transformer import BlockStack, LayerNorm, Transformer
 from models.vit import VisionTransformer
 from models.weights.architecture import infer_config, resize_positional_embedding
 from models.weights.checks import check_finite, check_keys
@@ -56,7 +56,7 @@ class CLIP(nn.Module):
         table = torch.empty(config.vocab_size, width)
         self.token_embedding = nn.Embedding.from_pretrained(table, freeze=False)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
-        self.ln_final = nn.LayerNorm(width)
+        self.ln_final = LayerNorm(width)
 
     @property
     def embed_dim(self) -> int:
@@ -103,31 +103,15 @@ class CLIP(nn.Module):
         """Token ids `[n, <=context_length]` of `tokenize` -> features `[n, d]`, not normalised to
         length 1.
 
-        CLIP's text tower is pooled at the end-of-text token, which has the largest id in its row
-        (Radford et al. 2021, section 2.4). Attention is causal, so the tokens after it cannot
-        change the feature and are left out. BERT is pooled at the first token, and what is left out
-        are the zeros at the end of a row. The CPU has to know how many tokens remain: keep `tokens`
-        on the CPU, so that it does not wait for the GPU. Raises `InputError` for rows that are too
-        long.
+        Tokens after the end of a text cannot change its feature and are left out, see `pack`. Keep
+        `tokens` on the CPU, so that it does not wait for a GPU. Raises `InputError` for rows that
+        are too long.
         """
         if tokens.shape[1] > self.context_length:
             raise InputError(
                 f"texts of {tokens.shape[1]} tokens; this model reads {self.context_length}"
             )
-        ends = self._ends(tokens)
-        length = int(ends.max()) + 1
-        positions = torch.arange(length, device=tokens.device)
-        cells = (positions <= ends[:, None]).flatten().nonzero().flatten()
-        ids = tokens[:, :length].flatten()[cells]
-        pooled = (ends + 1).cumsum(0) - 1
-        if self.config.has_bert:
-            pooled = pooled - ends
-        if tokens.device.type == "cpu" and self.device.type == "cuda":
-            ids, cells, pooled = (t.pin_memory() for t in (ids, cells, pooled))
-        ids, cells, pooled = (upload(t, self.device) for t in (ids, cells, pooled))
-
-        layout = Layout(length, pooled, cells, causal=not self.config.has_bert)
-        return self._encode_tokens(ids, cells % length, layout)
+        return self._encode_tokens(*pack(tokens, self.config.has_bert, self.device))
 
     def encode_text_grid(self, tokens: Tensor) -> Tensor:
         """Token ids `[n, <=context_length]` on the model's device -> what `encode_text` gives.
@@ -139,19 +123,13 @@ class CLIP(nn.Module):
         """
         n, length = tokens.shape
         positions = torch.arange(length, device=tokens.device)
-        starts, ends = torch.arange(n, device=tokens.device) * length, self._ends(tokens)
+        starts = torch.arange(n, device=tokens.device) * length
+        ends = last_tokens(tokens, self.config.has_bert)
         if self.config.has_bert:
             layout = Layout(length, pooled=starts, filled=positions <= ends[:, None])
         else:
             layout = Layout(length, pooled=starts + ends, causal=True)
         return self._encode_tokens(tokens.flatten(), positions.repeat(n), layout)
-
-    def _ends(self, tokens: Tensor) -> Tensor:
-        """The place `[n]` of the last token in each row `[n, l]`."""
-        if not self.config.has_bert:
-            return tokens.argmax(dim=1)
-        # Where the count of tokens reaches its highest: of equal ones argmax gives the first.
-        return tokens.ne(0).cumsum(dim=1).argmax(dim=1)
 
     def _encode_tokens(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
         """Ids `[t]` of packed tokens and their positions `[t]` in their texts -> `[n, d]`."""

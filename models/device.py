@@ -44,6 +44,9 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on the device. The CPU does not wait for a CUDA GPU; for `mps` it must, since torch
-    could read the tensor after its memory has been given away (pytorch issue 189690)."""
+    """`tensor` on the device. The CPU does not wait for a CUDA GPU, which reads pinned memory; for
+    `mps` it must, since torch could read the tensor after its memory has been given away (pytorch
+    issue 189690)."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=device.type == "cuda")

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.attention import attend
 from models.weights.config import Config
 
 
@@ -64,7 +65,7 @@ class AttentionPool2d(nn.Module):
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding
         query = self._split(self.q_proj(x[:, :1]))
         key, value = self._split(self.k_proj(x)), self._split(self.v_proj(x))
-        mixed = F.scaled_dot_product_attention(query, key, value)  # [n, heads, 1, c / heads]
+        mixed = attend(query, key, value)  # [n, heads, 1, c / heads]
         return self.c_proj(mixed.flatten(1))
 
     def _split(self, x: Tensor) -> Tensor:

@@ -1,57 +1,16 @@
 """The transformer that the image tower and the text tower share (Radford et al. 2021, section 2.4).
 
-The sequences of a batch are packed: they lie end to end in one tensor `[t, w]`, where t is the
-number of tokens in the batch without padding and w is the width. So linear layers and norms do no
-work on padding. Only attention needs a grid, which has one row for each sequence.
+The sequences of a batch are packed, see `models.packing`: t is the number of tokens in the batch
+without padding, w the width.
 """
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-
-class Layout(NamedTuple):
-    """How n sequences are packed, and which token of each is pooled.
-
-    The grid has n rows of `length` cells, which are numbered row by row. `cells` is None if all
-    sequences are equally long, so that every cell holds a token.
-    """
-
-    length: int  # number of tokens in the longest sequence
-    pooled: Tensor  # [n] row of the token whose feature stands for its sequence
-    cells: Tensor | None = None  # [t] number of the cell that holds each token
-    causal: bool = False  # a token attends only to itself and to the tokens before it
-    filled: Tensor | None = None  # bool [n, length]: which cells hold no padding, if some do
-
-    def grid(self, x: Tensor) -> Tensor:
-        """`[t, c]` -> `[n, length, c]`, with zeros after the end of a sequence."""
-        n, channels = self.pooled.shape[0], x.shape[-1]
-        if self.cells is not None:
-            x = x.new_zeros(n * self.length, channels).index_copy(0, self.cells, x)
-        return x.view(n, self.length, channels)
-
-    def mask(self) -> Tensor | None:
-        """bool `[n, 1, 1, length]`: True for the cells that a pooled token attends to, which hold a
-        token and, if causal, no later one; None for all cells."""
-        if self.causal:
-            cells = self.pooled if self.cells is None else self.cells[self.pooled]
-            positions = torch.arange(self.length, device=cells.device)
-            return (positions <= cells[:, None] % self.length)[:, None, None]
-        if self.filled is not None:
-            return self.filled[:, None, None]
-        if self.cells is None:
-            return None
-        n = len(self.pooled)
-        mask = torch.zeros(n * self.length, dtype=torch.bool, device=self.cells.device)
-        return mask.index_fill(0, self.cells, True).view(n, 1, 1, self.length)
-
-    def packed(self, x: Tensor) -> Tensor:
-        """`[n, length, c]` -> `[t, c]`, the inverse of `grid`."""
-        x = x.flatten(0, 1)
-        return x if self.cells is None else x[self.cells]
+from models.attention import attend
+from models.packing import Layout
 
 
 class QuickGELU(nn.Module):
@@ -60,10 +19,38 @@ class QuickGELU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """A tensor of any shape -> the same shape."""
-        return F.silu(1.702 * x) / 1.702
+        return _QuickGELU.apply(x)
+
+
+class _QuickGELU(torch.autograd.Function):
+    """silu(1.702 x) / 1.702, whose derivative is that of silu at 1.702 x: autograd alone would
+    multiply and divide by 1.702 in the backward pass, too."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        scaled = 1.702 * x
+        ctx.save_for_backward(scaled)
+        return F.silu(scaled).div_(1.702)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return torch.ops.aten.silu_backward(gradient, *ctx.saved_tensors)
 
 
 ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation (Ba et al. 2016) in the type of its input; mean and variance are computed
+    in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A tensor `[..., w]` -> the same shape and type."""
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class MultiheadAttention(nn.Module):
@@ -85,7 +72,7 @@ class MultiheadAttention(nn.Module):
         if self.lora is not None:
             qkv = qkv + self.lora(x)
         query, key, value = self._heads(layout.grid(qkv), 3)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=layout.causal)
+        mixed = attend(query, key, value, causal=layout.causal)
         return self.out_proj(layout.packed(mixed.transpose(1, 2).flatten(2)))
 
     def forward_pooled(self, x: Tensor, layout: Layout) -> Tensor:
@@ -93,14 +80,14 @@ class MultiheadAttention(nn.Module):
         width = x.shape[1]
         query_weight, weight = self.in_proj_weight.split([width, 2 * width])
         query_bias, bias = self.in_proj_bias.split([width, 2 * width])
-        query = F.linear(x[layout.pooled], query_weight, query_bias)
+        query = F.linear(layout.pool(x), query_weight, query_bias)
         key_value = F.linear(x, weight, bias)
         if self.lora is not None:
-            query = query + self.lora(x[layout.pooled], slice(1))
+            query = query + self.lora(layout.pool(x), slice(1))
             key_value = key_value + self.lora(x, slice(1, 3))
         (query,) = self._heads(query[:, None], 1)
         key, value = self._heads(layout.grid(key_value), 2)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=layout.mask())
+        mixed = attend(query, key, value, layout.mask())
         return self.out_proj(mixed.flatten(1))
 
     def _heads(self, x: Tensor, parts: int) -> Tensor:
@@ -115,12 +102,12 @@ class ResidualAttentionBlock(nn.Module):
     def __init__(self, width: int, heads: int, mlp_width: int, activation: nn.Module):
         super().__init__()
         self.attn = MultiheadAttention(width, heads)
-        self.ln_1 = nn.LayerNorm(width)
+        self.ln_1 = LayerNorm(width)
         self.mlp = nn.Sequential()
         self.mlp.add_module("c_fc", nn.Linear(width, mlp_width))
         self.mlp.add_module("gelu", activation)
         self.mlp.add_module("c_proj", nn.Linear(mlp_width, width))
-        self.ln_2 = nn.LayerNorm(width)
+        self.ln_2 = LayerNorm(width)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """`[t, w]` -> `[t, w]`: the output of every token."""
@@ -129,13 +116,14 @@ class ResidualAttentionBlock(nn.Module):
 
     def forward_pooled(self, x: Tensor, layout: Layout) -> Tensor:
         """`[t, w]` -> `[n, w]`: the output of the pooled tokens only."""
-        x = x[layout.pooled] + self.attn.forward_pooled(self.ln_1(x), layout)
+        x = layout.pool(x) + self.attn.forward_pooled(self.ln_1(x), layout)
         return x + self.mlp(self.ln_2(x))
 
 
 class BlockStack(nn.Module):
     """A stack of `blocks`. Its output is the pooled token of each sequence, so the last block
-    computes the other tokens' keys and values only, not their outputs."""
+    computes the other tokens' keys and values only, not their outputs. In mixed precision the
+    residual stream, too, has the type in which products are computed."""
 
     # Gradient checkpointing (Chen et al. 2016): keep only the input of a block, and compute the
     # block again during the backward pass.
@@ -143,6 +131,9 @@ class BlockStack(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """`[t, w]` -> `[n, w]`: the output of the pooled tokens."""
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
         *blocks, last = self.blocks
         for block in blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from models.transformer import Layout, Transformer
+from models.packing import Layout
+from models.transformer import LayerNorm, Transformer
 from models.weights.config import Config
 
 
@@ -21,7 +22,7 @@ class VisionTransformer(nn.Module):
         tokens = (config.image_resolution // patch_size) ** 2 + 1
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(tokens, width))
-        self.ln_pre = nn.LayerNorm(width)
+        self.ln_pre = LayerNorm(width)
         self.transformer = Transformer(
             width,
             config.vision_layers,
@@ -29,7 +30,7 @@ class VisionTransformer(nn.Module):
             config.vision_mlp_width,
             config.activation,
         )
-        self.ln_post = nn.LayerNorm(width)
+        self.ln_post = LayerNorm(width)
         self.proj = nn.Parameter(torch.empty(width, config.embed_dim))
 
     def forward(self, images: Tensor) -> Tensor:

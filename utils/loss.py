@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
+from models.device import upload
 from models.errors import InputError
 from utils.machine.processes import ALONE, Processes, Share
 
@@ -91,7 +92,7 @@ def _shared_texts(
     known, columns = columns.unique(return_inverse=True)
     right = torch.searchsorted(known, texts)
     right[~torch.isin(texts, known)] = len(columns)  # the number of no column
-    return right.to(device), columns.to(device)
+    return upload(right, device), upload(columns, device)
 
 
 def _negatives(

@@ -78,10 +78,14 @@ def test_several_processes_do_not_share_a_macs_gpu(machine, monkeypatch):
 
 @pytest.mark.parametrize("device, waits", [("cpu", True), ("mps", True), ("cuda", False)])
 def test_the_copy_to_a_device_is_waited_for_unless_it_has_cuda(monkeypatch, device, waits):
-    asked = []
-    monkeypatch.setattr(torch.Tensor, "to", lambda *a, **k: asked.append((a[1:], k)))
-    upload(torch.zeros(1), torch.device(device))
-    assert asked == [((torch.device(device),), {"non_blocking": not waits})]
+    asked, pinned = [], torch.ones(1)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda _: pinned)
+    monkeypatch.setattr(torch.Tensor, "to", lambda *a, **k: asked.append((*a, k)))
+    tensor = torch.zeros(1)
+    upload(tensor, torch.device(device))
+    ((copied, to, how),) = asked
+    assert copied is (tensor if waits else pinned)
+    assert (to, how) == (torch.device(device), {"non_blocking": not waits})
 
 
 def test_mixed_precision_of_a_mac_is_bfloat16_or_refused(monkeypatch):

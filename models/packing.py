@@ -1,0 +1,90 @@
+"""Packed sequences: those of a batch lie end to end in one tensor `[t, w]`, t being the number of
+tokens without padding and w is the width.
+
+So linear layers and norms do no work on padding. Only attention needs a grid, which has one row for
+each sequence. Rows are picked by `index_select`, whose gradient a GPU need not sort.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.device import upload
+
+
+class Layout(NamedTuple):
+    """How n sequences are packed, and which token of each is pooled.
+
+    The grid has n rows of `length` cells, which are numbered row by row. `cells` is None if all
+    sequences are equally long, so that every cell holds a token.
+    """
+
+    length: int  # number of tokens in the longest sequence
+    pooled: Tensor  # [n] row of the token whose feature stands for its sequence
+    cells: Tensor | None = None  # [t] number of the cell that holds each token
+    causal: bool = False  # a token attends only to itself and to the tokens before it
+    filled: Tensor | None = None  # bool [n, length]: which cells hold no padding, if some do
+
+    def grid(self, x: Tensor) -> Tensor:
+        """`[t, c]` -> `[n, length, c]`, with zeros after the end of a sequence."""
+        n, channels = self.pooled.shape[0], x.shape[-1]
+        if self.cells is not None:
+            x = x.new_zeros(n * self.length, channels).index_copy(0, self.cells, x)
+        return x.view(n, self.length, channels)
+
+    def mask(self) -> Tensor | None:
+        """bool `[n, 1, 1, length]`: True for the cells that a pooled token attends to, which hold a
+        token and, if causal, no later one; None for all cells."""
+        if self.causal:
+            cells = self.pooled if self.cells is None else self.pool(self.cells)
+            positions = torch.arange(self.length, device=cells.device)
+            return (positions <= cells[:, None] % self.length)[:, None, None]
+        if self.filled is not None:
+            return self.filled[:, None, None]
+        if self.cells is None:
+            return None
+        n = len(self.pooled)
+        mask = torch.zeros(n * self.length, dtype=torch.bool, device=self.cells.device)
+        return mask.index_fill(0, self.cells, True).view(n, 1, 1, self.length)
+
+    def packed(self, x: Tensor) -> Tensor:
+        """`[n, length, c]` -> `[t, c]`, the inverse of `grid`."""
+        x = x.flatten(0, 1)
+        return x if self.cells is None else x.index_select(0, self.cells)
+
+    def pool(self, x: Tensor) -> Tensor:
+        """`[t, c]` -> `[n, c]`: the pooled tokens."""
+        return x.index_select(0, self.pooled)
+
+
+def last_tokens(tokens: Tensor, has_bert: bool) -> Tensor:
+    """The place `[n]` of the last token in each row `[n, l]` of `tokenize`: for CLIP's own text
+    tower that of the end-of-text token, which has the largest id (Radford et al. 2021, section
+    2.4), for BERT that of the last id that is not zero."""
+    if not has_bert:
+        return tokens.argmax(dim=1)
+    # Where the count of tokens reaches its highest: of equal ones argmax gives the first.
+    return tokens.ne(0).cumsum(dim=1).argmax(dim=1)
+
+
+def pack(tokens: Tensor, has_bert: bool, device: torch.device) -> tuple[Tensor, Tensor, Layout]:
+    """Rows of token ids `[n, l]` -> on the device the ids `[t]` of the packed tokens, their
+    positions `[t]` in their texts, and the layout.
+
+    CLIP's own text tower is pooled at the last token and is causal, BERT at the first token. What
+    comes after a row's last token is left out. How many tokens remain decides about shapes, which
+    the CPU has to know: with `tokens` on the CPU it does not wait for a GPU.
+    """
+    tokens = tokens.cpu()
+    ends = last_tokens(tokens, has_bert)
+    length = int(ends.max()) + 1
+    cells = (torch.arange(length) <= ends[:, None]).flatten().nonzero().flatten()
+    ids = tokens[:, :length].flatten()[cells]
+    pooled = (ends + 1).cumsum(0) - 1
+    if has_bert:
+        pooled = pooled - ends
+    ids, positions, cells, pooled = (
+        upload(t, device) for t in (ids, cells % length, cells, pooled)
+    )
+    return ids, positions, Layout(length, pooled, cells, causal=not has_bert)

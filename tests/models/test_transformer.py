@@ -1,0 +1,105 @@
+"""Parts of the transformer in mixed precision, against float32 and against other libraries."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from open_clip.loss import ClipLoss
+from peers import small_open_clip
+
+from models import build_model, tokenize
+from models.attention import attend
+from models.transformer import LayerNorm, QuickGELU
+from models.weights.open_clip import from_open_clip
+from utils import contrastive_loss
+
+ROUNDING = 2**-8  # of a number in bfloat16, relative
+
+
+def relative(found, expected):
+    return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 3), st.integers(1, 3), st.integers(1, 40), st.sampled_from([8, 64, 80]),
+    st.sampled_from(["all", "causal", "masked", "pooled"]), st.integers(0, 2**16),
+)  # fmt: skip
+def test_bfloat16_attention_is_that_of_float32_to_its_rounding(n, heads, length, c, kind, seed):
+    generator = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(3, n, heads, length, c, generator=generator).bfloat16()
+    query, key, value = qkv
+    mask = None
+    if kind in ("masked", "pooled"):
+        ends = torch.randint(length, (n, 1, 1, 1), generator=generator)
+        mask = torch.arange(length) <= ends
+    if kind == "pooled":
+        query = query[:, :, :1]
+    inputs = [x.clone().requires_grad_() for x in (query, key, value)]
+    exact = [x.detach().float().requires_grad_() for x in inputs]
+    found = attend(*inputs, mask, kind == "causal")
+    expected = F.scaled_dot_product_attention(*exact, attn_mask=mask, is_causal=kind == "causal")
+    assert found.dtype is torch.bfloat16
+    assert relative(found, expected) < 2 * ROUNDING
+    weights = torch.randn(expected.shape, generator=generator)
+    gradients = torch.autograd.grad((found.float() * weights).sum(), inputs)
+    exact = torch.autograd.grad((expected * weights).sum(), exact)
+    scale = max(gradient.norm() for gradient in exact)
+    for gradient, other in zip(gradients, exact, strict=True):
+        assert (gradient.float() - other).norm() < 4 * ROUNDING * scale
+
+
+def test_the_gradient_of_quick_gelu_is_that_of_its_definition():
+    x = torch.linspace(-6, 6, 101, dtype=torch.float64, requires_grad=True)
+    defined = x * torch.sigmoid(1.702 * x)
+    torch.testing.assert_close(QuickGELU()(x), defined)
+    (found,) = torch.autograd.grad(QuickGELU()(x).sum(), x)
+    (expected,) = torch.autograd.grad(defined.sum(), x)
+    torch.testing.assert_close(found, expected)
+
+
+def test_layer_norm_keeps_the_type_and_computes_its_statistics_in_float32():
+    """In bfloat16, the sum of 4096 ones is 256: more do not change it."""
+    norm = LayerNorm(4096)
+    x = (torch.randn(3, 4096, generator=torch.Generator().manual_seed(0)) + 1).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = norm(x)
+    assert found.dtype is torch.bfloat16 and norm(x.float()).dtype is torch.float32
+    assert relative(found, norm(x.float())) < ROUNDING
+
+
+def losses_and_gradients(model, loss, mixed):
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        value = loss(model)
+    value.backward()
+    return value.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("quick_gelu", [True, False])
+def test_loss_and_gradients_in_bfloat16_are_as_near_to_float32_as_those_of_open_clip(quick_gelu):
+    theirs, description = small_open_clip(quick_gelu)
+    config = from_open_clip(description)
+    ours = build_model({key: t.clone() for key, t in theirs.state_dict().items()}, config)
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(16, 3, 64, 64, generator=generator)
+    tokens = tokenize([f"{'a red ' * (i % 7)}bird {i}" for i in range(16)])
+
+    def our_loss(model):
+        features = model.encode_image(images), model.encode_text(tokens)
+        return contrastive_loss(*features, model.logit_scale)
+
+    def their_loss(model):
+        image_features, text_features, scale = model(images, tokens.long())[:3]
+        return ClipLoss()(image_features.float(), text_features.float(), scale)
+
+    def errors(model, loss):
+        value, found = losses_and_gradients(model, loss, mixed=True)
+        difference = sum((found[name] - g).square().sum() for name, g in exact.items()) ** 0.5
+        return abs(value - exact_loss), difference.item()
+
+    exact_loss, exact = losses_and_gradients(ours, our_loss, mixed=False)
+    (loss_error, error), (_, their_error) = errors(ours, our_loss), errors(theirs, their_loss)
+    assert 0 < error <= 1.5 * their_error
+    assert loss_error < 4 * ROUNDING * exact_loss

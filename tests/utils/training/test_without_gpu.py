@@ -1,0 +1,137 @@
+"""Training steps on a GPU that is not there: nothing is on the wrong device, and the CPU never
+waits for the GPU."""
+
+import json
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from fake_gpu import FakeGpu, HostWaitsError
+from PIL import Image
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+from models import CLIP
+from models.preprocess import _on_device
+from models.weights.registry import CONFIGS
+from utils import Flickr8kDataset
+from utils.flickr8k_dataloader import TrainLoader
+from utils.machine.precision import Precision
+from utils.machine.processes import ALONE
+from utils.training.gradients import GradientExchange, accumulate_gradients
+from utils.training.keep import Keep
+from utils.training.layer_groups import choose_what_learns, train_mode
+from utils.training.optimizer import parameter_groups
+from utils.training.state import State
+
+CUDA = torch.device("cuda", 0)
+SMALL = {"vision_layers": 2, "transformer_layers": 2}
+MODELS = {
+    "ViT": replace(CONFIGS["ViT-demo"], **SMALL),
+    "Chinese": replace(CONFIGS["cn-demo"], **SMALL),
+    "ResNet": replace(
+        CONFIGS["RN50"], vision_layers=(1, 1, 1, 1), vision_width=16, embed_dim=64,
+        image_resolution=64, transformer_width=64, transformer_layers=2, transformer_heads=1,
+    ),
+}  # fmt: skip
+ARGUMENTS = {
+    "amp": True, "cache": True, "grad_cache": None, "lock_image": None, "lock_text": None,
+    "lora": None, "keep": None, "grad_checkpointing": False, "model": "ViT",
+}  # fmt: skip
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    _on_device.cache_clear()
+    with FakeGpu(monkeypatch) as fake:
+        yield fake
+    _on_device.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Ten images with two captions each, of which two images share one."""
+    root = tmp_path_factory.mktemp("data")
+    entries = []
+    for i in range(10):
+        Image.fromarray(np.full((64, 64, 3), 20 * i, np.uint8)).save(root / f"{i}.png")
+        entries.append({"image": f"{i}.png", "caption": ["a bird", f"{'a red ' * i}bird {i}"]})
+    (root / "en_train.json").write_text(json.dumps(entries))
+    return Flickr8kDataset(root)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"amp": False},
+        {"cache": False},
+        {"grad_cache": 2},
+        {"lock_image": 0},
+        {"lock_text": 0, "lock_image": 1},
+        {"lora": 4},
+        {"keep": 5.0, "grad_cache": 3},
+        {"grad_checkpointing": True},
+        {"model": "Chinese"},
+        {"model": "Chinese", "lora": 2, "amp": False, "grad_checkpointing": True},
+        {"model": "ResNet"},
+    ],
+    ids=str,
+)
+def test_steps_stay_on_the_gpu_and_let_the_cpu_run_ahead(gpu, dataset, changed):
+    args = SimpleNamespace(**ARGUMENTS | changed)
+    model = CLIP(MODELS[args.model]).initialize()
+    dataset.prepare_for(model)
+    vars(dataset).pop("tokens", None)  # of another model
+    side = model.visual.input_resolution
+    pixels = torch.zeros(len(dataset), 3, side, side, dtype=torch.uint8)
+    dataset.cached = pixels.to(CUDA) if args.cache else None
+    choose_what_learns(model, args.lock_image, args.lock_text, args.lora)
+    model.to(CUDA)
+    if args.grad_checkpointing:
+        model.enable_grad_checkpointing()
+    start = CLIP(MODELS[args.model]).initialize().to(CUDA) if args.keep else None
+    keep = Keep(start, args.keep, ["image", "text"]) if args.keep else None
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.9, 0.1), lr=1e-3)
+    state = State(model, optimizer, Precision(CUDA, args.amp))
+    exchange = GradientExchange(model, ALONE)
+    train_mode(model)
+
+    loader = TrainLoader(dataset, 5, CUDA, captions_per_image=2, alter=bool(keep))
+    for number, batch in enumerate(loader.epoch(1)):
+        with gpu.step() if number else nullcontext():  # in the first, constants are copied
+            loss = accumulate_gradients(
+                model, batch, state.precision, exchange, args.grad_cache, keep
+            )
+            state.update(ALONE.sum(loss))
+    assert (loss.device, loss.dtype, len(state.losses)) == (CUDA, torch.float32, 2)
+    learned = {p for p in model.parameters() if p.requires_grad}
+    assert optimizer.state.keys() == learned
+    moments = [t for of_parameter in optimizer.state.values() for t in of_parameter.values()]
+    assert {(t.device, t.dtype) for t in [*learned, *moments]} == {(CUDA, torch.float32)}
+
+
+WAITS = {
+    "reads a number": lambda x: x.sum().item(),
+    "asks a number": lambda x: bool(x[0] > 0),
+    "makes a list": lambda x: x.tolist(),
+    "finds places": lambda x: x.nonzero(),
+    "picks by a mask": lambda x: x[x > 0],
+    "copies": lambda x: x.cpu(),
+    "copies into": lambda x: torch.zeros(3).copy_(x, non_blocking=True),
+    "copies from memory that is not pinned": lambda x: torch.ones(3).to(CUDA, non_blocking=True),
+    "waits for its copy": lambda x: torch.ones(3).pin_memory().to(CUDA),
+    "sends a number": lambda x: torch.tensor([1.0], device=CUDA),
+    "indexes from the CPU": lambda x: x[torch.tensor([0, 1])],
+    "adds from the CPU": lambda x: x + torch.ones(3),
+}
+
+
+@pytest.mark.parametrize("what", WAITS)
+def test_what_makes_the_cpu_wait_is_found(gpu, what):
+    x = torch.ones(3).to(CUDA)
+    errors = (HostWaitsError, AssertionError, DataDependentOutputException)
+    with pytest.raises((*errors, DynamicOutputShapeException)), gpu.step():
+        WAITS[what](x)
