@@ -1,4 +1,4 @@
-"""Packed sequences: those of a batch lie end to end in one tensor `[t, w]`, t being the number of
+"""Packed sequences: those of a batch lie end to end in one tensor `[t, w]`, where t is the number of
 tokens without padding and w is the width.
 
 So linear layers and norms do no work on padding. Only attention needs a grid, which has one row for
