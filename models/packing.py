@@ -1,5 +1,5 @@
-"""Packed sequences: those of a batch lie end to end in one tensor `[t, w]`, where t is the number of
-tokens without padding and w is the width.
+"""Packed sequences: those of a batch lie end to end in one tensor `[t, w]`, where t is the number
+of tokens without padding and w is the width.
 
 So linear layers and norms do no work on padding. Only attention needs a grid, which has one row for
 each sequence. Rows are picked by `index_select`, whose gradient a GPU need not sort.

@@ -122,8 +122,11 @@ class ResidualAttentionBlock(nn.Module):
 
 class BlockStack(nn.Module):
     """A stack of `blocks`. Its output is the pooled token of each sequence, so the last block
-    computes the other tokens' keys and values only, not their outputs. In mixed precision the
-    residual stream, too, has the type in which products are computed."""
+    computes the other tokens' keys and values only, not their outputs.
+
+    In mixed precision the residual stream has the type in which products are computed, which is
+    less to keep for the backward pass and to move; without one it is float32, so that scores are
+    closer to those of float32."""
 
     # Gradient checkpointing (Chen et al. 2016): keep only the input of a block, and compute the
     # block again during the backward pass.
@@ -132,7 +135,7 @@ class BlockStack(nn.Module):
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """`[t, w]` -> `[n, w]`: the output of the pooled tokens."""
         device = x.device.type
-        if torch.is_autocast_enabled(device):
+        if torch.is_autocast_enabled(device) and torch.is_grad_enabled():
             x = x.to(torch.get_autocast_dtype(device))
         *blocks, last = self.blocks
         for block in blocks:
