@@ -44,8 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--language", choices=["en", "cn"], nargs="+", default=["en"],
         help="captions to train on and to score with; several languages are mixed (default: en)")
     add("--input_shape", type=integer(1, MAX_RESOLUTION), metavar="PIXELS",
-        help="side of the images (default: the model's own); another one than the weights' "
-        "interpolates the positional embedding")
+        help="side of the images; the positional embedding is interpolated (default: the model's)")
     add("--captions_per_image", type=integer(1), default=2, metavar="K",
         help="captions of an image in a step, all of them right answers; where no image has so "
         "many, as many as there are (default: %(default)s)")
@@ -97,8 +96,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ema", type=number(below=1), metavar="DECAY",
         help="score and save an exponential moving average of the weights, such as 0.999")
     add("--wise_ft", type=fraction, nargs="+", metavar="ALPHA",
-        help="score mixtures of the start (0) and the best epoch (1) at each ALPHA, and save the "
-        "best (default: 0 0.25 0.5 0.75 1, which is never worse than the start)")
+        help="score mixtures of the start (0) and the trained weights (1) at each ALPHA, and save "
+        "the best (default: 0 0.25 0.5 0.75 1)")
     add("--retention", type=path, nargs="+", metavar="DATA",
         help="measure as training goes on what is left on DATA: a folder of class folders or a set "
         "of torchvision (zero-shot top-1), or a folder like --dataset_path (mean recall)")
@@ -317,20 +316,21 @@ def get_state(args: argparse.Namespace, resumed: dict | None, model, device, run
 
 
 def finish(args: argparse.Namespace, folder: Path, loader, sets: dict, state, retention) -> None:
-    """Score the best epoch and the weights on the way to it; the chosen ones on the test split."""
+    """Choose weights, and score them: on validation, and on the test split."""
     from models.clip_utils import load
     from utils.runs.commands import what_to_try
-    from utils.training.progress import compare_with_start, score_best, score_test, scoring
+    from utils.training.progress import compare_with_start, score_chosen, score_test, scoring
     from utils.training.wise_ft import mix_with_start
 
-    chosen = folder / "weights" / "best_epoch_weights.pth"
+    epoch = "last" if args.keep else "best"  # which can be one that has not pulled features back
+    chosen = folder / "weights" / f"{epoch}_epoch_weights.pth"
     model, _ = load(chosen, state.precision.device)
     score = partial(scoring(loader, state.precision), model)
-    score_best(model, folder, loader, sets["val"], state.precision)
     compare_with_start(state)
     if args.wise_ft:
         compare = partial(retention.compare, model, state.start)
         chosen = mix_with_start(model, args, partial(score, sets["val"]), compare, folder) or chosen
+    score_chosen(model, chosen, loader, sets["val"], state.precision)
     if "test" in sets:
         score_test(partial(score, sets["test"], k_values=range(1, 11)), chosen, folder)
     print(what_to_try(sets["val"].image[0], chosen, sets["val"].text, model))

@@ -6,8 +6,8 @@
 For each seed ViT-demo learns world A (`worlds.py`) with `train.py --demo`, and is then fine-tuned
 on 600 images of B, and on 600 of B2, by every setting in `SETTINGS`: ten passes over the images, by
 `train.py` or by open_clip's program. What it gains is its mean recall on the new world, what it
-keeps is that on A. Of ours the best epoch counts, and mixtures of it with the weights at the start
-(WiSE-FT); of open_clip the last epoch.
+keeps is that on A. Of ours that epoch counts which `train.py` chooses, and mixtures of it with the
+weights at the start (WiSE-FT); of open_clip the last epoch.
 
 A family of settings is a line on the way from keeping to gaining. Where on it to stand is chosen on
 validation images, one setting for both worlds; the scores are those of test images, which have no
@@ -128,7 +128,8 @@ def fine_tune(output: Path, which: tuple[str, str], seed: int, world: str) -> di
             *("--resume_training", start, "--dataset_path", data[world], "--seed", seed),
             *("--device", "cpu", "--cache", *setting.split()),
         )
-        model, _ = load(run / "weights" / "best_epoch_weights.pth", "cpu")
+        epoch = "best_epoch" if "--keep 0" in setting else "last_epoch"  # as train.py chooses
+        model, _ = load(run / "weights" / f"{epoch}_weights.pth", "cpu")
         before = load(start, "cpu")[0].state_dict()
         after = {key: tensor.clone() for key, tensor in model.state_dict().items()}
         scores = {}

@@ -157,7 +157,7 @@ def pretrain(output: Path, seed: int) -> Path:
 
 
 def scores_of(output: Path, name: str, seed: int) -> Scores:
-    """Scores of the best epoch of the recipe `name`, or before fine-tuning."""
+    """Scores of the weights that the recipe `name` chooses, or of those before fine-tuning."""
     pretrained = pretrain(output, seed)
 
     def compute() -> Scores:
@@ -168,7 +168,7 @@ def scores_of(output: Path, name: str, seed: int) -> Scores:
                 *("--cache", output / "cache", "--device", "cpu", "--seed", seed),
                 *OURS[name].split(),
             )
-            model, _ = load(run / "weights" / "best_epoch_weights.pth", "cpu")
+            model, _ = load(run, "cpu")
         else:
             model, _ = load(pretrained, "cpu")
         transform = letterboxed(model.visual.input_resolution) if "followed" in name else None

@@ -209,7 +209,7 @@ def test_the_weights_that_validation_chose_are_scored_on_the_test_split(trained,
     for way in ("i2t", "t2i"):
         assert found[way] == pytest.approx(expected[way])
     assert done.stdout.count("\ntest ") == 1 and "wise_ft_weights.pth on the test" in done.stdout
-    assert done.stdout.count("\nvalidation ") == 3  # before training, its epoch, the best epoch
+    assert done.stdout.count("\nvalidation ") == 3  # before training, its epoch, the chosen weights
     assert "6 validation images, 10 test images" in done.stdout
 
     done = run_script("utils/metric.py", "--split", "test", "--weights", run, "--json", "test.json",

@@ -118,21 +118,21 @@ def score_test(score: Callable[[], tuple[Metrics, float]], weights: Path, run: P
           f"{format_table(metrics, 'test')}\nscores: {file}")  # fmt: skip
 
 
-def score_best(
+def score_chosen(
     model: CLIP,
-    folder: Path,
+    weights: Path,
     loader: TrainLoader,
     val_set: Flickr8kDataset,
     precision: Precision,
 ) -> None:
-    """Score the weights of the best epoch, which `model` has, print the scores, and write them as a
+    """Score the chosen `weights` of a run, which `model` has, print the scores, and write them as a
     plot and as a page to look at into the run's folder."""
     features = encode_set(model, val_set, loader.batch_size, loader.num_workers, precision)
     metrics = retrieval_metrics(*features, val_set.img_to_txt, val_set.txt_to_img, range(1, 11))
+    folder = weights.parent.parent
     plot, report = folder / "R_mAP.png", folder / "report.html"
-    print(f"the best epoch:\n{format_table(metrics, 'val')}")
+    print(f"{weights.name}:\n{format_table(metrics, 'val')}")
     plot_metrics(metrics, plot)
-    weights = folder / "weights" / "best_epoch_weights.pth"
     write_report(report, weights, val_set, features, metrics)
     print(f"plot: {plot}\nreport, with the answers to every query, for a browser: {report}")
 

@@ -119,7 +119,7 @@ def test_a_run_ends_well_with_little_shared_memory(data, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("shared memory (/dev/shm) is too small") == 1
-    assert "the best epoch" in done.stdout
+    assert "best_epoch_weights.pth:" in done.stdout
 
 
 STUCK = """
