@@ -79,7 +79,7 @@ def test_the_scores_are_those_of_the_scripts_before_in_and_after_training(tuned,
     for row, weights in [
         (before, start),
         (epochs[-1], run / "weights" / "checkpoint.pth"),
-        (path[-1], run / "weights" / "best_epoch_weights.pth"),
+        (path[-1], run / "weights" / "last_epoch_weights.pth"),
     ]:
         assert [row[c] for c in columns] == pytest.approx(scores_of_scripts(weights, work))
     assert all(len({row[c] for row in (before, *epochs, *path)}) > 1 for c in columns)
