@@ -113,6 +113,8 @@ def test_grad_cache(rows):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
 def test_memory(rows, data, monkeypatch):
     monkeypatch.setattr(memory, "in_a_process", lambda function, *arguments: function(*arguments))
+    # In this process a small model may find room in memory that others have left.
+    monkeypatch.setattr(memory, "extra_peak_megabytes", lambda function: function() or 1.0)
     small = ["--model", "ViT-demo", "--layers", 1, "--batch_size", 4]
     assert rows(memory, "--data", data, *small)[2:] == ["float32", "bfloat16"]
 

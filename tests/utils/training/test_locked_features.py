@@ -63,8 +63,9 @@ def test_they_stand_in_for_the_tower_in_steps_and_scores(root, tower, chunk, use
     known = cache_features(ASKED, model, loader, val_set, precision)
     setattr(model, f"encode_{tower}", never)
     found = gradients_of_an_epoch(model, loader, precision, chunk)
-    # In bfloat16, whose numbers have 8 bits, sums are rounded in another order.
-    tolerance = 2**-7 if use_amp else 1e-5
+    # In mixed precision, features computed once have a residual stream in float32, those of a step
+    # one in bfloat16, whose numbers have 8 bits.
+    tolerance = 2**-5 if use_amp else 1e-5
     for one, other in zip(found, expected, strict=True):
         assert (one - other).norm() <= tolerance * other.norm()
     metrics, loss = evaluate(model, val_set, 4, 0, precision, known=known)
