@@ -91,7 +91,6 @@ class Format(NamedTuple):
     write: Callable[[CLIP, Path, torch.dtype], None]
     purpose: str
     opened_by: tuple[str, ...]
-    opened_by_chinese: tuple[str, ...] = ()  # what opens a Chinese-CLIP, if it is something else
 
 
 FORMATS = {
@@ -104,12 +103,8 @@ FORMATS = {
         write_transformers,
         "a folder for the library transformers, which has no ResNets",
         (
-            'CLIPModel.from_pretrained("{0}")',
-            'CLIPProcessor.from_pretrained("{0}")',
-        ),
-        (
-            'ChineseCLIPModel.from_pretrained("{0}")',
-            'ChineseCLIPProcessor.from_pretrained("{0}")',
+            '{clip}Model.from_pretrained("{0}")',
+            '{clip}Processor.from_pretrained("{0}")',
         ),
     ),
     "cn_clip": Format(
@@ -131,13 +126,7 @@ FORMATS = {
         (
             'onnxruntime.InferenceSession("{0}/image.onnx").run(None, {{"images": images}})',
             'onnxruntime.InferenceSession("{0}/text.onnx").run(None, {{"tokens": tokens}})',
-            'CLIPTokenizer.from_pretrained("{0}")',
-            "{0}/clip.json tells how to prepare images and tokens",
-        ),
-        (
-            'onnxruntime.InferenceSession("{0}/image.onnx").run(None, {{"images": images}})',
-            'onnxruntime.InferenceSession("{0}/text.onnx").run(None, {{"tokens": tokens}})',
-            'BertTokenizer.from_pretrained("{0}")',
+            '{tokenizer}.from_pretrained("{0}")',
             "{0}/clip.json tells how to prepare images and tokens",
         ),
     ),
@@ -221,9 +210,9 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 def description(name: str, path: object, is_chinese: bool = False) -> str:
     """Lines on a format: what is at `path`, and what opens it in Python."""
     each = FORMATS[name]
-    opened_by = (is_chinese and each.opened_by_chinese) or each.opened_by
-    lines = [f"  {name}: {each.purpose}", *(f"    {line}" for line in opened_by)]
-    return "\n".join(lines).format(path)
+    lines = [f"  {name}: {each.purpose}", *(f"    {line}" for line in each.opened_by)]
+    clip, tokenizer = ("ChineseCLIP", "BertTokenizer") if is_chinese else ("CLIP", "CLIPTokenizer")
+    return "\n".join(lines).format(path, clip=clip, tokenizer=tokenizer)
 
 
 def main() -> None:

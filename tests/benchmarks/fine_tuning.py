@@ -79,12 +79,11 @@ def main() -> None:
     args = parser.parse_args()
 
     with jobs(args.jobs) as pool:
-        list(pool.map(lambda seed: pretrain(args.output, seed), args.seeds))
+        before = list(pool.map(lambda seed: scores_before(args.output, seed), args.seeds))
         wanted = list(product(all_settings(), args.seeds, WORLDS))
         scores = list(pool.map(lambda each: fine_tune(args.output, *each), wanted))
     points = collect(dict(zip(wanted, scores, strict=True)), args.seeds)
     write_json(args.output / "fine_tuning.json", [point._asdict() for point in points])
-    before = [once(args.output / str(seed) / "before.json", dict) for seed in args.seeds]
     print_points(points, before)
     print_choices(points)
     plot(points, args.plot)
@@ -99,15 +98,21 @@ def all_settings() -> list[tuple[str, str]]:
 
 
 def pretrain(output: Path, seed: int) -> Path:
-    """The weights of a model that has learned A, whose scores on all worlds are kept."""
-    data = {name: render_world(output / str(seed) / name, name, seed) for name in ("A", *WORLDS)}
+    """The weights of a model that has learned A."""
+    data = render_world(output / str(seed) / "A", "A", seed)
     run = train(
         output / str(seed) / "pretrained",
-        *("--demo", "--dataset_path", data["A"], "--seed", seed, "--device", "cpu", "--cache"),
+        *("--demo", "--dataset_path", data, "--seed", seed, "--device", "cpu", "--cache"),
     )
-    weights = run / "weights" / "last_epoch_weights.pth"
-    once(output / str(seed) / "before.json", lambda: scores_of(load(weights, "cpu")[0], data))
-    return weights
+    return run / "weights" / "last_epoch_weights.pth"
+
+
+def scores_before(output: Path, seed: int) -> dict[str, dict[str, float]]:
+    """Scores of the pretrained model on all worlds, which are rendered."""
+    weights = pretrain(output, seed)
+    data = {name: render_world(output / str(seed) / name, name, seed) for name in ("A", *WORLDS)}
+    file = output / str(seed) / "before.json"
+    return once(file, lambda: scores_of(load(weights, "cpu")[0], data))
 
 
 def fine_tune(output: Path, which: tuple[str, str], seed: int, world: str) -> dict[str, dict]:

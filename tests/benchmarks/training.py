@@ -18,6 +18,9 @@ from models.weights import chinese_clip
 from models.weights.config import Config
 from models.weights.registry import CONFIGS
 from utils import Flickr8kDataset, contrastive_loss
+from utils.flickr8k_dataloader import Batch
+from utils.machine.precision import Precision
+from utils.training.gradients import GradientExchange, accumulate_gradients
 from utils.training.optimizer import parameter_groups
 
 VIT_MODELS = [name for name, config in CONFIGS.items() if config.is_vit and not config.has_bert]
@@ -29,6 +32,7 @@ CHINESE = {  # the second is of the size of OFA-Sys/chinese-clip-vit-base-patch1
     ),
 }  # fmt: skip
 TOLERANCE = 1e-4  # relative, of losses and gradients
+STEP_TOLERANCE = {False: 1e-5, True: 1e-2}  # of a step's loss, without and with bfloat16
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
@@ -108,6 +112,19 @@ def lengths_of_chinese(tokens: Tensor) -> Tensor:
 def adamw(model: nn.Module) -> torch.optim.AdamW:
     """The same optimizer for everyone; its rate is so low that the weights stay comparable."""
     return torch.optim.AdamW(parameter_groups(model, momentum=0.9, weight_decay=0.1), lr=1e-7)
+
+
+def our_step(
+    model: CLIP,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    precision: Precision,
+    exchange: GradientExchange,
+) -> float:
+    """A step as train.py takes it, from the bytes of the images to the update; the loss before."""
+    loss = accumulate_gradients(model, batch, precision, exchange)
+    precision.update(model, optimizer, max_norm=1.0)
+    return loss.item()
 
 
 def train(

@@ -33,7 +33,7 @@ CHINESE_DEMO = {"model": "cn-demo", "epochs": 30}
 FROM_SCRATCH = {"lr": 5e-4}
 FINE_TUNING = {"keep": 6.0, "wise_ft": [0.0, 0.25, 0.5, 0.75, 1.0]}
 # Of fine-tuning, times the width of the wider tower: Adam's best rate falls as the width grows
-# (Yang et al. 2021, "Tensor Programs V", table 3; measured in tests/benchmarks/learning_rate.py).
+# (Yang et al. 2021, "Tensor Programs V", table 3; tests/benchmarks/learning_rate.py measures it).
 RATE_TIMES_WIDTH = 0.115
 LORA_RATE = 3e-3
 # What a run was started with stays in its records, however it goes on.
@@ -61,16 +61,16 @@ def settle(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict[st
         saved = {k: v for k, v in resumed["arguments"].items() if k not in OF_THE_START}
         parser.set_defaults(**saved)
     args = parser.parse_args()
-    recipe = FROM_SCRATCH if args.resume_training == "none" else FINE_TUNING
-    by_default = recipe | {"warmup_epochs": min(1.0, args.epochs / 10)}
     if args.retention:
         args.retention = list(map(str, args.retention))  # a path, or the name of a set
-    for name, value in by_default.items():
-        if getattr(args, name) is None and not resumed:
-            setattr(args, name, value)
     if resumed:
         _check_continued(args, saved, resumed)
-    return args, resumed
+        return args, resumed
+    recipe = FROM_SCRATCH if args.resume_training == "none" else FINE_TUNING
+    for name, value in (recipe | {"warmup_epochs": min(1.0, args.epochs / 10)}).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args, None
 
 
 def fine_tuning_rate(config: Config, lora: int | None) -> float:
