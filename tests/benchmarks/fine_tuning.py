@@ -11,7 +11,7 @@ weights at the start (WiSE-FT); of open_clip the last epoch.
 
 A family of settings is a line on the way from keeping to gaining. Where on it to stand is chosen on
 validation images, one setting for both worlds; the scores are those of test images, which have no
-say in it. All runs are kept in `--output`, and what is there is not computed again.
+say in it. All scores are kept in `--output`, and what is there is not computed again.
 """
 
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from measure import print_table
 from open_clip_training import train_open_clip
-from runs import add_jobs, build_parser, jobs, once, over_seeds, score_in_parts, train
+from runs import add_jobs, build_parser, jobs, once, over_seeds, score_in_parts, scored, train
 from worlds import render_world
 
 from models import load
@@ -143,7 +143,7 @@ def fine_tune(output: Path, which: tuple[str, str], seed: int, world: str) -> di
             scores[str(alpha)] = scores_of(model, data)
         return scores
 
-    by_alpha = once(folder / "scores.json", compute)
+    by_alpha = scored(folder, compute)
     return {
         alpha: {"gained": scores[world], "kept": scores["A"]} for alpha, scores in by_alpha.items()
     }

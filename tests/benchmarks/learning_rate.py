@@ -6,7 +6,8 @@ Models of three widths (both towers' widths are in the proportion of ViT-demo's)
 `worlds.py` and are fine-tuned on B with rates a factor of two apart, which are told as rate times
 width; the model of ViT-demo's width also with layer decay, in other batches, and on fewer images.
 The score is the mean of what is gained on B and what is kept of A, on validation images, as it
-serves to choose a default. All runs are kept in `--output`.
+serves to choose a default. All scores are kept in `--output`, and what is there is not computed
+again.
 """
 
 from dataclasses import replace
@@ -19,7 +20,7 @@ import torch
 from fine_tuning import scores_of
 from measure import print_table
 from photographs import share_images
-from runs import add_jobs, build_parser, jobs, once, over_seeds, train
+from runs import add_jobs, build_parser, jobs, over_seeds, scored, train
 from worlds import render_world
 
 from models import load
@@ -125,7 +126,7 @@ def tune(output: Path, name: str, rate: float, seed: int) -> dict[str, float]:
         found = scores_of(model, data)
         return {"gained": found["B"]["val"], "kept": found["A"]["val"]}
 
-    return once(folder / "scores.json", compute)
+    return scored(folder, compute)
 
 
 def few_images(data: Path, folder: Path) -> Path:

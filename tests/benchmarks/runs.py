@@ -67,6 +67,16 @@ def once(file: Path, compute: Callable[[], dict | list]) -> dict | list:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
+def scored(folder: Path, compute: Callable[[], dict]) -> dict:
+    """The scores of the runs in `folder`, computed once. Their weights are deleted then: those of
+    a whole benchmark would fill a disk."""
+    scores = once(folder / "scores.json", compute)
+    for pattern in ("*.pth", "*.pt"):
+        for weights in folder.rglob(pattern):
+            weights.unlink()
+    return scores
+
+
 def train(log_dir: Path, *arguments: object) -> Path:
     """The folder in `log_dir` of a finished run of train.py with these arguments."""
     checkpoints = sorted(log_dir.glob("*/weights/checkpoint.pth"))
