@@ -132,7 +132,6 @@ def main() -> None:
     from utils.machine.memory import IN_TRAINING, explained
     from utils.machine.processes import join_processes
     from utils.training.gradients import GradientExchange, accumulate_gradients
-    from utils.training.keep import keep_features
     from utils.training.layer_groups import train_mode
     from utils.training.locked_features import cache_features
     from utils.training.optimizer import learning_rate, set_learning_rate
@@ -149,7 +148,6 @@ def main() -> None:
     run = open_run(args, resumed, model, loader, sets["val"])
     with run.discarded_on_error():  # before its first step there is nothing to keep
         state = get_state(args, resumed, model, device, run)
-        keep = keep_features(model, run, args.keep) if args.keep else None
         del resumed  # a second copy of the moments
         announce(state, loader, sets, args.epochs, run.folder)
         known = cache_features(args, model, loader, sets["val"], state.precision)
@@ -174,7 +172,7 @@ def main() -> None:
             for step, batch in enumerate(progress.timed(loader.epoch(epoch, done)), first):
                 set_learning_rate(state.optimizer, rate_at(step))
                 loss = accumulate_gradients(model, batch, state.precision, exchange,
-                                            args.grad_cache, keep=keep)  # fmt: skip
+                                            args.grad_cache, keep=state.keep)  # fmt: skip
                 state.update(processes.sum(loss))
                 progress.advance(state.losses[-1], rate_at(step), step)
                 stop = processes.any(interrupt.has_come())
@@ -292,11 +290,11 @@ def open_run(args: argparse.Namespace, resumed: dict | None, model, loader, val_
 
 
 def get_state(args: argparse.Namespace, resumed: dict | None, model, device, run):
-    """What training starts with: the model on its device, an optimizer in which each layer has a
-    learning rate and a decay of its own, and all that the checkpoint carries."""
+    """What training starts with: the model on its device, an optimizer, what a checkpoint has."""
     from pyzjr import get_optimizer
 
     from utils.machine.precision import Precision
+    from utils.training.keep import keep_features
     from utils.training.optimizer import parameter_groups, replace_groups
     from utils.training.state import State
 
@@ -304,7 +302,8 @@ def get_state(args: argparse.Namespace, resumed: dict | None, model, device, run
     optimizer = get_optimizer(model, args.optimizer_type, args.lr)
     groups = parameter_groups(model, args.momentum, args.weight_decay, args.layer_decay)
     replace_groups(optimizer, groups)
-    state = State(model, optimizer, Precision(device, args.use_amp), args.ema)
+    keep = keep_features(model, run, args.keep) if args.keep else None
+    state = State(model, optimizer, Precision(device, args.use_amp), args.ema, keep)
     if resumed:
         state.restore(resumed)
         run.replace_missing_best(state.scored, state.state_dict())
@@ -324,6 +323,7 @@ def finish(args: argparse.Namespace, folder: Path, loader, sets: dict, state, re
 
     epoch = "last" if args.keep else "best"  # which can be one that has not pulled features back
     chosen = folder / "weights" / f"{epoch}_epoch_weights.pth"
+    state.release()
     model, _ = load(chosen, state.precision.device)
     score = partial(scoring(loader, state.precision), model)
     compare_with_start(state)

@@ -33,7 +33,7 @@ from utils.metric import mean_recall
 from utils.runs.arguments import path
 from utils.runs.checkpoint import write_json
 from utils.runs.files import save_figure
-from utils.training.wise_ft import interpolate
+from utils.training.wise_ft import mix_into
 
 WORLDS = {
     "B": "B: other colours, blurred, noisy",
@@ -139,7 +139,7 @@ def fine_tune(output: Path, which: tuple[str, str], seed: int, world: str) -> di
         after = {key: tensor.clone() for key, tensor in model.state_dict().items()}
         scores = {}
         for alpha in ALPHAS:
-            model.load_state_dict(interpolate(before, after, alpha))
+            mix_into(model, before, after, alpha)
             scores[str(alpha)] = scores_of(model, data)
         return scores
 

@@ -1,7 +1,7 @@
 """What training changes, and a checkpoint carries: weights, moments, averages, losses, scores."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models.clip import CLIP
@@ -10,6 +10,7 @@ from utils.machine.memory import peak_memory_mb
 from utils.machine.precision import Precision
 from utils.metric import Metrics, mean_recall
 from utils.retrieval.tables import columns
+from utils.training.keep import Keep
 from utils.training.optimizer import restore_moments
 
 MAX_GRAD_NORM = 1.0
@@ -21,6 +22,7 @@ class State:
     model      the weights that are trained
     optimizer  their moments
     average    an exponential moving average of the weights with decay `ema`, or None
+    keep       the starting model to whose features those of the model are held, or None
     precision  number formats; holds the loss scale of float16
     start      a row of the scores of the weights that training started from, epoch 0; None if
                they are random
@@ -34,11 +36,13 @@ class State:
         optimizer: torch.optim.Optimizer,
         precision: Precision,
         ema: float | None = None,
+        keep: Keep | None = None,
     ):
         self.model = model
         self.optimizer = optimizer
         self.precision = precision
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
+        self.keep = keep
         self.start: dict[str, float] | None = None
         self.epochs: list[dict[str, float]] = []
         self.losses: list[Tensor] = []
@@ -104,6 +108,14 @@ class State:
             **columns(metrics),
             "logit_scale": self.scored.logit_scale.exp().item(),
         }
+
+    def release(self) -> None:
+        """Free the memory of weights, gradients and moments, whoever else refers to them: the run
+        is over, and the models that are compared now need it."""
+        models: list[nn.Module | None] = [self.model, self.average, self.keep and self.keep.start]
+        for parameter in (p for model in models if model for p in model.parameters()):
+            parameter.data, parameter.grad = parameter.data.new_empty(0), None
+        self.optimizer.state.clear()
 
     def state_dict(self) -> dict:
         """Everything that `restore` needs: tensors, numbers, lists and dicts."""

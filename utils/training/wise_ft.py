@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.clip import CLIP
 from models.clip_utils import load
@@ -15,12 +15,15 @@ from utils.retrieval.tables import Metrics, columns
 from utils.runs.checkpoint import save_weights, write_csv
 
 
-def interpolate(start: dict[str, Tensor], tuned: dict[str, Tensor], alpha: float) -> dict:
-    """`(1 - alpha) * start + alpha * tuned` (section 3, equation 2); integers as in `tuned`."""
-    return {
-        key: start[key].lerp(tensor, alpha) if tensor.is_floating_point() else tensor
-        for key, tensor in tuned.items()
-    }
+def mix_into(
+    model: nn.Module, start: dict[str, Tensor], tuned: dict[str, Tensor], alpha: float
+) -> None:
+    """Set the weights of `model` to `(1 - alpha) * start + alpha * tuned` (section 3, equation 2),
+    where integers stay as they are. One tensor at a time: `start` and `tuned` may lie on the CPU
+    while the model's device has no room for them."""
+    for key, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.copy_(start[key].lerp(tuned[key], alpha))
 
 
 def mix_with_start(
@@ -54,18 +57,18 @@ def evaluate_path(
     compare: Callable[[], dict[str, float]] = dict,
     most_lost: float = math.inf,
 ) -> list[dict[str, float]]:
-    """Score the weights at each of `alphas` between `start` (0) and those of `model` (1).
+    """Score the weights at each of `alphas` between `start` (0, on the CPU) and those of `model`
+    (1).
 
     `score()` evaluates `model`, which is given each of these weights in turn, and `compare()` the
     sets of --retention with it; afterwards it holds those of the last alpha. Writes the curves,
     `wise_ft.csv` and `wise_ft.png`, and the weights that `best_row` chooses,
     `weights/wise_ft_weights.pth`, into the folder `run`; prints the curves and returns their rows.
     """
-    tuned = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    start = {key: start[key].to(tensor) for key, tensor in tuned.items()}
+    tuned = {key: tensor.to("cpu", copy=True) for key, tensor in model.state_dict().items()}
     rows: list[dict[str, float]] = []
     for alpha in alphas:
-        model.load_state_dict(interpolate(start, tuned, alpha))
+        mix_into(model, start, tuned, alpha)
         metrics, val_loss = score()
         scores = {"mean_recall": mean_recall(metrics), "val_loss": val_loss}
         rows.append({"alpha": alpha, **scores, **compare(), **columns(metrics)})

@@ -8,20 +8,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from script_runs import error_line, run_script
+from torch import nn
 
 from flickr8k.render_demo import render_demo
 from models.clip_utils import create_model
-from utils.training.wise_ft import best_row, evaluate_path, interpolate
+from utils.training.wise_ft import best_row, evaluate_path, mix_into
 
 SCRATCH = ["--resume_training", "none", "--model", "ViT-demo", "--lr", "1e-3", "--batch_size", "16"]
 
 
 def test_between_the_weights_everything_moves_in_proportion():
-    start = {"w": torch.tensor([0.0, 4.0]), "steps": torch.tensor(3)}
-    tuned = {"w": torch.tensor([1.0, 0.0]), "steps": torch.tensor(8)}
-    assert interpolate(start, tuned, 0.25)["w"].tolist() == [0.25, 3.0]
+    model = nn.BatchNorm1d(2)
+    tuned = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    tuned["weight"] = torch.tensor([1.0, 0.0])
+    start = tuned | {"weight": torch.tensor([0.0, 4.0]), "num_batches_tracked": torch.tensor(3)}
+    mix_into(model, start, tuned, 0.25)
+    assert model.weight.tolist() == [0.25, 3.0] and model.num_batches_tracked == 0
     for alpha, end in ((0, start), (1, tuned)):
-        assert torch.equal(interpolate(start, tuned, alpha)["w"], end["w"])
+        mix_into(model, start, tuned, alpha)
+        assert torch.equal(model.weight, end["weight"])
 
 
 def test_the_best_point_of_the_path_is_kept(tmp_path):
