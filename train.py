@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="processes that read images (default: 4 with a GPU, 0 without)")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=integer(1), default=10,
+    add("--epochs", type=integer(1), default=20,
         help="passes over the training images; the rate ends at zero (default: %(default)s)")
     add("--batch_size", type=integer(2), default=64,
         help="images a step, on all GPUs together; more are more negatives (default: %(default)s)")

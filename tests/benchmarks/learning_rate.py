@@ -33,6 +33,7 @@ from utils.runs.checkpoint import save_weights, write_json
 
 PRODUCTS = (0.03, 0.06, 0.12, 0.24, 0.48)  # of rate and width
 PRETRAINING = 0.096  # the same, that of `train.py --demo`
+TUNING = ("--epochs", 10, "--wise_ft", 1)
 FEW = 200  # images
 
 
@@ -120,7 +121,7 @@ def tune(output: Path, name: str, rate: float, seed: int) -> dict[str, float]:
             folder,
             *("--resume_training", pretrain(output, variant.width, seed)),
             *("--dataset_path", train_on, "--seed", seed, "--device", "cpu", "--cache"),
-            *("--lr", f"{rate / variant.width:.2e}", "--wise_ft", 1, *variant.arguments.split()),
+            *("--lr", f"{rate / variant.width:.2e}", *TUNING, *variant.arguments.split()),
         )
         model, _ = load(run / "weights" / "last_epoch_weights.pth", "cpu")
         found = scores_of(model, data)

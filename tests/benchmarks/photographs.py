@@ -70,7 +70,7 @@ RETAINED = 5  # of so many pretraining images, the first one measures retention
 EPOCHS = 10
 FOLLOWED = {"batch_size": 8, "lr": 2e-5}
 GREY = (128, 128, 128)
-OURS = {"ours": "", "alone": f"{ALONE} --lr 1e-4"}  # arguments of train.py
+OURS = {"ours": f"--epochs {EPOCHS}", "alone": f"{ALONE} --lr 1e-4"}  # arguments of train.py
 THEIRS = ("followed", "normalised")
 Scores = dict[str, Metrics]  # by set
 
