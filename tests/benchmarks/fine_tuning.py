@@ -262,7 +262,7 @@ def plot(points: list[Point], file: Path) -> None:
         panel.set(title=title, xlabel="kept: mean recall on A, percent",
                   ylabel="gained: mean recall, percent")  # fmt: skip
         panel.grid(alpha=0.3)
-        panel.legend()
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=7)
     save_figure(figure, file)
 
 
