@@ -81,7 +81,8 @@ def main() -> None:
     if args.image and Path(args.image).expanduser().is_dir():
         search(args, Path(args.image).expanduser())
     elif args.similar:
-        raise InputError("--similar searches a folder of images: name the folder as well")
+        what = f"{args.image} is none" if args.image else "name the folder as well"
+        raise InputError(f"--similar searches a folder of images: {what}")
     else:
         caption(args)
 

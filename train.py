@@ -2,8 +2,8 @@
 
 python train.py --demo                                    a small model, minutes on a CPU
 python train.py --resume_training ViT-B/32                the published weights, on flickr8k/
-python train.py --resume_training RUN/weights/checkpoint.pth       go on with a run
-torchrun --standalone --nproc_per_node=2 train.py ...              on two GPUs
+python train.py --resume_training logs/RUN                go on with a run
+torchrun --standalone --nproc_per_node=2 train.py ...     on two GPUs
 """
 
 import argparse
@@ -30,12 +30,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="render the demo set and train a small model on it, a few minutes on a CPU")
     add("--resume_training", type=starting_point, default="ViT-B/32", metavar="NAME_OR_PATH",
         help="what to start from: a model name (downloaded if need be), a weights file, a run's "
-        "weights/checkpoint.pth to continue that run with its own arguments and those given now, "
-        "or none to train --model from scratch (default: %(default)s)")
+        "folder to continue that run with its own arguments and those given now, or none to train "
+        "--model from scratch (default: %(default)s)")
     add("--model", help="architecture to train from scratch, with --resume_training none")
     add_activation(parser)
     add("--log_dir", type=path, default="logs", help="folder for the runs (default: %(default)s)")
-    add("--seed", type=integer(0, 2**32 - 1), default=0, help="of random choices (default: 0)")
+    add("--seed", type=integer(0, 2**32 - 1), default=0, help="for random choices (default: 0)")
     add("--debug", action="store_true", help="show the traceback of an error")
 
     add = parser.add_argument_group("data").add_argument
@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--strict", action="store_true",
         help="stop at a training image that cannot be read; otherwise another takes its place")
     add("--cache", nargs="?", const="", metavar="FOLDER",
-        help="decode images once, into FOLDER (default: .cache in the data); on the GPU if small")
+        help="decode images once, into FOLDER (default: .cache in the data), as --retention does")
     add("--num_workers", type=workers,
         help="processes that read images (default: 4 with a GPU, 0 without)")
 
@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--epochs", type=integer(1), default=20,
         help="passes over the training images; the rate ends at zero (default: %(default)s)")
     add("--batch_size", type=integer(2), default=64,
-        help="images a step, on all GPUs together; more are more negatives (default: %(default)s)")
+        help="images a step, on all GPUs together: as many as fit (default: %(default)s)")
     add("--lr", type=positive,
         help="peak learning rate (default: 0.115 / the model's width, 1.5e-4 for ViT-B/32; with "
         "--lora 3e-3; from scratch 5e-4)")
@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         "far higher --lr (default: %(default)s)")
     add("--momentum", type=number(below=1), default=0.9,
         help="of SGD, or beta1 of Adam and AdamW (default: %(default)s)")
-    add("--weight_decay", type=number(), default=0.1, help="on matrices (default: %(default)s)")
+    add("--weight_decay", type=number(), default=0.1, help="of matrices (default: %(default)s)")
     add("--patience", type=integer(1), metavar="EPOCHS",
         help="stop after so many epochs without a better mean recall")
 
@@ -326,7 +326,7 @@ def finish(args: argparse.Namespace, folder: Path, loader, sets: dict, state, re
     state.release()
     model, _ = load(chosen, state.precision.device)
     score = partial(scoring(loader, state.precision), model)
-    compare_with_start(state)
+    compare_with_start(state, len(sets["val"]))
     if args.wise_ft:
         compare = partial(retention.compare, model, state.start)
         chosen = mix_with_start(model, args, partial(score, sets["val"]), compare, folder) or chosen

@@ -100,7 +100,9 @@ def check_name(name: str | os.PathLike) -> None:
         return
     if name in CONFIGS:
         raise InputError(f"{name}: has no published weights; to train it: {_train(name)}")
-    near = near_names(str(name), [*CONFIGS, *hub.HUB])
+    folder = Path(name).expanduser().parent
+    beside = map(str, folder.iterdir()) if folder.is_dir() else []
+    near = near_names(str(name), [*CONFIGS, *hub.HUB, *beside])
     raise InputError(
         f"{name}: neither a file nor the name of published weights{near}; the names are "
         f"{', '.join(SHA256)}, more that python {from_here('models/clip_utils.py')} --list shows, "

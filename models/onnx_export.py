@@ -14,6 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from models.clip import CLIP
 from models.errors import InputError
+from models.progress_bar import progress_bar
 from models.weights.config import Config
 from models.weights.file_kind import one_line
 
@@ -69,10 +70,11 @@ def export_onnx(model: CLIP, folder: Path, dtype: torch.dtype = torch.float32) -
         _fold_norms(exported)
         exported.to(dtype)
     images, tokens = (partial(make, model.config) for make in (_random_images, _random_tokens))
-    for name, encoder, inputs, encode in (
+    towers = (
         ("image", ImageEncoder(exported), images, model.encode_image),
         ("text", TextEncoder(exported), tokens, model.encode_text),
-    ):
+    )
+    for name, encoder, inputs, encode in progress_bar(towers, desc="exporting", unit="tower"):
         file = folder / f"{name}.onnx"
         with torch.no_grad():
             _export(encoder, inputs(2), file, f"{name}_features")

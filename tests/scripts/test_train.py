@@ -275,7 +275,7 @@ def test_a_run_cannot_go_on_as_another(trained, work, arguments, named):
 def test_a_checkpoint_away_from_its_run_is_not_continued(trained, work):
     shutil.copy(trained[0] / "weights" / "checkpoint.pth", work / "checkpoint.pth")
     line = error_line("train.py", "--resume_training", "checkpoint.pth", cwd=work)
-    assert "RUN/weights/checkpoint.pth" in line
+    assert "--resume_training logs/RUN" in line
 
 
 def test_fine_tuning_starts_from_weights_in_bfloat16_at_another_resolution(trained, data, work):
@@ -357,7 +357,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, work):
         (["--wise_ft", "2"], "from 0 to 1"),
         ([*SCRATCH, "--lora", "4"], "--resume_training WEIGHTS"),
         ([*SCRATCH, "--keep", "1"], "--resume_training WEIGHTS"),
-        ([*SCRATCH, "--retention", "gone"], "--retention is for what weights can do"),
+        ([*SCRATCH, "--retention", "gone"], "--retention needs weights to start from"),
         (["--retention", "gone"], "--retention gone: no such folder, and no data set of"),
         (["--retention", "a_file"], "--retention a_file: is no folder, and no data set of"),
         (["--retention", "a_folder"], "captioned images need en_val.json or cn_val.json there"),

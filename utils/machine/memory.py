@@ -10,7 +10,7 @@ import torch
 
 from models.errors import InputError
 
-CONTINUE = "a run of train.py goes on with --resume_training RUN/weights/checkpoint.pth"
+CONTINUE = "a run of train.py goes on with --resume_training logs/RUN"
 IN_TRAINING = (
     "compute the batch in parts (--grad_cache 16), or add --use_amp or --grad_checkpointing, or "
 )

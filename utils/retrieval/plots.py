@@ -132,11 +132,13 @@ def plot_wise_ft(
         if len(by_set) > 1:
             axes.plot(alphas, means, "k--", label="retention, mean")
         limit = means[0] + rows[0]["points_lost"] - most_lost
-        axes.axhline(limit, color="k", linestyle=":", label=f"{most_lost:g} points of it lost")
+        axes.axhline(limit, color="k", linestyle=":", label=f"at most {most_lost:g} points lost")
     axes.plot(best["alpha"], best["mean_recall"], "k*", markersize=14, label="chosen", zorder=3)
     axes.set(xlabel="alpha (0: the starting weights, 1: the tuned ones)", ylabel="percent")
     axes.grid(alpha=0.3)
-    legend = axes.legend(prop={"family": fonts_for("".join(by_set))})
+    legend = figure.legend(
+        loc="outside lower center", ncols=3, prop={"family": fonts_for("".join(by_set))}
+    )
     for text in legend.get_texts():
         text.set_parse_math(False)  # names may hold a $
     _save_with_any_text(figure, path)

@@ -47,7 +47,7 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
         raise InputError(
             f"{path}: cannot be written ({error.strerror or error}); what stood there is kept. "
             "Make room, or choose another folder, and run this again; a run goes on with: "
-            "python train.py --resume_training RUN/weights/checkpoint.pth"
+            "python train.py --resume_training logs/RUN"
         ) from error
 
 

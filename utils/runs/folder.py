@@ -113,7 +113,7 @@ class Run:
     def stopped(self, interrupt: Interrupt) -> SystemExit:
         """Say how to go on after a signal; return what ends the program."""
         if self.processes.is_first:
-            arguments = "--resume_training", self.weights / "checkpoint.pth"
+            arguments = "--resume_training", self.folder
             size = self.processes.size
             if size > int(os.environ.get("LOCAL_WORLD_SIZE", size)):  # on several machines
                 line = f"torchrun [as before] train.py {quoted(arguments)}"

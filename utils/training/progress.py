@@ -27,6 +27,7 @@ from utils.training.state import State
 # Share of tokens that are parts of words. In Flickr8k: CLIP's tokenizer 2% of English and 90% of
 # Chinese captions; BERT's Chinese one 33% of English and 0% of Chinese, 22% of both together.
 MANY_FRAGMENTS = 0.25
+MANY_LEFT_OVER = 0.1  # of the training images
 
 
 def announce(
@@ -47,6 +48,9 @@ def announce(
     images = ", ".join(f"{len(dataset)} {SPLITS[split]} images" for split, dataset in sets.items())
     print(f"{images}, {processes}{loader.device}, {state.precision}, "
           f"{millions:.1f} M parameters{which}")  # fmt: skip
+    if (left_over := len(train_set) % loader.batch_size) > MANY_LEFT_OVER * len(train_set):
+        print(f"batches of {loader.batch_size} leave out {left_over} of {len(train_set)} training "
+              "images in each epoch, others each time; smaller ones use more")  # fmt: skip
     texts = len(train_set.text) + len(val_set.text)
     if cut := train_set.count_cut_captions() + val_set.count_cut_captions():
         print(f"{cut} captions ({cut / texts:.2%}) are longer than the "
@@ -139,12 +143,8 @@ def score_chosen(
 
 def report_epoch(state: State, epochs: int, metrics: Metrics, images: int, rate: float) -> None:
     """Print the scores of the epoch that has ended, one of `epochs`; after the first, say so if it
-    has clearly made the weights worse, and which learning rate to try in place of `rate`.
-
-    Clearly is a fall of mean recall by more than two standard errors of the difference. That of a
-    share p of n queries is sqrt(p (1 - p) / n); the mean of several R@K has at most that of their
-    mean, and n is the number of validation `images`, since the captions of one are not independent.
-    """
+    has clearly made the weights worse, and which learning rate to try in place of `rate`. `images`
+    are those of validation."""
     row, table = state.epochs[-1], format_table(metrics, "val")
     print(
         f"epoch {row['epoch']}/{epochs}: train loss {row['train_loss']:.4f}, validation loss "
@@ -158,24 +158,35 @@ def report_epoch(state: State, epochs: int, metrics: Metrics, images: int, rate:
         print(f"points lost, on average: {points_lost(row, state.start):.2f}")
     if row["epoch"] > 1 or not state.start:
         return
-    before, after = state.start["mean_recall"] / 100, row["mean_recall"] / 100
-    error = math.sqrt((before * (1 - before) + after * (1 - after)) / images)
-    if before - after > 2 * error:
+    before, after = state.start["mean_recall"], row["mean_recall"]
+    if is_clearly_lower(after, before, images):
         lower = rate / 3 if after > before / 2 else rate / 10
         print(
-            f"the first epoch made it worse, by more than chance: mean recall {100 * after:.2f}, "
-            f"{100 * before:.2f} before training; rather start anew with --lr {lower:.0e}"
+            f"the first epoch made it worse, by more than chance: mean recall {after:.2f}, "
+            f"{before:.2f} before training; rather start anew with --lr {lower:.0e}"
         )
 
 
-def compare_with_start(state: State) -> None:
-    """Say so if even the best epoch is worse than the weights that training started from."""
+def compare_with_start(state: State, images: int) -> None:
+    """Say so if even the best epoch is clearly worse than the weights that training started from;
+    `images` are those of validation."""
     best = state.best_recall
-    if state.start and best < state.start["mean_recall"]:
+    if state.start and is_clearly_lower(best, state.start["mean_recall"], images):
         print(
-            f"training made it worse: mean recall {best:.2f} in the best epoch, "
-            f"{state.start['mean_recall']:.2f} before training; lower --lr, to a tenth at first"
+            f"training made it worse, by more than chance: mean recall {best:.2f} in the best "
+            f"epoch, {state.start['mean_recall']:.2f} before training; lower --lr, to a tenth at "
+            "first"
         )
+
+
+def is_clearly_lower(recall: float, before: float, images: int) -> bool:
+    """Whether a mean recall in percent is lower by more than two standard errors of the difference.
+
+    That of a share p of n queries is sqrt(p (1 - p) / n); the mean of several R@K has at most that
+    of their mean, and n is the number of `images`, since the captions of one are not independent.
+    """
+    p, q = recall / 100, before / 100
+    return q - p > 2 * math.sqrt((p * (1 - p) + q * (1 - q)) / images)
 
 
 class Progress:

@@ -10,6 +10,7 @@ import torch
 from models.clip import CLIP
 from models.clip_utils import check_name
 from models.errors import InputError
+from models.files import run_weights
 from models.scripts import from_here
 from models.weights.architecture import check_resolution
 from models.weights.config import Config
@@ -111,8 +112,8 @@ def check_arguments(args: argparse.Namespace) -> None:
                          "leave --model out, since weights bring their architecture")  # fmt: skip
     for name in ("retention", "wise_ft", "lora", "keep"):
         if getattr(args, name) and args.resume_training == "none":
-            raise InputError(f"--{name} is for what weights can do that training starts from: it "
-                             "needs --resume_training WEIGHTS")  # fmt: skip
+            raise InputError(f"--{name} needs weights to start from: give --resume_training "
+                             f"WEIGHTS, or leave --{name} out")  # fmt: skip
     if args.lock_image == 0 and args.lock_text == 0:
         raise InputError("--lock_image and --lock_text together leave nothing to train: unlock "
                          "some blocks of one, such as --lock_text 2")  # fmt: skip
@@ -167,10 +168,12 @@ def check_same_data(args: argparse.Namespace, data: str, resumed: dict[str, Any]
     """Raise `InputError` unless `data`, the fingerprint of the data set, is that of the run that
     goes on, if one does."""
     if resumed and data != resumed["data"]:
+        run = Path(args.resume_training).parent.parent
+        weights = run_weights(run) or run / "weights" / "last_epoch_weights.pth"
         raise InputError(
             f"--dataset_path {args.dataset_path}: its images or captions are not those of the run "
-            "(or --language is not); to train on others, start a new run from the run's "
-            "weights/last_epoch_weights.pth"
+            "(or --language is not); to train on others, start a new run: "
+            f"--resume_training {weights}"
         )
 
 

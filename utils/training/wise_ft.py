@@ -106,3 +106,5 @@ def _print_path(
             which = "the one that loses least"
     print(f"{which}, alpha {best['alpha']:g}: {run / 'weights' / 'wise_ft_weights.pth'}; "
           f"plot: {run / 'wise_ft.png'}")  # fmt: skip
+    if best["alpha"] == 0:
+        print("alpha 0 is the weights that training started from: it has gained nothing")
