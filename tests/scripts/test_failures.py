@@ -143,7 +143,7 @@ def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path):
 def test_memory_that_is_full_names_the_arguments_that_help():
     with pytest.raises(InputError) as error, explained(IN_TRAINING):
         torch.empty(2**50)
-    for argument in ("--batch_size", "--grad_cache", "--use_amp", "checkpoint.pth"):
+    for argument in ("--batch_size", "--grad_cache", "--use_amp", "--resume_training"):
         assert argument in str(error.value)
     for full in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
         with pytest.raises(InputError, match="--grad_cache"), explained(IN_TRAINING):

@@ -176,8 +176,8 @@ def test_a_signal_ends_the_step_saves_and_names_the_command_that_goes_on(
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number, errors
     assert "Traceback" not in errors
-    path = re.search(r"/train\.py --resume_training (\S+checkpoint\.pth)", printed)[1]
-    state = torch.load(tmp_path / path, weights_only=True)
+    path = re.search(r"/train\.py --resume_training (\S+)", printed)[1]
+    state = torch.load(tmp_path / path / "weights" / "checkpoint.pth", weights_only=True)
     assert 0 < len(state["losses"]) <= 16
     run_script("train.py", "--resume_training", path, cwd=tmp_path)
     (run,) = (tmp_path / "logs").iterdir()
@@ -244,7 +244,7 @@ def test_a_run_goes_on_with_its_own_data_alone_wherever_they_lie(data, whole, tm
     arguments = ["--resume_training", run, "--epochs", 7]
     for changed in (["--language", "cn"], ["--language", "en", "cn"]):
         line = error_line("train.py", *arguments, *changed, cwd=tmp_path)
-        assert "--language" in line and "last_epoch_weights.pth" in line
+        assert "--language" in line and "best_epoch_weights.pth" in line
     run_script("train.py", *arguments, "--dataset_path", "moved", cwd=tmp_path)
     found = json.loads((run / "arguments.json").read_text())
     assert found["dataset_path"] == str(moved.resolve())

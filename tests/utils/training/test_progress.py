@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from utils.retrieval.tables import TITLES
-from utils.training.progress import report_epoch
+from utils.training.progress import compare_with_start, report_epoch
 
 METRICS = {way: {"R@1": 1.0, "R@5": 1.0, "R@10": 1.0, "mAP@1": 1.0, "mAP@5": 1.0, "mAP@10": 1.0,
                  "median_rank": 1.0, "mean_rank": 1.0} for way in TITLES}  # fmt: skip
@@ -25,6 +25,14 @@ def test_a_clear_fall_in_the_first_epoch_is_told_with_a_rate_to_try(capsys):
     for before, after, epoch in ((60.0, 80.0, 1), (80.0, 60.0, 2), (None, 60.0, 1)):
         line = printed(capsys, before, after, images=200, epoch=epoch)
         assert f"epoch {epoch}/10" in line and "made it worse" not in line
+
+
+def test_a_best_epoch_that_is_clearly_below_the_start_is_told(capsys):
+    for best, is_told in ((60.0, True), (79.0, False), (85.0, False)):
+        compare_with_start(SimpleNamespace(start={"mean_recall": 80.0}, best_recall=best), 200)
+        assert ("training made it worse" in capsys.readouterr().out) == is_told
+    compare_with_start(SimpleNamespace(start=None, best_recall=1.0), 200)  # from scratch
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
