@@ -6,12 +6,12 @@
 For each seed ViT-demo learns world A (`worlds.py`) with `train.py --demo`, and is then fine-tuned
 on 600 images of B, and on 600 of B2, by every setting in `SETTINGS`, by `train.py` or by
 open_clip's program. What it gains is its mean recall on the new world, what it keeps is that on A.
-Of ours that epoch counts which `train.py` chooses, and mixtures of it with the weights at the start
-(WiSE-FT); of open_clip the last epoch.
+The weights are those of the epoch that `train.py` chooses, and mixtures of them with the weights at
+the start (WiSE-FT); of open_clip those of the last epoch.
 
-A family of settings is a line on the way from keeping to gaining. Where on it to stand is chosen on
-validation images, one setting for both worlds; the scores are those of test images, which have no
-say in it. All scores are kept in `--output`, and what is there is not computed again.
+A family of settings is a line from keeping to gaining. The point on it is chosen on validation
+images, one setting for both worlds; the scores are those of test images, which have no say in it.
+All scores are kept in `--output`, and what is there is not computed again.
 """
 
 from collections.abc import Iterable
