@@ -34,7 +34,7 @@ CHINESE_DEMO = {"model": "cn-demo", "epochs": 30}
 FROM_SCRATCH = {"lr": 5e-4}
 FINE_TUNING = {"keep": 6.0, "wise_ft": [0.0, 0.25, 0.5, 0.75, 1.0]}
 # Of fine-tuning, times the width of the wider tower: Adam's best rate falls as the width grows
-# (Yang et al. 2021, "Tensor Programs V", table 3). Within a point or so of the best rate at widths
+# (Yang et al. 2021, "Tensor Programs V", table 3). Within a point of the best score at widths
 # 128 to 384, other batches and fewer images (tests/benchmarks/learning_rate.py).
 RATE_TIMES_WIDTH = 0.115
 LORA_RATE = 3e-3
