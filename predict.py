@@ -20,11 +20,11 @@ from pathlib import Path
 from models.errors import InputError, run_script
 from utils.runs.arguments import (
     add_loading,
-    name_or_path,
     newest_weights,
     path,
     run_folder,
     trained_on,
+    trained_weights,
 )
 
 TOP = 5  # captions that are printed and drawn
@@ -46,9 +46,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--weights",
-        type=name_or_path,
+        type=trained_weights,
         metavar="NAME_OR_PATH",
-        help="weights file or model name (default: those that the newest run in "
+        help="weights file, run's folder, or model name (default: those that the newest run in "
         "logs/ here chose, else beside this script)",
     )
     captions = parser.add_mutually_exclusive_group()
@@ -161,13 +161,20 @@ def search(args: argparse.Namespace, folder: Path) -> None:
             queries = encode_texts(model, model.tokenize(texts, truncate=True))
 
     for title, query in zip(texts or [f"like {args.similar}"], queries, strict=True):
-        print(title)
         shown = [(picture, "the image that is searched for") for picture in pictures]
-        for place, (i, similarity) in enumerate(most_similar(features, query, FIRST), 1):
-            print(f"{place:2}. similarity {similarity:.3f}  {folder / images[i]}")
-            picture = open_image(folder / images[i])
+        found = [
+            (images[i], similarity)
+            for i, similarity in most_similar(features, query, FIRST + len(pictures))
+            if not (args.similar and Path(args.similar).expanduser().samefile(folder / images[i]))
+        ]
+        if not found:
+            raise InputError(f"{folder}: has no image but {args.similar} itself")
+        print(title)
+        for place, (image, similarity) in enumerate(found[:FIRST], 1):
+            print(f"{place:2}. similarity {similarity:.3f}  {folder / image}")
+            picture = open_image(folder / image)
             picture.thumbnail(THUMBNAIL)
-            shown.append((picture, f"{place}. {similarity:.3f} {images[i]}"))
+            shown.append((picture, f"{place}. {similarity:.3f} {image}"))
         output = args.output or new_picture(output_folder(weights), folder.resolve().name)
         draw_found(title, shown, output)
         tell_of_picture(output, args.show)

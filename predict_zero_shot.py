@@ -9,7 +9,7 @@ import argparse
 from models.errors import InputError, run_script
 from models.scripts import from_here
 from utils.data.templates import TEMPLATE_SETS, read_templates
-from utils.runs.arguments import add_loading, name_or_path
+from utils.runs.arguments import add_loading, name_or_path, trained_weights
 
 LABELS = ["two line charts", "a schematic diagram", "a landscape photo", "a oil painting"]
 
@@ -39,10 +39,10 @@ def main() -> None:
     )
     parser.add_argument(
         "--weights",
-        type=name_or_path,
+        type=trained_weights,
         default="ViT-B/32",
         metavar="NAME_OR_PATH",
-        help="model name, whose weights are downloaded if need be, or weights file "
+        help="model name, whose weights are downloaded if need be, weights file, or run's folder "
         "(default: %(default)s)",
     )
     add_loading(parser)

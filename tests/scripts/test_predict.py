@@ -407,11 +407,23 @@ def test_a_folder_is_searched_for_each_text(work, tmp_path):
             assert Path(picture).parent.name == "predictions"
 
 
-def test_images_like_another_are_found(work, photo):
-    folder = work / "data" / "images"
-    done = run_script("predict.py", folder, "--similar", photo, "--output", "like.jpg", cwd=work)
-    assert lines_of(done)[0] == ("1", 1.0, str(photo))
-    assert Image.open(work / "like.jpg").format == "JPEG"
+def test_images_like_another_are_found(work, photo, tmp_path):
+    """A copy of it is the most similar; the image itself is no answer."""
+    folder = shutil.copytree(work / "data" / "images", tmp_path / "images")
+    copy = shutil.copy(photo, folder / "a copy.png")
+    done = run_script("predict.py", folder, "--similar", folder / photo.name, "--output",
+                      tmp_path / "like.jpg", cwd=work)  # fmt: skip
+    found = lines_of(done)
+    assert found[0] == ("1", 1.0, str(copy)) and len(found) == 10
+    assert str(folder / photo.name) not in {image for _, _, image in found}
+    assert Image.open(tmp_path / "like.jpg").format == "JPEG"
+
+
+def test_a_folder_with_no_image_but_the_one_that_is_searched_for(work, photo, tmp_path):
+    (tmp_path / "one").mkdir()
+    image = shutil.copy(photo, tmp_path / "one")
+    line = error_line("predict.py", tmp_path / "one", "--similar", image, cwd=work)
+    assert f"{tmp_path / 'one'}: has no image but {image} itself" in line
 
 
 def test_captions_are_encoded_once(work, photo):

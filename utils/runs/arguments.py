@@ -72,6 +72,12 @@ def name_or_path(text: str) -> str:
     return str(expanded) if text.startswith("~") else text
 
 
+def trained_weights(text: str) -> str:
+    """A model's name or a weights file as it is, but for a run's folder the weights it chose."""
+    text = name_or_path(text)
+    return str(run_weights(Path(text)) or text)
+
+
 def starting_point(text: str) -> str:
     """A model's name or a path as it is, but for a run's folder the checkpoint in it."""
     text = name_or_path(text)
@@ -96,9 +102,9 @@ def add_scoring(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that all scripts have which score weights."""
     parser.add_argument(
         "--weights",
-        type=name_or_path,
-        help="weights file, or a name like ViT-B/32 (default: those that the newest run in "
-        "logs/ here chose, else beside the scripts)",
+        type=trained_weights,
+        help="weights file, run's folder, or a name like ViT-B/32 (default: those that the newest "
+        "run in logs/ here chose, else beside the scripts)",
     )
     parser.add_argument("--batch_size", type=integer(1), default=64, help="images at a time")
     parser.add_argument("--num_workers", type=workers, default=0, help="processes that read images")

@@ -23,6 +23,7 @@ from utils.runs.arguments import (
     positive,
     run_folder,
     trained_on,
+    trained_weights,
     workers,
 )
 
@@ -97,11 +98,20 @@ def test_paths_of_the_home_folder_and_paths_that_are_none(tmp_path, monkeypatch)
                 parse(text)
 
 
+def test_a_run_stands_for_the_weights_that_it_chose(tmp_path):
+    (tmp_path / "run" / "weights").mkdir(parents=True)
+    assert trained_weights(f"{tmp_path / 'run'}") == str(tmp_path / "run")
+    for name in ("best_epoch_weights.pth", "wise_ft_weights.pth"):
+        file = tmp_path / "run" / "weights" / name
+        file.touch()
+        assert trained_weights(str(tmp_path / "run")) == trained_weights(str(file)) == str(file)
+
+
 @given(text=st.text(min_size=1, max_size=9))
 def test_names_are_left_as_they_are(text):
     """`ViT-B/32` is no path, whose slash Windows would turn."""
     assume(text.strip() and not text.startswith("~"))
-    assert name_or_path(text) == text
+    assert name_or_path(text) == trained_weights(text) == text
 
 
 @pytest.fixture
