@@ -191,7 +191,7 @@ def main() -> None:
     interrupt.release()
     run.close(state.scored, state.state_dict())
     if processes.is_first:
-        finish(args, run.folder, loader, sets, state, retention=retention)
+        finish(args, run.folder, loader, sets, state, retention=retention, known=known)
 
 
 @garbage_unsearched()
@@ -314,22 +314,22 @@ def get_state(args: argparse.Namespace, resumed: dict | None, model, device, run
     return state
 
 
-def finish(args: argparse.Namespace, folder: Path, loader, sets: dict, state, retention) -> None:
-    """Choose weights, and score them: on validation, and on the test split."""
+def finish(args: argparse.Namespace, folder: Path, loader, sets, state, retention, known) -> None:
+    """Choose weights, and score them: on validation, some features of which may be `known`, and on
+    the test split. With --keep the last epoch counts: the best may be further from the start."""
     from models.clip_utils import load
     from utils.runs.commands import what_to_try
     from utils.training.progress import compare_with_start, score_chosen, score_test, scoring
     from utils.training.wise_ft import mix_with_start
 
-    epoch = "last" if args.keep else "best"  # which can be one that has not pulled features back
-    chosen = folder / "weights" / f"{epoch}_epoch_weights.pth"
+    chosen = folder / "weights" / f"{'last' if args.keep else 'best'}_epoch_weights.pth"
     state.release()
     model, _ = load(chosen, state.precision.device)
     score = partial(scoring(loader, state.precision), model)
     compare_with_start(state, len(sets["val"]))
     if args.wise_ft:
-        compare = partial(retention.compare, model, state.start)
-        chosen = mix_with_start(model, args, partial(score, sets["val"]), compare, folder) or chosen
+        kept = partial(retention.compare, model, state.start)
+        chosen = mix_with_start(model, args, partial(score, sets["val"], known=known), kept, chosen)
     score_chosen(model, chosen, loader, sets["val"], state.precision)
     if "test" in sets:
         score_test(partial(score, sets["test"], k_values=range(1, 11)), chosen, folder)

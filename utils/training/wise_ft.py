@@ -31,19 +31,20 @@ def mix_with_start(
     args: argparse.Namespace,
     score: Callable[[], tuple[Metrics, float]],
     compare: Callable[[], dict[str, float]],
-    run: Path,
-) -> Path | None:
-    """`evaluate_path` from the run's starting weights; then `model` holds those that it has chosen,
-    whose file is returned. None, and a line that says so, if the starting weights are missing."""
-    start = run / "weights" / "start_weights.pth"
+    tuned: Path,
+) -> Path:
+    """`evaluate_path` from the starting weights of a run to those of `model`, whose file in the run
+    is `tuned`; then `model` holds those that it has chosen, whose file is returned. If the starting
+    weights are missing, `tuned`, and a line says so."""
+    run, start = tuned.parent.parent, tuned.with_name("start_weights.pth")
     if not start.exists():
         print(f"{start} is missing: no --wise_ft; put it back and run this again")
-        return None
+        return tuned
     weights = load(start, "cpu")[0].state_dict()
     evaluate_path(
         model, weights, args.wise_ft, score, run, compare=compare, most_lost=args.retention_loss
     )
-    chosen = run / "weights" / "wise_ft_weights.pth"
+    chosen = tuned.with_name("wise_ft_weights.pth")
     model.load_state_dict(load(chosen, "cpu")[0].state_dict())
     return chosen
 

@@ -15,6 +15,7 @@ from utils.flickr8k_dataloader import TrainLoader
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE
 from utils.metric import evaluate
+from utils.runs.checkpoint import save_weights
 from utils.training.gradients import GradientExchange, accumulate_gradients
 from utils.training.layer_groups import lock, train_mode
 from utils.training.locked_features import cache_features
@@ -110,6 +111,21 @@ def test_a_whole_run_has_the_losses_and_scores_that_it_has_without(root, tmp_pat
     for one, other in zip(*rows, strict=True):
         for name in one.keys() - timed:
             assert float(one[name]) == pytest.approx(float(other[name]), rel=1e-4), name
+
+
+@pytest.mark.slow
+def test_mixtures_of_weights_have_the_scores_that_they_have_without(root, tmp_path):
+    save_weights(locked_model("image"), tmp_path / "start.pth")
+    rows = []
+    for more in ([], ["--cache_features"]):
+        folder = tmp_path / f"logs{len(more)}"
+        run_script("train.py", "--resume_training", tmp_path / "start.pth", "--lock_image",
+                   "--no_augment", *more, "--dataset_path", root, "--epochs", 2, "--lr", 1e-3,
+                   "--batch_size", 7, "--log_dir", folder, cwd=tmp_path)  # fmt: skip
+        with next(folder.glob("*/wise_ft.csv")).open(newline="") as file:
+            rows += [float(value) for row in csv.DictReader(file) for value in row.values()]
+    half = len(rows) // 2
+    assert half and rows[:half] == pytest.approx(rows[half:], rel=1e-4)
 
 
 @pytest.mark.parametrize(
