@@ -116,6 +116,32 @@ def test_a_run_killed_again_and_again_ends_bit_for_bit_as_one_that_was_not(data,
     assert_same_run(run, whole)
 
 
+def whole_and_stopped(arguments, cwd):
+    """The folders of two runs: one that nothing stops, and one that is killed after its second
+    checkpoint and goes on."""
+    run_script("train.py", *arguments, "--log_dir", "one", cwd=cwd)
+    process = start_script("train.py", *arguments, "--log_dir", "two", cwd=cwd)
+    while not (runs := list(cwd.glob("two/*/weights"))):
+        assert process.is_alive()
+        time.sleep(0.002)
+    wait_for_saves(process, runs[0] / "checkpoint.pth", 2)
+    assert process.is_alive()
+    process.kill()
+    process.join()
+    run_script("train.py", "--resume_training", runs[0].parent, cwd=cwd)
+    return next((cwd / "one").iterdir()), runs[0].parent
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a fork server")
+def test_a_chinese_model_goes_on_bit_for_bit(data, tmp_path):
+    arguments = ["--resume_training", "none", "--model", "cn-demo", "--language", "cn", "en",
+                 "--dataset_path", data, "--epochs", 2, "--batch_size", 22, "--save_steps", 1,
+                 "--lock_text", 1, "--ema", 0.9]  # fmt: skip
+    one, two = whole_and_stopped(arguments, tmp_path)
+    assert_same_run(two, one)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a fork server")
 def test_low_rank_changes_near_the_start_go_on_bit_for_bit_and_are_saved_plain(
@@ -128,16 +154,7 @@ def test_low_rank_changes_near_the_start_go_on_bit_for_bit_and_are_saved_plain(
     arguments = ["--resume_training", start, "--dataset_path", data, "--lora", 2, "--keep", 5,
                  "--ema", 0.9, "--lr", 1e-2, "--epochs", 2, "--batch_size", 22, "--grad_cache", 8,
                  "--save_steps", 1, "--wise_ft", 0, 1, "--retention", "颜色", data]  # fmt: skip
-    run_script("train.py", *arguments, "--log_dir", "one", cwd=tmp_path)
-    (one,) = (tmp_path / "one").iterdir()
-    process = start_script("train.py", *arguments, "--log_dir", "two", cwd=tmp_path)
-    while not (runs := list(tmp_path.glob("two/*/weights"))):
-        time.sleep(0.002)
-    wait_for_saves(process, runs[0] / "checkpoint.pth", 2)
-    process.kill()
-    process.join()
-    two = runs[0].parent
-    run_script("train.py", "--resume_training", two, cwd=tmp_path)
+    one, two = whole_and_stopped(arguments, tmp_path)
     assert_same_run(two, one)
     assert (two / "wise_ft.csv").read_bytes() == (one / "wise_ft.csv").read_bytes()
     assert "retention_颜色" in (two / "metrics.csv").read_text("utf-8")
