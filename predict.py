@@ -80,6 +80,8 @@ def main() -> None:
         raise InputError("--text: one of the captions is empty")
     if args.image and Path(args.image).expanduser().is_dir():
         search(args, Path(args.image).expanduser())
+    elif args.image and not Path(args.image).expanduser().exists():
+        raise InputError(f"{args.image}: no such image file or folder")
     elif args.similar:
         what = f"{args.image} is none" if args.image else "name the folder as well"
         raise InputError(f"--similar searches a folder of images: {what}")

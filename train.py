@@ -319,14 +319,14 @@ def finish(args: argparse.Namespace, folder: Path, loader, sets, state, retentio
     the test split. With --keep the last epoch counts: the best may be further from the start."""
     from models.clip_utils import load
     from utils.runs.commands import what_to_try
-    from utils.training.progress import compare_with_start, score_chosen, score_test, scoring
+    from utils.training.progress import comment_on_epochs, score_chosen, score_test, scoring
     from utils.training.wise_ft import mix_with_start
 
     chosen = folder / "weights" / f"{'last' if args.keep else 'best'}_epoch_weights.pth"
     state.release()
     model, _ = load(chosen, state.precision.device)
     score = partial(scoring(loader, state.precision), model)
-    compare_with_start(state, len(sets["val"]))
+    comment_on_epochs(state, len(sets["val"]))
     if args.wise_ft:
         kept = partial(retention.compare, model, state.start)
         chosen = mix_with_start(model, args, partial(score, sets["val"], known=known), kept, chosen)

@@ -85,7 +85,7 @@ def read_own(files: Iterable[File], root: Path, named: Iterable[Path]) -> OwnSet
 def caption_holders(files: list[File], root: Path, named: set[Path]) -> list[File]:
     """Those of the files that hold captions, among `named` ones if any of these may; without the
     lists that stand in `root` as results. Raises `InputError` if none of them does, though some
-    might, or one that is named does not."""
+    might, or one that is named does not, or if there are results alone."""
     given = [file for file in files if _absolute(file.path) in named and not file.archive]
     given = [file for file in given if _suffix(file) in SUFFIXES + OTHER_SUFFIXES]
     found = [file for file in files if _suffix(file) in SUFFIXES and not _is_result(root, file)]
@@ -104,6 +104,12 @@ def caption_holders(files: list[File], root: Path, named: set[Path]) -> list[Fil
     listed = "".join(f"\n  {reason}" for reason in reasons[:SHOWN]) + more
     if reasons and not holders:
         raise InputError(f"no file of the sources holds captions:{listed}")
+    results = [file.parts[-1] for file in files if _is_result(root, file)]
+    if results and not holders:
+        raise InputError(
+            f"{root}: {', '.join(results)}: named as the lists that are written here; rename a "
+            "list of all images (captions.json), or write into another folder (--output)"
+        )
     if reasons:
         print(f"warning: files that hold no captions are left out:{listed}", file=sys.stderr)
     return holders

@@ -40,9 +40,9 @@ if not __package__:  # as a script: Python looks for modules in this folder, not
 
 from flickr8k.own_captions import OwnSet, read_own
 from models.errors import InputError, run_script
-from models.files import check_regular, check_size
+from models.files import check_regular, check_size, not_utf8
 from models.progress_bar import progress_bar
-from utils.data.annotations import annotations_json, not_utf8, refuse_another_set, write_set
+from utils.data.annotations import annotations_json, refuse_another_set, write_set
 from utils.data.caption_formats import UnknownFormat, read_records
 from utils.runs import arguments
 

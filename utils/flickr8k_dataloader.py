@@ -23,7 +23,7 @@ from models.errors import InputError
 from models.preprocess import Preprocess, open_image
 from models.tokens import clip_tokenizer, token_rows
 from models.weights.registry import CONTEXT_LENGTH
-from utils.data.annotations import SPLITS, caption_file, read_annotations
+from utils.data.annotations import SPLITS, caption_file, read_annotations, why_missing
 from utils.data.augment import crop, draw_crops, draw_recolourings, recolour, reword
 from utils.data.image_cache import decode_once, gather
 from utils.data.image_reading import Loaded, read_batches, substitutes
@@ -199,7 +199,8 @@ class Flickr8kDataset(Dataset):
         if missing and (self.split != "train" or len(missing) == len(self.image)):
             raise InputError(
                 f"{self.root}: {len(missing)} of the {len(self.image)} {self.split} images are "
-                f"missing, the first is {missing[0]}; put them there or remove their entries"
+                f"missing, the first is {why_missing(Path(missing[0]))}; put them there or remove "
+                "their entries"
             )
 
 
@@ -260,6 +261,8 @@ class Batch(NamedTuple):
 def check_batch_size(batch_size: int, images: int, processes: Processes) -> None:
     """Raise `InputError` for a batch that so many training images do not fill, or that has nothing
     for some process."""
+    if images < 2:
+        raise InputError(f"training needs at least 2 images, and there is {images}")
     if images < batch_size:
         raise InputError(
             f"--batch_size {batch_size} is more than the {images} training images: give "

@@ -186,6 +186,10 @@ UNUSABLE = {
         "several files hold captions",
     ),
     "nothing": ({}, "CSV, TSV, JSON lines, COCO"),
+    "a list called as what is written": (
+        {"cn_train.json": as_list(PAIRS)},
+        r"cn_train\.json: named as the lists that are written here; rename .*captions\.json",
+    ),
 }
 
 

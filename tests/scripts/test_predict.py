@@ -234,7 +234,7 @@ def test_predict_reads_the_image_before_weights_and_captions(error_of, work):
     weights = work / "broken.pth"
     weights.write_text("no weights")
     arguments = ("nowhere.png", "--weights", weights)
-    assert error_of(predict.main, *arguments) == "nowhere.png: no such image file"
+    assert error_of(predict.main, *arguments) == "nowhere.png: no such image file or folder"
 
 
 def test_predict_takes_the_captions_of_all_languages_of_its_run(work):
@@ -457,6 +457,7 @@ def test_a_folder_in_which_nothing_can_be_read_ends_in_one_line(work, tmp_path):
             "--output is for one picture; give one",
         ),
         (["data", "--similar", "gone.png"], "gone.png: no such image file"),
+        (["photos", "--text", "a"], "photos: no such image file or folder"),
         (["data", "--similar", "data"], "data: is no file"),
         (["--similar", "gone.png"], "--similar searches a folder of images: name the folder"),
         (["data", "--similar", "a.png", "--text", "a"], "not allowed with"),

@@ -17,8 +17,8 @@ from models.errors import InputError
 from models.preprocess import Preprocess, normalize
 from utils import Flickr8kDataset
 from utils.data.augment import recolour
-from utils.flickr8k_dataloader import TrainLoader
-from utils.machine.processes import Processes
+from utils.flickr8k_dataloader import TrainLoader, check_batch_size
+from utils.machine.processes import ALONE, Processes
 
 CPU = torch.device("cpu")
 FLICKR8K = ROOT.parent / "shared" / "flickr8k"
@@ -313,6 +313,12 @@ def test_a_split_goes_by_its_name_or_by_whether_it_is_trained_on(root, arguments
         assert len(Flickr8kDataset(root, 32, **arguments)) == count
 
 
+def test_one_image_is_too_few(root):
+    """A batch of one has no wrong answers."""
+    with pytest.raises(InputError, match=r"at least 2 images, and there is 1$"):
+        check_batch_size(64, 1, ALONE)
+
+
 def test_too_large_a_batch_is_named(root):
     with pytest.raises(InputError, match=r"--batch_size 12 is more than the 11.*--batch_size 11"):
         TrainLoader(Flickr8kDataset(root, 32), 12, CPU)
@@ -326,6 +332,24 @@ def test_missing_images_of_the_validation_set_or_all_of_them_are_named(root):
         image.unlink()
     with pytest.raises(InputError, match="11 of the 11 train images are missing"):
         Flickr8kDataset(root, 32)
+
+
+@pytest.mark.parametrize(
+    "image, hint",
+    [
+        (r"图\bird.jpg", r'"[^"]*图\\bird\.jpg" \(in JSON write a path with /'),
+        ("images/VAL1.png", r"VAL1\.png \(there is val1\.png: upper and lower case differ\);"),
+        ("images/none.png", r"none\.png; put them there"),
+    ],
+)
+def test_what_may_be_wrong_with_a_missing_image_is_told(root, image, hint):
+    """A single backslash before b, f, n, r or t is something else to JSON."""
+    if (root / "images" / "VAL1.png").exists():
+        pytest.skip("upper and lower case are the same here")
+    text = f'[{{"image": "{image}", "caption": "a"}}]'
+    (root / "en_val.json").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=hint):
+        Flickr8kDataset(root, 32, is_train=False)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -7,9 +7,10 @@ from pathlib import Path, PureWindowsPath
 from tempfile import TemporaryDirectory
 
 from models.errors import InputError
-from models.files import read_bytes
+from models.files import not_utf8, read_bytes
 from models.progress_bar import progress_bar
 from models.scripts import from_here
+from models.weights.file_kind import one_line
 from utils.data.caption_formats import (
     CAPTION_FIELDS,
     IMAGE_FIELDS,
@@ -84,7 +85,7 @@ def captions_by_image(
     file: object, text: str, read_image: Callable[[object], str]
 ) -> list[tuple[str, list[str]]]:
     """The (image, captions) pairs of a caption file with this content, whose records of the same
-    image are put together: a caption that the image has from an earlier record is left out.
+    image are put together.
 
     `read_image` turns what the file says of an image into its name, or raises `ValueError`. One
     `InputError` names all problems.
@@ -95,15 +96,12 @@ def captions_by_image(
         raise InputError(f"{file}: {error}") from None
     problems: list[str] = []
     captions_of: dict[str, list[str]] = {}
-    known_of: dict[str, set[str]] = {}
     for where, content, problem in records:
         try:
             if problem:
                 raise ValueError(problem)
             image, captions = _read_entry(content, read_image)
-            known = known_of.setdefault(image, set())
-            captions_of.setdefault(image, []).extend(c for c in captions if c not in known)
-            known.update(captions)
+            captions_of.setdefault(image, []).extend(captions)
         except ValueError as error:
             problems.append(f"{where}{_name(content)}: {error}")
     if problems:
@@ -201,13 +199,6 @@ def _read_text(path: Path) -> str:
         raise InputError(f"{path}: {not_utf8(error)}") from None
 
 
-def not_utf8(error: UnicodeDecodeError) -> str:
-    """What a caption file is that cannot be decoded, and what to do."""
-    if error.object.startswith(b"PK"):
-        return "is a workbook of Excel, or a zip; save it as CSV UTF-8"
-    return f"is not UTF-8 at byte {error.start}; save it as UTF-8 (in Excel: CSV UTF-8)"
-
-
 def _read_entry(entry: object, read_image: Callable[[object], str]) -> tuple[str, list[str]]:
     """(image, captions) of one entry. Raises `ValueError` that names all its problems."""
     if not isinstance(entry, dict):
@@ -222,7 +213,9 @@ def _read_entry(entry: object, read_image: Callable[[object], str]) -> tuple[str
         except ValueError as error:
             problems.append(f'"{field}" {error}')
     if problems:
-        raise ValueError("; ".join(problems))
+        others = [str(key) for key in entry if key not in IMAGE_FIELDS + CAPTION_FIELDS]
+        shown = f" (it has {one_line(', '.join(others))})" if others else ""
+        raise ValueError(f"{'; '.join(problems)}{shown}")
     return tuple(values)
 
 
@@ -243,12 +236,24 @@ def image_path(image: object) -> str:
     path = PureWindowsPath(image.strip() if isinstance(image, str) else "")  # takes both slashes
     # Joined to the root ".", a leading ~ would become the user's home.
     upwards = any(not part.strip(" .") for part in path.parts)  # Windows drops spaces at the end
-    if path.anchor or upwards or path.as_posix().startswith("~"):
+    if path.anchor:
+        raise ValueError("is an absolute path; give it relative to the data folder")
+    if upwards or path.as_posix().startswith("~"):
         raise ValueError("leaves the data folder; give the path relative to it")
     if not path.name:
         raise ValueError("should be the path of a file")
     _refuse_halves(image)
     return path.as_posix()
+
+
+def why_missing(image: Path) -> str:
+    """The path of an image that is not there, and what may be wrong with it, where that shows."""
+    if not image.name.isprintable():
+        return f"{_as_json(str(image))} (in JSON write a path with /, or each \\ twice)"
+    beside = image.parent.iterdir() if image.parent.is_dir() else []
+    alike = [file.name for file in beside if file.name.casefold() == image.name.casefold()]
+    hint = f" (there is {alike[0]}: upper and lower case differ)" if alike else ""
+    return f"{image}{hint}"
 
 
 def _refuse_halves(text: str) -> None:

@@ -18,6 +18,7 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 IMAGE_FIELDS = ("image", "file_name", "filename", "filepath", "image_name")
 CAPTION_FIELDS = ("caption", "captions", "text", "title", "comment")
 SEPARATORS = "\t,;|"
+FULL_WIDTH = "“”‘’＂，：；｛｝［］【】"
 SHOWN = 80  # characters of a line that a message quotes
 
 
@@ -92,16 +93,25 @@ def _parsed(text: str) -> object:
         return json.loads(text)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
-        raise UnknownFormat(f"broken JSON at {where}: {error.msg}") from None
+        raise UnknownFormat(f"broken JSON at {where}: {_explained(error)}") from None
     except (RecursionError, ValueError) as error:  # nested too deeply; a number of 5,000 digits
         raise UnknownFormat(f"broken JSON: {error}") from None
+
+
+def _explained(error: json.JSONDecodeError) -> str:
+    """What the error says, and what to do about the slips that keyboards and Windows suggest."""
+    if error.msg.startswith("Invalid \\escape"):
+        return f"{error.msg}; write / in paths, or \\\\ for \\"
+    if (found := error.doc[error.pos : error.pos + 1]) and found in FULL_WIDTH:
+        return f'{error.msg}; {found} is full-width: JSON takes " , : of an English keyboard'
+    return error.msg
 
 
 def _line(where: str, line: str) -> Record:
     try:
         return Record(where, json.loads(line))
     except json.JSONDecodeError as error:
-        return Record(where, None, f"broken JSON at column {error.colno}: {error.msg}")
+        return Record(where, None, f"broken JSON at column {error.colno}: {_explained(error)}")
     except (RecursionError, ValueError) as error:
         return Record(where, None, f"broken JSON: {error}")
 

@@ -167,10 +167,14 @@ def report_epoch(state: State, epochs: int, metrics: Metrics, images: int, rate:
         )
 
 
-def compare_with_start(state: State, images: int) -> None:
-    """Say so if even the best epoch is clearly worse than the weights that training started from;
-    `images` are those of validation."""
-    best = state.best_recall
+def comment_on_epochs(state: State, images: int) -> None:
+    """Say so if even the best epoch is clearly worse than the weights that training started from,
+    of which `images` of validation tell; and if, with --keep, the best is not the last."""
+    best, last = state.best_recall, state.epochs[-1]["mean_recall"]
+    if state.keep and best > last:
+        print(f"epoch {len(state.epochs) - state.epochs_since_best} had a higher mean recall, "
+              f"{best:.2f}, and is in best_epoch_weights.pth; with --keep the last one counts, "
+              f"{last:.2f}, which has forgotten less")  # fmt: skip
     if state.start and is_clearly_lower(best, state.start["mean_recall"], images):
         print(
             f"training made it worse, by more than chance: mean recall {best:.2f} in the best "

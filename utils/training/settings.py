@@ -134,8 +134,9 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise InputError(
                 f"{missing}. To get Flickr8k: python {from_here('flickr8k/prepare.py')} --download;"
                 " for data of yours: --dataset_path FOLDER, where one list of all images is split "
-                f"by python {from_here('flickr8k/prepare.py')} --source FOLDER --output FOLDER; "
-                f"to see it work without any: python {from_here('train.py')} --demo"
+                f"by python {from_here('flickr8k/prepare.py')} --source FOLDER --output FOLDER"
+                f"{' --language cn' if language == 'cn' else ''}; to see it work without any: "
+                f"python {from_here('train.py')} --demo"
             )
 
 

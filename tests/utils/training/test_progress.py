@@ -4,9 +4,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from torch import nn
 
 from utils.retrieval.tables import TITLES
-from utils.training.progress import compare_with_start, report_epoch
+from utils.training.progress import comment_on_epochs, report_epoch
+from utils.training.state import State
 
 METRICS = {way: {"R@1": 1.0, "R@5": 1.0, "R@10": 1.0, "mAP@1": 1.0, "mAP@5": 1.0, "mAP@10": 1.0,
                  "median_rank": 1.0, "mean_rank": 1.0} for way in TITLES}  # fmt: skip
@@ -19,6 +21,12 @@ def printed(capsys, before, after, images, epoch=1, rate=1e-4):
     return capsys.readouterr().out
 
 
+def after_epochs(*recalls, start=None, keep=None):
+    state = State(nn.Linear(1, 1), optimizer=None, precision=None, keep=keep)
+    state.start, state.epochs = start, [{"mean_recall": recall} for recall in recalls]
+    return state
+
+
 def test_a_clear_fall_in_the_first_epoch_is_told_with_a_rate_to_try(capsys):
     assert "--lr 3e-05" in printed(capsys, 80.0, 60.0, images=200)
     assert "--lr 1e-05" in printed(capsys, 80.0, 30.0, images=200)  # most of it is lost
@@ -29,9 +37,17 @@ def test_a_clear_fall_in_the_first_epoch_is_told_with_a_rate_to_try(capsys):
 
 def test_a_best_epoch_that_is_clearly_below_the_start_is_told(capsys):
     for best, is_told in ((60.0, True), (79.0, False), (85.0, False)):
-        compare_with_start(SimpleNamespace(start={"mean_recall": 80.0}, best_recall=best), 200)
+        comment_on_epochs(after_epochs(best, start={"mean_recall": 80.0}), 200)
         assert ("training made it worse" in capsys.readouterr().out) == is_told
-    compare_with_start(SimpleNamespace(start=None, best_recall=1.0), 200)  # from scratch
+    comment_on_epochs(after_epochs(1.0), 200)  # from scratch
+    assert not capsys.readouterr().out
+
+
+def test_a_best_epoch_that_does_not_count_is_told(capsys):
+    comment_on_epochs(after_epochs(7.0, 8.62, 7.5, keep=True), 200)
+    assert "epoch 2 had a higher mean recall, 8.62" in capsys.readouterr().out
+    comment_on_epochs(after_epochs(7.0, 8.62, keep=True), 200)
+    comment_on_epochs(after_epochs(7.0, 8.62, 7.5), 200)  # there the best one counts
     assert not capsys.readouterr().out
 
 
