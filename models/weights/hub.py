@@ -243,10 +243,13 @@ class _Repository:
         if self.no_answer:
             known = {row.repository for row in HUB.values()}
             near = "" if self.name in known else near_names(self.name, known)
+            reason, way = self.no_answer, "name a mirror (HF_ENDPOINT=https://<mirror>)"
+            if constants.HF_HUB_OFFLINE:
+                reason, way = "HF_HUB_OFFLINE is set", "unset that"
             return (
                 f"no file or folder here, not whole in the cache {constants.HF_HUB_CACHE}, and "
-                f"{constants.ENDPOINT} does not give it ({self.no_answer}); name a mirror "
-                f"(HF_ENDPOINT=https://<mirror>), or {self.by_hand()}{near}"
+                f"{constants.ENDPOINT} does not give it ({reason}); {way}, or "
+                f"{self.by_hand()}{near}"
             )
         reason = f"is for a model of type {one_line(model_type)!r}; it" if model_type else "has"
         return (
