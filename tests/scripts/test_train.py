@@ -307,6 +307,10 @@ def test_both_splits_are_looked_for_before_anything_is_loaded(work):
     (work / "half" / "en_train.csv").touch()
     line = error_line("train.py", "--dataset_path", "half", cwd=work)
     assert "half: no en_val.json in it, only en_train.csv" in line
+    assert "--source FOLDER --output FOLDER; to see" in line
+    line = error_line("train.py", "--dataset_path", "half", "--language", "cn", cwd=work)
+    assert "half: no cn_train.json in it" in line
+    assert "--source FOLDER --output FOLDER --language cn; to see" in line
 
 
 def test_the_data_set_is_looked_for_beside_the_script(work, monkeypatch):
