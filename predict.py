@@ -78,9 +78,10 @@ def main() -> None:
         raise InputError("--output is for one picture; name the IMAGE as well")
     if not all(caption.strip() for caption in args.text or []):
         raise InputError("--text: one of the captions is empty")
-    if args.image and Path(args.image).expanduser().is_dir():
-        search(args, Path(args.image).expanduser())
-    elif args.image and not Path(args.image).expanduser().exists():
+    image = Path(args.image).expanduser() if args.image else None
+    if image and image.is_dir():
+        search(args, image)
+    elif image and not image.exists():
         raise InputError(f"{args.image}: no such image file or folder")
     elif args.similar:
         what = f"{args.image} is none" if args.image else "name the folder as well"

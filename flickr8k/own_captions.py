@@ -104,8 +104,7 @@ def caption_holders(files: list[File], root: Path, named: set[Path]) -> list[Fil
     listed = "".join(f"\n  {reason}" for reason in reasons[:SHOWN]) + more
     if reasons and not holders:
         raise InputError(f"no file of the sources holds captions:{listed}")
-    results = [file.parts[-1] for file in files if _is_result(root, file)]
-    if results and not holders:
+    if not holders and (results := [f.parts[-1] for f in files if _is_result(root, f)]):
         raise InputError(
             f"{root}: {', '.join(results)}: named as the lists that are written here; rename a "
             "list of all images (captions.json), or write into another folder (--output)"

@@ -40,7 +40,7 @@ if not __package__:  # as a script: Python looks for modules in this folder, not
 
 from flickr8k.own_captions import OwnSet, read_own
 from models.errors import InputError, run_script
-from models.files import check_regular, check_size, not_utf8
+from models.files import check_regular, check_size, decoded
 from models.progress_bar import progress_bar
 from utils.data.annotations import annotations_json, refuse_another_set, write_set
 from utils.data.caption_formats import UnknownFormat, read_records
@@ -90,10 +90,7 @@ class SourceFile(NamedTuple):
 
     def read_text(self) -> str:
         """The content as text. Raises `InputError` if it cannot be read or is not UTF-8."""
-        try:
-            return self.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{self}: {not_utf8(error)}") from None
+        return decoded(self.read_bytes(), self)
 
 
 SourceFiles = dict[str, SourceFile]  # name without folders -> file

@@ -39,24 +39,27 @@ def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
     return path.read_bytes()
 
 
-def not_utf8(error: UnicodeDecodeError) -> str:
-    """What a file of text is that cannot be decoded, and what to do."""
-    if error.object.startswith(b"PK"):
-        return "is a workbook of Excel, or a zip; save it as CSV UTF-8"
-    return f"is not UTF-8 at byte {error.start}; save it as UTF-8 (in Excel: CSV UTF-8)"
+def decoded(content: bytes, file: object) -> str:
+    """The text of a UTF-8 file with this content. Raises `InputError`, which names the `file` and
+    says what to do, for anything else."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        problem = f"is not UTF-8 at byte {error.start}; save it as UTF-8 (in Excel: CSV UTF-8)"
+        if content.startswith(b"PK"):
+            problem = "is a workbook of Excel, or a zip; save it as CSV UTF-8"
+        raise InputError(f"{file}: {problem}") from None
 
 
 def read_lines(path: Path, kind: str) -> list[str]:
     """The lines of a UTF-8 text file that has one `kind`, such as "caption", on each; without blank
     ones and the white space around them. Raises `InputError` if there are none."""
     try:
-        text = read_bytes(path).decode("utf-8-sig")
+        text = decoded(read_bytes(path), path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; write one {kind} a line") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: {not_utf8(error)}") from None
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise InputError(f"{path}: no {kind}s in it; write one on each line")

@@ -313,7 +313,7 @@ def test_a_split_goes_by_its_name_or_by_whether_it_is_trained_on(root, arguments
         assert len(Flickr8kDataset(root, 32, **arguments)) == count
 
 
-def test_one_image_is_too_few(root):
+def test_one_image_is_too_few():
     """A batch of one has no wrong answers."""
     with pytest.raises(InputError, match=r"at least 2 images, and there is 1$"):
         check_batch_size(64, 1, ALONE)

@@ -7,7 +7,7 @@ from pathlib import Path, PureWindowsPath
 from tempfile import TemporaryDirectory
 
 from models.errors import InputError
-from models.files import not_utf8, read_bytes
+from models.files import decoded, read_bytes
 from models.progress_bar import progress_bar
 from models.scripts import from_here
 from models.weights.file_kind import one_line
@@ -185,9 +185,7 @@ def _write_images(
 
 def _read_text(path: Path) -> str:
     try:
-        return read_bytes(path).decode("utf-8-sig")
-    except InputError:
-        raise
+        return decoded(read_bytes(path), path)
     except FileNotFoundError:
         raise InputError(
             f"{missing_annotations(path)}; name another folder, or get Flickr8k: python "
@@ -195,8 +193,6 @@ def _read_text(path: Path) -> str:
         ) from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: {not_utf8(error)}") from None
 
 
 def _read_entry(entry: object, read_image: Callable[[object], str]) -> tuple[str, list[str]]:
