@@ -20,13 +20,13 @@ from tqdm import tqdm
 from models.clip import CLIP
 from models.device import upload
 from models.errors import InputError
-from models.preprocess import Preprocess, open_image
+from models.preprocess import Preprocess
 from models.tokens import clip_tokenizer, token_rows
 from models.weights.registry import CONTEXT_LENGTH
 from utils.data.annotations import SPLITS, caption_file, read_annotations, why_missing
 from utils.data.augment import crop, draw_crops, draw_recolourings, recolour, reword
 from utils.data.image_cache import decode_once, gather
-from utils.data.image_reading import Loaded, read_batches, substitutes
+from utils.data.image_reading import ImageReader, Loaded, read_batches, substitutes
 from utils.machine.processes import ALONE, Processes
 
 
@@ -95,10 +95,11 @@ class Flickr8kDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, list[str]]:
         captions = [self.text[caption] for caption in self.own_captions[index]]
-        image = open_image(self.image[index])
-        if self.transform is not None:
-            return self.transform(image), captions
-        return self.preprocess.pixels(image), captions
+        return self.reader[index], captions
+
+    @property
+    def reader(self) -> ImageReader:
+        return ImageReader(self.image, self.transform or self.preprocess.pixels)
 
     def prepare_for(self, model: CLIP) -> None:
         """Prepare images and captions as `model` takes them, from now on: call it before either is
@@ -162,7 +163,7 @@ class Flickr8kDataset(Dataset):
         """Batches of images, `[n, 3, r, r]`, for lists of image indices. Raises `InputError` for an
         image that cannot be read."""
         if self.cached is None:
-            yield from (loaded.images for loaded in read_batches(self, batches, num_workers))
+            yield from (loaded.images for loaded in read_batches(self.reader, batches, num_workers))
             return
         for problem in self.unreadable.values():
             raise InputError(problem)
@@ -356,7 +357,9 @@ class TrainLoader:
         cached = self.features.get("image", self.dataset.cached)
         unreadable = self.dataset.unreadable
         if cached is None:
-            return read_batches(self.dataset, batches, self.num_workers, own, not self.strict)
+            return read_batches(
+                self.dataset.reader, batches, self.num_workers, own, not self.strict
+            )
         for problem in unreadable.values() if self.strict else ():
             raise InputError(problem)
         rows = [self._readable(batch, own) for batch in batches]

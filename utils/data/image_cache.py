@@ -43,8 +43,8 @@ def decode_once(
 
     They are in the file `<name>_<side>.pixels` in `folder` (by default `.cache` in the data set's
     root), which all runs share, or on the device if they take at most a quarter of its free memory.
-    `dataset` has `root`, the paths `image` below it and `preprocess`, and `dataset[i]` is (pixels,
-    ...). Raises `InputError` if the file cannot be written.
+    `dataset` has `root`, the paths `image` below it, `preprocess` and a `reader`. Raises
+    `InputError` if the file cannot be written.
     """
     root = dataset.root.resolve()
     folder = root / ".cache" if folder is None else Path(folder).expanduser()
@@ -66,7 +66,7 @@ def _read(
     """All images in their order, and the indices of those that cannot be read; what is wrong with
     these is put into `problems`."""
     batches = [rows.tolist() for rows in torch.arange(len(dataset)).split(BUILD_BATCH)]
-    for loaded in read_batches(dataset, batches, num_workers, substitute=True):
+    for loaded in read_batches(dataset.reader, batches, num_workers, substitute=True):
         problems |= loaded.problems
         yield loaded.images, loaded.problems
 
@@ -74,7 +74,7 @@ def _read(
 def _problem(dataset: Dataset, row: int) -> str:
     """What is wrong with an image that the file does not have."""
     try:
-        dataset[row]
+        dataset.reader[row]
     except InputError as error:
         return str(error)
     return f"{dataset.image[row]}: could not be read when the cache was written"

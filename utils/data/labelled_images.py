@@ -6,20 +6,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from models.errors import InputError
 from models.files import read_lines
-from models.preprocess import Preprocess, open_image, upright_rgb
+from models.preprocess import Preprocess
 from models.scripts import from_here
-from models.weights.file_kind import one_line
 from models.weights.registry import near_names
 from utils.data.image_cache import decode_once, gather
 from utils.data.image_files import find_images
-from utils.data.image_reading import read_batches
+from utils.data.image_reading import ImageReader, read_batches
 from utils.data.torchvision_sets import (
     TORCHVISION_SETS,
     class_names,
@@ -162,7 +160,8 @@ class LabelledImages(Dataset):
     """
 
     def __init__(self, source: Source, preprocess: Preprocess):
-        self.name, self.root, self.image, labels, self.classes, self.pictures = source
+        self.name, self.root, self.image, labels, self.classes, pictures = source
+        self.reader = ImageReader(self.image, preprocess.pixels, pictures)
         self.labels = torch.tensor(labels)
         self.preprocess = preprocess
         self.cached: Tensor | None = None
@@ -172,17 +171,7 @@ class LabelledImages(Dataset):
         return len(self.image)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.preprocess.pixels(self._picture(index)), int(self.labels[index])
-
-    def _picture(self, index: int) -> Image.Image:
-        if self.pictures is None:
-            return open_image(self.image[index])
-        try:
-            return upright_rgb(self.pictures[index][0])
-        except Exception as error:  # a broken file can make Pillow's decoders raise anything
-            raise InputError(
-                f"{self.image[index]}: not a readable image ({one_line(error)})"
-            ) from None
+        return self.reader[index], int(self.labels[index])
 
     def batches(self, batches: list[list[int]], num_workers: int) -> Iterator[Tensor]:
         """Batches of images, `[n, 3, side, side]`, for lists of image indices. One that cannot be
@@ -190,7 +179,7 @@ class LabelledImages(Dataset):
         if self.cached is not None:
             yield from gather(self.cached, batches)
             return
-        for loaded in read_batches(self, batches, num_workers, substitute=True):
+        for loaded in read_batches(self.reader, batches, num_workers, substitute=True):
             self._pass_over(loaded.problems)
             yield loaded.images
 

@@ -82,7 +82,7 @@ def test_batches_through_pipes_are_those_of_the_data_set(data, monkeypatch, caps
     dataset = Flickr8kDataset(data, 32)
     batches = [[0, 5, 2], [7, 1], [3]]
     for _ in range(2):
-        for rows, loaded in zip(batches, read_batches(dataset, batches, 2), strict=True):
+        for rows, loaded in zip(batches, read_batches(dataset.reader, batches, 2), strict=True):
             assert loaded.rows == rows
             assert torch.equal(loaded.images, torch.stack([dataset[row][0] for row in rows]))
     assert capsys.readouterr().out.count("/dev/shm) is too small") == 1
@@ -94,7 +94,7 @@ def test_workers_that_cannot_be_started_are_named_with_the_remedy(data, monkeypa
 
     monkeypatch.setattr(image_reading.DataLoader, "__iter__", full)
     with pytest.raises(InputError, match=r"^--num_workers 2: .*No space left.*--num_workers 0"):
-        next(read_batches(Flickr8kDataset(data, 32), [[0]], 2))
+        next(read_batches(Flickr8kDataset(data, 32).reader, [[0]], 2))
 
 
 def can_mount():
