@@ -9,7 +9,6 @@ torchrun --standalone --nproc_per_node=2 train.py ...     on two GPUs
 import argparse
 import sys
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -199,6 +198,7 @@ def prepare(args: argparse.Namespace, device, processes):
     """Check the arguments, render the demo's images, seed every random choice; the data by split,
     and that of --retention. Comes before the weights, which may take minutes to download."""
     from flickr8k.render_demo import render_demo
+    from utils.machine.pyzjr_parts import SeedEvery
     from utils.training.retention import Retention
     from utils.training.settings import check_arguments, check_model, read_data, wants_demo_set
 
@@ -209,9 +209,6 @@ def prepare(args: argparse.Namespace, device, processes):
     check_model(args, device, processes)
     sets = read_data(args, processes)
     retention = Retention(args.retention or [], args.language, processes)
-    warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # a package of pyzjr's uses it
-    from pyzjr import SeedEvery
-
     SeedEvery(args.seed)
     return sets, retention
 
@@ -260,8 +257,7 @@ def get_loader(args: argparse.Namespace, sets: dict, model, device, processes):
 
 def open_run(args: argparse.Namespace, resumed: dict | None, model, loader, val_set):
     """The run's folder with its arguments, the console's log and the history of losses."""
-    from pyzjr import show_config
-
+    from utils.machine.pyzjr_parts import show_config
     from utils.runs.checkpoint import write_json
     from utils.runs.folder import Run, new_run_folder, reopen_run_folder
     from utils.runs.records import Log, Losses
@@ -291,9 +287,8 @@ def open_run(args: argparse.Namespace, resumed: dict | None, model, loader, val_
 
 def get_state(args: argparse.Namespace, resumed: dict | None, model, device, run):
     """What training starts with: the model on its device, an optimizer, what a checkpoint has."""
-    from pyzjr import get_optimizer
-
     from utils.machine.precision import Precision
+    from utils.machine.pyzjr_parts import get_optimizer
     from utils.training.keep import keep_features
     from utils.training.optimizer import parameter_groups, replace_groups
     from utils.training.state import State
