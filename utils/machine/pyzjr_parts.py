@@ -20,9 +20,11 @@ class _Constants(ModuleType):
 
 @contextmanager
 def _opencv_or_constants() -> Iterator[None]:
+    found_in = sys.path[:]
     try:
         import cv2  # noqa: F401
     except ImportError:
+        sys.path[:] = found_in  # to which OpenCV has added its own `typing` and `utils`
         sys.modules["cv2"] = _Constants("cv2")
         try:
             yield

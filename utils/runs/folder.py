@@ -115,8 +115,8 @@ class Run:
         if self.processes.is_first:
             arguments = "--resume_training", self.folder
             size = self.processes.size
-            if size > int(os.environ.get("LOCAL_WORLD_SIZE", size)):  # on several machines
-                line = f"torchrun [as before] train.py {quoted(arguments)}"
+            if size > int(os.environ.get("LOCAL_WORLD_SIZE", 1)):  # by srun, or on many machines
+                line = f"[torchrun or srun, as before] train.py {quoted(arguments)}"
             else:
                 line = command("train.py", *arguments, processes=size)
             print(f"\nstopped by a signal; to go on{TO_PASTE}:\n  {line}")
