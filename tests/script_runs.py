@@ -22,11 +22,13 @@ def run_script(
     stdin: str = "",
     code: int = 0,
     fresh: bool = sys.platform == "win32",
+    start_method: str | None = None,
 ) -> subprocess.CompletedProcess:
     """Run a script of the repository in folder `cwd`; check its exit code.
 
     The script runs in a fork of a process that has imported its packages, or, if `fresh`, in a new
-    process with this one's environment.
+    process with this one's environment. A fork starts its workers by `start_method`, by default as
+    a new process would.
     """
     if fresh:
         command = [sys.executable, str(ROOT / script), *map(str, arguments)]
@@ -34,7 +36,7 @@ def run_script(
             command, cwd=cwd, input=stdin, capture_output=True, encoding="utf-8", check=False
         )
     else:
-        done = _run_forked(script, arguments, cwd, stdin)
+        done = _run_forked(script, arguments, cwd, stdin, start_method)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
@@ -49,30 +51,41 @@ def error_line(script: str, *arguments: object, cwd: Path, code: int = 2) -> str
 
 
 def start_script(
-    script: str, *arguments: object, cwd: Path, streams: Sequence[Path | str] = (os.devnull,) * 3
+    script: str,
+    *arguments: object,
+    cwd: Path,
+    streams: Sequence[Path | str] = (os.devnull,) * 3,
+    start_method: str | None = None,
 ) -> multiprocessing.Process:
     """Start a script in a fork; `streams` are the files of standard input, output and error."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=_script, args=(script, arguments, cwd, streams))
+    process = context.Process(target=_script, args=(script, arguments, cwd, streams, start_method))
     process.start()
     return process
 
 
 def _run_forked(
-    script: str, arguments: Sequence[object], cwd: Path, stdin: str
+    script: str, arguments: Sequence[object], cwd: Path, stdin: str, start_method: str | None
 ) -> subprocess.CompletedProcess:
     with tempfile.TemporaryDirectory() as folder:
         given, printed, errors = (Path(folder) / name for name in ("in", "out", "err"))
         given.write_text(stdin, "utf-8", "surrogateescape")
-        process = start_script(script, *arguments, cwd=cwd, streams=(given, printed, errors))
+        streams = given, printed, errors
+        process = start_script(
+            script, *arguments, cwd=cwd, streams=streams, start_method=start_method
+        )
         process.join()
         texts = [file.read_text("utf-8") for file in (printed, errors)]
     return subprocess.CompletedProcess(script, process.exitcode, *texts)
 
 
 def _script(
-    script: str, arguments: Sequence[object], cwd: Path, streams: Sequence[Path | str]
+    script: str,
+    arguments: Sequence[object],
+    cwd: Path,
+    streams: Sequence[Path | str],
+    start_method: str | None,
 ) -> None:
     """What `python script arguments` does, in a process that has its packages imported already."""
     for number, file in enumerate(streams):
@@ -85,7 +98,8 @@ def _script(
     # As at a terminal: what a shell starts in the background ignores Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # A new process would start its workers in the default way, which is first in this list.
-    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
+    start_method = start_method or multiprocessing.get_all_start_methods()[0]
+    multiprocessing.set_start_method(start_method, force=True)
     os.chdir(cwd)
     sys.argv = [script, *map(str, arguments)]
     try:

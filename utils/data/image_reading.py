@@ -1,5 +1,6 @@
 """Batches of decoded images, read by worker processes; others in the place of unreadable ones."""
 
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from models.errors import InputError
 from models.preprocess import open_image, upright_rgb
 from models.weights.file_kind import one_line
-from utils.machine.interrupt import leave_signals_to_parent
+from utils.machine.interrupt import leave_signals_to_parent, signals_held_back
 from utils.machine.memory import CONTINUE, free_shared_memory
 
 LONGEST_WAIT = 600  # seconds for a batch; a disk in the network can be slow to wake up
@@ -88,8 +89,10 @@ def read_batches(
         worker_init_fn=leave_signals_to_parent,
         timeout=LONGEST_WAIT if num_workers else 0,
     )
+    multiprocessing.set_forkserver_preload([__name__])  # torch, which takes seconds, only once
     try:
-        arriving = iter(loader)
+        with signals_held_back():
+            arriving = iter(loader)
     except OSError as error:  # even the locks of a worker need some shared memory
         raise InputError(
             f"--num_workers {num_workers}: no process that reads images can be started "

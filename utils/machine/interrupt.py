@@ -7,6 +7,9 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 ONE_SIGNAL = 1.0  # seconds; a scheduler and torchrun both pass a signal on, a little apart
@@ -71,6 +74,22 @@ class Interrupt:
     def exit(self) -> SystemExit:
         """What ends a program that a signal has stopped, with the exit code that shells expect."""
         return SystemExit(128 + (self.signal or signal.SIGTERM))
+
+
+@contextmanager
+def signals_held_back() -> Iterator[None]:
+    """Signals come when the block has ended; to the processes that it starts, never, though they
+    import packages for seconds before they can ignore any. Windows has no such thing."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    if multiprocessing.get_start_method() != "fork":
+        resource_tracker.ensure_running()  # lets signals come again, once it runs
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def leave_signals_to_parent(_worker: int) -> None:

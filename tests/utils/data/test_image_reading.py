@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from script_runs import ROOT
 
 from flickr8k.render_demo import render_demo
+from models.clip_utils import create_model
 from models.errors import InputError
 from utils import Flickr8kDataset
 from utils.data import image_reading
@@ -86,6 +88,16 @@ def test_batches_through_pipes_are_those_of_the_data_set(data, monkeypatch, caps
             assert loaded.rows == rows
             assert torch.equal(loaded.images, torch.stack([dataset[row][0] for row in rows]))
     assert capsys.readouterr().out.count("/dev/shm) is too small") == 1
+
+
+@pytest.mark.parametrize("language, model", [("en", "ViT-demo"), ("cn", "cn-demo")])
+def test_what_a_worker_is_sent_is_paths_and_little_more(data, language, model):
+    """Where workers are no forks, it is pickled."""
+    dataset = Flickr8kDataset(data, language=language, model=create_model(model))
+    assert len(dataset.tokens) == len(dataset.text)  # the tokenizer is there, and has worked
+    sent = pickle.dumps(dataset.reader)
+    assert len(sent) < len(pickle.dumps(dataset.image)) + 1000
+    assert torch.equal(pickle.loads(sent)[0], dataset[0][0])
 
 
 def test_workers_that_cannot_be_started_are_named_with_the_remedy(data, monkeypatch):

@@ -1,5 +1,7 @@
 """Signals to a process that works, and to one that waits for what does not come."""
 
+import multiprocessing
+import os
 import signal
 import subprocess
 import sys
@@ -9,7 +11,7 @@ import pytest
 from script_runs import ROOT
 
 from utils.machine import interrupt
-from utils.machine.interrupt import Interrupt
+from utils.machine.interrupt import Interrupt, signals_held_back
 
 PROGRAM = """
 import multiprocessing, os, signal, sys, time
@@ -83,6 +85,25 @@ def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
         assert noted.has_come() and noted.exit().code == 143
     finally:
         noted.release()
+
+
+@posix
+def test_a_signal_while_a_worker_starts_is_its_parents(monkeypatch):
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "spawn")
+    noted = Interrupt()
+    worker = multiprocessing.get_context("spawn").Process(target=sum, args=([],))
+    try:
+        with signals_held_back():
+            signal.raise_signal(signal.SIGTERM)
+            worker.start()
+            assert not noted.has_come()
+        assert noted.signal == signal.SIGTERM
+    finally:
+        noted.release()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(worker.pid, number)
+    worker.join()
+    assert worker.exitcode == 0
 
 
 STUCK_WORKER = """
