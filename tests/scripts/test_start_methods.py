@@ -30,9 +30,9 @@ def data(tmp_path_factory):
 
 
 def train(data, cwd, language, *arguments, **how):
-    """The weights of the best epoch, and the losses and scores of all."""
+    """The weights, losses and scores after an epoch."""
     run_script("train.py", "--dataset_path", data, "--resume_training", "none", "--model",
-               MODELS[language], "--language", language, "--batch_size", 8, "--epochs", 2,
+               MODELS[language], "--language", language, "--batch_size", 8, "--epochs", 1,
                "--device", "cpu", *arguments, cwd=cwd, **how)  # fmt: skip
     (table,) = cwd.glob("logs/*/metrics.csv")
     with table.open(newline="") as stream:

@@ -97,8 +97,8 @@ def join_processes(device: str | None) -> tuple[Processes, torch.device]:
     computes on: with CUDA each process of a machine takes a GPU of its own. Alone: `ALONE` and the
     device.
     """
-    if "LOCAL_RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        os.environ.update(torchrun_variables(os.environ))
+    if "LOCAL_RANK" not in os.environ:
+        _join_without_torchrun()
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1 or "LOCAL_RANK" not in os.environ:
         return ALONE, pick_device(device)
@@ -125,6 +125,20 @@ def join_processes(device: str | None) -> tuple[Processes, torch.device]:
     if not processes.is_first:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - for as long as the process lives
     return processes, picked
+
+
+def _join_without_torchrun() -> None:
+    """Tell a process of an `srun` what torchrun would tell it. Raises `InputError` for one that
+    mpirun has started beside others."""
+    by_mpi = int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or 1)
+    by_slurm = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if by_mpi not in (1, by_slurm):  # srun can tell both; mpirun uses srun for one a machine
+        raise InputError(
+            f"mpirun has started {by_mpi} processes, which would train a model each: start them "
+            "with torchrun or srun, so that they train one together"
+        )
+    if by_slurm > 1:
+        os.environ.update(torchrun_variables(os.environ))
 
 
 def torchrun_variables(slurm: Mapping[str, str]) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Batches on their way from worker processes, and workers that do not deliver."""
 
 import errno
+import multiprocessing
 import os
 import pickle
 import signal
@@ -77,7 +78,10 @@ def test_where_there_is_no_limit_of_its_own_nothing_is_known_of_shared_memory(
         assert 0 < memory.free_shared_memory() < 2**60
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the workers are to inherit a patch")
+@pytest.mark.skipif(
+    multiprocessing.get_all_start_methods()[0] != "fork",
+    reason="the workers are to inherit a patch",
+)
 def test_batches_through_pipes_are_those_of_the_data_set(data, monkeypatch, capsys):
     monkeypatch.setattr(image_reading, "free_shared_memory", lambda: 0)
     image_reading._tell_of_small_shared_memory.cache_clear()
@@ -170,15 +174,15 @@ def test_a_batch_that_does_not_come_ends_the_program_with_one_line(tmp_path):
 def test_a_run_that_waits_for_data_ends_on_sigterm(data, tmp_path):
     """As when a disk in the network has gone: the workers do not deliver."""
     (tmp_path / "sitecustomize.py").write_text(
-        "import os, time\n"
+        "import multiprocessing, time\n"
         "import models.preprocess as p\n"
         "import models.progress_bar\n"
         "import utils.machine.interrupt\n"
         "models.progress_bar.INTERVAL = 0\n"
         "utils.machine.interrupt.STANDSTILL = 2\n"
-        "of_parent, read = os.getpid(), p.open_image\n"
+        "read = p.open_image\n"
         "def open_image(path):\n"
-        "    while os.getpid() != of_parent: time.sleep(1)\n"
+        "    while multiprocessing.parent_process(): time.sleep(1)\n"
         "    return read(path)\n"
         "p.open_image = open_image\n"
     )

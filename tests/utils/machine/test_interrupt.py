@@ -116,7 +116,7 @@ time.sleep(0.5)
 """
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs fork")
+@posix
 def test_a_program_ends_though_a_worker_is_stuck():
     code, errors, seconds = outcome(STUCK_WORKER, [])
     assert (code, errors) == (0, "") and seconds < 10
