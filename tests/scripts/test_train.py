@@ -316,8 +316,6 @@ def test_both_splits_are_looked_for_before_anything_is_loaded(work):
 def test_the_data_set_is_looked_for_beside_the_script(work, monkeypatch):
     """Where prepare.py writes it. Commands to type name the scripts as they are found from here."""
     arguments = ["--language", "cn", "--epochs", 1, "--warmup_epochs", 0]
-    if (ROOT / "flickr8k" / "cn_train.json").exists():
-        pytest.skip("there is a data set")
     line = error_line("train.py", *arguments, cwd=work)
     assert f"{ROOT / 'flickr8k'}: no cn_train.json in it" in line
     assert f"python {ROOT / 'flickr8k' / 'prepare.py'} --download" in line

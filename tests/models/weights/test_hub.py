@@ -18,10 +18,10 @@ import pytest
 import torch
 from hub_server import COMMIT, running_hub
 from open_clip.pretrained import _PRETRAINED
+from open_clip_descriptions import DESCRIPTIONS, OWN
 from published import save_published
 from safetensors.torch import load_file, save_file
 from script_runs import ROOT, error_line, run_script
-from test_open_clip import DESCRIPTIONS, OWN
 
 from models import CLIP, clip_utils, load
 from models.convert import convert
