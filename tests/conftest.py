@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 SOURCES = {".css", ".gz", ".j2", ".js", ".md", ".png", ".py", ".toml", ".tsv", ".txt"}
@@ -23,9 +22,7 @@ MOVING = ("HF_", "HUGGINGFACE_", "MPLCONFIGDIR", "TORCH_HOME", "TRANSFORMERS_", 
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that tests start
-    if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
-        torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # the workers, and the scripts they start, share the cores
     folder = tempfile.TemporaryDirectory(prefix="tests_", ignore_cleanup_errors=True)
     config.add_cleanup(folder.cleanup)
     place = config.place = Path(folder.name).resolve()
@@ -54,30 +51,35 @@ def copy_sources(checkout: Path, copy: Path) -> None:
             shutil.copy2(file, target)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def working_folder(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The tests start in an empty folder, not in the checkout."""
+@pytest.fixture(scope="session")
+def known(request: pytest.FixtureRequest) -> Iterator[set[tuple[Path, int]]]:
+    """The files that no test may change. Tests start in an empty folder, not in the checkout."""
     started = Path.cwd()
     os.chdir(request.config.place / "work")
-    yield
+    yield files_in(request.config.place)
     os.chdir(started)
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A test fails that leaves a file beside the scripts, in the home or in the working folder."""
-    place = request.config.place
-    before = files_in(place)
+def nothing_left_behind(
+    request: pytest.FixtureRequest, known: set[tuple[Path, int]]
+) -> Iterator[None]:
+    """A test fails that changes a file beside the scripts, in the home or in the folder where it
+    starts."""
     yield
-    assert files_in(place) == before, "a test writes into a temporary folder of its own"
+    changed = files_in(request.config.place) ^ known
+    known ^= changed  # the next test did not do it
+    assert not changed, f"write into tmp_path, not {sorted({str(path) for path, _ in changed})}"
 
 
-def files_in(folder: Path) -> set[Path]:
-    """The files in `folder`, but for those that Python and the libraries keep for themselves."""
+def files_in(folder: Path) -> set[tuple[Path, int]]:
+    """The files in `folder` and when they were written, without what Python and the libraries keep
+    there for themselves."""
     found = set()
     for parent, folders, files in os.walk(folder):
         folders[:] = {*folders} - {"__pycache__", "tests", "matplotlib", "fontconfig"}
-        found.update(Path(parent, name) for name in files)
+        paths = [Path(parent, name) for name in files]
+        found.update((path, path.lstat().st_mtime_ns) for path in paths)
     return found
 
 

@@ -8,11 +8,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import cache
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
-# Importing these takes seconds, which a new process would need for every script.
-PRELOADED = ["torch", "torchvision", "pyzjr", "matplotlib.figure"]
 
 
 def run_script(
@@ -48,13 +50,24 @@ def error_line(script: str, *arguments: object, cwd: Path, code: int = 2) -> str
     return lines[0]
 
 
+@cache
+def forks() -> BaseContext:
+    """Processes that are forks of one that has imported what scripts need; on Windows, new ones."""
+    if sys.platform == "win32":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["preloaded"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), str(ROOT)]))
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
 def start_script(
     script: str, *arguments: object, cwd: Path, streams: Sequence[Path | str] = (os.devnull,) * 3
 ) -> multiprocessing.Process:
     """Start a script in a fork; `streams` are the files of standard input, output and error."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=_script, args=(script, arguments, cwd, streams))
+    process = forks().Process(target=_script, args=(script, arguments, cwd, streams))
     process.start()
     return process
 
