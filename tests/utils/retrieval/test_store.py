@@ -3,7 +3,6 @@ and the programs that use it."""
 
 import json
 import math
-import multiprocessing
 import os
 import signal
 import sys
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
-from script_runs import PRELOADED
+from script_runs import forks
 
 from models.clip_utils import create_model
 from models.errors import InputError
@@ -281,11 +280,9 @@ def search_in_child(weights, folder, arguments, results) -> None:
 
 def in_children(weights, folder, *arguments) -> list:
     """What children with these arguments of `Slow`, at work at the same time, return."""
-    context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    results = context.Queue()
+    results = forks().Queue()
     children = [
-        context.Process(target=search_in_child, args=(weights, folder, given, results))
+        forks().Process(target=search_in_child, args=(weights, folder, given, results))
         for given in arguments
     ]
     for child in children:
