@@ -27,6 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(folder.cleanup)
     place = config.place = Path(folder.name).resolve()
     copy_sources(CHECKOUT, place / "checkout")
+    (place / "checkout" / "tests" / "__init__.py").touch()  # before a package that has this name
     sys.path[:0] = [str(place / "checkout"), str(place / "checkout" / "tests")]
     if (shared := CHECKOUT.parent / "shared").is_dir():
         (place / "shared").symlink_to(shared, target_is_directory=True)
