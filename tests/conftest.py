@@ -34,8 +34,9 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("PYTHONUSERBASE", site.getuserbase())  # where pip --user puts packages
     for name in [name for name in os.environ if name.startswith(MOVING)]:
         del os.environ[name]
-    for name in ("HOME", "USERPROFILE", "LOCALAPPDATA"):
+    for name in ("HOME", "USERPROFILE"):
         os.environ[name] = str(place / "home")
+    os.environ["LOCALAPPDATA"] = str(place / "home" / ".cache")
     for name in ("home", "work"):
         (place / name).mkdir()
 
@@ -74,11 +75,11 @@ def nothing_left_behind(
 
 
 def files_in(folder: Path) -> set[tuple[Path, int]]:
-    """The files in `folder` and when they were written, without what Python and the libraries keep
-    there for themselves."""
+    """The files in `folder` and when they were written, but for those in hidden folders, where
+    libraries keep what is theirs, such as a list of fonts."""
     found = set()
     for parent, folders, files in os.walk(folder):
-        folders[:] = {*folders} - {"__pycache__", "tests", "matplotlib", "fontconfig"}
+        folders[:] = [name for name in folders if name[0] not in "._" and name != "tests"]
         paths = [Path(parent, name) for name in files]
         found.update((path, path.lstat().st_mtime_ns) for path in paths)
     return found
