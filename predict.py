@@ -18,10 +18,12 @@ from itertools import chain, count
 from pathlib import Path
 
 from models.errors import InputError, run_script
+from models.scripts import ArgumentParser
 from utils.runs.arguments import (
     add_loading,
     newest_weights,
     path,
+    picture,
     run_folder,
     trained_on,
     trained_weights,
@@ -34,9 +36,7 @@ NAME_LENGTH = 60  # characters, at most 240 bytes: with a number they fit into a
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "image",
         nargs="?",
@@ -66,7 +66,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--output",
-        type=path,
+        type=picture,
         metavar="FILE",
         help="file for the picture of the result (default: in predictions/ in the run's folder)",
     )

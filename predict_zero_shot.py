@@ -4,10 +4,8 @@ et al. 2021, section 3.1).
 python predict_zero_shot.py photo.jpg --labels "a dog" "a cat"
 """
 
-import argparse
-
 from models.errors import InputError, run_script
-from models.scripts import from_here
+from models.scripts import ArgumentParser, from_here
 from utils.data.templates import TEMPLATE_SETS, read_templates
 from utils.runs.arguments import add_loading, name_or_path, trained_weights
 
@@ -15,9 +13,7 @@ LABELS = ["two line charts", "a schematic diagram", "a landscape photo", "a oil 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "image",
         nargs="?",

@@ -15,15 +15,13 @@ from pathlib import Path
 
 from models.errors import run_script
 from models.host import Console, garbage_unsearched, is_terminal, script_settings
-from models.scripts import add_activation, from_here
+from models.scripts import ArgumentParser, add_activation, from_here
 from models.weights.registry import MAX_RESOLUTION
 from utils.runs.arguments import fraction, integer, number, path, positive, starting_point, workers
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     # fmt: off
     add("--demo", action="store_true",
@@ -36,7 +34,6 @@ def build_parser() -> argparse.ArgumentParser:
     add_activation(parser)
     add("--log_dir", type=path, default="logs", help="folder for the runs (default: %(default)s)")
     add("--seed", type=integer(0, 2**32 - 1), default=0, help="for random choices (default: 0)")
-    add("--debug", action="store_true", help="show the traceback of an error")
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset_path", type=path, default=from_here("flickr8k"),

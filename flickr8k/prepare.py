@@ -21,7 +21,6 @@ these formats:
 Flickr8k (Hodosh, Young, Hockenmaier 2013) is for non-commercial research and education.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -39,12 +38,12 @@ if not __package__:  # as a script: Python looks for modules in this folder, not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from flickr8k.own_captions import OwnSet, read_own
+from models import scripts
 from models.errors import InputError, run_script
 from models.files import check_regular, check_size, decoded
 from models.progress_bar import progress_bar
 from utils.data.annotations import annotations_json, refuse_another_set, write_set
 from utils.data.caption_formats import UnknownFormat, read_records
-from utils.runs import arguments
 
 Captions = dict[str, list[str]]  # name of an image -> its captions
 Splits = dict[str, list[str]]  # "train", "val" or "test" -> names of its images
@@ -475,10 +474,10 @@ def _warn(message: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Turn Flickr8k into the files that train.py reads: images/*.jpg and "
-        "en_{train,val,test}.json, with the official splits; or do so with captions of yours. "
-        "Files that are there already are not written again. Flickr8k is for non-commercial "
+    parser = scripts.ArgumentParser(
+        description="Turn Flickr8k into the files that train.py reads: images/*.jpg and\n"
+        "en_{train,val,test}.json, with the official splits; or do so with captions of yours.\n"
+        "Files that are there already are not written again. Flickr8k is for non-commercial\n"
         "research and education.",
     )
     parser.add_argument(
@@ -489,7 +488,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--source",
-        type=arguments.path,
+        type=scripts.path,
         nargs="+",
         default=[],
         metavar="PATH",
@@ -500,14 +499,13 @@ def main() -> None:
     )
     parser.add_argument(
         "--output",
-        type=arguments.path,
+        type=scripts.writable_folder,
         default=Path(__file__).resolve().parent,
         help="folder to write into (default: the folder of this script)",
     )
     parser.add_argument(
         "--language", choices=["en", "cn"], default="en", help="of the captions (default: en)"
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     if not (args.download or args.source):
         parser.error("say where to get Flickr8k: --download, or --source PATH if you have it")

@@ -6,7 +6,6 @@ As a script this file downloads weights, or lists those that have a name:
     python models/clip_utils.py --list
 """
 
-import argparse
 import os
 import sys
 from dataclasses import replace
@@ -23,7 +22,7 @@ from models.device import pick_device
 from models.errors import InputError, run_script
 from models.files import check_regular, run_weights
 from models.preprocess import Preprocess
-from models.scripts import from_here
+from models.scripts import ArgumentParser, from_here, writable_folder
 from models.tokens import clip_tokenizer, token_rows
 from models.weights import hub
 from models.weights.architecture import check_resolution
@@ -183,8 +182,7 @@ def _train(name: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = ArgumentParser(
         description="Download the weights of a CLIP model and print their place, or list those "
         "that have a name.",
         epilog=HELP,
@@ -194,9 +192,9 @@ def main() -> None:
                       "OWNER/NAME of a repository on the Hugging Face hub")  # fmt: skip
     task.add_argument("--list", action="store_true", help="list the names, what the weights were "
                       "trained on, and where those are that have been downloaded")  # fmt: skip
-    parser.add_argument("--download_root", default=MODELS_PTH, metavar="FOLDER",
+    parser.add_argument("--download_root", type=writable_folder, default=MODELS_PTH,
+                        metavar="FOLDER",
                         help="folder for OpenAI's weights (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     if args.list:
         list_models(args.download_root)

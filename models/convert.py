@@ -4,7 +4,6 @@ python models/convert.py logs/<run> my_clip --format transformers
 python models/convert.py ViT-B/32 my_clip.safetensors --format safetensors --half
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -23,8 +22,9 @@ from torch import Tensor
 from models.clip import CLIP
 from models.clip_utils import find_weights, read_model
 from models.errors import InputError, run_script
+from models.files import check_writable
 from models.onnx_export import check_packages, export_onnx, preparation
-from models.scripts import add_activation
+from models.scripts import ArgumentParser, add_activation, path
 from models.simple_tokenizer import END_OF_TEXT, START_OF_TEXT
 from models.tokens import clip_tokenizer
 from models.weights import chinese_clip, open_clip, transformers
@@ -160,9 +160,10 @@ def convert(model: CLIP, output: Path, to: str, half: bool = False) -> None:
 
 
 def check_output(output: Path, to: str) -> None:
-    """Raise `InputError` if `output` exists, or is no name for this format."""
+    """Raise `InputError` if `output` exists, cannot be written, or is no name for this format."""
     if output.exists():
         raise InputError(f"{output}: exists already; name a new file or folder")
+    check_writable(output)
     if to == "safetensors" and output.suffix != ".safetensors":
         raise InputError(f"{output}: a single file; name it {output.name}.safetensors")
     if to == "onnx":
@@ -216,28 +217,24 @@ def description(name: str, path: object, is_chinese: bool = False) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__,
         epilog="\n".join(
             ["formats, and what opens them in Python:", *(description(f, "OUT") for f in FORMATS)]
         ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("weights", metavar="WEIGHTS", help="weights file or folder, a run, or a model name")
-    add("output", type=Path, metavar="OUT", help="what to write; it must not exist yet")
+    add("output", type=path, metavar="OUT", help="what to write; it must not exist yet")
     add("--format", choices=list(FORMATS), required=True, help="see below")
     add("--half", action="store_true", help="float16: half the size; features agree to 3 digits")
     add_activation(parser)
-    add("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
-    output = args.output.expanduser()
-    check_output(output, args.format)
+    check_output(args.output, args.format)
     model = read_model(find_weights(args.weights), args.activation)
-    convert(model, output, args.format, args.half)
-    print(
-        f"written to {output}\n{description(args.format, output.as_posix(), model.config.has_bert)}"
-    )
+    convert(model, args.output, args.format, args.half)
+    opened_by = description(args.format, args.output.as_posix(), model.config.has_bert)
+    print(f"written to {args.output}\n{opened_by}")
 
 
 if __name__ == "__main__":

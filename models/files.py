@@ -1,6 +1,7 @@
-"""Reading files that users name. A pipe could wait for ever and a device never end, so that only
-regular files are read, and those that are read whole only up to a size."""
+"""Files that users name. A pipe could wait for ever and a device never end, so that only regular
+files are read, and those that are read whole only up to a size; and only they are replaced."""
 
+import os
 from pathlib import Path
 
 from models.errors import InputError
@@ -20,6 +21,30 @@ def check_regular(path: Path) -> None:
     if path.exists() and not path.is_file():
         kind = "a folder" if path.is_dir() else "a pipe or a device"
         raise InputError(f"{path}: is {kind}, not a file; name a file")
+
+
+def check_writable(path: Path) -> None:
+    """Raise `InputError` if no file can be written at `path`, whose folder need not be there."""
+    try:
+        check_regular(path)
+        path.lstat()  # raises for a name that is too long
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+    check_writable_folder(path.parent)
+
+
+def check_writable_folder(folder: Path) -> None:
+    """Raise `InputError` if nothing can be written into `folder`, which need not be there."""
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise InputError(f"{folder}: cannot be written ({there} is no folder); name another folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{folder}: cannot be written (nothing may be written into {there.resolve()}); name "
+            "another folder"
+        )
 
 
 def check_size(path: object, size: int, largest: int = LARGEST) -> None:

@@ -7,7 +7,6 @@ As a script, it scores weights on class folders, or on a data set of torchvision
     python utils/classification.py --data my_images --linear_probe
 """
 
-import argparse
 import sys
 import warnings
 from collections import Counter
@@ -27,6 +26,7 @@ from torch import Tensor
 from models.clip import CLIP
 from models.errors import InputError, run_script
 from models.progress_bar import progress_bar
+from models.scripts import ArgumentParser, writable_file
 from models.weights.file_kind import one_line
 from utils.data.labelled_images import LabelledImages, find_labelled_images
 from utils.data.templates import TEMPLATE_SETS, default_templates, read_templates
@@ -37,7 +37,7 @@ from utils.machine.processes import ALONE, Processes
 from utils.retrieval.encode import encode_images, encode_texts
 from utils.retrieval.plots import plot_confusion
 from utils.retrieval.tables import format_rows
-from utils.runs.arguments import add_scoring, name_or_path, newest_weights, path
+from utils.runs.arguments import add_scoring, name_or_path, newest_weights, path, picture
 from utils.runs.checkpoint import write_json
 
 WORST = 3  # classes that are printed
@@ -243,8 +243,8 @@ def worst_classes(found: Accuracy, classes: Sequence[str]) -> list[str]:
     return lines
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(
         description="Score a CLIP on images of classes: top-1, top-5 and mean per-class accuracy."
     )
     parser.add_argument(
@@ -285,10 +285,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_scoring(parser)
     parser.add_argument(
-        "--json", type=path, metavar="FILE", help="write the scores, with those of each class"
+        "--json",
+        type=writable_file,
+        metavar="FILE",
+        help="write the scores, with those of each class",
     )
     parser.add_argument(
-        "--plot", type=path, metavar="FILE", help="write a picture of the confusion matrix"
+        "--plot", type=picture, metavar="FILE", help="write a picture of the confusion matrix"
     )
     return parser
 

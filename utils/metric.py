@@ -21,7 +21,7 @@ from torch import Tensor
 
 from models.clip import CLIP
 from models.errors import InputError, run_script
-from models.scripts import from_here
+from models.scripts import ArgumentParser, from_here, writable_file
 from utils.data.annotations import caption_file, missing_annotations
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.loss import contrastive_loss
@@ -38,6 +38,7 @@ from utils.runs.arguments import (
     add_scoring,
     newest_weights,
     path,
+    picture,
     trained_on,
 )
 from utils.runs.checkpoint import write_json
@@ -211,7 +212,7 @@ def evaluate(
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description="Score a CLIP on captioned images: Recall@K and mAP@K in both directions."
     )
     parser.add_argument(
@@ -231,18 +232,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_scoring(parser)
     parser.add_argument(
-        "--json", type=path, metavar="FILE", help="write the metrics, K from 1 to 10"
+        "--json", type=writable_file, metavar="FILE", help="write the metrics, K from 1 to 10"
     )
     parser.add_argument(
         "--plot",
-        type=path,
+        type=picture,
         metavar="FILE",
         help="write the plot of both against K, e.g. R_mAP.png (default: R_mAP_<split>.png in the "
         "newest run, if --weights is left out)",
     )
     parser.add_argument(
         "--report",
-        type=path,
+        type=writable_file,
         metavar="FILE",
         help="write a page to look at: scores, curves, and what was found for each query, e.g. "
         "report.html",

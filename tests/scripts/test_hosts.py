@@ -467,8 +467,8 @@ def test_every_format_of_pictures_is_written_or_refused_in_one_line(tmp_path):
     figure.axes[0].title.set_parse_math(False)
     for kind in figure.canvas.get_supported_filetypes():
         path = tmp_path / f"picture.{kind}"
-        if kind == "pgf" and not shutil.which("xelatex"):
-            with pytest.raises(InputError, match=rf"{re.escape(str(path))}: .* xelatex|'xelatex'"):
+        if kind == "pgf":  # for which LaTeX is needed
+            with pytest.raises(InputError, match=f"{re.escape(str(path))}: no format for pictures"):
                 save_figure(figure, path)
             assert not path.exists()
         else:

@@ -9,11 +9,19 @@ from typing import NamedTuple
 
 from models.errors import InputError
 from models.files import read_bytes, run_weights
-from models.scripts import SCRIPTS, add_activation, from_here
+from models.scripts import (
+    SCRIPTS,
+    VALUE_LENGTH,
+    add_activation,
+    checked,
+    from_here,
+    path,
+    writable_file,
+)
 from models.weights.file_kind import one_line
+from utils.runs.files import picture_format
 
 ARGUMENTS_LENGTH = 2**20  # bytes of an arguments.json
-VALUE_LENGTH = 60  # characters of a refused value that its message shows
 PATH_LENGTH = 4096  # characters; longer ones are refused by every system
 LARGEST = 10**9  # of the numbers whose size has no limit of its own
 
@@ -55,15 +63,9 @@ def fraction(text: str) -> float:
     return _parse(float, lambda x: 0 <= x <= 1, "a number from 0 to 1", text)
 
 
-def path(text: str) -> Path:
-    """A path, `~` being the user's home."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("the path is empty")
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        message = f"{text:.{VALUE_LENGTH}}: that home folder is unknown"
-        raise argparse.ArgumentTypeError(message) from None
+def picture(text: str) -> Path:
+    """The path of a picture to write, checked before anything is computed for it."""
+    return checked(writable_file(text), picture_format)
 
 
 def name_or_path(text: str) -> str:
@@ -95,7 +97,6 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         "where the device has it, else float16; similarities stay float32",
     )
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first there is)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def add_scoring(parser: argparse.ArgumentParser) -> None:
