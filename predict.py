@@ -18,6 +18,7 @@ from itertools import chain, count
 from pathlib import Path
 
 from models.errors import InputError, run_script
+from models.files import check_writable_folder
 from models.scripts import ArgumentParser
 from utils.runs.arguments import (
     add_loading,
@@ -106,6 +107,7 @@ def caption(args: argparse.Namespace) -> None:
     check_name(name)
     captions = list(dict.fromkeys(args.text or read_captions(args.captions_file, name)))
     weights = find_weights(name)
+    pictures = args.output or output_folder(weights)
     print(f"weights: {weights}")
     model, preprocess = load(weights, args.device, activation=args.activation)
     precision = Precision(model.device, args.use_amp)
@@ -122,7 +124,7 @@ def caption(args: argparse.Namespace) -> None:
             with precision.autocast():
                 (own,) = encode_pixels(model, [preprocess.pixels(image)])
             ranked = rank_captions(captions, text_features, own, model.logit_scale)[:TOP]
-            output = args.output or new_picture(output_folder(weights), file)
+            output = args.output or new_picture(pictures, file)
             for place, (text, probability, similarity) in enumerate(ranked, 1):
                 print(f"{place}. {probability:7.2%}  similarity {similarity:.3f}  {text}")
             draw_ranking(image, ranked, output)
@@ -153,6 +155,7 @@ def search(args: argparse.Namespace, folder: Path) -> None:
     if args.output and len(texts) > 1:
         raise InputError("--output is for one picture; give one text to search for")
     weights = find_weights(name)
+    pictures = args.output or output_folder(weights)
     print(f"weights: {weights}")
     model, preprocess = load(weights, args.device, activation=args.activation)
     precision = Precision(model.device, args.use_amp)
@@ -178,7 +181,7 @@ def search(args: argparse.Namespace, folder: Path) -> None:
             picture = open_image(folder / image)
             picture.thumbnail(THUMBNAIL)
             shown.append((picture, f"{place}. {similarity:.3f} {image}"))
-        output = args.output or new_picture(output_folder(weights), folder.resolve().name)
+        output = args.output or new_picture(pictures, folder.resolve().name)
         draw_found(title, shown, output)
         tell_of_picture(output, args.show)
 
@@ -224,8 +227,10 @@ def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
 
 def output_folder(weights: str | Path) -> Path:
     """The folder for pictures: `predictions/` in the folder of the run that `weights` belong to; in
-    the current folder if they belong to none."""
-    return (run_folder(weights) or Path.cwd()) / "predictions"
+    the current folder if they belong to none. Raises `InputError` if it cannot be written."""
+    folder = (run_folder(weights) or Path.cwd()) / "predictions"
+    check_writable_folder(folder)
+    return folder
 
 
 def new_picture(folder: Path, image: str) -> Path:

@@ -241,6 +241,7 @@ def get_loader(args: argparse.Namespace, sets: dict, model, device, processes):
     num_workers = by_default if args.num_workers is None else args.num_workers
     for dataset in sets.values():
         dataset.prepare_for(model)
+        dataset.check_texts()
     at_once = min(args.batch_size, args.grad_cache or args.batch_size)
     check_images_fit(at_once // processes.size, model.visual.input_resolution, device)
     if args.cache is not None:
@@ -262,7 +263,7 @@ def open_run(args: argparse.Namespace, resumed: dict | None, model, loader, val_
     from utils.runs.checkpoint import write_json
     from utils.runs.folder import Run, new_run_folder, reopen_run_folder
     from utils.runs.records import Log, Losses
-    from utils.training.settings import as_saved, check_same_data
+    from utils.training.settings import as_saved, check_same_data, how_it_goes_on, without_effect
 
     data = loader.dataset.fingerprint() + val_set.fingerprint()
     check_same_data(args, data, resumed)
@@ -280,6 +281,9 @@ def open_run(args: argparse.Namespace, resumed: dict | None, model, loader, val_
         log = Log(run.folder / f"console_{started}.log")
         sys.stdout = Console(log, colours=is_terminal(sys.stdout))
         show_config(args=args, color="bold")
+        on = how_it_goes_on(args, resumed) if resumed else ()
+        for line in (*on, *without_effect(args, len(loader))):
+            print(line)
         run.loss_history = Losses(run.folder, resumed["rows"] if resumed else [])
         if args.wise_ft or args.keep:
             run.keep_start(model, is_new=not resumed)

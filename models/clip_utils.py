@@ -20,12 +20,13 @@ from torch import Tensor
 from models.clip import CLIP, build_model
 from models.device import pick_device
 from models.errors import InputError, run_script
-from models.files import check_regular, run_weights
+from models.files import check_regular, run_weights, runs_in
 from models.preprocess import Preprocess
 from models.scripts import ArgumentParser, from_here, writable_folder
 from models.tokens import clip_tokenizer, token_rows
 from models.weights import hub
 from models.weights.architecture import check_resolution
+from models.weights.checks import listed
 from models.weights.registry import (
     CONFIGS,
     CONTEXT_LENGTH,
@@ -95,12 +96,17 @@ def find_weights(name: str | os.PathLike, download_root: str | os.PathLike = MOD
 def check_name(name: str | os.PathLike) -> None:
     """Raise `InputError` for what is neither a name of weights nor a path. Whether the hub has a
     repository of that name is not asked."""
-    if name in SHA256 or Path(name).expanduser().exists() or hub.repository_of(str(name)):
+    path = Path(name).expanduser()
+    if name in SHA256 or path.is_file() or run_weights(path) or hub.repository_of(str(name)):
+        return
+    runs = runs_in(path if path.is_dir() else path.parent)
+    if path.exists() and not runs:
         return
     if name in CONFIGS:
         raise InputError(f"{name}: has no published weights; to train it: {_train(name)}")
-    folder = Path(name).expanduser().parent
-    beside = map(str, folder.iterdir()) if folder.is_dir() else []
+    if runs:
+        raise InputError(f"{name}: no run with weights; those here are {listed(runs)}")
+    beside = map(str, path.parent.iterdir()) if path.parent.is_dir() else []
     near = near_names(str(name), [*CONFIGS, *hub.HUB, *beside])
     raise InputError(
         f"{name}: neither a file nor the name of published weights{near}; the names are "

@@ -16,6 +16,12 @@ def run_weights(run: Path) -> Path | None:
     return next((file for name in names if (file := run / "weights" / name).is_file()), None)
 
 
+def runs_in(folder: Path) -> list[str]:
+    """The runs of train.py in a folder, the newest first."""
+    runs = {weights.parent for weights in folder.glob("*/weights") if any(weights.glob("*.pth"))}
+    return sorted(map(str, runs), key=os.path.getmtime, reverse=True)
+
+
 def check_regular(path: Path) -> None:
     """Raise `InputError` if what stands at `path` is no regular file; nothing need stand there."""
     if path.exists() and not path.is_file():

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from models.clip import CLIP
 from models.errors import InputError, run_script
+from models.files import check_writable
 from models.scripts import ArgumentParser, from_here, writable_file
 from utils.data.annotations import caption_file, missing_annotations
-from utils.flickr8k_dataloader import Flickr8kDataset
+from utils.flickr8k_dataloader import ALIKE, Flickr8kDataset
 from utils.loss import contrastive_loss
 from utils.machine.memory import explained
 from utils.machine.precision import Precision
@@ -265,11 +266,16 @@ def main() -> None:
     weights = args.weights or newest_weights()
     check_name(weights)
     dataset_path, languages = data_to_score_on(args, weights)
+    plot = args.plot
+    if not (plot or args.weights):
+        plot = weights.parents[1] / f"R_mAP_{args.split}.png"
+        check_writable(plot)
     dataset = Flickr8kDataset(
         dataset_path, language=languages, plain_protocol=args.plain_protocol, split=args.split
     )
     model, _ = load(weights, args.device, activation=args.activation)
     dataset.prepare_for(model)
+    dataset.check_texts()
     precision = Precision(model.device, args.use_amp)
     features = encode_set(model, dataset, args.batch_size, args.num_workers, precision)
     metrics = retrieval_metrics(*features, dataset.img_to_txt, dataset.txt_to_img, range(1, 11))
@@ -277,13 +283,12 @@ def main() -> None:
     if shared := dataset.count_shared_captions():
         print(f"{shared} of the captions belong to several images, each a right answer "
               "(--plain_protocol: its own image alone)")  # fmt: skip
+    if alike := dataset.count_alike_captions():
+        print(f"warning: {alike} captions are different texts, but {ALIKE}")
     print(format_table(metrics, args.split))
     if args.json:
         write_json(args.json, metrics)
         print(f"metrics written to {args.json}")
-    plot = args.plot
-    if not args.weights:
-        plot = plot or weights.parents[1] / f"R_mAP_{args.split}.png"
     if plot:
         plot_metrics(metrics, plot)
         print(f"plot written to {plot}")

@@ -1,6 +1,7 @@
 """The data set and the training batches."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,13 @@ from PIL import Image
 from script_runs import ROOT
 
 from models import tokenize
+from models.clip_utils import create_model
 from models.errors import InputError
 from models.preprocess import Preprocess, normalize
 from utils import Flickr8kDataset
 from utils.data.augment import recolour
 from utils.flickr8k_dataloader import TrainLoader, check_batch_size
+from utils.loss import contrastive_loss
 from utils.machine.processes import ALONE, Processes
 
 CPU = torch.device("cpu")
@@ -208,6 +211,37 @@ def test_long_captions_are_cut_and_counted(tmp_path):
     assert dataset.count_cut_captions() == 1
     assert torch.equal(dataset.tokens[0], dataset.tokens[1])
     assert torch.equal(dataset.tokens, tokenize(dataset.text, truncate=True))
+
+
+@pytest.mark.parametrize("model, word", [("ViT-demo", "dog "), ("cn-demo", "狗")])
+def test_texts_that_are_equal_only_once_they_are_cut_stay_their_images_own(tmp_path, model, word):
+    """With equal features the loss of two such images is that of a guess, log 2."""
+    start = word * 90
+    for i in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    captions = [[start + "a", start + "c"], [start + "b", start + "c"], ["short"]]
+    entries = [{"image": f"{i}.png", "caption": own} for i, own in enumerate(captions)]
+    (tmp_path / "en_val.json").write_text(json.dumps(entries))
+    dataset = Flickr8kDataset(tmp_path, 8, is_train=False, model=create_model(model))
+    assert (dataset.tokens[0] == dataset.tokens[:4]).all()
+    assert dataset.txt_to_img == {0: 0, 1: [0, 1], 2: 1, 3: [0, 1], 4: 2}
+    assert (dataset.count_cut_captions(), dataset.count_alike_captions()) == (4, 4)
+    features, texts = torch.ones(2, 3), dataset.text_ids[[0, 2]][:, None]
+    loss = contrastive_loss(features, features, torch.tensor(0.0), texts=texts)
+    assert loss.item() == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("texts", [["a dog", "A  dog"], ["dog " * 90 + "a", "dog " * 90 + "b"]])
+def test_a_split_of_one_text_is_refused(tmp_path, texts):
+    for i in range(2):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    entries = [{"image": f"{i}.png", "caption": text} for i, text in enumerate(texts)]
+    (tmp_path / "en_val.json").write_text(json.dumps(entries))
+    dataset = Flickr8kDataset(tmp_path, 8, is_train=False)
+    with pytest.raises(InputError, match="all 2 validation captions are one text"):
+        dataset.check_texts()
+    dataset.tokens[1, 1] += 1
+    dataset.check_texts()
 
 
 def test_the_rest_of_an_epoch_is_what_it_would_have_been(root):

@@ -123,6 +123,16 @@ def test_a_model_that_is_never_wrong_gets_everything_from_two_classes_as_caption
     assert metrics["i2t"]["median_rank"] == metrics["t2i"]["median_rank"] == 20
 
 
+def test_texts_that_are_equal_only_once_they_are_cut_are_no_right_answers_of_others(tmp_path):
+    """Two of four texts look the same to the best of models: with ties against it, it finds the
+    images of the other two alone, and none of the texts that look the same stands first."""
+    start = "dog " * 90
+    captions = [["a cat"], [f"{start}a"], [f"{start}b"], ["a bird"]]
+    metrics, _ = judged(tmp_path, captions)
+    assert metrics["t2i"]["R@1"] == metrics["i2t"]["R@1"] == 50
+    assert metrics["t2i"]["R@5"] == metrics["i2t"]["R@5"] == 100
+
+
 @pytest.mark.parametrize("k, batch_size", [(1, 5), (2, 4), (3, 7), (2, 100)])
 def test_validation_loss_is_that_of_training_for_the_same_captions_and_batches(
     tmp_path, k, batch_size

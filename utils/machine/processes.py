@@ -15,6 +15,12 @@ from models.device import pick_device
 from models.errors import InputError
 
 T = TypeVar("T")
+# Variables that tell how many processes a launcher has started side by side.
+LAUNCHERS = {
+    "SLURM_STEP_NUM_TASKS": "srun",
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpirun",
+}
 LONGEST_WAIT = timedelta(hours=12)  # for the first process, which downloads, checks and decodes
 
 
@@ -94,8 +100,17 @@ ALONE = Processes()
 def join_processes(device: str | None) -> tuple[Processes, torch.device]:
     """This process's place among those that torchrun has started, and the device it computes on:
     with CUDA each process of a machine takes a GPU of its own. Alone: `ALONE` and the device.
+    Raises `InputError` for processes that another launcher has started, which are not joined.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
+    if "WORLD_SIZE" not in os.environ:
+        for name, launcher in LAUNCHERS.items():
+            if os.environ.get(name, "1") != "1":
+                raise InputError(
+                    f"{launcher} has started {os.environ[name]} processes, which would train a run "
+                    f"each: have it start torchrun once a machine, torchrun train.py ..., which "
+                    "joins its processes; if each is to train alone, set WORLD_SIZE=1"
+                )
     if size == 1:
         return ALONE, pick_device(device)
     local = int(os.environ["LOCAL_RANK"])

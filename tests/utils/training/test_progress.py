@@ -4,10 +4,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
+from flickr8k.render_demo import render_demo
+from models.clip_utils import create_model
+from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
+from utils.machine.precision import Precision
 from utils.retrieval.tables import TITLES
-from utils.training.progress import comment_on_epochs, report_epoch
+from utils.training.progress import announce, comment_on_epochs, report_epoch
 from utils.training.state import State
 
 METRICS = {way: {"R@1": 1.0, "R@5": 1.0, "R@10": 1.0, "mAP@1": 1.0, "mAP@5": 1.0, "mAP@10": 1.0,
@@ -49,6 +54,38 @@ def test_a_best_epoch_that_does_not_count_is_told(capsys):
     comment_on_epochs(after_epochs(7.0, 8.62, keep=True), 200)
     comment_on_epochs(after_epochs(7.0, 8.62, 7.5), 200)  # there the best one counts
     assert not capsys.readouterr().out
+
+
+def test_points_that_are_gained_are_not_lost(capsys):
+    for score, words in (
+        (88.88, "points gained, on average: 11.11"),
+        (66.66, "lost, on average: 11.11"),
+    ):
+        row = {"epoch": 2, "train_loss": 1.0, "val_loss": 1.0, "mean_recall": 1.0}
+        start = {"mean_recall": 1.0, "retention_a": 77.77}
+        state = SimpleNamespace(start=start, epochs=[row | {"retention_a": score}])
+        report_epoch(state, 10, METRICS, 200, 1e-4)
+        assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "has_products, use_amp, device, epochs, hints",
+    [(True, False, "cpu", 0, 1), (False, False, "cpu", 0, 0), (True, True, "cpu", 0, 0),
+     (True, False, "meta", 0, 0), (True, False, "cpu", 3, 0)],
+)  # fmt: skip
+def test_bfloat16_is_recommended_where_the_processor_has_it(
+    tmp_path, capsys, monkeypatch, has_products, use_amp, device, epochs, hints
+):
+    """Once, without a number, and only if the run trains."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_products)
+    model, cpu = create_model("ViT-demo"), torch.device("cpu")
+    data = Flickr8kDataset(render_demo(tmp_path, n_train=4, n_val=2))
+    data.prepare_for(model)
+    precision = Precision(cpu, use_amp)
+    precision.device = torch.device(device)
+    state = SimpleNamespace(model=model, precision=precision, epochs=[{}] * epochs)
+    announce(state, TrainLoader(data, 4, cpu), {"train": data, "val": data}, 3, tmp_path)
+    assert capsys.readouterr().out.count("hint: ") == hints
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
