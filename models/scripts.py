@@ -7,6 +7,7 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 from models.errors import InputError
@@ -37,15 +38,15 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
-        words = sys.argv[1:] if args is None else args
+        words = list(takewhile("--".__ne__, sys.argv[1:] if args is None else args))
+        names = [word.partition("=")[0] for word in words]
         options = self._option_string_actions  # argparse has no public list of them
-        for word in () if {"-h", "--help"} & {*words} else words:
-            name = word.partition("=")[0]
-            if re.fullmatch(r"--?[A-Za-z][\w-]*", name) and name not in options:
-                begun = [option for option in options if option.startswith(name)]
-                meant = begun or difflib.get_close_matches(name, options, 1)
-                advice = f"did you mean {' or '.join(meant)}?" if meant else "--help lists them"
-                self.error(f"{name}: there is no such option; {advice}")
+        unknown = [n for n in names if re.fullmatch(r"--?[A-Za-z][\w-]*", n) and n not in options]
+        if unknown and not {"-h", "--help"} & {*names}:
+            begun = [option for option in options if option.startswith(unknown[0])]
+            meant = begun or difflib.get_close_matches(unknown[0], options, 1)
+            advice = f"did you mean {' or '.join(meant)}?" if meant else "--help lists them"
+            self.error(f"{unknown[0]}: there is no such option; {advice}")
         return super().parse_args(args, namespace)
 
     def error(self, message: str) -> None:

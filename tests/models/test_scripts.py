@@ -41,6 +41,8 @@ def test_help_comes_first_and_values_are_no_options(capsys):
     parser.add_argument("--text", nargs="+")
     found = parser.parse_args(["--data", "x", "--text", "-- a dash", "-1", "- b"])
     assert found.text == ["-- a dash", "-1", "- b"]
+    parser.add_argument("image")
+    assert parser.parse_args(["--data", "x", "--", "--odd"]).image == "--odd"
     with pytest.raises(InputError, match=r"did you mean --data\?"):  # not: --data is required
         parser.parse_args(["--dat", "x"])
 
