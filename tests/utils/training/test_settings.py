@@ -120,8 +120,8 @@ def test_arguments_without_effect_are_told(monkeypatch, arguments, named):
          [..., "changed: --weight_decay 0.1 -> 0.5; --freq 5 -> 2, so that its result is not that "
           "of an uninterrupted run"]),
         (["--log_dir", "x"], [..., "--log_dir has no effect: a run goes on in its own folder"]),
-        (["--epochs", "2"], ["changed: --epochs 20 -> 2, so that its result is not that of an "
-                             "uninterrupted run"]),
+        (["--epochs", "2", "--warmup_epochs", "1"],
+         ["changed: --epochs 20 -> 2, so that its result is not that of an uninterrupted run"]),
     ],
 )  # fmt: skip
 def test_a_run_that_goes_on_tells_what_is_not_as_it_was(monkeypatch, arguments, lines):
