@@ -306,7 +306,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def score(trained, monkeypatch, capsys):
-    """Runs the script on these weights, whose run was started with `run`; returns what it prints."""
+    """Runs the script on these weights of a run that was started with `run`; what it prints."""
 
     def call(*arguments: object, run: object) -> str:
         write_json(trained.parents[1] / "arguments.json", run)
