@@ -98,9 +98,9 @@ def build_parser() -> ArgumentParser:
     add("--retention", type=path, nargs="+", metavar="DATA",
         help="measure as training goes on what is left on DATA: a folder of class folders or a set "
         "of torchvision (zero-shot top-1), or a folder like --dataset_path (mean recall)")
-    add("--retention_loss", type=number(), default=2.0, metavar="POINTS",
+    add("--retention_loss", type=number(), metavar="POINTS",
         help="with --retention, --wise_ft takes the best mixture that loses at most so many points "
-        "there (default: %(default)g)")
+        "there (default: 2)")
 
     add = parser.add_argument_group("memory, speed, interruptions").add_argument
     add("--use_amp", action="store_true",

@@ -33,7 +33,7 @@ DEMO = {
 }
 CHINESE_DEMO = {"model": "cn-demo", "epochs": 30}
 FROM_SCRATCH = {"lr": 5e-4}
-FINE_TUNING = {"keep": 6.0, "wise_ft": [0.0, 0.25, 0.5, 0.75, 1.0]}
+FINE_TUNING = {"keep": 6.0, "wise_ft": [0.0, 0.25, 0.5, 0.75, 1.0], "retention_loss": 2.0}
 # Of fine-tuning, times the width of the wider tower: Adam's best rate falls as the width grows
 # (Yang et al. 2021, "Tensor Programs V", table 3). Within a point of the best score at widths
 # 128 to 384 and in other batches; with 200 images a lower rate is 1.2 points better
@@ -76,6 +76,10 @@ def settle(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict[st
     if args.optimizer_type == "sgd" and args.lr is None:
         raise InputError("--optimizer_type sgd: the default rate is Adam's, and SGD needs a far "
                          "higher one: give --lr")  # fmt: skip
+    if args.retention_loss is not None and not args.retention:
+        raise InputError(
+            "--retention_loss is of the sets of --retention: add it, or leave both out"
+        )
     try:
         check_writable_folder(args.log_dir)
     except InputError as error:

@@ -44,6 +44,7 @@ def test_from_scratch_there_is_nothing_to_keep(monkeypatch):
     "arguments, named",
     [
         (["--optimizer_type", "sgd"], "give --lr"),
+        (["--retention_loss", "3"], "--retention"),
         (
             ["--log_dir", "a_file/logs"],
             "--log_dir a_file/logs: cannot be written (a_file is no folder",
