@@ -75,7 +75,7 @@ def settle(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict[st
         return args, resumed
     if args.optimizer_type == "sgd" and args.lr is None:
         raise InputError("--optimizer_type sgd: the default rate is Adam's, and SGD needs a far "
-                         "higher one: give --lr")  # fmt: skip
+                         "higher one: give --lr, such as 1e-2")  # fmt: skip
     if args.retention_loss is not None and not args.retention:
         raise InputError(
             "--retention_loss is of the sets of --retention: add it, or leave both out"
