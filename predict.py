@@ -20,12 +20,11 @@ from pathlib import Path
 from models.errors import InputError, run_script
 from utils.runs.arguments import (
     add_loading,
-    newest_weights,
     path,
     run_folder,
     trained_on,
-    trained_weights,
 )
+from utils.runs.chosen import add_weights, weights_to_use
 
 TOP = 5  # captions that are printed and drawn
 FIRST = 10  # images that are
@@ -44,13 +43,7 @@ def main() -> None:
         help="path of an image (default: you are asked for it), or of a folder to search in, with "
         "all folders in it",
     )
-    parser.add_argument(
-        "--weights",
-        type=trained_weights,
-        metavar="NAME_OR_PATH",
-        help="weights file, run's folder, or model name (default: those that the newest run in "
-        "logs/ here chose, else beside this script)",
-    )
+    add_weights(parser)
     captions = parser.add_mutually_exclusive_group()
     captions.add_argument(
         "--text",
@@ -92,7 +85,7 @@ def main() -> None:
 
 def caption(args: argparse.Namespace) -> None:
     """Print and draw the captions that fit an image best, or each image that is asked for."""
-    from models.clip_utils import check_name, find_weights, load
+    from models.clip_utils import find_weights, load
     from models.preprocess import open_image
     from utils.machine.precision import Precision
     from utils.retrieval.encode import encode_texts, kept_caption_features
@@ -102,11 +95,9 @@ def caption(args: argparse.Namespace) -> None:
 
     if args.image:
         open_image(args.image)  # to refuse a bad image before weights are loaded
-    name = args.weights or newest_weights()
-    check_name(name)
+    name = weights_to_use(args.weights)
     captions = list(dict.fromkeys(args.text or read_captions(args.captions_file, name)))
     weights = find_weights(name)
-    print(f"weights: {weights}")
     model, preprocess = load(weights, args.device, activation=args.activation)
     precision = Precision(model.device, args.use_amp)
     if args.text:
@@ -135,7 +126,7 @@ def caption(args: argparse.Namespace) -> None:
 
 def search(args: argparse.Namespace, folder: Path) -> None:
     """Print and draw the images in a folder that fit each text best, or are most like an image."""
-    from models.clip_utils import check_name, find_weights, load
+    from models.clip_utils import find_weights, load
     from models.preprocess import open_image
     from utils.data.image_files import find_images
     from utils.machine.precision import Precision
@@ -147,13 +138,11 @@ def search(args: argparse.Namespace, folder: Path) -> None:
         raise InputError(f"{folder}: a folder; say what to search for: --text or --similar IMAGE")
     pictures = [open_image(args.similar)] if args.similar else []
     images = find_images(folder)
-    name = args.weights or newest_weights()
-    check_name(name)
+    name = weights_to_use(args.weights)
     texts = [] if args.similar else args.text or read_captions(args.captions_file, name)
     if args.output and len(texts) > 1:
         raise InputError("--output is for one picture; give one text to search for")
     weights = find_weights(name)
-    print(f"weights: {weights}")
     model, preprocess = load(weights, args.device, activation=args.activation)
     precision = Precision(model.device, args.use_amp)
     images, features = image_features(model, weights, folder, images, precision)

@@ -37,8 +37,9 @@ from utils.machine.processes import ALONE, Processes
 from utils.retrieval.encode import encode_images, encode_texts
 from utils.retrieval.plots import plot_confusion
 from utils.retrieval.tables import format_rows
-from utils.runs.arguments import add_scoring, name_or_path, newest_weights, path
+from utils.runs.arguments import add_scoring, name_or_path, path
 from utils.runs.checkpoint import write_json
+from utils.runs.chosen import add_weights, weights_to_use
 
 WORST = 3  # classes that are printed
 HELD_OUT = 5  # one in so many training images chooses the strength of the probe
@@ -283,6 +284,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="also train a logistic regression on the image features of train/ (or torchvision's "
         "training images) and score it",
     )
+    add_weights(parser)
     add_scoring(parser)
     parser.add_argument(
         "--json", type=path, metavar="FILE", help="write the scores, with those of each class"
@@ -297,10 +299,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = build_parser().parse_args()
 
-    from models.clip_utils import check_name, load
+    from models.clip_utils import load
 
-    weights = args.weights or newest_weights()
-    check_name(weights)
+    weights = weights_to_use(args.weights)
     templates = read_templates(args.templates) if args.templates else None
     source = find_labelled_images(args.data, False, args.data_root, args.classnames)
     if repeated := [name for name, n in Counter(source.classes).items() if n > 1]:
@@ -319,7 +320,7 @@ def main() -> None:
         scored = readable_features(model, images, args.batch_size, args.num_workers)
     found = {"zero-shot": accuracy(scored.images @ classifier.T, scored.labels)}
     print(
-        f"{weights}, {source.name}: {len(scored.labels):,} images of {len(source.classes):,} "
+        f"{source.name}: {len(scored.labels):,} images of {len(source.classes):,} "
         f"classes, templates: {len(templates)} (percent)"
     )
     if train_source:

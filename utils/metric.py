@@ -33,14 +33,9 @@ from utils.retrieval.gallery import write_report
 from utils.retrieval.plots import plot_metrics
 from utils.retrieval.ranking import RowsOf, blocks, ground_truth, rows_both_ways
 from utils.retrieval.tables import K_VALUES, Metrics, format_table
-from utils.runs.arguments import (
-    TrainedOn,
-    add_scoring,
-    newest_weights,
-    path,
-    trained_on,
-)
+from utils.runs.arguments import TrainedOn, add_scoring, path, run_folder, trained_on
 from utils.runs.checkpoint import write_json
+from utils.runs.chosen import add_weights, runs_having, weights_to_use
 
 MANY_TRUTHS = 8  # of a query; for more, sorting its scores is faster than a pass for each
 
@@ -229,6 +224,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--split", choices=["val", "test"], default="val", help="images to score (default: val)"
     )
+    add_weights(parser)
     add_scoring(parser)
     parser.add_argument(
         "--json", type=path, metavar="FILE", help="write the metrics, K from 1 to 10"
@@ -259,10 +255,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = build_parser().parse_args()
 
-    from models.clip_utils import check_name, load
+    from models.clip_utils import load
 
-    weights = args.weights or newest_weights()
-    check_name(weights)
+    weights = weights_to_use(args.weights)
     dataset_path, languages = data_to_score_on(args, weights)
     dataset = Flickr8kDataset(
         dataset_path, language=languages, plain_protocol=args.plain_protocol, split=args.split
@@ -272,7 +267,8 @@ def main() -> None:
     precision = Precision(model.device, args.use_amp)
     features = encode_set(model, dataset, args.batch_size, args.num_workers, precision)
     metrics = retrieval_metrics(*features, dataset.img_to_txt, dataset.txt_to_img, range(1, 11))
-    print(f"{weights}: {len(dataset)} images, {len(dataset.text)} captions (percent; ranks from 1)")
+    print(f"{dataset_path}: {len(dataset)} images, {len(dataset.text)} captions "
+          "(percent; ranks from 1)")  # fmt: skip
     if shared := dataset.count_shared_captions():
         print(f"{shared} of the captions belong to several images, each a right answer "
               "(--plain_protocol: its own image alone)")  # fmt: skip
@@ -281,7 +277,7 @@ def main() -> None:
         write_json(args.json, metrics)
         print(f"metrics written to {args.json}")
     plot = args.plot
-    if not args.weights:
+    if not args.weights and run_folder(weights):
         plot = plot or weights.parents[1] / f"R_mAP_{args.split}.png"
     if plot:
         plot_metrics(metrics, plot)
@@ -301,8 +297,9 @@ def data_to_score_on(args: argparse.Namespace, weights: str | Path) -> TrainedOn
     for language in languages:
         missing = missing_annotations(caption_file(dataset_path, language, args.split))
         if missing:
+            having = "" if args.dataset_path else runs_having(args.split)
             raise InputError(
-                f"{missing}; name the data to score on with --dataset_path and --language"
+                f"{missing}{having}; name the data to score on with --dataset_path and --language"
             )
     return TrainedOn(dataset_path, languages)
 

@@ -54,7 +54,7 @@ def test_zero_shot_prints_the_probabilities_of_the_labels(work):
     weights = work / "logs" / "a run" / "weights" / "best_epoch_weights.pth"
     image = ROOT / "R_mAP.png"
     done = run_script("predict_zero_shot.py", image, "--weights", weights, cwd=work)
-    first, second, third = done.stdout.splitlines()
+    _, first, second, third = done.stdout.splitlines()
 
     model, preprocess = load(weights, "cpu")
     with torch.no_grad():
@@ -85,7 +85,8 @@ def test_zero_shot_takes_a_published_archive_any_labels_and_any_file_name(work, 
         "predict_zero_shot.py", odd.name, "--weights", archive, "--labels", "a dog", "一只猫",
         cwd=work,
     )  # fmt: skip
-    assert len(done.stdout.splitlines()) == 3 and "一只猫" in done.stdout
+    assert done.stdout.startswith(f"weights: {archive}\n")
+    assert len(done.stdout.splitlines()) == 4 and "一只猫" in done.stdout
 
 
 def test_a_template_stands_around_each_label(work, photo):
@@ -96,9 +97,9 @@ def test_a_template_stands_around_each_label(work, photo):
     (work / "one.txt").write_text(templates[0], "utf-8")
     (work / "two.txt").write_text("\n".join(templates), "utf-8")
     start = "predict_zero_shot.py", photo, "--weights", weights, "--labels"
-    first = run_script(*start, *labels, "--templates", "one.txt", cwd=work).stdout.splitlines()[0]
+    first = run_script(*start, *labels, "--templates", "one.txt", cwd=work).stdout.splitlines()[1]
     sentences = [templates[0].replace("{}", label) for label in labels]
-    assert first == run_script(*start, *sentences, cwd=work).stdout.splitlines()[0]
+    assert first == run_script(*start, *sentences, cwd=work).stdout.splitlines()[1]
 
     model, preprocess = load(weights, "cpu")
     with torch.no_grad():
@@ -111,7 +112,7 @@ def test_a_template_stands_around_each_label(work, photo):
         similarity = torch.stack([m @ image / (m.norm() * image.norm()) for m in means])
     expected = (model.logit_scale.exp() * similarity).softmax(0).tolist()
     done = run_script(*start, *labels, "--templates", "two.txt", cwd=work)
-    printed = ast.literal_eval(done.stdout.splitlines()[2].removeprefix("image 0: "))
+    printed = ast.literal_eval(done.stdout.splitlines()[3].removeprefix("image 0: "))
     assert dict(printed) == pytest.approx(dict(zip(labels, expected, strict=True)), rel=1e-4)
 
 
@@ -196,13 +197,12 @@ def error_of(work, monkeypatch, capsys):
     return call
 
 
-def test_unusable_images_and_a_missing_run_end_in_one_line(work, tmp_path):
+def test_unusable_images_end_in_one_line(work):
     templates = error_line("predict_zero_shot.py", "--templates", "phot", cwd=work)
     assert "--templates phot: neither a file nor a set; did you mean photo?" in templates
     (work / "text.png").write_text("no image")
     assert "text.png: not an image" in error_line("predict.py", "text.png", cwd=work)
     assert "nowhere.png" in error_line("predict_zero_shot.py", "nowhere.png", cwd=work)
-    assert "train.py" in error_line("predict.py", ROOT / "R_mAP.png", cwd=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_zero_shot_in_mixed_precision_rounds_features_alone(work, photo, in_bflo
     weights, (texts, _, expected) = work / "logs/a run/weights/best_epoch_weights.pth", in_bfloat16
     done = run_script("predict_zero_shot.py", photo, "--weights", weights, "--labels", *texts,
                       "--use_amp", cwd=work)  # fmt: skip
-    printed = ast.literal_eval(done.stdout.splitlines()[2].removeprefix("image 0: "))
+    printed = ast.literal_eval(done.stdout.splitlines()[3].removeprefix("image 0: "))
     assert dict(printed) == pytest.approx(dict(zip(texts, expected, strict=True)), rel=1e-4)
 
 
@@ -359,7 +359,7 @@ def test_mixed_precision_is_right_on_a_cpu_without_bfloat16(work, photo, monkeyp
     weights, labels = work / "logs/a run/weights/best_epoch_weights.pth", ["a dog", "a red circle"]
     start = "predict_zero_shot.py", photo, "--weights", weights, "--labels", *labels
     done = (run_script(*start, *given, cwd=work, fresh=True) for given in ([], ["--use_amp"]))
-    lines = (printed.stdout.splitlines()[2].removeprefix("image 0: ") for printed in done)
+    lines = (printed.stdout.splitlines()[3].removeprefix("image 0: ") for printed in done)
     exact, mixed = (dict(ast.literal_eval(line)) for line in lines)
     assert mixed == pytest.approx(exact, abs=0.05) and mixed != exact
 
@@ -432,7 +432,7 @@ def test_captions_are_encoded_once(work, photo):
         run_script("predict.py", photo, *given, cwd=work).stdout.splitlines()
         for given in (["--captions_file", "two.txt"],) * 2 + (["--text", "a dog", "a cat"],)
     )
-    assert first[0] == second[0] == f"weights: {Path('logs/a run/weights/best_epoch_weights.pth')}"
+    assert first[0] == second[0]
     assert first[1].startswith("features of 2 captions are kept in ")
     assert first[2:4] == second[1:3] == other[1:3]
 

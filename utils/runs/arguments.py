@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from models.errors import InputError
 from models.files import read_bytes, run_weights
-from models.scripts import SCRIPTS, add_activation, from_here
+from models.scripts import add_activation
 from models.weights.file_kind import one_line
 
 ARGUMENTS_LENGTH = 2**20  # bytes of an arguments.json
@@ -100,12 +100,6 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
 
 def add_scoring(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that all scripts have which score weights."""
-    parser.add_argument(
-        "--weights",
-        type=trained_weights,
-        help="weights file, run's folder, or a name like ViT-B/32 (default: those that the newest "
-        "run in logs/ here chose, else beside the scripts)",
-    )
     parser.add_argument("--batch_size", type=integer(1), default=64, help="images at a time")
     parser.add_argument("--num_workers", type=workers, default=0, help="processes that read images")
     add_loading(parser)
@@ -160,21 +154,6 @@ def run_folder(weights: str | Path) -> Path | None:
     weights = Path(weights).expanduser().resolve()
     run = weights.parent.parent if weights.is_file() else weights
     return run if (run / "arguments.json").is_file() else None
-
-
-def newest_weights() -> Path:
-    """The weights that the newest of the runs in logs/ in the working folder chose, where train.py
-    puts them; if there is none, in logs/ beside the scripts. Raises `InputError` if there is none
-    either."""
-    for logs in (Path("logs"), SCRIPTS / "logs"):
-        if found := list(logs.glob("*/weights/best_epoch_weights.pth")):
-            newest = max(found, key=lambda path: path.stat().st_mtime)
-            return run_weights(newest.parents[1])
-    raise InputError(
-        "logs: there is no run with weights/best_epoch_weights.pth in it, here or beside the "
-        f"scripts; train one (python {from_here('train.py')} --demo), or name weights with "
-        "--weights"
-    )
 
 
 def trained_on(weights: str | Path) -> TrainedOn | None:
