@@ -88,7 +88,7 @@ def caption(args: argparse.Namespace) -> None:
     from models.clip_utils import find_weights, load
     from models.preprocess import open_image
     from utils.machine.precision import Precision
-    from utils.retrieval.encode import encode_texts, kept_caption_features
+    from utils.retrieval.encode import encode_texts, kept_caption_features, told_apart
     from utils.retrieval.plots import draw_ranking
     from utils.retrieval.ranking import rank_captions
     from utils.retrieval.search import encode_pixels
@@ -99,6 +99,10 @@ def caption(args: argparse.Namespace) -> None:
     captions = list(dict.fromkeys(args.text or read_captions(args.captions_file, name)))
     weights = find_weights(name)
     model, preprocess = load(weights, args.device, activation=args.activation)
+    captions = told_apart(captions, model)
+    if len(captions) == 1:
+        print("a single caption has no rival, so that its probability is 100% whatever the image "
+              "shows: look at its similarity")  # fmt: skip
     precision = Precision(model.device, args.use_amp)
     if args.text:
         with precision.autocast():
@@ -130,7 +134,7 @@ def search(args: argparse.Namespace, folder: Path) -> None:
     from models.preprocess import open_image
     from utils.data.image_files import find_images
     from utils.machine.precision import Precision
-    from utils.retrieval.encode import encode_texts
+    from utils.retrieval.encode import encode_texts, told_apart
     from utils.retrieval.plots import draw_found
     from utils.retrieval.search import encode_pixels, image_features, most_similar
 
@@ -144,6 +148,7 @@ def search(args: argparse.Namespace, folder: Path) -> None:
         raise InputError("--output is for one picture; give one text to search for")
     weights = find_weights(name)
     model, preprocess = load(weights, args.device, activation=args.activation)
+    texts = told_apart(texts, model)
     precision = Precision(model.device, args.use_amp)
     images, features = image_features(model, weights, folder, images, precision)
     with precision.autocast():

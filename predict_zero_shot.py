@@ -68,6 +68,10 @@ def main() -> None:
     print("Label probs:", probs)
     print(f"{best_label}: {best_prob.item()}")
     print(f"image 0: [{', '.join(f'({label!r}, {prob!s})' for label, prob in ranked)}]")
+    if len(args.labels) == 1:
+        similarity = (image_features @ text_features.T).item()
+        print("a single label has no rival, so that its probability is 1 whatever the image shows; "
+              f"its similarity is {similarity:.3f}")  # fmt: skip
 
 
 def check_labels(labels: list[str], tokenizer) -> None:

@@ -8,9 +8,9 @@ As a script, it scores weights on class folders, or on a data set of torchvision
 """
 
 import argparse
+import re
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from math import isnan
 from pathlib import Path
@@ -27,6 +27,7 @@ from torch import Tensor
 from models.clip import CLIP
 from models.errors import InputError, run_script
 from models.progress_bar import progress_bar
+from models.tokens import first_alike
 from models.weights.file_kind import one_line
 from utils.data.labelled_images import LabelledImages, find_labelled_images
 from utils.data.templates import TEMPLATE_SETS, default_templates, read_templates
@@ -267,8 +268,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--classnames",
         type=path,
         metavar="FILE",
-        help="names of the classes, one a line in the order of the sorted class folders, or lines "
-        "folder<TAB>name (default: the folders' names, or the data set's)",
+        help="names of the classes, one a line in the order of the sorted class folders (2 before "
+        "10), lines folder<TAB>name or 'folder name', or ImageNet's class index in JSON (default: "
+        "the words in the folders' names, or the data set's names)",
     )
     parser.add_argument(
         "--templates",
@@ -304,13 +306,19 @@ def main() -> None:
     weights = weights_to_use(args.weights)
     templates = read_templates(args.templates) if args.templates else None
     source = find_labelled_images(args.data, False, args.data_root, args.classnames)
-    if repeated := [name for name, n in Counter(source.classes).items() if n > 1]:
-        print(f"warning: several classes are called {one_line(repeated[0])}; images are only ever "
-              "taken for the first of them")  # fmt: skip
+    if not args.classnames and all(re.fullmatch(r"n?\d+", name) for name in source.classes):
+        print(
+            f"hint: {source.classes[0]} is no word, and neither are the other classes; give "
+            "their names with --classnames (of ImageNet's synsets: imagenet_class_index.json)"
+        )
     train_source = None
     if args.linear_probe:
         train_source = find_labelled_images(args.data, True, args.data_root, args.classnames)
     model, preprocess = load(weights, args.device, activation=args.activation)
+    alike = first_alike(model.tokenizer, source.classes, model.context_length)
+    if repeated := [name for i, name in enumerate(source.classes) if alike[i] != i]:
+        print(f"warning: several classes are called {one_line(repeated[0])}; images are only ever "
+              "taken for the first of them")  # fmt: skip
 
     templates = templates or default_templates(model.config.has_bert)
     precision = Precision(model.device, args.use_amp)

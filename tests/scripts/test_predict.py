@@ -272,6 +272,45 @@ def test_unusable_labels_are_named(work, photo, error_of, labels, message):
     assert message in error_of(predict_zero_shot.main, *words)
 
 
+def test_the_remedy_for_a_long_label_is_one_that_the_script_has(work, photo, error_of):
+    weights = work / "logs" / "a run" / "weights" / "best_epoch_weights.pth"
+    words = photo, "--weights", weights, "--labels", "word " * 99
+    assert error_of(predict_zero_shot.main, *words).endswith("...; shorten it")
+
+
+def test_one_label_has_no_rival(work, photo):
+    """Its probability is 1, whatever the model is; what it says is the cosine, computed here."""
+    weights = work / "logs" / "a run" / "weights" / "best_epoch_weights.pth"
+    done = run_script(
+        "predict_zero_shot.py", photo, "--weights", weights, "--labels", "a dog", cwd=work
+    )
+    model, preprocess = load(weights, "cpu")
+    with torch.no_grad():
+        image = model.encode_image(preprocess(open_image(photo))[None])
+        (cosine,) = torch.cosine_similarity(image, model.encode_text(tokenize(["a dog"])))
+    *_, probability, _, said = done.stdout.splitlines()
+    assert probability == "a dog: 1.0"
+    assert said.startswith("a single label has no rival, ")
+    assert float(said.rsplit(" ", 1)[1]) == pytest.approx(cosine.item(), abs=6e-4)
+    done = run_script("predict.py", photo, "--text", "a dog", cwd=work)
+    assert "a single caption has no rival" in done.stdout and said.split()[-1] in done.stdout
+
+
+def test_captions_that_the_model_reads_alike_share_no_probability(work, photo):
+    """The three long ones differ after the 75 tokens that fit, and "A  Dog" in nothing that the
+    tokenizer keeps. Their rows of tokens are equal, and so would be their probabilities."""
+    long = [("word " * 75 + end) for end in ("one", "two", "three")]
+    texts = ["a dog", *long, "A  Dog"]
+    assert len({*map(tuple, tokenize(texts, truncate=True).tolist())}) == 2
+    done = run_script("predict.py", photo, "--text", *texts, cwd=work)
+    assert "3 of the captions cut: the model reads 75 tokens of each" in done.stdout
+    assert "3 of the captions left out, which the model reads as it does another" in done.stdout
+    shares = [float(share) for share in re.findall(r"\d\. +(\S+)%", done.stdout)]
+    assert len(shares) == 2 and sum(shares) == pytest.approx(100, abs=0.02)
+    folder = run_script("predict.py", work / "data" / "images", "--text", *long, cwd=work)
+    assert len(lines_of(folder)) == 10 and "2 of the captions left out" in folder.stdout
+
+
 @pytest.mark.slow
 def test_predict_takes_any_path_and_the_home_folder(work, photo, monkeypatch):
     """Here no shell replaces the tilde: it is quoted, or typed when the script asks."""

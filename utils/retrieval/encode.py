@@ -14,6 +14,7 @@ from tqdm import tqdm
 from models.clip import CLIP
 from models.device import upload
 from models.progress_bar import progress_bar
+from models.tokens import first_alike
 from utils.data.labelled_images import LabelledImages
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.machine.memory import explained
@@ -91,6 +92,20 @@ def encode_texts(
             features[rows] = F.normalize(model.encode_text(tokens[rows]).float(), dim=-1)
             bar.update(len(rows))
     return processes.sum(features)
+
+
+def told_apart(captions: list[str], model: CLIP) -> list[str]:
+    """The captions without those that have the same tokens as one before, all cut to what the model
+    reads. Says how many are left out, and how many cut."""
+    fits = model.context_length - 2  # without the tokens for the start and the end
+    if cut := sum(len(model.tokenizer.encode(caption)) > fits for caption in captions):
+        print(f"{cut} of the captions cut: the model reads {fits} tokens of each; shorten them, so "
+              "that what tells them apart is read")  # fmt: skip
+    alike = first_alike(model.tokenizer, captions, model.context_length)
+    apart = [caption for i, caption in enumerate(captions) if alike[i] == i]
+    if left_out := len(captions) - len(apart):
+        print(f"{left_out} of the captions left out, which the model reads as it does another")
+    return apart
 
 
 def kept_caption_features(
