@@ -15,6 +15,7 @@ from utils.data.annotations import caption_file
 from utils.runs.arguments import run_folder, trained_on, trained_weights
 
 PUBLISHED = "ViT-B/32"
+RUNS_SHOWN = 3
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +78,8 @@ def _facts(weights: str | Path) -> list[str]:
 
 
 def runs_having(split: str) -> str:
-    """The end of a message on missing captions of a split: the runs whose data has them."""
+    """The end of a message on missing captions of a split: some of the runs whose data has them,
+    the newest first."""
     having = []
     for run in finished_runs():
         with suppress(InputError):
@@ -87,4 +89,4 @@ def runs_having(split: str) -> str:
                 for language in data.languages
             ):
                 having.append(str(run))
-    return f"; with {split} captions: --weights {' or '.join(having)}" if having else ""
+    return f"; with {split} captions: --weights {' or '.join(having[:RUNS_SHOWN])}" if having else ""
