@@ -427,7 +427,7 @@ def test_script_names_the_runs_whose_data_has_the_split(trained, score, tmp_path
     write_json(other / "arguments.json", {"dataset_path": str(tmp_path), "language": "en"})
     (other / "weights").mkdir()
     (other / "weights" / "best_epoch_weights.pth").touch()
-    message = f"; with test captions: --weights {Path('logs/other')}; name the data to score on with"
+    message = f"; with test captions: --weights {Path('logs/other')}; name the data to score on"
     with pytest.raises(InputError, match=re.escape(message)):
         score("--split", "test", run={"dataset_path": "data", "language": "en"})
     shutil.rmtree(other)

@@ -89,4 +89,5 @@ def runs_having(split: str) -> str:
                 for language in data.languages
             ):
                 having.append(str(run))
-    return f"; with {split} captions: --weights {' or '.join(having[:RUNS_SHOWN])}" if having else ""
+    shown = " or ".join(having[:RUNS_SHOWN])
+    return f"; with {split} captions: --weights {shown}" if having else ""
