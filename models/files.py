@@ -1,6 +1,8 @@
 """Reading files that users name. A pipe could wait for ever and a device never end, so that only
 regular files are read, and those that are read whole only up to a size."""
 
+import io
+from collections.abc import Iterable
 from pathlib import Path
 
 from models.errors import InputError
@@ -13,6 +15,28 @@ def run_weights(run: Path) -> Path | None:
     (--wise_ft), or else those of its best epoch. None for a folder that is no run's."""
     names = ("wise_ft_weights.pth", "best_epoch_weights.pth")
     return next((file for name in names if (file := run / "weights" / name).is_file()), None)
+
+
+def probably_meant(name: str, others: Iterable[str]) -> str:
+    """A hint for messages at a file `name` that is not there, in brackets: the one of `others` that
+    is spelled in other cases, or has an ending besides. Empty if there is none."""
+    for other in others:
+        if other.casefold() == name.casefold():
+            return f" (there is {other}: upper and lower case differ)"
+        if other.rpartition(".")[0].casefold() == name.casefold() != "":
+            return f" (there is {other}: the name needs its ending)"
+    return ""
+
+
+def file_version(path: Path) -> str:
+    """What changes when the file at `path` does, or is replaced: its size and times. A file that is
+    put there with the same size and `st_mtime` has another `st_ctime`, but for Windows, where that
+    is the time of creation."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):  # a link to nothing; an impossible name
+        return "missing"
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
 def check_regular(path: Path) -> None:
@@ -53,14 +77,15 @@ def decoded(content: bytes, file: object) -> str:
 
 def read_lines(path: Path, kind: str) -> list[str]:
     """The lines of a UTF-8 text file that has one `kind`, such as "caption", on each; without blank
-    ones and the white space around them. Raises `InputError` if there are none."""
+    ones and the white space around them. A line ends where an editor ends it, and not at the other
+    separators of Unicode, which texts hold. Raises `InputError` if there are none."""
     try:
         text = decoded(read_bytes(path), path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; write one {kind} a line") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in io.StringIO(text, newline=None) if line.strip()]
     if not lines:
         raise InputError(f"{path}: no {kind}s in it; write one on each line")
     return lines

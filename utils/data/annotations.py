@@ -7,7 +7,7 @@ from pathlib import Path, PureWindowsPath
 from tempfile import TemporaryDirectory
 
 from models.errors import InputError
-from models.files import decoded, read_bytes
+from models.files import decoded, probably_meant, read_bytes
 from models.progress_bar import progress_bar
 from models.scripts import from_here
 from models.weights.file_kind import one_line
@@ -247,9 +247,7 @@ def why_missing(image: Path) -> str:
     if not image.name.isprintable():
         return f"{_as_json(str(image))} (in JSON write a path with /, or each \\ twice)"
     beside = image.parent.iterdir() if image.parent.is_dir() else []
-    alike = [file.name for file in beside if file.name.casefold() == image.name.casefold()]
-    hint = f" (there is {alike[0]}: upper and lower case differ)" if alike else ""
-    return f"{image}{hint}"
+    return f"{image}{probably_meant(image.name, (file.name for file in beside))}"
 
 
 def _refuse_halves(text: str) -> None:
