@@ -337,9 +337,7 @@ def test_a_name_without_its_ending_is_told_which_file_is_there(tmp_path):
         ("isom", None),  # a film
     ],
 )
-def test_a_format_that_pillow_lacks_is_named_with_its_package(
-    tmp_path, monkeypatch, brand, remedy
-):
+def test_a_format_that_pillow_lacks_is_named_with_its_package(tmp_path, monkeypatch, brand, remedy):
     """The brands of ISO 23008-12 and of AVIF; nothing follows, so that no reader takes the file."""
     file = tmp_path / "IMG_1.jpg"
     file.write_bytes(b"\0\0\0\x10ftyp" + brand.encode() + b"\0\0\0\0")
