@@ -15,7 +15,8 @@ these formats:
 2. `dataset_flickr8k.json`, Karpathy's file, which holds both captions and splits;
 3. `Flickr8k.token.txt` or `captions.txt` alone: the images are split at random, with a warning;
 4. captions of one's own, as CSV, TSV, JSON lines, COCO or a list (see `read_records`): one file,
-   whose images are split at random, with a warning, or several that are called train, val and test.
+   whose entries say their split (a column `split`: train, val, test) or whose images are split at
+   random, with a warning, or several that are called train, val and test.
    Images that lie in the output folder stay where they are, others are copied to `images/`.
 
 Flickr8k (Hodosh, Young, Hockenmaier 2013) is for non-commercial research and education.
@@ -42,8 +43,13 @@ from flickr8k.own_captions import OwnSet, read_own
 from models.errors import InputError, run_script
 from models.files import check_regular, check_size, decoded
 from models.progress_bar import progress_bar
-from utils.data.annotations import annotations_json, refuse_another_set, write_set
-from utils.data.caption_formats import UnknownFormat, read_records
+from utils.data.annotations import (
+    annotations_json,
+    captions_by_split,
+    join_parts,
+    refuse_another_set,
+    write_set,
+)
 from utils.runs import arguments
 
 Captions = dict[str, list[str]]  # name of an image -> its captions
@@ -223,17 +229,14 @@ def read_list(file: SourceFile) -> list[str]:
 
 def read_kaggle(file: SourceFile) -> Captions:
     """The captions of the Kaggle copy: CSV with the header `image,caption`. Raises `InputError` for
-    another header and for a row without exactly these two fields."""
-    captions: Captions = {}
-    try:
-        records = read_records(file.read_text(), ".csv")
-    except UnknownFormat as error:
-        raise InputError(f"{file}: {error}") from None
-    for where, row, problem in records:
-        if problem:
-            raise InputError(f"{file}: {where} {problem}")
-        captions.setdefault(row["image"], []).append(row["caption"])
-    return captions
+    another header, for rows with other numbers of fields, and for a column of splits."""
+    parts = captions_by_split(file, file.read_text(), str)
+    if len(parts) > 1:
+        raise InputError(
+            f"{file}: says of the images which split they are in, as the Kaggle copy does not; if "
+            "it is a list of yours, call it captions.csv, and it is split so"
+        )
+    return dict(join_parts(parts.values()))
 
 
 def read_karpathy(file: SourceFile) -> tuple[Captions, Splits]:
@@ -436,7 +439,8 @@ def write_own(root: Path, own: OwnSet, language: str) -> dict[str, int]:
         splits = split_at_random(own.captions.keys())
         _warn(
             f"the {len(own.captions):,} images are split at random into train, val and test; to "
-            "choose yourself, give a file of captions for each, called train, val and test"
+            "choose yourself, add a column split that says train, val or test, or give a file of "
+            "captions for each, called so"
         )
     check_splits(splits, own.captions)
     write_set(
