@@ -27,6 +27,9 @@ from utils.data.caption_formats import (
 )
 from utils.runs.files import replaced_whole
 
+Pairs = list[tuple[str, list[str]]]  # an image and its captions
+Entries = dict[tuple[str, str], list[tuple[str, list[str]]]]  # {(split, image): [(content, texts)]}
+
 SPLITS = {"train": "training", "val": "validation", "test": "test"}  # in names of files; in words
 PROBLEMS_SHOWN = 10  # of one caption file
 NOTHING = ("", "nan", "none", "null", "<na>")  # in the place of a caption
@@ -78,7 +81,7 @@ def caption_file(root: Path, language: str, split: str) -> Path:
     return found[0] if found else files[0]
 
 
-def read_annotations(path: Path) -> list[tuple[str, list[str]]]:
+def read_annotations(path: Path) -> Pairs:
     """The (image path relative to the root, captions) pairs of a caption file.
 
     The file is a list of `{"image": "images/1.jpg", "caption": ["...", ...]}` or one of the other
@@ -98,7 +101,7 @@ def read_annotations(path: Path) -> list[tuple[str, list[str]]]:
 
 def captions_by_split(
     file: object, text: str, read_image: Callable[[object], str]
-) -> dict[str, list[tuple[str, list[str]]]]:
+) -> dict[str, Pairs]:
     """The (image, captions) pairs of a caption file with this content, by what the entries say of
     their split, in lower case; "" if nothing. Entries of the same image are put together.
 
@@ -112,8 +115,8 @@ def captions_by_split(
     except UnknownFormat as error:
         raise InputError(f"{file}: {error}") from None
     problems: list[str] = []
-    entries: dict[tuple[str, str], list[tuple[str, list[str]]]] = {}  # split, image: content, texts
-    left_out: Counter[str] = Counter()
+    entries: Entries = {}
+    empty = 0
     for where, content, problem in records:
         try:
             if problem:
@@ -124,33 +127,41 @@ def captions_by_split(
             continue
         split = content.get(first_of(SPLIT_FIELDS, content))
         split = "" if _is_empty(split) else str(split).strip().lower()
-        entries.setdefault((split, image), []).append((repr(content), captions))
+        texts = [caption for caption in captions if not _is_empty(caption)]
+        entries.setdefault((split, image), []).extend([(repr(content), texts)] if texts else [])
+        empty += max(1, len(captions)) - len(texts)
     if problems:
         shown = "".join(f"\n  {problem}" for problem in problems[:PROBLEMS_SHOWN])
         others = len(problems) - PROBLEMS_SHOWN
         more = f"\n  ... and {others} more" if others > 0 else ""
         count = f"{len(problems)} of {len(records)} entries cannot be used; mend or remove them:"
         raise InputError(f"{file}: {count}{shown}{more}")
-    parts: dict[str, list[tuple[str, list[str]]]] = {}
+    return _parts(file, entries, empty)
+
+
+def _parts(file: object, entries: Entries, empty: int) -> dict[str, Pairs]:
+    """The (image, captions) pairs of the entries by split, after one line on what is left out:
+    copies, and so many `empty` captions."""
+    parts: dict[str, Pairs] = {}
+    copied = 0
     for (split, image), listed in entries.items():
-        once = _without_copies(listed)
-        captions = [text for text in chain.from_iterable(once) if not _is_empty(text)]
-        left_out["copied entries"] += len(listed) - len(once)
-        left_out["empty captions"] += sum(map(len, once)) - len(captions)
-        if captions:
-            parts.setdefault(split, []).append((image, captions))
-        else:
-            left_out["images without captions"] += 1
+        if listed:
+            once = _without_copies(listed)
+            copied += len(listed) - len(once)
+            parts.setdefault(split, []).append((image, list(chain.from_iterable(once))))
     if not parts:
         raise InputError(f"{file}: all its captions are empty; write some, or name another file")
-    if told := ", ".join(f"{count:,} {what}" for what, count in left_out.items() if count):
-        print(f"warning: {file}: left out: {told}", file=sys.stderr)
+    counts = {
+        "copied entries": copied,
+        "empty captions": empty,
+        "images without captions": sum(not listed for listed in entries.values()),
+    }
+    if told := ", ".join(f"{what}: {count:,}" for what, count in counts.items() if count):
+        print(f"warning: {file}: left out are {told}", file=sys.stderr)
     return parts
 
 
-def join_parts(
-    parts: Iterable[list[tuple[str, list[str]]]],
-) -> list[tuple[str, list[str]]]:
+def join_parts(parts: Iterable[Pairs]) -> Pairs:
     """All (image, captions) pairs of several lists; those of the same image are put together."""
     captions_of: dict[str, list[str]] = {}
     for image, captions in chain.from_iterable(parts):
