@@ -3,7 +3,6 @@ finding and reading them, and writing a set of them."""
 
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import chain
@@ -93,8 +92,7 @@ def read_annotations(path: Path) -> Pairs:
     if other := sorted(word for word in parts if SPLIT_WORDS.get(word, split) != split):
         print(
             f"warning: {path}: entries whose split is {', '.join(other)} count as {split}, as the "
-            f"file's name says; python {from_here('flickr8k/prepare.py')} --source splits a file",
-            file=sys.stderr,
+            f"file's name says; python {from_here('flickr8k/prepare.py')} --source splits a file"
         )
     return join_parts(parts.values())
 
@@ -157,7 +155,7 @@ def _parts(file: object, entries: Entries, empty: int) -> dict[str, Pairs]:
         "images without captions": sum(not listed for listed in entries.values()),
     }
     if told := ", ".join(f"{what}: {count:,}" for what, count in counts.items() if count):
-        print(f"warning: {file}: left out are {told}", file=sys.stderr)
+        print(f"warning: {file}: left out are {told}")
     return parts
 
 
@@ -171,16 +169,9 @@ def join_parts(parts: Iterable[Pairs]) -> Pairs:
 
 def _without_copies(entries: list[tuple[str, list[str]]]) -> list[list[str]]:
     """The captions of an image's (content, captions) entries; of entries that all stand there m
-    times, one m-th."""
-    counts = Counter(content for content, _ in entries)
-    copies = math.gcd(*counts.values())
-    seen: Counter[str] = Counter()
-    kept = []
-    for content, captions in entries:
-        seen[content] += 1
-        if seen[content] <= counts[content] // copies:
-            kept.append(captions)
-    return kept
+    times, every m-th in the order of their contents."""
+    copies = math.gcd(*Counter(content for content, _ in entries).values())
+    return [captions for _, captions in (sorted(entries)[::copies] if copies > 1 else entries)]
 
 
 def annotations_json(entries: Iterable[tuple[str, list[str]]]) -> bytes:

@@ -1,7 +1,6 @@
 """The image files in a folder."""
 
 import os
-import sys
 from pathlib import Path
 
 from PIL import Image
@@ -46,7 +45,7 @@ def find_images(folder: Path) -> list[Path]:
             f"{len(unread):,} photographs, such as {min(unread)}, are in a format that needs "
             f"{NEED_A_PACKAGE[min(unread).suffix.lower()]}"
         )
-        print(f"warning: {folder}: {problem}; they are passed over", file=sys.stderr)
+        print(f"warning: {folder}: {problem}; they are passed over")
     if not found:
         raise InputError(f"{folder}: {problem}")
     return sorted(found)

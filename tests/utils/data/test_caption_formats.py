@@ -69,13 +69,13 @@ def test_empty_cells_are_no_captions_and_are_counted(tmp_path, capsys):
         "image,caption\n1.jpg,a\n1.jpg,nan\n1.jpg,\n2.jpg,NaN\n3.jpg,<NA>\n3.jpg,nano\n"
     )
     assert read_annotations(tmp_path / "en_train.csv") == [("1.jpg", ["a"]), ("3.jpg", ["nano"])]
-    told = capsys.readouterr().err
+    told = capsys.readouterr().out
     assert told.endswith("left out are empty captions: 4, images without captions: 1\n")
     (tmp_path / "en_val.json").write_text(
         '[{"image": "1.jpg", "caption": ["a", null, ""]}, {"image": "2.jpg", "caption": NaN}]'
     )
     assert read_annotations(tmp_path / "en_val.json") == [("1.jpg", ["a"])]
-    assert "empty captions: 3, images without captions: 1" in capsys.readouterr().err
+    assert "empty captions: 3, images without captions: 1" in capsys.readouterr().out
     (tmp_path / "en_test.csv").write_text("image,caption\n1.jpg,\n")
     with pytest.raises(InputError, match="all its captions are empty"):
         read_annotations(tmp_path / "en_test.csv")
@@ -87,19 +87,19 @@ def test_rows_that_all_stand_there_several_times_are_copies(tmp_path, capsys):
     rows = ["1.jpg,a", "1.jpg,b", "1.jpg,a", "2.jpg,c", "3.jpg,d", "3.jpg,e", "3.jpg,d"]
     doubled = [*rows[:4], *rows, "1.jpg,nan"]
     (tmp_path / "en_train.csv").write_text("\n".join(["image,caption", *doubled]))
-    pairs = [("1.jpg", ["a", "b", "a"]), ("2.jpg", ["c"]), ("3.jpg", ["d", "e", "d"])]
+    pairs = [("1.jpg", ["a", "a", "b"]), ("2.jpg", ["c"]), ("3.jpg", ["d", "e", "d"])]
     assert read_annotations(tmp_path / "en_train.csv") == pairs
-    assert capsys.readouterr().err.endswith("left out are copied entries: 4, empty captions: 1\n")
+    assert capsys.readouterr().out.endswith("left out are copied entries: 4, empty captions: 1\n")
     numbered = [f"{row},{number}" for number, row in enumerate(doubled)]
     (tmp_path / "en_train.csv").write_text("\n".join(["image,caption,n", *numbered]))
     assert sum(len(captions) for _, captions in read_annotations(tmp_path / "en_train.csv")) == 11
-    assert "copied" not in capsys.readouterr().err
+    assert "copied" not in capsys.readouterr().out
 
 
 def test_the_name_of_a_file_says_its_split(tmp_path, capsys):
     (tmp_path / "en_val.csv").write_text("image,caption,split\n1.jpg,a,dev\n2.jpg,b,test\n")
     assert read_annotations(tmp_path / "en_val.csv") == [("1.jpg", ["a"]), ("2.jpg", ["b"])]
-    assert "entries whose split is test count as val" in capsys.readouterr().err
+    assert "entries whose split is test count as val" in capsys.readouterr().out
 
 
 def test_columns_with_bars_and_spaces_in_the_header(tmp_path):

@@ -49,7 +49,7 @@ def test_photographs_that_need_a_package_are_counted(tmp_path, monkeypatch, caps
     (tmp_path / "2.HEIC").touch()
     (tmp_path / "3.avif").touch()
     assert find_images(tmp_path) == [Path("a.jpg")]
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     assert "2 photographs, such as 2.HEIC, " in said and "pip install pillow-heif" in said
     (tmp_path / "a.jpg").unlink()
     with pytest.raises(InputError, match=r"2 photographs, .* needs pip install pillow-heif"):
