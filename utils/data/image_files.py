@@ -45,9 +45,10 @@ def find_images(folder: Path) -> list[Path]:
             f"{len(unread):,} photographs, such as {min(unread)}, are in a format that needs "
             f"{NEED_A_PACKAGE[min(unread).suffix.lower()]}"
         )
-        print(f"warning: {folder}: {problem}; they are passed over")
     if not found:
         raise InputError(f"{folder}: {problem}")
+    if unread:
+        print(f"warning: {folder}: {problem}; they are passed over")
     return sorted(found)
 
 
