@@ -7,6 +7,7 @@ python models/convert.py ViT-B/32 my_clip.safetensors --format safetensors --hal
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -86,49 +87,62 @@ def write_onnx(model: CLIP, folder: Path, dtype: torch.dtype) -> None:
 
 
 class Format(NamedTuple):
-    """What writes it, what it is for, and what opens it, where `{0}` is its path."""
+    """What writes it, what it is for, and the Python that opens it, where `{0}` is its path."""
 
     write: Callable[[CLIP, Path, torch.dtype], None]
     purpose: str
-    opened_by: tuple[str, ...]
+    opened_by: str
 
 
 FORMATS = {
     "open_clip": Format(
         write_open_clip,
         "a folder for the library open_clip",
-        ('open_clip.create_model_and_transforms("local-dir:{0}")',),
+        """
+        import open_clip
+        open_clip.create_model_and_transforms("local-dir:{0}")
+        """,
     ),
     "transformers": Format(
         write_transformers,
         "a folder for the library transformers, which has no ResNets",
-        (
-            '{clip}Model.from_pretrained("{0}")',
-            '{clip}Processor.from_pretrained("{0}")',
-        ),
+        """
+        from transformers import {clip}Model, {clip}Processor
+        {clip}Model.from_pretrained("{0}")
+        {clip}Processor.from_pretrained("{0}")
+        """,
     ),
     "cn_clip": Format(
         write_cn_clip,
         "a file for the authors' program, of a Chinese-CLIP",
-        (
-            'cn_clip.clip.load_from_name("{0}", vision_model_name=..., text_model_name=..., '
-            "input_resolution=...)",
-        ),
+        """
+        from cn_clip.clip import load_from_name
+        load_from_name("{0}", vision_model_name=..., text_model_name=..., input_resolution=...)
+        """,
     ),
     "safetensors": Format(
         write_safetensors,
         "one file to keep or to pass on, which describes its model itself",
-        ('models.load("{0}")',),
+        """
+        from models import load
+        load("{0}")
+        """,
     ),
     "onnx": Format(
         write_onnx,
         "a folder for onnxruntime: programs without PyTorch, in many languages",
-        (
-            'onnxruntime.InferenceSession("{0}/image.onnx").run(None, {{"images": images}})',
-            'onnxruntime.InferenceSession("{0}/text.onnx").run(None, {{"tokens": tokens}})',
-            '{tokenizer}.from_pretrained("{0}")',
-            "{0}/clip.json tells how to prepare images and tokens",
-        ),
+        """
+        # texts: a list; images: float32 [n, 3, side, side], prepared as {0}/clip.json says
+        import json, onnxruntime, transformers
+        tokenizer = transformers.{tokenizer}.from_pretrained("{0}")
+        tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="np").input_ids
+        image_tower = onnxruntime.InferenceSession("{0}/image.onnx")
+        text_tower = onnxruntime.InferenceSession("{0}/text.onnx")
+        (image_features,) = image_tower.run(None, {{"images": images}})
+        (text_features,) = text_tower.run(None, {{"tokens": tokens}})
+        similarities = image_features @ text_features.T  # cosines: features have length 1
+        logits = similarities * json.load(open("{0}/clip.json"))["logit_scale"]
+        """,
     ),
 }
 
@@ -210,9 +224,9 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 def description(name: str, path: object, is_chinese: bool = False) -> str:
     """Lines on a format: what is at `path`, and what opens it in Python."""
     each = FORMATS[name]
-    lines = [f"  {name}: {each.purpose}", *(f"    {line}" for line in each.opened_by)]
+    lines = textwrap.indent(textwrap.dedent(each.opened_by).strip(), "    ")
     clip, tokenizer = ("ChineseCLIP", "BertTokenizer") if is_chinese else ("CLIP", "CLIPTokenizer")
-    return "\n".join(lines).format(path, clip=clip, tokenizer=tokenizer)
+    return f"  {name}: {each.purpose}\n{lines.format(path, clip=clip, tokenizer=tokenizer)}"
 
 
 def main() -> None:

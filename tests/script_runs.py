@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,6 +47,12 @@ def error_line(script: str, *arguments: object, cwd: Path, code: int = 2) -> str
     lines = [line for line in done.stderr.splitlines() if "error: " in line]
     assert len(lines) == 1, done.stderr
     return lines[0]
+
+
+def printed_code(text: str) -> str:
+    """The Python that `convert.py` prints: the lines that start with four blanks."""
+    lines = [line for line in text.splitlines(keepends=True) if line.startswith("    ")]
+    return textwrap.dedent("".join(lines))
 
 
 def start_script(
