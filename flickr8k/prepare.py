@@ -460,9 +460,15 @@ def write_own(root: Path, own: OwnSet, language: str) -> dict[str, int]:
 
 def _download(name: str, root: Path) -> Path:
     """The path of an official zip, which is downloaded if it is not there yet."""
-    from models.weights.download import download
+    from models.weights.download import Unavailable, download
 
-    return download(f"{RELEASE}/{name}", root / "downloads" / name, MD5[name])
+    try:
+        return download(f"{RELEASE}/{name}", root / "downloads" / name, MD5[name])
+    except Unavailable as error:
+        raise InputError(
+            "--download: name a copy that you have, of Kaggle too (Images and captions.txt, as a "
+            f"folder or a zip), with --source instead\n{error}"
+        ) from None
 
 
 def _in_words(counts: dict[str, int]) -> str:

@@ -303,6 +303,15 @@ def test_download(tmp_path, release):
     assert len(release) == 2
 
 
+def test_a_download_that_cannot_be_had_names_the_other_way_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "RELEASE", "http://127.0.0.1:1")
+    with pytest.raises(InputError) as caught:
+        prepare(tmp_path / "flickr8k", download=True)
+    advice, _, address = str(caught.value).splitlines()
+    assert "--source" in advice and "Kaggle" in advice and "captions.txt" in advice
+    assert address == "from http://127.0.0.1:1/Flickr8k_text.zip"
+
+
 def test_download_brings_only_what_the_sources_lack(tmp_path, release):
     root = tmp_path / "flickr8k"
     prepare(root, [as_zip(tmp_path / "archive.zip", kaggle())], download=True)
