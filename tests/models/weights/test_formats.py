@@ -53,6 +53,20 @@ def bare(folder):
     return folder / "bare.pt", {"activation": "gelu"}, model
 
 
+def custom_text(folder):
+    """As open_clip saves a model whose text tower is a module of its own, with a mask as buffer."""
+    plain, description = small_open_clip()
+    model = open_clip.model.CustomTextCLIP(**description)
+    model.load_state_dict(
+        open_clip.model.convert_to_custom_text_state_dict(plain.state_dict()), strict=False
+    )
+    file = folder / "open_clip_pytorch_model.bin"
+    torch.save(model.state_dict() | {"text.attn_mask": torch.zeros(77, 77)}, file)
+    description |= {"custom_text": True}
+    (folder / "open_clip_config.json").write_text(json.dumps(description))
+    return file, {}, model
+
+
 def training_checkpoint(folder):
     """As open_clip's training saves it on several GPUs, with the description laid beside it."""
     model, description = small_open_clip(width=160, head_width=80)
@@ -143,6 +157,7 @@ ROWS = {
     "open_clip, ResNet": partial(open_clip_folder, **RESNET),
     "open_clip, 248 tokens": partial(open_clip_folder, context=248),
     "open_clip, 42 tokens": partial(open_clip_folder, context=42),
+    "open_clip, custom text": custom_text,
     "open_clip, training": training_checkpoint,
     "moving average": moving_average,
     "state dict": bare,
