@@ -131,7 +131,7 @@ def main() -> None:
     from utils.machine.interrupt import Interrupt
     from utils.machine.memory import IN_TRAINING, explained
     from utils.machine.processes import join_processes
-    from utils.training.gradients import GradientExchange, accumulate_gradients
+    from utils.training.gradients import accumulate_gradients
     from utils.training.layer_groups import train_mode
     from utils.training.locked_features import cache_features
     from utils.training.optimizer import learning_rate, set_learning_rate
@@ -160,7 +160,6 @@ def main() -> None:
 
     rate_at = partial(learning_rate, peak=args.lr, total_steps=args.epochs * len(loader),
                       warmup_steps=round(args.warmup_epochs * len(loader)))  # fmt: skip
-    exchange = GradientExchange(model, processes)
     for epoch in range(len(state.epochs) + 1, args.epochs + 1):
         if args.patience and state.epochs_since_best >= args.patience:
             print(f"no better mean recall in {args.patience} epochs (--patience): training ends")
@@ -171,7 +170,7 @@ def main() -> None:
             first = (epoch - 1) * len(loader) + done
             for step, batch in enumerate(progress.timed(loader.epoch(epoch, done)), first):
                 set_learning_rate(state.optimizer, rate_at(step))
-                loss = accumulate_gradients(model, batch, state.precision, exchange,
+                loss = accumulate_gradients(model, batch, state.precision, processes,
                                             args.grad_cache, keep=state.keep)  # fmt: skip
                 state.update(processes.sum(loss))
                 progress.advance(state.losses[-1], rate_at(step), step)

@@ -19,7 +19,7 @@ from utils.flickr8k_dataloader import TrainLoader
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE, Processes
 from utils.metric import evaluate
-from utils.training.gradients import GradientExchange, accumulate_gradients
+from utils.training.gradients import accumulate_gradients
 from utils.training.keep import Keep
 
 CPU = torch.device("cpu")
@@ -92,10 +92,9 @@ def step_gradients(processes, data, chunk, rank=None):
     dataset = Flickr8kDataset(data, 64)
     loader = TrainLoader(dataset, 11, CPU, captions_per_image=2, processes=processes, alter=True)
     batch = next(loader.epoch(1))
-    exchange = GradientExchange(model, processes)
     for _ in range(2):  # the first step learns the order in which gradients are sent
         model.zero_grad()
-        loss = accumulate_gradients(model, batch, precision, exchange, chunk, keep)
+        loss = accumulate_gradients(model, batch, precision, processes, chunk, keep)
     gradients = {name: p.grad.numpy() for name, p in model.named_parameters() if p.requires_grad}
     return processes.sum(loss).item(), gradients
 
