@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from models.errors import run_script
-from models.host import Console, garbage_unsearched, is_terminal, script_settings
+from models.host import garbage_unsearched
 from models.scripts import add_activation, from_here
 from models.weights.registry import MAX_RESOLUTION
 from utils.runs.arguments import fraction, integer, number, path, positive, starting_point, workers
@@ -123,7 +123,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@script_settings()
 def main() -> None:
     parser = build_parser()
     parser.parse_args()  # --help and typing errors answer at once, before torch is imported
@@ -279,8 +278,7 @@ def open_run(args: argparse.Namespace, resumed: dict | None, model, loader, val_
         run.folder = new_run_folder(args.log_dir, started)
     with run.discarded_on_error():
         write_json(run.folder / "arguments.json", run.arguments)
-        log = Log(run.folder / f"console_{started}.log")
-        sys.stdout = Console(log, colours=is_terminal(sys.stdout))
+        sys.stdout = Log(run.folder / f"console_{started}.log")
         show_config(args=args, color="bold")
         run.loss_history = Losses(run.folder, resumed["rows"] if resumed else [])
         if args.wise_ft or args.keep:
@@ -332,7 +330,7 @@ def finish(args: argparse.Namespace, folder: Path, loader, sets, state, retentio
     score_chosen(model, chosen, loader, sets["val"], state.precision)
     if "test" in sets:
         score_test(partial(score, sets["test"], k_values=range(1, 11)), chosen, folder)
-    print(what_to_try(sets["val"].image[0], chosen, sets["val"].text, model))
+    print(what_to_try(sets["val"].image[0], chosen, sets["val"].text))
 
 
 if __name__ == "__main__":

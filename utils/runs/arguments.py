@@ -10,11 +10,9 @@ from typing import NamedTuple
 from models.errors import InputError
 from models.files import read_bytes, run_weights
 from models.scripts import SCRIPTS, add_activation, from_here
-from models.weights.file_kind import one_line
 
 ARGUMENTS_LENGTH = 2**20  # bytes of an arguments.json
 VALUE_LENGTH = 60  # characters of a refused value that its message shows
-PATH_LENGTH = 4096  # characters; longer ones are refused by every system
 LARGEST = 10**9  # of the numbers whose size has no limit of its own
 
 
@@ -109,42 +107,6 @@ def add_scoring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=integer(1), default=64, help="images at a time")
     parser.add_argument("--num_workers", type=workers, default=0, help="processes that read images")
     add_loading(parser)
-
-
-def check_values(values: dict[str, object], parser: argparse.ArgumentParser) -> None:
-    """Raise `InputError` unless `values` are what `parser` gives for all of its arguments, paths
-    being text."""
-    # argparse has no public list of the arguments.
-    actions = {a.dest: a for a in parser._actions if a.default is not argparse.SUPPRESS}
-    for name in actions.keys() ^ values.keys():
-        known = name in actions
-        raise InputError(f"{one_line(name)} is {'missing' if known else 'no argument'}")
-    for name, action in actions.items():
-        value = values[name]
-        if value is None and action.default is None:
-            continue
-        several = action.nargs == "+" and isinstance(value, list) and value
-        try:
-            for item in value if several else [value]:
-                _check_value(item, action, several)
-        except argparse.ArgumentTypeError as error:
-            raise InputError(f"{name}: {one_line(error)}") from None
-
-
-def _check_value(value: object, action: argparse.Action, is_of_several: bool) -> None:
-    """Raise `ArgumentTypeError` unless `action` could have given this value."""
-    if type(value) not in (bool, str, int, float) or (action.nargs == "+") != bool(is_of_several):
-        raise argparse.ArgumentTypeError(f"{type(value).__name__} is not of the type that it takes")
-    if action.nargs == 0:
-        parsed: object = True
-    elif action.choices is not None:
-        parsed = value if value in action.choices else None
-    else:
-        parsed = (action.type or str)(str(value))
-    kind = str if isinstance(parsed, Path) else type(parsed)
-    fits = kind is type(value) and (kind is not str or len(value) <= PATH_LENGTH)
-    if not fits or "\0" in str(value):
-        raise argparse.ArgumentTypeError(f"{value!r:.{VALUE_LENGTH}} is no value that it takes")
 
 
 class TrainedOn(NamedTuple):

@@ -12,7 +12,7 @@ from models.errors import InputError
 from utils.machine.interrupt import Interrupt
 from utils.machine.processes import Processes
 from utils.runs.checkpoint import save_checkpoint, save_weights, write_csv
-from utils.runs.commands import TO_PASTE, command, quoted
+from utils.runs.commands import command, quoted
 from utils.runs.files import TEMPORARY, replaced_whole, writing
 
 
@@ -119,7 +119,7 @@ class Run:
                 line = f"torchrun [as before] train.py {quoted(arguments)}"
             else:
                 line = command("train.py", *arguments, processes=size)
-            print(f"\nstopped by a signal; to go on{TO_PASTE}:\n  {line}")
+            print(f"\nstopped by a signal; to go on:\n  {line}")
         return interrupt.exit()
 
     def close(self, model: CLIP, state: dict[str, Any]) -> None:

@@ -20,7 +20,9 @@ class Log(ConsoleLogger):
 
     def write(self, message: str) -> None:
         with writing(self.log_file):
-            super().write(message)
+            super().write(
+                message.encode(errors="replace").decode()
+            )  # names of files can be no text
 
 
 class Losses(LossHistory):

@@ -60,9 +60,13 @@ def _sum_gradients(model: CLIP, processes: Processes) -> None:
     DistributedDataParallel exchanges gradients during the one backward pass of a step, but
     distillation and gradient caching have several.
     """
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            processes.sum(parameter.grad)
+    if processes.size == 1:
+        return
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = processes.sum(torch.cat([gradient.flatten() for gradient in gradients]))
+    sizes = [gradient.numel() for gradient in gradients]
+    for gradient, summed in zip(gradients, flat.split(sizes), strict=True):
+        gradient.copy_(summed.view_as(gradient))
 
 
 def _hold_features(
