@@ -107,76 +107,53 @@ def _readable(file: SourceFile | Path) -> Iterator[None]:
         ) from error
 
 
-def find_files(sources: Iterable[Path], root: Path, open_zips: ExitStack) -> SourceFiles:
-    """All files in `sources`, which are folders, zips and single files.
+def find_files(sources: Iterable[Path], open_zips: ExitStack) -> list[SourceFile]:
+    """All files in `sources`, which are folders, zips and single files, without hidden ones: macOS
+    adds some, and a run that was killed leaves a hidden folder.
 
-    If several files have the same name, a plain file is taken before a member of a zip. Images that
-    stand in `root / "images"` are left out, since they are results and not sources. Zips stay open
-    until `open_zips` is closed. Raises `InputError` for a source that does not exist or cannot be
-    read, and for an official zip with another MD5.
+    Zips stay open until `open_zips` is closed. Raises `InputError` for a source that does not exist
+    or cannot be read, and for an official zip with another MD5.
     """
-    files: SourceFiles = {}
-    zips = []
+    files: list[SourceFile] = []
     for source in sources:
         if not source.exists():
             raise InputError(f"{source}: there is no such file or folder (--source)")
         if not source.is_dir():
             check_regular(source)
-        for path in [source] if source.is_file() else _walk(source, skipped=root / "images"):
-            if path.suffix.lower() == ".zip":
-                zips.append(path)
-            else:
-                files.setdefault(path.name, SourceFile(path, path.stat().st_size))
-    for path in zips:
-        if path.name in MD5:
-            _check_md5(path)
-        files = _zip_members(path, open_zips) | files
+        for path in [source] if source.is_file() else _walk(source):
+            if path.suffix.lower() != ".zip":
+                files.append(SourceFile(path, path.stat().st_size))
+                continue
+            if path.name in MD5:
+                _check_md5(path)
+            files += _zip_members(path, open_zips)
     return files
 
 
-def _walk(folder: Path, skipped: Path | None = None) -> Iterator[Path]:
-    """The files below `folder`, except those below `skipped` and hidden ones: macOS adds hidden
-    files, and a run that was killed leaves a hidden folder."""
+def by_name(files: Iterable[SourceFile], root: Path) -> SourceFiles:
+    """The files by their names; of several with one name, a plain file is taken before a member of
+    a zip. Images that stand in `root / "images"` are left out, since they are results."""
+    results = os.path.abspath(root / "images")  # noqa: PTH100
+    named: SourceFiles = {}
+    for file in sorted(files, key=lambda file: file.archive is not None):
+        if not Path(os.path.abspath(file.path)).is_relative_to(results):  # noqa: PTH100
+            named.setdefault(file.parts[-1], file)
+    return named
+
+
+def _walk(folder: Path) -> Iterator[Path]:
     for current, subfolders, names in os.walk(folder):
-        if skipped and Path(current).resolve() == skipped.resolve():
-            subfolders.clear()
-            continue
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         paths = [Path(current) / name for name in sorted(names) if not name.startswith(".")]
         yield from (path for path in paths if path.is_file())
 
 
-def _zip_members(path: Path, open_zips: ExitStack) -> SourceFiles:
+def _zip_members(path: Path, open_zips: ExitStack) -> list[SourceFile]:
     """The files in a zip, which stays open until `open_zips` is closed."""
     with _readable(path):
         archive = open_zips.enter_context(ZipFile(path))
-    files: SourceFiles = {}
-    for file in _members(path, archive):
-        files.setdefault(file.parts[-1], file)
-    return files
-
-
-def _members(path: Path, archive: ZipFile) -> list[SourceFile]:
-    return [
-        SourceFile(path, member.file_size, archive, member)
-        for member in archive.infolist()
-        if not member.is_dir()
-    ]
-
-
-def list_files(sources: Iterable[Path], open_zips: ExitStack) -> list[SourceFile]:
-    """All files in `sources`, whatever their names, also those of the same name."""
-    files = []
-    for source in sources:
-        for path in [source] if source.is_file() else _walk(source):
-            if path.suffix.lower() == ".zip":
-                with _readable(path):
-                    archive = open_zips.enter_context(ZipFile(path))
-                visible = [f for f in _members(path, archive) if not f.parts[-1].startswith(".")]
-                files += visible
-            else:
-                files.append(SourceFile(path, path.stat().st_size))
-    return files
+    members = [SourceFile(path, m.file_size, archive, m) for m in archive.infolist()]
+    return [m for m in members if not (m.member.is_dir() or m.parts[-1].startswith("."))]
 
 
 def _check_md5(path: Path) -> None:
@@ -379,13 +356,14 @@ def prepare(
     sizes = {path.name: path.stat().st_size for path in (root / "images").glob("*")}
     present = {name: size for name, size in sizes.items() if size}  # a power cut leaves empty files
     with ExitStack() as open_zips:
-        files = find_files(sources, root, open_zips)
+        found = find_files(sources, open_zips)
+        files = by_name(found, root)
         if not download and files.keys().isdisjoint({KARPATHY, *CAPTION_READERS}):
-            own = read_own(list_files(sources, open_zips), root, named=sources)
+            own = read_own(found, root, named=sources)
             if own:
                 return write_own(root, own, language)
         if download and not has_official_splits(files):
-            files = _zip_members(_download(TEXT_ZIP, root), open_zips) | files
+            files = by_name(_zip_members(_download(TEXT_ZIP, root), open_zips), root) | files
         captions, splits = read_source(files, present.keys() | files.keys())
         captions = {name: [text for text in texts if text] for name, texts in captions.items()}
         check_splits(splits, captions)
@@ -401,7 +379,7 @@ def prepare(
         needed = [name for names in splits.values() for name in names]
         files = {n: SourceFile(root / "images" / n, size) for n, size in present.items()} | files
         if download and len(match_names(needed, files.keys())) < len(needed):
-            files = _zip_members(_download(IMAGES_ZIP, root), open_zips) | files
+            files = by_name(_zip_members(_download(IMAGES_ZIP, root), open_zips), root) | files
         found = match_names(needed, files.keys())
         missing = [name for name in needed if name not in found]
         if missing:

@@ -19,7 +19,7 @@ READERS = {
     "annotations": read_annotations,
     "another set": lambda path: refuse_another_set({path: b"[]"}),
     "weights": find_weights,
-    "source": lambda path: find_files([path], path.parent / "output", open_zips=None),
+    "source": lambda path: find_files([path], open_zips=None),
 }
 
 

@@ -78,14 +78,12 @@ def encode_images(
 
 
 @torch.inference_mode()
-def encode_texts(
-    model: CLIP, tokens: Tensor, batch_size: int = TEXT_BATCH, processes: Processes = ALONE
-) -> Tensor:
+def encode_texts(model: CLIP, tokens: Tensor, processes: Processes = ALONE) -> Tensor:
     """Normalised float32 features `[n, d]` of `tokens` `[n, <=context_length]`, on the model's
     device. Each process encodes some of the batches, and all get the features of all."""
     model.eval()
     features = torch.zeros(len(tokens), model.embed_dim, device=model.device)
-    own = torch.arange(len(tokens)).split(batch_size)[processes.rank :: processes.size]
+    own = torch.arange(len(tokens)).split(TEXT_BATCH)[processes.rank :: processes.size]
     with _progress_bar(own, "encoding captions", "caption", processes) as bar:
         for rows in own:
             features[rows] = F.normalize(model.encode_text(tokens[rows]).float(), dim=-1)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -140,29 +141,32 @@ def test_factors_are_in_the_checkpoint_and_go_on_with_the_same_numbers(valid, tm
 
 
 MOMENTS = ("optimizer", "state", 0)
+FIELDS = ("arguments", "data", "rows", "best_since", "losses", "model", "average", "optimizer",
+          "scaler")  # fmt: skip
 WRONG = [
-    *(((field,), GONE) for field in ("arguments", "data", "rows", "best_since", "losses", "model",
-                                     "average", "optimizer", "scaler")),
-    (("more",), 1),
-    (("model", "text_projection"), GONE),
-    (("model", "text_projection"), torch.zeros(3)), (("model", "more"), torch.zeros(3)),
-    (("model", "logit_scale"), torch.tensor(math.nan)),
-    (("average", "n_averaged"), GONE), (("average", "more"), torch.zeros(1)),
-    (("average", "module.text_projection"), torch.zeros(2, 2)),
-    (("optimizer", "state"), GONE), ((*MOMENTS[:2], 99), {"exp_avg": torch.zeros(3)}),
-    ((*MOMENTS, "exp_avg"), torch.zeros(3)), ((*MOMENTS, "exp_avg_sq"), torch.zeros(5, 63)),
-    (("arguments", "lr"), GONE), (("arguments", "unknown"), 1), (("arguments", "lock_image"), 9),
-    (("arguments", "layer_decay"), 1.0), (("model",), "text"), (("arguments",), []),
-]  # fmt: skip
+    *(((field,), GONE, field) for field in FIELDS),
+    (("more",), 1, "more"),
+    (("model", "text_projection"), GONE, "model: .* missing: text_projection"),
+    (("model", "text_projection"), torch.zeros(3), r"model: .* text_projection \[3\]"),
+    (("model", "more"), torch.zeros(3), "model: .* unknown: more"),
+    (("model", "logit_scale"), torch.tensor(math.nan), "model: .* logit_scale"),
+    (("average", "n_averaged"), GONE, "average: .* missing: n_averaged"),
+    (("average", "more"), torch.zeros(1), "average: .* unknown: more"),
+    (("average", "module.text_projection"), torch.zeros(2), r"average: .* text_projection \[2\]"),
+    ((*MOMENTS, "exp_avg"), torch.zeros(3), r"exp_avg of parameter 0 is \[3\]"),
+    (("arguments", "layer_decay"), 1.0, "exp_avg of parameter"),  # other groups of parameters
+    (("arguments", "lock_image"), 9, "--lock_image 9"),
+    (("arguments", "lr"), GONE, "arguments .* lr"),
+    (("arguments", "unknown"), 1, "arguments .* unknown"),
+    ((*MOMENTS[:2], 99), {"exp_avg": torch.zeros(3)}, "damaged"),
+    (("arguments",), [], "damaged"),
+    (("model",), "text", "damaged"),
+]
 
 
-@pytest.mark.parametrize(
-    "path, value", WRONG, ids=lambda part: "gone" if part is GONE else f"{part!r:.40}"
-)
-def test_other_fields_keys_and_shapes_are_refused_by_name(valid, tmp_path, path, value):
-    message = taken(tmp_path / "checkpoint.pth", changed(valid, path, value))
-    named = {"layer_decay": "parameter", "lock_image": "--lock_image 9"}.get(path[-1])
-    assert message and (named or str(path[-1] if len(path) < 3 else "")) in message, message
+@pytest.mark.parametrize("path, value, words", WRONG, ids=str)
+def test_other_fields_keys_and_shapes_are_refused_by_name(valid, tmp_path, path, value, words):
+    assert re.search(words, taken(tmp_path / "checkpoint.pth", changed(valid, path, value)))
 
 
 def test_a_checkpoint_that_claims_more_than_it_holds_gets_no_memory(valid, tmp_path):
