@@ -267,38 +267,18 @@ def read_source(files: SourceFiles, images: Set[str]) -> tuple[Captions, Splits]
             f"some official split lists are there, but not {', '.join(missing_lists)}; "
             f"name {TEXT_ZIP} with --source, or add --download"
         )
-    found = match_names(captions, images)
-    if lost := [name for name in captions if name not in found]:
+    names = captions.keys() & images
+    if lost := [name for name in captions if name not in names]:
         _warn(
             f"{len(lost):,} images with captions are left out, for example {lost[0]}: the sources "
-            "hold no file of that name, or several that differ in upper and lower case"
+            "hold no file of that name"
         )
-    names = found.keys()
     _warn(
         f"the official splits ({TEXT_ZIP}) are in none of the sources; the {len(names):,} images "
         "with captions are split at random, so scores cannot be compared with published ones; "
         f"to get the official splits, name {TEXT_ZIP} with --source as well, or add --download"
     )
     return captions, split_at_random(names)
-
-
-def match_names(names: Iterable[str], there: Set[str]) -> dict[str, str]:
-    """For each of `names` the file of that name among those that are `there`; else the only one
-    whose name differs in upper and lower case alone, such as `1.JPG` for `1.jpg`. Names for which
-    there is none, or that share one, are left out."""
-    names = list(names)
-    alike: dict[str, list[str]] = {}
-    for name in there:
-        alike.setdefault(name.casefold(), []).append(name)
-    asked = Counter(name.casefold() for name in names)
-    found = {}
-    for name in names:
-        others = alike.get(name.casefold(), [])
-        if name in there:
-            found[name] = name
-        elif len(others) == asked[name.casefold()] == 1:
-            found[name] = others[0]
-    return found
 
 
 def split_at_random(names: Set[str]) -> Splits:
@@ -378,11 +358,9 @@ def prepare(
 
         needed = [name for names in splits.values() for name in names]
         files = {n: SourceFile(root / "images" / n, size) for n, size in present.items()} | files
-        if download and len(match_names(needed, files.keys())) < len(needed):
+        if download and not files.keys() >= set(needed):
             files = by_name(_zip_members(_download(IMAGES_ZIP, root), open_zips), root) | files
-        found = match_names(needed, files.keys())
-        missing = [name for name in needed if name not in found]
-        if missing:
+        if missing := [name for name in needed if name not in files]:
             raise InputError(
                 f"{len(missing):,} of {len(needed):,} images are in none of the sources, for "
                 f"example {missing[0]}; name the folder or zip that holds them with --source, "
@@ -390,12 +368,8 @@ def prepare(
             )
         write_set(
             root,
-            images=[
-                f"images/{name}"
-                for name, file in found.items()
-                if present.get(name) != files[file].size
-            ],
-            write_image=lambda _, path: path.write_bytes(files[found[path.name]].read_bytes()),
+            images=[f"images/{name}" for name in needed if present.get(name) != files[name].size],
+            write_image=lambda _, path: path.write_bytes(files[path.name].read_bytes()),
             annotations=annotations,
             progress="writing the images",
         )
