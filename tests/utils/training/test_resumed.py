@@ -152,7 +152,11 @@ WRONG = [
     (("model", "logit_scale"), torch.tensor(math.nan), "model: .* logit_scale"),
     (("average", "n_averaged"), GONE, "average: .* missing: n_averaged"),
     (("average", "more"), torch.zeros(1), "average: .* unknown: more"),
-    (("average", "module.text_projection"), torch.zeros(2), r"average: .* text_projection \[2\]"),
+    (
+        ("average", "module.text_projection"),
+        torch.zeros(2),
+        r"average: .* module.text_projection \[2\]",
+    ),
     ((*MOMENTS, "exp_avg"), torch.zeros(3), r"exp_avg of parameter 0 is \[3\]"),
     (("arguments", "layer_decay"), 1.0, "exp_avg of parameter"),  # other groups of parameters
     (("arguments", "lock_image"), 9, "--lock_image 9"),
