@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from flickr8k import prepare as module
-from flickr8k.prepare import SourceFile, prepare
+from flickr8k.prepare import SourceFile, prepare, split_at_random
 from models.errors import InputError
 
 SCRIPT = Path(module.__file__)
@@ -236,6 +236,15 @@ def test_formats_agree_byte_for_byte(tmp_path, monkeypatch):
         prepare(tmp_path / str(number), sources)
         sets.append(files_of(tmp_path / str(number)))
     assert sets[0] == sets[1] == sets[2]
+
+
+def test_a_random_split_is_the_same_whatever_the_order_of_the_list():
+    names = [f"{number}.jpg" for number in range(80)]
+    splits = split_at_random(dict.fromkeys(names).keys())
+    assert split_at_random(dict.fromkeys(names[::-1]).keys()) == splits
+    assert sorted(name for split in splits.values() for name in split) == sorted(names)
+    assert splits["train"] != sorted(splits["train"])
+    assert [len(splits[split]) for split in ("train", "val", "test")] == [60, 10, 10]
 
 
 def test_kaggle_copy_alone_is_split_at_random_and_says_so(tmp_path, capsys):

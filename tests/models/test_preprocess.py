@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import BmpImagePlugin, EpsImagePlugin, ExifTags, Image
 from script_runs import ROOT
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
@@ -90,6 +91,15 @@ def test_preprocess_equals_open_clip(width, height, mode):
     assume(max(width, height) <= MAX_ASPECT_RATIO * min(width, height))
     image = Image.fromarray(noise(width, height)).convert(mode)
     assert torch.equal(Preprocess(224)(image), open_clip_transform(224)(image))
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("mode", ["shortest", "squash"])
+def test_every_way_to_resize_is_open_clips(interpolation, mode):
+    how = {"interpolation": interpolation, "resize_mode": mode}
+    image = Image.fromarray(noise(90, 70))
+    expected = image_transform_v2(PreprocessCfg(size=64, **how), is_train=False)(image)
+    assert torch.equal(Preprocess(64, **how)(image), expected)
 
 
 def test_preprocess_equals_open_clip_on_opaque_rgba():

@@ -270,6 +270,12 @@ def test_the_strength_is_the_best_on_the_images_held_out(clouds):
     assert score[chosen] >= max(*coarse, *near) and min(coarse) < score[chosen]
 
 
+def test_of_equally_good_strengths_it_is_the_smallest_that_was_tried(clouds):
+    """Classes so far apart that every C separates them: it is the first, 1e-6."""
+    apart = clouds.images.numpy() + 100 * np.eye(8)[clouds.labels]
+    assert choose_c(apart, clouds.labels.numpy()) == pytest.approx(1e-6)
+
+
 def test_two_classes_and_classes_with_one_image(clouds):
     two = clouds.labels < 2
     two = Features(clouds.images[two], clouds.labels[two])

@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -17,9 +18,10 @@ from peers import (
     small_transformers,
     their_features,
 )
+from PIL import Image
 from published import save_published
 from torch.optim.swa_utils import AveragedModel
-from transformers import CLIPModel
+from transformers import CLIPImageProcessor, CLIPModel
 
 from models import CLIP, build_model, load, tokenize
 from models.convert import convert
@@ -125,6 +127,7 @@ def own_checkpoint(folder):
     ours = build_model(model.state_dict(), from_open_clip(description))
     optimizer = torch.optim.AdamW(ours.parameters())
     state = State(ours, optimizer, Precision(torch.device("cpu"), use_amp=False), ema=0.9)
+    torch.nn.init.zeros_(state.scored.text_projection)  # of the average, which is not the model
     save_checkpoint(folder / "checkpoint.pth", arguments={}, **state.state_dict())
     return folder / "checkpoint.pth", {}, model
 
@@ -193,6 +196,26 @@ def test_every_format_gives_the_features_of_its_library_in_and_out(row, tmp_path
         back, _ = load(tmp_path / name, "cpu")
         assert isinstance(back, CLIP) and back.config == ours.config
         assert all(torch.equal(back.state_dict()[k], t) for k, t in ours.state_dict().items())
+
+
+def test_what_a_description_of_transformers_leaves_out_is_its_default(tmp_path):
+    """QuickGELU and bicubic, as the library itself reads these files."""
+    transformers_folder(tmp_path, processor=False)
+    for name in ("config.json", "preprocessor_config.json"):
+        content = json.loads((tmp_path / name).read_text())
+        for part in (content, content.get("text_config", {}), content.get("vision_config", {})):
+            part.pop("hidden_act", None)
+            part.pop("resample", None)
+        (tmp_path / name).write_text(json.dumps(content))
+    ours, preprocess = load(tmp_path, "cpu")
+    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    tokens = tokenize(CAPTIONS, truncate=True)
+    theirs = CLIPModel.from_pretrained(tmp_path).eval()
+    assert_close(*(their_features(model, images, tokens) for model in (ours, theirs)))
+    noise = np.random.default_rng(0).integers(0, 256, (90, 130, 3), dtype=np.uint8)
+    image, processor = Image.fromarray(noise), CLIPImageProcessor.from_pretrained(tmp_path)
+    expected = processor(image, return_tensors="pt")["pixel_values"][0]
+    assert (preprocess(image) - expected).abs().mean() < 0.02  # rounding; bilinear: 0.2
 
 
 def test_more_than_77_tokens_are_read_where_the_model_reads_more(tmp_path):

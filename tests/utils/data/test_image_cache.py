@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -112,10 +113,10 @@ def test_batches_on_a_gpu(root, monkeypatch, fits):
         assert torch.equal(images.cpu(), decoded(dataset)[batch])
         assert images.is_cuda or images.is_pinned()
     expected = TrainLoader(Flickr8kDataset(root, SIDE), 4, torch.device("cuda"))
-    for (images, tokens), (same_images, same_tokens) in zip(
-        expected.epoch(1), TrainLoader(dataset, 4, torch.device("cuda")).epoch(1), strict=True
-    ):
-        assert torch.equal(images, same_images) and torch.equal(tokens, same_tokens)
+    found = TrainLoader(dataset, 4, torch.device("cuda"))
+    for batch, same in zip(expected.epoch(1), found.epoch(1), strict=True):
+        assert batch.images.is_cuda and same.images.is_cuda
+        assert torch.equal(batch.images, same.images) and torch.equal(batch.tokens, same.tokens)
 
 
 def test_a_transform_is_refused(root):
@@ -205,6 +206,19 @@ def test_a_stale_file_is_written_anew(root, change):
     assert [file.name for file in (root / ".cache").iterdir()] == [NAME]
     if sys.platform != "win32":  # a run that goes on keeps the pixels that it has
         assert torch.equal(before.cached, pixels)
+
+
+@pytest.mark.parametrize("other", [{"resize_mode": "squash"}, {"interpolation": "bilinear"}])
+def test_a_model_that_resizes_otherwise_gets_pixels_of_its_own(root, other):
+    """At the same side: a ViT and a Chinese-CLIP in turn."""
+    for image in (root / "images").iterdir():
+        noise(image, seed=1)  # not square
+    pixels = cached(root).cached.clone()
+    dataset = Flickr8kDataset(root, SIDE)
+    dataset.preprocess = replace(dataset.preprocess, **other)
+    dataset.cache()
+    assert torch.equal(dataset.cached, decoded(dataset))
+    assert not torch.equal(dataset.cached, pixels)
 
 
 @pytest.mark.parametrize(

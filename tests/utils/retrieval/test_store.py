@@ -175,6 +175,30 @@ def test_captions_are_kept_as_encode_texts_gives_them(weights, monkeypatch):
     kept_caption_features(model, weights, "list", CAPTIONS, FLOAT32)
 
 
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_tuning_one_tower_makes_its_features_anew_and_spares_the_others(weights, folder, tower):
+    """Also where the logit scale has moved, which is part of neither."""
+    model, encoded = demo(), []
+
+    def captions() -> int:
+        """Check the features of all captions, and return how many were encoded now."""
+        encoded.clear()
+        features = kept_caption_features(model, weights, "list", CAPTIONS, FLOAT32)
+        number = len(encoded)
+        own = encode_texts(model, model.tokenize(CAPTIONS, truncate=True))
+        assert torch.allclose(features, own, rtol=2 * HALF, atol=1e-6)
+        return number
+
+    encode = model.encode_text
+    model.encode_text = lambda tokens: encoded.extend(tokens) or encode(tokens)
+    assert (searched(model, weights, folder), captions()) == (6, 4)
+    with torch.no_grad():
+        model.logit_scale += 1
+        (model.visual.proj if tower == "image" else model.text_projection).normal_()
+    found = searched(model, weights, folder), captions()
+    assert found == ((6, 0) if tower == "image" else (0, 4))
+
+
 def damaged(content: bytes):
     """What can become of a file; each byte of the features counts."""
     yield content[: len(content) // 2]

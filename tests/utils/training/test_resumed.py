@@ -12,24 +12,19 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny import tiny_clip
 
-from models.clip import CLIP
 from models.errors import InputError
 from models.lora import add_lora
-from models.weights.config import Config
 from train import build_parser
 from utils.machine.precision import Precision
 from utils.retrieval.tables import TITLES
+from utils.runs import checkpoint
 from utils.runs.checkpoint import save_checkpoint, write_csv
 from utils.training.optimizer import parameter_groups
 from utils.training.resumed import read_resumed
 from utils.training.state import State
 
-TINY = Config(
-    embed_dim=4, image_resolution=8, vision_layers=1, vision_width=64, vision_patch_size=4,
-    vision_mlp_width=256, context_length=5, vocab_size=7, transformer_width=64,
-    transformer_mlp_width=256, transformer_heads=1, transformer_layers=1,
-)  # fmt: skip
 SCORES = ["R@1", "R@5", "R@10", "mAP@1", "mAP@5", "mAP@10", "median_rank", "mean_rank"]
 SCALER = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000,
           "_growth_tracker": 3}  # fmt: skip
@@ -55,7 +50,7 @@ def train_a_step(state):
 def valid():
     """What a run of two epochs and a step has saved."""
     torch.manual_seed(0)
-    state = new_state(CLIP(TINY).initialize())
+    state = new_state(tiny_clip())
     metrics = {way: dict.fromkeys(SCORES, 50.0) for way in TITLES}
     for _ in "ab":
         train_a_step(state)
@@ -125,9 +120,18 @@ def test_what_a_run_saves_is_taken_and_goes_on_with_the_same_numbers(valid, tmp_
     assert taken(file, valid) == ""
 
 
+@pytest.mark.parametrize("other", [-1, 1])
+def test_a_checkpoint_of_another_version_is_refused(valid, tmp_path, monkeypatch, other):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + other)
+        save_checkpoint(file := tmp_path / "checkpoint.pth", **valid)
+    with pytest.raises(InputError, match=r"format \d+, where this program reads \d+; continue it"):
+        read_resumed(str(file), build_parser())
+
+
 def test_factors_are_in_the_checkpoint_and_go_on_with_the_same_numbers(valid, tmp_path):
     arguments = valid["arguments"] | {"lora": 2, "ema": None}
-    model = CLIP(TINY).initialize()
+    model = tiny_clip()
     add_lora(model, 2)
     state = new_state(model, ema=None)
     train_a_step(state)

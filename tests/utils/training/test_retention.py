@@ -18,6 +18,7 @@ from flickr8k.render_demo import render_demo
 from models.clip_utils import create_model
 from utils import Flickr8kDataset
 from utils.machine.processes import ALONE
+from utils.retrieval.tables import points_lost
 from utils.training.retention import Retention, names_of
 
 BATCH = 8
@@ -162,6 +163,13 @@ def test_captions_are_in_the_languages_of_the_run_or_else_in_those_that_there_ar
     ):  # fmt: skip
         (found,) = Retention([str(folder)], run).sets.values()
         assert found.text == Flickr8kDataset(folder, language=expected, split="val").text
+
+
+def test_points_lost_are_how_much_lower_the_sets_score_now():
+    before = {"mean_recall": 10.0, "retention_a": 60.1, "retention_b": 80.0}
+    now = {"mean_recall": 90.0, "retention_a": 58.1, "retention_b": 70.0}
+    assert points_lost(now, before) == 6 and points_lost(before, now) == -6
+    assert points_lost({"retention_a": 58.1}, before) == 2
 
 
 @given(st.lists(st.sampled_from(["a/x", "b/x", "c/x (2)", "x", "宠物", "a\x1b\n"]), max_size=6))
