@@ -1,10 +1,18 @@
-"""Steps of the optimizer against torch's own with the published settings."""
+"""Steps of the optimizer against torch's own with the published settings; the learning rate."""
+
+import math
 
 import pytest
 import torch
 from tiny import tiny_clip
 
-from utils.training.optimizer import parameter_groups, replace_groups, set_learning_rate
+from models.clip_utils import create_model
+from utils.training.optimizer import (
+    learning_rate,
+    parameter_groups,
+    replace_groups,
+    set_learning_rate,
+)
 
 PEERS = {
     # Radford et al. 2021, table 18: beta2 0.98, epsilon 1e-6.
@@ -37,3 +45,23 @@ def test_steps_are_those_of_torch_with_clips_settings(kind):
         expected.step()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, peer.get_parameter(name), rtol=1e-5, atol=1e-7)
+
+
+def test_weight_decay_is_for_matrices_only():
+    model = create_model("ViT-demo")
+    decayed, others = parameter_groups(model, 0.9, 0.1)
+    assert decayed["weight_decay"] == 0.1 and others["weight_decay"] == 0
+    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)] for p in others["params"]} == {
+        name
+        for name in names.values()
+        if name.endswith("bias") or ".ln_" in name or name.startswith("ln_")
+        or name in ("logit_scale", "visual.class_embedding")
+    }  # fmt: skip
+
+
+def test_the_learning_rate_rises_then_falls_along_a_cosine():
+    rates = [learning_rate(step, 2.0, 10, 110) for step in range(110)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert rates[10:] == pytest.approx([1 + math.cos(math.pi * i / 100) for i in range(100)])
