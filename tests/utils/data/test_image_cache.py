@@ -144,6 +144,14 @@ def test_a_file_that_is_current_is_used_as_it_is(root, tmp_path):
     assert identity(moved / ".cache" / NAME) == written
 
 
+def test_another_pillow_may_decode_otherwise(root, monkeypatch):
+    cached(root)
+    written = identity(root / ".cache" / NAME)
+    monkeypatch.setattr("PIL.__version__", "0.0")
+    cached(root)
+    assert identity(root / ".cache" / NAME) != written
+
+
 def test_a_folder_can_be_named(root, tmp_path):
     dataset = Flickr8kDataset(root, SIDE)
     dataset.cache(tmp_path / "fast" / "disk")

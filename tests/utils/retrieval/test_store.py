@@ -199,6 +199,25 @@ def test_tuning_one_tower_makes_its_features_anew_and_spares_the_others(weights,
     assert found == ((6, 0) if tower == "image" else (0, 4))
 
 
+def test_each_folder_and_each_weights_file_keeps_what_it_has(weights, folder, tmp_path):
+    """Searched in turns, and captions beside them."""
+    model, other, last = demo(), tmp_path / "others", weights.with_name("last.pth")
+    last.touch()
+    for i in range(2):
+        draw(other / f"{i}.png", 50 + i)
+    assert [searched(model, weights, each) for each in (folder, other)] == [6, 2]
+    kept_caption_features(model, weights, str(folder.resolve()), CAPTIONS, FLOAT32)
+    assert searched(demo(1), last, folder) == 6
+    assert [searched(model, weights, each) for each in (folder, other)] == [0, 0]
+    assert searched(demo(1), last, folder) == 0
+
+
+def test_another_pillow_may_decode_otherwise(weights, folder, monkeypatch):
+    assert searched(demo(), weights, folder) == 6
+    monkeypatch.setattr("PIL.__version__", "0.0")
+    assert searched(demo(), weights, folder) == 6
+
+
 def damaged(content: bytes):
     """What can become of a file; each byte of the features counts."""
     yield content[: len(content) // 2]

@@ -21,7 +21,7 @@ def model():
 
 def state(*recalls, losses=()):
     rows = [
-        {"epoch": n, "train_loss": 1.0, "val_loss": 1.0, "mean_recall": recall}
+        {"epoch": n, "train_loss": 1.0, "val_loss": 2.0, "mean_recall": recall}
         for n, recall in enumerate(recalls, 1)
     ]
     return {"start": None, "rows": rows, "losses": list(losses), "optimizer": {}}
@@ -57,6 +57,22 @@ def test_of_equal_epochs_the_first_is_the_best(tmp_path, model):
     ):
         end_epoch(run, model, *recalls)
         assert scale_of_best(run) == best
+
+
+def test_every_so_many_epochs_and_of_the_last_one_weights_stay(tmp_path, model):
+    run = opened(tmp_path)
+    for epochs in range(1, 6):
+        torch.nn.init.constant_(model.logit_scale, epochs)
+        run.save_epoch(model, state(*range(epochs)), keep_every=2)
+    found = {
+        file.name: torch.load(file, weights_only=True)["logit_scale"].item()
+        for file in run.weights.glob("*.pth")
+        if file.name != "checkpoint.pth"
+    }
+    assert found == {
+        "best_epoch_weights.pth": 5, "last_epoch_weights.pth": 5,
+        "ep002_loss1.000_val_loss2.000.pth": 2, "ep004_loss1.000_val_loss2.000.pth": 4,
+    }  # fmt: skip
 
 
 def test_the_last_epoch_takes_the_place_of_lost_weights_and_better_ones_its(tmp_path, model):

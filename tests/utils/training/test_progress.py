@@ -1,13 +1,18 @@
-"""What is said after an epoch."""
+"""What is said during an epoch and after it."""
 
+import itertools
+import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
+from models.errors import InputError
+from utils.machine.processes import ALONE
 from utils.retrieval.tables import TITLES
-from utils.training.progress import comment_on_epochs, report_epoch
+from utils.training.progress import Progress, comment_on_epochs, report_epoch
 from utils.training.state import State
 
 METRICS = {way: {"R@1": 1.0, "R@5": 1.0, "R@10": 1.0, "mAP@1": 1.0, "mAP@5": 1.0, "mAP@10": 1.0,
@@ -57,3 +62,33 @@ def test_chance_alone_is_seldom_told(capsys, share):
     samples = np.random.default_rng(0).binomial(200, share, (400, 2)) / 2
     told = sum("made it worse" in printed(capsys, *pair, images=200) for pair in samples)
     assert told <= 400 * 0.045
+
+
+class Loader(SimpleNamespace):
+    def __len__(self):
+        return 5
+
+
+def test_an_epochs_loss_is_that_of_all_its_steps_and_its_speed_that_of_the_steps_made_now(
+    monkeypatch,
+):
+    """Of three steps, one was made before this program started; eight images each. The clock goes
+    on by a second each time that it is asked."""
+    monkeypatch.setattr("time.perf_counter", itertools.count().__next__)
+    losses = [torch.tensor(loss) for loss in (1.0, 2.0, 6.0)]
+    with Progress(Loader(batch_size=8, processes=ALONE), epoch=2, done=1) as progress:
+        for step, _ in enumerate(progress.timed(["batch"] * 2), 1):
+            progress.advance(losses[step], 1e-3, step)
+        row = progress.summary(losses, 1e-3)
+    seconds = 16 / row["images_per_second"]
+    assert (row["train_loss"], row["lr"]) == (3, 1e-3)
+    assert seconds == int(seconds) >= 3
+    assert row["data_wait_percent"] == pytest.approx(100 * 2 / seconds)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_ends_the_run_at_the_next_step(loss):
+    with Progress(Loader(batch_size=8, processes=ALONE), epoch=1) as progress:
+        progress.advance(torch.tensor(loss), 1e-3, 7)
+        with pytest.raises(InputError, match=r"the loss is (nan|inf) at step 7, .*lower --lr"):
+            progress.advance(torch.tensor(1.0), 1e-3, 8)

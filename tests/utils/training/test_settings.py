@@ -20,6 +20,9 @@ def test_fine_tuning_keeps_and_mixes_unless_it_is_told_otherwise(monkeypatch):
     args = settled(monkeypatch)
     assert args.keep > 0 and args.lr is None  # which follows the model
     assert args.wise_ft[0] == 0 and args.wise_ft[-1] == 1
+    assert args.warmup_epochs == min(1, args.epochs / 10)
+    for epochs, warmup in ((4, 0.4), (30, 1)):  # a tenth of the run, and at most an epoch
+        assert settled(monkeypatch, "--epochs", str(epochs)).warmup_epochs == warmup
     args = settled(monkeypatch, "--keep", "0", "--wise_ft", "1", "--lr", "1e-5")
     assert (args.keep, args.wise_ft, args.lr) == (0, [1.0], 1e-5)
 

@@ -1,5 +1,6 @@
 """One step of training: what it changes, what it keeps, and what it holds in memory."""
 
+import copy
 import gc
 
 import pytest
@@ -74,6 +75,39 @@ def test_of_equal_epochs_the_first_is_the_best():
         state = state_of()
         state.epochs = [{"mean_recall": recall} for recall in recalls]
         assert state.epochs_since_best == since, recalls
+
+
+def test_a_run_goes_on_with_its_moments_and_scores_and_with_the_settings_of_now():
+    """Among them the loss scale of float16; the losses are those of the epoch under way."""
+
+    def adamw(scale, **settings):
+        state = state_of(ema=0.5)
+        state.optimizer = torch.optim.AdamW(state.model.parameters(), **settings)
+        state.precision.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        state.precision.scaler.scale(torch.tensor(0.0))  # as the first backward pass does
+        return state
+
+    old, new = adamw(16.0, lr=1e-3, weight_decay=0.5), adamw(8.0, lr=1e-4, weight_decay=0.1)
+    old.note_start(NO_SCORES, 3.0, {"retention_pets": 80.0})
+    assert old.start["retention_pets"] == 80 and old.is_at_start
+    step(old, 0.5)
+    assert not old.is_at_start
+    old.finish_epoch({"train_loss": 1.0}, NO_SCORES, 2.0, {"retention_pets": 70.0})
+    assert old.epochs[-1]["retention_pets"] == 70 and old.losses == [] and not old.is_at_start
+    for _ in range(2):
+        step(old, 0.5)
+    new.model.load_state_dict(old.model.state_dict())
+    new.restore(copy.deepcopy(old.state_dict()))
+    assert (new.start, new.epochs, len(new.losses)) == (old.start, old.epochs, 2)
+    assert new.precision.scaler.get_scale() == 16
+    group = new.optimizer.param_groups[0]
+    assert (group["lr"], group["weight_decay"]) == (1e-4, 0.1)
+    group |= {"lr": 1e-3, "weight_decay": 0.5}
+    for state in (old, new):
+        torch.manual_seed(1)
+        step(state, 0.5)
+    assert torch.equal(vector(new.model), vector(old.model))
+    assert torch.equal(vector(new.scored), vector(old.scored))
 
 
 def bytes_alive() -> int:
