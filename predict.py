@@ -18,14 +18,16 @@ from itertools import chain, count
 from pathlib import Path
 
 from models.errors import InputError, run_script
+from models.files import check_writable_folder
+from models.scripts import ArgumentParser
 from utils.runs.arguments import (
     add_loading,
-    newest_weights,
     path,
+    picture,
     run_folder,
     trained_on,
-    trained_weights,
 )
+from utils.runs.chosen import add_weights, weights_to_use
 
 TOP = 5  # captions that are printed and drawn
 FIRST = 10  # images that are
@@ -34,9 +36,7 @@ NAME_LENGTH = 60  # characters, at most 240 bytes: with a number they fit into a
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "image",
         nargs="?",
@@ -44,13 +44,7 @@ def main() -> None:
         help="path of an image (default: you are asked for it), or of a folder to search in, with "
         "all folders in it",
     )
-    parser.add_argument(
-        "--weights",
-        type=trained_weights,
-        metavar="NAME_OR_PATH",
-        help="weights file, run's folder, or model name (default: those that the newest run in "
-        "logs/ here chose, else beside this script)",
-    )
+    add_weights(parser)
     captions = parser.add_mutually_exclusive_group()
     captions.add_argument(
         "--text",
@@ -66,7 +60,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--output",
-        type=path,
+        type=picture,
         metavar="FILE",
         help="file for the picture of the result (default: in predictions/ in the run's folder)",
     )
@@ -92,22 +86,25 @@ def main() -> None:
 
 def caption(args: argparse.Namespace) -> None:
     """Print and draw the captions that fit an image best, or each image that is asked for."""
-    from models.clip_utils import check_name, find_weights, load
+    from models.clip_utils import find_weights, load
     from models.preprocess import open_image
     from utils.machine.precision import Precision
-    from utils.retrieval.encode import encode_texts, kept_caption_features
+    from utils.retrieval.encode import encode_texts, kept_caption_features, told_apart
     from utils.retrieval.plots import draw_ranking
     from utils.retrieval.ranking import rank_captions
     from utils.retrieval.search import encode_pixels
 
     if args.image:
         open_image(args.image)  # to refuse a bad image before weights are loaded
-    name = args.weights or newest_weights()
-    check_name(name)
+    name = weights_to_use(args.weights)
     captions = list(dict.fromkeys(args.text or read_captions(args.captions_file, name)))
     weights = find_weights(name)
-    print(f"weights: {weights}")
+    drawn_into = output_folder(weights)
     model, preprocess = load(weights, args.device, activation=args.activation)
+    captions = told_apart(captions, model)
+    if len(captions) == 1:
+        print("a single caption has no rival, so that its probability is 100% whatever the image "
+              "shows: look at its similarity")  # fmt: skip
     precision = Precision(model.device, args.use_amp)
     if args.text:
         with precision.autocast():
@@ -122,7 +119,7 @@ def caption(args: argparse.Namespace) -> None:
             with precision.autocast():
                 (own,) = encode_pixels(model, [preprocess.pixels(image)])
             ranked = rank_captions(captions, text_features, own, model.logit_scale)[:TOP]
-            output = args.output or new_picture(output_folder(weights), file)
+            output = args.output or new_picture(drawn_into, file)
             for place, (text, probability, similarity) in enumerate(ranked, 1):
                 print(f"{place}. {probability:7.2%}  similarity {similarity:.3f}  {text}")
             draw_ranking(image, ranked, output)
@@ -135,11 +132,11 @@ def caption(args: argparse.Namespace) -> None:
 
 def search(args: argparse.Namespace, folder: Path) -> None:
     """Print and draw the images in a folder that fit each text best, or are most like an image."""
-    from models.clip_utils import check_name, find_weights, load
+    from models.clip_utils import find_weights, load
     from models.preprocess import open_image
     from utils.data.image_files import find_images
     from utils.machine.precision import Precision
-    from utils.retrieval.encode import encode_texts
+    from utils.retrieval.encode import encode_texts, told_apart
     from utils.retrieval.plots import draw_found
     from utils.retrieval.search import encode_pixels, image_features, most_similar
 
@@ -147,14 +144,14 @@ def search(args: argparse.Namespace, folder: Path) -> None:
         raise InputError(f"{folder}: a folder; say what to search for: --text or --similar IMAGE")
     pictures = [open_image(args.similar)] if args.similar else []
     images = find_images(folder)
-    name = args.weights or newest_weights()
-    check_name(name)
+    name = weights_to_use(args.weights)
     texts = [] if args.similar else args.text or read_captions(args.captions_file, name)
     if args.output and len(texts) > 1:
         raise InputError("--output is for one picture; give one text to search for")
     weights = find_weights(name)
-    print(f"weights: {weights}")
+    drawn_into = output_folder(weights)
     model, preprocess = load(weights, args.device, activation=args.activation)
+    texts = told_apart(texts, model)
     precision = Precision(model.device, args.use_amp)
     images, features = image_features(model, weights, folder, images, precision)
     with precision.autocast():
@@ -178,7 +175,7 @@ def search(args: argparse.Namespace, folder: Path) -> None:
             picture = open_image(folder / image)
             picture.thumbnail(THUMBNAIL)
             shown.append((picture, f"{place}. {similarity:.3f} {image}"))
-        output = args.output or new_picture(output_folder(weights), folder.resolve().name)
+        output = args.output or new_picture(drawn_into, folder.resolve().name)
         draw_found(title, shown, output)
         tell_of_picture(output, args.show)
 
@@ -224,8 +221,10 @@ def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
 
 def output_folder(weights: str | Path) -> Path:
     """The folder for pictures: `predictions/` in the folder of the run that `weights` belong to; in
-    the current folder if they belong to none."""
-    return (run_folder(weights) or Path.cwd()) / "predictions"
+    the current folder if they belong to none. Raises `InputError` if it cannot be written."""
+    folder = (run_folder(weights) or Path.cwd()) / "predictions"
+    check_writable_folder(folder)
+    return folder
 
 
 def new_picture(folder: Path, image: str) -> Path:

@@ -4,20 +4,17 @@ et al. 2021, section 3.1).
 python predict_zero_shot.py photo.jpg --labels "a dog" "a cat"
 """
 
-import argparse
-
 from models.errors import InputError, run_script
-from models.scripts import from_here
+from models.scripts import ArgumentParser, from_here
 from utils.data.templates import TEMPLATE_SETS, read_templates
-from utils.runs.arguments import add_loading, name_or_path, trained_weights
+from utils.runs.arguments import add_loading, name_or_path
+from utils.runs.chosen import add_weights, weights_to_use
 
 LABELS = ["two line charts", "a schematic diagram", "a landscape photo", "a oil painting"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "image",
         nargs="?",
@@ -37,14 +34,7 @@ def main() -> None:
         f"{', '.join(TEMPLATE_SETS)} (cn: Chinese), or a file with one a line, {{}} standing for "
         "the label (default: %(default)s, the label alone)",
     )
-    parser.add_argument(
-        "--weights",
-        type=trained_weights,
-        default="ViT-B/32",
-        metavar="NAME_OR_PATH",
-        help="model name, whose weights are downloaded if need be, weights file, or run's folder "
-        "(default: %(default)s)",
-    )
+    add_weights(parser)
     add_loading(parser)
     args = parser.parse_args()
     templates = read_templates(args.templates)
@@ -58,7 +48,8 @@ def main() -> None:
     from utils.machine.precision import Precision
 
     image = open_image(args.image)
-    model, preprocess = load(args.weights, args.device, activation=args.activation)
+    weights = weights_to_use(args.weights)
+    model, preprocess = load(weights, args.device, activation=args.activation)
     check_labels(args.labels, model.tokenizer)
     with torch.inference_mode():
         with Precision(model.device, args.use_amp).autocast():
@@ -73,6 +64,10 @@ def main() -> None:
     print("Label probs:", probs)
     print(f"{best_label}: {best_prob.item()}")
     print(f"image 0: [{', '.join(f'({label!r}, {prob!s})' for label, prob in ranked)}]")
+    if len(args.labels) == 1:
+        similarity = (image_features @ text_features.T).item()
+        print("a single label has no rival, so that its probability is 1 whatever the image shows; "
+              f"its similarity is {similarity:.3f}")  # fmt: skip
 
 
 def check_labels(labels: list[str], tokenizer) -> None:

@@ -9,21 +9,18 @@ torchrun --standalone --nproc_per_node=2 train.py ...     on two GPUs
 import argparse
 import sys
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 
 from models.errors import run_script
-from models.host import Console, garbage_unsearched, is_terminal, script_settings
-from models.scripts import add_activation, from_here
+from models.host import garbage_unsearched
+from models.scripts import ArgumentParser, add_activation, from_here
 from models.weights.registry import MAX_RESOLUTION
 from utils.runs.arguments import fraction, integer, number, path, positive, starting_point, workers
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     # fmt: off
     add("--demo", action="store_true",
@@ -36,7 +33,6 @@ def build_parser() -> argparse.ArgumentParser:
     add_activation(parser)
     add("--log_dir", type=path, default="logs", help="folder for the runs (default: %(default)s)")
     add("--seed", type=integer(0, 2**32 - 1), default=0, help="for random choices (default: 0)")
-    add("--debug", action="store_true", help="show the traceback of an error")
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset_path", type=path, default=from_here("flickr8k"),
@@ -101,9 +97,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--retention", type=path, nargs="+", metavar="DATA",
         help="measure as training goes on what is left on DATA: a folder of class folders or a set "
         "of torchvision (zero-shot top-1), or a folder like --dataset_path (mean recall)")
-    add("--retention_loss", type=number(), default=2.0, metavar="POINTS",
+    add("--retention_loss", type=number(), metavar="POINTS",
         help="with --retention, --wise_ft takes the best mixture that loses at most so many points "
-        "there (default: %(default)g)")
+        "there (default: 2)")
 
     add = parser.add_argument_group("memory, speed, interruptions").add_argument
     add("--use_amp", action="store_true",
@@ -123,7 +119,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@script_settings()
 def main() -> None:
     parser = build_parser()
     parser.parse_args()  # --help and typing errors answer at once, before torch is imported
@@ -131,7 +126,7 @@ def main() -> None:
     from utils.machine.interrupt import Interrupt
     from utils.machine.memory import IN_TRAINING, explained
     from utils.machine.processes import join_processes
-    from utils.training.gradients import GradientExchange, accumulate_gradients
+    from utils.training.gradients import accumulate_gradients
     from utils.training.layer_groups import train_mode
     from utils.training.locked_features import cache_features
     from utils.training.optimizer import learning_rate, set_learning_rate
@@ -160,7 +155,6 @@ def main() -> None:
 
     rate_at = partial(learning_rate, peak=args.lr, total_steps=args.epochs * len(loader),
                       warmup_steps=round(args.warmup_epochs * len(loader)))  # fmt: skip
-    exchange = GradientExchange(model, processes)
     for epoch in range(len(state.epochs) + 1, args.epochs + 1):
         if args.patience and state.epochs_since_best >= args.patience:
             print(f"no better mean recall in {args.patience} epochs (--patience): training ends")
@@ -171,7 +165,7 @@ def main() -> None:
             first = (epoch - 1) * len(loader) + done
             for step, batch in enumerate(progress.timed(loader.epoch(epoch, done)), first):
                 set_learning_rate(state.optimizer, rate_at(step))
-                loss = accumulate_gradients(model, batch, state.precision, exchange,
+                loss = accumulate_gradients(model, batch, state.precision, processes,
                                             args.grad_cache, keep=state.keep)  # fmt: skip
                 state.update(processes.sum(loss))
                 progress.advance(state.losses[-1], rate_at(step), step)
@@ -199,6 +193,7 @@ def prepare(args: argparse.Namespace, device, processes):
     """Check the arguments, render the demo's images, seed every random choice; the data by split,
     and that of --retention. Comes before the weights, which may take minutes to download."""
     from flickr8k.render_demo import render_demo
+    from utils.machine.pyzjr_parts import SeedEvery
     from utils.training.retention import Retention
     from utils.training.settings import check_arguments, check_model, read_data, wants_demo_set
 
@@ -209,9 +204,6 @@ def prepare(args: argparse.Namespace, device, processes):
     check_model(args, device, processes)
     sets = read_data(args, processes)
     retention = Retention(args.retention or [], args.language, processes)
-    warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # a package of pyzjr's uses it
-    from pyzjr import SeedEvery
-
     SeedEvery(args.seed)
     return sets, retention
 
@@ -244,6 +236,7 @@ def get_loader(args: argparse.Namespace, sets: dict, model, device, processes):
     num_workers = by_default if args.num_workers is None else args.num_workers
     for dataset in sets.values():
         dataset.prepare_for(model)
+        dataset.check_texts()
     at_once = min(args.batch_size, args.grad_cache or args.batch_size)
     check_images_fit(at_once // processes.size, model.visual.input_resolution, device)
     if args.cache is not None:
@@ -260,12 +253,11 @@ def get_loader(args: argparse.Namespace, sets: dict, model, device, processes):
 
 def open_run(args: argparse.Namespace, resumed: dict | None, model, loader, val_set):
     """The run's folder with its arguments, the console's log and the history of losses."""
-    from pyzjr import show_config
-
+    from utils.machine.pyzjr_parts import show_config
     from utils.runs.checkpoint import write_json
     from utils.runs.folder import Run, new_run_folder, reopen_run_folder
     from utils.runs.records import Log, Losses
-    from utils.training.settings import as_saved, check_same_data
+    from utils.training.settings import as_saved, check_same_data, how_it_goes_on, without_effect
 
     data = loader.dataset.fingerprint() + val_set.fingerprint()
     check_same_data(args, data, resumed)
@@ -280,9 +272,11 @@ def open_run(args: argparse.Namespace, resumed: dict | None, model, loader, val_
         run.folder = new_run_folder(args.log_dir, started)
     with run.discarded_on_error():
         write_json(run.folder / "arguments.json", run.arguments)
-        log = Log(run.folder / f"console_{started}.log")
-        sys.stdout = Console(log, colours=is_terminal(sys.stdout))
+        sys.stdout = Log(run.folder / f"console_{started}.log")
         show_config(args=args, color="bold")
+        on = how_it_goes_on(args, resumed) if resumed else ()
+        for line in (*on, *without_effect(args, len(loader))):
+            print(line)
         run.loss_history = Losses(run.folder, resumed["rows"] if resumed else [])
         if args.wise_ft or args.keep:
             run.keep_start(model, is_new=not resumed)
@@ -291,9 +285,8 @@ def open_run(args: argparse.Namespace, resumed: dict | None, model, loader, val_
 
 def get_state(args: argparse.Namespace, resumed: dict | None, model, device, run):
     """What training starts with: the model on its device, an optimizer, what a checkpoint has."""
-    from pyzjr import get_optimizer
-
     from utils.machine.precision import Precision
+    from utils.machine.pyzjr_parts import get_optimizer
     from utils.training.keep import keep_features
     from utils.training.optimizer import parameter_groups, replace_groups
     from utils.training.state import State
@@ -333,7 +326,7 @@ def finish(args: argparse.Namespace, folder: Path, loader, sets, state, retentio
     score_chosen(model, chosen, loader, sets["val"], state.precision)
     if "test" in sets:
         score_test(partial(score, sets["test"], k_values=range(1, 11)), chosen, folder)
-    print(what_to_try(sets["val"].image[0], chosen, sets["val"].text, model))
+    print(what_to_try(sets["val"].image[0], chosen, sets["val"].text))
 
 
 if __name__ == "__main__":

@@ -12,19 +12,18 @@ from pathlib import Path, PureWindowsPath
 from typing import NamedTuple, Protocol
 
 from models.errors import InputError
-from utils.data.annotations import captions_by_image, image_path
+from models.files import probably_meant
+from utils.data.annotations import captions_by_split, image_path, join_parts
 from utils.data.caption_formats import (
     CAPTION_FIELDS,
     IMAGE_FIELDS,
+    SPLIT_WORDS,
     SUFFIXES,
     UnknownFormat,
     first_of,
     read_records,
 )
 
-SPLIT_WORDS = {"train": "train", "test": "test"} | dict.fromkeys(
-    ("val", "valid", "validation", "dev"), "val"
-)
 OTHER_SUFFIXES = (".txt", ".xlsx")  # of files that are looked into where they are named
 SHOWN = 3  # files that hold no captions
 
@@ -68,18 +67,40 @@ def read_own(files: Iterable[File], root: Path, named: Iterable[Path]) -> OwnSet
     holders = caption_holders(files, root, {_absolute(path) for path in named})
     if not holders:
         return None
-    splits = ["train"] if len(holders) == 1 else _splits(holders)
-    pairs = {
-        split: captions_by_image(file, file.read_text(), _name)
-        for split, file in zip(splits, holders, strict=True)
-    }
+    parts = [captions_by_split(file, file.read_text(), _name) for file in holders]
+    if len(holders) == 1:
+        pairs = _split_by_entries(holders[0], parts[0])
+    else:
+        pairs = dict(zip(_splits(holders), (join_parts(p.values()) for p in parts), strict=True))
     target_of, copied = _places({i for part in pairs.values() for i, _ in part}, files, root)
     captions: dict[str, list[str]] = {}
     for part in pairs.values():
         for image, texts in part:
             captions.setdefault(target_of[image], []).extend(texts)
     split = {name: [target_of[image] for image, _ in part] for name, part in pairs.items()}
-    return OwnSet(captions, split if len(holders) > 1 else None, copied)
+    return OwnSet(captions, split if len(pairs) > 1 else None, copied)
+
+
+def _split_by_entries(file: File, parts: dict[str, list]) -> dict[str, list]:
+    """The (image, captions) pairs by split, as the entries of a file say it; all as "train" if they
+    say nothing, or one split of all."""
+    if len(parts) == 1:
+        return {"train": join_parts(parts.values())}
+    words = ", ".join(repr(word) for word in sorted(parts))
+    pairs: dict[str, list] = {}
+    for word, part in parts.items():
+        if word not in SPLIT_WORDS:
+            raise InputError(
+                f"{file}: split is one of {words}; write train, val or test in every entry, or "
+                "rename the field to have the images split at random"
+            )
+        pairs.setdefault(SPLIT_WORDS[word], []).extend(part)
+    if not {"train", "val"} <= pairs.keys():
+        raise InputError(
+            f"{file}: split is one of {words}; write val in entries to validate on, or rename the "
+            "field to have the images split at random"
+        )
+    return pairs
 
 
 def caption_holders(files: list[File], root: Path, named: set[Path]) -> list[File]:
@@ -164,9 +185,11 @@ def _places(
     images = sorted(images)
     found = {image: _find(image, ending, root) for image in images}
     if missing := [image for image in images if found[image] is None]:
+        depth = len(_parts(missing[0]))
+        hint = probably_meant(missing[0], ("/".join(file.parts[-depth:]) for file in files))
         raise InputError(
             f"{len(missing):,} of {len(images):,} images are in none of the sources, for example "
-            f"{missing[0]}; name the folder or zip that holds them with --source as well"
+            f"{missing[0]}{hint}; name the folder or zip that holds them with --source as well"
         )
     target_of: dict[str, str] = {}
     copied: dict[str, File] = {}

@@ -15,13 +15,13 @@ these formats:
 2. `dataset_flickr8k.json`, Karpathy's file, which holds both captions and splits;
 3. `Flickr8k.token.txt` or `captions.txt` alone: the images are split at random, with a warning;
 4. captions of one's own, as CSV, TSV, JSON lines, COCO or a list (see `read_records`): one file,
-   whose images are split at random, with a warning, or several that are called train, val and test.
+   whose entries say their split (a column `split`: train, val, test) or whose images are split at
+   random, with a warning, or several that are called train, val and test.
    Images that lie in the output folder stay where they are, others are copied to `images/`.
 
 Flickr8k (Hodosh, Young, Hockenmaier 2013) is for non-commercial research and education.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -39,12 +39,17 @@ if not __package__:  # as a script: Python looks for modules in this folder, not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from flickr8k.own_captions import OwnSet, read_own
+from models import scripts
 from models.errors import InputError, run_script
 from models.files import check_regular, check_size, decoded
 from models.progress_bar import progress_bar
-from utils.data.annotations import annotations_json, refuse_another_set, write_set
-from utils.data.caption_formats import UnknownFormat, read_records
-from utils.runs import arguments
+from utils.data.annotations import (
+    annotations_json,
+    captions_by_split,
+    join_parts,
+    refuse_another_set,
+    write_set,
+)
 
 Captions = dict[str, list[str]]  # name of an image -> its captions
 Splits = dict[str, list[str]]  # "train", "val" or "test" -> names of its images
@@ -107,76 +112,53 @@ def _readable(file: SourceFile | Path) -> Iterator[None]:
         ) from error
 
 
-def find_files(sources: Iterable[Path], root: Path, open_zips: ExitStack) -> SourceFiles:
-    """All files in `sources`, which are folders, zips and single files.
+def find_files(sources: Iterable[Path], open_zips: ExitStack) -> list[SourceFile]:
+    """All files in `sources`, which are folders, zips and single files, without hidden ones: macOS
+    adds some, and a run that was killed leaves a hidden folder.
 
-    If several files have the same name, a plain file is taken before a member of a zip. Images that
-    stand in `root / "images"` are left out, since they are results and not sources. Zips stay open
-    until `open_zips` is closed. Raises `InputError` for a source that does not exist or cannot be
-    read, and for an official zip with another MD5.
+    Zips stay open until `open_zips` is closed. Raises `InputError` for a source that does not exist
+    or cannot be read, and for an official zip with another MD5.
     """
-    files: SourceFiles = {}
-    zips = []
+    files: list[SourceFile] = []
     for source in sources:
         if not source.exists():
             raise InputError(f"{source}: there is no such file or folder (--source)")
         if not source.is_dir():
             check_regular(source)
-        for path in [source] if source.is_file() else _walk(source, skipped=root / "images"):
-            if path.suffix.lower() == ".zip":
-                zips.append(path)
-            else:
-                files.setdefault(path.name, SourceFile(path, path.stat().st_size))
-    for path in zips:
-        if path.name in MD5:
-            _check_md5(path)
-        files = _zip_members(path, open_zips) | files
+        for path in [source] if source.is_file() else _walk(source):
+            if path.suffix.lower() != ".zip":
+                files.append(SourceFile(path, path.stat().st_size))
+                continue
+            if path.name in MD5:
+                _check_md5(path)
+            files += _zip_members(path, open_zips)
     return files
 
 
-def _walk(folder: Path, skipped: Path | None = None) -> Iterator[Path]:
-    """The files below `folder`, except those below `skipped` and hidden ones: macOS adds hidden
-    files, and a run that was killed leaves a hidden folder."""
+def by_name(files: Iterable[SourceFile], root: Path) -> SourceFiles:
+    """The files by their names; of several with one name, a plain file is taken before a member of
+    a zip. Images that stand in `root / "images"` are left out, since they are results."""
+    results = os.path.abspath(root / "images")  # noqa: PTH100
+    named: SourceFiles = {}
+    for file in sorted(files, key=lambda file: file.archive is not None):
+        if not Path(os.path.abspath(file.path)).is_relative_to(results):  # noqa: PTH100
+            named.setdefault(file.parts[-1], file)
+    return named
+
+
+def _walk(folder: Path) -> Iterator[Path]:
     for current, subfolders, names in os.walk(folder):
-        if skipped and Path(current).resolve() == skipped.resolve():
-            subfolders.clear()
-            continue
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         paths = [Path(current) / name for name in sorted(names) if not name.startswith(".")]
         yield from (path for path in paths if path.is_file())
 
 
-def _zip_members(path: Path, open_zips: ExitStack) -> SourceFiles:
+def _zip_members(path: Path, open_zips: ExitStack) -> list[SourceFile]:
     """The files in a zip, which stays open until `open_zips` is closed."""
     with _readable(path):
         archive = open_zips.enter_context(ZipFile(path))
-    files: SourceFiles = {}
-    for file in _members(path, archive):
-        files.setdefault(file.parts[-1], file)
-    return files
-
-
-def _members(path: Path, archive: ZipFile) -> list[SourceFile]:
-    return [
-        SourceFile(path, member.file_size, archive, member)
-        for member in archive.infolist()
-        if not member.is_dir()
-    ]
-
-
-def list_files(sources: Iterable[Path], open_zips: ExitStack) -> list[SourceFile]:
-    """All files in `sources`, whatever their names, also those of the same name."""
-    files = []
-    for source in sources:
-        for path in [source] if source.is_file() else _walk(source):
-            if path.suffix.lower() == ".zip":
-                with _readable(path):
-                    archive = open_zips.enter_context(ZipFile(path))
-                visible = [f for f in _members(path, archive) if not f.parts[-1].startswith(".")]
-                files += visible
-            else:
-                files.append(SourceFile(path, path.stat().st_size))
-    return files
+    members = [SourceFile(path, m.file_size, archive, m) for m in archive.infolist()]
+    return [m for m in members if not (m.member.is_dir() or m.parts[-1].startswith("."))]
 
 
 def _check_md5(path: Path) -> None:
@@ -223,17 +205,14 @@ def read_list(file: SourceFile) -> list[str]:
 
 def read_kaggle(file: SourceFile) -> Captions:
     """The captions of the Kaggle copy: CSV with the header `image,caption`. Raises `InputError` for
-    another header and for a row without exactly these two fields."""
-    captions: Captions = {}
-    try:
-        records = read_records(file.read_text(), ".csv")
-    except UnknownFormat as error:
-        raise InputError(f"{file}: {error}") from None
-    for where, row, problem in records:
-        if problem:
-            raise InputError(f"{file}: {where} {problem}")
-        captions.setdefault(row["image"], []).append(row["caption"])
-    return captions
+    another header, for rows with other numbers of fields, and for a column of splits."""
+    parts = captions_by_split(file, file.read_text(), str)
+    if len(parts) > 1:
+        raise InputError(
+            f"{file}: says of the images which split they are in, as the Kaggle copy does not; if "
+            "it is a list of yours, call it captions.csv, and it is split so"
+        )
+    return dict(join_parts(parts.values()))
 
 
 def read_karpathy(file: SourceFile) -> tuple[Captions, Splits]:
@@ -290,38 +269,18 @@ def read_source(files: SourceFiles, images: Set[str]) -> tuple[Captions, Splits]
             f"some official split lists are there, but not {', '.join(missing_lists)}; "
             f"name {TEXT_ZIP} with --source, or add --download"
         )
-    found = match_names(captions, images)
-    if lost := [name for name in captions if name not in found]:
+    names = captions.keys() & images
+    if lost := [name for name in captions if name not in names]:
         _warn(
             f"{len(lost):,} images with captions are left out, for example {lost[0]}: the sources "
-            "hold no file of that name, or several that differ in upper and lower case"
+            "hold no file of that name"
         )
-    names = found.keys()
     _warn(
         f"the official splits ({TEXT_ZIP}) are in none of the sources; the {len(names):,} images "
         "with captions are split at random, so scores cannot be compared with published ones; "
         f"to get the official splits, name {TEXT_ZIP} with --source as well, or add --download"
     )
     return captions, split_at_random(names)
-
-
-def match_names(names: Iterable[str], there: Set[str]) -> dict[str, str]:
-    """For each of `names` the file of that name among those that are `there`; else the only one
-    whose name differs in upper and lower case alone, such as `1.JPG` for `1.jpg`. Names for which
-    there is none, or that share one, are left out."""
-    names = list(names)
-    alike: dict[str, list[str]] = {}
-    for name in there:
-        alike.setdefault(name.casefold(), []).append(name)
-    asked = Counter(name.casefold() for name in names)
-    found = {}
-    for name in names:
-        others = alike.get(name.casefold(), [])
-        if name in there:
-            found[name] = name
-        elif len(others) == asked[name.casefold()] == 1:
-            found[name] = others[0]
-    return found
 
 
 def split_at_random(names: Set[str]) -> Splits:
@@ -379,13 +338,14 @@ def prepare(
     sizes = {path.name: path.stat().st_size for path in (root / "images").glob("*")}
     present = {name: size for name, size in sizes.items() if size}  # a power cut leaves empty files
     with ExitStack() as open_zips:
-        files = find_files(sources, root, open_zips)
+        found = find_files(sources, open_zips)
+        files = by_name(found, root)
         if not download and files.keys().isdisjoint({KARPATHY, *CAPTION_READERS}):
-            own = read_own(list_files(sources, open_zips), root, named=sources)
+            own = read_own(found, root, named=sources)
             if own:
                 return write_own(root, own, language)
         if download and not has_official_splits(files):
-            files = _zip_members(_download(TEXT_ZIP, root), open_zips) | files
+            files = by_name(_zip_members(_download(TEXT_ZIP, root), open_zips), root) | files
         captions, splits = read_source(files, present.keys() | files.keys())
         captions = {name: [text for text in texts if text] for name, texts in captions.items()}
         check_splits(splits, captions)
@@ -400,11 +360,9 @@ def prepare(
 
         needed = [name for names in splits.values() for name in names]
         files = {n: SourceFile(root / "images" / n, size) for n, size in present.items()} | files
-        if download and len(match_names(needed, files.keys())) < len(needed):
-            files = _zip_members(_download(IMAGES_ZIP, root), open_zips) | files
-        found = match_names(needed, files.keys())
-        missing = [name for name in needed if name not in found]
-        if missing:
+        if download and not files.keys() >= set(needed):
+            files = by_name(_zip_members(_download(IMAGES_ZIP, root), open_zips), root) | files
+        if missing := [name for name in needed if name not in files]:
             raise InputError(
                 f"{len(missing):,} of {len(needed):,} images are in none of the sources, for "
                 f"example {missing[0]}; name the folder or zip that holds them with --source, "
@@ -412,12 +370,8 @@ def prepare(
             )
         write_set(
             root,
-            images=[
-                f"images/{name}"
-                for name, file in found.items()
-                if present.get(name) != files[file].size
-            ],
-            write_image=lambda _, path: path.write_bytes(files[found[path.name]].read_bytes()),
+            images=[f"images/{name}" for name in needed if present.get(name) != files[name].size],
+            write_image=lambda _, path: path.write_bytes(files[path.name].read_bytes()),
             annotations=annotations,
             progress="writing the images",
         )
@@ -436,7 +390,8 @@ def write_own(root: Path, own: OwnSet, language: str) -> dict[str, int]:
         splits = split_at_random(own.captions.keys())
         _warn(
             f"the {len(own.captions):,} images are split at random into train, val and test; to "
-            "choose yourself, give a file of captions for each, called train, val and test"
+            "choose yourself, add a column split that says train, val or test, or give a file of "
+            "captions for each, called so"
         )
     check_splits(splits, own.captions)
     write_set(
@@ -460,9 +415,15 @@ def write_own(root: Path, own: OwnSet, language: str) -> dict[str, int]:
 
 def _download(name: str, root: Path) -> Path:
     """The path of an official zip, which is downloaded if it is not there yet."""
-    from models.weights.download import download
+    from models.weights.download import Unavailable, download
 
-    return download(f"{RELEASE}/{name}", root / "downloads" / name, MD5[name])
+    try:
+        return download(f"{RELEASE}/{name}", root / "downloads" / name, MD5[name])
+    except Unavailable as error:
+        raise InputError(
+            "--download: name a copy that you have, of Kaggle too (Images and captions.txt, as a "
+            f"folder or a zip), with --source instead\n{error}"
+        ) from None
 
 
 def _in_words(counts: dict[str, int]) -> str:
@@ -475,10 +436,10 @@ def _warn(message: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Turn Flickr8k into the files that train.py reads: images/*.jpg and "
-        "en_{train,val,test}.json, with the official splits; or do so with captions of yours. "
-        "Files that are there already are not written again. Flickr8k is for non-commercial "
+    parser = scripts.ArgumentParser(
+        description="Turn Flickr8k into the files that train.py reads: images/*.jpg and\n"
+        "en_{train,val,test}.json, with the official splits; or do so with captions of yours.\n"
+        "Files that are there already are not written again. Flickr8k is for non-commercial\n"
         "research and education.",
     )
     parser.add_argument(
@@ -489,7 +450,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--source",
-        type=arguments.path,
+        type=scripts.path,
         nargs="+",
         default=[],
         metavar="PATH",
@@ -500,14 +461,13 @@ def main() -> None:
     )
     parser.add_argument(
         "--output",
-        type=arguments.path,
+        type=scripts.writable_folder,
         default=Path(__file__).resolve().parent,
         help="folder to write into (default: the folder of this script)",
     )
     parser.add_argument(
         "--language", choices=["en", "cn"], default="en", help="of the captions (default: en)"
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     if not (args.download or args.source):
         parser.error("say where to get Flickr8k: --download, or --source PATH if you have it")

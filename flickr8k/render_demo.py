@@ -12,7 +12,6 @@ size and place, and the colour of the background. No two images have all five in
 caption names all five, so each caption describes one image only.
 """
 
-import argparse
 import math
 import random
 import sys
@@ -27,6 +26,7 @@ if not __package__:  # as a script: Python looks for modules in this folder, not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.errors import run_script
+from models.scripts import ArgumentParser, writable_folder
 from utils.data.annotations import annotations_json, write_set
 from utils.runs.arguments import integer
 
@@ -308,10 +308,10 @@ def render_demo(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Render the demo set of coloured shapes.")
+    parser = ArgumentParser(description="Render the demo set of coloured shapes.")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=writable_folder,
         default=Path(__file__).resolve().parent / "demo",
         help="folder to write into (default: demo, in the folder of this script)",
     )
@@ -321,7 +321,6 @@ def main() -> None:
         default=0,
         help="each seed gives another set (default: %(default)s)",
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     root = render_demo(args.output, seed=args.seed)
     print(f"demo set in {root}: 2,000 training and 200 validation images")

@@ -125,10 +125,12 @@ class CLIP(nn.Module):
         positions = torch.arange(length, device=tokens.device)
         starts = torch.arange(n, device=tokens.device) * length
         ends = last_tokens(tokens, self.config.has_bert)
-        if self.config.has_bert:
-            layout = Layout(length, pooled=starts, filled=positions <= ends[:, None])
-        else:
-            layout = Layout(length, pooled=starts + ends, causal=True)
+        layout = Layout(
+            length,
+            pooled=starts if self.config.has_bert else starts + ends,
+            causal=not self.config.has_bert,
+            filled=positions <= ends[:, None],
+        )
         return self._encode_tokens(tokens.flatten(), positions.repeat(n), layout)
 
     def _encode_tokens(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:

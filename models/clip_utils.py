@@ -6,7 +6,6 @@ As a script this file downloads weights, or lists those that have a name:
     python models/clip_utils.py --list
 """
 
-import argparse
 import os
 import sys
 from dataclasses import replace
@@ -21,12 +20,13 @@ from torch import Tensor
 from models.clip import CLIP, build_model
 from models.device import pick_device
 from models.errors import InputError, run_script
-from models.files import check_regular, run_weights
+from models.files import check_regular, run_weights, runs_in
 from models.preprocess import Preprocess
-from models.scripts import from_here
+from models.scripts import ArgumentParser, from_here, writable_folder
 from models.tokens import clip_tokenizer, token_rows
 from models.weights import hub
 from models.weights.architecture import check_resolution
+from models.weights.checks import listed
 from models.weights.registry import (
     CONFIGS,
     CONTEXT_LENGTH,
@@ -96,12 +96,17 @@ def find_weights(name: str | os.PathLike, download_root: str | os.PathLike = MOD
 def check_name(name: str | os.PathLike) -> None:
     """Raise `InputError` for what is neither a name of weights nor a path. Whether the hub has a
     repository of that name is not asked."""
-    if name in SHA256 or Path(name).expanduser().exists() or hub.repository_of(str(name)):
+    path = Path(name).expanduser()
+    if name in SHA256 or path.is_file() or run_weights(path) or hub.repository_of(str(name)):
+        return
+    runs = runs_in(path if path.is_dir() else path.parent)
+    if path.exists() and not runs:
         return
     if name in CONFIGS:
         raise InputError(f"{name}: has no published weights; to train it: {_train(name)}")
-    folder = Path(name).expanduser().parent
-    beside = map(str, folder.iterdir()) if folder.is_dir() else []
+    if runs:
+        raise InputError(f"{name}: no run with weights; those here are {listed(runs)}")
+    beside = map(str, path.parent.iterdir()) if path.parent.is_dir() else []
     near = near_names(str(name), [*CONFIGS, *hub.HUB, *beside])
     raise InputError(
         f"{name}: neither a file nor the name of published weights{near}; the names are "
@@ -183,8 +188,7 @@ def _train(name: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = ArgumentParser(
         description="Download the weights of a CLIP model and print their place, or list those "
         "that have a name.",
         epilog=HELP,
@@ -194,9 +198,9 @@ def main() -> None:
                       "OWNER/NAME of a repository on the Hugging Face hub")  # fmt: skip
     task.add_argument("--list", action="store_true", help="list the names, what the weights were "
                       "trained on, and where those are that have been downloaded")  # fmt: skip
-    parser.add_argument("--download_root", default=MODELS_PTH, metavar="FOLDER",
+    parser.add_argument("--download_root", type=writable_folder, default=MODELS_PTH,
+                        metavar="FOLDER",
                         help="folder for OpenAI's weights (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     if args.list:
         list_models(args.download_root)

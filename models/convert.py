@@ -4,9 +4,9 @@ python models/convert.py logs/<run> my_clip --format transformers
 python models/convert.py ViT-B/32 my_clip.safetensors --format safetensors --half
 """
 
-import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,8 +23,9 @@ from torch import Tensor
 from models.clip import CLIP
 from models.clip_utils import find_weights, read_model
 from models.errors import InputError, run_script
+from models.files import check_writable
 from models.onnx_export import check_packages, export_onnx, preparation
-from models.scripts import add_activation
+from models.scripts import ArgumentParser, add_activation, path
 from models.simple_tokenizer import END_OF_TEXT, START_OF_TEXT
 from models.tokens import clip_tokenizer
 from models.weights import chinese_clip, open_clip, transformers
@@ -86,49 +87,62 @@ def write_onnx(model: CLIP, folder: Path, dtype: torch.dtype) -> None:
 
 
 class Format(NamedTuple):
-    """What writes it, what it is for, and what opens it, where `{0}` is its path."""
+    """What writes it, what it is for, and the Python that opens it, where `{0}` is its path."""
 
     write: Callable[[CLIP, Path, torch.dtype], None]
     purpose: str
-    opened_by: tuple[str, ...]
+    opened_by: str
 
 
 FORMATS = {
     "open_clip": Format(
         write_open_clip,
         "a folder for the library open_clip",
-        ('open_clip.create_model_and_transforms("local-dir:{0}")',),
+        """
+        import open_clip
+        open_clip.create_model_and_transforms("local-dir:{0}")
+        """,
     ),
     "transformers": Format(
         write_transformers,
         "a folder for the library transformers, which has no ResNets",
-        (
-            '{clip}Model.from_pretrained("{0}")',
-            '{clip}Processor.from_pretrained("{0}")',
-        ),
+        """
+        from transformers import {clip}Model, {clip}Processor
+        {clip}Model.from_pretrained("{0}")
+        {clip}Processor.from_pretrained("{0}")
+        """,
     ),
     "cn_clip": Format(
         write_cn_clip,
         "a file for the authors' program, of a Chinese-CLIP",
-        (
-            'cn_clip.clip.load_from_name("{0}", vision_model_name=..., text_model_name=..., '
-            "input_resolution=...)",
-        ),
+        """
+        from cn_clip.clip import load_from_name
+        load_from_name("{0}", vision_model_name=..., text_model_name=..., input_resolution=...)
+        """,
     ),
     "safetensors": Format(
         write_safetensors,
         "one file to keep or to pass on, which describes its model itself",
-        ('models.load("{0}")',),
+        """
+        from models import load
+        load("{0}")
+        """,
     ),
     "onnx": Format(
         write_onnx,
         "a folder for onnxruntime: programs without PyTorch, in many languages",
-        (
-            'onnxruntime.InferenceSession("{0}/image.onnx").run(None, {{"images": images}})',
-            'onnxruntime.InferenceSession("{0}/text.onnx").run(None, {{"tokens": tokens}})',
-            '{tokenizer}.from_pretrained("{0}")',
-            "{0}/clip.json tells how to prepare images and tokens",
-        ),
+        """
+        # texts: a list; images: float32 [n, 3, side, side], prepared as {0}/clip.json says
+        import json, onnxruntime, transformers
+        tokenizer = transformers.{tokenizer}.from_pretrained("{0}")
+        tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="np").input_ids
+        image_tower = onnxruntime.InferenceSession("{0}/image.onnx")
+        text_tower = onnxruntime.InferenceSession("{0}/text.onnx")
+        (image_features,) = image_tower.run(None, {{"images": images}})
+        (text_features,) = text_tower.run(None, {{"tokens": tokens}})
+        similarities = image_features @ text_features.T  # cosines: features have length 1
+        logits = similarities * json.load(open("{0}/clip.json"))["logit_scale"]
+        """,
     ),
 }
 
@@ -160,9 +174,10 @@ def convert(model: CLIP, output: Path, to: str, half: bool = False) -> None:
 
 
 def check_output(output: Path, to: str) -> None:
-    """Raise `InputError` if `output` exists, or is no name for this format."""
+    """Raise `InputError` if `output` exists, cannot be written, or is no name for this format."""
     if output.exists():
         raise InputError(f"{output}: exists already; name a new file or folder")
+    check_writable(output)
     if to == "safetensors" and output.suffix != ".safetensors":
         raise InputError(f"{output}: a single file; name it {output.name}.safetensors")
     if to == "onnx":
@@ -210,34 +225,30 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 def description(name: str, path: object, is_chinese: bool = False) -> str:
     """Lines on a format: what is at `path`, and what opens it in Python."""
     each = FORMATS[name]
-    lines = [f"  {name}: {each.purpose}", *(f"    {line}" for line in each.opened_by)]
+    lines = textwrap.indent(textwrap.dedent(each.opened_by).strip(), "    ")
     clip, tokenizer = ("ChineseCLIP", "BertTokenizer") if is_chinese else ("CLIP", "CLIPTokenizer")
-    return "\n".join(lines).format(path, clip=clip, tokenizer=tokenizer)
+    return f"  {name}: {each.purpose}\n{lines.format(path, clip=clip, tokenizer=tokenizer)}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__,
         epilog="\n".join(
             ["formats, and what opens them in Python:", *(description(f, "OUT") for f in FORMATS)]
         ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("weights", metavar="WEIGHTS", help="weights file or folder, a run, or a model name")
-    add("output", type=Path, metavar="OUT", help="what to write; it must not exist yet")
+    add("output", type=path, metavar="OUT", help="what to write; it must not exist yet")
     add("--format", choices=list(FORMATS), required=True, help="see below")
     add("--half", action="store_true", help="float16: half the size; features agree to 3 digits")
     add_activation(parser)
-    add("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
-    output = args.output.expanduser()
-    check_output(output, args.format)
+    check_output(args.output, args.format)
     model = read_model(find_weights(args.weights), args.activation)
-    convert(model, output, args.format, args.half)
-    print(
-        f"written to {output}\n{description(args.format, output.as_posix(), model.config.has_bert)}"
-    )
+    convert(model, args.output, args.format, args.half)
+    opened_by = description(args.format, args.output.as_posix(), model.config.has_bert)
+    print(f"written to {args.output}\n{opened_by}")
 
 
 if __name__ == "__main__":

@@ -22,15 +22,15 @@ def run_script(main: Callable[[], None]) -> None:
 
     An `InputError` ends the script with its message and exit code 2, and so does an `OSError`,
     whose message names the file. With `--debug` among the arguments the traceback is shown as well.
-    Ctrl-C ends the script with exit code 130.
+    Ctrl-C ends the script with exit code 130, and an output that nobody reads any more, as of
+    `| head`, with 141 and no message.
     """
     try:
         main()
     except BrokenPipeError:
         with suppress(OSError, AttributeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python's last flush
-            print("error: the program that reads the output has ended", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(141) from None  # what a shell shows for programs that SIGPIPE ends
     except (InputError, OSError) as error:
         if "--debug" in sys.argv:
             raise

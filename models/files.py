@@ -1,6 +1,9 @@
-"""Reading files that users name. A pipe could wait for ever and a device never end, so that only
-regular files are read, and those that are read whole only up to a size."""
+"""Files that users name. A pipe could wait for ever and a device never end, so that only regular
+files are read, and those that are read whole only up to a size; and only they are replaced."""
 
+import io
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from models.errors import InputError
@@ -15,11 +18,63 @@ def run_weights(run: Path) -> Path | None:
     return next((file for name in names if (file := run / "weights" / name).is_file()), None)
 
 
+def probably_meant(name: str, others: Iterable[str]) -> str:
+    """A hint for messages at a file `name` that is not there, in brackets: the one of `others` that
+    is spelled in other cases, or has an ending besides. Empty if there is none."""
+    for other in others:
+        if other.casefold() == name.casefold():
+            return f" (there is {other}: upper and lower case differ)"
+        if other.rpartition(".")[0].casefold() == name.casefold() != "":
+            return f" (there is {other}: the name needs its ending)"
+    return ""
+
+
+def file_version(path: Path) -> str:
+    """What changes when the file at `path` does, or is replaced: its size and times. A file that is
+    put there with the same size and `st_mtime` has another `st_ctime`, but for Windows, where that
+    is the time of creation."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):  # a link to nothing; an impossible name
+        return "missing"
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+
+
+def runs_in(folder: Path) -> list[str]:
+    """The runs of train.py in a folder, the newest first."""
+    runs = {weights.parent for weights in folder.glob("*/weights") if any(weights.glob("*.pth"))}
+    return sorted(map(str, runs), key=os.path.getmtime, reverse=True)
+
+
 def check_regular(path: Path) -> None:
     """Raise `InputError` if what stands at `path` is no regular file; nothing need stand there."""
     if path.exists() and not path.is_file():
         kind = "a folder" if path.is_dir() else "a pipe or a device"
         raise InputError(f"{path}: is {kind}, not a file; name a file")
+
+
+def check_writable(path: Path) -> None:
+    """Raise `InputError` if no file can be written at `path`, whose folder need not be there."""
+    try:
+        check_regular(path)
+        path.lstat()  # raises for a name that is too long
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+    check_writable_folder(path.parent)
+
+
+def check_writable_folder(folder: Path) -> None:
+    """Raise `InputError` if nothing can be written into `folder`, which need not be there."""
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise InputError(f"{folder}: cannot be written ({there} is no folder); name another folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{folder}: cannot be written (nothing may be written into {there.resolve()}); name "
+            "another folder"
+        )
 
 
 def check_size(path: object, size: int, largest: int = LARGEST) -> None:
@@ -53,14 +108,15 @@ def decoded(content: bytes, file: object) -> str:
 
 def read_lines(path: Path, kind: str) -> list[str]:
     """The lines of a UTF-8 text file that has one `kind`, such as "caption", on each; without blank
-    ones and the white space around them. Raises `InputError` if there are none."""
+    ones and the white space around them. A line ends where an editor ends it, and not at the other
+    separators of Unicode, which texts hold. Raises `InputError` if there are none."""
     try:
         text = decoded(read_bytes(path), path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; write one {kind} a line") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in io.StringIO(text, newline=None) if line.strip()]
     if not lines:
         raise InputError(f"{path}: no {kind}s in it; write one on each line")
     return lines

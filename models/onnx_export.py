@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export import Dim
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from models.clip import CLIP
@@ -25,7 +27,7 @@ TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2}  # relative to the large
 
 
 class ImageEncoder(nn.Module):
-    """`CLIP.encode_image` as the module that torch exports."""
+    """`CLIP.encode_image` as the module that torch exports, with features of length 1."""
 
     def __init__(self, model: CLIP):
         super().__init__()
@@ -33,15 +35,16 @@ class ImageEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """float32 `[n, 3, r, r]` -> float32 `[n, d]`, whatever the type of the weights."""
-        return self.model.encode_image(images.to(self.model.logit_scale.dtype)).float()
+        features = self.model.encode_image(images.to(self.model.logit_scale.dtype))
+        return F.normalize(features.float(), dim=-1)
 
 
 class TextEncoder(ImageEncoder):
-    """`CLIP.encode_text` as the module that torch exports."""
+    """`CLIP.encode_text` as the module that torch exports, with features of length 1."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """int32 `[n, context_length]` -> float32 `[n, d]`, whatever the type of the weights."""
-        return self.model.encode_text_grid(tokens).float()
+        """int64 `[n, <=context_length]` -> float32 `[n, d]`, whatever the type of the weights."""
+        return F.normalize(self.model.encode_text_grid(tokens).float(), dim=-1)
 
 
 def check_packages() -> None:
@@ -57,9 +60,9 @@ def check_packages() -> None:
 
 
 def export_onnx(model: CLIP, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write `image.onnx` (`images` -> `image_features`) and `text.onnx` (`tokens`, as `tokenize`
-    gives them, -> `text_features`), with weights of type `dtype`. Inputs and outputs are those of
-    `ImageEncoder` and `TextEncoder`, n being any number.
+    """Write `image.onnx` (`images` -> `image_features`) and `text.onnx` (`tokens` ->
+    `text_features`), with weights of type `dtype`. Inputs and outputs are those of `ImageEncoder`
+    and `TextEncoder`, n being any number; the product of two features is their cosine similarity.
 
     Raises `InputError` if onnxruntime computes other features from a file than `model`.
     """
@@ -70,14 +73,18 @@ def export_onnx(model: CLIP, folder: Path, dtype: torch.dtype = torch.float32) -
         _fold_norms(exported)
         exported.to(dtype)
     images, tokens = (partial(make, model.config) for make in (_random_images, _random_tokens))
+    # torch 2.6 does not take a number without a maximum
+    n, length = Dim("n", max=2**31 - 1), Dim("length", max=model.context_length)
     towers = (
-        ("image", ImageEncoder(exported), images, model.encode_image),
-        ("text", TextEncoder(exported), tokens, model.encode_text),
+        ("image", ImageEncoder(exported), images, {0: n}, model.encode_image),
+        ("text", TextEncoder(exported), tokens, {0: n, 1: length}, model.encode_text),
     )
-    for name, encoder, inputs, encode in progress_bar(towers, desc="exporting", unit="tower"):
+    for name, encoder, inputs, sizes, encode in progress_bar(
+        towers, desc="exporting", unit="tower"
+    ):
         file = folder / f"{name}.onnx"
         with torch.no_grad():
-            _export(encoder, inputs(2), file, f"{name}_features")
+            _export(encoder, inputs(2), sizes, file, f"{name}_features")
             _check(file, encode, [inputs(1), inputs(3)], TOLERANCES[dtype])
 
 
@@ -91,15 +98,15 @@ def _fold_norms(model: nn.Module) -> None:
                 parent.add_module(next_name, nn.Identity())
 
 
-def _export(encoder: ImageEncoder, example: Tensor, file: Path, output: str) -> None:
-    n = torch.export.Dim("n", max=2**31 - 1)  # torch 2.6 does not take a number without a maximum
-    shapes = ({0: n},)
+def _export(
+    encoder: ImageEncoder, example: Tensor, sizes: dict[int, Dim], file: Path, output: str
+) -> None:
     try:
         program = torch.onnx.export(
-            torch.export.export(encoder, (example,), dynamic_shapes=shapes, strict=False),
+            torch.export.export(encoder, (example,), dynamic_shapes=(sizes,), strict=False),
             output_names=[output],
             opset_version=OPSET,
-            dynamic_shapes=shapes,
+            dynamic_shapes=(sizes,),
             dynamo=True,
             verbose=False,
         )
@@ -123,7 +130,7 @@ def _check(
     options.log_severity_level = 3  # errors only
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     for x in inputs:
-        expected = encode(x)
+        expected = F.normalize(encode(x), dim=-1)
         (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         error = ((torch.from_numpy(found) - expected).abs().max() / expected.abs().max()).item()
         if not error <= tolerance:
@@ -139,18 +146,19 @@ def _random_images(config: Config, n: int) -> Tensor:
 
 
 def _random_tokens(config: Config, n: int) -> Tensor:
-    """Texts of different lengths, which end with the largest id and are filled up with zeros."""
+    """Texts of different lengths, which end with the largest id and are filled up with zeros; the
+    more there are, the shorter the rows."""
     generator = torch.Generator().manual_seed(n)
-    shape, end = (n, config.context_length), config.vocab_size - 1
-    tokens = torch.randint(end, shape, dtype=torch.int32, generator=generator)
-    ends = torch.randint(config.context_length, (n, 1), generator=generator)
-    positions = torch.arange(config.context_length)
+    length, end = config.context_length // n, config.vocab_size - 1
+    tokens = torch.randint(end, (n, length), generator=generator)
+    ends = torch.randint(length, (n, 1), generator=generator)
+    positions = torch.arange(length)
     return tokens.masked_fill(positions > ends, 0).masked_fill(positions == ends, end)
 
 
 def preparation(model: CLIP) -> dict[str, Any]:
     """What a program has to know to prepare images and texts for the ONNX files, and to turn
-    similarities of features into logits."""
+    cosine similarities into logits."""
     config = model.config
     return {
         "image": {

@@ -36,14 +36,14 @@ class Layout(NamedTuple):
     def mask(self) -> Tensor | None:
         """bool `[n, 1, 1, length]`: True for the cells that a pooled token attends to, which hold a
         token and, if causal, no later one; None for all cells."""
-        if self.causal:
-            cells = self.pooled if self.cells is None else self.pool(self.cells)
-            positions = torch.arange(self.length, device=cells.device)
-            return (positions <= cells[:, None] % self.length)[:, None, None]
         if self.filled is not None:
             return self.filled[:, None, None]
         if self.cells is None:
             return None
+        if self.causal:
+            cells = self.pool(self.cells)
+            positions = torch.arange(self.length, device=cells.device)
+            return (positions <= cells[:, None] % self.length)[:, None, None]
         n = len(self.pooled)
         mask = torch.zeros(n * self.length, dtype=torch.bool, device=self.cells.device)
         return mask.index_fill(0, self.cells, True).view(n, 1, 1, self.length)

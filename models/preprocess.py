@@ -5,6 +5,7 @@ mean and divides by the standard deviation; it takes a whole batch, on the CPU o
 """
 
 import os
+import re
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,14 +17,25 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from models.errors import InputError
+from models.files import probably_meant
 from models.weights.config import OPENAI_MEAN, OPENAI_STD, Colour
 from models.weights.file_kind import describe, one_line
 
 # Formats that Pillow draws by starting another program (Ghostscript for EPS, Windows for WMF), so
 # that a picture from a stranger could run code.
 DRAWN_BY_PROGRAMS = {"EPS", "WMF"}
+# Formats of photographs that a Pillow may lack: the files' endings, and what brings them.
+NEED_A_PACKAGE = {
+    **dict.fromkeys((".heic", ".heif", ".hif"), "pip install pillow-heif"),
+    ".avif": "pip install --upgrade Pillow",
+}
 # Long side over short side. A narrower image is not resized whole: that could fill the memory.
 MAX_ASPECT_RATIO = 100
+
+with suppress(ImportError):
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
@@ -34,7 +46,10 @@ def open_image(path: str | os.PathLike) -> Image.Image:
     try:
         file = Path(path).expanduser()
         if not file.is_file():  # opening a pipe could wait for ever
-            raise InputError(f"{path}: {'is no file' if file.exists() else 'no such image file'}")
+            if file.exists():
+                raise InputError(f"{path}: is no file")
+            beside = (other.name for other in file.parent.glob("*"))
+            raise InputError(f"{path}: no such image file{probably_meant(file.name, beside)}")
         with Image.open(file) as image:
             if image.format in DRAWN_BY_PROGRAMS:
                 raise InputError(
@@ -45,29 +60,54 @@ def open_image(path: str | os.PathLike) -> Image.Image:
     except InputError:
         raise
     except UnidentifiedImageError:
-        raise InputError(
-            f"{path}: not an image that Pillow can read, but {describe(file)}"
-        ) from None
+        what = f"but {describe(file)}"
+        if package := _missing_package(file):
+            what = f"which lacks its format: {package}, or save it as JPEG"
+        raise InputError(f"{path}: not an image that Pillow can read, {what}") from None
     except Exception as error:  # a broken file can make Pillow's decoders raise anything
         reason = one_line(getattr(error, "strerror", None) or error) or type(error).__name__
         raise InputError(f"{path}: not a readable image ({reason})") from None
+
+
+def _missing_package(file: Path) -> str | None:
+    """What reads the photograph in a file whose bytes 4 to 12 name a format of HEIF (ISO 23008-12);
+    None for any other file."""
+    with file.open("rb") as stream:
+        kind = re.fullmatch(rb"....ftyp(?:(avi.)|hei.|hev.|mif1|msf1)", stream.read(12), re.DOTALL)
+    return kind and NEED_A_PACKAGE[".avif" if kind[1] else ".heic"]
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
     """The image in RGB, turned upright as its EXIF data says.
 
     Transparency is dropped, as in the original CLIP: transparent pixels show the colour stored for
-    them. 16-bit grey keeps its upper 8 bits. Raises whatever Pillow raises for a broken picture.
+    them. Grey of more than 8 bits is scaled (`_grey_of_8_bits`). Raises whatever Pillow raises for
+    a broken picture.
     """
     image.load()  # a broken picture raises here, so only broken EXIF data is passed over below
     with suppress(Exception):
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # Pillow's own conversion turns all values above 255 white
-        grey = np.asarray(image) >> 8
-        image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+    if image.mode.startswith(("I", "F")):  # Pillow's own conversion cuts all values at 255
+        image = _grey_of_8_bits(image)
     if "transparency" in image.info:  # without this step Pillow warns about some palettes
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+def _grey_of_8_bits(image: Image.Image) -> Image.Image:
+    """Grey of integers or floats in 8 bits. Its largest value tells the range of all: numbers of 8,
+    16, 24 or 32 bits, the fewest that hold it; of floats below 2 the range is 0 to 1. Less than 0
+    is black, and so is what is no number."""
+    values = np.nan_to_num(np.asarray(image), nan=0, posinf=np.inf, neginf=0)
+    largest = values.max(where=np.isfinite(values), initial=0)
+    n_bytes = max(1, -(-int(largest).bit_length() // 8))
+    white = 1 if image.mode == "F" and largest < 2 else 256**n_bytes - 1
+    return Image.fromarray((values / (white / 255)).clip(0, 255).round().astype(np.uint8))
+
+
+def is_one_colour(image: Image.Image) -> bool:
+    """Whether all pixels of an RGB image are equal: it stops at the first that is not."""
+    return image.getcolors(1) is not None
 
 
 def pixels(

@@ -1,10 +1,20 @@
-"""Where the scripts lie, and with them the files that they take where none are named; and the
-argument that all of them have. Imports no torch, so that `--help` answers at once."""
+"""What all scripts have in common: their parser, the types of its paths, and where the scripts lie,
+and with them the files that they take where none are named. Imports no torch, so that `--help`
+answers at once."""
 
 import argparse
+import difflib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
 
+from models.errors import InputError
+from models.files import check_writable, check_writable_folder
 from models.weights.config import CHOICES
+
+VALUE_LENGTH = 60  # characters of a refused value that its message shows
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 
@@ -13,6 +23,64 @@ def from_here(name: str) -> Path:
     """The path from the working folder of a file beside the scripts, such as `train.py` or
     `flickr8k`: the name alone where one stands beside them, else a whole path."""
     return Path(name) if Path.cwd() == SCRIPTS else SCRIPTS / name
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, with `--debug`; help keeps the lines of the description. Errors are an
+    `InputError` of one line, which for a mistyped option names the one that was meant; the start of
+    an option's name is not taken for it."""
+
+    def __init__(self, **settings: object):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(allow_abbrev=False, formatter_class=formatter, **settings)
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def parse_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        words = list(takewhile("--".__ne__, sys.argv[1:] if args is None else args))
+        names = [word.partition("=")[0] for word in words]
+        options = self._option_string_actions  # argparse has no public list of them
+        unknown = [n for n in names if re.fullmatch(r"--?[A-Za-z][\w-]*", n) and n not in options]
+        if unknown and not {"-h", "--help"} & {*names}:
+            begun = [option for option in options if option.startswith(unknown[0])]
+            meant = begun or difflib.get_close_matches(unknown[0], options, 1)
+            advice = f"did you mean {' or '.join(meant)}?" if meant else "--help lists them"
+            self.error(f"{unknown[0]}: there is no such option; {advice}")
+        return super().parse_args(args, namespace)
+
+    def error(self, message: str) -> None:
+        raise InputError(message)
+
+
+def path(text: str) -> Path:
+    """A path, `~` being the user's home."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        message = f"{text:.{VALUE_LENGTH}}: that home folder is unknown"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def writable_file(text: str) -> Path:
+    """The path of a file to write, checked before anything is computed for it."""
+    return checked(path(text), check_writable)
+
+
+def writable_folder(text: str) -> Path:
+    """The path of a folder to write into, checked before anything is computed for it."""
+    return checked(path(text), check_writable_folder)
+
+
+def checked(output: Path, check: Callable[[Path], object]) -> Path:
+    """The path `output` of an argument, unless `check` raises `InputError`."""
+    try:
+        check(output)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return output
 
 
 def add_activation(parser: argparse.ArgumentParser) -> None:

@@ -67,7 +67,7 @@ def token_rows(
                 raise InputError(
                     f"text {i} has {len(row)} tokens, where {context_length} fit: "
                     f"{text[:MAX_QUOTED]!r}{'...' if len(text) > MAX_QUOTED else ''}; "
-                    "shorten it, or cut it with truncate=True"
+                    "shorten it"
                 )
             row[context_length - 1 :] = [tokenizer.end_of_text]
         ids.extend(row)
@@ -76,3 +76,11 @@ def token_rows(
     tokens = torch.zeros(len(texts), context_length, dtype=torch.int32)
     tokens[is_token] = torch.from_numpy(np.array(ids, dtype=np.int32))
     return tokens
+
+
+def first_alike(tokenizer: Tokenizer, texts: list[str], context_length: int) -> list[int]:
+    """For each text, the index of the first one whose row of tokens, cut where it is too long, is
+    the same: a model cannot tell the two apart."""
+    first: dict[tuple[int, ...], int] = {}
+    fitting = (tuple(tokenizer.encode(text)[: context_length - 2]) for text in texts)
+    return [first.setdefault(tokens, index) for index, tokens in enumerate(fitting)]

@@ -11,6 +11,7 @@ from tokenizers.models import WordPiece
 
 VOCABULARY_FILE = Path(__file__).with_name("bert_chinese_vocab.txt")
 UNKNOWN, START_OF_TEXT, END_OF_TEXT = "[UNK]", "[CLS]", "[SEP]"
+CURLY_QUOTES = str.maketrans("“”", '""')
 CONTINUES = "##"  # starts a piece that is not the first of its word
 LONGEST_WORD = 200  # characters; a longer word is unknown
 
@@ -18,7 +19,8 @@ LONGEST_WORD = 200  # characters; a longer word is unknown
 class WordPieceTokenizer:
     """Text to token ids, with the 21,128 tokens of BERT's Chinese vocabulary.
 
-    Text is cleaned of control characters and accents and put into lower case. The special tokens
+    Text is cleaned of control characters and accents and put into lower case, and “ and ”, which
+    the vocabulary lacks, become ", as in the data on which Chinese-CLIP was trained. Special tokens
     are never made from text: a caption's `[SEP]` becomes tokens for its brackets and letters, as in
     Chinese-CLIP's own tokenizer (transformers' takes it for the end of the text).
     """
@@ -42,4 +44,5 @@ class WordPieceTokenizer:
         """The token ids of `text`, without start-of-text and end-of-text token."""
         # Half a surrogate pair, which JSON can hold, is no text to the library.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = text.translate(CURLY_QUOTES)
         return self._tokenizer.encode(text, add_special_tokens=False).ids

@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Sequence
+from functools import cache
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
-# Importing these takes seconds, which a new process would need for every script.
-PRELOADED = ["torch", "torchvision", "pyzjr", "matplotlib.figure"]
 
 
 def run_script(
@@ -22,11 +25,13 @@ def run_script(
     stdin: str = "",
     code: int = 0,
     fresh: bool = sys.platform == "win32",
+    start_method: str | None = None,
 ) -> subprocess.CompletedProcess:
     """Run a script of the repository in folder `cwd`; check its exit code.
 
     The script runs in a fork of a process that has imported its packages, or, if `fresh`, in a new
-    process with this one's environment.
+    process with this one's environment. A fork starts its workers by `start_method`, by default as
+    a new process would.
     """
     if fresh:
         command = [sys.executable, str(ROOT / script), *map(str, arguments)]
@@ -34,7 +39,7 @@ def run_script(
             command, cwd=cwd, input=stdin, capture_output=True, encoding="utf-8", check=False
         )
     else:
-        done = _run_forked(script, arguments, cwd, stdin)
+        done = _run_forked(script, arguments, cwd, stdin, start_method)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
@@ -48,31 +53,59 @@ def error_line(script: str, *arguments: object, cwd: Path, code: int = 2) -> str
     return lines[0]
 
 
+def printed_code(text: str) -> str:
+    """The Python that `convert.py` prints: the lines that start with four blanks."""
+    lines = [line for line in text.splitlines(keepends=True) if line.startswith("    ")]
+    return textwrap.dedent("".join(lines))
+
+
+@cache
+def forks() -> BaseContext:
+    """Processes that are forks of one that has imported what scripts need; on Windows, new ones."""
+    if sys.platform == "win32":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["preloaded"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), str(ROOT)]))
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
 def start_script(
-    script: str, *arguments: object, cwd: Path, streams: Sequence[Path | str] = (os.devnull,) * 3
+    script: str,
+    *arguments: object,
+    cwd: Path,
+    streams: Sequence[Path | str] = (os.devnull,) * 3,
+    start_method: str | None = None,
 ) -> multiprocessing.Process:
     """Start a script in a fork; `streams` are the files of standard input, output and error."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=_script, args=(script, arguments, cwd, streams))
+    process = forks().Process(target=_script, args=(script, arguments, cwd, streams, start_method))
     process.start()
     return process
 
 
 def _run_forked(
-    script: str, arguments: Sequence[object], cwd: Path, stdin: str
+    script: str, arguments: Sequence[object], cwd: Path, stdin: str, start_method: str | None
 ) -> subprocess.CompletedProcess:
     with tempfile.TemporaryDirectory() as folder:
         given, printed, errors = (Path(folder) / name for name in ("in", "out", "err"))
         given.write_text(stdin, "utf-8", "surrogateescape")
-        process = start_script(script, *arguments, cwd=cwd, streams=(given, printed, errors))
+        streams = given, printed, errors
+        process = start_script(
+            script, *arguments, cwd=cwd, streams=streams, start_method=start_method
+        )
         process.join()
         texts = [file.read_text("utf-8") for file in (printed, errors)]
     return subprocess.CompletedProcess(script, process.exitcode, *texts)
 
 
 def _script(
-    script: str, arguments: Sequence[object], cwd: Path, streams: Sequence[Path | str]
+    script: str,
+    arguments: Sequence[object],
+    cwd: Path,
+    streams: Sequence[Path | str],
+    start_method: str | None,
 ) -> None:
     """What `python script arguments` does, in a process that has its packages imported already."""
     for number, file in enumerate(streams):
@@ -85,7 +118,8 @@ def _script(
     # As at a terminal: what a shell starts in the background ignores Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # A new process would start its workers in the default way, which is first in this list.
-    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
+    start_method = start_method or multiprocessing.get_all_start_methods()[0]
+    multiprocessing.set_start_method(start_method, force=True)
     os.chdir(cwd)
     sys.argv = [script, *map(str, arguments)]
     try:

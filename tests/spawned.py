@@ -1,10 +1,10 @@
 """Several processes that compute together, as torchrun would start them."""
 
-import multiprocessing
 import os
 from collections.abc import Callable
 from typing import Any
 
+from script_runs import forks
 from torch.distributed import TCPStore
 
 from utils.machine.processes import join_processes
@@ -12,7 +12,7 @@ from utils.machine.processes import join_processes
 
 def in_processes(size: int, function: Callable, *arguments: object) -> list[Any]:
     """What `function(processes, *arguments)` returns in each of `size` processes, first to last."""
-    context = multiprocessing.get_context("spawn")
+    context = forks()
     results = context.Queue()
     # The system picks a free port; the processes find this store there, as torchrun provides one.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -7,10 +7,9 @@ As a script, it scores weights on class folders, or on a data set of torchvision
     python utils/classification.py --data my_images --linear_probe
 """
 
-import argparse
+import re
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from math import isnan
 from pathlib import Path
@@ -27,6 +26,8 @@ from torch import Tensor
 from models.clip import CLIP
 from models.errors import InputError, run_script
 from models.progress_bar import progress_bar
+from models.scripts import ArgumentParser, writable_file
+from models.tokens import first_alike
 from models.weights.file_kind import one_line
 from utils.data.labelled_images import LabelledImages, find_labelled_images
 from utils.data.templates import TEMPLATE_SETS, default_templates, read_templates
@@ -37,8 +38,9 @@ from utils.machine.processes import ALONE, Processes
 from utils.retrieval.encode import encode_images, encode_texts
 from utils.retrieval.plots import plot_confusion
 from utils.retrieval.tables import format_rows
-from utils.runs.arguments import add_scoring, name_or_path, newest_weights, path
+from utils.runs.arguments import add_scoring, name_or_path, path, picture
 from utils.runs.checkpoint import write_json
+from utils.runs.chosen import add_weights, weights_to_use
 
 WORST = 3  # classes that are printed
 HELD_OUT = 5  # one in so many training images chooses the strength of the probe
@@ -243,8 +245,8 @@ def worst_classes(found: Accuracy, classes: Sequence[str]) -> list[str]:
     return lines
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(
         description="Score a CLIP on images of classes: top-1, top-5 and mean per-class accuracy."
     )
     parser.add_argument(
@@ -266,8 +268,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--classnames",
         type=path,
         metavar="FILE",
-        help="names of the classes, one a line in the order of the sorted class folders, or lines "
-        "folder<TAB>name (default: the folders' names, or the data set's)",
+        help="names of the classes, one a line in the order of the sorted class folders (2 before "
+        "10), lines folder<TAB>name or 'folder name', or ImageNet's class index in JSON (default: "
+        "the words in the folders' names, or the data set's names)",
     )
     parser.add_argument(
         "--templates",
@@ -283,12 +286,16 @@ def build_parser() -> argparse.ArgumentParser:
         help="also train a logistic regression on the image features of train/ (or torchvision's "
         "training images) and score it",
     )
+    add_weights(parser)
     add_scoring(parser)
     parser.add_argument(
-        "--json", type=path, metavar="FILE", help="write the scores, with those of each class"
+        "--json",
+        type=writable_file,
+        metavar="FILE",
+        help="write the scores, with those of each class",
     )
     parser.add_argument(
-        "--plot", type=path, metavar="FILE", help="write a picture of the confusion matrix"
+        "--plot", type=picture, metavar="FILE", help="write a picture of the confusion matrix"
     )
     return parser
 
@@ -297,19 +304,24 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = build_parser().parse_args()
 
-    from models.clip_utils import check_name, load
+    from models.clip_utils import load
 
-    weights = args.weights or newest_weights()
-    check_name(weights)
+    weights = weights_to_use(args.weights)
     templates = read_templates(args.templates) if args.templates else None
     source = find_labelled_images(args.data, False, args.data_root, args.classnames)
-    if repeated := [name for name, n in Counter(source.classes).items() if n > 1]:
-        print(f"warning: several classes are called {one_line(repeated[0])}; images are only ever "
-              "taken for the first of them")  # fmt: skip
+    if not args.classnames and all(re.fullmatch(r"n?\d+", name) for name in source.classes):
+        print(
+            f"hint: {source.classes[0]} is no word, and neither are the other classes; give "
+            "their names with --classnames (of ImageNet's synsets: imagenet_class_index.json)"
+        )
     train_source = None
     if args.linear_probe:
         train_source = find_labelled_images(args.data, True, args.data_root, args.classnames)
     model, preprocess = load(weights, args.device, activation=args.activation)
+    alike = first_alike(model.tokenizer, source.classes, model.context_length)
+    if repeated := [name for i, name in enumerate(source.classes) if alike[i] != i]:
+        print(f"warning: several classes are called {one_line(repeated[0])}; images are only ever "
+              "taken for the first of them")  # fmt: skip
 
     templates = templates or default_templates(model.config.has_bert)
     precision = Precision(model.device, args.use_amp)
@@ -319,7 +331,7 @@ def main() -> None:
         scored = readable_features(model, images, args.batch_size, args.num_workers)
     found = {"zero-shot": accuracy(scored.images @ classifier.T, scored.labels)}
     print(
-        f"{weights}, {source.name}: {len(scored.labels):,} images of {len(source.classes):,} "
+        f"{source.name}: {len(scored.labels):,} images of {len(source.classes):,} "
         f"classes, templates: {len(templates)} (percent)"
     )
     if train_source:

@@ -20,14 +20,19 @@ from tqdm import tqdm
 from models.clip import CLIP
 from models.device import upload
 from models.errors import InputError
-from models.preprocess import Preprocess, open_image
+from models.preprocess import Preprocess
 from models.tokens import clip_tokenizer, token_rows
 from models.weights.registry import CONTEXT_LENGTH
 from utils.data.annotations import SPLITS, caption_file, read_annotations, why_missing
 from utils.data.augment import crop, draw_crops, draw_recolourings, recolour, reword
 from utils.data.image_cache import decode_once, gather
-from utils.data.image_reading import Loaded, read_batches, substitutes
+from utils.data.image_reading import ImageReader, Loaded, read_batches, substitutes
 from utils.machine.processes import ALONE, Processes
+
+ALIKE = (
+    "the same as far as the model reads them, so that it cannot tell them apart: shorten what they "
+    "start with, or take a model with a longer context"
+)
 
 
 class Flickr8kDataset(Dataset):
@@ -43,7 +48,8 @@ class Flickr8kDataset(Dataset):
     Raises `InputError` for caption files that cannot be used and for missing images.
 
     Captions that are the same to the tokenizer are one text, which is right for every image that
-    has it; with `plain_protocol` a caption is right for its own image alone.
+    has it; those that are the same only as far as the model reads them are not. With
+    `plain_protocol` a caption is right for its own image alone.
 
     image         paths of the image files
     text          all captions, image by image
@@ -95,10 +101,11 @@ class Flickr8kDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, list[str]]:
         captions = [self.text[caption] for caption in self.own_captions[index]]
-        image = open_image(self.image[index])
-        if self.transform is not None:
-            return self.transform(image), captions
-        return self.preprocess.pixels(image), captions
+        return self.reader[index], captions
+
+    @property
+    def reader(self) -> ImageReader:
+        return ImageReader(self.image, self.transform or self.preprocess.pixels)
 
     def prepare_for(self, model: CLIP) -> None:
         """Prepare images and captions as `model` takes them, from now on: call it before either is
@@ -113,13 +120,20 @@ class Flickr8kDataset(Dataset):
         return token_rows(self.tokenizer, self.text, self.context_length, truncate=True)
 
     @cached_property
+    def full(self) -> dict[int, tuple[int, ...]]:
+        """All tokens, also those that are cut, of the captions that leave no room in their row."""
+        full = self.tokens[:, -1].nonzero().flatten().tolist()
+        return {caption: tuple(self.tokenizer.encode(self.text[caption])) for caption in full}
+
+    @cached_property
     def text_ids(self) -> Tensor:
         """For each caption the index of the first one that is the same text, `[captions]`."""
         if self.plain_protocol:
             return torch.arange(len(self.text))
-        first: dict[bytes, int] = {}
+        first: dict[object, int] = {}
         rows = enumerate(self.tokens.numpy())
-        return torch.tensor([first.setdefault(row.tobytes(), caption) for caption, row in rows])
+        texts = ((caption, self.full.get(caption, row.tobytes())) for caption, row in rows)
+        return torch.tensor([first.setdefault(text, caption) for caption, text in texts])
 
     @cached_property
     def img_to_txt(self) -> dict[int, list[int]]:
@@ -162,7 +176,7 @@ class Flickr8kDataset(Dataset):
         """Batches of images, `[n, 3, r, r]`, for lists of image indices. Raises `InputError` for an
         image that cannot be read."""
         if self.cached is None:
-            yield from (loaded.images for loaded in read_batches(self, batches, num_workers))
+            yield from (loaded.images for loaded in read_batches(self.reader, batches, num_workers))
             return
         for problem in self.unreadable.values():
             raise InputError(problem)
@@ -177,9 +191,24 @@ class Flickr8kDataset(Dataset):
 
     def count_cut_captions(self) -> int:
         """How many captions are longer than the text tower reads."""
-        full = self.tokens[:, -1].nonzero().flatten().tolist()
-        lengths = (len(self.tokenizer.encode(self.text[i])) + 2 for i in full)
-        return sum(length > self.context_length for length in lengths)
+        return sum(len(tokens) + 2 > self.context_length for tokens in self.full.values())
+
+    def count_alike_captions(self) -> int:
+        """How many captions are other texts than some other, but the same once they are cut."""
+        texts: dict[bytes, list[tuple[int, ...]]] = {}
+        for caption, tokens in self.full.items():
+            texts.setdefault(self.tokens[caption].numpy().tobytes(), []).append(tokens)
+        return sum(len(alike) for alike in texts.values() if len(set(alike)) > 1)
+
+    def check_texts(self) -> None:
+        """Raise `InputError` if the model reads the same in all captions: nothing tells images
+        apart then."""
+        if (self.tokens == self.tokens[0]).all():
+            raise InputError(
+                f"{self.root}: all {len(self.text)} {SPLITS[self.split]} captions are one text to "
+                f"the model, {self.text[0]:.60}...; captions should tell images apart within the "
+                f"first {self.context_length} tokens"
+            )
 
     def share_of_fragments(self) -> float:
         """The share of the captions' tokens that are parts of words, or unknown."""
@@ -356,7 +385,9 @@ class TrainLoader:
         cached = self.features.get("image", self.dataset.cached)
         unreadable = self.dataset.unreadable
         if cached is None:
-            return read_batches(self.dataset, batches, self.num_workers, own, not self.strict)
+            return read_batches(
+                self.dataset.reader, batches, self.num_workers, own, not self.strict
+            )
         for problem in unreadable.values() if self.strict else ():
             raise InputError(problem)
         rows = [self._readable(batch, own) for batch in batches]

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from models.clip import CLIP
 from models.errors import InputError, run_script
-from models.scripts import from_here
+from models.files import check_writable
+from models.scripts import ArgumentParser, from_here, writable_file
 from utils.data.annotations import caption_file, missing_annotations
-from utils.flickr8k_dataloader import Flickr8kDataset
+from utils.flickr8k_dataloader import ALIKE, Flickr8kDataset
 from utils.loss import contrastive_loss
 from utils.machine.memory import explained
 from utils.machine.precision import Precision
@@ -33,14 +34,9 @@ from utils.retrieval.gallery import write_report
 from utils.retrieval.plots import plot_metrics
 from utils.retrieval.ranking import RowsOf, blocks, ground_truth, rows_both_ways
 from utils.retrieval.tables import K_VALUES, Metrics, format_table
-from utils.runs.arguments import (
-    TrainedOn,
-    add_scoring,
-    newest_weights,
-    path,
-    trained_on,
-)
+from utils.runs.arguments import TrainedOn, add_scoring, path, picture, run_folder, trained_on
 from utils.runs.checkpoint import write_json
+from utils.runs.chosen import add_weights, runs_having, weights_to_use
 
 MANY_TRUTHS = 8  # of a query; for more, sorting its scores is faster than a pass for each
 
@@ -211,7 +207,7 @@ def evaluate(
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description="Score a CLIP on captioned images: Recall@K and mAP@K in both directions."
     )
     parser.add_argument(
@@ -229,20 +225,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--split", choices=["val", "test"], default="val", help="images to score (default: val)"
     )
+    add_weights(parser)
     add_scoring(parser)
     parser.add_argument(
-        "--json", type=path, metavar="FILE", help="write the metrics, K from 1 to 10"
+        "--json", type=writable_file, metavar="FILE", help="write the metrics, K from 1 to 10"
     )
     parser.add_argument(
         "--plot",
-        type=path,
+        type=picture,
         metavar="FILE",
         help="write the plot of both against K, e.g. R_mAP.png (default: R_mAP_<split>.png in the "
         "newest run, if --weights is left out)",
     )
     parser.add_argument(
         "--report",
-        type=path,
+        type=writable_file,
         metavar="FILE",
         help="write a page to look at: scores, curves, and what was found for each query, e.g. "
         "report.html",
@@ -259,30 +256,34 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = build_parser().parse_args()
 
-    from models.clip_utils import check_name, load
+    from models.clip_utils import load
 
-    weights = args.weights or newest_weights()
-    check_name(weights)
+    weights = weights_to_use(args.weights)
     dataset_path, languages = data_to_score_on(args, weights)
+    plot = args.plot
+    if not (plot or args.weights) and run_folder(weights):
+        plot = weights.parents[1] / f"R_mAP_{args.split}.png"
+        check_writable(plot)
     dataset = Flickr8kDataset(
         dataset_path, language=languages, plain_protocol=args.plain_protocol, split=args.split
     )
     model, _ = load(weights, args.device, activation=args.activation)
     dataset.prepare_for(model)
+    dataset.check_texts()
     precision = Precision(model.device, args.use_amp)
     features = encode_set(model, dataset, args.batch_size, args.num_workers, precision)
     metrics = retrieval_metrics(*features, dataset.img_to_txt, dataset.txt_to_img, range(1, 11))
-    print(f"{weights}: {len(dataset)} images, {len(dataset.text)} captions (percent; ranks from 1)")
+    print(f"{dataset_path}: {len(dataset)} images, {len(dataset.text)} captions "
+          "(percent; ranks from 1)")  # fmt: skip
     if shared := dataset.count_shared_captions():
         print(f"{shared} of the captions belong to several images, each a right answer "
               "(--plain_protocol: its own image alone)")  # fmt: skip
+    if alike := dataset.count_alike_captions():
+        print(f"warning: {alike} captions are different texts, but {ALIKE}")
     print(format_table(metrics, args.split))
     if args.json:
         write_json(args.json, metrics)
         print(f"metrics written to {args.json}")
-    plot = args.plot
-    if not args.weights:
-        plot = plot or weights.parents[1] / f"R_mAP_{args.split}.png"
     if plot:
         plot_metrics(metrics, plot)
         print(f"plot written to {plot}")
@@ -301,8 +302,9 @@ def data_to_score_on(args: argparse.Namespace, weights: str | Path) -> TrainedOn
     for language in languages:
         missing = missing_annotations(caption_file(dataset_path, language, args.split))
         if missing:
+            having = "" if args.dataset_path else runs_having(args.split)
             raise InputError(
-                f"{missing}; name the data to score on with --dataset_path and --language"
+                f"{missing}{having}; name the data to score on with --dataset_path and --language"
             )
     return TrainedOn(dataset_path, languages)
 

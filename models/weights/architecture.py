@@ -13,6 +13,10 @@ from models.weights.registry import CHINESE_CONTEXT_LENGTH, MAX_RESOLUTION
 
 HEAD_WIDTH = 64  # of the attention heads in most published models
 HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}  # in open_clip's ViT-H, g, bigG and e
+TOWERS = {  # how names of weights start that only this tower has, also where it was saved alone
+    "image": ("visual.", "class_embedding", "attnpool."),
+    "text": ("token_embedding.", "ln_final.", "bert."),
+}
 RESNET_STRIDE = 32  # pixels of an image to a position: a ResNet halves the image five times
 
 
@@ -97,13 +101,13 @@ def _bert(state_dict: dict[str, Tensor]) -> dict[str, int | str]:
 
 def _not_clip(reason: str, state_dict: dict[str, Tensor]) -> str:
     """The message for weights that no CLIP model has."""
-    towers = {
-        "image": any(key.startswith("visual.") for key in state_dict),
-        "text": any(key.startswith(("transformer.", "bert.")) for key in state_dict),
-    }
-    if sum(towers.values()) == 1:
-        missing = next(tower for tower, is_there in towers.items() if not is_there)
-        return f"half a CLIP model: the {missing} tower is missing; give the weights of both"
+    towers = [
+        tower for tower, names in TOWERS.items() if any(key.startswith(names) for key in state_dict)
+    ]
+    if len(towers) == 1:
+        return f"the {towers[0]} tower of a CLIP model alone; give the weights of both towers"
+    if any(".lora_A." in key for key in state_dict):
+        return "an adapter of the library peft; give its folder, which names the model it changes"
     return (
         f"these are not the weights of a CLIP model: {reason} (its keys: {listed(state_dict)}); "
         "give weights with the published names, as open_clip saves them"

@@ -14,11 +14,15 @@ MAX_KEY_LENGTH = 90  # characters of a key in an error message
 
 def check_keys(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Raise one `InputError` that lists the keys that are missing, unknown, or of another shape or
-    type than `expected`. A missing `num_batches_tracked` is added to `weights` as zero."""
+    type than `expected`. A missing `num_batches_tracked` is added to `weights` as zero; a tensor
+    `[1]`, as which some programs save `logit_scale`, becomes a number."""
     for key in expected.keys() - weights.keys():
         if key.endswith("num_batches_tracked"):  # has no effect; some files leave it out
             weights[key] = torch.zeros((), dtype=torch.long)
     common = [key for key in expected if key in weights]
+    weights.update(
+        {k: weights[k][0] for k in common if expected[k].ndim == 0 and weights[k].shape == (1,)}
+    )
     problems = {
         "missing": [key for key in expected if key not in weights],
         "unknown": [key for key in weights if key not in expected],

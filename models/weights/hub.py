@@ -104,12 +104,12 @@ def fetch_published(name: str, path: Path) -> Path:
         try:
             return download(weights_url(name), path, SHA256[name])
         except Unavailable as unavailable:
-            print(f"{weights_url(name)} cannot be had: its copy {copy.repository} on the Hugging "
-                  "Face hub is taken", file=sys.stderr)  # fmt: skip
+            print(f"{path.name}: its copy {copy.repository} on the Hugging Face hub is taken: it "
+                  f"cannot be had from {weights_url(name)}", file=sys.stderr)  # fmt: skip
             try:
                 folder = fetch(copy.name)
             except InputError as error:
-                raise InputError(f"{unavailable}; nor can its copy be had: {error}") from None
+                raise InputError(f"{unavailable}\nNor can its copy be had:\n{error}") from None
     if _open_clip_config(folder) != CONFIGS[name]:
         raise InputError(f"{folder}: should be a copy of {name}, but describes another model; "
                          f"delete it, and save {weights_url(name)} as {path}")  # fmt: skip
@@ -142,6 +142,7 @@ class _Repository:
     def __init__(self, repository: str, asks: bool = True):
         self.name, _, revision = repository.partition("@")
         self.revision = revision or "main"
+        self.is_told = False  # that the hub is asked
         self.no_answer = None if asks else "not asked"  # why the hub is not asked any more
         self.unknown: set[str] = set()  # files that the cache lacks, and the hub perhaps has
 
@@ -200,6 +201,9 @@ class _Repository:
 
         logging.set_verbosity_error()  # else it prints every attempt
         address = f"{constants.ENDPOINT}/{self.name}"
+        if not (self.is_told or constants.HF_HUB_OFFLINE):
+            print(f"asking {address}, for a minute if it does not answer", file=sys.stderr)
+            self.is_told = True
         try:
             return hf_hub_download(self.name, file, revision=self.revision)
         except errors.GatedRepoError:
@@ -231,8 +235,8 @@ class _Repository:
                     "room, or choose another folder with HF_HOME"
                 ) from None
             raise InputError(
-                f"the download of {file} from {address} failed ({one_line(error)}); run it again, "
-                f"from a mirror with HF_HUB_DISABLE_XET=1, or {self.by_hand()}"
+                f"the download of {file} failed; run it again, from a mirror with "
+                f"HF_HUB_DISABLE_XET=1, or {self.by_hand()}\n({one_line(error)})"
             ) from None
         return None
 
@@ -247,9 +251,9 @@ class _Repository:
             if constants.HF_HUB_OFFLINE:
                 reason, way = "HF_HUB_OFFLINE is set", "unset that"
             return (
-                f"no file or folder here, not whole in the cache {constants.HF_HUB_CACHE}, and "
-                f"{constants.ENDPOINT} does not give it ({reason}); {way}, or "
-                f"{self.by_hand()}{near}"
+                f"no file or folder here, and {constants.ENDPOINT} does not give it ({reason}); "
+                f"{way}, or {self.by_hand()}{near}\n"
+                f"(not whole in the cache {constants.HF_HUB_CACHE})"
             )
         reason = f"is for a model of type {one_line(model_type)!r}; it" if model_type else "has"
         return (
@@ -266,6 +270,6 @@ class _Repository:
         if self.name == chinese_clip.RESNET[0]:
             files = chinese_clip.RESNET[1]
         return (
-            f"get {files} of {constants.ENDPOINT}/{self.name}/tree/{self.revision} by other means, "
-            "put them into one folder and give that folder"
+            f"get {files} by other means, put them into one folder and give that folder\n"
+            f"from {constants.ENDPOINT}/{self.name}/tree/{self.revision}"
         )

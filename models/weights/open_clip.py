@@ -54,7 +54,7 @@ def from_open_clip(content: dict[str, Any]) -> Config:
         model = content.get("model_cfg", content)
         vision = _tower(model, "vision_cfg", VISION)
         text = _tower(model, "text_cfg", TEXT)
-        for field in ("custom_text", "multimodal_cfg", "init_logit_bias"):
+        for field in ("multimodal_cfg", "init_logit_bias"):
             if model.get(field) not in UNUSED:
                 raise InputError(f'its description has "{field}", which no model here has')
         is_resnet = isinstance(vision["layers"], list)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +23,7 @@ from models.weights.read import read_file, read_state_dict
 
 TRANSFORMERS_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 TOKENIZERS = {"vocab.json": (), "tokenizer.json": ("model", "vocab")}  # where the tokens are in it
+ADAPTER_FILE = "adapter_config.json"  # of the library peft
 LONG_CLIP_KEPT = 20  # positions that Long-CLIP (Zhang et al. 2024, section 3.1) keeps as they were
 UNTOLD = (
     "a state dict does not tell its activation; put the description of the model beside it "
@@ -35,13 +37,16 @@ def read_weights(path: Path, activation: str | None = None) -> tuple[dict[str, T
     """The weights at `path` with our keys, and the description of their model.
 
     A folder holds open_clip_config.json or transformers' config.json, and beside it the weights, in
-    one file or, in transformers' format, in several; or it holds a file of cn_clip. The description
-    of a file is in it (in a checkpoint of train.py, or in the metadata of safetensors that
-    convert.py wrote) or lies beside it; published TorchScript archives and cn_clip's need none.
+    one file or, in transformers' format, in several; or it holds a file of cn_clip, or an adapter
+    of the library peft, which merges it. The description of a file is in it (in a checkpoint of
+    train.py, or in the metadata of safetensors that convert.py wrote) or lies beside it; published
+    TorchScript archives and cn_clip's need none.
     `activation` (gelu or quick_gelu) is for a state dict without description, since it cannot be
     told by weights. Raises `InputError` for what is missing, damaged or of another kind of model;
     the caller names `path`.
     """
+    if (path / ADAPTER_FILE).exists():
+        return _with_adapter(path)
     folder = path if path.is_dir() else path.parent
     weights, own = (_read_folder(path), None) if path.is_dir() else read_file(path)
     weights = merged(chinese_clip.without_pooler(weights))
@@ -98,6 +103,30 @@ def _read_shards(folder: Path, index: dict[str, Any]) -> dict[str, Tensor]:
         with _named(part):
             weights |= read_state_dict(folder / name)
     return weights
+
+
+def _with_adapter(folder: Path) -> tuple[dict[str, Tensor], Config]:
+    """The weights of the model of transformers that an adapter of peft changes, changed by it."""
+    base = (_json(folder / ADAPTER_FILE) or {}).get("base_model_name_or_path")
+    whose = f"an adapter of the library peft for the model {one_line(base)}"
+    try:
+        from peft import PeftModel
+        from transformers import AutoImageProcessor, AutoModel
+    except ImportError as error:
+        raise InputError(
+            f"{whose}, which that library merges ({one_line(error)}): pip install peft transformers"
+        ) from None
+    with TemporaryDirectory() as merged:
+        try:
+            model = PeftModel.from_pretrained(AutoModel.from_pretrained(base), folder)
+            model.merge_and_unload().save_pretrained(merged)
+            AutoImageProcessor.from_pretrained(base).save_pretrained(merged)
+        except Exception as error:  # of any library below
+            raise InputError(
+                f"{whose}, which cannot be merged; give a merged folder "
+                f"(merge_and_unload().save_pretrained(FOLDER)) ({one_line(error)})"
+            ) from None
+        return read_weights(Path(merged))
 
 
 def _config_of_open_clip(folder: Path) -> Config | None:

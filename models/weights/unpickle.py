@@ -1,4 +1,8 @@
-"""Unpickling of what torch writes as plain data: nothing that a file names is imported or run."""
+"""Unpickling of what training programs write: nothing that a file names is imported or run.
+
+It stays while torch before 2.10 is allowed, whose own `weights_only` a file could make corrupt
+memory (CVE-2026-24747), and reads past what `weights_only` refuses.
+"""
 
 import pickle
 import pickletools
@@ -13,16 +17,29 @@ from models.errors import InputError
 LARGEST_PICKLE = 4 << 20  # bytes, of 180 in memory at worst; a checkpoint of ViT-L has 230,000
 LONGEST_NAME = 1000  # characters; a small file could nest modules, and so their names, very deep
 NOT_RUN = "and nothing in it was run; save a plain state dict with torch.save"
-OPCODES = {"APPEND", "APPENDS", "BINFLOAT", "BINGET", "BININT", "BININT1", "BININT2", "BINPERSID",
-    "BINPUT", "BINUNICODE", "BUILD", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "GLOBAL", "LONG1",
-    "LONG_BINGET", "LONG_BINPUT", "MARK", "NEWFALSE", "NEWOBJ", "NEWTRUE", "NONE", "PROTO", "STOP",
-    "REDUCE", "SETITEM", "SETITEMS", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}  # torch's  # fmt: skip
+OPCODES = {
+    "ADDITEMS", "APPEND", "APPENDS", "BINBYTES", "BINBYTES8", "BINFLOAT", "BINGET", "BININT",
+    "BININT1", "BININT2", "BINPERSID", "BINPUT", "BINUNICODE", "BINUNICODE8", "BUILD", "BYTEARRAY8",
+    "EMPTY_DICT", "EMPTY_LIST", "EMPTY_SET", "EMPTY_TUPLE", "FRAME", "FROZENSET", "GLOBAL", "LONG1",
+    "LONG4", "LONG_BINGET", "LONG_BINPUT", "MARK", "MEMOIZE", "NEWFALSE", "NEWOBJ", "NEWOBJ_EX",
+    "NEWTRUE", "NONE", "POP", "POP_MARK", "PROTO", "REDUCE", "SETITEM", "SETITEMS",
+    "SHORT_BINBYTES", "SHORT_BINUNICODE", "STACK_GLOBAL", "STOP", "TUPLE", "TUPLE1", "TUPLE2",
+    "TUPLE3"}  # of protocols 2 to 5  # fmt: skip
+# What is read in another's place, since it would hash what a file holds, and a nested tuple can
+# take ages to hash. The next of `buffers` is a `PlainObject`.
+REPLACED = {"EMPTY_DICT": pickle.NEXT_BUFFER, "EMPTY_SET": pickle.NEXT_BUFFER,
+            "FROZENSET": pickle.TUPLE}  # fmt: skip
 STORAGES = {"BFloat16": torch.bfloat16, "Half": torch.float16, "Float": torch.float32,
     "Double": torch.float64, "Bool": torch.bool, "Byte": torch.uint8, "Char": torch.int8,
     "Short": torch.int16, "Int": torch.int32, "Long": torch.int64}  # fmt: skip
-DTYPES = {f"torch {name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
-OBJECTS = {"collections OrderedDict", "torch Size", "torch device", "_codecs encode",
-    "__builtin__ set", *DTYPES}  # what a `PlainObject` stands for  # fmt: skip
+FUNCTIONS = {  # by name: what gives tensors, and classes; new each time, since BUILD can change one
+    "_rebuild_tensor_v2": lambda: lambda storage, *view: storage._replace(view=view),
+    "_rebuild_parameter": lambda: lambda parameter, *_: parameter,
+    "_rebuild_parameter_with_state": lambda: lambda parameter, *_: parameter,
+    "_rebuild_from_type_v2": lambda: lambda function, _, arguments, *__: function(*arguments),
+    "getattr": lambda: lambda *_: PlainObject,  # of a class within a class, before protocol 4
+}
+MODULE = ("_parameters", "_buffers", "_modules")  # of a torch module that was pickled whole
 
 
 class PlainTensor(NamedTuple):
@@ -34,7 +51,8 @@ class PlainTensor(NamedTuple):
 
 
 class PlainObject(dict):
-    """A dict, or stands for an object of any class: it only holds items and attributes."""
+    """A dict, or stands for an object of any class, or for what a function gives: it only holds
+    items and attributes."""
 
     def __init__(self, *_: Any): ...
 
@@ -42,28 +60,40 @@ class PlainObject(dict):
         return f"a dict of {len(self)}"
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        if not isinstance(key, str | int | float | None):  # a nested tuple can take ages to hash
-            raise ValueError(f"a key of type {type(key).__name__}")
-        super().__setitem__(key, value)
+        if isinstance(key, str | int | float | None):  # no other key is hashed, or kept
+            super().__setitem__(key, value)
+
+    def append(self, _: Any) -> None:
+        """An item of a list, a queue or a set is not kept."""
+
+    extend = add = append
 
     def __setstate__(self, state: Any) -> None:
         self.attributes = state
 
     def tensors(self, prefix: str = "") -> Iterator[tuple[str, PlainTensor]]:
         """Those of a module and of the modules in it, taken out, so that none comes twice."""
-        while attributes := vars(self).get("attributes"):
-            key, value = attributes.popitem()
-            if len(name := f"{prefix}{key}") > LONGEST_NAME:
-                raise InputError("modules nested too deep for a CLIP model")
-            if isinstance(value, PlainTensor):
-                yield name, value
-            elif isinstance(value, PlainObject):
-                yield from value.tensors(f"{name}.")
+        state = vars(self).get("attributes") or {}
+        for attributes in [state[part] for part in MODULE if part in state] or [state]:
+            while attributes:
+                key, value = attributes.popitem()
+                if len(name := f"{prefix}{key}") > LONGEST_NAME:
+                    raise InputError("modules nested too deep for a CLIP model")
+                if isinstance(value, PlainTensor):
+                    yield name, value
+                elif isinstance(value, PlainObject):
+                    yield from value.tensors(f"{name}.")
+
+    @property
+    def is_module(self) -> bool:
+        """Whether it stands for a torch module that was pickled whole."""
+        state = vars(self).get("attributes")
+        return isinstance(state, dict) and set(MODULE) <= state.keys()
 
 
 class PlainUnpickler(pickle.Unpickler):
     """Unpickles the next pickle of a file, whose position is then behind it. Raises `InputError`
-    for all that weights do not need, and any other exception for a damaged pickle."""
+    for what no training program writes, and any other exception for a damaged pickle."""
 
     def __init__(self, file: IO[bytes]):
         self.dtypes: dict[str, torch.dtype] = {}  # of the storages, by key
@@ -75,8 +105,8 @@ class PlainUnpickler(pickle.Unpickler):
                 raise InputError(f"holds {opcode.name}, which torch does not write, {NOT_RUN}")
             if opcode.name == "LONG_BINPUT" and argument > count:  # would take memory up to it
                 raise ValueError("a place in the memo beyond all values")
-            if opcode.name == "EMPTY_DICT":  # becomes the next of `buffers`: checks keys
-                pickled[position] = pickle.NEXT_BUFFER[0]
+            if opcode.name in REPLACED:
+                pickled[position] = REPLACED[opcode.name][0]
         file.seek(start + position + 1)
         super().__init__(BytesIO(pickled), buffers=iter(PlainObject, None))
 
@@ -88,12 +118,8 @@ class PlainUnpickler(pickle.Unpickler):
         raise ValueError("a storage of an unknown kind")
 
     def find_class(self, module: str, name: str) -> Any:
-        if f"{module} {name}" == "torch._utils _rebuild_tensor_v2":
-            return lambda storage, *view: storage._replace(view=view)
-        if f"{module} {name}" == "torch._utils _rebuild_parameter":
-            return lambda parameter, *_: parameter  # new each time, since BUILD can change it
+        if name in FUNCTIONS:
+            return FUNCTIONS[name]()
         if module == "torch" and name.removesuffix("Storage") in STORAGES:
             return STORAGES[name.removesuffix("Storage")]
-        if f"{module} {name}" in OBJECTS or module.startswith(("__torch__", "torch.jit._pickle")):
-            return PlainObject
-        raise InputError(f"asks for {f'{module} {name}'!r:.80}, which no weights need, {NOT_RUN}")
+        return PlainObject

@@ -21,7 +21,7 @@ from utils.flickr8k_dataloader import Batch
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE
 from utils.runs.arguments import integer
-from utils.training.gradients import GradientExchange, accumulate_gradients
+from utils.training.gradients import accumulate_gradients
 from utils.training.optimizer import parameter_groups
 
 CPU = torch.device("cpu")
@@ -65,7 +65,7 @@ def compare_gradients(model_name: str, n: int, chunk: int) -> None:
     model, batch, precision = create_model(model_name), random_batch(model_name, n), float32()
     gradients = []
     for size in (None, chunk):
-        accumulate_gradients(model, batch, precision, GradientExchange(model, ALONE), size)
+        accumulate_gradients(model, batch, precision, ALONE, size)
         gradients.append([p.grad for p in model.parameters()])
         model.zero_grad()
     whole, chunked = (torch.cat([g.flatten() for g in one]) for one in gradients)
@@ -89,7 +89,7 @@ def measure_steps(model_name: str, n: int, chunk: int | None) -> tuple[float, fl
         optimizer = torch.optim.AdamW(parameter_groups(model, 0.9, 0.1), lr=1e-5)
         for _ in range(2):  # the second has the optimiser's moments
             start = perf_counter()
-            accumulate_gradients(model, batch, precision, GradientExchange(model, ALONE), chunk)
+            accumulate_gradients(model, batch, precision, ALONE, chunk)
             precision.update(model, optimizer, max_norm=1.0)
             seconds = perf_counter() - start
 

@@ -24,8 +24,6 @@ from models.errors import run_script
 from utils import Flickr8kDataset
 from utils.flickr8k_dataloader import Batch, TrainLoader
 from utils.machine.precision import Precision
-from utils.machine.processes import ALONE
-from utils.training.gradients import GradientExchange
 from utils.training.layer_groups import lock
 
 CPU = torch.device("cpu")
@@ -43,7 +41,6 @@ class Trainer:
         self.tower = tower if knows else None
         self.precision = precision
         self.optimizer = adamw(self.model.train())
-        self.exchange = GradientExchange(self.model, ALONE)
 
     @torch.no_grad()
     def inputs(self, batch: Batch) -> Batch:
@@ -58,7 +55,7 @@ class Trainer:
 
     def step(self, batch: Batch) -> float:
         """Take a step; return the loss before it."""
-        return our_step(self.model, self.optimizer, batch, self.precision, self.exchange)
+        return our_step(self.model, self.optimizer, batch, self.precision)
 
 
 def normalised(features: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ images and captions; the losses of the first step are checked to be the same. Me
 """
 
 import argparse
-from functools import partial
 
 import torch
 from measure import check, describe_cpu, extra_peak_megabytes, in_a_process, print_table
@@ -26,8 +25,6 @@ from models.weights.registry import CONFIGS
 from utils import Flickr8kDataset
 from utils.flickr8k_dataloader import Batch, TrainLoader
 from utils.machine.precision import Precision
-from utils.machine.processes import ALONE
-from utils.training.gradients import GradientExchange
 
 CPU = torch.device("cpu")
 
@@ -73,7 +70,7 @@ def measure(
         step = open_clip_step
         if who == "ours":
             model = build_model(model.state_dict())  # which takes the tensors as they are
-            step = partial(our_step, exchange=GradientExchange(model, ALONE))
+            step = our_step
         optimizer = adamw(model.train())
         losses.extend(step(model, optimizer, batch, precision) for _ in range(2))
 

@@ -20,7 +20,8 @@ from models.weights.registry import CONFIGS
 from utils import Flickr8kDataset, contrastive_loss
 from utils.flickr8k_dataloader import Batch
 from utils.machine.precision import Precision
-from utils.training.gradients import GradientExchange, accumulate_gradients
+from utils.machine.processes import ALONE
+from utils.training.gradients import accumulate_gradients
 from utils.training.optimizer import parameter_groups
 
 VIT_MODELS = [name for name, config in CONFIGS.items() if config.is_vit and not config.has_bert]
@@ -119,10 +120,9 @@ def our_step(
     optimizer: torch.optim.Optimizer,
     batch: Batch,
     precision: Precision,
-    exchange: GradientExchange,
 ) -> float:
     """A step as train.py takes it, from the bytes of the images to the update; the loss before."""
-    loss = accumulate_gradients(model, batch, precision, exchange)
+    loss = accumulate_gradients(model, batch, precision, ALONE)
     precision.update(model, optimizer, max_norm=1.0)
     return loss.item()
 

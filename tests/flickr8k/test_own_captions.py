@@ -1,5 +1,7 @@
 """flickr8k/prepare.py on captions of one's own."""
 
+import csv
+import io
 import json
 import zipfile
 
@@ -139,6 +141,41 @@ def test_files_called_train_and_val_are_the_splits(tmp_path, capsys):
     assert not (root / "cn_test.json").exists()
 
 
+def split_table(words):
+    """A table of PAIRS whose third column goes through `words`, image after image."""
+    rows = [
+        f"{image},{caption},{words[number % len(words)]}"
+        for number, (image, captions) in enumerate(PAIRS)
+        for caption in captions
+    ]
+    return "\n".join(["image,caption,Split", *rows])
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_a_column_of_splits_splits(tmp_path, capsys, form):
+    """In the words of Karpathy's files, of Hugging Face and of Flickr8k's lists."""
+    words = ["train", "restval", "Dev", "test", "training", "validation", "testing", "val"]
+    table = split_table(words)
+    if form == "jsonl":
+        names, *rows = csv.reader(io.StringIO(table))
+        rows = [dict(zip([name.lower() for name in names], row, strict=True)) for row in rows]
+        table = "\n".join(map(json.dumps, rows))
+    root = place(tmp_path, images_in("images") | {f"captions.{form}": table})
+    assert prepare(root, [root]) == {"train": 6, "val": 6, "test": 4}
+    assert capsys.readouterr().err == ""
+    of = {"train": (0, 1, 4), "val": (2, 5, 7), "test": (3, 6)}
+    assert read(root) == {
+        split: [(f"images/{i}", c) for n, (i, c) in enumerate(PAIRS) if n % 8 in numbers]
+        for split, numbers in of.items()
+    }
+
+
+def test_a_column_with_one_split_of_all_is_split_at_random(tmp_path, capsys):
+    root = place(tmp_path, images_in("images") | {"captions.csv": split_table(["train"])})
+    assert prepare(root, [root]) == {"train": 12, "val": 2, "test": 2}
+    assert "at random" in capsys.readouterr().err
+
+
 def test_a_file_that_is_named_is_taken_among_others(tmp_path, capsys):
     files = {"old.csv": as_csv(PAIRS[:3]), "new.csv": as_csv(PAIRS), "size.json": '{"side": 3}'}
     root = place(tmp_path, images_in("images") | files)
@@ -173,6 +210,17 @@ UNUSABLE = {
     "an image in two splits": (
         {"train.csv": as_csv(PAIRS), "dev.json": as_list(PAIRS[:2])},
         r"images/birds/00\.jpg is in the splits 2 times",
+    ),
+    "an image in two splits of a column": (
+        {"a.csv": split_table(["train", "val"]) + "\nbirds/00.jpg,again,val"},
+        r"images/birds/00\.jpg is in the splits 2 times",
+    ),
+    "a split without a name": ({"a.csv": split_table(["train", "fold 2"])}, "'fold 2', 'train'; "),
+    "an empty split": ({"a.csv": split_table(["train", "val", ""])}, "split is one of '', 'train'"),
+    "no validation": ({"a.csv": split_table(["train", "test"])}, "write val in entries"),
+    "an image without its ending": (
+        {"a.csv": as_csv([("birds/00", ["x"])])},
+        r"birds/00 .there is birds/00\.jpg: the name needs its ending",
     ),
     "no training images": ({"a.csv": as_csv(PAIRS[:2])}, "no images for train"),
     "a bad row": ({"a.csv": "image,caption\nbirds/00.jpg,a,b\n"}, r"a\.csv: 1 of 1 .*\n  line 2:"),

@@ -7,8 +7,8 @@ import random
 
 import numpy as np
 import pytest
-import targets
 from definitions import by_definition
+from fuzz import targets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -160,3 +160,18 @@ def test_rows_that_are_too_long_are_refused():
     assert build_model(model.state_dict(), replace(SMALL, context_length=64)).context_length == 64
     with pytest.raises(InputError, match="context_length 65 is more than the 64 positions"):
         build_model(model.state_dict(), replace(SMALL, context_length=65))
+
+
+def test_random_weights_keep_the_variance_and_have_berts_embeddings():
+    """Outputs of layers are as large as their inputs; embeddings are BERT's, 0.02 (Devlin et al.
+    2019, whose code has it as `initializer_range`)."""
+    torch.manual_seed(0)
+    model = CLIP(SMALL).initialize()
+    for name, module in model.bert.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            outputs = module(torch.randn(256, module.in_features))
+            assert outputs.std().item() == pytest.approx(1, rel=0.1), name
+            assert not module.bias.any(), name
+        elif isinstance(module, torch.nn.Embedding):
+            margin = 5 * module.weight.numel() ** -0.5
+            assert module.weight.std().item() == pytest.approx(0.02, rel=margin), name

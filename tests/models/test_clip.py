@@ -1,5 +1,8 @@
 """Our CLIP compared with those of open_clip and transformers, given the same weights."""
 
+from dataclasses import replace
+
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip import get_tokenizer
 from open_clip.loss import ClipLoss
-from peers import open_clip_model, to_transformers, transformers_model
+from peers import TEXT, open_clip_model, to_transformers, transformers_model
 
 from models import CLIP, available_models, build_model, load, tokenize
 from models.clip import MAX_LOGIT_SCALE
@@ -176,8 +179,6 @@ def test_every_architecture_is_inferred_from_its_shapes(name):
 def test_every_published_architecture_has_open_clip_keys_and_shapes(name):
     with torch.device("meta"):
         ours = CLIP(CONFIGS[name]).state_dict()
-    import open_clip
-
     config = open_clip.get_model_config(name.replace("/", "-").replace("@336px", "-336"))
     config.pop("quick_gelu", None)
     with torch.device("meta"):
@@ -195,6 +196,44 @@ def test_a_model_from_scratch_has_clips_logit_scale_and_all_gradients():
         model.encode_image(images), model.encode_text(tokens), model.logit_scale
     )
     assert all(g.isfinite().all() and g.any() for g in gradients(model, loss).values())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIGS["ViT-demo"],
+        replace(CONFIGS["RN50"], embed_dim=96, image_resolution=64, vision_layers=(1, 2, 1, 1),
+                vision_width=16, transformer_width=128, transformer_mlp_width=512,
+                transformer_heads=2, transformer_layers=3),
+    ],
+    ids=["ViT", "ResNet"],
+)  # fmt: skip
+def test_a_model_from_scratch_is_drawn_as_open_clips_is(config):
+    """Tensor by tensor: what is constant there, and standard deviations. The blocks of its ViT are
+    left as torch draws them; ours are GPT-2's, as in its text tower."""
+    torch.manual_seed(0)
+    ours = CLIP(config).initialize().state_dict()
+    layers, width = config.vision_layers, config.vision_width
+    vision = {"layers": layers, "width": width, "patch_size": config.vision_patch_size,
+              "image_size": config.image_resolution}  # fmt: skip
+    text = TEXT | {"width": config.transformer_width, "heads": config.transformer_heads,
+                   "layers": config.transformer_layers}  # fmt: skip
+    theirs = open_clip.model.CLIP(config.embed_dim, vision, text).state_dict()
+    expected = {key: tensor.float().std(correction=0).item() for key, tensor in theirs.items()}
+    for key in theirs:
+        if key.startswith("visual.transformer.") and key.endswith("weight") and "ln_" not in key:
+            expected[key] = width**-0.5
+            if key.endswith(("out_proj.weight", "c_proj.weight")):
+                expected[key] *= (2 * layers) ** -0.5
+            elif key.endswith("c_fc.weight"):
+                expected[key] *= 2**-0.5
+    assert ours.keys() == theirs.keys()
+    for key, tensor in ours.items():
+        if expected[key] == 0:
+            assert torch.equal(tensor, theirs[key]), key
+        else:  # within five standard errors of a difference
+            margin = 5 * tensor.numel() ** -0.5
+            assert tensor.std().item() == pytest.approx(expected[key], rel=margin), key
 
 
 def test_logit_scale_is_kept_below_a_hundred():

@@ -8,10 +8,11 @@ import onnxruntime
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from peers import disturb
 from PIL import Image
-from script_runs import ROOT, error_line, run_script
-from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer
+from script_runs import ROOT, error_line, printed_code, run_script
+from transformers import CLIPModel, CLIPProcessor
 
 from models import load, onnx_export, tokenize
 from models.clip_utils import create_model
@@ -62,7 +63,7 @@ def inputs(model, n):
     """Images, and texts with ends at several positions; what follows an end is no zero."""
     generator = torch.Generator().manual_seed(n)
     side = model.visual.input_resolution
-    tokens = torch.randint(0, 49407, (n, 20), generator=generator, dtype=torch.int32)
+    tokens = torch.randint(0, 49407, (n, 20), generator=generator)
     tokens[range(n), [1 + 5 * i % 19 for i in range(n)]] = 49407
     return torch.randn(n, 3, side, side, generator=generator), tokens
 
@@ -75,9 +76,10 @@ def assert_onnx_gives(theirs, folder, model, tolerance):
             name = "images" if tower == "image" else "tokens"
             (found,) = session.run([f"{tower}_features"], {name: x.numpy()})
             with torch.no_grad():
-                torch.testing.assert_close(
-                    torch.from_numpy(found), encode(x), atol=tolerance, rtol=tolerance
-                )
+                expected = F.normalize(encode(x), dim=-1)
+            torch.testing.assert_close(
+                torch.from_numpy(found), expected, atol=tolerance, rtol=tolerance
+            )
 
 
 def assert_same(model, expected):
@@ -178,12 +180,10 @@ def test_half_the_size_keeps_the_features_within_float16s_accuracy(pair, tmp_pat
 
 
 @pytest.mark.slow
-def test_onnx_answers_without_pytorch(weights, ours, tmp_path):
-    """All that a program has to know stands in the folder."""
-    run_script("models/convert.py", weights, "out", "--format", "onnx", cwd=tmp_path)
-    path = tmp_path / "out"
-    facts = json.loads((path / "clip.json").read_text("utf-8"))
-    image, text = facts["image"], facts["text"]
+def test_onnx_answers_as_the_printed_code_says(weights, ours, tmp_path, monkeypatch):
+    """Images are prepared by what stands in clip.json alone."""
+    done = run_script("models/convert.py", weights, "out", "--format", "onnx", cwd=tmp_path)
+    image = json.loads((tmp_path / "out" / "clip.json").read_text("utf-8"))["image"]
     with Image.open(ROOT / "R_mAP.png") as picture:
         short = min(picture.size)
         size = [int(image["size"] * side / short) for side in picture.size]
@@ -192,24 +192,23 @@ def test_onnx_answers_without_pytorch(weights, ours, tmp_path):
         resample = Image.Resampling[image["interpolation"].upper()]
         pixels = np.asarray(picture.convert("RGB").resize(size, resample).crop(box), np.float32)
     images = ((pixels / 255 - image["mean"]) / image["std"]).transpose(2, 0, 1)[None]
-    tokens = np.full((len(CAPTIONS), text["context_length"]), text["padding"], np.int32)
-    for row, ids in zip(
-        tokens, CLIPTokenizer.from_pretrained(path)(CAPTIONS).input_ids, strict=True
-    ):
-        row[: len(ids)] = ids
-    features = [
-        onnxruntime.InferenceSession(path / name).run(None, {key: x})[0]
-        for name, key, x in (
-            ("image.onnx", "images", images.astype(np.float32)),
-            ("text.onnx", "tokens", tokens),
-        )
-    ]
-    image_features, text_features = (f / np.linalg.norm(f, axis=1, keepdims=True) for f in features)
-    logits = torch.from_numpy(facts["logit_scale"] * image_features @ text_features.T)
+    texts = [*CAPTIONS, "bird " * 90]
     model, own_images, *_ = ours
     with torch.no_grad():
-        expected, _ = model(own_images[:1], tokenize(CAPTIONS))
-    torch.testing.assert_close(logits.float(), expected, atol=1e-3, rtol=1e-4)
+        expected, _ = model(own_images[:1], model.tokenize(texts, truncate=True))
+    monkeypatch.chdir(tmp_path)
+    for given in (texts, texts[:2]):  # shorter rows
+        found = {"images": images.astype(np.float32), "texts": given}
+        exec(printed_code(done.stdout), found)
+        logits = torch.from_numpy(found["logits"]).float()
+        torch.testing.assert_close(logits, expected[:, : len(given)], atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["open_clip", "transformers", "safetensors"])
+def test_what_is_printed_opens_it(weights, tmp_path, monkeypatch, name):
+    done = run_script("models/convert.py", weights, "o.safetensors", "--format", name, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    exec(printed_code(done.stdout), {})
 
 
 def test_nothing_is_overwritten_and_no_half_is_left(weights, tmp_path):
@@ -273,7 +272,7 @@ def test_weights_beyond_float16_are_refused(tmp_path):
 @pytest.mark.slow
 def test_onnx_files_that_compute_something_else_are_refused(tmp_path, monkeypatch):
     def forward(encoder, images):
-        return 1.001 * encoder.model.encode_image(images)
+        return 1.001 * F.normalize(encoder.model.encode_image(images), dim=-1)
 
     monkeypatch.setattr(onnx_export.ImageEncoder, "forward", forward)
     with pytest.raises(InputError, match=r"other features from image\.onnx, by 0\.001 "):

@@ -82,6 +82,18 @@ class _EncodesText(torch.nn.Module):
         return self.model.encode_text(tokens)
 
 
+@pytest.mark.parametrize("rank", [4, 16])
+def test_the_first_factor_keeps_the_variance_of_what_it_takes(rank):
+    """Whatever the rank and the width, so that the same rate suits all of them."""
+    torch.manual_seed(0)
+    model = create_model("ViT-demo")
+    add_lora(model, rank)
+    for name, factor in model.named_parameters():
+        if name.endswith("lora.a"):
+            outputs = torch.randn(256, factor.shape[-1]) @ factor.detach().flatten(0, 1).T
+            assert outputs.std().item() == pytest.approx(1, rel=0.1), name
+
+
 def test_the_start_is_the_model_bit_for_bit():
     plain = create_model("ViT-demo")
     model = copy.deepcopy(plain)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import BmpImagePlugin, EpsImagePlugin, ExifTags, Image
 from script_runs import ROOT
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
@@ -90,6 +91,15 @@ def test_preprocess_equals_open_clip(width, height, mode):
     assume(max(width, height) <= MAX_ASPECT_RATIO * min(width, height))
     image = Image.fromarray(noise(width, height)).convert(mode)
     assert torch.equal(Preprocess(224)(image), open_clip_transform(224)(image))
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("mode", ["shortest", "squash"])
+def test_every_way_to_resize_is_open_clips(interpolation, mode):
+    how = {"interpolation": interpolation, "resize_mode": mode}
+    image = Image.fromarray(noise(90, 70))
+    expected = image_transform_v2(PreprocessCfg(size=64, **how), is_train=False)(image)
+    assert torch.equal(Preprocess(64, **how)(image), expected)
 
 
 def test_preprocess_equals_open_clip_on_opaque_rgba():
@@ -185,12 +195,34 @@ def test_16_bit_colour_keeps_its_upper_8_bits(tmp_path, colour_type, channels):
     assert (opened(tmp_path, content) == colours >> 8).all()
 
 
-def test_32_bit_grey_is_cut_to_16_bits():
-    grey = np.array([[-5, 0], [65535, 1 << 24]], np.int32)
-    image = Image.fromarray(grey)
-    assert image.mode == "I"
-    black_and_white = Image.fromarray(np.array([[0, 0], [255, 255]], np.uint8))
-    assert torch.equal(Preprocess(2)(image), Preprocess(2)(black_and_white))
+GREY = np.arange(256).reshape(8, 32)  # each value of 8 bits once
+WIDER = {"16 bits": 0x101, "24 bits": 0x10101}  # times GREY: to their largest
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *(GREY.astype(kind) for kind in (np.uint16, np.int32, np.float32)),
+        *((GREY * WIDER["16 bits"]).astype(kind) for kind in (np.uint16, np.int32, np.float32)),
+        *((GREY * WIDER["24 bits"]).astype(kind) for kind in (np.int32, np.float32)),
+        (GREY / 255).astype(np.float32),
+    ],
+    ids=lambda values: f"{values.dtype}-{values.max():.0f}",
+)
+def test_grey_of_integers_and_floats_has_the_range_that_holds_its_largest_value(tmp_path, values):
+    content = encoded(Image.fromarray(values), "tiff")
+    assert (opened(tmp_path, content) == GREY[..., None]).all()
+
+
+def test_grey_outside_its_range_and_no_numbers(tmp_path):
+    """A little over 1 still is white among floats from 0 to 1, as resampling makes it."""
+    values = np.array([[np.nan, -np.inf, -0.5, 0, 0.2, 1.01, np.inf]], np.float32)
+    result = opened(tmp_path, encoded(Image.fromarray(values), "tiff"))
+    assert result[0, :, 0].tolist() == [0, 0, 0, 0, 51, 255, 255]
+    nothing = np.full((2, 2), np.nan, np.float32)
+    assert not opened(tmp_path, encoded(Image.fromarray(nothing), "tiff")).any()
+    dark = np.array([[-5, 0, 255]], np.int32)
+    assert opened(tmp_path, encoded(Image.fromarray(dark), "tiff"))[0, :, 0].tolist() == [0, 0, 255]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (10_000, 10), (10, 10_000)])
@@ -261,6 +293,13 @@ def test_broken_exif_is_ignored(tmp_path, picture):
     assert (opened(tmp_path, content) == picture).all()
 
 
+def test_heic_is_read_where_its_package_is(tmp_path, picture):
+    pillow_heif = pytest.importorskip("pillow_heif", reason="needs pillow-heif")
+    file = tmp_path / "a.heic"
+    pillow_heif.from_pillow(Image.fromarray(picture)).save(file, quality=-1)  # lossless
+    assert np.abs(np.asarray(open_image(file)).astype(int) - picture).max() <= 2
+
+
 def test_tilde_is_the_home_folder(tmp_path, picture, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
@@ -288,6 +327,33 @@ def test_missing_file_folder_and_impossible_names(tmp_path):
         assert "is no file" in refusal(tmp_path / "pipe.jpg")
     with pytest.raises(InputError):
         open_image("a\0.jpg")
+
+
+def test_a_name_without_its_ending_is_told_which_file_is_there(tmp_path):
+    for name in ("dog.jpg", "Cat.JPG", "a.b.png"):
+        (tmp_path / name).touch()
+    for name, there in (("dog", "dog.jpg"), ("cat.jpg", "Cat.JPG"), ("a.b", "a.b.png")):
+        assert f"(there is {there}: " in refusal(tmp_path / name)
+    assert "there is" not in refusal(tmp_path / "do")
+    assert "there is" not in refusal(tmp_path / "absent" / "dog")
+
+
+@pytest.mark.parametrize(
+    ("brand", "remedy"),
+    [
+        ("heic", "pip install pillow-heif"),
+        ("mif1", "pip install pillow-heif"),
+        ("avif", "pip install --upgrade Pillow"),
+        ("isom", None),  # a film
+    ],
+)
+def test_a_format_that_pillow_lacks_is_named_with_its_package(tmp_path, monkeypatch, brand, remedy):
+    """The brands of ISO 23008-12 and of AVIF; nothing follows, so that no reader takes the file."""
+    file = tmp_path / "IMG_1.jpg"
+    file.write_bytes(b"\0\0\0\x10ftyp" + brand.encode() + b"\0\0\0\0")
+    Image.init()
+    monkeypatch.setattr(Image, "ID", [kind for kind in Image.ID if kind not in ("HEIF", "AVIF")])
+    assert (remedy or "but another file") in refusal(file)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import predict
 from flickr8k.prepare import find_files, prepare
 from models.clip_utils import find_weights
 from models.errors import InputError
-from models.files import LARGEST, read_bytes
+from models.files import LARGEST, read_bytes, read_lines
 from utils.data.annotations import read_annotations, refuse_another_set
 from utils.runs import arguments
 from utils.runs.checkpoint import read_checkpoint
@@ -19,7 +19,7 @@ READERS = {
     "annotations": read_annotations,
     "another set": lambda path: refuse_another_set({path: b"[]"}),
     "weights": find_weights,
-    "source": lambda path: find_files([path], path.parent / "output", open_zips=None),
+    "source": lambda path: find_files([path], open_zips=None),
 }
 
 
@@ -84,3 +84,12 @@ def test_files_are_read_up_to_the_limit(tmp_path):
         read_bytes(tmp_path)
     with pytest.raises(FileNotFoundError):
         read_bytes(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_only_line_ends_of_text_files_end_a_line(tmp_path, end):
+    """Those of Unix, Windows and the old Mac; U+2028 comes from web pages, U+000B from Word."""
+    lines = [f"a{separator}dog" for separator in "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"]
+    file = tmp_path / "captions.txt"
+    file.write_bytes(f"{end.join(lines)}{end}{end} last ".encode())
+    assert read_lines(file, "caption") == [*lines, "last"]

@@ -103,3 +103,19 @@ def test_loss_and_gradients_in_bfloat16_are_as_near_to_float32_as_those_of_open_
     (loss_error, error), (_, their_error) = errors(ours, our_loss), errors(theirs, their_loss)
     assert 0 < error <= 1.5 * their_error
     assert loss_error < 4 * ROUNDING * exact_loss
+
+
+def test_scores_in_mixed_precision_have_a_residual_stream_in_float32():
+    """Without gradients features are nearer to those of float32 than in a training step, in which
+    each block rounds the stream once more."""
+    theirs, description = small_open_clip(layers=12)
+    model = build_model(theirs.state_dict(), from_open_clip(description))
+    images = torch.randn(16, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        exact = model.encode_image(images)
+    errors = []
+    for is_step in (True, False):
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(is_step):
+            errors.append(relative(model.encode_image(images), exact))
+    in_step, scored = errors
+    assert scored < 0.8 * in_step

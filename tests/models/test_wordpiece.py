@@ -21,6 +21,9 @@ transformers_tokenizer = BertTokenizer(vocab=str(VOCABULARY_FILE))
 
 
 def transformers(text: str) -> list[int]:
+    """After what the authors do first to texts that they train and score on, in `_preprocess_text`
+    of cn_clip/training/data.py and cn_clip/eval/data.py."""
+    text = text.replace("“", '"').replace("”", '"')
     return transformers_tokenizer.encode(text, add_special_tokens=False)
 
 
@@ -34,7 +37,9 @@ def authors():
 def cn_clip(authors):
     """Text to ids by cn_clip."""
     tokenizer = authors._tokenizer
-    return lambda text: tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text))
+    return lambda text: tokenizer.convert_tokens_to_ids(
+        tokenizer.tokenize(text.replace("“", '"').replace("”", '"'))
+    )
 
 
 def flickr8k(language: str) -> list[str]:
@@ -70,7 +75,21 @@ def test_all_captions_of_flickr8k(language):
 
 
 WORDS = ["一只", "狗", "。", "，", "Running", "café", "Ünïcödé", "3.5%", "２０２４年", "\u3000"]
-WORDS += ["\x00", "\u200b", "\ufffd", "한국어", "これ", "😀", "don't", "#", "##ing", "\t", "\n"]
+WORDS += [
+    "“",
+    "”",
+    "\x00",
+    "\u200b",
+    "\ufffd",
+    "한국어",
+    "これ",
+    "😀",
+    "don't",
+    "#",
+    "##ing",
+    "\t",
+    "\n",
+]
 texts = st.text() | st.lists(st.sampled_from(WORDS) | st.text(max_size=3)).map("".join)
 
 
@@ -88,6 +107,11 @@ def test_any_text_has_the_ids_of_cn_clip(cn_clip, text):
     contexts = [template.format(c) for c in set(text) for template in ("a{}b", "a{}", "{}")]
     assume(all(cn_clip(context) == transformers(context) for context in contexts))
     assert ours(text) == cn_clip(text)
+
+
+def test_curly_quotes_are_straight_ones():
+    assert ours("他说“你好”") == ours('他说"你好"')
+    assert chinese_tokenizer().encoder["[UNK]"] not in ours("“停”")
 
 
 @pytest.mark.parametrize("special", SPECIAL)

@@ -161,9 +161,9 @@ def test_a_killed_worker_ends_the_run_with_one_line(data, tmp_path):
     killer.write_text(
         "import os, signal, multiprocessing\n"
         "import models.preprocess as p\n"
-        "of_parent, read = os.getpid(), p.open_image\n"
+        "read = p.open_image\n"
         "def open_image(path):\n"
-        "    if os.getpid() != of_parent: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    if multiprocessing.parent_process(): os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return read(path)\n"
         "p.open_image = open_image\n"
     )

@@ -1,6 +1,7 @@
 """The data set and the training batches."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,13 @@ from PIL import Image
 from script_runs import ROOT
 
 from models import tokenize
+from models.clip_utils import create_model
 from models.errors import InputError
 from models.preprocess import Preprocess, normalize
 from utils import Flickr8kDataset
 from utils.data.augment import recolour
 from utils.flickr8k_dataloader import TrainLoader, check_batch_size
+from utils.loss import contrastive_loss
 from utils.machine.processes import ALONE, Processes
 
 CPU = torch.device("cpu")
@@ -119,6 +122,42 @@ def test_a_batch_tells_which_texts_are_right_for_its_images(root):
     assert torch.equal(torch.cat([part.texts for part in parts]), batch.texts)
 
 
+def test_a_fingerprint_tells_images_captions_and_whose_they_are(six_files):
+    """Captions that move to another image leave the lists of images and of captions as they are."""
+    sets = [
+        {"0": ["a dog", "a cat"], "1": ["a bird"]},
+        {"0": ["a dog"], "1": ["a cat", "a bird"]},
+        {"0": ["a dog", "a cat"], "2": ["a bird"]},
+        {"0": ["a dog", "a cow"], "1": ["a bird"]},
+        {"1": ["a dog", "a cat"], "0": ["a bird"]},
+        {"0": ["a cat", "a dog"], "1": ["a bird"]},
+    ]
+    found = set()
+    for captions_of in sets * 2:
+        entries = [{"image": f"{image}.png", "caption": c} for image, c in captions_of.items()]
+        (six_files / "en_val.json").write_text(json.dumps(entries), "utf-8")
+        found.add(Flickr8kDataset(six_files, 32, split="val").fingerprint())
+    assert len(found) == len(sets)
+
+
+@pytest.mark.parametrize("model", ["ViT-demo", "cn-demo"])
+def test_parts_of_words_are_counted_among_the_tokens_of_the_texts(six_files, model):
+    """By the tokens' own spelling; those of start and end and what fills up a row are no texts."""
+    texts = ["a dog", "a dog " * 60, "antidisestablishmentarianism", "一只狗 dog", "狗"]
+    entries = [{"image": "0.png", "caption": texts}]
+    (six_files / "en_val.json").write_text(json.dumps(entries), "utf-8")
+    dataset = Flickr8kDataset(six_files, split="val", model=create_model(model))
+    kept = dataset.context_length - 2  # of a text's tokens
+    rows = [dataset.tokenizer.encode(text)[:kept] for text in texts]
+    spelled = [dataset.tokenizer.decoder[token] for row in rows for token in row]
+    if model == "ViT-demo":
+        is_part = [not token.endswith("</w>") for token in spelled]
+    else:
+        is_part = [token.startswith("##") or token == "[UNK]" for token in spelled]
+    assert 0 < sum(is_part) < len(is_part)
+    assert dataset.share_of_fragments() == pytest.approx(np.mean(is_part))
+
+
 def test_images_are_what_open_clip_makes_of_them(root):
     dataset = Flickr8kDataset(root, 32, is_train=False)
     transform = image_transform_v2(PreprocessCfg(size=(32, 32)), is_train=False)
@@ -162,7 +201,8 @@ def test_batches_follow_from_seed_and_epoch_alone(root):
     assert equal(first, batches(loader, 1))
     assert equal(first, batches(TrainLoader(dataset, 4, CPU, seed=1, num_workers=2), 1))
     assert not equal(first, batches(loader, 2))
-    assert not equal(first, batches(TrainLoader(dataset, 4, CPU, seed=2), 1))
+    of_others = [batches(TrainLoader(dataset, 4, CPU, seed=seed), 3 - seed) for seed in (0, 2, 3)]
+    assert not any(equal(batches(loader, 2), other) for other in of_others)  # seed + epoch is 3
 
 
 def test_each_image_comes_once_with_one_of_its_captions_and_in_time_with_all(root):
@@ -210,6 +250,37 @@ def test_long_captions_are_cut_and_counted(tmp_path):
     assert torch.equal(dataset.tokens, tokenize(dataset.text, truncate=True))
 
 
+@pytest.mark.parametrize("model, word", [("ViT-demo", "dog "), ("cn-demo", "狗")])
+def test_texts_that_are_equal_only_once_they_are_cut_stay_their_images_own(tmp_path, model, word):
+    """With equal features the loss of two such images is that of a guess, log 2."""
+    start = word * 90
+    for i in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    captions = [[start + "a", start + "c"], [start + "b", start + "c"], ["short"]]
+    entries = [{"image": f"{i}.png", "caption": own} for i, own in enumerate(captions)]
+    (tmp_path / "en_val.json").write_text(json.dumps(entries))
+    dataset = Flickr8kDataset(tmp_path, 8, is_train=False, model=create_model(model))
+    assert (dataset.tokens[0] == dataset.tokens[:4]).all()
+    assert dataset.txt_to_img == {0: 0, 1: [0, 1], 2: 1, 3: [0, 1], 4: 2}
+    assert (dataset.count_cut_captions(), dataset.count_alike_captions()) == (4, 4)
+    features, texts = torch.ones(2, 3), dataset.text_ids[[0, 2]][:, None]
+    loss = contrastive_loss(features, features, torch.tensor(0.0), texts=texts)
+    assert loss.item() == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("texts", [["a dog", "A  dog"], ["dog " * 90 + "a", "dog " * 90 + "b"]])
+def test_a_split_of_one_text_is_refused(tmp_path, texts):
+    for i in range(2):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    entries = [{"image": f"{i}.png", "caption": text} for i, text in enumerate(texts)]
+    (tmp_path / "en_val.json").write_text(json.dumps(entries))
+    dataset = Flickr8kDataset(tmp_path, 8, is_train=False)
+    with pytest.raises(InputError, match="all 2 validation captions are one text"):
+        dataset.check_texts()
+    dataset.tokens[1, 1] += 1
+    dataset.check_texts()
+
+
 def test_the_rest_of_an_epoch_is_what_it_would_have_been(root):
     loader = TrainLoader(Flickr8kDataset(root, 32), 3, CPU, seed=1, captions_per_image=2)
     assert equal(batches(loader, 2)[1:], batches(loader, 2, start=1))
@@ -237,16 +308,17 @@ def test_ranks_share_the_altered_images_of_one_process(root):
     """Every other image, from the first on, in other colours and with captions of other words."""
     dataset = Flickr8kDataset(root, 32)
 
-    def altered(step, **processes):
-        loader = TrainLoader(dataset, 5, CPU, captions_per_image=2, alter=True, **processes)
-        return list(loader.epoch(1))[step]
+    def altered(step, epoch=1, **given):
+        loader = TrainLoader(dataset, 5, CPU, captions_per_image=2, alter=True, **given)
+        return list(loader.epoch(epoch))[step]
 
-    whole, other_step = altered(0), altered(1).altered
+    whole, others = altered(0), [altered(1), altered(0, epoch=2), altered(0, seed=1)]
     assert torch.equal(whole.altered.images, whole.images[::2])
     tokens = whole.tokens.unflatten(0, (5, 2))[::2].flatten(0, 1)
     assert torch.equal(whole.altered.tokens.argmax(1), tokens.argmax(1))
     assert not torch.equal(whole.altered.tokens, tokens)
-    assert not torch.equal(whole.altered.colours, other_step.colours)
+    for other in others:  # in another step, epoch or run
+        assert not torch.equal(whole.altered.colours, other.altered.colours)
     plain = whole._replace(images=whole.images[::2], crops=whole.crops[::2])
     expected = recolour(plain.augmented_images(Preprocess(32)), whole.altered.colours)
     assert torch.equal(whole.altered.augmented_images(Preprocess(32)), expected)
@@ -272,6 +344,8 @@ def test_several_captions_of_an_image_are_different_while_it_has_enough(root):
             own = dataset.tokens[dataset.img_to_txt[i]]
             drawn = [next(c for c, t in enumerate(own) if torch.equal(t, row)) for row in rows]
             assert len(set(drawn)) == min(3, len(own))
+    (batch,) = TrainLoader(dataset, 11, CPU, captions_per_image=99).epoch(1)
+    assert len(batch.tokens) == 11 * 5  # the richest image has five
 
 
 def test_two_languages_bring_an_images_captions_in_both(root):

@@ -1,6 +1,7 @@
 """Retrieval scores against their definition, written out query by query."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -123,14 +124,24 @@ def test_a_model_that_is_never_wrong_gets_everything_from_two_classes_as_caption
     assert metrics["i2t"]["median_rank"] == metrics["t2i"]["median_rank"] == 20
 
 
+def test_texts_that_are_equal_only_once_they_are_cut_are_no_right_answers_of_others(tmp_path):
+    """Two of four texts look the same to the best of models: with ties against it, it finds the
+    images of the other two alone, and none of the texts that look the same stands first."""
+    start = "dog " * 90
+    captions = [["a cat"], [f"{start}a"], [f"{start}b"], ["a bird"]]
+    metrics, _ = judged(tmp_path, captions)
+    assert metrics["t2i"]["R@1"] == metrics["i2t"]["R@1"] == 50
+    assert metrics["t2i"]["R@5"] == metrics["i2t"]["R@5"] == 100
+
+
 @pytest.mark.parametrize("k, batch_size", [(1, 5), (2, 4), (3, 7), (2, 100)])
 def test_validation_loss_is_that_of_training_for_the_same_captions_and_batches(
     tmp_path, k, batch_size
 ):
     """All images count, also those of the last, smaller batch; an image with few captions brings
-    them again."""
+    them again. A caption is no negative of the images whose further captions say the same."""
     captions = [[f"bird {i}{c}" for c in range(1 + i % 3)] for i in range(11)]
-    captions[3][0] = captions[0][0]
+    captions[3][0] = captions[4][1] = captions[2][2] = captions[0][0]
     _, found = judged(tmp_path, captions, batch_size, captions_per_image=k)
     number = {text: i for i, text in enumerate(text for own in captions for text in own)}
     expected = 0
@@ -296,19 +307,14 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def score(trained, monkeypatch, capsys):
-    """Runs the script on these weights, whose run was started with `run`; returns what it prints,
-    with argparse's errors raised as `InputError`."""
+    """Runs the script on these weights of a run that was started with `run`; what it prints."""
 
     def call(*arguments: object, run: object) -> str:
         write_json(trained.parents[1] / "arguments.json", run)
         monkeypatch.chdir(trained.parents[3])
         command = ["metric.py", "--weights", trained, "--device", "cpu", *arguments]
         monkeypatch.setattr(sys, "argv", [str(argument) for argument in command])
-        try:
-            main()
-        except SystemExit as end:
-            assert end.code == 2
-            raise InputError(capsys.readouterr().err) from None
+        main()
         return capsys.readouterr().out
 
     return call
@@ -378,11 +384,14 @@ def test_script_takes_the_folder_of_a_run_for_its_best_weights(trained, score):
 
 
 def test_script_counts_shared_captions_and_can_score_as_other_programs_do(trained, score):
-    """With one caption for all of eight images every text and every image is right."""
+    """Of eight images four have each of two captions. Whatever the model, one of four right answers
+    is among the first five of eight; a text's three twins stand before it where it alone is right,
+    and one image alone can be the first for all four."""
     data = trained.parents[3] / "data"
     shutil.copytree(data, classes := data.with_name("classes"))
     images = [entry["image"] for entry in json.loads((data / "en_val.json").read_text("utf-8"))]
-    entries = [{"image": image, "caption": "a shape"} for image in images]
+    texts = ["a shape", "a thing"] * 4
+    entries = [{"image": i, "caption": t} for i, t in zip(images, texts, strict=True)]
     (classes / "en_val.json").write_text(json.dumps(entries), "utf-8")
     run = {"dataset_path": "classes", "language": "en"}
     shared = score("--json", "one.json", run=run)
@@ -390,8 +399,13 @@ def test_script_counts_shared_captions_and_can_score_as_other_programs_do(traine
     plain = score("--json", "plain.json", "--plain_protocol", run=run)
     assert "several images" not in plain
     one, own = (json.loads((classes.parent / f"{n}.json").read_text()) for n in ("one", "plain"))
-    assert one["i2t"]["R@1"] == one["t2i"]["R@1"] == 100
-    assert own["i2t"]["R@5"] == 0 and own["t2i"]["R@1"] == pytest.approx(100 / 8)
+    assert one["i2t"]["R@5"] == one["t2i"]["R@5"] == 100
+    assert own["i2t"]["R@3"] == 0 and own["t2i"]["R@1"] <= 25
+    (classes / "en_val.json").write_text(
+        json.dumps([e | {"caption": "a"} for e in entries]), "utf-8"
+    )
+    with pytest.raises(InputError, match="all 8 validation captions are one text"):
+        score(run=run)
 
 
 def test_script_scores_on_what_it_is_told(score):
@@ -418,6 +432,18 @@ def test_without_arguments_the_newest_run_is_scored_on_its_own_data(
     assert f"plot written to {Path('logs') / 'run' / 'R_mAP_val.png'}" in printed
     Image.open(run / "R_mAP_val.png").verify()
     assert (run / "R_mAP.png").read_text() == "of the training"
+
+
+def test_script_names_the_runs_whose_data_has_the_split(trained, score, tmp_path):
+    (tmp_path / "en_test.json").touch()
+    other = trained.parents[2] / "other"
+    write_json(other / "arguments.json", {"dataset_path": str(tmp_path), "language": "en"})
+    (other / "weights").mkdir()
+    (other / "weights" / "best_epoch_weights.pth").touch()
+    message = f"; with test captions: --weights {Path('logs/other')}; name the data to score on"
+    with pytest.raises(InputError, match=re.escape(message)):
+        score("--split", "test", run={"dataset_path": "data", "language": "en"})
+    shutil.rmtree(other)
 
 
 def test_script_writes_a_report_of_the_run(trained, score):

@@ -2,18 +2,23 @@
 finding and reading them, and writing a set of them."""
 
 import json
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path, PureWindowsPath
 from tempfile import TemporaryDirectory
 
 from models.errors import InputError
-from models.files import decoded, read_bytes
+from models.files import decoded, probably_meant, read_bytes
 from models.progress_bar import progress_bar
 from models.scripts import from_here
 from models.weights.file_kind import one_line
 from utils.data.caption_formats import (
     CAPTION_FIELDS,
     IMAGE_FIELDS,
+    SPLIT_FIELDS,
+    SPLIT_WORDS,
     SUFFIXES,
     UnknownFormat,
     first_of,
@@ -21,8 +26,12 @@ from utils.data.caption_formats import (
 )
 from utils.runs.files import replaced_whole
 
+Pairs = list[tuple[str, list[str]]]  # an image and its captions
+Entries = dict[tuple[str, str], list[tuple[str, list[str]]]]  # {(split, image): [(content, texts)]}
+
 SPLITS = {"train": "training", "val": "validation", "test": "test"}  # in names of files; in words
 PROBLEMS_SHOWN = 10  # of one caption file
+NOTHING = ("", "nan", "none", "null", "<na>")  # in the place of a caption
 SHARED_SHOWN = 3  # images that are in both splits
 OTHERS_SHOWN = 5  # caption files that are there instead of the one that is not
 PATH_LENGTH = 100  # characters shown of a path
@@ -71,46 +80,98 @@ def caption_file(root: Path, language: str, split: str) -> Path:
     return found[0] if found else files[0]
 
 
-def read_annotations(path: Path) -> list[tuple[str, list[str]]]:
+def read_annotations(path: Path) -> Pairs:
     """The (image path relative to the root, captions) pairs of a caption file.
 
     The file is a list of `{"image": "images/1.jpg", "caption": ["...", ...]}` or one of the other
-    formats of `read_records`. Paths may have backslashes, and a caption may be a plain string. One
-    `InputError` names all problems.
+    formats of `read_records`. Paths may have backslashes, and a caption may be a plain string. The
+    file's name says its split, whatever its entries say. One `InputError` names all problems.
     """
-    return captions_by_image(path, _read_text(path), image_path)
+    parts = captions_by_split(path, _read_text(path), image_path)
+    split = path.stem.rpartition("_")[2]
+    if other := sorted(word for word in parts if SPLIT_WORDS.get(word, split) != split):
+        print(
+            f"warning: {path}: entries whose split is {', '.join(other)} count as {split}, as the "
+            f"file's name says; python {from_here('flickr8k/prepare.py')} --source splits a file"
+        )
+    return join_parts(parts.values())
 
 
-def captions_by_image(
+def captions_by_split(
     file: object, text: str, read_image: Callable[[object], str]
-) -> list[tuple[str, list[str]]]:
-    """The (image, captions) pairs of a caption file with this content, whose records of the same
-    image are put together.
+) -> dict[str, Pairs]:
+    """The (image, captions) pairs of a caption file with this content, by what the entries say of
+    their split, in lower case; "" if nothing. Entries of the same image are put together.
 
-    `read_image` turns what the file says of an image into its name, or raises `ValueError`. One
-    `InputError` names all problems.
+    A caption counts as often as it stands there, but if every entry of an image stands there
+    several times, equal in all fields, these are copies. They are left out, as are empty captions,
+    and one line says how many. `read_image` turns what the file says of an image into its name, or
+    raises `ValueError`. One `InputError` names all problems.
     """
     try:
         records = read_records(text, Path(str(file)).suffix.lower())
     except UnknownFormat as error:
         raise InputError(f"{file}: {error}") from None
     problems: list[str] = []
-    captions_of: dict[str, list[str]] = {}
+    entries: Entries = {}
+    empty = 0
     for where, content, problem in records:
         try:
             if problem:
                 raise ValueError(problem)
             image, captions = _read_entry(content, read_image)
-            captions_of.setdefault(image, []).extend(captions)
         except ValueError as error:
             problems.append(f"{where}{_name(content)}: {error}")
+            continue
+        split = content.get(first_of(SPLIT_FIELDS, content))
+        split = "" if _is_empty(split) else str(split).strip().lower()
+        texts = [caption for caption in captions if not _is_empty(caption)]
+        entries.setdefault((split, image), []).extend([(repr(content), texts)] if texts else [])
+        empty += max(1, len(captions)) - len(texts)
     if problems:
         shown = "".join(f"\n  {problem}" for problem in problems[:PROBLEMS_SHOWN])
         others = len(problems) - PROBLEMS_SHOWN
         more = f"\n  ... and {others} more" if others > 0 else ""
         count = f"{len(problems)} of {len(records)} entries cannot be used; mend or remove them:"
         raise InputError(f"{file}: {count}{shown}{more}")
+    return _parts(file, entries, empty)
+
+
+def _parts(file: object, entries: Entries, empty: int) -> dict[str, Pairs]:
+    """The (image, captions) pairs of the entries by split, after one line on what is left out:
+    copies, and so many `empty` captions."""
+    parts: dict[str, Pairs] = {}
+    copied = 0
+    for (split, image), listed in entries.items():
+        if listed:
+            once = _without_copies(listed)
+            copied += len(listed) - len(once)
+            parts.setdefault(split, []).append((image, list(chain.from_iterable(once))))
+    if not parts:
+        raise InputError(f"{file}: all its captions are empty; write some, or name another file")
+    counts = {
+        "copied entries": copied,
+        "empty captions": empty,
+        "images without captions": sum(not listed for listed in entries.values()),
+    }
+    if told := ", ".join(f"{what}: {count:,}" for what, count in counts.items() if count):
+        print(f"warning: {file}: left out are {told}")
+    return parts
+
+
+def join_parts(parts: Iterable[Pairs]) -> Pairs:
+    """All (image, captions) pairs of several lists; those of the same image are put together."""
+    captions_of: dict[str, list[str]] = {}
+    for image, captions in chain.from_iterable(parts):
+        captions_of.setdefault(image, []).extend(captions)
     return list(captions_of.items())
+
+
+def _without_copies(entries: list[tuple[str, list[str]]]) -> list[list[str]]:
+    """The captions of an image's (content, captions) entries; of entries that all stand there m
+    times, every m-th in the order of their contents."""
+    copies = math.gcd(*Counter(content for content, _ in entries).values())
+    return [captions for _, captions in (sorted(entries)[::copies] if copies > 1 else entries)]
 
 
 def annotations_json(entries: Iterable[tuple[str, list[str]]]) -> bytes:
@@ -247,9 +308,7 @@ def why_missing(image: Path) -> str:
     if not image.name.isprintable():
         return f"{_as_json(str(image))} (in JSON write a path with /, or each \\ twice)"
     beside = image.parent.iterdir() if image.parent.is_dir() else []
-    alike = [file.name for file in beside if file.name.casefold() == image.name.casefold()]
-    hint = f" (there is {alike[0]}: upper and lower case differ)" if alike else ""
-    return f"{image}{hint}"
+    return f"{image}{probably_meant(image.name, (file.name for file in beside))}"
 
 
 def _refuse_halves(text: str) -> None:
@@ -262,11 +321,17 @@ def _refuse_halves(text: str) -> None:
         raise ValueError(message) from None
 
 
-def _captions(captions: object) -> list[str]:
-    captions = [captions] if isinstance(captions, str) else captions
-    if not isinstance(captions, list) or not captions:
+def _captions(captions: object) -> list[str | float | None]:
+    """Some of them may be empty (`_is_empty`)."""
+    captions = captions if isinstance(captions, list) else [captions]
+    if not all(isinstance(caption, str) or _is_empty(caption) for caption in captions):
         raise ValueError("should be a string or a list of strings")
-    if not all(isinstance(caption, str) and caption.strip() for caption in captions):
-        raise ValueError("holds an empty or non-text caption")
-    _refuse_halves("".join(captions))
+    _refuse_halves("".join(caption for caption in captions if isinstance(caption, str)))
     return captions
+
+
+def _is_empty(caption: object) -> bool:
+    """Whether there is no caption: as pandas writes a missing value to a table or to JSON."""
+    if isinstance(caption, str):
+        return caption.strip().lower() in NOTHING
+    return caption is None or caption != caption  # nan

@@ -4,11 +4,13 @@ The content of a file decides which of them it is. All are read into records of 
 caption or captions; whether those can be used is for annotations.py to say.
 """
 
+import ast
 import csv
 import io
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 from models.scripts import from_here
@@ -17,8 +19,16 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 # Names of a column or a field; where a file has several of them, the first counts.
 IMAGE_FIELDS = ("image", "file_name", "filename", "filepath", "image_name")
 CAPTION_FIELDS = ("caption", "captions", "text", "title", "comment")
+SPLIT_FIELDS = ("split", "subset")
+SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training", "restval"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 SEPARATORS = "\t,;|"
 FULL_WIDTH = "“”‘’＂，：；｛｝［］【】"
+LITERAL = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+LIST = re.compile(rf"\[\s*(?:(?:{LITERAL.pattern})[,\s]*)+\]", re.DOTALL)
 SHOWN = 80  # characters of a line that a message quotes
 
 
@@ -43,9 +53,9 @@ def read_records(text: str, suffix: str = "") -> list[Record]:
     COCO        `{"images": [{"id": 7, "file_name": "1.jpg"}, ...],
                 "annotations": [{"image_id": 7, "caption": "..."}, ...]}`; images without captions
                 are left out
-    table       CSV or TSV; the first line names the columns, and every other row is a caption.
-                Fields may be separated by commas, tabs, semicolons or bars; spaces around them do
-                not count
+    table       CSV or TSV; the first line names the columns, and every other row has a caption,
+                or a list of them as Python, JSON or numpy writes it. Fields may be separated by
+                commas, tabs, semicolons or bars; spaces around them do not count
 
     Raises `UnknownFormat`.
     """
@@ -59,7 +69,7 @@ def read_records(text: str, suffix: str = "") -> list[Record]:
         if records := list(rows):
             return records
         raise UnknownFormat("has no captions below the first line")
-    if suffix in (".csv", ".tsv"):
+    if suffix not in (".json", ".jsonl"):
         raise UnknownFormat(_not_a_table(text))
     return _listed(_parsed(text))
 
@@ -141,8 +151,7 @@ def _coco_records(images: list, annotations: list) -> list[Record]:
             problem = '"image_id" is that of none of the images'
             records.append(Record(where, entry, problem))
             continue
-        caption = {"caption": entry["caption"]} if "caption" in entry else {}
-        records.append(Record(where, {"image": names[image], **caption}))
+        records.append(Record(where, {**entry, "image": names[image]}))
     return records
 
 
@@ -158,13 +167,13 @@ def _table(text: str) -> Iterator[Record] | None:
             continue
         image, caption = first_of(IMAGE_FIELDS, names), first_of(CAPTION_FIELDS, names)
         if image and caption:
-            return _rows(rows, len(names), names.index(image), names.index(caption))
+            return _rows(rows, names, caption)
     return None
 
 
-def _rows(rows, columns: int, image: int, caption: int) -> Iterator[Record]:
-    """The records of the rows after the first, of a `csv.reader`; `image` and `caption` are the
-    numbers of their columns."""
+def _rows(rows, names: list[str], caption: str) -> Iterator[Record]:
+    """The records of the rows after the first, of a `csv.reader`; `names` are those of their
+    columns, `caption` that of the captions."""
     while True:
         where = f"line {rows.line_num + 1}"
         try:
@@ -178,15 +187,28 @@ def _rows(rows, columns: int, image: int, caption: int) -> Iterator[Record]:
         row = [field.strip() for field in row]
         if not any(row):
             continue
-        if len(row) == columns:
-            yield Record(where, {"image": row[image], "caption": row[caption]})
+        if len(row) == len(names):
+            content = dict(zip(names, row, strict=True))
+            yield Record(where, content | {caption: _cell(content[caption])})
         else:
             yield Record(
                 where,
                 None,
-                f"has {len(row)} fields, where the first line has {columns}; a caption that holds "
-                "the separator needs quotes around it",
+                f"has {len(row)} fields, where the first line has {len(names)}; a caption that "
+                "holds the separator needs quotes around it",
             )
+
+
+def _cell(text: str) -> str | list[str]:
+    """The captions of a list cell, or else the cell itself. Numpy puts no comma between texts,
+    which Python would join."""
+    if not LIST.fullmatch(text):
+        return text
+    with suppress(ValueError):
+        return json.loads(text)
+    with suppress(SyntaxError, ValueError):
+        return [ast.literal_eval(literal) for literal in LITERAL.findall(text)]
+    return text
 
 
 def _not_a_table(text: str) -> str:

@@ -12,7 +12,6 @@ import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +21,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from models.errors import InputError
+from models.files import file_version
 from models.preprocess import Preprocess
 from models.progress_bar import progress_bar
 from utils.data.image_reading import read_batches
 from utils.runs.files import replaced_whole
 
-FORMAT = 2  # of the file; raise it when `models.preprocess.pixels` makes other pixels
+FORMAT = 3  # of the file; raise it when `models.preprocess.pixels` makes other pixels
 BUILD_BATCH = 32  # images decoded at a time
 
 
@@ -43,8 +43,8 @@ def decode_once(
 
     They are in the file `<name>_<side>.pixels` in `folder` (by default `.cache` in the data set's
     root), which all runs share, or on the device if they take at most a quarter of its free memory.
-    `dataset` has `root`, the paths `image` below it and `preprocess`, and `dataset[i]` is (pixels,
-    ...). Raises `InputError` if the file cannot be written.
+    `dataset` has `root`, the paths `image` below it, `preprocess` and a `reader`. Raises
+    `InputError` if the file cannot be written.
     """
     root = dataset.root.resolve()
     folder = root / ".cache" if folder is None else Path(folder).expanduser()
@@ -66,7 +66,7 @@ def _read(
     """All images in their order, and the indices of those that cannot be read; what is wrong with
     these is put into `problems`."""
     batches = [rows.tolist() for rows in torch.arange(len(dataset)).split(BUILD_BATCH)]
-    for loaded in read_batches(dataset, batches, num_workers, substitute=True):
+    for loaded in read_batches(dataset.reader, batches, num_workers, substitute=True):
         problems |= loaded.problems
         yield loaded.images, loaded.problems
 
@@ -74,7 +74,7 @@ def _read(
 def _problem(dataset: Dataset, row: int) -> str:
     """What is wrong with an image that the file does not have."""
     try:
-        dataset[row]
+        dataset.reader[row]
     except InputError as error:
         return str(error)
     return f"{dataset.image[row]}: could not be read when the cache was written"
@@ -125,16 +125,13 @@ def _check_room(file: Path, needed: int) -> None:
 
 
 def _fingerprint(root: Path, images: list[str], preprocess: Preprocess) -> bytes:
-    """32 bytes that change when a file, the side or Pillow does, but not when `root` is moved."""
+    """32 bytes that change when a file, the side or Pillow does, but not when `root` is moved on
+    its disk."""
     how = (preprocess.side, preprocess.interpolation, preprocess.resize_mode)
     digest = hashlib.sha256(f"{FORMAT} {PIL.__version__} {how}\n".encode())
     for image in images:
         path = Path(image)
-        version = "missing"
-        with suppress(OSError, ValueError):
-            status = path.stat()
-            version = f"{status.st_size} {status.st_mtime_ns}"
-        digest.update(f"{version} {path.relative_to(root).as_posix()}\n".encode())
+        digest.update(f"{file_version(path)} {path.relative_to(root).as_posix()}\n".encode())
     return digest.digest()
 
 

@@ -1,20 +1,54 @@
 """Batches of decoded images, read by worker processes; others in the place of unreadable ones."""
 
-from collections.abc import Iterator
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
 from models.errors import InputError
-from utils.machine.interrupt import leave_signals_to_parent
+from models.preprocess import open_image, upright_rgb
+from models.weights.file_kind import one_line
+from utils.machine.interrupt import leave_signals_to_parent, signals_held_back
 from utils.machine.memory import CONTINUE, free_shared_memory
 
 LONGEST_WAIT = 600  # seconds for a batch; a disk in the network can be slow to wake up
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """Reads the images of a data set: all of the set that worker processes get, which are not forks
+    on every system. `reader[i]` raises `InputError` for an image that cannot be read.
+
+    paths     of the images
+    prepare   makes a tensor of an RGB image
+    pictures  the data set of torchvision that holds them; None for image files
+    """
+
+    paths: list[str]
+    prepare: Callable[[Image.Image], Tensor]
+    pictures: Dataset | None = None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        if self.pictures is None:
+            return self.prepare(open_image(self.paths[index]))
+        try:
+            picture = upright_rgb(self.pictures[index][0])
+        except Exception as error:  # a broken file can make Pillow's decoders raise anything
+            raise InputError(
+                f"{self.paths[index]}: not a readable image ({one_line(error)})"
+            ) from None
+        return self.prepare(picture)
 
 
 class Loaded(NamedTuple):
@@ -32,20 +66,21 @@ class Loaded(NamedTuple):
 
 
 def read_batches(
-    dataset: Dataset,
+    reader: Sequence[Tensor],
     batches: list[list[int]],
     num_workers: int,
     own: slice = slice(None),
     substitute: bool = False,
 ) -> Iterator[Loaded]:
-    """For lists of indices, the images that `dataset` has there.
+    """For lists of indices, the images that `reader` has there.
 
     `own` picks the part of every batch that this process reads. With `substitute` another image
     takes the place of one that cannot be read; without it such an image raises `InputError`, and so
     do a worker that is killed and a batch that does not come for `LONGEST_WAIT` seconds.
     """
     loader = DataLoader(
-        _Batches(dataset, batches, own, substitute),
+        _Batches(reader, own, substitute),
+        sampler=batches,
         batch_size=None,
         collate_fn=hand_over,
         num_workers=num_workers,
@@ -54,8 +89,10 @@ def read_batches(
         worker_init_fn=leave_signals_to_parent,
         timeout=LONGEST_WAIT if num_workers else 0,
     )
+    multiprocessing.set_forkserver_preload([__name__])  # torch, which takes seconds, only once
     try:
-        arriving = iter(loader)
+        with signals_held_back():
+            arriving = iter(loader)
     except OSError as error:  # even the locks of a worker need some shared memory
         raise InputError(
             f"--num_workers {num_workers}: no process that reads images can be started "
@@ -108,25 +145,21 @@ def hand_over(loaded: Loaded | InputError) -> Loaded | InputError:
 
 
 class _Batches(Dataset):
-    """Item i is the i-th batch, or the `InputError` of an image in it. The error is returned, since
-    one that a worker process raises arrives with the worker's traceback in its message."""
+    """The images of a batch by its list of indices, or the `InputError` of an image in it. The
+    error is returned, since one that a worker process raises arrives with the worker's traceback in
+    its message."""
 
-    def __init__(self, dataset: Dataset, batches: list[list[int]], own: slice, substitute: bool):
-        self.dataset = dataset
-        self.batches = batches
+    def __init__(self, reader: Sequence[Tensor], own: slice, substitute: bool):
+        self.reader = reader
         self.own = own
         self.substitute = substitute
 
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> Loaded | InputError:
-        batch = self.batches[index]
+    def __getitem__(self, batch: list[int]) -> Loaded | InputError:
         images, rows, problems = [], [], {}
         for row in batch[self.own]:
-            for candidate in substitutes(row, len(self.dataset), batch, rows):
+            for candidate in substitutes(row, len(self.reader), batch, rows):
                 try:
-                    images.append(self.dataset[candidate][0])
+                    images.append(self.reader[candidate])
                     rows.append(candidate)
                     break
                 except InputError as error:

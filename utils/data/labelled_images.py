@@ -1,25 +1,25 @@
 """Images of classes: from class folders, or from a data set of torchvision."""
 
+import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from models.errors import InputError
 from models.files import read_lines
-from models.preprocess import Preprocess, open_image, upright_rgb
+from models.preprocess import Preprocess
 from models.scripts import from_here
-from models.weights.file_kind import one_line
 from models.weights.registry import near_names
 from utils.data.image_cache import decode_once, gather
 from utils.data.image_files import find_images
-from utils.data.image_reading import read_batches
+from utils.data.image_reading import ImageReader, read_batches
 from utils.data.torchvision_sets import (
     TORCHVISION_SETS,
     class_names,
@@ -27,6 +27,7 @@ from utils.data.torchvision_sets import (
     open_torchvision_set,
 )
 
+LEADING_NUMBER = re.compile(r"^n?\d+([\W_]+(?=.*[^\W\d_])|(?=[A-Z][a-z]))")  # of a folder's name
 SCORED = ("val", "valid", "test")  # folders of the images to score on, the first that is there
 
 
@@ -62,8 +63,9 @@ def find_labelled_images(
     each class, or the class folders themselves, whose images are all to score on. A set is read
     from `data_root`, by default `torchvision_data` beside the scripts, and downloaded there if need
     be. The classes have the names of their folders, or of the set, or those in `names_file`: a line
-    for each in the order of the sorted folders, or lines `folder<TAB>name`. Raises `InputError` for
-    data or names that cannot be used; `option` is what a script calls the data.
+    for each in the order of the sorted folders (2 before 10), lines `folder<TAB>name` or `folder
+    name`, or ImageNet's class index in JSON. Raises `InputError` for data or names that cannot be
+    used; `option` is what a script calls the data.
     """
     root = Path(data).expanduser()
     if root.is_dir():
@@ -121,35 +123,79 @@ def _check_both_splits(train: Path, scored: Path) -> None:
 
 
 def _folders(root: Path) -> list[Path]:
-    """The folders in a folder, sorted by name, without hidden ones; none if there is none."""
+    """The folders in a folder, sorted by name, numbers as numbers, without hidden ones; none if
+    there is none."""
     if not root.is_dir():
         return []
     found = (file for file in root.iterdir() if file.name[0] != "." and file.is_dir())
-    return sorted(found, key=lambda folder: folder.name)
+    return sorted(found, key=lambda folder: (_natural(folder.name), folder.name))
 
 
-def _named(keys: list[str], names_file: Path | None) -> list[str]:
+def _natural(name: str) -> list[str | int]:
+    """A key to sort by, with 2 before 10: text and numbers in turn."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+def _named(keys: list[str], file: Path | None) -> list[str]:
     """The names of the classes that have these folders (or names in torchvision)."""
-    if names_file is None:
-        return [key.replace("_", " ").strip() or key for key in keys]
-    lines = read_lines(names_file, "class name")
-    if any("\t" in line for line in lines):
-        pairs = [line.partition("\t")[::2] for line in lines]
-        names = {key.strip(): name.strip() for key, name in pairs}
-        for key, name in names.items():
-            if key not in keys or not name:
-                what = "no name" if key in keys else f"no such class{near_names(key, keys)}"
-                raise InputError(f"{names_file}: {key!r:.80}: {what}; write folder<TAB>name")
-        missing = [key for key in keys if key not in names]
-        if missing:
-            raise InputError(f"{names_file}: no line folder<TAB>name for {', '.join(missing[:5])}")
+    if file is None:
+        return _words(keys)
+    lines = read_lines(file, "class name")
+    names = _names_by_key(lines, keys, file)
+    if names:
+        if missing := [key for key in keys if not names.get(key)]:
+            near = near_names(missing[0], names.keys() - keys)
+            raise InputError(
+                f"{file}: no name for {', '.join(missing[:5])}{near}; write folder<TAB>name"
+            )
         return [names[key] for key in keys]
     if len(lines) != len(keys):
         raise InputError(
-            f"{names_file}: {len(lines)} class names, where there are {len(keys)} classes "
+            f"{file}: {len(lines)} class names, where there are {len(keys)} classes "
             f"({keys[0]} to {keys[-1]}); write one on each line, in this order"
         )
     return lines
+
+
+def _words(keys: list[str]) -> list[str]:
+    """Folders' names as words: `big_cat` as "big cat", `BigCat` as "Big Cat", and `001.cat`, where
+    all begin with a number and the rests differ, as "cat"."""
+    rests = [LEADING_NUMBER.sub("", key) for key in keys]
+    if all(map(str.__ne__, rests, keys)) and len({*rests}) == len(keys):
+        keys = rests
+    spaced = (re.sub("(?<=[a-z])(?=[A-Z])", " ", key) if key.isalpha() else key for key in keys)
+    return [key.replace("_", " ").strip() or key for key in spaced]
+
+
+def _names_by_key(lines: list[str], keys: list[str], file: Path) -> dict[str, str]:
+    """The names in a file that has them by folder: JSON, lines `folder<TAB>name`, or lines
+    `folder name`, for most folders at least. Empty for a file of names alone."""
+    if file.suffix.lower() == ".json":
+        return _names_in_json("\n".join(lines), file)
+    if any("\t" in line for line in lines):
+        pairs = (line.partition("\t")[::2] for line in lines)
+        return {key.strip(): name.strip() for key, name in pairs}
+    names = {}
+    for line in lines:
+        if own := max((key for key in keys if line.startswith(f"{key} ")), key=len, default=""):
+            names[own] = line.removeprefix(own).strip()
+    return names if len(names) > len(keys) / 2 else {}
+
+
+def _names_in_json(text: str, file: Path) -> dict[str, str]:
+    """Names by folder, `{"cat": "a cat"}`; of ImageNet's index, `{"0": ["n01440764", "tench"]}`, by
+    folder and by number."""
+    names: dict[str, str] = {}
+    try:
+        for key, value in json.loads(text).items():
+            *folders, name = [value] if isinstance(value, str) else value
+            names |= dict.fromkeys([key, *folders], name.replace("_", " "))
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        raise InputError(
+            f'{file}: should be {{"folder": "name", ...}}, or as ImageNet\'s class index, '
+            '{"0": ["n01440764", "tench"], ...}'
+        ) from None
+    return names
 
 
 class LabelledImages(Dataset):
@@ -162,7 +208,8 @@ class LabelledImages(Dataset):
     """
 
     def __init__(self, source: Source, preprocess: Preprocess):
-        self.name, self.root, self.image, labels, self.classes, self.pictures = source
+        self.name, self.root, self.image, labels, self.classes, pictures = source
+        self.reader = ImageReader(self.image, preprocess.pixels, pictures)
         self.labels = torch.tensor(labels)
         self.preprocess = preprocess
         self.cached: Tensor | None = None
@@ -172,17 +219,7 @@ class LabelledImages(Dataset):
         return len(self.image)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.preprocess.pixels(self._picture(index)), int(self.labels[index])
-
-    def _picture(self, index: int) -> Image.Image:
-        if self.pictures is None:
-            return open_image(self.image[index])
-        try:
-            return upright_rgb(self.pictures[index][0])
-        except Exception as error:  # a broken file can make Pillow's decoders raise anything
-            raise InputError(
-                f"{self.image[index]}: not a readable image ({one_line(error)})"
-            ) from None
+        return self.reader[index], int(self.labels[index])
 
     def batches(self, batches: list[list[int]], num_workers: int) -> Iterator[Tensor]:
         """Batches of images, `[n, 3, side, side]`, for lists of image indices. One that cannot be
@@ -190,7 +227,7 @@ class LabelledImages(Dataset):
         if self.cached is not None:
             yield from gather(self.cached, batches)
             return
-        for loaded in read_batches(self, batches, num_workers, substitute=True):
+        for loaded in read_batches(self.reader, batches, num_workers, substitute=True):
             self._pass_over(loaded.problems)
             yield loaded.images
 

@@ -30,6 +30,13 @@ class Precision:
             device.type, enabled=use_amp and self.dtype is torch.float16
         )
 
+    @property
+    def leaves_bfloat16(self) -> bool:
+        """Whether it computes in float32 on a CPU that has instructions for products in bfloat16
+        (x86's AVX512-BF16, which all with AMX have as well)."""
+        has_products = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        return self.device.type == "cpu" and not self.use_amp and has_products()
+
     def __str__(self) -> str:
         if self.use_amp:
             return f"mixed, {self.dtype}".replace("torch.", "")

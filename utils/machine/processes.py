@@ -1,8 +1,9 @@
-"""The processes that train one model together, as torchrun starts them."""
+"""The processes that train one model together, as torchrun or SLURM's srun starts them."""
 
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple, TypeVar
@@ -92,11 +93,14 @@ ALONE = Processes()
 
 
 def join_processes(device: str | None) -> tuple[Processes, torch.device]:
-    """This process's place among those that torchrun has started, and the device it computes on:
-    with CUDA each process of a machine takes a GPU of its own. Alone: `ALONE` and the device.
+    """This process's place among those that torchrun or srun has started, and the device it
+    computes on: with CUDA each process of a machine takes a GPU of its own. Alone: `ALONE` and the
+    device.
     """
+    if "LOCAL_RANK" not in os.environ:
+        _join_without_torchrun()
     size = int(os.environ.get("WORLD_SIZE", 1))
-    if size == 1:
+    if size == 1 or "LOCAL_RANK" not in os.environ:
         return ALONE, pick_device(device)
     local = int(os.environ["LOCAL_RANK"])
     if device is None and not torch.cuda.is_available():
@@ -104,23 +108,55 @@ def join_processes(device: str | None) -> tuple[Processes, torch.device]:
     if device in (None, "cuda"):
         if local >= torch.cuda.device_count():
             raise InputError(
-                f"torchrun --nproc_per_node: more processes than the {torch.cuda.device_count()} "
-                "GPUs of this machine; start one a GPU, or add --device cpu"
+                f"{local + 1} processes or more, where this one finds {torch.cuda.device_count()} "
+                "GPUs: start one a GPU (torchrun --nproc_per_node), or add --device cpu"
             )
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
     picked = pick_device(device)
     if picked.type == "mps":
         raise InputError("--device mps: several processes cannot share a Mac's GPU; start one "
-                         "process without torchrun, or add --device cpu")  # fmt: skip
+                         "process alone, or add --device cpu")  # fmt: skip
     if picked.type == "cuda" and picked.index != local:
-        raise InputError(f"--device {device}: leave it out, torchrun gives each process its GPU")
+        raise InputError(f"--device {device}: leave it out, each process takes a GPU of its own")
     backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=LONGEST_WAIT)
     processes = Processes(dist.get_rank(), size)
     if not processes.is_first:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - for as long as the process lives
     return processes, picked
+
+
+def _join_without_torchrun() -> None:
+    """Tell a process of an `srun` what torchrun would tell it. Raises `InputError` for one that
+    mpirun has started beside others."""
+    by_mpi = int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or 1)
+    by_slurm = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if by_mpi not in (1, by_slurm):  # srun can tell both; mpirun uses srun for one a machine
+        raise InputError(
+            f"mpirun has started {by_mpi} processes, which would train a model each: start them "
+            "with torchrun or srun, so that they train one together"
+        )
+    if by_slurm > 1:
+        os.environ.update(torchrun_variables(os.environ))
+
+
+def torchrun_variables(slurm: Mapping[str, str]) -> dict[str, str]:
+    """What torchrun would tell this process, by what SLURM tells each process of an `srun` (man
+    page of srun, "OUTPUT ENVIRONMENT VARIABLES"). Address and port of the first process are taken
+    from the user where they are set; otherwise they are the first machine of a list such as
+    "gpu[03-04,7],login", and a port that other jobs and steps on it hardly have."""
+    start, numbers, end = re.match(r"([^,\[]*)(?:\[(\d+)[^]]*\]([^,\[]*))?",
+                                   slurm["SLURM_STEP_NODELIST"]).groups("")  # fmt: skip
+    of_step = int(slurm["SLURM_JOB_ID"]) + 101 * int(slurm["SLURM_STEP_ID"])
+    return {
+        "RANK": slurm["SLURM_PROCID"],
+        "WORLD_SIZE": slurm["SLURM_STEP_NUM_TASKS"],
+        # With --gpus-per-task a process sees its own GPUs alone.
+        "LOCAL_RANK": "0" if "SLURM_GPUS_PER_TASK" in slurm else slurm["SLURM_LOCALID"],
+        "MASTER_ADDR": slurm.get("MASTER_ADDR", start + numbers + end),
+        "MASTER_PORT": slurm.get("MASTER_PORT", str(15000 + of_step % 10000)),
+    }
 
 
 class _Gather(torch.autograd.Function):

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from models.clip import CLIP
 from models.device import upload
 from models.progress_bar import progress_bar
+from models.tokens import first_alike
 from utils.data.labelled_images import LabelledImages
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.machine.memory import explained
@@ -78,19 +79,31 @@ def encode_images(
 
 
 @torch.inference_mode()
-def encode_texts(
-    model: CLIP, tokens: Tensor, batch_size: int = TEXT_BATCH, processes: Processes = ALONE
-) -> Tensor:
+def encode_texts(model: CLIP, tokens: Tensor, processes: Processes = ALONE) -> Tensor:
     """Normalised float32 features `[n, d]` of `tokens` `[n, <=context_length]`, on the model's
     device. Each process encodes some of the batches, and all get the features of all."""
     model.eval()
     features = torch.zeros(len(tokens), model.embed_dim, device=model.device)
-    own = torch.arange(len(tokens)).split(batch_size)[processes.rank :: processes.size]
+    own = torch.arange(len(tokens)).split(TEXT_BATCH)[processes.rank :: processes.size]
     with _progress_bar(own, "encoding captions", "caption", processes) as bar:
         for rows in own:
             features[rows] = F.normalize(model.encode_text(tokens[rows]).float(), dim=-1)
             bar.update(len(rows))
     return processes.sum(features)
+
+
+def told_apart(captions: list[str], model: CLIP) -> list[str]:
+    """The captions without those that have the same tokens as one before, all cut to what the model
+    reads. Says how many are left out, and how many cut."""
+    fits = model.context_length - 2  # without the tokens for the start and the end
+    if cut := sum(len(model.tokenizer.encode(caption)) > fits for caption in captions):
+        print(f"{cut} of the captions cut: the model reads {fits} tokens of each; shorten them, so "
+              "that what tells them apart is read")  # fmt: skip
+    alike = first_alike(model.tokenizer, captions, model.context_length)
+    apart = [caption for i, caption in enumerate(captions) if alike[i] == i]
+    if left_out := len(captions) - len(apart):
+        print(f"{left_out} of the captions left out, which the model reads as it does another")
+    return apart
 
 
 def kept_caption_features(

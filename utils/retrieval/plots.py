@@ -6,6 +6,7 @@ import textwrap
 import unicodedata
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,6 @@ from PIL import Image
 from torch import Tensor
 
 from models.weights.file_kind import one_line
-from utils.retrieval.fonts import fonts_for
 from utils.retrieval.ranking import Ranked
 from utils.retrieval.tables import K_VALUES, TITLES, Metrics, retained
 from utils.runs.files import save_figure
@@ -26,6 +26,8 @@ NAMED_CLASSES = 50  # of a confusion matrix: the names of more cannot be read
 NAME_LENGTH = 30  # characters of a class's name beside it
 COLUMNS = 4  # of images that were found
 NARROW_LINE = 36  # letters, below one of them
+CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "PingFang SC",
+                 "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "WenQuanYi Zen Hei")  # fmt: skip
 
 
 def plot_metrics(metrics: Metrics, path: Path) -> None:
@@ -53,6 +55,27 @@ def plot_metrics(metrics: Metrics, path: Path) -> None:
         panel.legend(loc="lower right" if points[1] > top / 2 else "upper left")
     panels[0].set(ylabel="percent", ylim=(0, min(1.15 * top, 108)))
     save_figure(figure, path)
+
+
+def fonts_for(text: str) -> list[str]:
+    """Names of fonts, for matplotlib, which draws each character with the first that has it. If
+    none has the Chinese characters of `text`, a line is printed that says what to install."""
+    own = "DejaVu Sans"
+    if not any("\u4e00" <= character <= "\u9fff" for character in text):
+        return [own]
+    from matplotlib import font_manager
+
+    known = {font.fname for font in font_manager.fontManager.ttflist}
+    for file in font_manager.findSystemFonts():
+        if file not in known:  # installed since matplotlib last looked
+            with suppress(Exception):  # what matplotlib cannot read is no font for it
+                font_manager.fontManager.addfont(file)
+    names = {font.name for font in font_manager.fontManager.ttflist}
+    chinese = [name for name in CHINESE_FONTS if name in names]
+    if not chinese:
+        print("no Chinese font is installed: pictures show boxes; install Noto Sans CJK "
+              "(apt install fonts-noto-cjk)")  # fmt: skip
+    return [own, *chinese]
 
 
 def draw_ranking(image: Image.Image, ranked: list[Ranked], path: Path) -> None:

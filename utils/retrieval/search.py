@@ -11,6 +11,7 @@ from torch import Tensor
 from models.clip import CLIP
 from models.device import upload
 from models.errors import InputError
+from models.files import file_version
 from models.preprocess import Preprocess, open_image
 from utils.machine.precision import Precision
 from utils.retrieval.store import Store
@@ -39,7 +40,7 @@ def image_features(
             return done, encode_pixels(model, pixels)
 
     store = Store("images", model, weights, str(folder.resolve()), precision)
-    keys = [_key(folder, image) for image in images]
+    keys = [f"{file_version(folder / image)} {image.as_posix()}" for image in images]
     with ThreadPoolExecutor(THREADS) as threads:
         found, features = store.features_of(keys, encode, BATCH_SIZE)
     if not found:
@@ -59,15 +60,6 @@ def encode_pixels(model: CLIP, pixels: list[Tensor]) -> Tensor:
         return torch.empty(0, model.embed_dim)
     images = model.preprocess.normalize(upload(torch.stack(pixels), model.device))
     return F.normalize(model.encode_image(images).float(), dim=-1)
-
-
-def _key(folder: Path, image: Path) -> str:
-    """What says whether an image is still the one that was encoded."""
-    try:
-        status = (folder / image).stat()
-    except OSError:  # a link to nothing
-        return f"missing {image.as_posix()}"
-    return f"{status.st_size} {status.st_mtime_ns} {image.as_posix()}"
 
 
 def _read(preprocess: Preprocess, path: Path) -> Tensor | str:

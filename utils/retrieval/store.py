@@ -39,7 +39,7 @@ from utils.machine.precision import Precision
 from utils.runs.arguments import run_folder
 from utils.runs.files import TEMPORARY, replaced_whole, writing
 
-FORMAT = 1  # raise it when the same weights and inputs give other features
+FORMAT = 2  # raise it when the same weights and inputs give other features
 FILE = "features.safetensors"
 SAVE_EVERY = 30.0  # seconds of work, which a program that is killed can lose
 Kind = Literal["images", "captions"]

@@ -1,6 +1,6 @@
 """Scores in words: their names, tables to print, the fields of a CSV row."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from utils.data.annotations import SPLITS
 
@@ -28,10 +28,10 @@ def points_lost(now: Mapping[str, float], before: Mapping[str, float]) -> float:
     return round(sum(lost) / len(lost), 6)
 
 
-def format_table(metrics: Metrics, split: str, k_values: Iterable[int] = K_VALUES) -> str:
+def format_table(metrics: Metrics, split: str) -> str:
     """The metrics as lines of text, a line a direction, under the name of the split ("val", "test")
     that they are of."""
-    names = [f"{score}@{k}" for score in ("R", "mAP") for k in k_values]
+    names = [f"{score}@{k}" for score in ("R", "mAP") for k in K_VALUES]
     names += ["median_rank", "mean_rank"]
     rows = {title: [metrics[way][name] for name in names] for way, title in TITLES.items()}
     return format_rows([name.replace("_", " ") for name in names], rows, SPLITS[split])

@@ -9,12 +9,16 @@ from typing import NamedTuple
 
 from models.errors import InputError
 from models.files import read_bytes, run_weights
-from models.scripts import SCRIPTS, add_activation, from_here
-from models.weights.file_kind import one_line
+from models.scripts import (
+    VALUE_LENGTH,
+    add_activation,
+    checked,
+    path,
+    writable_file,
+)
+from utils.runs.files import picture_format
 
 ARGUMENTS_LENGTH = 2**20  # bytes of an arguments.json
-VALUE_LENGTH = 60  # characters of a refused value that its message shows
-PATH_LENGTH = 4096  # characters; longer ones are refused by every system
 LARGEST = 10**9  # of the numbers whose size has no limit of its own
 
 
@@ -55,15 +59,9 @@ def fraction(text: str) -> float:
     return _parse(float, lambda x: 0 <= x <= 1, "a number from 0 to 1", text)
 
 
-def path(text: str) -> Path:
-    """A path, `~` being the user's home."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("the path is empty")
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        message = f"{text:.{VALUE_LENGTH}}: that home folder is unknown"
-        raise argparse.ArgumentTypeError(message) from None
+def picture(text: str) -> Path:
+    """The path of a picture to write, checked before anything is computed for it."""
+    return checked(writable_file(text), picture_format)
 
 
 def name_or_path(text: str) -> str:
@@ -95,56 +93,13 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         "where the device has it, else float16; similarities stay float32",
     )
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first there is)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def add_scoring(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that all scripts have which score weights."""
-    parser.add_argument(
-        "--weights",
-        type=trained_weights,
-        help="weights file, run's folder, or a name like ViT-B/32 (default: those that the newest "
-        "run in logs/ here chose, else beside the scripts)",
-    )
     parser.add_argument("--batch_size", type=integer(1), default=64, help="images at a time")
     parser.add_argument("--num_workers", type=workers, default=0, help="processes that read images")
     add_loading(parser)
-
-
-def check_values(values: dict[str, object], parser: argparse.ArgumentParser) -> None:
-    """Raise `InputError` unless `values` are what `parser` gives for all of its arguments, paths
-    being text."""
-    # argparse has no public list of the arguments.
-    actions = {a.dest: a for a in parser._actions if a.default is not argparse.SUPPRESS}
-    for name in actions.keys() ^ values.keys():
-        known = name in actions
-        raise InputError(f"{one_line(name)} is {'missing' if known else 'no argument'}")
-    for name, action in actions.items():
-        value = values[name]
-        if value is None and action.default is None:
-            continue
-        several = action.nargs == "+" and isinstance(value, list) and value
-        try:
-            for item in value if several else [value]:
-                _check_value(item, action, several)
-        except argparse.ArgumentTypeError as error:
-            raise InputError(f"{name}: {one_line(error)}") from None
-
-
-def _check_value(value: object, action: argparse.Action, is_of_several: bool) -> None:
-    """Raise `ArgumentTypeError` unless `action` could have given this value."""
-    if type(value) not in (bool, str, int, float) or (action.nargs == "+") != bool(is_of_several):
-        raise argparse.ArgumentTypeError(f"{type(value).__name__} is not of the type that it takes")
-    if action.nargs == 0:
-        parsed: object = True
-    elif action.choices is not None:
-        parsed = value if value in action.choices else None
-    else:
-        parsed = (action.type or str)(str(value))
-    kind = str if isinstance(parsed, Path) else type(parsed)
-    fits = kind is type(value) and (kind is not str or len(value) <= PATH_LENGTH)
-    if not fits or "\0" in str(value):
-        raise argparse.ArgumentTypeError(f"{value!r:.{VALUE_LENGTH}} is no value that it takes")
 
 
 class TrainedOn(NamedTuple):
@@ -160,21 +115,6 @@ def run_folder(weights: str | Path) -> Path | None:
     weights = Path(weights).expanduser().resolve()
     run = weights.parent.parent if weights.is_file() else weights
     return run if (run / "arguments.json").is_file() else None
-
-
-def newest_weights() -> Path:
-    """The weights that the newest of the runs in logs/ in the working folder chose, where train.py
-    puts them; if there is none, in logs/ beside the scripts. Raises `InputError` if there is none
-    either."""
-    for logs in (Path("logs"), SCRIPTS / "logs"):
-        if found := list(logs.glob("*/weights/best_epoch_weights.pth")):
-            newest = max(found, key=lambda path: path.stat().st_mtime)
-            return run_weights(newest.parents[1])
-    raise InputError(
-        "logs: there is no run with weights/best_epoch_weights.pth in it, here or beside the "
-        f"scripts; train one (python {from_here('train.py')} --demo), or name weights with "
-        "--weights"
-    )
 
 
 def trained_on(weights: str | Path) -> TrainedOn | None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.errors import InputError
-from models.weights.file_kind import one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,23 +50,25 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
         ) from error
 
 
-def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a matplotlib figure in the format of the path's suffix, or as PNG without one. Raises
-    `InputError` for a suffix that is no format for pictures, or one that matplotlib cannot write
-    here, and for a file that cannot be written."""
+def picture_format(path: Path) -> str:
+    """matplotlib's format of the path's suffix, PNG without one. Raises `InputError` for a suffix
+    that is none."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
     kind = path.suffix.lstrip(".").lower() or "png"
-    known = figure.canvas.get_supported_filetypes()
+    known = FigureCanvasBase.filetypes.keys() - {"pgf"}  # for which LaTeX is needed
     if kind not in known:
         raise InputError(f"{path}: no format for pictures; those are {', '.join(sorted(known))}")
+    return kind
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a matplotlib figure in the format of the path's suffix, or as PNG without one. Raises
+    `InputError` for a suffix that is no format for pictures, and for a file that cannot be
+    written."""
+    kind = picture_format(path)
     with writing(path), replaced_whole(path) as temporary:
-        try:
-            figure.savefig(temporary, format=kind, dpi=120)
-        except (RuntimeError, ValueError) as error:  # for PGF another program is needed, LaTeX
-            reason = one_line(error)
-            raise InputError(
-                f"{path}: the picture cannot be drawn as {kind.upper()} here ({reason}); name it "
-                ".png or .pdf"
-            ) from error
+        figure.savefig(temporary, format=kind, dpi=120)
 
 
 def _umask() -> int:

@@ -12,7 +12,7 @@ from models.errors import InputError
 from utils.machine.interrupt import Interrupt
 from utils.machine.processes import Processes
 from utils.runs.checkpoint import save_checkpoint, save_weights, write_csv
-from utils.runs.commands import TO_PASTE, command, quoted
+from utils.runs.commands import command, quoted
 from utils.runs.files import TEMPORARY, replaced_whole, writing
 
 
@@ -115,11 +115,11 @@ class Run:
         if self.processes.is_first:
             arguments = "--resume_training", self.folder
             size = self.processes.size
-            if size > int(os.environ.get("LOCAL_WORLD_SIZE", size)):  # on several machines
-                line = f"torchrun [as before] train.py {quoted(arguments)}"
+            if size > int(os.environ.get("LOCAL_WORLD_SIZE", 1)):  # by srun, or on many machines
+                line = f"[torchrun or srun, as before] train.py {quoted(arguments)}"
             else:
                 line = command("train.py", *arguments, processes=size)
-            print(f"\nstopped by a signal; to go on{TO_PASTE}:\n  {line}")
+            print(f"\nstopped by a signal; to go on:\n  {line}")
         return interrupt.exit()
 
     def close(self, model: CLIP, state: dict[str, Any]) -> None:

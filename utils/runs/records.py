@@ -9,9 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pyzjr import LossHistory
-from pyzjr.visualize.printf import ConsoleLogger
-
+from utils.machine.pyzjr_parts import ConsoleLogger, LossHistory
 from utils.runs.files import TEMPORARY, replaced_whole, writing
 
 
@@ -20,7 +18,9 @@ class Log(ConsoleLogger):
 
     def write(self, message: str) -> None:
         with writing(self.log_file):
-            super().write(message)
+            super().write(
+                message.encode(errors="replace").decode()
+            )  # names of files can be no text
 
 
 class Losses(LossHistory):

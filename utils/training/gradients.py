@@ -1,9 +1,6 @@
 """The gradients of one batch: at once or chunk by chunk, by one process or by several."""
 
-from functools import partial
-
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from models.clip import CLIP
@@ -18,62 +15,11 @@ from utils.training.layer_groups import learning_towers
 TOWERS = ("image", "text")
 
 
-class GradientExchange:
-    """Sums every gradient over the processes while the backward pass still runs.
-
-    A parameter's gradient is sent as soon as it is complete. All processes send in one order, that
-    in which the first process completed them in its first step: the sums would mix parameters if
-    one process were ahead of another. (DistributedDataParallel would do this for one forward and
-    one backward pass a step; gradient caching has many.)
-    """
-
-    def __init__(self, model: CLIP, processes: Processes):
-        self.processes = processes
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.towers = learning_towers(model)
-        self.order: list[int] | None = None
-        # Whether the coming backward pass completes the gradients that it reaches.
-        self.completes = True
-        self._complete: list[int] = []
-        self._under_way: list[dist.Work] = []
-        if processes.size > 1:
-            for number, parameter in enumerate(self.parameters):
-                hook = partial(self._note, number)
-                parameter.register_post_accumulate_grad_hook(hook)
-
-    def finish(self) -> None:
-        """Wait until every gradient is the sum over all processes."""
-        if self.processes.size == 1:
-            return
-        if self.order is None:
-            self.order = self.processes.from_first(self._complete)
-        self._send()
-        for exchange in self._under_way:
-            exchange.wait()
-        self._under_way.clear()
-        self._complete.clear()
-
-    def _note(self, number: int, _parameter: Tensor) -> None:
-        if self.completes:
-            self._complete.append(number)
-            if self.order is not None:
-                self._send()
-
-    def _send(self) -> None:
-        """Send what is next in the order, as far as it is complete."""
-        complete = set(self._complete)
-        while len(self._under_way) < len(self.order):
-            number = self.order[len(self._under_way)]
-            if number not in complete:
-                return
-            self._under_way.append(dist.all_reduce(self.parameters[number].grad, async_op=True))
-
-
 def accumulate_gradients(
     model: CLIP,
     batch: Batch,
     precision: Precision,
-    exchange: GradientExchange,
+    processes: Processes,
     chunk: int | None = None,
     keep: Keep | None = None,
 ) -> Tensor:
@@ -89,27 +35,38 @@ def accumulate_gradients(
     which so can be compared with that of validation.
     """
     if keep:
-        exchange.completes = False
-        _hold_features(model, batch.altered, precision, exchange.processes, keep, chunk)
-        exchange.completes = True
+        _hold_features(model, batch.altered, precision, processes, keep, chunk)
     chunks = batch.split(chunk or len(batch.images))
     at_once = len(chunks) == 1
+    towers = () if at_once else learning_towers(model)
     with torch.set_grad_enabled(at_once):
         features = {tower: _encode(model, chunks, tower, precision) for tower in TOWERS}
-    if not at_once:
-        for tower in exchange.towers:
-            features[tower].requires_grad_()
-    loss = contrastive_loss(*features.values(), model.logit_scale, exchange.processes, batch.texts)
+    for tower in towers:
+        features[tower].requires_grad_()
+    loss = contrastive_loss(*features.values(), model.logit_scale, processes, batch.texts)
     precision.backward(loss)
     # Tower by tower: the activations of one meet the gradients of few parameters of the other.
-    for tower in () if at_once else exchange.towers:
+    for tower in towers:
         rows = chunk * len(features[tower]) // len(batch.images)
         for part, gradient in zip(chunks, features[tower].grad.split(rows), strict=True):
-            exchange.completes = part is chunks[-1]
             _encode(model, [part], tower, precision).backward(gradient)
-    exchange.completes = True
-    exchange.finish()
+    _sum_gradients(model, processes)
     return loss.detach()
+
+
+def _sum_gradients(model: CLIP, processes: Processes) -> None:
+    """Replace every gradient by its sum over the processes, after all backward passes of a step.
+
+    DistributedDataParallel exchanges gradients during the one backward pass of a step, but
+    distillation and gradient caching have several.
+    """
+    if processes.size == 1:
+        return
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = processes.sum(torch.cat([gradient.flatten() for gradient in gradients]))
+    sizes = [gradient.numel() for gradient in gradients]
+    for gradient, summed in zip(gradients, flat.split(sizes), strict=True):
+        gradient.copy_(summed.view_as(gradient))
 
 
 def _hold_features(

@@ -13,8 +13,7 @@ from models.clip import CLIP
 from models.errors import InputError
 from models.progress_bar import progress_bar
 from utils.data.annotations import SPLITS
-from utils.flickr8k_dataloader import Batch, Flickr8kDataset, TrainLoader
-from utils.machine.amp_hint import amp_hint
+from utils.flickr8k_dataloader import ALIKE, Batch, Flickr8kDataset, TrainLoader
 from utils.machine.precision import Precision
 from utils.metric import evaluate, mean_recall, retrieval_metrics
 from utils.retrieval.encode import encode_set
@@ -55,6 +54,8 @@ def announce(
     if cut := train_set.count_cut_captions() + val_set.count_cut_captions():
         print(f"{cut} captions ({cut / texts:.2%}) are longer than the "
               f"{train_set.context_length} tokens that the model reads, and were cut")  # fmt: skip
+    if alike := train_set.count_alike_captions() + val_set.count_alike_captions():
+        print(f"warning: {alike} captions are different texts, but {ALIKE}")
     if warning := tokenizer_warning(train_set, state.model.config.has_bert):
         print(f"warning: {warning}")
     if shared := train_set.count_shared_captions() + val_set.count_shared_captions():
@@ -64,8 +65,8 @@ def announce(
     if len(state.epochs) == epochs:
         print(f"this run is finished, with all {epochs} epochs behind it: nothing is trained; more "
               "--epochs go on with it")  # fmt: skip
-    elif loader.processes.is_first and (hint := amp_hint(state.precision, state.model.config)):
-        print(hint)
+    elif state.precision.leaves_bfloat16:
+        print("hint: this CPU has instructions for bfloat16: --use_amp trains faster with them")
 
 
 def tokenizer_warning(dataset: Flickr8kDataset, is_chinese: bool) -> str | None:
@@ -155,7 +156,8 @@ def report_epoch(state: State, epochs: int, metrics: Metrics, images: int, rate:
         print("retention:", ", ".join(
             f"{name} {score:.2f} ({was[name]:.2f} before training)"
             for name, score in scores.items()), end="; ")  # fmt: skip
-        print(f"points lost, on average: {points_lost(row, state.start):.2f}")
+        lost = points_lost(row, state.start)
+        print(f"points {'gained' if lost < 0 else 'lost'}, on average: {abs(lost):.2f}")
     if row["epoch"] > 1 or not state.start:
         return
     before, after = state.start["mean_recall"], row["mean_recall"]
@@ -174,7 +176,7 @@ def comment_on_epochs(state: State, images: int) -> None:
     if state.keep and best > last:
         print(f"epoch {len(state.epochs) - state.epochs_since_best} had a higher mean recall, "
               f"{best:.2f}, and is in best_epoch_weights.pth; with --keep the last one counts, "
-              f"{last:.2f}, which has forgotten less")  # fmt: skip
+              f"{last:.2f}")  # fmt: skip
     if state.start and is_clearly_lower(best, state.start["mean_recall"], images):
         print(
             f"training made it worse, by more than chance: mean recall {best:.2f} in the best "

@@ -42,6 +42,7 @@ class Retention:
         for name, found in self.sets.items():
             if isinstance(found, Flickr8kDataset):
                 found.prepare_for(model)
+                found.check_texts()
             else:
                 self.sets[name] = LabelledImages(found, model.preprocess)
         with loader.processes.first_ahead():  # which decodes

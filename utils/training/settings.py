@@ -1,6 +1,7 @@
 """The arguments of train.py once it is known what they start from: filled in, and checked."""
 
 import argparse
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from models.clip import CLIP
 from models.clip_utils import check_name
 from models.errors import InputError
-from models.files import run_weights
+from models.files import check_writable_folder, run_weights
 from models.scripts import from_here
 from models.weights.architecture import check_resolution
 from models.weights.config import Config
@@ -32,7 +33,7 @@ DEMO = {
 }
 CHINESE_DEMO = {"model": "cn-demo", "epochs": 30}
 FROM_SCRATCH = {"lr": 5e-4}
-FINE_TUNING = {"keep": 6.0, "wise_ft": [0.0, 0.25, 0.5, 0.75, 1.0]}
+FINE_TUNING = {"keep": 6.0, "wise_ft": [0.0, 0.25, 0.5, 0.75, 1.0], "retention_loss": 2.0}
 # Of fine-tuning, times the width of the wider tower: Adam's best rate falls as the width grows
 # (Yang et al. 2021, "Tensor Programs V", table 3). Within a point of the best score at widths
 # 128 to 384 and in other batches; with 200 images a lower rate is 1.2 points better
@@ -42,10 +43,13 @@ LORA_RATE = 3e-3
 # What a run was started with stays in its records, however it goes on.
 OF_THE_START = ("demo", "model", "resume_training")
 # What the saved moments and the weights at the start belong to.
-FIXED = ("input_shape", "optimizer_type", "layer_decay", "lock_image", "lock_text", "wise_ft",
-         "lora", "keep")  # fmt: skip
+FIXED = ("input_shape", "activation", "optimizer_type", "layer_decay", "lock_image", "lock_text",
+         "wise_ft", "lora", "keep")  # fmt: skip
 # What decides which images and captions the rest of an epoch brings.
 FIXED_IN_AN_EPOCH = ("batch_size", "captions_per_image", "no_augment", "seed")
+# What may change without another result.
+FREE = {"cache", "check_data", "dataset_path", "debug", "freq", "grad_checkpointing", "num_workers",
+        "save_steps", "strict"}  # fmt: skip
 
 
 def settle(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict[str, Any] | None]:
@@ -69,6 +73,17 @@ def settle(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict[st
     if resumed:
         _check_continued(args, saved, resumed)
         return args, resumed
+    if args.optimizer_type == "sgd" and args.lr is None:
+        raise InputError("--optimizer_type sgd: the default rate is Adam's, and SGD needs a far "
+                         "higher one: give --lr, such as 1e-2")  # fmt: skip
+    if args.retention_loss is not None and not args.retention:
+        raise InputError(
+            "--retention_loss is of the sets of --retention: add it, or leave both out"
+        )
+    try:
+        check_writable_folder(args.log_dir)
+    except InputError as error:
+        raise InputError(f"--log_dir {error}") from None
     recipe = FROM_SCRATCH if args.resume_training == "none" else FINE_TUNING
     for name, value in (recipe | {"warmup_epochs": min(1.0, args.epochs / 10)}).items():
         if getattr(args, name) is None:
@@ -83,11 +98,18 @@ def fine_tuning_rate(config: Config, lora: int | None) -> float:
 
 
 def wants_demo_set(args: argparse.Namespace) -> bool:
-    """Whether the demo's images are to be rendered: with --demo, but not into a folder of the
-    user's own that has a training list."""
-    lists = [caption_file(args.dataset_path, language, "train") for language in args.language]
-    is_elsewhere = args.dataset_path != DEMO["dataset_path"]
-    return args.demo and not (is_elsewhere and any(map(Path.exists, lists)))
+    """Whether the demo's images are to be rendered: with --demo, where they are not yet, perhaps
+    with another seed. Raises `InputError` for a folder with anything else in it."""
+    folder = args.dataset_path
+    if not args.demo or folder == DEMO["dataset_path"] or not folder.is_dir():
+        return args.demo
+    if any(folder.iterdir()) and not (folder / "images" / "train_0000.png").is_file():
+        raise InputError(
+            f"--demo trains on images of its own, and those in --dataset_path {folder} are others: "
+            "to fine-tune a model on them, leave --demo out; to see the demo, leave --dataset_path "
+            "out"
+        )
+    return not any(caption_file(folder, la, "train").exists() for la in args.language)
 
 
 def as_saved(args: argparse.Namespace, resumed: dict[str, Any] | None) -> dict[str, Any]:
@@ -100,6 +122,45 @@ def as_saved(args: argparse.Namespace, resumed: dict[str, Any] | None) -> dict[s
     if resumed:
         arguments |= {name: resumed["arguments"][name] for name in OF_THE_START}
     return arguments
+
+
+def how_it_goes_on(args: argparse.Namespace, resumed: dict[str, Any]) -> Iterator[str]:
+    """Lines on a run that goes on: in which epoch, and what is not as it was."""
+    epoch, steps = len(resumed["rows"]) + 1, len(resumed["losses"])
+    if epoch <= args.epochs:
+        within = f", of which {steps} steps are done" if steps else ""
+        yield f"the run goes on with epoch {epoch} of {args.epochs}{within}"
+    before, now = resumed["arguments"], as_saved(args, resumed)
+    changed = [name for name in now if now[name] != before[name] and name != "log_dir"]
+    if changed:
+        words = "; ".join(f"--{name} {before[name]} -> {now[name]}" for name in changed)
+        other = ", so that its result is not that of an uninterrupted run"
+        yield f"changed: {words}{'' if FREE.issuperset(changed) else other}"
+    if now["log_dir"] != before["log_dir"]:
+        yield "--log_dir has no effect: a run goes on in its own folder"
+
+
+def without_effect(args: argparse.Namespace, steps: int) -> Iterator[str]:
+    """Lines on arguments that change nothing, or less than they seem to, in a run with so many
+    steps an epoch."""
+    if args.grad_cache and args.grad_cache >= args.batch_size:
+        yield f"--grad_cache {args.grad_cache} has no effect: a batch has {args.batch_size} images"
+    if args.patience and args.patience >= args.epochs:
+        yield f"--patience {args.patience} has no effect: the run has {args.epochs} epochs"
+    if args.save_steps and args.save_steps > steps:
+        yield f"--save_steps {args.save_steps} has no effect: an epoch has {steps} steps"
+    if args.ema and 1 / (1 - args.ema) > steps * args.epochs:
+        yield (
+            f"--ema {args.ema:g} averages over about {1 / (1 - args.ema):,.0f} steps, and this run "
+            f"has {steps * args.epochs:,}: it stays near the start; lower --ema"
+        )
+    for tower in ("image", "text"):
+        unlocked = getattr(args, f"lock_{tower}")
+        if unlocked is not None and args.resume_training == "none":
+            yield f"--lock_{tower} keeps random weights as they are: this run starts from scratch"
+        if unlocked and args.lora:
+            yield (f"--lock_{tower} {unlocked} with --lora: in these blocks only low-rank changes "
+                   "learn, and nothing after them")  # fmt: skip
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -116,6 +177,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         if getattr(args, name) and args.resume_training == "none":
             raise InputError(f"--{name} needs weights to start from: give --resume_training "
                              f"WEIGHTS, or leave --{name} out")  # fmt: skip
+    if args.activation and args.resume_training == "none":
+        raise InputError("--activation is that of weights: leave it out, since this run starts "
+                         "from scratch")  # fmt: skip
     if args.lock_image == 0 and args.lock_text == 0:
         raise InputError("--lock_image and --lock_text together leave nothing to train: unlock "
                          "some blocks of one, such as --lock_text 2")  # fmt: skip
@@ -130,6 +194,13 @@ def check_arguments(args: argparse.Namespace) -> None:
                          f"{args.epochs}")  # fmt: skip
     if args.resume_training != "none":
         check_name(args.resume_training)
+        if weights := run_weights(Path(args.resume_training)):
+            raise InputError(
+                f"{args.resume_training}: has no weights/checkpoint.pth to go on from; to start a "
+                f"new run from its weights: --resume_training {weights}"
+            )
+    if args.cache:
+        check_writable_folder(Path(args.cache).expanduser())
     for language, split in product(args.language, ("train", "val")):
         if missing := missing_annotations(caption_file(args.dataset_path, language, split)):
             raise InputError(

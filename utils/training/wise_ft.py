@@ -98,7 +98,7 @@ def _print_path(
         f"{row['mean_recall']:.2f} at {row['alpha']:g}" for row in rows))  # fmt: skip
     which = "the best"
     if "points_lost" in best:
-        print("points lost on the sets of --retention, on average:", ", ".join(
+        print("points lost on the sets of --retention, on average (below 0: gained):", ", ".join(
             f"{row['points_lost']:.2f} at {row['alpha']:g}" for row in rows))  # fmt: skip
         limit = f"at most {most_lost:g} points (--retention_loss)"
         which = f"the best that loses {limit}"

@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -17,9 +18,10 @@ from peers import (
     small_transformers,
     their_features,
 )
+from PIL import Image
 from published import save_published
 from torch.optim.swa_utils import AveragedModel
-from transformers import CLIPModel
+from transformers import CLIPImageProcessor, CLIPModel
 
 from models import CLIP, build_model, load, tokenize
 from models.convert import convert
@@ -51,6 +53,20 @@ def bare(folder):
     model, _ = small_open_clip()
     torch.save(model.state_dict(), folder / "bare.pt")
     return folder / "bare.pt", {"activation": "gelu"}, model
+
+
+def custom_text(folder):
+    """As open_clip saves a model whose text tower is a module of its own, with a mask as buffer."""
+    plain, description = small_open_clip()
+    model = open_clip.model.CustomTextCLIP(**description)
+    model.load_state_dict(
+        open_clip.model.convert_to_custom_text_state_dict(plain.state_dict()), strict=False
+    )
+    file = folder / "open_clip_pytorch_model.bin"
+    torch.save(model.state_dict() | {"text.attn_mask": torch.zeros(77, 77)}, file)
+    description |= {"custom_text": True}
+    (folder / "open_clip_config.json").write_text(json.dumps(description))
+    return file, {}, model
 
 
 def training_checkpoint(folder):
@@ -125,6 +141,7 @@ def own_checkpoint(folder):
     ours = build_model(model.state_dict(), from_open_clip(description))
     optimizer = torch.optim.AdamW(ours.parameters())
     state = State(ours, optimizer, Precision(torch.device("cpu"), use_amp=False), ema=0.9)
+    torch.nn.init.zeros_(state.scored.text_projection)  # of the average, which is not the model
     save_checkpoint(folder / "checkpoint.pth", arguments={}, **state.state_dict())
     return folder / "checkpoint.pth", {}, model
 
@@ -143,6 +160,7 @@ ROWS = {
     "open_clip, ResNet": partial(open_clip_folder, **RESNET),
     "open_clip, 248 tokens": partial(open_clip_folder, context=248),
     "open_clip, 42 tokens": partial(open_clip_folder, context=42),
+    "open_clip, custom text": custom_text,
     "open_clip, training": training_checkpoint,
     "moving average": moving_average,
     "state dict": bare,
@@ -193,6 +211,26 @@ def test_every_format_gives_the_features_of_its_library_in_and_out(row, tmp_path
         back, _ = load(tmp_path / name, "cpu")
         assert isinstance(back, CLIP) and back.config == ours.config
         assert all(torch.equal(back.state_dict()[k], t) for k, t in ours.state_dict().items())
+
+
+def test_what_a_description_of_transformers_leaves_out_is_its_default(tmp_path):
+    """QuickGELU and bicubic, as the library itself reads these files."""
+    transformers_folder(tmp_path, processor=False)
+    for name in ("config.json", "preprocessor_config.json"):
+        content = json.loads((tmp_path / name).read_text())
+        for part in (content, content.get("text_config", {}), content.get("vision_config", {})):
+            part.pop("hidden_act", None)
+            part.pop("resample", None)
+        (tmp_path / name).write_text(json.dumps(content))
+    ours, preprocess = load(tmp_path, "cpu")
+    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    tokens = tokenize(CAPTIONS, truncate=True)
+    theirs = CLIPModel.from_pretrained(tmp_path).eval()
+    assert_close(*(their_features(model, images, tokens) for model in (ours, theirs)))
+    noise = np.random.default_rng(0).integers(0, 256, (90, 130, 3), dtype=np.uint8)
+    image, processor = Image.fromarray(noise), CLIPImageProcessor.from_pretrained(tmp_path)
+    expected = processor(image, return_tensors="pt")["pixel_values"][0]
+    assert (preprocess(image) - expected).abs().mean() < 0.02  # rounding; bilinear: 0.2
 
 
 def test_more_than_77_tokens_are_read_where_the_model_reads_more(tmp_path):

@@ -18,10 +18,10 @@ import pytest
 import torch
 from hub_server import COMMIT, running_hub
 from open_clip.pretrained import _PRETRAINED
+from open_clip_descriptions import DESCRIPTIONS, OWN
 from published import save_published
 from safetensors.torch import load_file, save_file
 from script_runs import ROOT, error_line, run_script
-from test_open_clip import DESCRIPTIONS, OWN
 
 from models import CLIP, clip_utils, load
 from models.convert import convert
@@ -73,7 +73,7 @@ def environment(server, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.file_download.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    monkeypatch.setattr(download, "BACK_OFF", (0,))
+    monkeypatch.setattr(download, "WAIT", 0)
     monkeypatch.chdir(tmp_path)
 
 
@@ -287,7 +287,7 @@ class TestBothFormats:
         for file in ("config.json", "model.safetensors"):
             huggingface_hub.hf_hub_download(THEIRS, file)
         offline(monkeypatch)
-        with pytest.raises(InputError, match=r"not whole in the cache.*preprocessor_config\.json"):
+        with pytest.raises(InputError, match=r"preprocessor_config\.json[^~]*not whole in"):
             load(THEIRS, "cpu")
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         huggingface_hub.hf_hub_download(THEIRS, "preprocessor_config.json")
@@ -317,7 +317,8 @@ def test_a_description_that_contradicts_open_clips_list_is_followed_and_told(
     folder = written(tmp_path / "folder", replace(SMALL, activation="quick_gelu"))
     server.add(LAION, folder)
     assert load(NAME, "cpu")[0].config.activation == "quick_gelu"
-    (line,) = capsys.readouterr().err.splitlines()
+    asked, line = capsys.readouterr().err.splitlines()
+    assert asked.startswith(f"asking {server.root}/{LAION}, for a minute")
     assert line.startswith(f"warning: {NAME}") and "quick_gelu" in line and " gelu" in line
 
 
@@ -339,7 +340,7 @@ class TestOpenAI:
     def test_the_copy_on_the_hub_is_the_same_model(self, server, archive, tmp_path, capsys):
         assert_same(load("ViT-B/32", "cpu", download_root=tmp_path / "root"), archive)
         told = [line for line in capsys.readouterr().err.splitlines() if self.COPY in line]
-        assert len(told) == 1 and registry.weights_url("ViT-B/32") in told[0]
+        assert len(told) == 2 and registry.weights_url("ViT-B/32") in told[0]
         server.requests.clear()
         assert_same(load("ViT-B/32", "cpu", download_root=tmp_path / "root"), archive)
         assert not server.requests and not capsys.readouterr().err
@@ -356,7 +357,6 @@ class TestOpenAI:
             load("ViT-B/32", "cpu", download_root=tmp_path / "root")
         for part in (registry.weights_url("ViT-B/32"), "save it as", f"{server.root}/{self.COPY}"):
             assert part in str(caught.value)
-        assert "\n" not in str(caught.value)
 
     def test_a_wrong_file_or_a_full_disk_is_no_reason_for_the_copy(
         self, server, archive, tmp_path, monkeypatch
@@ -373,11 +373,11 @@ class TestOpenAI:
 
 
 def refused(name: str) -> str:
-    """The one line about what cannot be had."""
+    """What is said about what cannot be had: advice in the first line."""
     with pytest.raises(InputError) as caught:
         fetch(name)
     message = str(caught.value)
-    assert message.startswith(f"{name}: ") and "\n" not in message and len(message) < 900
+    assert message.startswith(f"{name}: ") and len(message) < 900
     return message
 
 

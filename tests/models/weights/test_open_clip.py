@@ -2,28 +2,19 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import open_clip
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from open_clip_descriptions import DESCRIPTIONS, OTHER, OWN
 
 from models import CLIP
 from models.errors import InputError
 from models.weights.architecture import infer_config
 from models.weights.config import Config
 from models.weights.open_clip import from_open_clip, to_open_clip
-
-DESCRIPTIONS = {
-    file.stem: json.loads(file.read_text())
-    for file in sorted((Path(open_clip.__file__).parent / "model_configs").glob("*.json"))
-}
-# What in a description says that the model has a tower or a tokenizer of another kind.
-OTHER = ("timm_model_name", "hf_model_name", "hf_tokenizer_name", "multimodal_cfg", "no_ln_pre",
-         "ls_init_value", "attentional_pool", "embed_cls")  # fmt: skip
-OWN = [name for name, d in DESCRIPTIONS.items() if not any(o in json.dumps(d) for o in OTHER)]
 
 
 def test_there_are_about_forty_models_of_open_clips_own_kind():

@@ -8,11 +8,15 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections import OrderedDict
+from argparse import Namespace
+from collections import Counter, OrderedDict, defaultdict, deque
 from contextlib import suppress
+from datetime import datetime, timedelta
+from enum import Enum
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -118,18 +122,23 @@ def with_pickle(archive: Path, target: Path, content: bytes) -> Path:
     return target
 
 
-def test_code_in_a_file_is_not_run(archive, tmp_path):
+def test_code_in_a_file_is_not_run(demo, archive, tmp_path):
     sprung = tmp_path / "sprung"
-    plain, legacy = tmp_path / "plain.pt", tmp_path / "legacy.pt"
-    torch.save({"a": Trap(sprung)}, plain)
-    torch.save({"a": Trap(sprung)}, legacy, _use_new_zipfile_serialization=False)
     bare = tmp_path / "bare.pt"
     bare.write_bytes(pickle.dumps(Trap(sprung)))
     script = with_pickle(archive, tmp_path / "script.pt", pickle.dumps(Trap(sprung)))
-    for path in (plain, legacy, bare, script):
+    for path in (bare, script, saved({"a": Trap(sprung)}, tmp_path / "alone.pt")):
         with pytest.raises(InputError, match=path.name):
             load(path, "cpu")
         assert not sprung.exists(), path.name
+    for protocol in range(2, 6):
+        for is_zip in (True, False):
+            content, path = {"a": Trap(sprung), "model": demo.state_dict()}, tmp_path / "beside.pt"
+            torch.save(
+                content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=is_zip
+            )
+            load(path, "cpu")
+            assert not sprung.exists(), (protocol, is_zip)
     pickle.loads(pickle.dumps(Trap(sprung)))
     assert sprung.exists()  # the trap works
 
@@ -289,16 +298,61 @@ def test_tensors_are_those_that_torch_load_reads(weights, is_zip):
         assert torch.equal(tensor, like) and tensor.dtype == like.dtype
 
 
-def test_what_a_checkpoint_holds_beside_its_weights_is_passed_over(demo, tmp_path):
-    beside = {
+class Paint:
+    class Colour(Enum):
+        RED = 1
+
+
+def beside_weights() -> dict:
+    """What training programs save: their settings, their records, and the state of all."""
+    itself: list = []
+    itself.append((itself,))
+    tagged = torch.nn.Parameter(torch.ones(1))
+    tagged.tag = "no decay"
+    return {
         "optimizer": {"state": {0: {"step": torch.ones(1)}}, "param_groups": [{"betas": (0.9, 1)}]},
         "random": (torch.get_rng_state(), 2**70, [None, True], {1}, b"bytes", "文"),
         "types": [torch.float16, torch.Size([1]), torch.device("cuda:0"), OrderedDict(a=1)],
-    }
-    path = tmp_path / "checkpoint.pth"
-    torch.save({"format": 1, "model": demo.state_dict(), **beside}, path)
+        "args": Namespace(lr=1e-5, output=Path("logs/run"), windows=PureWindowsPath("C:/run")),
+        "numpy": [np.float64(0.5), np.int64(3), np.arange(6.0).reshape(2, 3), np.dtype("<f4"),
+                  np.array([{}, "a"], dtype=object), np.random.RandomState(0).get_state()],
+        "times": [datetime.now(), timedelta(hours=1)],
+        "collections": [defaultdict(list, {"a": [1]}), deque([1, 2], maxlen=3), Counter("aab")],
+        "others": [Paint.Colour.RED, frozenset({1}), {(1, 2)}, bytearray(b"x"), 1j, partial(max)],
+        "keys": {(1, 2): 3, Paint.Colour.RED: 4, b"x": 5, True: 6},
+        "itself": itself,
+        "tagged": tagged,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_what_a_checkpoint_holds_beside_its_weights_is_passed_over(
+    demo, tmp_path, protocol, is_zip
+):
+    path, content = tmp_path / "checkpoint.pth", {"model": demo.state_dict(), **beside_weights()}
+    torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=is_zip)
+    assert_same(path, demo)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model,
+        lambda model: {"epoch": 3, "net": model},
+        lambda model: torch.nn.ModuleDict({"clip": model, "head": torch.nn.Linear(2, 2)}),
+        lambda model: model.state_dict() | {"logit_scale": model.logit_scale.detach().view(1)},
+        lambda model: model.state_dict() | {"attn_mask": torch.zeros(77, 77)},
+    ],
+    ids=["module", "module in a dict", "module in a module", "logit_scale [1]", "attn_mask"],
+)
+def test_the_same_weights_in_another_form(demo, tmp_path, change):
+    assert_same(saved(change(demo), tmp_path / "weights.pth"), demo)
+
+
+def assert_same(path, model):
     loaded = load(path, "cpu")[0].state_dict()
-    assert all(torch.equal(loaded[key], tensor) for key, tensor in demo.state_dict().items())
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in model.state_dict().items())
 
 
 # --- Files made to fill the memory or to hang -----------------------------------------------------
@@ -309,10 +363,11 @@ def saved(content: object, path: Path) -> Path:
     return path
 
 
-def nested_key() -> bytes:
-    """A pickle of a dict whose key is a tuple of itself, twice, and that again, sixty times."""
+def nested(hashed: bytes) -> bytes:
+    """A pickle that ends with `hashed`, for which place 60 of the memo holds a tuple of a tuple
+    twice, and that again, sixty times: to hash it takes 2**60 steps."""
     doubled = b"".join(b"h%ch%c\x86q%c" % (n, n, n + 1) for n in range(60))
-    return b"\x80\x02)q\0" + doubled + b"}h<K\1s."
+    return b"\x80\x04)q\0" + doubled + hashed
 
 
 def tree(depth: int, name: bytes, twice: bool) -> bytes:
@@ -363,9 +418,11 @@ def bombs(tmp_path_factory, archive):
     long_name = b"X\0\0\1\0" + b"n" * 2**16 + b"q\2"
     return {
         pickled("memo", b"\x80\x02}r\xff\xff\xff\x07."): "a place in the memo",
-        pickled("bytearray", b"\x80\x02c__builtin__\nbytearray\nJ\0\0\0\x40\x85R."): "bytearray",
+        pickled("bytearray", b"\x80\x02c__builtin__\nbytearray\nJ\0\0\0\x40\x85R."): "keys: none",
         pickled("array5", b"\x80\x05\x96\0\0\0\x40\0\0\0\0."): "bytearray8",
-        pickled("key", nested_key()): "a key of type tuple",
+        pickled("key", nested(b"}h<K\1s.")): "keys: none",
+        pickled("set", nested(b"\x8f(h<\x90.")): "keys: none",
+        pickled("frozenset", nested(b"(h<\x91.")): "holds tuple",
         scripted("shared", tree(100, b"X\1\0\0\0x", twice=True)): "ln_final.weight",
         scripted("names", tree(2, long_name, twice=False)): "nested too deep",
         scripted("wide", modules(20_000, long_name[:-2], b"}h\2h\1s")): "nested too deep",
@@ -425,19 +482,34 @@ def without(weights: dict, *prefixes: str) -> dict:
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda w: without(w, "visual."), "half a CLIP model: the image tower is missing"),
+        (lambda w: without(w, "visual."), "the text tower of a CLIP model alone; give"),
         (
             lambda w: {k: t for k, t in w.items() if k.startswith("visual.")},
-            "half a CLIP model: the text tower is missing",
+            "the image tower of a CLIP model alone; give",
         ),
-        (lambda w: dict(list(w.items())[: len(w) // 2]), "half a CLIP model: the text tower"),
+        (
+            lambda w: dict(list(w.items())[: len(w) // 2]),
+            "the image tower of a CLIP model alone; give",
+        ),
+        (  # as `model.visual.state_dict()` saves it
+            lambda w: {k[7:]: t for k, t in w.items() if k.startswith("visual.")},
+            "the image tower of a CLIP model alone; give",
+        ),
+        (
+            lambda w: {f"text.{k}": t for k, t in without(w, "visual.").items()},
+            "the text tower of a CLIP model alone; give",
+        ),
+        (
+            lambda w: {"base_model.model.text_model.x.lora_A.weight": torch.zeros(2, 2)},
+            "an adapter of the library peft; give its folder",
+        ),
         (
             lambda w: without(w, "visual.transformer.resblocks.1.", "transformer.resblocks.0."),
             r"missing: visual\S+resblocks\.1\..*; unknown: visual\S+resblocks\.2\.",
         ),
         (lambda w: without(w, "visual.transformer."), "its vision_layers would be 0"),
         (lambda w: {k: t.int() for k, t in w.items()}, "of another type: .* torch.int32 instead"),
-        (lambda w: {f"text_model.{k}": t for k, t in w.items()}, r"its keys: text_model\.\w+"),
+        (lambda w: {f"b_{k}": t for k, t in w.items()}, r"its keys: b_\w+"),
         (lambda w: {}, "its keys: none"),
         (
             lambda w: w | {"visual.positional_embedding": torch.zeros(16, 192)},

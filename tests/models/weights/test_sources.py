@@ -334,7 +334,7 @@ def test_a_checkpoint_whose_description_is_nested_without_end_is_refused_at_once
     for _ in range(60):
         endless = {"a": endless, "b": endless, "c": [endless, (endless, endless)]}
     model, start = create_model("ViT-demo"), time.monotonic()
-    for field in ("quick_gelu", "vision_cfg", "embed_dim", "custom_text"):
+    for field in ("quick_gelu", "vision_cfg", "embed_dim", "multimodal_cfg"):
         config = {"embed_dim": 4, "vision_cfg": {}, "text_cfg": {}, field: endless}
         state = {"model": model.state_dict(), "average": None, "config": config}
         save_checkpoint(tmp_path / "checkpoint.pth", **state)
@@ -344,20 +344,54 @@ def test_a_checkpoint_whose_description_is_nested_without_end_is_refused_at_once
     assert time.monotonic() - start < 10  # seconds
 
 
+PARTS = ["module", "_orig_mod", "model", "clip_model", "image_encoder", "net", "student",
+         "ema_model", "_fsdp_wrapped_module"]  # fmt: skip
+
+
 @settings(deadline=None)
 @given(
-    prefix=st.lists(
-        st.sampled_from(["module.", "_orig_mod.", "model.", "clip_model."]), max_size=4
-    ),
+    prefix=st.lists(st.sampled_from(PARTS) | st.from_regex(r"[a-z_]{1,9}", fullmatch=True)),
     wrappers=st.lists(st.text(min_size=1, max_size=9), max_size=4),
 )
 def test_prefixes_and_wrappers_are_taken_off(prefix, wrappers):
     weights = {"ln_final.weight": torch.zeros(2), "visual.proj": torch.ones(3)}
-    content = {f"{''.join(prefix)}{key}": tensor for key, tensor in weights.items()}
+    content = {".".join([*prefix, key]): tensor for key, tensor in weights.items()}
     content |= {"loss.weight": torch.zeros(1)} if prefix else {}
-    for wrapper in wrappers:
-        content = {wrapper: content, "epoch": 3, "optimizer": {"state": {0: torch.zeros(2)}}}
+    for wrapper in wrappers:  # which may have any name, also one of the others
+        content = {"epoch": 3, "optimizer": {"state": {0: torch.zeros(2)}}, wrapper: content}
     assert unwrap(content).keys() == weights.keys()
+
+
+@pytest.mark.parametrize("inserted", ["module", "_orig_mod", "_fsdp_wrapped_module",
+                                      "_checkpoint_wrapped_module"])  # fmt: skip
+def test_what_torch_inserts_into_names_is_taken_out(inserted):
+    """It wraps parts of a model too: a tower, or each block."""
+    weights = create_model("ViT-demo").state_dict()
+    wrapped = {
+        key.replace("visual.", f"visual.{inserted}.").replace(
+            "resblocks.1.", f"resblocks.1.{inserted}."
+        ): tensor
+        for key, tensor in weights.items()
+    }
+    assert wrapped.keys() != weights.keys()
+    assert unwrap({"state_dict": wrapped}).keys() == weights.keys()
+    assert "holds 2 CLIP models (module, the file itself)" in refused(
+        weights | {f"module.{key}": tensor for key, tensor in weights.items()}
+    )
+
+
+def test_deepspeed_has_the_shapes_of_weights_beside_them():
+    weights = create_model("ViT-demo").state_dict()
+    shapes = {name: tensor.shape for name, tensor in weights.items()}
+    content = {"module": weights, "frozen_param_shapes": shapes, "param_shapes": [shapes],
+               "optimizer": None, "ds_config": {"train_batch_size": 8}}  # fmt: skip
+    assert unwrap(content).keys() == weights.keys()
+
+
+def refused(content):
+    with pytest.raises(InputError) as error:
+        unwrap(content)
+    return str(error.value)
 
 
 def test_the_folder_of_a_run_stands_for_the_weights_that_it_chose(tmp_path):

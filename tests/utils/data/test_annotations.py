@@ -191,7 +191,14 @@ def test_image_that_is_no_path(file, image):
     assert "entry 0" in message and '"image" should be the path of a file' in message
 
 
-@pytest.mark.parametrize("caption", ["", " \n", [], [""], ["x", "  "], ["x", 3], 3, None, {}])
+@pytest.mark.parametrize("caption", ["", " \n", [], [""], None])
+def test_no_caption_at_all(file, caption):
+    assert "all its captions are empty" in refusal(
+        write(file, [{"image": "a.jpg", "caption": caption}])
+    )
+
+
+@pytest.mark.parametrize("caption", [["x", 3], 3, {}])
 def test_caption_that_is_no_text(file, caption):
     message = refusal(write(file, [{"image": "a.jpg", "caption": caption}]))
     assert 'entry 0 ("a.jpg"): "caption" ' in message

@@ -68,7 +68,7 @@ def test_crops_are_large_and_within_the_image(seed, n):
     assert crops.shape == (n, 3)
     assert crops.dtype == torch.float32
     side, centre = crops[:, :1], crops[:, 1:]
-    assert ((side**2 >= MIN_AREA - 1e-6) & (side <= 1)).all()
+    assert ((side**2 >= 0.9 - 1e-6) & (side <= 1)).all()  # nine tenths of the image
     assert (centre.abs() + side <= 1 + 1e-6).all()
 
 
@@ -116,6 +116,9 @@ def test_recolourings_are_spread_from_none_to_all_that_is_allowed():
     colours = draw_recolourings(20_000, np.random.default_rng(0)).double()
     assert colours.shape == (20_000, 3, 4)
     offsets = colours[..., 3].flatten()
+    # The mean of all turns is that of the channels, of all shares a half.
+    expected = torch.eye(3) / 2 + torch.full((3, 3), 1 / 6)
+    torch.testing.assert_close(colours[..., :3].mean(dim=0), expected.double(), atol=0.02, rtol=0)
     grey = colours[..., :3].sum(dim=2)  # 1 plus a share of the gain's distance from 1
     assert grey.min() < GAIN[0] + 0.02 and grey.max() > GAIN[1] - 0.02
     assert ((grey > GAIN[0]) & (grey < GAIN[1])).all()
@@ -153,6 +156,16 @@ def test_other_words_stand_between_the_first_and_the_last_token(tokenizer, texts
         end = old.index(tokenizer.end_of_text)
         expected = tokenizer.words.start + (draws[-1, 14 : 13 + end] * len(tokenizer.words)).floor()
         assert row[1:end] == expected.tolist()
+
+
+def test_the_share_of_other_words_is_uniform_from_none_to_all():
+    tokens = torch.full((2000, 77), 7)
+    tokens[:, 0], tokens[:, -1] = 49406, 49407
+    draws = torch.from_numpy(np.random.default_rng(0).random((2000, 155)))
+    found = reword(tokens, draws, clip_tokenizer().words)
+    changed = (found != tokens)[:, 1:-1].double().mean(dim=1)
+    shares = torch.histc(changed, 5, 0, 1) / 2000
+    torch.testing.assert_close(shares, torch.full_like(shares, 0.2), atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize("tokenizer", [clip_tokenizer(), chinese_tokenizer()])

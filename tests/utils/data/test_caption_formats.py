@@ -1,12 +1,13 @@
 """Caption files as people have them."""
 
+import numpy as np
 import pytest
 from caption_files import FORMATS, as_csv, as_json_lines, as_list_of_single_captions
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from models.errors import InputError
-from utils.data.annotations import caption_file, read_annotations
+from utils.data.annotations import NOTHING, caption_file, read_annotations
 
 PAIRS = [
     ("images/1.jpg", ["a dog, wet", 'a sign: "stop"', "a dog, wet"]),
@@ -35,6 +36,72 @@ def test_rows_of_one_image_are_put_together(tmp_path, write):
     assert pairs == [("images/1.jpg", ["a", "a", "b", "b", "d"]), ("2.jpg", ["c"])]
 
 
+LISTS = {  # as `str` of a list, `json.dumps` and `str` of an array write them into a cell
+    "Python": """['a "red" dog', "the dog's, wet", '一只狗\\n在跑']""",
+    "JSON": r"""["a \"red\" dog", "the dog's, wet", "一只狗\n在跑"]""",
+    "numpy": """['a "red" dog' "the dog's, wet"\n '一只狗\\n在跑']""",
+}
+
+
+@pytest.mark.parametrize("cell", LISTS.values(), ids=LISTS)
+def test_a_list_cell_is_its_captions(tmp_path, cell):
+    file = tmp_path / "en_train.csv"
+    file.write_text(as_csv([("1.jpg", [cell]), ("2.jpg", ["[a dog]", "['a', b]"])]), "utf-8")
+    assert read_annotations(file) == [
+        ("1.jpg", ['a "red" dog', "the dog's, wet", "一只狗\n在跑"]),
+        ("2.jpg", ["[a dog]", "['a', b]"]),
+    ]
+
+
+def test_a_list_cell_is_what_pandas_writes(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    captions = [['it\'s "a" dog', "a dog"], ["[two] boats", "zwei Böte"]]
+    for cells in (captions, [np.array(texts, object) for texts in captions]):
+        table = pandas.DataFrame({"filename": ["1.jpg", "2.jpg"], "captions": cells})
+        table.to_csv(tmp_path / "en_train.csv", index=False)
+        read = read_annotations(tmp_path / "en_train.csv")
+        assert read == list(zip(["1.jpg", "2.jpg"], captions, strict=True))
+
+
+def test_empty_cells_are_no_captions_and_are_counted(tmp_path, capsys):
+    """In the spellings of pandas' missing value, in tables and in JSON."""
+    (tmp_path / "en_train.csv").write_text(
+        "image,caption\n1.jpg,a\n1.jpg,nan\n1.jpg,\n2.jpg,NaN\n3.jpg,<NA>\n3.jpg,nano\n"
+    )
+    assert read_annotations(tmp_path / "en_train.csv") == [("1.jpg", ["a"]), ("3.jpg", ["nano"])]
+    told = capsys.readouterr().out
+    assert told.endswith("left out are empty captions: 4, images without captions: 1\n")
+    (tmp_path / "en_val.json").write_text(
+        '[{"image": "1.jpg", "caption": ["a", null, ""]}, {"image": "2.jpg", "caption": NaN}]'
+    )
+    assert read_annotations(tmp_path / "en_val.json") == [("1.jpg", ["a"])]
+    assert "empty captions: 3, images without captions: 1" in capsys.readouterr().out
+    (tmp_path / "en_test.csv").write_text("image,caption\n1.jpg,\n")
+    with pytest.raises(InputError, match="all its captions are empty"):
+        read_annotations(tmp_path / "en_test.csv")
+
+
+def test_rows_that_all_stand_there_several_times_are_copies(tmp_path, capsys):
+    """A table that was appended to itself. A row alone that is doubled may be two people's caption,
+    as in Flickr8k's Chinese captions; and rows with numbers of their own differ."""
+    rows = ["1.jpg,a", "1.jpg,b", "1.jpg,a", "2.jpg,c", "3.jpg,d", "3.jpg,e", "3.jpg,d"]
+    doubled = [*rows[:4], *rows, "1.jpg,nan"]
+    (tmp_path / "en_train.csv").write_text("\n".join(["image,caption", *doubled]))
+    pairs = [("1.jpg", ["a", "a", "b"]), ("2.jpg", ["c"]), ("3.jpg", ["d", "e", "d"])]
+    assert read_annotations(tmp_path / "en_train.csv") == pairs
+    assert capsys.readouterr().out.endswith("left out are copied entries: 4, empty captions: 1\n")
+    numbered = [f"{row},{number}" for number, row in enumerate(doubled)]
+    (tmp_path / "en_train.csv").write_text("\n".join(["image,caption,n", *numbered]))
+    assert sum(len(captions) for _, captions in read_annotations(tmp_path / "en_train.csv")) == 11
+    assert "copied" not in capsys.readouterr().out
+
+
+def test_the_name_of_a_file_says_its_split(tmp_path, capsys):
+    (tmp_path / "en_val.csv").write_text("image,caption,split\n1.jpg,a,dev\n2.jpg,b,test\n")
+    assert read_annotations(tmp_path / "en_val.csv") == [("1.jpg", ["a"]), ("2.jpg", ["b"])]
+    assert "entries whose split is test count as val" in capsys.readouterr().out
+
+
 def test_columns_with_bars_and_spaces_in_the_header(tmp_path):
     """As the results.csv of Flickr30k."""
     file = tmp_path / "en_train.csv"
@@ -58,7 +125,7 @@ UNUSABLE = {
         "broken table from line 3 on",
     ),
     "a quote in quotes": ("csv", 'image,caption\n1.jpg,"a "b" c"\n', "from line 2 on.*twice"),
-    "no caption": ("csv", "image,caption\n1.jpg,\n", r'line 2 \("1.jpg"\): "caption" holds an'),
+    "no caption": ("csv", "image,caption\n1.jpg,\n", "all its captions are empty"),
     "no image": ("tsv", "image\tcaption\n\ta\n", 'line 2 .*"image" should be the path'),
     "other names": (
         "json",
@@ -127,7 +194,9 @@ def test_the_file_of_a_split_may_have_any_of_the_suffixes_but_only_one(tmp_path)
 # What a table keeps: spaces around a field do not count, and the csv module reads any line end as
 # \n within a file that Python opens as text.
 text = st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), min_size=1)
-captions = st.lists(text.map(str.strip).filter(bool), min_size=1, max_size=3)
+# Entries that are all doubled are copies, and those of `NOTHING` are none.
+texts = text.map(str.strip).filter(lambda caption: caption.lower() not in NOTHING)
+captions = st.lists(texts, min_size=1, max_size=3, unique=True)
 names = st.text(st.characters(codec="utf-8", categories=("L", "N")), min_size=1, max_size=9)
 images = st.builds("{}/{}.jpg".format, names, names)
 pairs = st.lists(st.tuples(images, captions), min_size=1, max_size=4, unique_by=lambda p: p[0])

@@ -85,7 +85,9 @@ def test_every_bad_image_is_told_once_in_order_and_no_good_one(tmp_path, num_wor
             file.write_bytes(content)
     (tmp_path / "images" / "folder.jpg").mkdir()
 
-    problems = check_images(dataset.image, num_workers)
+    problems, plain = check_images(dataset.image, num_workers)
+    good = {name for name in names if name in GOOD}
+    assert {Path(path).name for path in plain} == good & {"16-bit.png", "1x1.png"}
     bad = [name for name in names if name in BAD]
     assert len(problems) == len(bad)
     for name, problem in zip(bad, problems, strict=True):
@@ -102,7 +104,7 @@ def test_truncation_is_found_at_any_place_of_the_data(tmp_path):
     for name in names:
         file = tmp_path / "images" / name
         file.write_bytes(whole[: len(whole) * int(name.removesuffix(".jpg")) // 100])
-    assert len(check_images(dataset.image)) == len(names)
+    assert len(check_images(dataset.image)[0]) == len(names)
 
 
 def test_images_may_be_on_another_disk(tmp_path):
@@ -120,7 +122,7 @@ def test_images_may_be_on_another_disk(tmp_path):
     for root in (tmp_path, tmp_path / "link"):
         dataset = Flickr8kDataset(root, 8)
         assert [Path(image).name for image in dataset.image] == names
-        assert check_images(dataset.image) == []
+        assert check_images(dataset.image)[0] == []
         assert dataset[1][0].shape == (3, 8, 8)
 
 
@@ -136,6 +138,23 @@ def test_bad_images_of_the_test_split_are_found_before_training(tmp_path, capsys
     for images, train_too in (([one], [two], [broken]), False), (([one, broken], [two]), True):
         with pytest.raises(InputError, match=r"1 images cannot be read:\n.*not an image"):
             check_splits(splits(*images), 0, train_too)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_pictures_of_one_colour_are_named_in_one_line(tmp_path, capsys, cached):
+    """White ones too, of which nothing shows what was meant; not one with a spot in its corner."""
+    names = [f"{number}.png" for number in range(8)]
+    dataset = data_set(tmp_path, names)
+    for number, name in enumerate(names):
+        picture = np.full((9, 9, 3), 30 * number, np.uint8)
+        picture[-3:, -3:, 1] += 40 * (number >= 5)
+        Image.fromarray(picture).save(tmp_path / "images" / name)
+    if cached:
+        dataset.cache()
+    check_splits({"train": dataset, "val": dataset}, 0, train_too=True)
+    (line,) = [ln for ln in capsys.readouterr().out.splitlines() if "one colour" in ln]
+    told = ", ".join(str(tmp_path / "images" / name) for name in names[:3])
+    assert line == f"warning: pictures of one colour, as they are read: 5 ({told}, ...)"
 
 
 def splits(*images: list[str]) -> dict[str, SimpleNamespace]:

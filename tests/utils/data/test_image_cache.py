@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -112,10 +113,10 @@ def test_batches_on_a_gpu(root, monkeypatch, fits):
         assert torch.equal(images.cpu(), decoded(dataset)[batch])
         assert images.is_cuda or images.is_pinned()
     expected = TrainLoader(Flickr8kDataset(root, SIDE), 4, torch.device("cuda"))
-    for (images, tokens), (same_images, same_tokens) in zip(
-        expected.epoch(1), TrainLoader(dataset, 4, torch.device("cuda")).epoch(1), strict=True
-    ):
-        assert torch.equal(images, same_images) and torch.equal(tokens, same_tokens)
+    found = TrainLoader(dataset, 4, torch.device("cuda"))
+    for batch, same in zip(expected.epoch(1), found.epoch(1), strict=True):
+        assert batch.images.is_cuda and same.images.is_cuda
+        assert torch.equal(batch.images, same.images) and torch.equal(batch.tokens, same.tokens)
 
 
 def test_a_transform_is_refused(root):
@@ -141,6 +142,14 @@ def test_a_file_that_is_current_is_used_as_it_is(root, tmp_path):
     moved = root.rename(tmp_path / "elsewhere" / "data")
     cached(moved)
     assert identity(moved / ".cache" / NAME) == written
+
+
+def test_another_pillow_may_decode_otherwise(root, monkeypatch):
+    cached(root)
+    written = identity(root / ".cache" / NAME)
+    monkeypatch.setattr("PIL.__version__", "0.0")
+    cached(root)
+    assert identity(root / ".cache" / NAME) != written
 
 
 def test_a_folder_can_be_named(root, tmp_path):
@@ -169,6 +178,16 @@ def replace_image_by_one_of_its_size(root):
     os.utime(image, ns=(time, time + 1000))  # only its time tells
 
 
+def replace_image_by_one_of_its_size_and_time(root):
+    image = root / "images" / "train_0004.png"
+    for seed in (1, 2):
+        noise(image.with_suffix(".bmp"), seed)
+        shutil.copyfile(image.with_suffix(".bmp"), image)
+        os.utime(image, ns=(0, 10**18))
+        if seed == 1:
+            cached(root)
+
+
 def add_image(root):
     noise(root / "images" / "new.png", seed=3)
     edit_entries(root, lambda e: e.insert(2, {"image": "images/new.png", "caption": "noise"}))
@@ -190,11 +209,15 @@ def swap_images_of_one_size_and_time(root):
     [
         replace_image,
         replace_image_by_one_of_its_size,
+        pytest.param(
+            replace_image_by_one_of_its_size_and_time,
+            marks=pytest.mark.skipif(os.name == "nt", reason="files have no time of their change"),
+        ),
         add_image,
         lambda root: edit_entries(root, lambda entries: entries.pop(4)),
         swap_images_of_one_size_and_time,
     ],
-    ids=["size", "time", "added", "removed", "reordered"],
+    ids=["size", "time", "neither", "added", "removed", "reordered"],
 )
 def test_a_stale_file_is_written_anew(root, change):
     before = cached(root)
@@ -205,6 +228,19 @@ def test_a_stale_file_is_written_anew(root, change):
     assert [file.name for file in (root / ".cache").iterdir()] == [NAME]
     if sys.platform != "win32":  # a run that goes on keeps the pixels that it has
         assert torch.equal(before.cached, pixels)
+
+
+@pytest.mark.parametrize("other", [{"resize_mode": "squash"}, {"interpolation": "bilinear"}])
+def test_a_model_that_resizes_otherwise_gets_pixels_of_its_own(root, other):
+    """At the same side: a ViT and a Chinese-CLIP in turn."""
+    for image in (root / "images").iterdir():
+        noise(image, seed=1)  # not square
+    pixels = cached(root).cached.clone()
+    dataset = Flickr8kDataset(root, SIDE)
+    dataset.preprocess = replace(dataset.preprocess, **other)
+    dataset.cache()
+    assert torch.equal(dataset.cached, decoded(dataset))
+    assert not torch.equal(dataset.cached, pixels)
 
 
 @pytest.mark.parametrize(

@@ -41,3 +41,16 @@ def test_a_folder_without_images_is_named(tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(InputError, match=f"{tmp_path.name}: there are no images in it"):
         find_images(tmp_path)
+
+
+def test_photographs_that_need_a_package_are_counted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Image, "EXTENSION", {".jpg": "JPEG"})
+    image(tmp_path / "a.jpg")
+    (tmp_path / "2.HEIC").touch()
+    (tmp_path / "3.avif").touch()
+    assert find_images(tmp_path) == [Path("a.jpg")]
+    said = capsys.readouterr().out
+    assert "2 photographs, such as 2.HEIC, " in said and "pip install pillow-heif" in said
+    (tmp_path / "a.jpg").unlink()
+    with pytest.raises(InputError, match=r"2 photographs, .* needs pip install pillow-heif"):
+        find_images(tmp_path)

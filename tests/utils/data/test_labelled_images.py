@@ -66,12 +66,61 @@ def test_class_folders_are_read_as_by_torchvision(folder, split):
     [
         ("a dog\n\n a cat \nanother dog", ["a dog", "a cat", "another dog"]),
         ("\ufeff狗\tdog\nDog\tother dog\nbig_cat\tcat\n", ["other dog", "cat", "dog"]),
+        ("other\tbird\n狗\tdog\nDog\tother dog\nbig_cat\tcat", ["other dog", "cat", "dog"]),
+        ("狗 dog\nDog  other dog\nbig_cat cat, or lion", ["other dog", "cat, or lion", "dog"]),
+        ("Dog food\ncats\ndogs", ["Dog food", "cats", "dogs"]),
+        ('{"狗": "a_dog", "Dog": "hot dog", "big_cat": "cat"}', ["hot dog", "cat", "a dog"]),
     ],
 )
 def test_names_from_a_file(folder, tmp_path, text, names):
-    file = tmp_path / "names.txt"
+    file = tmp_path / f"names.{'json' if text[0] == '{' else 'txt'}"
     file.write_text(text, "utf-8")
     assert find_labelled_images(folder, names_file=file).classes == names
+
+
+@pytest.mark.parametrize("keys", [["n01440764", "n02012849", "n04266014"], ["0", "2", "10"]])
+def test_names_from_the_class_index_of_imagenet(tmp_path, keys):
+    """As Keras publishes it, in imagenet_class_index.json; of folders named by synset or number."""
+    index = {"0": ["n01440764", "tench"], "1": ["n01443537", "goldfish"],
+             "2": ["n02012849", "crane"], "10": ["n04266014", "space_shuttle"]}  # fmt: skip
+    for key in keys:
+        noise(tmp_path / "data" / key / "0.png", seed=0)
+    file = tmp_path / "imagenet_class_index.json"
+    file.write_text(json.dumps(index))
+    found = find_labelled_images(tmp_path / "data", names_file=file)
+    assert found.classes == ["tench", "crane", "space shuttle"]
+
+
+@pytest.mark.parametrize(
+    "content", ["[", '["a", "b"]', '{"Dog": 1}', '{"0": ["a", ["b"]]}', '{"0": []}', "[" * 99999]
+)
+def test_unusable_json_is_told(folder, tmp_path, content):
+    file = tmp_path / "names.json"
+    file.write_text(content)
+    with pytest.raises(InputError, match=r'names.json: should be {"folder": "name", ...}, or as'):
+        find_labelled_images(folder, names_file=file)
+
+
+@pytest.mark.parametrize(
+    "folders, names",
+    [
+        (["0", "1", "2", "10", "11"], ["0", "1", "2", "10", "11"]),
+        (["digit_2", "digit_10"], ["digit 2", "digit 10"]),
+        (["AnnualCrop", "SeaLake"], ["Annual Crop", "Sea Lake"]),  # EuroSAT's
+        (["001.Black_Albatross", "010.Blackbird"], ["Black Albatross", "Blackbird"]),  # as in CUB
+        (["n02085620-Chihuahua", "n02085782-Shih"], ["Chihuahua", "Shih"]),  # Stanford Dogs'
+        (["n01440764", "n01443537"], ["n01440764", "n01443537"]),
+        (["2_wheels", "4_wheels"], ["2 wheels", "4 wheels"]),  # the numbers tell them apart
+        (["7_up", "cola"], ["7 up", "cola"]),
+        (["2D", "3D"], ["2D", "3D"]),
+    ],
+)
+def test_names_of_folders_are_sorted_and_read_as_people_do(tmp_path, folders, names):
+    for name in folders:
+        noise(tmp_path / name / "0.png", seed=0)
+    source = find_labelled_images(tmp_path)
+    assert source.classes == names
+    assert [Path(image).parent.name for image in source.image] == folders
 
 
 @pytest.mark.parametrize(
@@ -81,9 +130,10 @@ def test_names_from_a_file(folder, tmp_path, text, names):
             "a\nb",
             r"names.txt: 2 class names, where there are 3 classes \(Dog to 狗\)",
         ),
-        ("Dog\ta\nbig_cta\tb\n狗\tc", "names.txt: 'big_cta': no such class; did you mean big_cat"),
-        ("Dog\ta\nbig_cat\tb", "names.txt: no line folder<TAB>name for 狗"),
-        ("Dog\ta\nbig_cat\tb\n狗", "names.txt: '狗': no name; write folder<TAB>name"),
+        ("Dog\ta\nbig_cta\tb\n狗\tc", r"names.txt: no name for big_cat; did you mean big_cta\?"),
+        ("Dog\ta\nbig_cat\tb", "names.txt: no name for 狗; write folder<TAB>name"),
+        ("Dog\ta\nbig_cat\tb\n狗", "names.txt: no name for 狗"),
+        ("Dog a\nbig_cat b", "names.txt: no name for 狗"),
         ("\n", "names.txt: no class names in it"),
         (None, "names.txt: no such file"),
     ],

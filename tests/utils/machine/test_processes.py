@@ -13,13 +13,14 @@ from spawned import in_processes
 
 from flickr8k.render_demo import render_demo
 from models.clip_utils import create_model
+from models.errors import InputError
 from models.lora import add_lora
 from utils import Flickr8kDataset, contrastive_loss
 from utils.flickr8k_dataloader import TrainLoader
 from utils.machine.precision import Precision
-from utils.machine.processes import ALONE, Processes
+from utils.machine.processes import ALONE, Processes, join_processes, torchrun_variables
 from utils.metric import evaluate
-from utils.training.gradients import GradientExchange, accumulate_gradients
+from utils.training.gradients import accumulate_gradients
 from utils.training.keep import Keep
 
 CPU = torch.device("cpu")
@@ -92,10 +93,9 @@ def step_gradients(processes, data, chunk, rank=None):
     dataset = Flickr8kDataset(data, 64)
     loader = TrainLoader(dataset, 11, CPU, captions_per_image=2, processes=processes, alter=True)
     batch = next(loader.epoch(1))
-    exchange = GradientExchange(model, processes)
     for _ in range(2):  # the first step learns the order in which gradients are sent
         model.zero_grad()
-        loss = accumulate_gradients(model, batch, precision, exchange, chunk, keep)
+        loss = accumulate_gradients(model, batch, precision, processes, chunk, keep)
     gradients = {name: p.grad.numpy() for name, p in model.named_parameters() if p.requires_grad}
     return processes.sum(loss).item(), gradients
 
@@ -157,6 +157,84 @@ def test_torchrun_trains_as_one_process_does(data, tmp_path):
     for row, expected in zip(two, one, strict=True):
         for name in ("train_loss", "val_loss"):
             assert float(row[name]) == pytest.approx(float(expected[name]), rel=1e-4)
+
+
+STEP = {"SLURM_JOB_ID": "1234567", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "n1,n2"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "nodes, first",
+    [  # what `scontrol show hostnames` puts first
+        ("localhost", "localhost"),
+        ("gpu-a,gpu-b", "gpu-a"),
+        ("node[009-012,3],login", "node009"),
+        ("node[7,3]", "node7"),
+        ("rack[1-2]-ib,rack3-ib", "rack1-ib"),
+    ],
+)
+def test_the_first_process_of_an_srun_is_on_the_first_of_its_machines(nodes, first):
+    assert torchrun_variables(STEP | {"SLURM_STEP_NODELIST": nodes})["MASTER_ADDR"] == first
+
+
+def test_what_srun_tells_a_process_is_taken_for_what_torchrun_tells():
+    told = torchrun_variables(STEP)
+    assert (told["RANK"], told["LOCAL_RANK"], told["WORLD_SIZE"]) == ("3", "1", "4")
+    assert 1024 <= int(told["MASTER_PORT"]) < 32768  # below those that Linux gives to connections
+    assert told["MASTER_PORT"] != torchrun_variables(STEP | {"SLURM_STEP_ID": "1"})["MASTER_PORT"]
+    own = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "6000"}
+    assert own.items() <= torchrun_variables(STEP | own).items()
+    # Each task sees its own GPU alone, which has number 0 there.
+    assert torchrun_variables(STEP | {"SLURM_GPUS_PER_TASK": "1"})["LOCAL_RANK"] == "0"
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
+        STEP | {"SLURM_STEP_NUM_TASKS": "1"},
+        STEP | {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"},
+    ],
+    ids=["a batch script that starts Python itself", "an interactive shell", "torchrun"],
+)
+def test_a_process_that_srun_has_not_started_beside_others_is_alone(monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert join_processes("cpu") == (ALONE, CPU)
+
+
+@pytest.mark.parametrize("by", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])  # Open MPI, MPICH
+def test_processes_of_mpirun_are_refused(monkeypatch, by):
+    monkeypatch.setenv(by, "2")
+    with pytest.raises(InputError, match=r"mpirun has started 2 processes.* torchrun or srun"):
+        join_processes("cpu")
+    monkeypatch.setenv(by, "1")
+    assert join_processes("cpu") == (ALONE, CPU)
+
+
+JOIN = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+from utils.machine.processes import join_processes
+processes, device = join_processes(None)
+print(processes.sum(torch.tensor(processes.rank + 1)).item(), device, file=sys.stderr)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_of_an_srun_compute_together():
+    step = STEP | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost",
+                   "SLURM_JOB_ID": str(os.getpid()), "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOIN.format(root=str(ROOT))], stderr=subprocess.PIPE, text=True,
+            env=os.environ | step | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank},
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    errors = [process.communicate(timeout=120)[1] for process in started]
+    assert all(printed.splitlines()[-1] == "3 cpu" for printed in errors), errors
 
 
 @pytest.mark.slow

@@ -467,7 +467,11 @@ def test_the_keyboard_reaches_the_filters_and_a_reader_hears_the_answers(written
         requestAnimationFrame(() => setTimeout(done));
     })""")
     nodes = opened.call("Accessibility.getFullAXTree")["nodes"]
-    heard = {(n["role"]["value"], n.get("name", {}).get("value", "")) for n in nodes if "role" in n}
+    heard = {
+        (node["role"]["value"], " ".join(node.get("name", {}).get("value", "").split()))
+        for node in nodes
+        if "role" in node
+    }
     assert {("radio", "All 10"), ("radio", "Text to image"), ("searchbox", "Words")} <= heard
     articles = [name for role, name in heard if role == "article"]
     assert len(articles) == 10 and all(re.match(r"rank \d+: .", name) for name in articles)

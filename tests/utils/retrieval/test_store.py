@@ -3,7 +3,6 @@ and the programs that use it."""
 
 import json
 import math
-import multiprocessing
 import os
 import signal
 import sys
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
-from script_runs import PRELOADED
+from script_runs import forks
 
 from models.clip_utils import create_model
 from models.errors import InputError
@@ -120,8 +119,18 @@ def test_an_image_is_encoded_once_and_again_when_it_has_changed(weights, folder)
     for gone in ("a/moved.png", "b/2.png"):
         (folder / gone).unlink()
     assert searched(model, weights, folder) == 0
-    names = {key.split(" ", 2)[2] for key in stored(kept)}
+    names = {key.split(" ", 3)[3] for key in stored(kept)}
     assert names == {"a/1.png", "a/5.png", "b/0.png", "b/4.png", "new/deep/6.PNG"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="its files have no time of their change")
+def test_a_picture_in_the_place_of_one_with_its_size_and_time_is_encoded(weights, folder):
+    """As an archive leaves it, which gives all its files one time. Noise: `searched` compares."""
+    file = folder / "new.bmp"  # not compressed, so that all have one size
+    for seed in (6, 7):
+        draw(file, seed)
+        os.utime(file, ns=(10**18, 10**18))
+        assert searched(demo(), weights, folder) == (7 if seed == 6 else 1)
 
 
 def test_features_are_those_of_the_weights_whatever_their_file_says(weights, folder, capsys):
@@ -173,6 +182,49 @@ def test_captions_are_kept_as_encode_texts_gives_them(weights, monkeypatch):
         assert torch.allclose(features, expected, rtol=2 * HALF, atol=1e-6)
     monkeypatch.setattr(model, "encode_text", None)  # would fail
     kept_caption_features(model, weights, "list", CAPTIONS, FLOAT32)
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_tuning_one_tower_makes_its_features_anew_and_spares_the_others(weights, folder, tower):
+    """Also where the logit scale has moved, which is part of neither."""
+    model, encoded = demo(), []
+
+    def captions() -> int:
+        """Check the features of all captions, and return how many were encoded now."""
+        encoded.clear()
+        features = kept_caption_features(model, weights, "list", CAPTIONS, FLOAT32)
+        number = len(encoded)
+        own = encode_texts(model, model.tokenize(CAPTIONS, truncate=True))
+        assert torch.allclose(features, own, rtol=2 * HALF, atol=1e-6)
+        return number
+
+    encode = model.encode_text
+    model.encode_text = lambda tokens: encoded.extend(tokens) or encode(tokens)
+    assert (searched(model, weights, folder), captions()) == (6, 4)
+    with torch.no_grad():
+        model.logit_scale += 1
+        (model.visual.proj if tower == "image" else model.text_projection).normal_()
+    found = searched(model, weights, folder), captions()
+    assert found == ((6, 0) if tower == "image" else (0, 4))
+
+
+def test_each_folder_and_each_weights_file_keeps_what_it_has(weights, folder, tmp_path):
+    """Searched in turns, and captions beside them."""
+    model, other, last = demo(), tmp_path / "others", weights.with_name("last.pth")
+    last.touch()
+    for i in range(2):
+        draw(other / f"{i}.png", 50 + i)
+    assert [searched(model, weights, each) for each in (folder, other)] == [6, 2]
+    kept_caption_features(model, weights, str(folder.resolve()), CAPTIONS, FLOAT32)
+    assert searched(demo(1), last, folder) == 6
+    assert [searched(model, weights, each) for each in (folder, other)] == [0, 0]
+    assert searched(demo(1), last, folder) == 0
+
+
+def test_another_pillow_may_decode_otherwise(weights, folder, monkeypatch):
+    assert searched(demo(), weights, folder) == 6
+    monkeypatch.setattr("PIL.__version__", "0.0")
+    assert searched(demo(), weights, folder) == 6
 
 
 def damaged(content: bytes):
@@ -281,11 +333,9 @@ def search_in_child(weights, folder, arguments, results) -> None:
 
 def in_children(weights, folder, *arguments) -> list:
     """What children with these arguments of `Slow`, at work at the same time, return."""
-    context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    results = context.Queue()
+    results = forks().Queue()
     children = [
-        context.Process(target=search_in_child, args=(weights, folder, given, results))
+        forks().Process(target=search_in_child, args=(weights, folder, given, results))
         for given in arguments
     ]
     for child in children:

@@ -3,8 +3,6 @@
 import argparse
 import json
 import math
-import os
-import re
 from pathlib import Path
 
 import pytest
@@ -12,12 +10,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from models.errors import InputError
-from models.scripts import SCRIPTS
 from utils.runs.arguments import (
     TrainedOn,
     integer,
     name_or_path,
-    newest_weights,
     number,
     path,
     positive,
@@ -131,28 +127,6 @@ def test_a_run_tells_what_its_weights_were_trained_on(weights):
     assert trained_on(str(weights)) == TrainedOn(Path("C:/数据"), ["cn", "en"])
     assert run_folder(weights) == run_folder(weights.parents[1]) == weights.parents[1]
     assert trained_on(weights.parents[1]) == trained_on(weights)
-
-
-def test_the_newest_run_is_looked_for_here_and_then_beside_the_scripts(tmp_path, monkeypatch):
-    here, beside = tmp_path / "here", tmp_path / "beside"
-    here.mkdir()
-    monkeypatch.chdir(here)
-    monkeypatch.setattr("utils.runs.arguments.SCRIPTS", beside)
-    name = "weights/best_epoch_weights.pth"
-    with pytest.raises(InputError, match=re.escape(f"python {SCRIPTS / 'train.py'} --demo")):
-        newest_weights()
-    for file, when in ((beside / "logs/a" / name, 2), (beside / "logs/b" / name, 1)):
-        file.parent.mkdir(parents=True)
-        file.touch()
-        os.utime(file, (when, when))
-    assert newest_weights() == beside / "logs/a" / name
-    (here / "logs/c" / name).parent.mkdir(parents=True)
-    (here / "logs/c" / name).touch()
-    os.utime(here / "logs/c" / name, (0, 0))
-    assert newest_weights() == Path("logs/c") / name
-    mixture = Path("logs/c/weights/wise_ft_weights.pth")
-    mixture.touch()
-    assert newest_weights() == mixture
 
 
 def test_names_and_missing_files_are_of_no_run(weights, monkeypatch):

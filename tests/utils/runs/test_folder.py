@@ -1,10 +1,9 @@
-"""The folder of a run whose best weights are lost."""
+"""The best weights in the folder of a run, also where they are lost."""
 
 import pytest
 import torch
+from tiny import tiny_clip
 
-from models.clip import CLIP
-from models.weights.config import Config
 from utils.machine.processes import ALONE
 from utils.runs.checkpoint import read_checkpoint
 from utils.runs.folder import Run
@@ -17,17 +16,12 @@ class NoLosses:
 
 @pytest.fixture
 def model():
-    config = Config(
-        embed_dim=4, image_resolution=8, vision_layers=1, vision_width=64, vision_patch_size=4,
-        vision_mlp_width=256, context_length=5, vocab_size=7, transformer_width=64,
-        transformer_mlp_width=256, transformer_heads=1, transformer_layers=1,
-    )  # fmt: skip
-    return CLIP(config).initialize()
+    return tiny_clip()
 
 
 def state(*recalls, losses=()):
     rows = [
-        {"epoch": n, "train_loss": 1.0, "val_loss": 1.0, "mean_recall": recall}
+        {"epoch": n, "train_loss": 1.0, "val_loss": 2.0, "mean_recall": recall}
         for n, recall in enumerate(recalls, 1)
     ]
     return {"start": None, "rows": rows, "losses": list(losses), "optimizer": {}}
@@ -50,6 +44,35 @@ def end_epoch(run, model, *recalls):
     """End the epoch with the last of these recalls; its weights hold the number of epochs."""
     torch.nn.init.constant_(model.logit_scale, len(recalls))
     run.save_epoch(model, state(*recalls), keep_every=100)
+
+
+def test_of_equal_epochs_the_first_is_the_best(tmp_path, model):
+    """As in `State.epochs_since_best`."""
+    run = opened(tmp_path)
+    for recalls, best in (
+        ([5.0], 1),
+        ([5.0, 5.0], 1),
+        ([5.0, 5.0, 6.0], 3),
+        ([5.0, 5.0, 6.0, 6.0], 3),
+    ):
+        end_epoch(run, model, *recalls)
+        assert scale_of_best(run) == best
+
+
+def test_every_so_many_epochs_and_of_the_last_one_weights_stay(tmp_path, model):
+    run = opened(tmp_path)
+    for epochs in range(1, 6):
+        torch.nn.init.constant_(model.logit_scale, epochs)
+        run.save_epoch(model, state(*range(epochs)), keep_every=2)
+    found = {
+        file.name: torch.load(file, weights_only=True)["logit_scale"].item()
+        for file in run.weights.glob("*.pth")
+        if file.name != "checkpoint.pth"
+    }
+    assert found == {
+        "best_epoch_weights.pth": 5, "last_epoch_weights.pth": 5,
+        "ep002_loss1.000_val_loss2.000.pth": 2, "ep004_loss1.000_val_loss2.000.pth": 4,
+    }  # fmt: skip
 
 
 def test_the_last_epoch_takes_the_place_of_lost_weights_and_better_ones_its(tmp_path, model):

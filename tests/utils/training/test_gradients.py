@@ -11,7 +11,7 @@ from utils.flickr8k_dataloader import Batch
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE
 from utils.runs.folder import Run
-from utils.training.gradients import GradientExchange, accumulate_gradients
+from utils.training.gradients import accumulate_gradients
 from utils.training.keep import Keep, keep_features
 from utils.training.layer_groups import lock
 
@@ -32,8 +32,7 @@ def batch_of(n, k):
 
 def gradients(model, batch, precision, chunk, keep=None):
     model.zero_grad()
-    exchange = GradientExchange(model, ALONE)
-    loss = accumulate_gradients(model, batch, precision, exchange, chunk, keep)
+    loss = accumulate_gradients(model, batch, precision, ALONE, chunk, keep)
     return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 

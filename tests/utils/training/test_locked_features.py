@@ -16,7 +16,7 @@ from utils.machine.precision import Precision
 from utils.machine.processes import ALONE
 from utils.metric import evaluate
 from utils.runs.checkpoint import save_weights
-from utils.training.gradients import GradientExchange, accumulate_gradients
+from utils.training.gradients import accumulate_gradients
 from utils.training.layer_groups import lock, train_mode
 from utils.training.locked_features import cache_features
 
@@ -38,9 +38,8 @@ def locked_model(tower):
 
 def gradients_of_an_epoch(model, loader, precision, chunk):
     train_mode(model)
-    exchange = GradientExchange(model, ALONE)
     losses = [
-        accumulate_gradients(model, batch, precision, exchange, chunk) for batch in loader.epoch(1)
+        accumulate_gradients(model, batch, precision, ALONE, chunk) for batch in loader.epoch(1)
     ]
     gradients = [p.grad for p in model.parameters() if p.requires_grad]
     model.zero_grad()

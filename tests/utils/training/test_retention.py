@@ -16,8 +16,10 @@ from spawned import in_processes
 
 from flickr8k.render_demo import render_demo
 from models.clip_utils import create_model
+from models.preprocess import open_image
 from utils import Flickr8kDataset
 from utils.machine.processes import ALONE
+from utils.retrieval.tables import points_lost
 from utils.training.retention import Retention, names_of
 
 BATCH = 8
@@ -153,6 +155,32 @@ def test_several_processes_find_what_one_does(work):
     assert found == [measured(ALONE, work)] * 2
 
 
+@pytest.mark.parametrize(
+    "name, template", [("ViT-demo", "a photo of a {}."), ("cn-demo", "一张{}的照片。")]
+)
+def test_a_set_of_classes_scores_its_zero_shot_top_1(work, name, template):
+    """Image by image in float32, by the sentence of the model's language; classes are of different
+    sizes."""
+    torch.manual_seed(2)
+    model = create_model(name).eval()
+    retention = Retention([str(work / "colours")], ["en"])
+    loader = SimpleNamespace(batch_size=16, num_workers=0, processes=ALONE)
+    retention.prepare_for(model, loader, None)
+    files = sorted((work / "colours").rglob("*.png"))
+    colours = sorted({file.parent.name for file in files})
+    with torch.no_grad():
+        pixels = torch.stack([model.preprocess(open_image(file)) for file in files])
+        logits, _ = model(pixels, model.tokenize([template.format(c) for c in colours]))
+    is_right = np.array(
+        [colours[i] == file.parent.name for i, file in zip(logits.argmax(1), files, strict=True)]
+    )
+    found = retention.measure(model)
+    assert 0 < is_right.mean() < 1
+    assert found == {"retention_colours": pytest.approx(100 * is_right.mean())}
+    lost = retention.compare(model, {"retention_colours": 50.0})["points_lost"]
+    assert lost == pytest.approx(50 - 100 * is_right.mean(), abs=1e-5)
+
+
 def test_captions_are_in_the_languages_of_the_run_or_else_in_those_that_there_are(work, tmp_path):
     shutil.copytree(work / "旧的$x^", both := tmp_path / "both")
     shutil.copytree(both, chinese := tmp_path / "chinese")
@@ -162,6 +190,13 @@ def test_captions_are_in_the_languages_of_the_run_or_else_in_those_that_there_ar
     ):  # fmt: skip
         (found,) = Retention([str(folder)], run).sets.values()
         assert found.text == Flickr8kDataset(folder, language=expected, split="val").text
+
+
+def test_points_lost_are_how_much_lower_the_sets_score_now():
+    before = {"mean_recall": 10.0, "retention_a": 60.1, "retention_b": 80.0}
+    now = {"mean_recall": 90.0, "retention_a": 58.1, "retention_b": 70.0}
+    assert points_lost(now, before) == 6 and points_lost(before, now) == -6
+    assert points_lost({"retention_a": 58.1}, before) == 2
 
 
 @given(st.lists(st.sampled_from(["a/x", "b/x", "c/x (2)", "x", "宠物", "a\x1b\n"]), max_size=6))

@@ -1,12 +1,23 @@
 """What train.py's arguments are where the command line leaves them open."""
 
+import os
 import sys
 
 import pytest
 
+from flickr8k.render_demo import render_demo
+from models.errors import InputError
 from models.weights.registry import CONFIGS
 from train import build_parser
-from utils.training.settings import fine_tuning_rate, settle
+from utils.training.settings import (
+    as_saved,
+    check_arguments,
+    fine_tuning_rate,
+    how_it_goes_on,
+    settle,
+    wants_demo_set,
+    without_effect,
+)
 
 
 def settled(monkeypatch, *arguments):
@@ -20,6 +31,9 @@ def test_fine_tuning_keeps_and_mixes_unless_it_is_told_otherwise(monkeypatch):
     args = settled(monkeypatch)
     assert args.keep > 0 and args.lr is None  # which follows the model
     assert args.wise_ft[0] == 0 and args.wise_ft[-1] == 1
+    assert args.warmup_epochs == min(1, args.epochs / 10)
+    for epochs, warmup in ((4, 0.4), (30, 1)):  # a tenth of the run, and at most an epoch
+        assert settled(monkeypatch, "--epochs", str(epochs)).warmup_epochs == warmup
     args = settled(monkeypatch, "--keep", "0", "--wise_ft", "1", "--lr", "1e-5")
     assert (args.keep, args.wise_ft, args.lr) == (0, [1.0], 1e-5)
 
@@ -27,6 +41,99 @@ def test_fine_tuning_keeps_and_mixes_unless_it_is_told_otherwise(monkeypatch):
 def test_from_scratch_there_is_nothing_to_keep(monkeypatch):
     args = settled(monkeypatch, "--resume_training", "none", "--model", "ViT-B/32")
     assert (args.keep, args.wise_ft, args.lr) == (None, None, 5e-4)
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--optimizer_type", "sgd"], "give --lr"),
+        (["--retention_loss", "3"], "--retention"),
+        (
+            ["--log_dir", "a_file/logs"],
+            "--log_dir a_file/logs: cannot be written (a_file is no folder",
+        ),
+        (
+            ["--resume_training", "none", "--model", "ViT-demo", "--activation", "gelu"],
+            "--activation",
+        ),
+        (["--cache", "a_file"], "a_file: cannot be written"),
+        (
+            ["--resume_training", "logs/a"],
+            "--resume_training logs/a/weights/best_epoch_weights.pth",
+        ),
+        (["--resume_training", "logs/<run>"], "those here are logs/b, logs/a"),
+        (["--resume_training", "logs/2020"], "those here are logs/b, logs/a"),
+        (["--resume_training", "logs"], "those here are logs/b, logs/a"),
+        (["--demo", "--dataset_path", "mine"], "leave --demo out"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_in_one_line(monkeypatch, tmp_path, arguments, named):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_file").touch()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "en_train.csv").touch()
+    for time, name in enumerate(("a", "b")):
+        weights = tmp_path / "logs" / name / "weights"
+        weights.mkdir(parents=True)
+        (weights / "best_epoch_weights.pth").touch()
+        os.utime(weights.parent, (time, time))
+    with pytest.raises(InputError) as error:
+        args = settled(monkeypatch, *arguments)
+        assert not wants_demo_set(args)
+        check_arguments(args)
+    assert named in str(error.value).replace(os.sep, "/") and "\n" not in str(error.value)
+
+
+def test_the_demo_goes_into_empty_folders_and_stays_in_its_own(monkeypatch, tmp_path):
+    for folder, is_rendered in (("new", True), ("empty", True), ("demo", True)):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        args = settled(monkeypatch, "--demo", "--dataset_path", str(tmp_path / folder))
+        assert wants_demo_set(args) == is_rendered
+    render_demo(tmp_path / "demo", seed=3, n_train=2, n_val=2)
+    assert not wants_demo_set(args)
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--grad_cache", "100"], "--grad_cache 100 has no effect: a batch has 64 images"),
+        (["--grad_cache", "63"], None),
+        (["--patience", "20"], "--patience 20 has no effect"),
+        (["--patience", "19"], None),
+        (["--save_steps", "9"], "--save_steps 9 has no effect"),
+        (["--save_steps", "8"], None),
+        (["--ema", "0.9999"], "about 10,000 steps, and this run has 160"),
+        (["--ema", "0.99"], None),
+        (["--lora", "8", "--lock_text", "2"], "only low-rank changes learn"),
+        (["--lora", "8", "--lock_text"], None),
+        (["--resume_training", "none", "--model", "ViT-demo", "--lock_image"], "random weights"),
+    ],
+)
+def test_arguments_without_effect_are_told(monkeypatch, arguments, named):
+    """Of a run of 20 epochs with 8 steps each."""
+    lines = list(without_effect(settled(monkeypatch, *arguments), 8))
+    assert [named in line for line in lines] == [True] if named else not lines
+
+
+@pytest.mark.parametrize(
+    "arguments, lines",
+    [
+        ([], ["the run goes on with epoch 3 of 20, of which 4 steps are done"]),
+        (["--num_workers", "2"], [..., "changed: --num_workers None -> 2"]),
+        (["--weight_decay", "0.5", "--freq", "2"],
+         [..., "changed: --weight_decay 0.1 -> 0.5; --freq 5 -> 2, so that its result is not that "
+          "of an uninterrupted run"]),
+        (["--log_dir", "x"], [..., "--log_dir has no effect: a run goes on in its own folder"]),
+        (["--epochs", "2", "--warmup_epochs", "1"],
+         ["changed: --epochs 20 -> 2, so that its result is not that of an uninterrupted run"]),
+    ],
+)  # fmt: skip
+def test_a_run_that_goes_on_tells_what_is_not_as_it_was(monkeypatch, arguments, lines):
+    before = as_saved(settled(monkeypatch), None)
+    resumed = {"rows": [{}, {}], "losses": [1.0] * 4, "arguments": before}
+    found = list(how_it_goes_on(settled(monkeypatch, *arguments), resumed))
+    assert len(found) == len(lines)
+    assert all(line in (..., own) for own, line in zip(found, lines, strict=True))
 
 
 def test_the_rate_falls_as_the_model_grows_wider():

@@ -20,7 +20,7 @@ from utils import Flickr8kDataset
 from utils.flickr8k_dataloader import TrainLoader
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE
-from utils.training.gradients import GradientExchange, accumulate_gradients
+from utils.training.gradients import accumulate_gradients
 from utils.training.keep import Keep
 from utils.training.layer_groups import choose_what_learns, train_mode
 from utils.training.optimizer import parameter_groups
@@ -96,15 +96,12 @@ def test_steps_stay_on_the_gpu_and_let_the_cpu_run_ahead(gpu, dataset, changed):
     keep = Keep(start, args.keep, ["image", "text"]) if args.keep else None
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.9, 0.1), lr=1e-3)
     state = State(model, optimizer, Precision(CUDA, args.amp))
-    exchange = GradientExchange(model, ALONE)
     train_mode(model)
 
     loader = TrainLoader(dataset, 5, CUDA, captions_per_image=2, alter=bool(keep))
     for number, batch in enumerate(loader.epoch(1)):
         with gpu.step() if number else nullcontext():  # in the first, constants are copied
-            loss = accumulate_gradients(
-                model, batch, state.precision, exchange, args.grad_cache, keep
-            )
+            loss = accumulate_gradients(model, batch, state.precision, ALONE, args.grad_cache, keep)
             state.update(ALONE.sum(loss))
     assert (loss.device, loss.dtype, len(state.losses)) == (CUDA, torch.float32, 2)
     learned = {p for p in model.parameters() if p.requires_grad}

@@ -1,0 +1,67 @@
+"""Steps of the optimizer against torch's own with the published settings; the learning rate."""
+
+import math
+
+import pytest
+import torch
+from tiny import tiny_clip
+
+from models.clip_utils import create_model
+from utils.training.optimizer import (
+    learning_rate,
+    parameter_groups,
+    replace_groups,
+    set_learning_rate,
+)
+
+PEERS = {
+    # Radford et al. 2021, table 18: beta2 0.98, epsilon 1e-6.
+    "AdamW": dict(betas=(0.8, 0.98), eps=1e-6),
+    "Adam": dict(betas=(0.8, 0.98), eps=1e-6),
+    "SGD": dict(momentum=0.8, nesterov=True),
+}
+
+
+@pytest.mark.parametrize("kind", PEERS)
+def test_steps_are_those_of_torch_with_clips_settings(kind):
+    """Matrices decay, biases, gains and the logit scale do not. Gradients are as small as epsilon,
+    and each step has others, so that every setting shows."""
+    torch.manual_seed(0)
+    model, peer = tiny_clip(), tiny_clip()
+    peer.load_state_dict(model.state_dict())
+    optimizer = getattr(torch.optim, kind)(model.parameters(), lr=1.0)
+    replace_groups(optimizer, parameter_groups(model, momentum=0.8, weight_decay=0.3))
+    set_learning_rate(optimizer, 0.01)
+    groups = [
+        {"params": [p for p in peer.parameters() if (p.ndim >= 2) == is_matrix], "weight_decay": w}
+        for is_matrix, w in ((True, 0.3), (False, 0.0))
+    ]
+    expected = getattr(torch.optim, kind)(groups, lr=0.01, **PEERS[kind])
+    for size in (1e-6, 3e-7, 2e-6):
+        for own, other in zip(model.parameters(), peer.parameters(), strict=True):
+            own.grad = size * torch.randn_like(own)
+            other.grad = own.grad.clone()
+        optimizer.step()
+        expected.step()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, peer.get_parameter(name), rtol=1e-5, atol=1e-7)
+
+
+def test_weight_decay_is_for_matrices_only():
+    model = create_model("ViT-demo")
+    decayed, others = parameter_groups(model, 0.9, 0.1)
+    assert decayed["weight_decay"] == 0.1 and others["weight_decay"] == 0
+    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)] for p in others["params"]} == {
+        name
+        for name in names.values()
+        if name.endswith("bias") or ".ln_" in name or name.startswith("ln_")
+        or name in ("logit_scale", "visual.class_embedding")
+    }  # fmt: skip
+
+
+def test_the_learning_rate_rises_then_falls_along_a_cosine():
+    rates = [learning_rate(step, 2.0, 10, 110) for step in range(110)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert rates[10:] == pytest.approx([1 + math.cos(math.pi * i / 100) for i in range(100)])
