@@ -17,8 +17,9 @@ from collections.abc import Iterator
 from itertools import chain, count
 from pathlib import Path
 
-from models.errors import InputError, run_script
+from models.errors import InputError
 from models.files import check_writable_folder
+from models.host import run_script
 from models.scripts import ArgumentParser
 from utils.runs.arguments import (
     add_loading,

@@ -4,7 +4,8 @@ et al. 2021, section 3.1).
 python predict_zero_shot.py photo.jpg --labels "a dog" "a cat"
 """
 
-from models.errors import InputError, run_script
+from models.errors import InputError
+from models.host import run_script
 from models.scripts import ArgumentParser, from_here
 from utils.data.templates import TEMPLATE_SETS, read_templates
 from utils.runs.arguments import add_loading, name_or_path

@@ -12,10 +12,9 @@ import time
 from functools import partial
 from pathlib import Path
 
-from models.errors import run_script
-from models.host import garbage_unsearched
+from models.config import MAX_RESOLUTION
+from models.host import garbage_unsearched, run_script
 from models.scripts import ArgumentParser, add_activation, from_here
-from models.weights.registry import MAX_RESOLUTION
 from utils.runs.arguments import fraction, integer, number, path, positive, starting_point, workers
 
 
@@ -127,8 +126,7 @@ def main() -> None:
     from utils.machine.memory import IN_TRAINING, explained
     from utils.machine.processes import join_processes
     from utils.training.gradients import accumulate_gradients
-    from utils.training.layer_groups import train_mode
-    from utils.training.locked_features import cache_features
+    from utils.training.layer_groups import cache_features, train_mode
     from utils.training.optimizer import learning_rate, set_learning_rate
     from utils.training.progress import Progress, announce, report_epoch, score_start, scoring
     from utils.training.settings import settle
@@ -228,7 +226,7 @@ def get_model(args: argparse.Namespace, resumed: dict | None, device, processes)
 
 def get_loader(args: argparse.Namespace, sets: dict, model, device, processes):
     """The batches to train on; afterwards all data is as the model takes it."""
-    from utils.data.check_images import check_splits
+    from utils.data.image_files import check_splits
     from utils.flickr8k_dataloader import TrainLoader
     from utils.machine.memory import check_images_fit
 
@@ -287,7 +285,7 @@ def get_state(args: argparse.Namespace, resumed: dict | None, model, device, run
     """What training starts with: the model on its device, an optimizer, what a checkpoint has."""
     from utils.machine.precision import Precision
     from utils.machine.pyzjr_parts import get_optimizer
-    from utils.training.keep import keep_features
+    from utils.training.distillation import keep_features
     from utils.training.optimizer import parameter_groups, replace_groups
     from utils.training.state import State
 

@@ -40,8 +40,9 @@ if not __package__:  # as a script: Python looks for modules in this folder, not
 
 from flickr8k.own_captions import OwnSet, read_own
 from models import scripts
-from models.errors import InputError, run_script
+from models.errors import InputError
 from models.files import check_regular, check_size, decoded
+from models.host import run_script
 from models.progress_bar import progress_bar
 from utils.data.annotations import (
     annotations_json,

@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 if not __package__:  # as a script: Python looks for modules in this folder, not in the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models.errors import run_script
+from models.host import run_script
 from models.scripts import ArgumentParser, writable_folder
 from utils.data.annotations import annotations_json, write_set
 from utils.runs.arguments import integer

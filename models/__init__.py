@@ -4,7 +4,7 @@ from importlib import import_module
 
 _HOMES = {  # the module that defines each public name
     "CLIP": "models.clip",
-    "build_model": "models.clip",
+    "build_model": "models.clip_utils",
     "available_models": "models.weights.registry",
     "load": "models.clip_utils",
     "tokenize": "models.clip_utils",

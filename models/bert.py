@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import attend
+from models.config import Config
 from models.packing import Layout
 from models.transformer import BlockStack, LayerNorm
-from models.weights.config import Config
 
 EPSILON = 1e-12  # of all norms
 TOKEN_TYPES = 2  # of which texts have the first; BERT's pre-training gave it to the first sentence

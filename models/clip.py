@@ -1,13 +1,13 @@
 """CLIP: an image tower and a text tower with features in one space (Radford et al. 2021)."""
 
 import math
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.bert import Bert
+from models.config import Config
 from models.errors import InputError
 from models.packing import Layout, last_tokens, pack
 from models.preprocess import Preprocess
@@ -15,9 +15,6 @@ from models.resnet import ModifiedResNet
 from models.tokens import Tokenizer, chinese_tokenizer, clip_tokenizer, token_rows
 from models.transformer import BlockStack, LayerNorm, Transformer
 from models.vit import VisionTransformer
-from models.weights.architecture import infer_config, resize_positional_embedding
-from models.weights.checks import check_finite, check_keys
-from models.weights.config import Config, check_config
 
 MAX_LOGIT_SCALE = math.log(100)  # of the parameter, whose exponential multiplies similarities
 
@@ -184,30 +181,3 @@ class CLIP(nn.Module):
         nn.init.normal_(self.text_projection, std=self.text_projection.shape[0] ** -0.5)
         nn.init.constant_(self.logit_scale, math.log(1 / 0.07))
         return self
-
-
-def build_model(
-    state_dict: dict[str, Tensor], config: Config | None = None, input_shape: int | None = None
-) -> CLIP:
-    """A float32 CLIP in evaluation mode with these weights.
-
-    Without a `config` the sizes are inferred from the shapes of the weights, and what shapes do not
-    tell is taken to be as in the published models: QuickGELU, heads of width 64, preprocessing.
-    `input_shape` is another image resolution, in pixels: the positional embedding of the image
-    tower is interpolated to it. Raises `InputError` if the weights are not those of a CLIP, or not
-    of one with this `config`, listing the missing, unknown and wrongly shaped keys; if they hold
-    NaN or infinity; or if the model cannot have that resolution.
-    """
-    config = config or infer_config(state_dict)
-    check_config(config)
-    weights = {key: t.float() if t.is_floating_point() else t for key, t in state_dict.items()}
-    with torch.device("meta"):  # parameters with shapes but without memory: weights replace them
-        model = CLIP(config)
-    check_keys(weights, model.state_dict())
-    check_finite(weights)
-    if input_shape is not None and input_shape != config.image_resolution:
-        weights = resize_positional_embedding(weights, config, input_shape)
-        with torch.device("meta"):
-            model = CLIP(replace(config, image_resolution=input_shape))
-    model.load_state_dict(weights, assign=True)
-    return model.eval()

@@ -11,29 +11,32 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from models.config import Config, check_config
+from models.weights.architecture import (
+    check_finite,
+    check_keys,
+    infer_config,
+    resize_positional_embedding,
+)
+
 if __name__ == "__main__":  # Python looks for modules in this folder only, not in the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor
 
-from models.clip import CLIP, build_model
+from models.clip import CLIP
+from models.config import CONTEXT_LENGTH
 from models.device import pick_device
-from models.errors import InputError, run_script
+from models.errors import InputError, listed, near_names
 from models.files import check_regular, run_weights, runs_in
+from models.host import run_script
 from models.preprocess import Preprocess
 from models.scripts import ArgumentParser, from_here, writable_folder
 from models.tokens import clip_tokenizer, token_rows
 from models.weights import hub
 from models.weights.architecture import check_resolution
-from models.weights.checks import listed
-from models.weights.registry import (
-    CONFIGS,
-    CONTEXT_LENGTH,
-    SHA256,
-    near_names,
-    weights_filename,
-)
+from models.weights.registry import CONFIGS, SHA256, weights_filename
 from models.weights.sources import read_weights
 
 MODELS_PTH = Path(__file__).with_name("models_pth")
@@ -210,3 +213,30 @@ def main() -> None:
 
 if __name__ == "__main__":
     run_script(main)
+
+
+def build_model(
+    state_dict: dict[str, Tensor], config: Config | None = None, input_shape: int | None = None
+) -> CLIP:
+    """A float32 CLIP in evaluation mode with these weights.
+
+    Without a `config` the sizes are inferred from the shapes of the weights, and what shapes do not
+    tell is taken to be as in the published models: QuickGELU, heads of width 64, preprocessing.
+    `input_shape` is another image resolution, in pixels: the positional embedding of the image
+    tower is interpolated to it. Raises `InputError` if the weights are not those of a CLIP, or not
+    of one with this `config`, listing the missing, unknown and wrongly shaped keys; if they hold
+    NaN or infinity; or if the model cannot have that resolution.
+    """
+    config = config or infer_config(state_dict)
+    check_config(config)
+    weights = {key: t.float() if t.is_floating_point() else t for key, t in state_dict.items()}
+    with torch.device("meta"):  # parameters with shapes but without memory: weights replace them
+        model = CLIP(config)
+    check_keys(weights, model.state_dict())
+    check_finite(weights)
+    if input_shape is not None and input_shape != config.image_resolution:
+        weights = resize_positional_embedding(weights, config, input_shape)
+        with torch.device("meta"):
+            model = CLIP(replace(config, image_resolution=input_shape))
+    model.load_state_dict(weights, assign=True)
+    return model.eval()

@@ -22,15 +22,14 @@ from torch import Tensor
 
 from models.clip import CLIP
 from models.clip_utils import find_weights, read_model
-from models.errors import InputError, run_script
+from models.errors import InputError, listed, one_line
 from models.files import check_writable
+from models.host import run_script
 from models.onnx_export import check_packages, export_onnx, preparation
 from models.scripts import ArgumentParser, add_activation, path
 from models.simple_tokenizer import END_OF_TEXT, START_OF_TEXT
 from models.tokens import clip_tokenizer
 from models.weights import chinese_clip, open_clip, transformers
-from models.weights.checks import listed
-from models.weights.file_kind import one_line
 
 
 def write_open_clip(model: CLIP, folder: Path, dtype: torch.dtype) -> None:

@@ -1,11 +1,13 @@
 """`InputError`, for everything that a user can put right, and how a script ends with it."""
 
-import os
-import sys
-from collections.abc import Callable
-from contextlib import suppress
+import difflib
+import reprlib
+from collections.abc import Collection, Iterable
+from itertools import islice
 
-from models.host import script_settings
+MAX_KEY_LENGTH = 90  # characters of a key in an error message
+
+MAX_KEYS_LISTED = 3  # in an error message
 
 
 class InputError(ValueError):
@@ -16,36 +18,30 @@ class InputError(ValueError):
     """
 
 
-@script_settings()
-def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main()`.
+def one_line(text: object) -> str:
+    """Untrusted text as one printable line of at most 200 characters."""
+    words = "".join(c if c.isprintable() else " " for c in f"{text!s:.1000}")
+    return " ".join(words.split())[:200]
 
-    An `InputError` ends the script with its message and exit code 2, and so does an `OSError`,
-    whose message names the file. With `--debug` among the arguments the traceback is shown as well.
-    Ctrl-C ends the script with exit code 130, and an output that nobody reads any more, as of
-    `| head`, with 141 and no message.
-    """
-    try:
-        main()
-    except BrokenPipeError:
-        with suppress(OSError, AttributeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python's last flush
-        raise SystemExit(141) from None  # what a shell shows for programs that SIGPIPE ends
-    except (InputError, OSError) as error:
-        if "--debug" in sys.argv:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    except RuntimeError as error:
-        if "home directory" in str(error):  # what `~` stands for
-            print(f"error: {error} Give paths without ~", file=sys.stderr)
-            raise SystemExit(2) from None
-        if os.environ.get("WORLD_SIZE", "1") != "1" and any(
-            text in str(error) for text in ("closed by peer", "reset by peer", "NCCL")
-        ):  # only the process that fails first has something to tell
-            print("stopped: another process of this run has ended", file=sys.stderr)
-            raise SystemExit(1) from None
-        raise
+
+def listed(names: Collection[str]) -> str:
+    """The first few names in one line, and the number of the others."""
+    some = [name if name.isprintable() else repr(name) for name in islice(names, MAX_KEYS_LISTED)]
+    text = ", ".join(
+        name if len(name) <= MAX_KEY_LENGTH else f"{name[:MAX_KEY_LENGTH]}..." for name in some
+    )
+    more = len(names) - len(some)
+    return f"{text} and {more:,} more" if more else text or "none"
+
+
+def near_names(name: str, known: Iterable[str]) -> str:
+    """The end of an error message, "; did you mean ...?", with the `known` names that are similar
+    to `name`, upper and lower case being the same; empty if there are none."""
+    by_lower = {known_name.lower(): known_name for known_name in known}
+    near = difflib.get_close_matches(name.lower(), by_lower, cutoff=0.7)
+    return f"; did you mean {' or '.join(by_lower[match] for match in near)}?" if near else ""
+
+
+def quoted(value: object) -> str:
+    """An untrusted value for an error message: on one line, and cut if it is long or nested."""
+    return "".join(c if c.isprintable() else " " for c in reprlib.repr(value)[:60])

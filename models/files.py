@@ -3,10 +3,22 @@ files are read, and those that are read whole only up to a size; and only they a
 
 import io
 import os
+import re
+import sys
+import zipfile
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from models.errors import InputError
+
+OTHER_PROGRAMS = {  # how their files start
+    re.compile(rb"GGUF"): "a GGUF file (llama.cpp's)",
+    re.compile(rb"\x89HDF\r\n"): "an HDF5 file (of Keras and TensorFlow)",
+    re.compile(rb"\x08[\x01-\x1f][\x12\x1a\x3a]"): "an ONNX model",
+}
 
 LARGEST = 2**30  # bytes of a file that is read whole: captions of millions of images are less
 
@@ -120,3 +132,47 @@ def read_lines(path: Path, kind: str) -> list[str]:
     if not lines:
         raise InputError(f"{path}: no {kind}s in it; write one on each line")
     return lines
+
+
+def lock(file: Path, waiting: str) -> AbstractContextManager:
+    """The lock on `file`, once no other program holds it; `waiting` is printed if one does. The
+    system frees it when a program ends, however it ends; the empty file may stay, and hinders no
+    one. Raises `OSError` if the file cannot be made, and `NotImplementedError` for a file system
+    without locks."""
+    found = FileLock(file)
+    try:
+        return found.acquire(timeout=0)
+    except Timeout:
+        print(waiting, file=sys.stderr)
+        return found.acquire()
+
+
+def describe(path: Path) -> str:
+    """A few words on a file that is not what was wanted, with its size."""
+    size = f"{path.stat().st_size:,} bytes"
+    with path.open("rb") as file:
+        start = file.read(256)
+    if start.startswith(b"PK\3\4") and _names_in_archive(path) is None:
+        return f"an archive cut short at {size}"
+    for pattern, program in OTHER_PROGRAMS.items():
+        if pattern.match(start):
+            return f"{program} of {size}"
+    start = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if not start:
+        return f"an empty file of {size}"
+    if start.startswith((b"<!", b"<html", b"<head", b"<?xml")):
+        return f"a web page of {size}, probably a server's error message"
+    if start.startswith(b"version https://git-lfs"):
+        return f"a Git LFS pointer of {size} without the file itself (git lfs pull brings it)"
+    return f"another file of {size}"
+
+
+def _names_in_archive(path: Path) -> list[str] | None:
+    """The names of the files in a zip archive; None if it is damaged, or no archive."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except OSError:
+        raise
+    except Exception:  # a damaged archive can break the reader in any way
+        return None

@@ -6,9 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.clip import CLIP
-from models.errors import InputError
+from models.errors import InputError, one_line
 from models.transformer import MultiheadAttention
-from models.weights.file_kind import one_line
 
 # The change is times ALPHA / rank, so that a step of Adam changes a layer's outputs as much at any
 # rank: the learning rate need not follow the rank (section 4.1), nor the width.

@@ -15,10 +15,9 @@ from torch.export import Dim
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from models.clip import CLIP
-from models.errors import InputError
+from models.config import Config
+from models.errors import InputError, one_line
 from models.progress_bar import progress_bar
-from models.weights.config import Config
-from models.weights.file_kind import one_line
 
 OPSET = 18  # the version of the ONNX operators
 LARGEST_FILE = 2 * 10**9  # bytes; an ONNX file ends at 2 GiB, and larger weights lie beside it

@@ -16,10 +16,9 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from models.errors import InputError
-from models.files import probably_meant
-from models.weights.config import OPENAI_MEAN, OPENAI_STD, Colour
-from models.weights.file_kind import describe, one_line
+from models.config import OPENAI_MEAN, OPENAI_STD, Colour
+from models.errors import InputError, one_line
+from models.files import describe, probably_meant
 
 # Formats that Pillow draws by starting another program (Ghostscript for EPS, Windows for WMF), so
 # that a picture from a stranger could run code.

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import attend
-from models.weights.config import Config
+from models.config import Config
 
 
 class Bottleneck(nn.Module):

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from itertools import takewhile
 from pathlib import Path
 
+from models.config import CHOICES
 from models.errors import InputError
 from models.files import check_writable, check_writable_folder
-from models.weights.config import CHOICES
 
 VALUE_LENGTH = 60  # characters of a refused value that its message shows
 

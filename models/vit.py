@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from models.config import Config
 from models.packing import Layout
 from models.transformer import LayerNorm, Transformer
-from models.weights.config import Config
 
 
 class VisionTransformer(nn.Module):

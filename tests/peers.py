@@ -21,8 +21,8 @@ from transformers import (
     CLIPTokenizer,
 )
 
+from models.config import Config
 from models.tokens import clip_tokenizer
-from models.weights.config import Config
 from models.weights.registry import CONFIGS
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)  # of the small models' images

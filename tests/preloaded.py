@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from models.tokens import clip_tokenizer
 
 for name in ("pyzjr", "models.clip_utils", "utils.flickr8k_dataloader", "utils.metric",
-             "utils.retrieval.gallery", "utils.training.gradients"):  # fmt: skip
+             "utils.retrieval.report", "utils.training.gradients"):  # fmt: skip
     import_module(name)
 clip_tokenizer()
 figure = Figure()

@@ -1,7 +1,7 @@
 """The smallest model, for tests in which only the number of its parameters would take time."""
 
 from models.clip import CLIP
-from models.weights.config import Config
+from models.config import Config
 
 TINY = Config(
     embed_dim=4, image_resolution=8, vision_layers=1, vision_width=64, vision_patch_size=4,

@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.clip import CLIP
-from models.errors import InputError, run_script
+from models.errors import InputError, one_line
+from models.host import run_script
 from models.progress_bar import progress_bar
 from models.scripts import ArgumentParser, writable_file
 from models.tokens import first_alike
-from models.weights.file_kind import one_line
 from utils.data.labelled_images import LabelledImages, find_labelled_images
 from utils.data.templates import TEMPLATE_SETS, default_templates, read_templates
 from utils.data.torchvision_sets import TORCHVISION_SETS

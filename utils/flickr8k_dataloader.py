@@ -18,11 +18,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from models.clip import CLIP
+from models.config import CONTEXT_LENGTH
 from models.device import upload
 from models.errors import InputError
 from models.preprocess import Preprocess
 from models.tokens import clip_tokenizer, token_rows
-from models.weights.registry import CONTEXT_LENGTH
 from utils.data.annotations import SPLITS, caption_file, read_annotations, why_missing
 from utils.data.augment import crop, draw_crops, draw_recolourings, recolour, reword
 from utils.data.image_cache import decode_once, gather

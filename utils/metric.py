@@ -19,20 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.clip import CLIP
-from models.errors import InputError, run_script
+from models.errors import InputError
 from models.files import check_writable
+from models.host import run_script
 from models.scripts import ArgumentParser, from_here, writable_file
 from utils.data.annotations import caption_file, missing_annotations
 from utils.flickr8k_dataloader import ALIKE, Flickr8kDataset
-from utils.loss import contrastive_loss
-from utils.machine.memory import explained
 from utils.machine.precision import Precision
-from utils.machine.processes import ALONE, Processes
 from utils.retrieval.encode import encode_set
-from utils.retrieval.gallery import write_report
 from utils.retrieval.plots import plot_metrics
 from utils.retrieval.ranking import RowsOf, blocks, ground_truth, rows_both_ways
+from utils.retrieval.report import write_report
 from utils.retrieval.tables import K_VALUES, Metrics, format_table
 from utils.runs.arguments import TrainedOn, add_scoring, path, picture, run_folder, trained_on
 from utils.runs.checkpoint import write_json
@@ -165,45 +162,6 @@ def _summarize(positions: Tensor, k_values: tuple[int, ...]) -> dict[str, float]
 def mean_recall(metrics: Metrics) -> float:
     """The mean of all R@K in both directions: what decides which epoch is the best."""
     return float(np.mean([v for s in metrics.values() for k, v in s.items() if k.startswith("R@")]))
-
-
-@explained()
-@torch.inference_mode()
-def evaluate(
-    model: CLIP,
-    dataset: Flickr8kDataset,
-    batch_size: int,
-    num_workers: int,
-    precision: Precision,
-    k_values: Iterable[int] = K_VALUES,
-    processes: Processes = ALONE,
-    captions_per_image: int = 1,
-    known: Mapping[str, Tensor] | None = None,
-) -> tuple[Metrics, float]:
-    """Retrieval metrics over the whole set, and its loss.
-
-    The loss is that of training, `contrastive_loss` of batches of `batch_size` images, each with
-    its first `captions_per_image` captions (from the first on again where it has fewer), averaged
-    over the images: the last batch, which may be smaller, counts by its number of images. So it can
-    be compared with the training loss for the same two numbers, up to what the last batch, with
-    fewer wrong answers, makes it smaller; a set smaller than `batch_size` is such a batch. Features
-    that are `known`, by tower, are not computed.
-    """
-    features = encode_set(model, dataset, batch_size, num_workers, precision,
-                          processes=processes, known=known)  # fmt: skip
-    if not processes.is_first:
-        return processes.from_first(None)
-    metrics = retrieval_metrics(*features, dataset.img_to_txt, dataset.txt_to_img, k_values)
-    own = dataset.own_captions.values()
-    width = max(captions_per_image, *map(len, own))
-    captions = torch.tensor([[c[i % len(c)] for i in range(width)] for c in own])
-    loss = 0.0
-    for rows in torch.arange(len(dataset)).split(batch_size):
-        texts = features.texts[captions[rows, :captions_per_image].flatten()]
-        of_batch = contrastive_loss(features.images[rows], texts, model.logit_scale,
-                                    texts=dataset.text_ids[captions[rows]])  # fmt: skip
-        loss += of_batch.item() * len(rows) / len(dataset)
-    return processes.from_first((metrics, loss))
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -6,10 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from models.errors import InputError
+from models.config import CHINESE_CONTEXT_LENGTH, Config, check_config, description_of
+from models.errors import InputError, quoted
 from models.weights import transformers
-from models.weights.config import Config, check_config, description_of, quoted
-from models.weights.registry import CHINESE_CONTEXT_LENGTH
 
 WEIGHTS_FILES = "clip_cn_*.pt"  # as cn_clip names them
 RESNET = ("OFA-Sys/chinese-clip-rn50", "clip_cn_rn50.pt")  # repository on the hub, its only weights

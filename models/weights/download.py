@@ -15,10 +15,9 @@ from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from models.errors import InputError
-from models.locks import lock
+from models.errors import InputError, one_line
+from models.files import describe, lock
 from models.progress_bar import progress_bar
-from models.weights.file_kind import describe, one_line
 
 CHUNK = 1 << 16  # bytes
 TIMEOUT = 30  # seconds without a byte

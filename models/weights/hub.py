@@ -13,13 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from models.errors import InputError
+from models.config import Config
+from models.errors import InputError, near_names, one_line
 from models.files import read_bytes
 from models.weights import chinese_clip, open_clip, transformers
-from models.weights.config import Config
 from models.weights.download import Unavailable, download
-from models.weights.file_kind import one_line
-from models.weights.registry import CONFIGS, SHA256, near_names, weights_url
+from models.weights.registry import CONFIGS, SHA256, weights_url
 from models.weights.sources import TRANSFORMERS_WEIGHTS
 
 PREFIX = "hf-hub:"  # as open_clip and timm have it

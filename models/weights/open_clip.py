@@ -7,8 +7,8 @@ own in `text_cfg`: `tower` and `positions`.
 import math
 from typing import Any
 
-from models.errors import InputError
-from models.weights.config import MAX_SIZE, VOCABULARY, Config, check_config, description_of, quoted
+from models.config import MAX_SIZE, VOCABULARY, Config, check_config, description_of
+from models.errors import InputError, quoted
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")

@@ -2,8 +2,10 @@
 
 import json
 import mmap
+import re
 import struct
 import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.errors import InputError
-from models.weights.file_kind import one_line, weights_format
+from models.errors import InputError, one_line
+from models.files import _names_in_archive, describe
 from models.weights.open_clip import CONFIG_FILE
-from models.weights.unpickle import NOT_RUN, PlainUnpickler
-from models.weights.unwrap import own_description, unwrap
+from models.weights.unpickle import NOT_RUN, PlainObject, PlainTensor, PlainUnpickler
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file of torch before 1.6
 
@@ -104,3 +105,169 @@ def copied(weights: dict, records: dict, file: mmap.mmap) -> dict[str, Tensor]:
         if hasattr(file, "madvise"):  # the file's numbers leave the memory again
             file.madvise(mmap.MADV_DONTNEED)
     return copies
+
+
+def read_content(path: Path, is_wanted: Callable[[Any], bool]) -> Any | None:
+    """Numbers, texts, lists, tuples, dicts, and tensors, whose floats come as float32.
+
+    None for a file that is no such archive, and for content that `is_wanted` refuses before its
+    tensors are read. Raises `InputError` for content that is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        content, records = load_zip(mapped)
+    except Exception:  # `read_state_dict` says what it is
+        return None
+    if not is_wanted(content):
+        return None
+    try:
+        plain = _plain_tensors(content)
+        return _filled(content, copied(plain, records, mapped), {})
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"truncated or damaged ({one_line(error)})") from None
+
+
+def _plain_tensors(content: Any) -> dict[int, PlainTensor]:
+    """Every tensor below `content` whose numbers have not been read, by its identity."""
+    found, seen, waiting = {}, set(), [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, PlainTensor):
+            found[id(value)] = value
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values() if isinstance(value, dict) else value
+    return found
+
+
+def _filled(value: Any, tensors: dict[int, Tensor], done: dict[int, Any]) -> Any:
+    """`value` with tensors in the place of the plain ones. A dict or list that comes several times
+    is filled once (`done`), since a small file can hold one very often."""
+    if isinstance(value, PlainTensor):
+        return tensors[id(value)]
+    if not isinstance(value, dict | list | tuple):
+        return value
+    if id(value) not in done:
+        if isinstance(value, dict):
+            done[id(value)] = {k: _filled(v, tensors, done) for k, v in value.items()}
+        else:
+            kind = tuple if isinstance(value, tuple) else list
+            done[id(value)] = kind(_filled(v, tensors, done) for v in value)
+    return done[id(value)]
+
+
+# Names of weights that every CLIP has: with our keys (open_clip has `text.` before some) and with
+# those of transformers, then the same for a Chinese-CLIP.
+TEXT_MARKS = ("text.ln_final.weight", "ln_final.weight", "text_model.final_layer_norm.weight",
+              "bert.embeddings.word_embeddings.weight",
+              "text_model.embeddings.word_embeddings.weight")  # fmt: skip
+IMAGE_MARKS = ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight")
+MARKS = (*TEXT_MARKS, *IMAGE_MARKS)
+# What parallel, compiled and wrapped modules put into names; at their start it is a prefix.
+INSERTED = re.compile(r"(?<=\.)(module|_orig_mod|_forward_module|_\w+_wrapped_module)\.")
+MAX_DEPTH = 8  # of dicts in dicts
+# Buffers: of published archives, and of open_clip's text towers.
+NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
+
+
+def unwrap(content: Any) -> dict[str, Any]:
+    """The state dict of the CLIP in `content`: names of weights to `Tensor` or `PlainTensor`.
+
+    It may be in dicts (`state_dict`, `model`, `ema` or any other name) or be a module that was
+    pickled whole, and its names may have any prefix, and what is `INSERTED`. Raises `InputError` if
+    there is no state dict, or if there are several CLIPs, which it lists.
+    """
+    if _is_ours(content):
+        content = content["model"]  # there may be an average as well
+    found = dict(_clips(content, (), set()))
+    if len(found) > 1:
+        names = one_line(", ".join(sorted(found)))
+        raise InputError(f"holds {len(found)} CLIP models ({names}); save the one you want alone")
+    weights = next(iter(found.values())) if found else _only_dict(content)
+    weights = {k: value for k, value in weights.items() if k.split(".")[-1] not in NO_WEIGHTS}
+    strange = [k for k, value in weights.items() if not isinstance(value, Tensor | PlainTensor)]
+    if strange:
+        raise InputError(f"no state dict: {one_line(', '.join(strange[:5]))} hold no tensors")
+    return weights
+
+
+def own_description(content: Any) -> dict[str, Any] | None:
+    """open_clip's description of the model in a checkpoint of train.py; None for anything else."""
+    return content.get("config") if _is_ours(content) else None
+
+
+def _is_ours(content: Any) -> bool:
+    return isinstance(content, dict) and {"format", "model", "average"} <= content.keys()
+
+
+def _clips(
+    content: Any, place: tuple[str, ...], seen: set[int]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The CLIPs in `content`, each with the names of the dicts it is in and its prefix. A dict that
+    is in `seen` is not looked at again, since a small file can hold one very often."""
+    if not isinstance(content, dict) or id(content) in seen or len(place) > MAX_DEPTH:
+        return
+    seen.add(id(content))
+    if isinstance(content, PlainObject) and content.is_module:
+        content = dict(content.tensors())
+    values = {name: value for name, value in content.items() if isinstance(name, str)}
+    tensors = {name: t for name, t in values.items() if isinstance(t, Tensor | PlainTensor)}
+    plain = {INSERTED.sub("", name): tensor for name, tensor in tensors.items()}
+    if len(plain) == len(tensors):  # else what is inserted tells two models apart
+        tensors = plain
+    for prefix in _prefixes(tensors):
+        weights = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        if TEXT_MARKS[0] in weights:
+            weights = {name.removeprefix("text."): tensor for name, tensor in weights.items()}
+        yield ".".join((*place, prefix)).rstrip(".") or "the file itself", weights
+    for name, value in values.items():
+        yield from _clips(value, (*place, name), seen)
+
+
+def _prefixes(names: Iterable[str]) -> list[str]:
+    """The prefixes of the whole CLIPs among the names; if there is none, those of single towers."""
+    towers: dict[str, set[bool]] = {}
+    for name in names:
+        mark = next((mark for mark in MARKS if f".{name}".endswith(f".{mark}")), None)
+        if mark:
+            towers.setdefault(name.removesuffix(mark), set()).add(mark in IMAGE_MARKS)
+    return [prefix for prefix, found in towers.items() if len(found) == 2] or list(towers)
+
+
+def _only_dict(content: Any) -> dict[str, Any]:
+    """What should have been a state dict, for a message that says what is wrong with it."""
+    for wrapper in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict):
+        raise InputError(f"holds {type(content).__name__}, not a state dict")
+    return {str(key): value for key, value in content.items()}
+
+
+def weights_format(path: Path) -> str:
+    """The format that a weights file starts like: "safetensors", "zip" (of `torch.save` or of
+    TorchScript) or "legacy" (of `torch.save` before torch 1.6).
+
+    Raises `InputError` that says what the file is instead; the caller names it.
+    """
+    if not path.is_file():
+        raise InputError("is a folder, not a weights file; give a file in it")
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[8:9] == b"{":  # first: the length of the header, before it, can look like anything
+        return "safetensors"
+    if start.startswith(b"PK\3\4"):
+        return "zip"
+    if start.startswith(b"\x80"):
+        return "legacy"
+    raise InputError(
+        f"{describe(path)}, not weights; download it anew, as .safetensors, .bin, .pt or .pth"
+    )
+
+
+def is_torchscript(path: Path) -> bool:
+    """Whether the file is an archive of `torch.jit.save`."""
+    return any(name.endswith("/constants.pkl") for name in _names_in_archive(path) or [])

@@ -1,15 +1,10 @@
 """The models with a name: their architectures, and the addresses and digests of their weights."""
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import replace
 
-from models.weights.config import CHINESE_VOCABULARY, Config
+from models.config import CHINESE_CONTEXT_LENGTH, CHINESE_VOCABULARY, Config
 
 BASE_URL = "https://openaipublic.azureedge.net/clip/models"
-CONTEXT_LENGTH = 77  # tokens
-CHINESE_CONTEXT_LENGTH = 52  # tokens of a text in the training of Chinese-CLIP
-MAX_RESOLUTION = 10_000  # pixels: 100 million an image
 
 SHA256 = {  # of the published weights files, in hexadecimal
     "RN50": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
@@ -75,14 +70,6 @@ CONFIGS["cn-demo"] = replace(
 def available_models() -> list[str]:
     """The names of the models with published weights."""
     return list(SHA256)
-
-
-def near_names(name: str, known: Iterable[str]) -> str:
-    """The end of an error message, "; did you mean ...?", with the `known` names that are similar
-    to `name`, upper and lower case being the same; empty if there are none."""
-    by_lower = {known_name.lower(): known_name for known_name in known}
-    near = difflib.get_close_matches(name.lower(), by_lower, cutoff=0.7)
-    return f"; did you mean {' or '.join(by_lower[match] for match in near)}?" if near else ""
 
 
 def weights_url(name: str) -> str:

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.errors import InputError
+from models.config import CHINESE_VOCABULARY, VOCABULARY, Config
+from models.errors import InputError, one_line
 from models.files import read_bytes
 from models.lora import merged
 from models.weights import chinese_clip, open_clip, transformers
 from models.weights.architecture import infer_config
-from models.weights.config import CHINESE_VOCABULARY, VOCABULARY, Config
-from models.weights.file_kind import is_torchscript, one_line
-from models.weights.read import read_file, read_state_dict
+from models.weights.read import is_torchscript, read_file, read_state_dict
 
 TRANSFORMERS_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 TOKENIZERS = {"vocab.json": (), "tokenizer.json": ("model", "vocab")}  # where the tokens are in it

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.errors import InputError
-from models.weights.config import MAX_SIZE, VOCABULARY, Config, check_config, description_of, quoted
+from models.config import MAX_SIZE, VOCABULARY, Config, check_config, description_of
+from models.errors import InputError, quoted
 
 CONFIG_FILE = "config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"

@@ -27,7 +27,8 @@ from typing import NamedTuple
 from measure import ROOT, check, print_table
 from tqdm import tqdm
 
-from models.errors import InputError, run_script
+from models.errors import InputError
+from models.host import run_script
 from utils.data.annotations import read_annotations
 
 LABELS = ["a dog on grass", "two people in the snow", "a child in water", "a red car"]

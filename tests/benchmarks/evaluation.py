@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from measure import alternate, check, describe_cpu, extra_peak_megabytes, print_table, times_as_fast
 from torch import Tensor
 
-from models.errors import run_script
+from models.host import run_script
 from utils.metric import K_VALUES, retrieval_metrics
 
 CAPTIONS = 5

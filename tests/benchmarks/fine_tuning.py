@@ -27,12 +27,12 @@ from worlds import render_world
 
 from models import load
 from models.clip import CLIP
-from models.errors import run_script
+from models.host import run_script
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.metric import mean_recall
+from utils.retrieval.plots import save_figure
 from utils.runs.arguments import path
 from utils.runs.checkpoint import write_json
-from utils.runs.files import save_figure
 from utils.training.wise_ft import mix_into
 
 WORLDS = {

@@ -22,7 +22,7 @@ from open_clip_training import MODEL, train_open_clip
 from runs import RECALL_NAMES, add_data, build_parser, once, over_seeds, recalls, score, train
 
 from models import load
-from models.errors import run_script
+from models.host import run_script
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.metric import mean_recall
 from utils.retrieval.tables import Metrics

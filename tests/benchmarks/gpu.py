@@ -35,7 +35,8 @@ from training import (
 )
 
 from models import build_model
-from models.errors import InputError, run_script
+from models.errors import InputError
+from models.host import run_script
 from models.weights.architecture import infer_config
 from utils import Flickr8kDataset
 from utils.machine.memory import peak_memory_mb

@@ -15,7 +15,7 @@ import torch
 from measure import check, describe_cpu, extra_peak_megabytes, in_a_process, print_table
 
 from models.clip_utils import create_model, tokenize
-from models.errors import run_script
+from models.host import run_script
 from models.weights.registry import CONFIGS
 from utils.flickr8k_dataloader import Batch
 from utils.machine.precision import Precision

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from measure import alternate, check, describe_cpu, extra_peak_megabytes, print_table, times_as_fast
 from torch import Tensor
 
-from models.errors import run_script
+from models.host import run_script
 from utils.machine.precision import Precision
 from utils.retrieval.search import most_similar
 from utils.retrieval.store import FILE, Store

@@ -27,7 +27,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip_train.data import get_csv_dataset
 from torch import Tensor
 
-from models.errors import run_script
+from models.host import run_script
 from models.preprocess import normalize
 from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
 from utils.runs.arguments import integer

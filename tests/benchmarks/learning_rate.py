@@ -25,7 +25,7 @@ from worlds import render_world
 
 from models import load
 from models.clip import CLIP
-from models.errors import run_script
+from models.host import run_script
 from models.weights.architecture import HEAD_WIDTH
 from models.weights.registry import CONFIGS
 from utils.data.annotations import annotations_json, read_annotations

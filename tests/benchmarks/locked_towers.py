@@ -20,7 +20,7 @@ from torch import Tensor
 from training import STEP_TOLERANCE, VIT_MODELS, adamw, our_step
 
 from models.clip_utils import create_model
-from models.errors import run_script
+from models.host import run_script
 from utils import Flickr8kDataset
 from utils.flickr8k_dataloader import Batch, TrainLoader
 from utils.machine.precision import Precision

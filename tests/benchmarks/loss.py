@@ -17,7 +17,7 @@ from measure import alternate, check, describe_cpu, extra_peak_megabytes, print_
 from open_clip.loss import ClipLoss
 from torch import Tensor
 
-from models.errors import run_script
+from models.host import run_script
 from utils import contrastive_loss
 from utils.runs.arguments import integer
 

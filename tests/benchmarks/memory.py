@@ -19,7 +19,7 @@ from torch import nn
 from training import STEP_TOLERANCE, VIT_MODELS, adamw, open_clip_loss, our_step
 
 from models import build_model
-from models.errors import run_script
+from models.host import run_script
 from models.preprocess import normalize
 from models.weights.registry import CONFIGS
 from utils import Flickr8kDataset

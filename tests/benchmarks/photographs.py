@@ -52,7 +52,8 @@ from tqdm import tqdm
 
 from models import load, tokenize
 from models.clip import CLIP
-from models.errors import InputError, run_script
+from models.errors import InputError
+from models.host import run_script
 from models.weights.registry import CONFIGS
 from utils.data.annotations import annotations_json, read_annotations
 from utils.flickr8k_dataloader import Flickr8kDataset

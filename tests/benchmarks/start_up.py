@@ -17,7 +17,8 @@ from tempfile import TemporaryDirectory
 
 from measure import ROOT, print_table
 
-from models.errors import InputError, run_script
+from models.errors import InputError
+from models.host import run_script
 
 LOADED = """
 import sys, time

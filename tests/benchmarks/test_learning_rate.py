@@ -6,7 +6,7 @@ import pytest
 from script_runs import ROOT
 
 from flickr8k.render_demo import render_demo
-from models.weights.config import check_config
+from models.config import check_config
 from models.weights.registry import CONFIGS
 from utils import Flickr8kDataset
 

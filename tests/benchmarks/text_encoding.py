@@ -29,7 +29,7 @@ from training import (
 )
 
 from models import CLIP, build_model
-from models.errors import run_script
+from models.host import run_script
 from utils import Flickr8kDataset
 
 TOLERANCE = 1e-5

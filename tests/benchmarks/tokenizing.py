@@ -18,7 +18,7 @@ from measure import alternate, check, print_table, times_as_fast
 from transformers import CLIPTokenizerFast
 
 from models import tokenize
-from models.errors import run_script
+from models.host import run_script
 from models.tokens import clip_tokenizer
 from utils import Flickr8kDataset
 

@@ -40,7 +40,7 @@ from training import (
 )
 
 from models import CLIP, build_model
-from models.errors import run_script
+from models.host import run_script
 
 MATMUL = "matrix product"
 

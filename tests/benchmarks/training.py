@@ -11,11 +11,12 @@ from open_clip.loss import ClipLoss
 from peers import chinese_clip_model, cn_clip_model, to_transformers
 from torch import Tensor, nn
 
-from models.clip import CLIP, MAX_LOGIT_SCALE, build_model
+from models.clip import CLIP, MAX_LOGIT_SCALE
+from models.clip_utils import build_model
+from models.config import Config
 from models.errors import InputError
 from models.preprocess import normalize, open_image, pixels
 from models.weights import chinese_clip
-from models.weights.config import Config
 from models.weights.registry import CONFIGS
 from utils import Flickr8kDataset, contrastive_loss
 from utils.flickr8k_dataloader import Batch

@@ -20,7 +20,7 @@ INSTRUMENTED = [
     *(
         "models.weights.read",
         "models.weights.unpickle",
-        "models.weights.file_kind",
+        "models.weights.read",
         "pickletools",
         "zipfile",
     ),

@@ -24,8 +24,8 @@ from models import progress_bar as bars
 from models.errors import InputError
 from models.host import garbage_unsearched
 from utils.machine.interrupt import Interrupt
+from utils.retrieval.plots import save_figure
 from utils.runs.commands import quoted, what_to_try
-from utils.runs.files import save_figure
 
 SCRATCH = ["--resume_training", "none", "--model", "ViT-demo", "--batch_size", 16, "--epochs", 1]
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no bash")
@@ -296,7 +296,7 @@ def test_parsers_answer_before_torch_is_imported():
         "import runpy, sys\n"
         "for script in ('train.py', 'predict.py', 'predict_zero_shot.py'):\n"
         "    runpy.run_path(script)\n"
-        "import models.weights.config\n"
+        "import models.config\n"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

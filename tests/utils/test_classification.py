@@ -20,11 +20,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
 from torch.nn.functional import normalize
 
-from models.clip import build_model
-from models.clip_utils import create_model, load
+from models.clip_utils import build_model, create_model, load
+from models.config import OPENAI_MEAN, OPENAI_STD
 from models.errors import InputError
 from models.simple_tokenizer import clean
-from models.weights.config import OPENAI_MEAN, OPENAI_STD
 from utils.classification import (
     Features,
     accuracy,

@@ -22,13 +22,13 @@ from utils import Flickr8kDataset
 from utils.machine.precision import Precision
 from utils.metric import (
     compute_metrics,
-    evaluate,
     format_table,
     main,
     mean_recall,
     plot_metrics,
     retrieval_metrics,
 )
+from utils.retrieval.evaluation import evaluate
 from utils.runs.checkpoint import save_weights, write_json
 
 K_VALUES = (1, 2, 3, 5, 10, 50)

@@ -9,11 +9,10 @@ from itertools import chain
 from pathlib import Path, PureWindowsPath
 from tempfile import TemporaryDirectory
 
-from models.errors import InputError
+from models.errors import InputError, one_line
 from models.files import decoded, probably_meant, read_bytes
 from models.progress_bar import progress_bar
 from models.scripts import from_here
-from models.weights.file_kind import one_line
 from utils.data.caption_formats import (
     CAPTION_FIELDS,
     IMAGE_FIELDS,

@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
-from models.errors import InputError
+from models.errors import InputError, one_line
 from models.preprocess import open_image, upright_rgb
-from models.weights.file_kind import one_line
 from utils.machine.interrupt import leave_signals_to_parent, signals_held_back
 from utils.machine.memory import CONTINUE, free_shared_memory
 

@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from models.errors import InputError
+from models.errors import InputError, near_names
 from models.files import read_lines
 from models.preprocess import Preprocess
 from models.scripts import from_here
-from models.weights.registry import near_names
 from utils.data.image_cache import decode_once, gather
 from utils.data.image_files import find_images
 from utils.data.image_reading import ImageReader, read_batches

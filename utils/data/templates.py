@@ -4,9 +4,8 @@ several describes a class better than its bare label (Radford et al. 2021, secti
 
 from pathlib import Path
 
-from models.errors import InputError
+from models.errors import InputError, near_names
 from models.files import read_lines
-from models.weights.registry import near_names
 
 TEMPLATE_SETS = {
     "none": ["{}"],

@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 from torch.utils.data import Dataset
 
-from models.errors import InputError
-from models.weights.file_kind import one_line
+from models.errors import InputError, one_line
 
 LABELS = ("targets", "labels", "_labels", "y")  # where torchvision's classes keep the labels
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 from PIL import Image
 from torch import Tensor
 
-from models.weights.file_kind import one_line
+from models.errors import one_line
 from utils.retrieval.ranking import Ranked
 from utils.retrieval.tables import K_VALUES, TITLES, Metrics, retained
-from utils.runs.files import save_figure
+from utils.runs.files import picture_format, replaced_whole, writing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -195,3 +195,12 @@ def _save_with_any_text(figure: "Figure", path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # `fonts_for` has said it
         save_figure(figure, path)
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a matplotlib figure in the format of the path's suffix, or as PNG without one. Raises
+    `InputError` for a suffix that is no format for pictures, and for a file that cannot be
+    written."""
+    kind = picture_format(path)
+    with writing(path), replaced_whole(path) as temporary:
+        figure.savefig(temporary, format=kind, dpi=120)

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from models.clip import CLIP
 from models.errors import InputError
-from models.locks import lock
+from models.files import lock
 from models.progress_bar import progress_bar
 from utils.machine.precision import Precision
 from utils.runs.arguments import run_folder

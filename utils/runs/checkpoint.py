@@ -11,12 +11,11 @@ from typing import Any
 import torch
 
 from models.clip import CLIP
-from models.errors import InputError
+from models.errors import InputError, one_line
 from models.files import read_bytes
 from models.lora import merged
-from models.weights.content import read_content
-from models.weights.file_kind import one_line
 from models.weights.open_clip import CONFIG_FILE, to_open_clip
+from models.weights.read import read_content
 from utils.runs.files import replaced_whole, writing
 
 FORMAT = 7  # of checkpoint.pth; raised whenever other fields are written to it

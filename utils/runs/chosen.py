@@ -7,10 +7,9 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
-from models.errors import InputError
+from models.errors import InputError, one_line
 from models.files import run_weights
 from models.scripts import SCRIPTS
-from models.weights.file_kind import one_line
 from utils.data.annotations import caption_file
 from utils.runs.arguments import run_folder, trained_on, trained_weights
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from models.errors import InputError
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 
 TEMPORARY = ".unfinished."  # start of the names of files that are being written
@@ -60,15 +60,6 @@ def picture_format(path: Path) -> str:
     if kind not in known:
         raise InputError(f"{path}: no format for pictures; those are {', '.join(sorted(known))}")
     return kind
-
-
-def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a matplotlib figure in the format of the path's suffix, or as PNG without one. Raises
-    `InputError` for a suffix that is no format for pictures, and for a file that cannot be
-    written."""
-    kind = picture_format(path)
-    with writing(path), replaced_whole(path) as temporary:
-        figure.savefig(temporary, format=kind, dpi=120)
 
 
 def _umask() -> int:

@@ -9,10 +9,8 @@ from utils.flickr8k_dataloader import Batch
 from utils.loss import contrastive_loss, squared_distance
 from utils.machine.precision import Precision
 from utils.machine.processes import Processes
-from utils.training.keep import Keep
-from utils.training.layer_groups import learning_towers
-
-TOWERS = ("image", "text")
+from utils.training.distillation import Keep
+from utils.training.layer_groups import TOWERS, learning_towers
 
 
 def accumulate_gradients(

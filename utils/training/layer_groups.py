@@ -4,12 +4,19 @@ import argparse
 import re
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.clip import CLIP
 from models.errors import InputError
 from models.lora import add_lora
+from utils.data.image_files import refuse_unreadable
+from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
+from utils.machine.memory import explained
+from utils.machine.precision import Precision
 from utils.machine.processes import Processes
+from utils.retrieval.encode import encode_images, encode_texts
+
+TOWERS = ("image", "text")
 
 LAYER = re.compile(r"(?:transformer\.resblocks\.|visual\.layer|bert\.encoder\.layer\.)(\d+)\.")
 HEAD = re.compile(
@@ -112,3 +119,36 @@ def whole_batch_norms(model: CLIP, device: torch.device, grad_cache: int | None)
         raise InputError("a ResNet's batch norm works across processes on GPUs alone: train it "
                          "with one process, or take a ViT")  # fmt: skip
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+@explained()
+def cache_features(
+    args: argparse.Namespace,
+    model: CLIP,
+    loader: TrainLoader,
+    val_set: Flickr8kDataset,
+    precision: Precision,
+) -> dict[str, Tensor]:
+    """With --cache_features, give `loader` the features of all its images or captions by the tower
+    that does not learn, in the place of these, and return those of `val_set`, by tower, as
+    `encode_set` takes them. They are normalised, float32.
+
+    The images have to be the same in every epoch. Raises `InputError` with a list of the training
+    images that cannot be read: in the middle of the set none can take another's place.
+    """
+    of_val: dict[str, Tensor] = {}
+    if not args.cache_features:
+        return of_val
+    processes, learning = loader.processes, learning_towers(model)
+    for tower in (tower for tower in TOWERS if tower not in learning):
+        if tower == "image" and processes.is_first:
+            refuse_unreadable([loader.dataset], loader.num_workers)
+        for dataset, features in ((loader.dataset, loader.features), (val_set, of_val)):
+            sizes = loader.batch_size, loader.num_workers
+            with precision.autocast():
+                if tower == "image":
+                    features[tower] = encode_images(model, dataset, *sizes, processes)
+                else:
+                    features[tower] = encode_texts(model, dataset.tokens, processes=processes)
+        loader.features[tower] = loader.features[tower].cpu()
+    return of_val

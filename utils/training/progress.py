@@ -15,10 +15,11 @@ from models.progress_bar import progress_bar
 from utils.data.annotations import SPLITS
 from utils.flickr8k_dataloader import ALIKE, Batch, Flickr8kDataset, TrainLoader
 from utils.machine.precision import Precision
-from utils.metric import evaluate, mean_recall, retrieval_metrics
+from utils.metric import mean_recall, retrieval_metrics
 from utils.retrieval.encode import encode_set
-from utils.retrieval.gallery import write_report
+from utils.retrieval.evaluation import evaluate
 from utils.retrieval.plots import plot_metrics
+from utils.retrieval.report import write_report
 from utils.retrieval.tables import Metrics, format_table, points_lost, retained
 from utils.runs.checkpoint import write_json
 from utils.training.state import State

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.clip import CLIP, build_model
-from models.errors import InputError
-from models.weights.checks import check_keys, listed
-from models.weights.file_kind import one_line
+from models.clip import CLIP
+from models.clip_utils import build_model
+from models.errors import InputError, listed, one_line
+from models.weights.architecture import check_keys
 from models.weights.open_clip import from_open_clip
 from utils.runs.checkpoint import read_checkpoint
 from utils.training.layer_groups import choose_what_learns

@@ -5,8 +5,7 @@ from itertools import chain, count
 from pathlib import Path
 
 from models.clip import CLIP
-from models.errors import InputError
-from models.weights.file_kind import one_line
+from models.errors import InputError, one_line
 from utils.classification import zero_shot_accuracy, zero_shot_classifier
 from utils.data.annotations import caption_file
 from utils.data.labelled_images import LabelledImages, Source, find_labelled_images
@@ -15,7 +14,8 @@ from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
 from utils.machine.memory import explained
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE, Processes
-from utils.metric import evaluate, mean_recall
+from utils.metric import mean_recall
+from utils.retrieval.evaluation import evaluate
 from utils.retrieval.tables import RETENTION, points_lost
 
 

@@ -10,11 +10,11 @@ import torch
 
 from models.clip import CLIP
 from models.clip_utils import check_name
+from models.config import Config
 from models.errors import InputError
 from models.files import check_writable_folder, run_weights
 from models.scripts import from_here
 from models.weights.architecture import check_resolution
-from models.weights.config import Config
 from models.weights.registry import CONFIGS
 from utils.data.annotations import caption_file, missing_annotations
 from utils.flickr8k_dataloader import Flickr8kDataset, check_batch_size

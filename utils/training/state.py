@@ -10,7 +10,7 @@ from utils.machine.memory import peak_memory_mb
 from utils.machine.precision import Precision
 from utils.metric import Metrics, mean_recall
 from utils.retrieval.tables import columns
-from utils.training.keep import Keep
+from utils.training.distillation import Keep
 from utils.training.optimizer import restore_moments
 
 MAX_GRAD_NORM = 1.0

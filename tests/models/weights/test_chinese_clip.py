@@ -14,6 +14,7 @@ from script_runs import ROOT, error_line, printed_code, run_script
 from transformers import BertTokenizer, ChineseCLIPModel, ChineseCLIPProcessor
 
 from models import CLIP, load
+from models.config import Config
 from models.convert import convert, description
 from models.errors import InputError
 from models.preprocess import open_image
@@ -25,7 +26,6 @@ from models.weights.chinese_clip import (
     is_of_authors,
     to_transformers,
 )
-from models.weights.config import Config
 from models.weights.registry import CONFIGS
 from models.wordpiece import VOCABULARY_FILE
 from utils.runs.checkpoint import save_weights

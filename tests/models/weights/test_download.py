@@ -24,7 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from script_runs import ROOT
 
-from models.errors import InputError, run_script
+from models.errors import InputError
+from models.host import run_script
 from models.weights import download as module
 from models.weights import registry
 from models.weights.download import CHUNK, download

@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 from script_runs import ROOT, error_line, run_script
 
 from models import CLIP, clip_utils, load
+from models.config import Config
 from models.convert import convert
 from models.errors import InputError
 from models.weights import download, registry
-from models.weights.config import Config
 from models.weights.hub import HUB, OPEN_CLIP, fetch, published_copy, repository_of
 from models.weights.open_clip import from_open_clip
 from models.weights.registry import CONFIGS, SHA256

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from open_clip_descriptions import DESCRIPTIONS, OTHER, OWN
 
 from models import CLIP
+from models.config import Config
 from models.errors import InputError
 from models.weights.architecture import infer_config
-from models.weights.config import Config
 from models.weights.open_clip import from_open_clip, to_open_clip
 
 

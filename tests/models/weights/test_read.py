@@ -29,8 +29,7 @@ from script_runs import ROOT
 from models import load as load_model
 from models.clip_utils import create_model
 from models.errors import InputError
-from models.weights.read import read_state_dict
-from models.weights.unwrap import NO_WEIGHTS
+from models.weights.read import NO_WEIGHTS, read_state_dict
 from utils.runs.checkpoint import save_weights
 
 load = partial(load_model, activation="quick_gelu")  # which a state dict does not tell

@@ -18,10 +18,10 @@ from script_runs import error_line
 
 from models import CLIP, load
 from models.clip_utils import create_model, find_weights
+from models.config import Config
 from models.convert import convert
 from models.errors import InputError
-from models.weights.config import Config
-from models.weights.unwrap import unwrap
+from models.weights.read import unwrap
 from utils.runs.checkpoint import save_checkpoint, save_weights
 
 OPEN_CLIP, TRANSFORMERS = "open_clip_config.json", "config.json"

@@ -17,8 +17,8 @@ from flickr8k.render_demo import render_demo
 from models.errors import InputError
 from models.preprocess import open_image
 from utils import Flickr8kDataset, flickr8k_dataloader
-from utils.data import check_images as check_images_module
-from utils.data.check_images import check_images, check_splits
+from utils.data import image_files as check_images_module
+from utils.data.image_files import check_images, check_splits
 
 
 def encoded(image: Image.Image, format: str, **options: object) -> bytes:

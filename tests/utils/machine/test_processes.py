@@ -19,9 +19,9 @@ from utils import Flickr8kDataset, contrastive_loss
 from utils.flickr8k_dataloader import TrainLoader
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE, Processes, join_processes, torchrun_variables
-from utils.metric import evaluate
+from utils.retrieval.evaluation import evaluate
+from utils.training.distillation import Keep
 from utils.training.gradients import accumulate_gradients
-from utils.training.keep import Keep
 
 CPU = torch.device("cpu")
 CASES = [(7, 1, 5), (7, 2, 3), (8, 1, 16), (3, 4, 4)]  # images, captions of each, channels

@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from models.errors import InputError
+from utils.retrieval.plots import save_figure
 from utils.runs.checkpoint import read_checkpoint, save_checkpoint, write_csv, write_json
-from utils.runs.files import TEMPORARY, replaced_whole, save_figure
+from utils.runs.files import TEMPORARY, replaced_whole
 
 LONGEST = 255  # bytes of a name, on all common file systems
 CONTENT = {"arguments": {"lr": 0.1}, "model": {"a": torch.arange(3000.0)}, "rows": [1, "x"]}

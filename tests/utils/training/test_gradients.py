@@ -11,8 +11,8 @@ from utils.flickr8k_dataloader import Batch
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE
 from utils.runs.folder import Run
+from utils.training.distillation import Keep, keep_features
 from utils.training.gradients import accumulate_gradients
-from utils.training.keep import Keep, keep_features
 from utils.training.layer_groups import lock
 
 CPU = torch.device("cpu")

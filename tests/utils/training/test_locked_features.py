@@ -14,11 +14,10 @@ from utils import Flickr8kDataset
 from utils.flickr8k_dataloader import TrainLoader
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE
-from utils.metric import evaluate
+from utils.retrieval.evaluation import evaluate
 from utils.runs.checkpoint import save_weights
 from utils.training.gradients import accumulate_gradients
-from utils.training.layer_groups import lock, train_mode
-from utils.training.locked_features import cache_features
+from utils.training.layer_groups import cache_features, lock, train_mode
 
 CPU = torch.device("cpu")
 ASKED = Namespace(cache_features=True)

@@ -9,7 +9,7 @@ from tiny import tiny_clip
 
 from models.clip_utils import create_model
 from utils.machine.precision import Precision
-from utils.training.keep import Keep
+from utils.training.distillation import Keep
 from utils.training.state import State
 
 CPU = torch.device("cpu")

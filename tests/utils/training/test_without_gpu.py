@@ -20,8 +20,8 @@ from utils import Flickr8kDataset
 from utils.flickr8k_dataloader import TrainLoader
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE
+from utils.training.distillation import Keep
 from utils.training.gradients import accumulate_gradients
-from utils.training.keep import Keep
 from utils.training.layer_groups import choose_what_learns, train_mode
 from utils.training.optimizer import parameter_groups
 from utils.training.state import State

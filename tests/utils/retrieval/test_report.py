@@ -20,10 +20,10 @@ from PIL import Image
 from models.errors import InputError
 from utils import Flickr8kDataset
 from utils.metric import compute_metrics, retrieval_metrics
-from utils.retrieval import gallery
+from utils.retrieval import report as gallery
 from utils.retrieval.encode import Features
-from utils.retrieval.gallery import write_report
 from utils.retrieval.ranking import first_answers, rows_both_ways
+from utils.retrieval.report import write_report
 
 HOSTILE = [
     "<script>document.title = 'stolen'</script>",

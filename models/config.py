@@ -1,14 +1,18 @@
 """The description of a model: its sizes, its activation, and how its images are prepared."""
 
 import math
-import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-from models.errors import InputError
-from models.weights.file_kind import one_line
+from models.errors import InputError, one_line, quoted
+
+MAX_RESOLUTION = 10_000  # pixels: 100 million an image
+
+CHINESE_CONTEXT_LENGTH = 52  # tokens of a text in the training of Chinese-CLIP
+
+CONTEXT_LENGTH = 77  # tokens
 
 MAX_BLOCKS = 500  # of a tower, or of a ResNet's stage; the largest published model has 56
 MAX_SIZE = 10**6  # of a width, a resolution, a vocabulary, a context
@@ -126,11 +130,6 @@ def description_of(whose: str) -> Iterator[None]:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"its description is not {whose} ({one_line(error)})") from None
-
-
-def quoted(value: object) -> str:
-    """An untrusted value for an error message: on one line, and cut if it is long or nested."""
-    return "".join(c if c.isprintable() else " " for c in reprlib.repr(value)[:60])
 
 
 def _is_finite(number: object) -> bool:
