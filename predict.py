@@ -90,7 +90,7 @@ def caption(args: argparse.Namespace) -> None:
     from models.clip_utils import find_weights, load
     from models.preprocess import open_image
     from utils.machine.precision import Precision
-    from utils.retrieval.encode import encode_texts, kept_caption_features, told_apart
+    from utils.retrieval.encode import cached_caption_features, encode_texts, told_apart
     from utils.retrieval.plots import draw_ranking
     from utils.retrieval.ranking import rank_captions
     from utils.retrieval.search import encode_pixels
@@ -112,13 +112,13 @@ def caption(args: argparse.Namespace) -> None:
             text_features = encode_texts(model, model.tokenize(captions, truncate=True))
     else:
         source = str(args.captions_file.resolve()) if args.captions_file else "validation"
-        text_features = kept_caption_features(model, weights, source, captions, precision)
+        text_features = cached_caption_features(model, weights, source, captions, precision)
 
     for file in [args.image] if args.image else ask_for_images():
         try:
             image = open_image(file)
             with precision.autocast():
-                (own,) = encode_pixels(model, [preprocess.pixels(image)])
+                (own,) = encode_pixels(model, [preprocess.resize_and_crop(image)])
             ranked = rank_captions(captions, text_features, own, model.logit_scale)[:TOP]
             output = args.output or new_picture(drawn_into, file)
             for place, (text, probability, similarity) in enumerate(ranked, 1):
@@ -157,7 +157,9 @@ def search(args: argparse.Namespace, folder: Path) -> None:
     images, features = image_features(model, weights, folder, images, precision)
     with precision.autocast():
         if args.similar:
-            queries = encode_pixels(model, [preprocess.pixels(picture) for picture in pictures])
+            queries = encode_pixels(
+                model, [preprocess.resize_and_crop(picture) for picture in pictures]
+            )
         else:
             queries = encode_texts(model, model.tokenize(texts, truncate=True))
 

@@ -85,7 +85,7 @@ def build_parser() -> ArgumentParser:
         help="compute features of a locked tower once, not in each step; for images, --no_augment")
     add("--lora", type=integer(1, 1024), metavar="RANK",
         help="less memory: learn only changes of this rank, such as 8, of transformers' matrices")
-    add("--keep", type=number(), metavar="WEIGHT",
+    add("--distill", type=number(), metavar="WEIGHT",
         help="WEIGHT in the loss of the distance of features to those of the start, on images in "
         "random colours and captions of random words: 12 forgets less, 0 is faster (default: 6)")
     add("--ema", type=number(below=1), metavar="DECAY",
@@ -96,7 +96,7 @@ def build_parser() -> ArgumentParser:
     add("--retention", type=path, nargs="+", metavar="DATA",
         help="measure as training goes on what is left on DATA: a folder of class folders or a set "
         "of torchvision (zero-shot top-1), or a folder like --dataset_path (mean recall)")
-    add("--retention_loss", type=number(), metavar="POINTS",
+    add("--max_forgetting", type=number(), metavar="POINTS",
         help="with --retention, --wise_ft takes the best mixture that loses at most so many points "
         "there (default: 2)")
 
@@ -129,9 +129,9 @@ def main() -> None:
     from utils.training.layer_groups import cache_features, train_mode
     from utils.training.optimizer import learning_rate, set_learning_rate
     from utils.training.progress import Progress, announce, report_epoch, score_start, scoring
-    from utils.training.settings import settle
+    from utils.training.settings import resolve_arguments
 
-    args, resumed = settle(parser)
+    args, resumed = resolve_arguments(parser)
     processes, device = join_processes(args.device)
     sets, retention = prepare(args, device, processes)
 
@@ -163,8 +163,9 @@ def main() -> None:
             first = (epoch - 1) * len(loader) + done
             for step, batch in enumerate(progress.timed(loader.epoch(epoch, done)), first):
                 set_learning_rate(state.optimizer, rate_at(step))
-                loss = accumulate_gradients(model, batch, state.precision, processes,
-                                            args.grad_cache, keep=state.keep)  # fmt: skip
+                loss = accumulate_gradients(
+                    model, batch, state.precision, processes, args.grad_cache, state.distillation
+                )
                 state.update(processes.sum(loss))
                 progress.advance(state.losses[-1], rate_at(step), step)
                 stop = processes.any(interrupt.has_come())
@@ -182,7 +183,7 @@ def main() -> None:
             raise run.stopped(interrupt)
     interrupt.release()
     run.close(state.scored, state.state_dict())
-    if processes.is_first:
+    if processes.is_rank_0:
         finish(args, run.folder, loader, sets, state, retention=retention, known=known)
 
 
@@ -196,7 +197,7 @@ def prepare(args: argparse.Namespace, device, processes):
     from utils.training.settings import check_arguments, check_model, read_data, wants_demo_set
 
     if wants_demo_set(args):
-        with processes.first_ahead():
+        with processes.rank_0_first():
             render_demo(args.dataset_path, folder_option="--dataset_path")
     check_arguments(args)
     check_model(args, device, processes)
@@ -212,7 +213,7 @@ def get_model(args: argparse.Namespace, resumed: dict | None, device, processes)
     from utils.training.layer_groups import trainable
     from utils.training.settings import fine_tuning_rate
 
-    with processes.first_ahead():  # which downloads
+    with processes.rank_0_first():  # which downloads
         if resumed:
             model = resumed["model"]
         elif args.resume_training == "none":
@@ -238,15 +239,15 @@ def get_loader(args: argparse.Namespace, sets: dict, model, device, processes):
     at_once = min(args.batch_size, args.grad_cache or args.batch_size)
     check_images_fit(at_once // processes.size, model.visual.input_resolution, device)
     if args.cache is not None:
-        with processes.first_ahead():  # which decodes
+        with processes.rank_0_first():  # which decodes
             for dataset in sets.values():
                 dataset.cache(args.cache or None, device, num_workers)
-    if processes.is_first:
+    if processes.is_rank_0:
         check_splits(sets, num_workers, train_too=args.check_data)
     return TrainLoader(
         sets["train"], args.batch_size, device, args.seed, num_workers, augment=not args.no_augment,
         captions_per_image=args.captions_per_image, strict=args.strict, processes=processes,
-        alter=bool(args.keep))  # fmt: skip
+        alter=bool(args.distill))  # fmt: skip
 
 
 def open_run(args: argparse.Namespace, resumed: dict | None, model, loader, val_set):
@@ -260,7 +261,7 @@ def open_run(args: argparse.Namespace, resumed: dict | None, model, loader, val_
     data = loader.dataset.fingerprint() + val_set.fingerprint()
     check_same_data(args, data, resumed)
     run = Run(loader.processes, as_saved(args, resumed), data)
-    if not loader.processes.is_first:
+    if not loader.processes.is_rank_0:
         return run
     started = time.strftime("%Y-%m-%d_%H-%M-%S")
     if resumed:
@@ -276,7 +277,7 @@ def open_run(args: argparse.Namespace, resumed: dict | None, model, loader, val_
         for line in (*on, *without_effect(args, len(loader))):
             print(line)
         run.loss_history = Losses(run.folder, resumed["rows"] if resumed else [])
-        if args.wise_ft or args.keep:
+        if args.wise_ft or args.distill:
             run.keep_start(model, is_new=not resumed)
     return run
 
@@ -285,7 +286,7 @@ def get_state(args: argparse.Namespace, resumed: dict | None, model, device, run
     """What training starts with: the model on its device, an optimizer, what a checkpoint has."""
     from utils.machine.precision import Precision
     from utils.machine.pyzjr_parts import get_optimizer
-    from utils.training.distillation import keep_features
+    from utils.training.distillation import distill_from_start
     from utils.training.optimizer import parameter_groups, replace_groups
     from utils.training.state import State
 
@@ -293,8 +294,8 @@ def get_state(args: argparse.Namespace, resumed: dict | None, model, device, run
     optimizer = get_optimizer(model, args.optimizer_type, args.lr)
     groups = parameter_groups(model, args.momentum, args.weight_decay, args.layer_decay)
     replace_groups(optimizer, groups)
-    keep = keep_features(model, run, args.keep) if args.keep else None
-    state = State(model, optimizer, Precision(device, args.use_amp), args.ema, keep)
+    distillation = distill_from_start(model, run, args.distill) if args.distill else None
+    state = State(model, optimizer, Precision(device, args.use_amp), args.ema, distillation)
     if resumed:
         state.restore(resumed)
         run.replace_missing_best(state.scored, state.state_dict())
@@ -307,13 +308,13 @@ def get_state(args: argparse.Namespace, resumed: dict | None, model, device, run
 
 def finish(args: argparse.Namespace, folder: Path, loader, sets, state, retention, known) -> None:
     """Choose weights, and score them: on validation, some features of which may be `known`, and on
-    the test split. With --keep the last epoch counts: the best may be further from the start."""
+    the test split. With --distill the last epoch counts: the best may be further from the start."""
     from models.clip_utils import load
     from utils.runs.commands import what_to_try
     from utils.training.progress import comment_on_epochs, score_chosen, score_test, scoring
     from utils.training.wise_ft import mix_with_start
 
-    chosen = folder / "weights" / f"{'last' if args.keep else 'best'}_epoch_weights.pth"
+    chosen = folder / "weights" / f"{'last' if args.distill else 'best'}_epoch_weights.pth"
     state.release()
     model, _ = load(chosen, state.precision.device)
     score = partial(scoring(loader, state.precision), model)

@@ -109,7 +109,7 @@ def is_one_colour(image: Image.Image) -> bool:
     return image.getcolors(1) is not None
 
 
-def pixels(
+def resize_and_crop(
     image: Image.Image, side: int, interpolation: str = "bicubic", resize_mode: str = "shortest"
 ) -> Tensor:
     """An RGB image -> uint8 `[3, side, side]`, `side` in pixels.
@@ -168,13 +168,13 @@ class Preprocess:
     interpolation: str = "bicubic"
     resize_mode: str = "shortest"
 
-    def pixels(self, image: Image.Image) -> Tensor:
+    def resize_and_crop(self, image: Image.Image) -> Tensor:
         """An RGB image -> uint8 `[3, side, side]`."""
-        return pixels(image, self.side, self.interpolation, self.resize_mode)
+        return resize_and_crop(image, self.side, self.interpolation, self.resize_mode)
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 `[..., 3, side, side]` -> float32 of the same shape."""
         return normalize(images, self.mean, self.std)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        return self.normalize(self.pixels(upright_rgb(image)))
+        return self.normalize(self.resize_and_crop(upright_rgb(image)))

@@ -363,7 +363,7 @@ class TrainLoader:
 
     def _altered(self, batch: Batch, seed: tuple[int, int, int]) -> Batch | None:
         """Random numbers are drawn for the batch of all processes; this one takes its own part."""
-        share = self.processes.share(self.batch_size)
+        share = self.processes.shard(self.batch_size)
         mine, everyones = slice(share.start % 2, None, 2), slice(share.start, share.stop)
         images = batch.images[mine]
         if not (self.alter and len(images)):
@@ -380,7 +380,7 @@ class TrainLoader:
         return Batch(images, crops, tokens, colours=upload(colours, self.device))
 
     def _load(self, batches: list[list[int]]) -> Iterator[Loaded]:
-        share = self.processes.share(self.batch_size)
+        share = self.processes.shard(self.batch_size)
         own = slice(share.start, share.stop)
         cached = self.features.get("image", self.dataset.cached)
         unreadable = self.dataset.unreadable
@@ -403,7 +403,7 @@ class TrainLoader:
     def _report(self, problems: dict[int, str]) -> None:
         """Print what is wrong with images that were not reported yet."""
         for row in problems.keys() - self.reported:
-            console = None if self.processes.is_first else sys.stderr
+            console = None if self.processes.is_rank_0 else sys.stderr
             tqdm.write(f"{problems[row]}; another image takes its place", file=console)
         self.reported |= problems.keys()
 

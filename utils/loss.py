@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from models.device import upload
 from models.errors import InputError
-from utils.machine.processes import ALONE, Processes, Share
+from utils.machine.processes import ALONE, Processes, Shard
 
 BLOCK = 1024  # rows of the similarity matrix that exist at once
 
@@ -48,7 +48,7 @@ def contrastive_loss(
     text_features = F.normalize(text_features.float(), dim=-1)
     matching = (image_features.repeat_interleave(k, dim=0) * text_features).sum(dim=1)
 
-    share = processes.share_with(n)
+    share = processes.shard_with(n)
     everyones_texts = share.gather(text_features)
     right, columns = None, None
     if texts is not None:
@@ -65,7 +65,7 @@ def contrastive_loss(
     ]  # fmt: skip
     other_texts = torch.cat([over_texts for over_texts, _ in blocks]).repeat_interleave(k)
     other_images = torch.stack([over_images for _, over_images in blocks]).logsumexp(dim=0)
-    other_images = processes.share(processes.size).gather(other_images[None]).logsumexp(dim=0)
+    other_images = processes.shard(processes.size).gather(other_images[None]).logsumexp(dim=0)
     other_images = other_images[share.start * k : share.stop * k]
 
     over_texts = torch.logaddexp(matching, other_texts)
@@ -81,7 +81,7 @@ def squared_distance(features: Tensor, targets: Tensor) -> Tensor:
 
 
 def _shared_texts(
-    texts: Tensor, k: int, share: Share, device: torch.device
+    texts: Tensor, k: int, share: Shard, device: torch.device
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """The columns of right texts, as `_negatives` takes them: `right` and `columns`; None twice if
     no other image of the batch brings a text that is right for one of this process's images."""

@@ -41,10 +41,10 @@ WORLDS = {
 }
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
 TEN = "--epochs 10"
-ALONE = f"{TEN} --keep 0 --layer_decay 0.7"  # the settings of before `--keep`
+ALONE = f"{TEN} --distill 0 --layer_decay 0.7"  # the settings of before `--distill`
 SETTINGS = {  # of train.py; "open_clip": of its program
-    "--keep": ["--keep 2", "", "--keep 12"],
-    "--keep, 10 epochs": [f"{TEN} --keep 2", TEN, f"{TEN} --keep 12"],
+    "--distill": ["--distill 2", "", "--distill 12"],
+    "--distill, 10 epochs": [f"{TEN} --distill 2", TEN, f"{TEN} --distill 12"],
     "training alone": [f"{ALONE} --lr {lr}" for lr in ("3e-5", "1e-4", "3e-4", "1e-3")],
     "open_clip": [f"--lr {lr}" for lr in ("3e-5", "1e-4", "3e-4", "1e-3")],
     "--lora 8": [f"{TEN} --lora 8"],
@@ -134,7 +134,7 @@ def fine_tune(output: Path, which: tuple[str, str], seed: int, world: str) -> di
             *("--resume_training", start, "--dataset_path", data[world], "--seed", seed),
             *("--device", "cpu", "--cache", *setting.split()),
         )
-        epoch = "best_epoch" if "--keep 0" in setting else "last_epoch"  # as train.py chooses
+        epoch = "best_epoch" if "--distill 0" in setting else "last_epoch"  # as train.py chooses
         model, _ = load(run / "weights" / f"{epoch}_weights.pth", "cpu")
         before = load(start, "cpu")[0].state_dict()
         after = {key: tensor.clone() for key, tensor in model.state_dict().items()}

@@ -87,7 +87,7 @@ def pretrain(output: Path, width: int, seed: int) -> Path:
     run = train(
         folder,
         *("--resume_training", start, "--dataset_path", data, "--seed", seed, "--device", "cpu"),
-        *("--cache", "--lr", f"{PRETRAINING / width:.2e}", "--keep", 0, "--wise_ft", 1),
+        *("--cache", "--lr", f"{PRETRAINING / width:.2e}", "--distill", 0, "--wise_ft", 1),
         *("--epochs", 28, "--batch_size", 50),
     )
     return run / "weights" / "last_epoch_weights.pth"

@@ -16,7 +16,7 @@ from models.weights.registry import CONFIGS
 from utils.data.annotations import caption_file, read_annotations
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.runs.checkpoint import write_json
-from utils.runs.files import replaced_whole
+from utils.runs.files import atomic_write
 
 MODEL = "ViT-demo"
 WARMUP = 0.1  # share of the run, as in train.py; open_clip's 10,000 steps are more than there are
@@ -62,7 +62,7 @@ def write_csv(data: Path, file: Path) -> int:
         for image, captions in read_annotations(caption_file(data, "en", "train"))
         for caption in captions
     ]
-    with replaced_whole(file) as temporary, temporary.open("w", encoding="utf-8", newline="") as f:
+    with atomic_write(file) as temporary, temporary.open("w", encoding="utf-8", newline="") as f:
         writer = csv.writer(f, delimiter="\t")
         writer.writerow(("filepath", "title"))
         writer.writerows(rows)
@@ -104,6 +104,6 @@ def cut_context(weights: Path, context_length: int, file: Path) -> Path:
     """Our weights without the positions that no caption reaches."""
     state = torch.load(weights, weights_only=True)
     state["positional_embedding"] = state["positional_embedding"][:context_length].clone()
-    with replaced_whole(file) as temporary:
+    with atomic_write(file) as temporary:
         torch.save(state, temporary)
     return file

@@ -429,7 +429,7 @@ UNDAMAGED = {
 )
 @given(
     format=st.sampled_from(sorted(UNDAMAGED)),
-    keep=st.floats(0, 1),
+    distillation=st.floats(0, 1),
     changes=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=4),
     header=st.booleans(),
 )

@@ -13,7 +13,7 @@ from models.weights.registry import CONFIGS
 from train import build_parser
 from utils import Flickr8kDataset
 from utils.training.progress import tokenizer_warning
-from utils.training.settings import settle
+from utils.training.settings import resolve_arguments
 
 DEMO = ["--resume_training", "none", "--model", "cn-demo", "--language", "cn"]
 MODEL = "OFA-Sys/chinese-clip-vit-base-patch16"
@@ -86,7 +86,7 @@ def test_the_demo_in_chinese_takes_the_chinese_model(monkeypatch):
         (["--language", "cn", "--model", "ViT-demo"], "ViT-demo"),
     ]:
         monkeypatch.setattr("sys.argv", ["train.py", "--demo", *words])
-        args, _ = settle(build_parser())
+        args, _ = resolve_arguments(build_parser())
         assert (args.model, args.resume_training, args.lr) == (model, "none", 5e-4)
 
 

@@ -90,7 +90,7 @@ def test_wise_ft_without_the_weights_at_the_start_says_so_before_and_after(run, 
         "--wise_ft",
         0,
         1,
-        "--keep",
+        "--distill",
         0,
     ]
     run_script("train.py", "--resume_training", start, *arguments, cwd=tmp_path)

@@ -151,7 +151,7 @@ def test_low_rank_changes_near_the_start_go_on_bit_for_bit_and_are_saved_plain(
     for colour in ("red", "blue"):
         (tmp_path / "颜色" / colour).mkdir(parents=True)
         Image.new("RGB", (64, 64), colour).save(tmp_path / "颜色" / colour / "1.png")
-    arguments = ["--resume_training", start, "--dataset_path", data, "--lora", 2, "--keep", 5,
+    arguments = ["--resume_training", start, "--dataset_path", data, "--lora", 2, "--distill", 5,
                  "--ema", 0.9, "--lr", 1e-2, "--epochs", 2, "--batch_size", 22, "--grad_cache", 8,
                  "--save_steps", 1, "--wise_ft", 0, 1, "--retention", "颜色", data]  # fmt: skip
     one, two = whole_and_stopped(arguments, tmp_path)
@@ -169,7 +169,7 @@ def test_low_rank_changes_near_the_start_go_on_bit_for_bit_and_are_saved_plain(
     assert len(changed) > 20
     (two / "weights" / "start_weights.pth").unlink()
     line = error_line("train.py", "--resume_training", two, "--epochs", 3, cwd=tmp_path)
-    assert "start_weights.pth is missing" in line and "--keep" in line
+    assert "start_weights.pth is missing" in line and "--distill" in line
 
 
 @pytest.mark.slow

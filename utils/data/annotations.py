@@ -23,7 +23,7 @@ from utils.data.caption_formats import (
     first_of,
     read_records,
 )
-from utils.runs.files import replaced_whole
+from utils.runs.files import atomic_write
 
 Pairs = list[tuple[str, list[str]]]  # an image and its captions
 Entries = dict[tuple[str, str], list[tuple[str, list[str]]]]  # {(split, image): [(content, texts)]}
@@ -179,7 +179,7 @@ def annotations_json(entries: Iterable[tuple[str, list[str]]]) -> bytes:
     entries = list(entries)
     for image, captions in entries:
         try:
-            _refuse_halves("".join([image, *captions]))
+            _refuse_lone_surrogates("".join([image, *captions]))
         except ValueError as error:
             raise InputError(f"{_as_json(image)}: its name or a caption {error}") from None
     lines = [
@@ -224,7 +224,7 @@ def write_set(
             _write_images(root, bar, write_image)
         for path, content in annotations.items():
             if not path.exists():
-                with replaced_whole(path) as temporary:
+                with atomic_write(path) as temporary:
                     temporary.write_bytes(content)
     except OSError as error:
         raise InputError(
@@ -298,7 +298,7 @@ def image_path(image: object) -> str:
         raise ValueError("leaves the data folder; give the path relative to it")
     if not path.name:
         raise ValueError("should be the path of a file")
-    _refuse_halves(image)
+    _refuse_lone_surrogates(image)
     return path.as_posix()
 
 
@@ -310,7 +310,7 @@ def why_missing(image: Path) -> str:
     return f"{image}{probably_meant(image.name, (file.name for file in beside))}"
 
 
-def _refuse_halves(text: str) -> None:
+def _refuse_lone_surrogates(text: str) -> None:
     """JSON can spell half of a character, as in "\\ud83d", which nothing else can write down."""
     try:
         text.encode()
@@ -325,7 +325,7 @@ def _captions(captions: object) -> list[str | float | None]:
     captions = captions if isinstance(captions, list) else [captions]
     if not all(isinstance(caption, str) or _is_empty(caption) for caption in captions):
         raise ValueError("should be a string or a list of strings")
-    _refuse_halves("".join(caption for caption in captions if isinstance(caption, str)))
+    _refuse_lone_surrogates("".join(caption for caption in captions if isinstance(caption, str)))
     return captions
 
 

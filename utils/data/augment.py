@@ -2,7 +2,7 @@
 
 What is learned from is cropped only: a flip, a rotation or other colours can make a caption wrong
 ("on the left", "a red shirt"), and a crop that keeps nine tenths of the image leaves nearly every
-caption true. Other colours and other words are for --keep, where nothing has to be true.
+caption true. Other colours and other words are for --distill, where nothing has to be true.
 """
 
 import math

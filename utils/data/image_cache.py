@@ -25,9 +25,9 @@ from models.files import file_version
 from models.preprocess import Preprocess
 from models.progress_bar import progress_bar
 from utils.data.image_reading import read_batches
-from utils.runs.files import replaced_whole
+from utils.runs.files import atomic_write
 
-FORMAT = 3  # of the file; raise it when `models.preprocess.pixels` makes other pixels
+FORMAT = 3  # of the file; raise it when `models.preprocess.resize_and_crop` makes other pixels
 BUILD_BATCH = 32  # images decoded at a time
 
 
@@ -164,7 +164,7 @@ def _write(
 ) -> None:
     unreadable: list[int] = []
     with (
-        replaced_whole(file) as temporary,
+        atomic_write(file) as temporary,
         temporary.open("wb") as stream,
         progress_bar(total=n, desc=f"writing {file.name}", unit="img") as bar,
     ):

@@ -81,7 +81,7 @@ def read_batches(
         _Batches(reader, own, substitute),
         sampler=batches,
         batch_size=None,
-        collate_fn=hand_over,
+        collate_fn=collate,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # leaves the global one as it is
@@ -127,7 +127,7 @@ def _tell_of_small_shared_memory() -> None:
     )
 
 
-def hand_over(loaded: Loaded | InputError) -> Loaded | InputError:
+def collate(loaded: Loaded | InputError) -> Loaded | InputError:
     """What a worker sends to its parent: the images in shared memory or, if there is no room, as an
     array, which goes through a pipe. Where the system promises memory that is not there, writing to
     it kills the worker; so there must be room for two batches of every worker."""

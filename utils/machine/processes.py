@@ -19,7 +19,7 @@ T = TypeVar("T")
 LONGEST_WAIT = timedelta(hours=12)  # for the first process, which downloads, checks and decodes
 
 
-class Share(NamedTuple):
+class Shard(NamedTuple):
     """The rows `start` to `stop`, of `total`, that one process works on."""
 
     start: int
@@ -45,22 +45,22 @@ class Processes(NamedTuple):
     size: int = 1
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_0(self) -> bool:
         """Whether this is the process that prints and writes."""
         return self.rank == 0
 
-    def share(self, n: int) -> Share:
+    def shard(self, n: int) -> Shard:
         """This process's part of n rows; parts differ by one row at most."""
-        return Share(self.rank * n // self.size, (self.rank + 1) * n // self.size, n)
+        return Shard(self.rank * n // self.size, (self.rank + 1) * n // self.size, n)
 
-    def share_with(self, n: int) -> Share:
+    def shard_with(self, n: int) -> Shard:
         """The share of a process that holds n rows; the others may hold other numbers."""
         if self.size == 1:
-            return Share(0, n, n)
+            return Shard(0, n, n)
         counts = torch.zeros(self.size, dtype=torch.int64)
         counts[self.rank] = n
         ends = self.sum(counts).cumsum(0).tolist()
-        return Share(ends[self.rank] - n, ends[self.rank], ends[-1])
+        return Shard(ends[self.rank] - n, ends[self.rank], ends[-1])
 
     def sum(self, tensor: Tensor) -> Tensor:
         """`tensor`, in place the sum over all processes."""
@@ -72,7 +72,7 @@ class Processes(NamedTuple):
         """Whether `condition` holds in any process; exchanged between CPUs, so no GPU waits."""
         return bool(self.sum(torch.tensor(int(condition))).item())
 
-    def from_first(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """The first process's `value`, in all processes."""
         values = [value]
         if self.size > 1:
@@ -80,12 +80,12 @@ class Processes(NamedTuple):
         return values[0]
 
     @contextmanager
-    def first_ahead(self) -> Iterator[None]:
+    def rank_0_first(self) -> Iterator[None]:
         """The first process runs the block, then the others do: they find the files it has made."""
-        if not self.is_first:
+        if not self.is_rank_0:
             self.any(False)
         yield
-        if self.is_first:
+        if self.is_rank_0:
             self.any(False)
 
 
@@ -122,7 +122,7 @@ def join_processes(device: str | None) -> tuple[Processes, torch.device]:
     backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=LONGEST_WAIT)
     processes = Processes(dist.get_rank(), size)
-    if not processes.is_first:
+    if not processes.is_rank_0:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - for as long as the process lives
     return processes, picked
 
@@ -163,7 +163,7 @@ class _Gather(torch.autograd.Function):
     """All rows, of which each process has some; backward: the sum of all processes' gradients."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, share: Share) -> Tensor:
+    def forward(ctx, rows: Tensor, share: Shard) -> Tensor:
         k = len(rows) // len(share)
         ctx.own = slice(share.start * k, share.stop * k)
         everyone = rows.new_zeros(share.total * k, *rows.shape[1:])

@@ -106,7 +106,7 @@ def told_apart(captions: list[str], model: CLIP) -> list[str]:
     return apart
 
 
-def kept_caption_features(
+def cached_caption_features(
     model: CLIP, weights: Path, source: str, captions: list[str], precision: Precision
 ) -> Tensor:
     """What `encode_texts` gives for different captions, those too long being cut; in float16, since
@@ -125,5 +125,5 @@ def kept_caption_features(
 def _progress_bar(batches: tuple[Tensor, ...], title: str, unit: str, processes: Processes) -> tqdm:
     total = sum(map(len, batches))
     return progress_bar(
-        total=total, desc=title, unit=unit, leave=False, disable=not processes.is_first
+        total=total, desc=title, unit=unit, leave=False, disable=not processes.is_rank_0
     )

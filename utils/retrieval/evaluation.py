@@ -40,8 +40,8 @@ def evaluate(
     """
     features = encode_set(model, dataset, batch_size, num_workers, precision,
                           processes=processes, known=known)  # fmt: skip
-    if not processes.is_first:
-        return processes.from_first(None)
+    if not processes.is_rank_0:
+        return processes.broadcast(None)
     metrics = retrieval_metrics(*features, dataset.img_to_txt, dataset.txt_to_img, k_values)
     own = dataset.own_captions.values()
     width = max(captions_per_image, *map(len, own))
@@ -52,4 +52,4 @@ def evaluate(
         of_batch = contrastive_loss(features.images[rows], texts, model.logit_scale,
                                     texts=dataset.text_ids[captions[rows]])  # fmt: skip
         loss += of_batch.item() * len(rows) / len(dataset)
-    return processes.from_first((metrics, loss))
+    return processes.broadcast((metrics, loss))

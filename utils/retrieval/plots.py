@@ -16,7 +16,7 @@ from torch import Tensor
 from models.errors import one_line
 from utils.retrieval.ranking import Ranked
 from utils.retrieval.tables import K_VALUES, TITLES, Metrics, retained
-from utils.runs.files import picture_format, replaced_whole, writing
+from utils.runs.files import atomic_write, picture_format, writing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -202,5 +202,5 @@ def save_figure(figure: "Figure", path: Path) -> None:
     `InputError` for a suffix that is no format for pictures, and for a file that cannot be
     written."""
     kind = picture_format(path)
-    with writing(path), replaced_whole(path) as temporary:
+    with writing(path), atomic_write(path) as temporary:
         figure.savefig(temporary, format=kind, dpi=120)

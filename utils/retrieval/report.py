@@ -24,7 +24,7 @@ from utils.retrieval.ranking import Answers, first_answers, rows_both_ways
 from utils.retrieval.tables import K_VALUES, TITLES, Metrics, retained
 from utils.runs.arguments import run_folder, saved_arguments
 from utils.runs.checkpoint import read_csv
-from utils.runs.files import replaced_whole, writing
+from utils.runs.files import atomic_write, writing
 
 LEFT, RIGHT, TOP, BOTTOM = 34, 200, 10, 152  # of the plot, in a drawing 320 wide and 175 high
 LINE = 15  # from one name to the next
@@ -157,7 +157,7 @@ def write_report(
         names=[Path(image).relative_to(dataset.root).as_posix() for image in dataset.image],
         pictures=_pictures(dataset, shown),
     )
-    with writing(path), replaced_whole(path) as temporary:
+    with writing(path), atomic_write(path) as temporary:
         temporary.write_bytes(page.encode("utf-8", "backslashreplace"))  # for halves of characters
 
 
@@ -238,7 +238,7 @@ def _pictures(dataset: Flickr8kDataset, shown: list[int]) -> dict[int, str]:
     preprocess = replace(dataset.preprocess, side=SIDE)
     pictures = {}
     for image in progress_bar(shown, desc="pictures for the report", unit="img", leave=False):
-        pixels = preprocess.pixels(open_image(dataset.image[image]))
+        pixels = preprocess.resize_and_crop(open_image(dataset.image[image]))
         file = io.BytesIO()
         picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
         picture.save(file, "JPEG", quality=QUALITY, optimize=True)

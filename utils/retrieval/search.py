@@ -54,8 +54,8 @@ def image_features(
 
 @torch.inference_mode()
 def encode_pixels(model: CLIP, pixels: list[Tensor]) -> Tensor:
-    """Normalised float32 features `[n, d]` of n images as `Preprocess.pixels` makes them, on the
-    model's device."""
+    """Pixels of n images, of `Preprocess.resize_and_crop` -> normalised float32 features `[n, d]` on
+    the model's device."""
     if not pixels:
         return torch.empty(0, model.embed_dim)
     images = model.preprocess.normalize(upload(torch.stack(pixels), model.device))
@@ -64,7 +64,7 @@ def encode_pixels(model: CLIP, pixels: list[Tensor]) -> Tensor:
 
 def _read(preprocess: Preprocess, path: Path) -> Tensor | str:
     try:
-        return preprocess.pixels(open_image(path))
+        return preprocess.resize_and_crop(open_image(path))
     except InputError as error:
         return str(error)
 

@@ -37,7 +37,7 @@ from models.files import lock
 from models.progress_bar import progress_bar
 from utils.machine.precision import Precision
 from utils.runs.arguments import run_folder
-from utils.runs.files import TEMPORARY, replaced_whole, writing
+from utils.runs.files import TEMPORARY, atomic_write, writing
 
 FORMAT = 2  # raise it when the same weights and inputs give other features
 FILE = "features.safetensors"
@@ -47,7 +47,7 @@ Kind = Literal["images", "captions"]
 Encode = Callable[[list[int]], tuple[list[int], Tensor]]
 
 
-class Kept(NamedTuple):
+class Cached(NamedTuple):
     """Keys, and their features `[n, d]`, float16 on the CPU."""
 
     keys: list[str]
@@ -96,8 +96,8 @@ class Store:
         return found, kept.features[[row_of[keys[i]] for i in found]]
 
     def _complete(
-        self, kept: Kept, keys: list[str], encode: Encode, batch_size: int, folder: Path | None
-    ) -> Kept:
+        self, kept: Cached, keys: list[str], encode: Encode, batch_size: int, folder: Path | None
+    ) -> Cached:
         """Drop what is not among `keys`, add what is missing, and write all that to `folder`."""
         wanted, known = set(keys), set(kept.keys)
         rows = [row for row, key in enumerate(kept.keys) if key in wanted]
@@ -118,18 +118,18 @@ class Store:
                     parts.append(features.half().cpu())
                     bar.update(len(batch))
                     if time.monotonic() - saved >= SAVE_EVERY:
-                        self._save(Kept(names, torch.cat(parts)), folder)
+                        self._save(Cached(names, torch.cat(parts)), folder)
                         saved = time.monotonic()
         finally:
-            complete = Kept(names, torch.cat(parts))
+            complete = Cached(names, torch.cat(parts))
             is_kept = names != kept.keys and self._save(complete, folder)
             if is_kept and len(names) > len(rows):
                 print(f"features of {len(names):,} {self.kind} are kept in {folder}")
         return complete
 
-    def _read(self) -> tuple[Kept, list[str]]:
+    def _read(self) -> tuple[Cached, list[str]]:
         """What is kept in all places, and what is wrong with stores that cannot be used."""
-        everything, problems = Kept([], torch.empty(0, self.d, dtype=torch.float16)), []
+        everything, problems = Cached([], torch.empty(0, self.d, dtype=torch.float16)), []
         for folder in self.read_from:
             try:
                 kept = _read(folder / FILE, self.made_with)
@@ -141,7 +141,7 @@ class Store:
             everything = _joined(everything, kept) if everything.keys else kept
         return everything, problems
 
-    def _save(self, kept: Kept, folder: Path | None) -> bool:
+    def _save(self, kept: Cached, folder: Path | None) -> bool:
         """Write the store to `folder`; whether that went well. A search does not fail for want of
         room for its features."""
         if folder is None:
@@ -151,7 +151,7 @@ class Store:
         tensors = {"features": kept.features.contiguous(), "keys": keys}
         metadata = {"made_with": self.made_with, "content": _content_digest(**tensors)}
         try:
-            with writing(file), replaced_whole(file) as temporary:
+            with writing(file), atomic_write(file) as temporary:
                 temporary.write_bytes(save(tensors, metadata))  # its own errors are no OSError
         except InputError as error:
             print(f"warning: features are not kept: {error.__cause__ or error}")
@@ -182,7 +182,7 @@ class Store:
             yield None
 
 
-def _read(file: Path, made_with: str) -> Kept:
+def _read(file: Path, made_with: str) -> Cached:
     """The content of a store's file. Raises `InputError` if it cannot be used, and
     `FileNotFoundError`."""
     try:
@@ -199,15 +199,15 @@ def _read(file: Path, made_with: str) -> Kept:
         raise InputError(f"{file}: damaged, or another program's")
     if about.get("made_with") != made_with:
         raise InputError(f"{file}: made with other weights, or another version of this program")
-    return Kept(json.loads(tensors["keys"].numpy().tobytes()), tensors["features"])
+    return Cached(json.loads(tensors["keys"].numpy().tobytes()), tensors["features"])
 
 
-def _joined(first: Kept, second: Kept) -> Kept:
+def _joined(first: Cached, second: Cached) -> Cached:
     """Both, without what of the second is in the first."""
     known = set(first.keys)
     new = [row for row, key in enumerate(second.keys) if key not in known]
     keys = first.keys + [second.keys[row] for row in new]
-    return Kept(keys, torch.cat([first.features, second.features[new]]))
+    return Cached(keys, torch.cat([first.features, second.features[new]]))
 
 
 def _made_with(model: CLIP, kind: Kind) -> str:

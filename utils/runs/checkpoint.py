@@ -16,7 +16,7 @@ from models.files import read_bytes
 from models.lora import merged
 from models.weights.open_clip import CONFIG_FILE, to_open_clip
 from models.weights.read import read_content
-from utils.runs.files import replaced_whole, writing
+from utils.runs.files import atomic_write, writing
 
 FORMAT = 7  # of checkpoint.pth; raised whenever other fields are written to it
 
@@ -39,7 +39,7 @@ def save_checkpoint(path: Path, **state: Any) -> None:
 
 
 def _save(content: dict[str, Any], path: Path) -> None:
-    with writing(path), replaced_whole(path) as temporary:
+    with writing(path), atomic_write(path) as temporary:
         try:
             # Given a path, torch would name the archive's root after it: other bytes each time.
             with temporary.open("wb") as file:
@@ -83,7 +83,7 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     columns = {name: None for row in reversed(rows) for name in row}
     with (
         writing(path),
-        replaced_whole(path) as temporary,
+        atomic_write(path) as temporary,
         temporary.open("w", encoding="utf-8", newline="") as file,
     ):
         writer = csv.DictWriter(file, fieldnames=list(columns))
@@ -105,5 +105,5 @@ def read_csv(path: Path) -> list[dict[str, float]]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` as indented JSON, whole or not at all."""
-    with writing(path), replaced_whole(path) as temporary:
+    with writing(path), atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

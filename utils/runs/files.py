@@ -17,7 +17,7 @@ TEMPORARY = ".unfinished."  # start of the names of files that are being written
 
 
 @contextmanager
-def replaced_whole(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path` to write to. After the block, the file is flushed to the
     disk and renamed to `path`; if the block raises, it is deleted, and `path` stays as it was."""
     path = Path(path)

@@ -13,7 +13,7 @@ from utils.machine.interrupt import Interrupt
 from utils.machine.processes import Processes
 from utils.runs.checkpoint import save_checkpoint, save_weights, write_csv
 from utils.runs.commands import command, quoted
-from utils.runs.files import TEMPORARY, replaced_whole, writing
+from utils.runs.files import TEMPORARY, atomic_write, writing
 
 
 class Run:
@@ -57,7 +57,7 @@ class Run:
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write everything needed to go on from `State.state_dict()`."""
-        if self.processes.is_first:
+        if self.processes.is_rank_0:
             file = self.weights / "checkpoint.pth"
             save_checkpoint(
                 file,
@@ -70,7 +70,7 @@ class Run:
     def save_epoch(self, model: CLIP, state: dict[str, Any], keep_every: int) -> None:
         """Write the weights, the checkpoint and the tables at the end of an epoch. `model` has the
         weights that were scored; those of every `keep_every`-th epoch stay."""
-        if not self.processes.is_first:
+        if not self.processes.is_rank_0:
             return
         *earlier, row = state["rows"][self.best_since :]
         losses = row["train_loss"], row["val_loss"]
@@ -98,7 +98,7 @@ class Run:
         """If best_epoch_weights.pth is gone, as after a checkpoint was moved alone, the last epoch
         takes its place; in the middle of an epoch, whose weights are no epoch's, the best of those
         that end from here on."""
-        if not self.processes.is_first or not state["rows"] or self.best_weights.exists():
+        if not self.processes.is_rank_0 or not state["rows"] or self.best_weights.exists():
             return
         in_epoch = bool(state["losses"])
         self.best_since = len(state["rows"]) - (not in_epoch)
@@ -112,7 +112,7 @@ class Run:
 
     def stopped(self, interrupt: Interrupt) -> SystemExit:
         """Say how to go on after a signal; return what ends the program."""
-        if self.processes.is_first:
+        if self.processes.is_rank_0:
             arguments = "--resume_training", self.folder
             size = self.processes.size
             if size > int(os.environ.get("LOCAL_WORLD_SIZE", 1)):  # by srun, or on many machines
@@ -124,7 +124,7 @@ class Run:
 
     def close(self, model: CLIP, state: dict[str, Any]) -> None:
         """End the run; its best weights are there then, whatever has become of the file."""
-        if self.processes.is_first:
+        if self.processes.is_rank_0:
             self.loss_history.close()
             self.replace_missing_best(model, state)
 
@@ -167,7 +167,7 @@ def reopen_run_folder(checkpoint: str | os.PathLike, state: dict[str, Any]) -> P
             for left in folder.glob(f"{TEMPORARY}*"):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
     text = run / "epoch_loss.txt"
-    with writing(text), replaced_whole(text) as temporary:
+    with writing(text), atomic_write(text) as temporary:
         temporary.write_text("".join(history))
     if rows:
         _write_metrics(run, state)

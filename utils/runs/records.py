@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from utils.machine.pyzjr_parts import ConsoleLogger, LossHistory
-from utils.runs.files import TEMPORARY, replaced_whole, writing
+from utils.runs.files import TEMPORARY, atomic_write, writing
 
 
 class Log(ConsoleLogger):
@@ -46,7 +46,7 @@ class Losses(LossHistory):
                 shutil.copy(self.folder / names[0], self.log_dir)
             super().append_loss(epoch, loss, val_loss)
             for name in names:
-                with replaced_whole(self.folder / name) as temporary:
+                with atomic_write(self.folder / name) as temporary:
                     (Path(self.log_dir) / name).replace(temporary)
 
     def close(self) -> None:

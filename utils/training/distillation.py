@@ -6,10 +6,10 @@ from models.clip import CLIP
 from models.clip_utils import load
 from models.errors import InputError
 from utils.runs.folder import Run
-from utils.training.layer_groups import learning_towers
+from utils.training.layer_groups import trainable_towers
 
 
-class Keep(NamedTuple):
+class Distillation(NamedTuple):
     """What pulls features towards those of the starting model: on images in random other colours
     and on captions with random other words, which are more unlike each other than what is learned
     from, and so hold more of what the model does elsewhere.
@@ -28,16 +28,16 @@ class Keep(NamedTuple):
     towers: list[str]
 
 
-def keep_features(model: CLIP, run: Run, weight: float) -> Keep:
+def distill_from_start(model: CLIP, run: Run, weight: float) -> Distillation:
     """The model that the run has started from beside `model`, which learns. They share the
     parameters that do not. Raises `InputError` if the run's start_weights.pth is missing."""
-    file = run.processes.from_first(run.folder) / "weights" / "start_weights.pth"
+    file = run.processes.broadcast(run.folder) / "weights" / "start_weights.pth"
     if not file.exists():
-        raise InputError(f"{file} is missing, whose features --keep keeps: put it back")
+        raise InputError(f"{file} is missing, whose features --distill keeps: put it back")
     start, _ = load(file, model.device)
     start.requires_grad_(False)
     for name, parameter in start.named_parameters():
         own = model.get_parameter(name)
         if not own.requires_grad:
             parameter.data = own.data
-    return Keep(start, weight, learning_towers(model))
+    return Distillation(start, weight, trainable_towers(model))

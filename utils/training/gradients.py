@@ -9,8 +9,8 @@ from utils.flickr8k_dataloader import Batch
 from utils.loss import contrastive_loss, squared_distance
 from utils.machine.precision import Precision
 from utils.machine.processes import Processes
-from utils.training.distillation import Keep
-from utils.training.layer_groups import TOWERS, learning_towers
+from utils.training.distillation import Distillation
+from utils.training.layer_groups import TOWERS, trainable_towers
 
 
 def accumulate_gradients(
@@ -19,7 +19,7 @@ def accumulate_gradients(
     precision: Precision,
     processes: Processes,
     chunk: int | None = None,
-    keep: Keep | None = None,
+    distillation: Distillation | None = None,
 ) -> Tensor:
     """Set the parameters' gradients to those of the loss of the whole batch, of which `batch` is
     this process's part; return this process's part of the loss.
@@ -32,11 +32,11 @@ def accumulate_gradients(
     `keep` adds its distances to what the gradients are of, but not to the loss that is returned,
     which so can be compared with that of validation.
     """
-    if keep:
-        _hold_features(model, batch.altered, precision, processes, keep, chunk)
+    if distillation:
+        _distill(model, batch.altered, precision, processes, distillation, chunk)
     chunks = batch.split(chunk or len(batch.images))
     at_once = len(chunks) == 1
-    towers = () if at_once else learning_towers(model)
+    towers = () if at_once else trainable_towers(model)
     with torch.set_grad_enabled(at_once):
         features = {tower: _encode(model, chunks, tower, precision) for tower in TOWERS}
     for tower in towers:
@@ -67,26 +67,26 @@ def _sum_gradients(model: CLIP, processes: Processes) -> None:
         gradient.copy_(summed.view_as(gradient))
 
 
-def _hold_features(
+def _distill(
     model: CLIP,
     batch: Batch | None,
     precision: Precision,
     processes: Processes,
-    keep: Keep,
+    distillation: Distillation,
     chunk: int | None,
 ) -> None:
     """Set the parameters' gradients to those of `keep.weight` times the mean squared distance of
     the features of `batch`, this process's part of the altered images and captions, to those of the
     starting model; the mean over all images and that over all captions count alike."""
-    total = processes.share_with(len(batch.images) if batch else 0).total
+    total = processes.shard_with(len(batch.images) if batch else 0).total
     for part in batch.split(chunk or total) if batch else ():
-        for tower in keep.towers:
+        for tower in distillation.towers:
             with torch.no_grad():
-                targets = _encode(keep.start, [part], tower, precision)
+                targets = _encode(distillation.start, [part], tower, precision)
             features = _encode(model, [part], tower, precision)
             per_image = len(features) // len(part.images)
             distance = squared_distance(features, targets) / (total * per_image)
-            precision.backward(keep.weight * distance)
+            precision.backward(distillation.weight * distance)
 
 
 def _encode(model: CLIP, chunks: list[Batch], tower: str, precision: Precision) -> Tensor:

@@ -53,7 +53,7 @@ def tower_of(name: str) -> str:
     return "image" if name.startswith("visual.") else "text"
 
 
-def learning_towers(model: CLIP) -> list[str]:
+def trainable_towers(model: CLIP) -> list[str]:
     """The towers in which some parameter learns."""
     learned = [name for name, p in model.named_parameters() if p.requires_grad]
     return sorted({tower_of(name) for name in learned if name != "logit_scale"})
@@ -80,13 +80,13 @@ def trainable(
 ) -> CLIP:
     """The model as it is trained: with locked towers, with low-rank changes, and with batch norms
     over the whole batch. Raises `InputError` for arguments that this model cannot have."""
-    choose_what_learns(model, args.lock_image, args.lock_text, args.lora)
+    freeze_and_adapt(model, args.lock_image, args.lock_text, args.lora)
     if processes.size > 1 or args.grad_cache:
         return whole_batch_norms(model, device, args.grad_cache)
     return model
 
 
-def choose_what_learns(
+def freeze_and_adapt(
     model: CLIP, lock_image: int | None, lock_text: int | None, lora: int | None
 ) -> None:
     """`lock` the towers of which a number of blocks is given, and add changes of rank `lora`, if it
@@ -139,9 +139,9 @@ def cache_features(
     of_val: dict[str, Tensor] = {}
     if not args.cache_features:
         return of_val
-    processes, learning = loader.processes, learning_towers(model)
+    processes, learning = loader.processes, trainable_towers(model)
     for tower in (tower for tower in TOWERS if tower not in learning):
-        if tower == "image" and processes.is_first:
+        if tower == "image" and processes.is_rank_0:
             refuse_unreadable([loader.dataset], loader.num_workers)
         for dataset, features in ((loader.dataset, loader.features), (val_set, of_val)):
             sizes = loader.batch_size, loader.num_workers

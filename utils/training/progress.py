@@ -172,11 +172,11 @@ def report_epoch(state: State, epochs: int, metrics: Metrics, images: int, rate:
 
 def comment_on_epochs(state: State, images: int) -> None:
     """Say so if even the best epoch is clearly worse than the weights that training started from,
-    of which `images` of validation tell; and if, with --keep, the best is not the last."""
+    of which `images` of validation tell; and if, with --distill, the best is not the last."""
     best, last = state.best_recall, state.epochs[-1]["mean_recall"]
-    if state.keep and best > last:
+    if state.distillation and best > last:
         print(f"epoch {len(state.epochs) - state.epochs_since_best} had a higher mean recall, "
-              f"{best:.2f}, and is in best_epoch_weights.pth; with --keep the last one counts, "
+              f"{best:.2f}, and is in best_epoch_weights.pth; with --distill the last one counts, "
               f"{last:.2f}")  # fmt: skip
     if state.start and is_clearly_lower(best, state.start["mean_recall"], images):
         print(
@@ -207,7 +207,7 @@ class Progress:
             initial=done * loader.batch_size,
             unit="img",
             desc=f"epoch {epoch}",
-            disable=not loader.processes.is_first,
+            disable=not loader.processes.is_rank_0,
         )
         self.steps = 0
         self.seconds_waited = 0.0

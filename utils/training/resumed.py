@@ -13,7 +13,7 @@ from models.errors import InputError, listed, one_line
 from models.weights.architecture import check_keys
 from models.weights.open_clip import from_open_clip
 from utils.runs.checkpoint import read_checkpoint
-from utils.training.layer_groups import choose_what_learns
+from utils.training.layer_groups import freeze_and_adapt
 from utils.training.optimizer import parameter_groups
 
 REMEDY = "take an earlier copy of the run, or start a new one from its weights"
@@ -51,9 +51,7 @@ def _model(weights: dict[str, Tensor], config: dict, arguments: dict[str, Any]) 
     try:
         plain = {name: tensor for name, tensor in weights.items() if ".lora." not in name}
         model = build_model(plain, from_open_clip(config))
-        choose_what_learns(
-            model, *(arguments[name] for name in ("lock_image", "lock_text", "lora"))
-        )
+        freeze_and_adapt(model, *(arguments[name] for name in ("lock_image", "lock_text", "lora")))
         check_keys(weights, model.state_dict())
     except InputError as error:
         raise InputError(f"model: {error}") from None

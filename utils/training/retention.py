@@ -30,7 +30,7 @@ class Retention:
 
     def __init__(self, data: Sequence[str], languages: Sequence[str], processes: Processes = ALONE):
         self.sets: dict[str, Source | LabelledImages | Flickr8kDataset] = {}
-        with processes.first_ahead():  # which downloads
+        with processes.rank_0_first():  # which downloads
             for name, path in zip(names_of(data), data, strict=True):
                 self.sets[name] = _find(path, languages)
 
@@ -45,7 +45,7 @@ class Retention:
                 found.check_texts()
             else:
                 self.sets[name] = LabelledImages(found, model.preprocess)
-        with loader.processes.first_ahead():  # which decodes
+        with loader.processes.rank_0_first():  # which decodes
             for images in self.sets.values():
                 images.cache(folder or None, num_workers=self.num_workers)
 

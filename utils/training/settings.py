@@ -33,7 +33,7 @@ DEMO = {
 }
 CHINESE_DEMO = {"model": "cn-demo", "epochs": 30}
 FROM_SCRATCH = {"lr": 5e-4}
-FINE_TUNING = {"keep": 6.0, "wise_ft": [0.0, 0.25, 0.5, 0.75, 1.0], "retention_loss": 2.0}
+FINE_TUNING = {"distill": 6.0, "wise_ft": [0.0, 0.25, 0.5, 0.75, 1.0], "max_forgetting": 2.0}
 # Of fine-tuning, times the width of the wider tower: Adam's best rate falls as the width grows
 # (Yang et al. 2021, "Tensor Programs V", table 3). Within a point of the best score at widths
 # 128 to 384 and in other batches; with 200 images a lower rate is 1.2 points better
@@ -44,7 +44,7 @@ LORA_RATE = 3e-3
 OF_THE_START = ("demo", "model", "resume_training")
 # What the saved moments and the weights at the start belong to.
 FIXED = ("input_shape", "activation", "optimizer_type", "layer_decay", "lock_image", "lock_text",
-         "wise_ft", "lora", "keep")  # fmt: skip
+         "wise_ft", "lora", "distill")  # fmt: skip
 # What decides which images and captions the rest of an epoch brings.
 FIXED_IN_AN_EPOCH = ("batch_size", "captions_per_image", "no_augment", "seed")
 # What may change without another result.
@@ -52,7 +52,9 @@ FREE = {"cache", "check_data", "dataset_path", "debug", "freq", "grad_checkpoint
         "save_steps", "strict"}  # fmt: skip
 
 
-def settle(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict[str, Any] | None]:
+def resolve_arguments(
+    parser: argparse.ArgumentParser,
+) -> tuple[argparse.Namespace, dict[str, Any] | None]:
     """The arguments, and the checkpoint of the run that they continue, or None.
 
     What the command line leaves open comes from the run that is continued or from the demo's
@@ -76,9 +78,9 @@ def settle(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict[st
     if args.optimizer_type == "sgd" and args.lr is None:
         raise InputError("--optimizer_type sgd: the default rate is Adam's, and SGD needs a far "
                          "higher one: give --lr, such as 1e-2")  # fmt: skip
-    if args.retention_loss is not None and not args.retention:
+    if args.max_forgetting is not None and not args.retention:
         raise InputError(
-            "--retention_loss is of the sets of --retention: add it, or leave both out"
+            "--max_forgetting is of the sets of --retention: add it, or leave both out"
         )
     try:
         check_writable_folder(args.log_dir)
@@ -173,7 +175,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.model and args.resume_training != "none":
         raise InputError("--model is for training from scratch: add --resume_training none, or "
                          "leave --model out, since weights bring their architecture")  # fmt: skip
-    for name in ("retention", "wise_ft", "lora", "keep"):
+    for name in ("retention", "wise_ft", "lora", "distill"):
         if getattr(args, name) and args.resume_training == "none":
             raise InputError(f"--{name} needs weights to start from: give --resume_training "
                              f"WEIGHTS, or leave --{name} out")  # fmt: skip

@@ -10,7 +10,7 @@ from utils.machine.memory import peak_memory_mb
 from utils.machine.precision import Precision
 from utils.metric import Metrics, mean_recall
 from utils.retrieval.tables import columns
-from utils.training.distillation import Keep
+from utils.training.distillation import Distillation
 from utils.training.optimizer import restore_moments
 
 MAX_GRAD_NORM = 1.0
@@ -36,13 +36,13 @@ class State:
         optimizer: torch.optim.Optimizer,
         precision: Precision,
         ema: float | None = None,
-        keep: Keep | None = None,
+        distillation: Distillation | None = None,
     ):
         self.model = model
         self.optimizer = optimizer
         self.precision = precision
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
-        self.keep = keep
+        self.distillation = distillation
         self.start: dict[str, float] | None = None
         self.epochs: list[dict[str, float]] = []
         self.losses: list[Tensor] = []
@@ -112,7 +112,11 @@ class State:
     def release(self) -> None:
         """Free the memory of weights, gradients and moments, whoever else refers to them: the run
         is over, and the models that are compared now need it."""
-        models: list[nn.Module | None] = [self.model, self.average, self.keep and self.keep.start]
+        models: list[nn.Module | None] = [
+            self.model,
+            self.average,
+            self.distillation and self.distillation.start,
+        ]
         for parameter in (p for model in models if model for p in model.parameters()):
             parameter.data, parameter.grad = parameter.data.new_empty(0), None
         self.optimizer.state.clear()

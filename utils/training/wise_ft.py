@@ -42,7 +42,7 @@ def mix_with_start(
         return tuned
     weights = load(start, "cpu")[0].state_dict()
     evaluate_path(
-        model, weights, args.wise_ft, score, run, compare=compare, most_lost=args.retention_loss
+        model, weights, args.wise_ft, score, run, compare=compare, most_lost=args.max_forgetting
     )
     chosen = tuned.with_name("wise_ft_weights.pth")
     model.load_state_dict(load(chosen, "cpu")[0].state_dict())
@@ -100,7 +100,7 @@ def _print_path(
     if "points_lost" in best:
         print("points lost on the sets of --retention, on average (below 0: gained):", ", ".join(
             f"{row['points_lost']:.2f} at {row['alpha']:g}" for row in rows))  # fmt: skip
-        limit = f"at most {most_lost:g} points (--retention_loss)"
+        limit = f"at most {most_lost:g} points (--max_forgetting)"
         which = f"the best that loses {limit}"
         if best["points_lost"] > most_lost:
             print(f"none of them loses {limit}: smaller alphas lose less")

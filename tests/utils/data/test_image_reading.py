@@ -22,7 +22,7 @@ from models.clip_utils import create_model
 from models.errors import InputError
 from utils import Flickr8kDataset
 from utils.data import image_reading
-from utils.data.image_reading import Loaded, hand_over, read_batches
+from utils.data.image_reading import Loaded, collate, read_batches
 from utils.machine import memory
 
 SCRATCH = ["--resume_training", "none", "--model", "ViT-demo", "--batch_size", "8", "--epochs", "1",
@@ -45,7 +45,7 @@ def test_shared_memory_is_used_if_two_batches_of_every_worker_fit(workers, batch
         )
         room = 2 * workers * batch * 3 * 4 * 4 - lacking
         patch.setattr(image_reading, "free_shared_memory", lambda: room)
-        handed = hand_over(Loaded(images.clone(), [0], {}))
+        handed = collate(Loaded(images.clone(), [0], {}))
     assert np.array_equal(np.asarray(handed.images), images)
     if lacking > 0:
         assert isinstance(handed.images, np.ndarray)
@@ -59,13 +59,13 @@ def test_a_batch_that_finds_no_room_at_the_last_moment_goes_through_the_pipe(mon
 
     monkeypatch.setattr(image_reading, "get_worker_info", lambda: SimpleNamespace(num_workers=1))
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
-    handed = hand_over(Loaded(torch.ones(2, 3), [0], {}))
+    handed = collate(Loaded(torch.ones(2, 3), [0], {}))
     assert isinstance(handed.images, np.ndarray) and (handed.images == 1).all()
 
 
 def test_errors_and_batches_without_workers_are_left_as_they_are():
     error, loaded = InputError("bad"), Loaded(torch.ones(1), [0], {})
-    assert hand_over(error) is error and hand_over(loaded) is loaded
+    assert collate(error) is error and collate(loaded) is loaded
 
 
 def test_where_there_is_no_limit_of_its_own_nothing_is_known_of_shared_memory(

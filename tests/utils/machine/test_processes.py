@@ -20,7 +20,7 @@ from utils.flickr8k_dataloader import TrainLoader
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE, Processes, join_processes, torchrun_variables
 from utils.retrieval.evaluation import evaluate
-from utils.training.distillation import Keep
+from utils.training.distillation import Distillation
 from utils.training.gradients import accumulate_gradients
 
 CPU = torch.device("cpu")
@@ -54,7 +54,7 @@ def text_ids(n, k):
 def shared_losses(processes):
     results = []
     for n, k, d in CASES:
-        share = processes.share(n)
+        share = processes.shard(n)
         images, texts = features_of(n, k, d)
         images = images[share.start : share.stop].requires_grad_()
         texts = texts[share.start * k : share.stop * k].requires_grad_()
@@ -85,17 +85,17 @@ def step_gradients(processes, data, chunk, rank=None):
     """With a `rank`, those of a model that learns changes of it, with features kept near those of
     another one."""
     torch.manual_seed(0)
-    model, keep = create_model("ViT-demo"), None
+    model, distillation = create_model("ViT-demo"), None
     if rank:
         add_lora(model, rank)
-        keep = Keep(create_model("ViT-demo"), 3.0, ["image", "text"])
+        distillation = Distillation(create_model("ViT-demo"), 3.0, ["image", "text"])
     precision = Precision(CPU, use_amp=False)
     dataset = Flickr8kDataset(data, 64)
     loader = TrainLoader(dataset, 11, CPU, captions_per_image=2, processes=processes, alter=True)
     batch = next(loader.epoch(1))
     for _ in range(2):  # the first step learns the order in which gradients are sent
         model.zero_grad()
-        loss = accumulate_gradients(model, batch, precision, processes, chunk, keep)
+        loss = accumulate_gradients(model, batch, precision, processes, chunk, distillation)
     gradients = {name: p.grad.numpy() for name, p in model.named_parameters() if p.requires_grad}
     return processes.sum(loss).item(), gradients
 

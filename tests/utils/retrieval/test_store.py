@@ -25,7 +25,7 @@ from models.preprocess import open_image
 from utils.data.image_files import find_images
 from utils.machine.precision import Precision
 from utils.retrieval import store
-from utils.retrieval.encode import encode_texts, kept_caption_features
+from utils.retrieval.encode import cached_caption_features, encode_texts
 from utils.retrieval.search import image_features
 from utils.runs.checkpoint import save_weights, write_json
 
@@ -161,8 +161,8 @@ def test_float32_never_takes_features_of_mixed_precision_but_these_take_its(weig
     assert in_bfloat16()[0] == 1 and in_bfloat16()[0] == 0
     assert searched(model, weights, folder) == 1
     own = encode_texts(model, model.tokenize(CAPTIONS, truncate=True))
-    kept_caption_features(model, weights, "list", CAPTIONS, MIXED)
-    kept = kept_caption_features(model, weights, "list", CAPTIONS, FLOAT32)
+    cached_caption_features(model, weights, "list", CAPTIONS, MIXED)
+    kept = cached_caption_features(model, weights, "list", CAPTIONS, FLOAT32)
     assert torch.allclose(kept, own, rtol=2 * HALF, atol=1e-6)
 
 
@@ -177,11 +177,11 @@ def test_captions_are_kept_as_encode_texts_gives_them(weights, monkeypatch):
     model = demo()
     own = encode_texts(model, model.tokenize(CAPTIONS, truncate=True))
     for captions in (CAPTIONS[:2], CAPTIONS, CAPTIONS[::-1]):
-        features = kept_caption_features(model, weights, "list", captions, FLOAT32)
+        features = cached_caption_features(model, weights, "list", captions, FLOAT32)
         expected = own[[CAPTIONS.index(caption) for caption in captions]]
         assert torch.allclose(features, expected, rtol=2 * HALF, atol=1e-6)
     monkeypatch.setattr(model, "encode_text", None)  # would fail
-    kept_caption_features(model, weights, "list", CAPTIONS, FLOAT32)
+    cached_caption_features(model, weights, "list", CAPTIONS, FLOAT32)
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
@@ -192,7 +192,7 @@ def test_tuning_one_tower_makes_its_features_anew_and_spares_the_others(weights,
     def captions() -> int:
         """Check the features of all captions, and return how many were encoded now."""
         encoded.clear()
-        features = kept_caption_features(model, weights, "list", CAPTIONS, FLOAT32)
+        features = cached_caption_features(model, weights, "list", CAPTIONS, FLOAT32)
         number = len(encoded)
         own = encode_texts(model, model.tokenize(CAPTIONS, truncate=True))
         assert torch.allclose(features, own, rtol=2 * HALF, atol=1e-6)
@@ -215,7 +215,7 @@ def test_each_folder_and_each_weights_file_keeps_what_it_has(weights, folder, tm
     for i in range(2):
         draw(other / f"{i}.png", 50 + i)
     assert [searched(model, weights, each) for each in (folder, other)] == [6, 2]
-    kept_caption_features(model, weights, str(folder.resolve()), CAPTIONS, FLOAT32)
+    cached_caption_features(model, weights, str(folder.resolve()), CAPTIONS, FLOAT32)
     assert searched(demo(1), last, folder) == 6
     assert [searched(model, weights, each) for each in (folder, other)] == [0, 0]
     assert searched(demo(1), last, folder) == 0
@@ -270,7 +270,7 @@ def test_what_a_run_brings_is_used_where_it_cannot_be_written(weights, folder, m
     monkeypatch.setattr(store, "lock", lambda file, _: file.open("x"))  # as in a read-only folder
     draw(folder / "new.png", 9)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "replaced_whole", None)  # nothing may be written
+        patch.setattr(store, "atomic_write", None)  # nothing may be written
         (folder / "new.png").unlink()
         assert searched(model, weights, folder) == 0
 

@@ -16,7 +16,7 @@ from PIL import Image
 from models.errors import InputError
 from utils.retrieval.plots import save_figure
 from utils.runs.checkpoint import read_checkpoint, save_checkpoint, write_csv, write_json
-from utils.runs.files import TEMPORARY, replaced_whole
+from utils.runs.files import TEMPORARY, atomic_write
 
 LONGEST = 255  # bytes of a name, on all common file systems
 CONTENT = {"arguments": {"lr": 0.1}, "model": {"a": torch.arange(3000.0)}, "rows": [1, "x"]}
@@ -24,11 +24,11 @@ CONTENT = {"arguments": {"lr": 0.1}, "model": {"a": torch.arange(3000.0)}, "rows
 
 @pytest.mark.parametrize("name", ["a" * LONGEST, "a" * 251 + ".png", "图" * 85, "a." + "b" * 253])
 def test_a_name_as_long_as_the_system_takes_can_be_written(tmp_path, name):
-    with replaced_whole(tmp_path / name) as temporary:
+    with atomic_write(tmp_path / name) as temporary:
         assert temporary.name.startswith(TEMPORARY) and len(temporary.name) < 30
         temporary.write_text("whole")
     assert [path.name for path in tmp_path.iterdir()] == [name]
-    with pytest.raises(KeyError), replaced_whole(tmp_path / name) as temporary:
+    with pytest.raises(KeyError), atomic_write(tmp_path / name) as temporary:
         temporary.write_text("half")
         raise KeyError
     assert (tmp_path / name).read_text() == "whole" and len(list(tmp_path.iterdir())) == 1

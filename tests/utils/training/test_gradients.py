@@ -11,7 +11,7 @@ from utils.flickr8k_dataloader import Batch
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE
 from utils.runs.folder import Run
-from utils.training.distillation import Keep, keep_features
+from utils.training.distillation import Distillation, distill_from_start
 from utils.training.gradients import accumulate_gradients
 from utils.training.layer_groups import lock
 
@@ -30,9 +30,9 @@ def batch_of(n, k):
     return Batch(images, crops, tokens, ids.view(n, k), altered=altered)
 
 
-def gradients(model, batch, precision, chunk, keep=None):
+def gradients(model, batch, precision, chunk, distillation=None):
     model.zero_grad()
-    loss = accumulate_gradients(model, batch, precision, ALONE, chunk, keep)
+    loss = accumulate_gradients(model, batch, precision, ALONE, chunk, distillation)
     return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -54,9 +54,9 @@ def test_chunks_bring_the_gradients_of_the_whole_batch(n, k, chunk, locked, weig
         lock(model, tower, unlocked=0)
     precision = Precision(CPU, use_amp=False)
     learned = [tower for tower in ("image", "text") if tower not in locked]
-    keep = Keep(create_model("ViT-demo"), weight, learned) if weight else None
-    loss, expected = gradients(model, batch_of(n, k), precision, None, keep)
-    chunked_loss, found = gradients(model, batch_of(n, k), precision, chunk, keep)
+    distillation = Distillation(create_model("ViT-demo"), weight, learned) if weight else None
+    loss, expected = gradients(model, batch_of(n, k), precision, None, distillation)
+    chunked_loss, found = gradients(model, batch_of(n, k), precision, chunk, distillation)
     assert chunked_loss == pytest.approx(loss.item(), rel=1e-6)
     assert_same_gradients(found, expected)
 
@@ -101,7 +101,9 @@ def test_what_keeps_features_adds_the_mean_squared_distance_to_those_of_the_star
     batch = batch_of(5, k)
     precision = Precision(CPU, use_amp=False)
     loss, without = gradients(model, batch, precision, None)
-    kept_loss, found = gradients(model, batch, precision, None, Keep(start, 7.0, ["image", "text"]))
+    kept_loss, found = gradients(
+        model, batch, precision, None, Distillation(start, 7.0, ["image", "text"])
+    )
     assert torch.equal(loss, kept_loss)
 
     model.zero_grad()
@@ -125,22 +127,22 @@ def test_the_starting_model_shares_what_does_not_learn_and_keeps_the_rest(tmp_pa
     run = Run(ALONE, {}, "")
     run.folder = tmp_path
     with pytest.raises(InputError, match=r"start_weights\.pth is missing"):
-        keep_features(model, run, 1.0)
+        distill_from_start(model, run, 1.0)
     run.weights.mkdir()
     run.keep_start(model, is_new=True)
     before = {name: tensor.half().float() for name, tensor in model.state_dict().items()}
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += parameter.requires_grad
-    keep = keep_features(model, run, 1.0)
-    assert keep.towers == ["image", "text"]
-    for name, parameter in keep.start.named_parameters():
+    distillation = distill_from_start(model, run, 1.0)
+    assert distillation.towers == ["image", "text"]
+    for name, parameter in distillation.start.named_parameters():
         own = model.get_parameter(name)
         assert not parameter.requires_grad
         assert (parameter.data_ptr() == own.data_ptr()) == (not own.requires_grad), name
         assert not own.requires_grad or torch.equal(parameter, before[name]), name
     lock(model, "text", unlocked=0)
-    assert keep_features(model, run, 1.0).towers == ["image"]
+    assert distill_from_start(model, run, 1.0).towers == ["image"]
 
 
 @pytest.mark.parametrize("chunk", [None, 2])

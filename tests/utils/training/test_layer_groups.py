@@ -77,7 +77,7 @@ def test_a_locked_tower_is_what_it_was_but_for_its_last_blocks(unlocked, trained
     assert "visual.conv1.weight" not in moved and "token_embedding.weight" in moved
 
 
-class Kept:
+class Cached:
     """A tensor that autograd keeps for the backward pass."""
 
     def __init__(self, tensor, module):
@@ -92,12 +92,12 @@ def kept_for(model, encode):
         if not list(module.children()):
             module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
 
-    def keep(tensor):
-        one = Kept(tensor, called[-1])
+    def distillation(tensor):
+        one = Cached(tensor, called[-1])
         kept.add(one)
         return one
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda one: one.tensor):
+    with torch.autograd.graph.saved_tensors_hooks(distillation, lambda one: one.tensor):
         features = encode()
     found = list(kept)  # what is not let go again, as inputs of what autograd has no part in are
     return features, found

@@ -30,8 +30,8 @@ def printed(capsys, before, after, images, epoch=1, rate=1e-4):
     return capsys.readouterr().out
 
 
-def after_epochs(*recalls, start=None, keep=None):
-    state = State(nn.Linear(1, 1), optimizer=None, precision=None, keep=keep)
+def after_epochs(*recalls, start=None, distillation=None):
+    state = State(nn.Linear(1, 1), optimizer=None, precision=None, distillation=distillation)
     state.start, state.epochs = start, [{"mean_recall": recall} for recall in recalls]
     return state
 
@@ -53,9 +53,9 @@ def test_a_best_epoch_that_is_clearly_below_the_start_is_told(capsys):
 
 
 def test_a_best_epoch_that_does_not_count_is_told(capsys):
-    comment_on_epochs(after_epochs(7.0, 8.62, 7.5, keep=True), 200)
+    comment_on_epochs(after_epochs(7.0, 8.62, 7.5, distillation=True), 200)
     assert "epoch 2 had a higher mean recall, 8.62" in capsys.readouterr().out
-    comment_on_epochs(after_epochs(7.0, 8.62, keep=True), 200)
+    comment_on_epochs(after_epochs(7.0, 8.62, distillation=True), 200)
     comment_on_epochs(after_epochs(7.0, 8.62, 7.5), 200)  # there the best one counts
     assert not capsys.readouterr().out
 

@@ -56,7 +56,7 @@ def tuned(work):
     (weights,) = work.glob("first/*/weights/best_epoch_weights.pth")
     done = run_script("train.py", "--resume_training", weights, "--dataset_path", "data", "--lr",
                       1e-2, "--batch_size", BATCH, "--epochs", 2, "--log_dir", "tuned",
-                      "--retention", "colours", "旧的$x^", "--retention_loss", 0.5,
+                      "--retention", "colours", "旧的$x^", "--max_forgetting", 0.5,
                       cwd=work)  # fmt: skip
     return weights, next((work / "tuned").iterdir()), done.stdout
 
@@ -98,7 +98,7 @@ def test_the_mixture_is_the_best_that_keeps_enough_and_the_curves_are_shown(tune
         lost = sum(before[name] - row[name] for name in names) / 2
         assert row["points_lost"] == pytest.approx(lost, abs=1e-5)
     chosen = max((r for r in path if r["points_lost"] <= 0.5), key=lambda r: r["mean_recall"])
-    assert f"at most 0.5 points (--retention_loss), alpha {chosen['alpha']:g}:" in printed
+    assert f"at most 0.5 points (--max_forgetting), alpha {chosen['alpha']:g}:" in printed
     start, best, mixed = (
         torch.load(run / "weights" / f"{name}_weights.pth", weights_only=True)["visual.proj"]
         for name in ("start", "best_epoch", "wise_ft")

@@ -14,7 +14,7 @@ from utils.training.settings import (
     check_arguments,
     fine_tuning_rate,
     how_it_goes_on,
-    settle,
+    resolve_arguments,
     wants_demo_set,
     without_effect,
 )
@@ -22,32 +22,32 @@ from utils.training.settings import (
 
 def settled(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    args, resumed = settle(build_parser())
+    args, resumed = resolve_arguments(build_parser())
     assert resumed is None
     return args
 
 
 def test_fine_tuning_keeps_and_mixes_unless_it_is_told_otherwise(monkeypatch):
     args = settled(monkeypatch)
-    assert args.keep > 0 and args.lr is None  # which follows the model
+    assert args.distill > 0 and args.lr is None  # which follows the model
     assert args.wise_ft[0] == 0 and args.wise_ft[-1] == 1
     assert args.warmup_epochs == min(1, args.epochs / 10)
     for epochs, warmup in ((4, 0.4), (30, 1)):  # a tenth of the run, and at most an epoch
         assert settled(monkeypatch, "--epochs", str(epochs)).warmup_epochs == warmup
-    args = settled(monkeypatch, "--keep", "0", "--wise_ft", "1", "--lr", "1e-5")
-    assert (args.keep, args.wise_ft, args.lr) == (0, [1.0], 1e-5)
+    args = settled(monkeypatch, "--distill", "0", "--wise_ft", "1", "--lr", "1e-5")
+    assert (args.distill, args.wise_ft, args.lr) == (0, [1.0], 1e-5)
 
 
 def test_from_scratch_there_is_nothing_to_keep(monkeypatch):
     args = settled(monkeypatch, "--resume_training", "none", "--model", "ViT-B/32")
-    assert (args.keep, args.wise_ft, args.lr) == (None, None, 5e-4)
+    assert (args.distill, args.wise_ft, args.lr) == (None, None, 5e-4)
 
 
 @pytest.mark.parametrize(
     "arguments, named",
     [
         (["--optimizer_type", "sgd"], "give --lr"),
-        (["--retention_loss", "3"], "--retention"),
+        (["--max_forgetting", "3"], "--retention"),
         (
             ["--log_dir", "a_file/logs"],
             "--log_dir a_file/logs: cannot be written (a_file is no folder",

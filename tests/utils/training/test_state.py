@@ -9,7 +9,7 @@ from tiny import tiny_clip
 
 from models.clip_utils import create_model
 from utils.machine.precision import Precision
-from utils.training.distillation import Keep
+from utils.training.distillation import Distillation
 from utils.training.state import State
 
 CPU = torch.device("cpu")
@@ -126,8 +126,8 @@ def test_a_run_that_is_over_frees_weights_gradients_and_moments():
     parameters = list(model.parameters())
     weights = sum(parameter.nbytes for parameter in parameters)
     optimizer = torch.optim.AdamW(parameters)
-    keep = Keep(start, 1.0, ["image", "text"])
-    state = State(model, optimizer, Precision(CPU, use_amp=False), 0.9, keep)
+    distillation = Distillation(start, 1.0, ["image", "text"])
+    state = State(model, optimizer, Precision(CPU, use_amp=False), 0.9, distillation)
     sum(parameter.sum() for parameter in parameters).backward()
     state.update(torch.tensor(0.0))
     # Weights, start, average, two moments; gradients are freed by each step.

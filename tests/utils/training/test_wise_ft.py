@@ -53,8 +53,8 @@ def test_the_best_point_of_the_path_is_kept(tmp_path):
 @pytest.mark.parametrize(
     "most_lost, chosen, said",
     [
-        (6, 0.5, "the best that loses at most 6 points (--retention_loss), alpha 0.5:"),
-        (2, 0.25, "none of them loses at most 2 points (--retention_loss)"),
+        (6, 0.5, "the best that loses at most 6 points (--max_forgetting), alpha 0.5:"),
+        (2, 0.25, "none of them loses at most 2 points (--max_forgetting)"),
     ],
 )
 def test_the_best_of_the_mixtures_that_lose_little_is_kept(
@@ -102,7 +102,7 @@ def test_the_model_is_that_of_the_chosen_mixture_afterwards(tmp_path):
     def compare():
         return {"points_lost": moved()}
 
-    args = SimpleNamespace(wise_ft=[0.5, 0.75, 1.0], retention_loss=0.6 * moved())
+    args = SimpleNamespace(wise_ft=[0.5, 0.75, 1.0], max_forgetting=0.6 * moved())
     chosen = mix_with_start(tuned, args, score, compare, files[1])
     assert chosen == tmp_path / "weights" / "wise_ft_weights.pth"
     torch.testing.assert_close(tuned.visual.proj, middle, rtol=2e-3, atol=1e-4)

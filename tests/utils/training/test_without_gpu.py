@@ -20,9 +20,9 @@ from utils import Flickr8kDataset
 from utils.flickr8k_dataloader import TrainLoader
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE
-from utils.training.distillation import Keep
+from utils.training.distillation import Distillation
 from utils.training.gradients import accumulate_gradients
-from utils.training.layer_groups import choose_what_learns, train_mode
+from utils.training.layer_groups import freeze_and_adapt, train_mode
 from utils.training.optimizer import parameter_groups
 from utils.training.state import State
 
@@ -38,7 +38,7 @@ MODELS = {
 }  # fmt: skip
 ARGUMENTS = {
     "amp": True, "cache": True, "grad_cache": None, "lock_image": None, "lock_text": None,
-    "lora": None, "keep": None, "grad_checkpointing": False, "model": "ViT",
+    "lora": None, "distill": None, "grad_checkpointing": False, "model": "ViT",
 }  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def dataset(tmp_path_factory):
         {"lock_image": 0},
         {"lock_text": 0, "lock_image": 1},
         {"lora": 4},
-        {"keep": 5.0, "grad_cache": 3},
+        {"distill": 5.0, "grad_cache": 3},
         {"grad_checkpointing": True},
         {"model": "Chinese"},
         {"model": "Chinese", "lora": 2, "amp": False, "grad_checkpointing": True},
@@ -88,20 +88,22 @@ def test_steps_stay_on_the_gpu_and_let_the_cpu_run_ahead(gpu, dataset, changed):
     side = model.visual.input_resolution
     pixels = torch.zeros(len(dataset), 3, side, side, dtype=torch.uint8)
     dataset.cached = pixels.to(CUDA) if args.cache else None
-    choose_what_learns(model, args.lock_image, args.lock_text, args.lora)
+    freeze_and_adapt(model, args.lock_image, args.lock_text, args.lora)
     model.to(CUDA)
     if args.grad_checkpointing:
         model.enable_grad_checkpointing()
-    start = CLIP(MODELS[args.model]).initialize().to(CUDA) if args.keep else None
-    keep = Keep(start, args.keep, ["image", "text"]) if args.keep else None
+    start = CLIP(MODELS[args.model]).initialize().to(CUDA) if args.distill else None
+    distillation = Distillation(start, args.distill, ["image", "text"]) if args.distill else None
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.9, 0.1), lr=1e-3)
     state = State(model, optimizer, Precision(CUDA, args.amp))
     train_mode(model)
 
-    loader = TrainLoader(dataset, 5, CUDA, captions_per_image=2, alter=bool(keep))
+    loader = TrainLoader(dataset, 5, CUDA, captions_per_image=2, alter=bool(distillation))
     for number, batch in enumerate(loader.epoch(1)):
         with gpu.step() if number else nullcontext():  # in the first, constants are copied
-            loss = accumulate_gradients(model, batch, state.precision, ALONE, args.grad_cache, keep)
+            loss = accumulate_gradients(
+                model, batch, state.precision, ALONE, args.grad_cache, distillation
+            )
             state.update(ALONE.sum(loss))
     assert (loss.device, loss.dtype, len(state.losses)) == (CUDA, torch.float32, 2)
     learned = {p for p in model.parameters() if p.requires_grad}
