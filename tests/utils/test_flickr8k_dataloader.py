@@ -344,8 +344,10 @@ def test_several_captions_of_an_image_are_different_while_it_has_enough(root):
             own = dataset.tokens[dataset.img_to_txt[i]]
             drawn = [next(c for c, t in enumerate(own) if torch.equal(t, row)) for row in rows]
             assert len(set(drawn)) == min(3, len(own))
-    (batch,) = TrainLoader(dataset, 11, CPU, captions_per_image=99).epoch(1)
-    assert len(batch.tokens) == 11 * 5  # the richest image has five
+    loader = TrainLoader(dataset, 11, CPU, captions_per_image=99, alter=True)
+    (batch,) = loader.epoch(1)
+    assert loader.captions_per_image == 5  # which the richest image has
+    assert (len(batch.tokens), len(batch.altered.tokens)) == (11 * 5, 6 * 5)
 
 
 def test_two_languages_bring_an_images_captions_in_both(root):

@@ -181,6 +181,18 @@ def test_a_set_of_classes_scores_its_zero_shot_top_1(work, name, template):
     assert lost == pytest.approx(50 - 100 * is_right.mean(), abs=1e-5)
 
 
+def test_captions_are_scored_in_float32(work):
+    """Whatever the precision of training."""
+    model = create_model("ViT-demo").eval()
+    retention = Retention([str(work / "旧的$x^")], ["en"])
+    loader = SimpleNamespace(batch_size=16, num_workers=0, processes=ALONE)
+    retention.prepare_for(model, loader, None)
+    mixed, encode = [], model.encode_text
+    model.encode_text = lambda x: mixed.append(torch.is_autocast_enabled("cpu")) or encode(x)
+    retention.measure(model)
+    assert mixed and not any(mixed)
+
+
 def test_captions_are_in_the_languages_of_the_run_or_else_in_those_that_there_are(work, tmp_path):
     shutil.copytree(work / "旧的$x^", both := tmp_path / "both")
     shutil.copytree(both, chinese := tmp_path / "chinese")
