@@ -54,7 +54,7 @@ def image_features(
 
 @torch.inference_mode()
 def encode_pixels(model: CLIP, pixels: list[Tensor]) -> Tensor:
-    """Pixels of n images, of `Preprocess.resize_and_crop` -> normalised float32 features `[n, d]` on
+    """Pixels of n images, resized and cropped -> normalised float32 features `[n, d]` on
     the model's device."""
     if not pixels:
         return torch.empty(0, model.embed_dim)

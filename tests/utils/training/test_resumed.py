@@ -22,7 +22,7 @@ from utils.training.state import State
 SCORES = ["R@1", "R@5", "R@10", "mAP@1", "mAP@5", "mAP@10", "median_rank", "mean_rank"]
 SCALER = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000,
           "_growth_tracker": 3}  # fmt: skip
-GONE = object()  # stands for a field that is taken out
+GONE = "gone"  # stands for a field that is taken out
 
 
 def new_state(model, ema=0.9):
