@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from models.tokens import clip_tokenizer
 
-for name in ("pyzjr", "models.clip_utils", "utils.flickr8k_dataloader", "utils.metric",
+for name in ("utils.machine.pyzjr_parts", "models.clip_utils", "utils.flickr8k_dataloader", "utils.metric",
              "utils.retrieval.report", "utils.training.gradients"):  # fmt: skip
     import_module(name)
 clip_tokenizer()
