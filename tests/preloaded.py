@@ -11,8 +11,14 @@ from matplotlib.figure import Figure
 
 from models.tokens import clip_tokenizer
 
-for name in ("utils.machine.pyzjr_parts", "models.clip_utils", "utils.flickr8k_dataloader", "utils.metric",
-             "utils.retrieval.report", "utils.training.gradients"):  # fmt: skip
+for name in (
+    "models.clip_utils",
+    "utils.flickr8k_dataloader",
+    "utils.machine.pyzjr_parts",
+    "utils.metric",
+    "utils.retrieval.report",
+    "utils.training.gradients",
+):
     import_module(name)
 clip_tokenizer()
 figure = Figure()
