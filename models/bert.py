@@ -1,25 +1,58 @@
-"""BERT as text tower (Devlin et al. 2019), as Chinese-CLIP has it (Yang et al. 2022, section 3.1).
+"""BERT as the text tower of Chinese-CLIP (Devlin et al. 2019; Yang et al. 2022, section 3.1).
 
-Names and numbers of the weights are BERT's own. Unlike in CLIP's text tower, a token attends to all
-tokens of its text, norms come after the residual sum, and the feature is read at the class token,
-which is the first. There is no dropout.
+The weights have BERT's names. Unlike CLIP's own text tower, norms follow the residual sum. There is
+no dropout.
 """
+
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import attend
-from models.config import Config
+from models.config import CHINESE_VOCABULARY, Config
 from models.packing import Layout
+from models.tokens import chinese_tokenizer
 from models.transformer import BlockStack, LayerNorm
 
+if TYPE_CHECKING:
+    from models.clip import CLIP
+
 EPSILON = 1e-12  # of all norms
-TOKEN_TYPES = 2  # of which texts have the first; BERT's pre-training gave it to the first sentence
+TOKEN_TYPES = 2  # all texts here have type 0, BERT's first sentence
+
+
+class TextTower:
+    """BERT, `model.bert`: each token attends to all tokens of its text, and the output is read at
+    the first, the class token. The methods are those of `models.clip_text.TextTower`."""
+
+    causal = False
+    language = "Chinese"
+    vocabulary = CHINESE_VOCABULARY
+    templates = "cn_photo"
+    tokenizer = staticmethod(chinese_tokenizer)
+
+    def add_to(self, model: "CLIP", config: Config) -> None:
+        model.bert = Bert(config)
+
+    def initialize(self, model: "CLIP") -> None:
+        model.bert.initialize()
+
+    def blocks(self, model: "CLIP") -> BlockStack:
+        return model.bert.encoder
+
+    def last_tokens(self, tokens: Tensor) -> Tensor:
+        """The position `[n]` of the last id in each row `[n, l]` that is not zero."""
+        # Where the count of tokens reaches its highest: argmax gives the first such position.
+        return tokens.ne(0).cumsum(dim=1).argmax(dim=1)
+
+    def encode(self, model: "CLIP", ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
+        return model.bert(ids, positions, layout)
 
 
 class Bert(nn.Module):
-    """The text tower of a Chinese-CLIP, without the projection."""
+    """Embeddings and blocks, without the projection."""
 
     def __init__(self, config: Config):
         super().__init__()

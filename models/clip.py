@@ -1,19 +1,19 @@
 """CLIP: an image tower and a text tower with features in one space (Radford et al. 2021)."""
 
 import math
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.bert import Bert
-from models.config import Config
+from models.config import TEXT_TOWERS, Config
 from models.errors import InputError
-from models.packing import Layout, last_tokens, pack
+from models.packing import Layout, pack
 from models.preprocess import Preprocess
 from models.resnet import ModifiedResNet
-from models.tokens import Tokenizer, chinese_tokenizer, clip_tokenizer, token_rows
-from models.transformer import BlockStack, LayerNorm, Transformer
+from models.tokens import Tokenizer, token_rows
+from models.transformer import BlockStack
 from models.vit import VisionTransformer
 
 MAX_LOGIT_SCALE = math.log(100)  # of the parameter, whose exponential multiplies similarities
@@ -30,30 +30,11 @@ class CLIP(nn.Module):
         super().__init__()
         self.config = config
         self.visual = (VisionTransformer if config.is_vit else ModifiedResNet)(config)
-        width = config.transformer_width
-        if config.has_bert:
-            self.bert = Bert(config)
-        else:
-            self._add_text_tower(config)
-        self.text_projection = nn.Parameter(torch.empty(width, config.embed_dim))
+        self.text_tower = import_module(TEXT_TOWERS[config.text_tower]).TextTower()
+        self.text_tower.add_to(self, config)
+        projection = torch.empty(config.transformer_width, config.embed_dim)
+        self.text_projection = nn.Parameter(projection)
         self.logit_scale = nn.Parameter(torch.empty(()))
-
-    def _add_text_tower(self, config: Config) -> None:
-        """CLIP's own. Its modules are the model's, since so are the published names of weights."""
-        width = config.transformer_width
-        self.transformer = Transformer(
-            width,
-            config.transformer_layers,
-            config.transformer_heads,
-            config.transformer_mlp_width,
-            config.activation,
-        )
-        # nn.Embedding(...) would draw initial values, which on the meta device imports torch's
-        # compiler.
-        table = torch.empty(config.vocab_size, width)
-        self.token_embedding = nn.Embedding.from_pretrained(table, freeze=False)
-        self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
-        self.ln_final = LayerNorm(width)
 
     @property
     def embed_dim(self) -> int:
@@ -74,7 +55,7 @@ class CLIP(nn.Module):
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the text tower was trained with."""
-        return chinese_tokenizer() if self.config.has_bert else clip_tokenizer()
+        return self.text_tower.tokenizer()
 
     @property
     def device(self) -> torch.device:
@@ -107,7 +88,9 @@ class CLIP(nn.Module):
             raise InputError(
                 f"texts of {tokens.shape[1]} tokens; this model reads {self.context_length}"
             )
-        features = self._encode_tokens(*pack(tokens, self.config.has_bert, self.device))
+        tokens = tokens.cpu()
+        ends = self.text_tower.last_tokens(tokens)
+        features = self._encode_tokens(*pack(tokens, ends, self.text_tower.causal, self.device))
         return F.normalize(features.float(), dim=-1) if normalize else features
 
     def encode_text_grid(self, tokens: Tensor) -> Tensor:
@@ -121,23 +104,18 @@ class CLIP(nn.Module):
         n, length = tokens.shape
         positions = torch.arange(length, device=tokens.device)
         starts = torch.arange(n, device=tokens.device) * length
-        ends = last_tokens(tokens, self.config.has_bert)
+        ends, causal = self.text_tower.last_tokens(tokens), self.text_tower.causal
         layout = Layout(
             length,
-            pooled=starts if self.config.has_bert else starts + ends,
-            causal=not self.config.has_bert,
+            pooled=starts + ends if causal else starts,
+            causal=causal,
             filled=positions <= ends[:, None],
         )
         return self._encode_tokens(tokens.flatten(), positions.repeat(n), layout)
 
     def _encode_tokens(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
         """Ids `[t]` of packed tokens and their positions `[t]` in their texts -> `[n, d]`."""
-        if self.config.has_bert:
-            return self.bert(ids, positions, layout) @ self.text_projection
-        # F.embedding and not indexing: the gradient of indexing is summed in an order that differs
-        # from run to run.
-        x = self.token_embedding(ids) + F.embedding(positions, self.positional_embedding)
-        return self.ln_final(self.transformer(x, layout)) @ self.text_projection
+        return self.text_tower.encode(self, ids, positions, layout) @ self.text_projection
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Images `[n, 3, r, r]` and token ids `[m, <=context_length]` -> logits.
@@ -167,17 +145,12 @@ class CLIP(nn.Module):
         """Compile both towers with `torch.compile`. The text tower is compiled for any number of
         tokens, because that number differs from batch to batch."""
         self.visual.compile()
-        (self.bert.encoder if self.config.has_bert else self.transformer).compile(dynamic=True)
+        self.text_tower.blocks(self).compile(dynamic=True)
 
     def initialize(self) -> "CLIP":
         """Draw random weights for training from scratch, and return the model."""
         self.visual.initialize()
-        if self.config.has_bert:
-            self.bert.initialize()
-        else:
-            self.transformer.initialize()
-            nn.init.normal_(self.token_embedding.weight, std=0.02)
-            nn.init.normal_(self.positional_embedding, std=0.01)
+        self.text_tower.initialize(self)
         nn.init.normal_(self.text_projection, std=self.text_projection.shape[0] ** -0.5)
         nn.init.constant_(self.logit_scale, math.log(1 / 0.07))
         return self

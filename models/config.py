@@ -18,11 +18,13 @@ MAX_BLOCKS = 500  # of a tower, or of a ResNet's stage; the largest published mo
 MAX_SIZE = 10**6  # of a width, a resolution, a vocabulary, a context
 VOCABULARY = 49408  # tokens that CLIP's tokenizer knows; the last is the end-of-text token
 CHINESE_VOCABULARY = 21128  # tokens of BERT's Chinese vocabulary
+# The module of each text tower, whose class `TextTower` tells and does what sets it apart.
+TEXT_TOWERS = {"clip": "models.clip_text", "bert": "models.bert"}
 CHOICES = {
     "activation": ("quick_gelu", "gelu"),
     "interpolation": ("bicubic", "bilinear"),
     "resize_mode": ("shortest", "squash"),
-    "text_tower": ("clip", "bert"),
+    "text_tower": tuple(TEXT_TOWERS),
 }
 
 Colour = tuple[float, float, float]  # red, green and blue, from 0 to 1
@@ -64,7 +66,7 @@ class Config:
     vocab_size: int = VOCABULARY
     vision_head_width: int = 64
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
-    text_tower: Literal["clip", "bert"] = "clip"
+    text_tower: str = "clip"
     text_positions: int | None = None
     mean: Colour = OPENAI_MEAN
     std: Colour = OPENAI_STD
@@ -75,11 +77,6 @@ class Config:
     def is_vit(self) -> bool:
         """Whether the image tower is a Vision Transformer, not a ResNet."""
         return self.vision_patch_size is not None
-
-    @property
-    def has_bert(self) -> bool:
-        """Whether the text tower is BERT, not CLIP's own."""
-        return self.text_tower == "bert"
 
     @property
     def vision_heads(self) -> int:
@@ -93,7 +90,7 @@ def check_config(config: Config) -> None:
     """Raise `InputError` for fields of a wrong type, and for sizes that no model can have, before
     building one could take very long or fail."""
     absent = set() if config.is_vit else {"vision_patch_size", "vision_mlp_width"}
-    absent |= set() if config.has_bert else {"text_positions"}
+    absent |= {"text_positions"} if config.text_tower == "clip" else set()
     for name, value in vars(config).items():  # not asdict: it copies what may be nested deep
         if name in ("mean", "std"):
             fits = isinstance(value, tuple) and len(value) == 3 and all(map(_is_finite, value))
@@ -109,7 +106,7 @@ def check_config(config: Config) -> None:
             fits = type(value) is int and 0 < value <= MAX_SIZE
         if not fits:
             raise InputError(f"its {name} would be {quoted(value)}")
-    if config.has_bert and config.context_length > config.text_positions:
+    if config.context_length > (config.text_positions or MAX_SIZE):
         raise InputError(f"its context_length {config.context_length} is more than the "
                          f"{config.text_positions} positions of its text tower")  # fmt: skip
     towers = [("transformer_width", config.transformer_heads, config.transformer_width)]

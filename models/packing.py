@@ -58,33 +58,22 @@ class Layout(NamedTuple):
         return x.index_select(0, self.pooled)
 
 
-def last_tokens(tokens: Tensor, has_bert: bool) -> Tensor:
-    """The place `[n]` of the last token in each row `[n, l]` of `tokenize`: for CLIP's own text
-    tower that of the end-of-text token, which has the largest id (Radford et al. 2021, section
-    2.4), for BERT that of the last id that is not zero."""
-    if not has_bert:
-        return tokens.argmax(dim=1)
-    # Where the count of tokens reaches its highest: of equal ones argmax gives the first.
-    return tokens.ne(0).cumsum(dim=1).argmax(dim=1)
+def pack(
+    tokens: Tensor, ends: Tensor, causal: bool, device: torch.device
+) -> tuple[Tensor, Tensor, Layout]:
+    """Rows of token ids `[n, l]` and the position `[n]` of the last token in each, both on the CPU
+    -> on the device the ids `[t]` of the packed tokens, their positions `[t]` in their texts, and
+    the layout: `causal` and pooled at the last token, or neither causal nor pooled but at the first.
 
-
-def pack(tokens: Tensor, has_bert: bool, device: torch.device) -> tuple[Tensor, Tensor, Layout]:
-    """Rows of token ids `[n, l]` -> on the device the ids `[t]` of the packed tokens, their
-    positions `[t]` in their texts, and the layout.
-
-    CLIP's own text tower is pooled at the last token and is causal, BERT at the first token. What
-    comes after a row's last token is left out. How many tokens remain decides about shapes, which
-    the CPU has to know: with `tokens` on the CPU it does not wait for a GPU.
+    What follows a row's last token is left out.
     """
-    tokens = tokens.cpu()
-    ends = last_tokens(tokens, has_bert)
     length = int(ends.max()) + 1
     cells = (torch.arange(length) <= ends[:, None]).flatten().nonzero().flatten()
     ids = tokens[:, :length].flatten()[cells]
     pooled = (ends + 1).cumsum(0) - 1
-    if has_bert:
+    if not causal:
         pooled = pooled - ends
     ids, positions, cells, pooled = (
         upload(t, device) for t in (ids, cells % length, cells, pooled)
     )
-    return ids, positions, Layout(length, pooled, cells, causal=not has_bert)
+    return ids, positions, Layout(length, pooled, cells, causal)

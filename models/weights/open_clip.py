@@ -107,7 +107,7 @@ def to_open_clip(config: Config) -> dict[str, Any]:
                 "heads": config.transformer_heads,
                 "layers": config.transformer_layers,
                 "mlp_ratio": _ratio(config.transformer_mlp_width, config.transformer_width),
-                **(own if config.has_bert else {}),
+                **(own if config.text_positions else {}),
             },
         },
         "preprocess_cfg": {

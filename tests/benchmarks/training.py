@@ -25,7 +25,7 @@ from utils.machine.processes import ALONE
 from utils.training.gradients import accumulate_gradients
 from utils.training.optimizer import parameter_groups
 
-VIT_MODELS = [name for name, config in CONFIGS.items() if config.is_vit and not config.has_bert]
+VIT_MODELS = [name for name, config in CONFIGS.items() if config.is_vit and config.text_tower == "clip"]
 CHINESE = {  # the second is of the size of OFA-Sys/chinese-clip-vit-base-patch16
     "cn-demo": CONFIGS["cn-demo"],
     "chinese-clip": replace(
@@ -175,7 +175,7 @@ def check_agreement(
         loss, gradients = _loss_and_gradients(ours, our_loss, images, tokens)
         for name, (model, peer_loss) in peers.items():
             their_loss, theirs = _loss_and_gradients(model, peer_loss, images, tokens)
-            rename = chinese_clip.to_transformers if ours.config.has_bert else to_transformers
+            rename = chinese_clip.to_transformers if ours.config.text_tower == "bert" else to_transformers
             mine = gradients if gradients.keys() == theirs.keys() else rename(gradients)
             check(f"ours and {name}: losses", [abs(loss / their_loss - 1)], TOLERANCE)
             check(f"ours and {name}: gradients", relative_differences(mine, theirs), TOLERANCE)
@@ -216,9 +216,9 @@ def step_flops(config: Config, tokens: Tensor) -> float:
     embedding = 2 * n * patches * 3 * patch**2 * width  # its input needs no gradient: backward once
     images = _tower_flops(lengths, lengths**2, width, config.vision_layers)
 
-    lengths = lengths_of_chinese(tokens) if config.has_bert else tokens.argmax(dim=1) + 1
+    lengths = lengths_of_chinese(tokens) if config.text_tower == "bert" else tokens.argmax(dim=1) + 1
     text_width = config.transformer_width
-    seen = lengths**2 if config.has_bert else lengths * (lengths + 1) // 2
+    seen = lengths**2 if config.text_tower == "bert" else lengths * (lengths + 1) // 2
     texts = _tower_flops(lengths, seen, text_width, config.transformer_layers)
     joint = 2 * n * d * (width + text_width) + 2 * n * n * d
     return 2 * embedding + 3 * (images + texts + joint)

@@ -111,4 +111,4 @@ def is_of_authors(config: Config) -> bool:
     """Whether the weights of this model tell its activation: cn_clip has such an image tower, or it
     is a ResNet, no part of which has such an activation."""
     vit = config.vision_layers, config.vision_width, config.vision_patch_size
-    return config.has_bert and (not config.is_vit or vit in AUTHORS_VITS)
+    return config.text_tower == "bert" and (not config.is_vit or vit in AUTHORS_VITS)
