@@ -30,6 +30,8 @@ class TextTower:
     causal = False
     language = "Chinese"
     vocabulary = CHINESE_VOCABULARY
+    transformers_model = "ChineseCLIP"
+    transformers_tokenizer = "BertTokenizer"
     templates = "cn_photo"
     tokenizer = staticmethod(chinese_tokenizer)
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.clip_text import TextTower
 from models.config import TEXT_TOWERS, Config
 from models.errors import InputError
 from models.packing import Layout, pack
@@ -17,6 +18,11 @@ from models.transformer import BlockStack
 from models.vit import VisionTransformer
 
 MAX_LOGIT_SCALE = math.log(100)  # of the parameter, whose exponential multiplies similarities
+
+
+def text_tower(config: Config) -> TextTower:
+    """What sets the text tower of a model apart."""
+    return import_module(TEXT_TOWERS[config.text_tower]).TextTower()
 
 
 class CLIP(nn.Module):
@@ -30,7 +36,7 @@ class CLIP(nn.Module):
         super().__init__()
         self.config = config
         self.visual = (VisionTransformer if config.is_vit else ModifiedResNet)(config)
-        self.text_tower = import_module(TEXT_TOWERS[config.text_tower]).TextTower()
+        self.text_tower = text_tower(config)
         self.text_tower.add_to(self, config)
         projection = torch.empty(config.transformer_width, config.embed_dim)
         self.text_projection = nn.Parameter(projection)

@@ -11,14 +11,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from models.config import Config, check_config
-from models.weights.architecture import (
-    check_finite,
-    check_keys,
-    infer_config,
-    resize_positional_embedding,
-)
-
 if __name__ == "__main__":  # Python looks for modules in this folder only, not in the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -26,18 +18,24 @@ import torch
 from torch import Tensor
 
 from models.clip import CLIP
-from models.config import CONTEXT_LENGTH
+from models.config import CONTEXT_LENGTH, Config, check_config
 from models.device import pick_device
 from models.errors import InputError, listed, near_names
 from models.files import check_regular, run_weights, runs_in
 from models.host import run_script
 from models.preprocess import Preprocess
-from models.scripts import ArgumentParser, from_here, writable_folder
+from models.scripts import ArgumentParser, from_here
 from models.tokens import clip_tokenizer, token_rows
 from models.weights import hub
-from models.weights.architecture import check_resolution
+from models.weights.architecture import (
+    check_finite,
+    check_keys,
+    check_resolution,
+    infer_config,
+    resize_positional_embedding,
+)
+from models.weights.formats import read_weights
 from models.weights.registry import CONFIGS, SHA256, weights_filename
-from models.weights.sources import read_weights
 
 MODELS_PTH = Path(__file__).with_name("models_pth")
 HELP = """
@@ -153,68 +151,6 @@ def read_model(path: Path, activation: str | None = None, input_shape: int | Non
         raise InputError(f"{path}: {error}") from None
 
 
-def tokenize(
-    texts: str | list[str], context_length: int = CONTEXT_LENGTH, truncate: bool = False
-) -> Tensor:
-    """n texts -> int32 token ids `[n, context_length]` for the published models, as `token_rows`
-    makes them. `model.tokenize` does it for any model, by its own tokenizer."""
-    return token_rows(clip_tokenizer(), texts, context_length, truncate)
-
-
-def list_models(download_root: str | os.PathLike = MODELS_PTH) -> None:
-    """Print a table of all weights that have a name: what they were trained on, millions of
-    parameters, image resolution in pixels, activation; and below, the place of those that have been
-    downloaded."""
-    row = "{:<44}  {:<19}  {:>12}  {:>6}  {}".format
-    print(row("name", "trained on", "M parameters", "pixels", "activation"))
-    for name in (*SHA256, *hub.HUB):
-        weights = hub.HUB[name] if name in hub.HUB else hub.published_copy(name)
-        print(row(name, weights.trained_on, weights.million_parameters, weights.resolution,
-                  weights.activation))  # fmt: skip
-        path = Path(download_root).expanduser() / weights_filename(name)
-        if name not in SHA256 or not path.exists():
-            path = hub.cached(weights.repository)
-        if path:
-            print(f"    {path}")
-    for name in (name for name in CONFIGS if name not in SHA256):
-        config = CONFIGS[name]
-        with torch.device("meta"):
-            size = sum(parameter.numel() for parameter in CLIP(config).parameters())
-        print(row(name, "nothing yet", round(size / 1e6, 1), config.image_resolution,
-                  config.activation))  # fmt: skip
-        print(f"    to train it: {_train(name)}")
-
-
-def _train(name: str) -> str:
-    """The command that trains a model from scratch."""
-    return f"python {from_here('train.py')} --resume_training none --model {name}"
-
-
-def main() -> None:
-    parser = ArgumentParser(
-        description="Download the weights of a CLIP model and print their place, or list those "
-        "that have a name.",
-        epilog=HELP,
-    )
-    task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--model", metavar="NAME", help="weights to download: a name of the list, or "
-                      "OWNER/NAME of a repository on the Hugging Face hub")  # fmt: skip
-    task.add_argument("--list", action="store_true", help="list the names, what the weights were "
-                      "trained on, and where those are that have been downloaded")  # fmt: skip
-    parser.add_argument("--download_root", type=writable_folder, default=MODELS_PTH,
-                        metavar="FOLDER",
-                        help="folder for OpenAI's weights (default: %(default)s)")  # fmt: skip
-    args = parser.parse_args()
-    if args.list:
-        list_models(args.download_root)
-    else:
-        print(find_weights(args.model, args.download_root))
-
-
-if __name__ == "__main__":
-    run_script(main)
-
-
 def build_model(
     state_dict: dict[str, Tensor], config: Config | None = None, input_shape: int | None = None
 ) -> CLIP:
@@ -240,3 +176,60 @@ def build_model(
             model = CLIP(replace(config, image_resolution=input_shape))
     model.load_state_dict(weights, assign=True)
     return model.eval()
+
+
+def tokenize(
+    texts: str | list[str], context_length: int = CONTEXT_LENGTH, truncate: bool = False
+) -> Tensor:
+    """n texts -> int32 token ids `[n, context_length]` for the published models, as `token_rows`
+    makes them. `model.tokenize` does it for any model, by its own tokenizer."""
+    return token_rows(clip_tokenizer(), texts, context_length, truncate)
+
+
+def list_models() -> None:
+    """Print a table of all weights that have a name, with the path of those downloaded."""
+    row = "{:<44}  {:<19}  {:>12}  {:>6}  {}".format
+    print(row("name", "trained on", "M parameters", "pixels", "activation"))
+    for name in (*SHA256, *hub.HUB):
+        weights = hub.HUB[name] if name in hub.HUB else hub.published_copy(name)
+        print(row(name, weights.trained_on, weights.million_parameters, weights.resolution,
+                  weights.activation))  # fmt: skip
+        path = MODELS_PTH / weights_filename(name)
+        if name not in SHA256 or not path.exists():
+            path = hub.cached(weights.repository)
+        if path:
+            print(f"    {path}")
+    for name in (name for name in CONFIGS if name not in SHA256):
+        config = CONFIGS[name]
+        with torch.device("meta"):
+            size = sum(parameter.numel() for parameter in CLIP(config).parameters())
+        print(row(name, "nothing yet", round(size / 1e6, 1), config.image_resolution,
+                  config.activation))  # fmt: skip
+        print(f"    to train it: {_train(name)}")
+
+
+def _train(name: str) -> str:
+    """The command that trains a model from scratch."""
+    return f"python {from_here('train.py')} --resume_training none --model {name}"
+
+
+def main() -> None:
+    parser = ArgumentParser(
+        description="Download the weights of a CLIP model and print their path, or list the "
+        "weights that have a name.",
+        epilog=HELP,
+    )
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--model", metavar="NAME", help="weights to download: a name of the list, or "
+                      "OWNER/NAME of a repository on the Hugging Face hub")  # fmt: skip
+    task.add_argument("--list", action="store_true", help="list the names, their training data, "
+                      "and the paths of downloaded weights")  # fmt: skip
+    args = parser.parse_args()
+    if args.list:
+        list_models()
+    else:
+        print(find_weights(args.model))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,12 +1,12 @@
-"""`InputError`, for everything that a user can put right, and how a script ends with it."""
+"""`InputError`, for all that a user can put right, and how messages show untrusted text."""
 
 import difflib
 import reprlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 
 MAX_KEY_LENGTH = 90  # characters of a key in an error message
-
 MAX_KEYS_LISTED = 3  # in an error message
 
 
@@ -45,3 +45,14 @@ def near_names(name: str, known: Iterable[str]) -> str:
 def quoted(value: object) -> str:
     """An untrusted value for an error message: on one line, and cut if it is long or nested."""
     return "".join(c if c.isprintable() else " " for c in reprlib.repr(value)[:60])
+
+
+@contextmanager
+def naming(file: str) -> Iterator[None]:
+    """Put the name of `file` before an `InputError` raised within. An error without a remedy, which
+    a semicolon would precede, is that of a damaged file."""
+    try:
+        yield
+    except InputError as error:
+        remedy = "" if ";" in str(error) else "; download it anew"
+        raise InputError(f"{file}: {error}{remedy}") from None

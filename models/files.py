@@ -2,6 +2,7 @@
 files are read, and those that are read whole only up to a size; and only they are replaced."""
 
 import io
+import json
 import os
 import re
 import sys
@@ -9,10 +10,11 @@ import zipfile
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-from models.errors import InputError
+from models.errors import InputError, naming, one_line
 
 OTHER_PROGRAMS = {  # how their files start
     re.compile(rb"GGUF"): "a GGUF file (llama.cpp's)",
@@ -106,6 +108,21 @@ def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
     return path.read_bytes()
 
 
+def read_json(file: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None if there is no such file. Raises `InputError`, which starts
+    with the file's name, for anything else."""
+    if not file.exists():
+        return None
+    with naming(file.name):
+        try:
+            content = json.loads(read_bytes(file))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"broken JSON ({one_line(error)})") from None
+        if not isinstance(content, dict):
+            raise InputError("should hold a description, in braces")
+    return content
+
+
 def decoded(content: bytes, file: object) -> str:
     """The text of a UTF-8 file with this content. Raises `InputError`, which names the `file` and
     says what to do, for anything else."""
@@ -152,7 +169,7 @@ def describe(path: Path) -> str:
     size = f"{path.stat().st_size:,} bytes"
     with path.open("rb") as file:
         start = file.read(256)
-    if start.startswith(b"PK\3\4") and _names_in_archive(path) is None:
+    if start.startswith(b"PK\3\4") and names_in_archive(path) is None:
         return f"an archive cut short at {size}"
     for pattern, program in OTHER_PROGRAMS.items():
         if pattern.match(start):
@@ -167,7 +184,7 @@ def describe(path: Path) -> str:
     return f"another file of {size}"
 
 
-def _names_in_archive(path: Path) -> list[str] | None:
+def names_in_archive(path: Path) -> list[str] | None:
     """The names of the files in a zip archive; None if it is damaged, or no archive."""
     try:
         with zipfile.ZipFile(path) as archive:

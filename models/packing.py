@@ -63,7 +63,7 @@ def pack(
 ) -> tuple[Tensor, Tensor, Layout]:
     """Rows of token ids `[n, l]` and the position `[n]` of the last token in each, both on the CPU
     -> on the device the ids `[t]` of the packed tokens, their positions `[t]` in their texts, and
-    the layout: `causal` and pooled at the last token, or neither causal nor pooled but at the first.
+    the layout. It is pooled at the last token if `causal`, else at the first.
 
     What follows a row's last token is left out.
     """

@@ -13,6 +13,7 @@ from functools import lru_cache
 from heapq import heappop, heappush
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import ftfy
 import regex
@@ -105,6 +106,19 @@ class SimpleTokenizer:
             if word_ends or token >= self.start_of_text:
                 data += b" "
         return data.decode("utf-8", errors="replace")
+
+    def transformers_files(self, context_length: int) -> dict[str, Any]:
+        """The files of transformers' tokenizer by name: texts, and objects for JSON."""
+        merges = (" ".join(merge) for merge in self.priorities)
+        special = {"bos_token": START_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT,
+                   "unk_token": END_OF_TEXT}  # fmt: skip
+        settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": context_length}
+        return {
+            "vocab.json": self.encoder,
+            "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
+            "tokenizer_config.json": settings | special,
+            "special_tokens_map.json": special,
+        }
 
     def _encode_chunk(self, chunk: str) -> tuple[int, ...]:
         """The token ids of text without white space. Texts have few different ones, so that most

@@ -5,6 +5,7 @@ the vocabulary has, from its start on (Wu et al. 2016, section 4.1).
 """
 
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordPiece
@@ -46,3 +47,11 @@ class WordPieceTokenizer:
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         text = text.translate(CURLY_QUOTES)
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def transformers_files(self, context_length: int) -> dict[str, Any]:
+        """The files of transformers' tokenizer by name: texts, and objects for JSON."""
+        settings = {"tokenizer_class": "BertTokenizer", "model_max_length": context_length}
+        return {
+            "vocab.txt": "".join(f"{token}\n" for token in self.decoder),
+            "tokenizer_config.json": settings,
+        }

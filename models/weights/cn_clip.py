@@ -1,114 +1,76 @@
-"""Chinese-CLIP models of transformers (`ChineseCLIPModel`) and of their authors' package cn_clip:
-their keys and description, and ours. Our keys are cn_clip's."""
+"""Files of cn_clip, the package of Chinese-CLIP's authors. Its keys are ours."""
 
-from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+import torch
 
-from models.config import CHINESE_CONTEXT_LENGTH, Config, check_config, description_of
-from models.errors import InputError, quoted
-from models.weights import transformers
+from models.clip import CLIP
+from models.config import Config
+from models.errors import InputError
+from models.weights import open_clip
+from models.weights.architecture import infer_config
+from models.weights.format import Format, Weights, cast
 
-WEIGHTS_FILES = "clip_cn_*.pt"  # as cn_clip names them
+if TYPE_CHECKING:
+    from models.weights.hub import Repository
+
 RESNET = ("OFA-Sys/chinese-clip-rn50", "clip_cn_rn50.pt")  # repository on the hub, its only weights
-EPSILON = 1e-12  # of BERT's norms
-TEXT = {  # what a config.json leaves out has these values
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_attention_heads": 12,
-    "num_hidden_layers": 12,
-    "max_position_embeddings": 512,
-    "vocab_size": 30522,
-}
 # The ViTs of cn_clip, all with QuickGELU: blocks, width and patch size.
-AUTHORS_VITS = {(12, 768, 16), (12, 768, 32), (24, 1024, 14), (32, 1280, 14)}
+VITS = {(12, 768, 16), (12, 768, 32), (24, 1024, 14), (32, 1280, 14)}
 
 
-def is_transformers(names: Iterable[str]) -> bool:
-    """Whether these are names of weights of a `ChineseCLIPModel`."""
-    return "text_model.embeddings.word_embeddings.weight" in set(names)
+def recognises(weights: Weights) -> bool:
+    return any(key.startswith("bert.") for key in weights)
 
 
-def from_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a `ChineseCLIPModel` -> the same weights with our keys. Raises `InputError` as
-    `transformers.from_transformers` does."""
-    bert = {n: t for n, t in weights.items() if n.startswith("text_model.")}
-    ours = transformers.from_transformers({n: t for n, t in weights.items() if n not in bert})
-    buffers = ("position_ids", "token_type_ids")  # the numbers 0, 1, 2, ... and zeros
-    return ours | {
-        name.replace("text_model", "bert", 1): tensor
-        for name, tensor in bert.items()
-        if not name.endswith(buffers)
-    }
-
-
-def to_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights with our keys -> the same weights with the keys of a `ChineseCLIPModel`."""
-    bert = {key: tensor for key, tensor in weights.items() if key.startswith("bert.")}
-    theirs = transformers.to_transformers({k: t for k, t in weights.items() if k not in bert})
-    return theirs | {key.replace("bert", "text_model", 1): t for key, t in bert.items()}
-
-
-def config_from_transformers(content: dict[str, Any], preprocessor: dict[str, Any]) -> Config:
-    """Our description of the model that a config.json describes; `preprocessor` is the content of
-    its preprocessor_config.json, or empty. Raises `InputError` that names what our models lack."""
-    with description_of("a ChineseCLIPModel's"):
-        if content.get("model_type") != "chinese_clip":
-            raise InputError(
-                f"its model_type is {quoted(content.get('model_type'))}, not 'chinese_clip'; take "
-                "a whole ChineseCLIPModel, such as OFA-Sys/chinese-clip-vit-base-patch16"
-            )
-        text = transformers.tower(content, "text_config", TEXT)
-        for field, value in (("hidden_act", "gelu"), ("type_vocab_size", 2)):
-            if (found := text.get(field, value)) != value:
-                raise InputError(f"its text_config has {field} {quoted(found)}; only {value} works")
-        transformers.check_epsilon(text, "text_config", EPSILON)
-        positions = text["max_position_embeddings"]
-        image = transformers.image_tower(content, preprocessor)
-        if not preprocessor:
-            image["resize_mode"] = "squash"  # as the authors do
-        config = Config(
-            **{ours: text[theirs] for ours, theirs in transformers.TEXT_SIZES.items()},
-            # Not a field of transformers': we write it, and it keeps what it does not know.
-            context_length=text.get("context_length", min(CHINESE_CONTEXT_LENGTH, positions)),
-            text_tower="bert",
-            text_positions=positions,
-            **image,
-        )
-    check_config(config)
-    return config
-
-
-def config_to_transformers(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The content of config.json and of preprocessor_config.json for a model with a ViT. Raises
-    `InputError` for a ResNet, which transformers has not."""
-    vision, preprocessor = transformers.image_tower_to_transformers(config)
-    text = {
-        **{theirs: getattr(config, ours) for ours, theirs in transformers.TEXT_SIZES.items()},
-        "max_position_embeddings": config.text_positions,
-        "context_length": config.context_length,
-        "hidden_act": "gelu",
-        "layer_norm_eps": EPSILON,
-    }
-    model = {
-        "architectures": ["ChineseCLIPModel"],
-        "model_type": "chinese_clip",
-        "projection_dim": config.embed_dim,
-        "logit_scale_init_value": 2.6592,
-        "text_config": text,
-        "vision_config": vision,
-    }
-    return model, preprocessor | {"image_processor_type": "ChineseCLIPImageProcessor"}
-
-
-def without_pooler(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a file of cn_clip without those of BERT's pooler, which is never used."""
+def to_ours(weights: Weights) -> Weights:
+    """The weights without BERT's pooler, which no model uses."""
     return {key: tensor for key, tensor in weights.items() if not key.startswith("bert.pooler.")}
 
 
+def description(folder: Path, weights: Weights) -> Config | None:
+    """The description beside the weights; without one, that of cn_clip's models."""
+    found = open_clip.description(folder, weights)
+    if found is None and is_of_authors(inferred := infer_config(weights)):
+        return inferred
+    return found
+
+
 def is_of_authors(config: Config) -> bool:
-    """Whether the weights of this model tell its activation: cn_clip has such an image tower, or it
-    is a ResNet, no part of which has such an activation."""
+    """Whether the sizes tell the activation: those of a ViT of cn_clip, or of any ResNet, since no
+    part of a ResNet with BERT uses `activation`."""
     vit = config.vision_layers, config.vision_width, config.vision_patch_size
-    return config.text_tower == "bert" and (not config.is_vit or vit in AUTHORS_VITS)
+    return config.text_tower == "bert" and (not config.is_vit or vit in VITS)
+
+
+def fetch(repository: "Repository") -> Path | None:
+    """The folder of the Chinese ResNet; other repositories have transformers' format."""
+    found = repository.get(RESNET[1]) if repository.name == RESNET[0] else None
+    return found and found.parent
+
+
+def write(model: CLIP, file: Path, dtype: torch.dtype) -> None:
+    """A file that cn_clip's `load_from_name` opens."""
+    if model.config.text_tower != "bert":
+        raise InputError("cn_clip has no other models than Chinese-CLIPs; take another --format")
+    try:
+        with file.open("wb") as opened:
+            torch.save({"state_dict": cast(model.state_dict(), dtype)}, opened)
+    except RuntimeError as error:  # torch fails a check of its own on a full disk
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+
+FORMAT = Format(
+    "a file for the authors' program, of a Chinese-CLIP",
+    """
+    from cn_clip.clip import load_from_name
+    load_from_name("{0}", vision_model_name=..., text_model_name=..., input_resolution=...)
+    """,
+    write,
+    files=("clip_cn_*.pt",),
+    recognises=recognises,
+    to_ours=to_ours,
+    description=description,
+    fetch=fetch,
+)

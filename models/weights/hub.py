@@ -6,30 +6,22 @@ download. The library is imported when such a name is used, not before: it bring
 """
 
 import csv
-import json
 import re
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from models.config import Config
 from models.errors import InputError, near_names, one_line
-from models.files import read_bytes
-from models.weights import chinese_clip, open_clip, transformers
+from models.files import read_json
+from models.weights import cn_clip, open_clip, transformers
 from models.weights.download import Unavailable, download
+from models.weights.formats import FORMATS
 from models.weights.registry import CONFIGS, SHA256, weights_url
-from models.weights.sources import TRANSFORMERS_WEIGHTS
 
 PREFIX = "hf-hub:"  # as open_clip and timm have it
 REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", re.ASCII)
 FILE_TYPES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")  # which a file has, no repository
-MODEL_TYPES = ("clip", "chinese_clip")  # of transformers, with an image and a text tower
-PREPROCESSORS = (transformers.PREPROCESSOR_FILE, "processor_config.json")  # of transformers 5
-OF_OPEN_CLIP = "{} and {} (or {})".format(open_clip.CONFIG_FILE, *open_clip.WEIGHTS_FILES)
-OF_TRANSFORMERS = "{}, {} and {} (or {})".format(
-    transformers.CONFIG_FILE, transformers.PREPROCESSOR_FILE, *TRANSFORMERS_WEIGHTS
-)
 
 
 class HubWeights(NamedTuple):
@@ -82,8 +74,8 @@ def fetch(name: str) -> Path:
     """The folder of the weights that `name` stands for, and their description; downloaded if need
     be. Raises `InputError` if they cannot be had, or are not a CLIP's."""
     try:
-        folder = _Repository(repository_of(name)).complete()
-        config = _open_clip_config(folder)
+        folder = Repository(repository_of(name)).complete()
+        config = open_clip.description(folder)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     activation = HUB[name].activation if name in HUB else None
@@ -109,7 +101,7 @@ def fetch_published(name: str, path: Path) -> Path:
                 folder = fetch(copy.name)
             except InputError as error:
                 raise InputError(f"{unavailable}\nNor can its copy be had:\n{error}") from None
-    if _open_clip_config(folder) != CONFIGS[name]:
+    if open_clip.description(folder) != CONFIGS[name]:
         raise InputError(f"{folder}: should be a copy of {name}, but describes another model; "
                          f"delete it, and save {weights_url(name)} as {path}")  # fmt: skip
     return folder
@@ -118,24 +110,11 @@ def fetch_published(name: str, path: Path) -> Path:
 def cached(repository: str) -> Path | None:
     """The folder of weights that have been downloaded already; None if they have not."""
     with suppress(InputError):
-        return _Repository(repository, asks=False).complete()
+        return Repository(repository, asks=False).complete()
     return None
 
 
-def _open_clip_config(folder: Path) -> Config | None:
-    file = folder / open_clip.CONFIG_FILE
-    return open_clip.from_open_clip(_content(file)) if file.exists() else None
-
-
-def _content(file: Path) -> dict[str, Any]:
-    """What a JSON file says; nothing if it is broken, as `read_weights` will tell."""
-    content = None
-    with suppress(ValueError, RecursionError):
-        content = json.loads(read_bytes(file))
-    return content if isinstance(content, dict) else {}
-
-
-class _Repository:
+class Repository:
     """The files of a repository: those in the cache, and unless `asks` is false, of the hub."""
 
     def __init__(self, repository: str, asks: bool = True):
@@ -146,25 +125,12 @@ class _Repository:
         self.unknown: set[str] = set()  # files that the cache lacks, and the hub perhaps has
 
     def complete(self) -> Path:
-        """The folder of the repository in the cache, with all in it that `read_weights` needs.
-        Where there are weights in the formats of open_clip and of transformers, as in many
-        repositories, it is open_clip's. Raises `InputError` if there are neither."""
-        if self.name == chinese_clip.RESNET[0] and (found := self.get(chinese_clip.RESNET[1])):
-            return found.parent
-        found = self.get(open_clip.CONFIG_FILE)
-        if found:
-            _open_clip_config(found.parent)  # other models are refused before a large download
-            if self.has_weights(open_clip.WEIGHTS_FILES):
-                return found.parent
-        found = self.get(transformers.CONFIG_FILE)
-        model_type = _content(found).get("model_type") if found else None
-        if model_type in MODEL_TYPES:
-            # A model whose preprocessing is unknown must not be taken for one without any.
-            is_prepared = any([self.get(file) for file in PREPROCESSORS])
-            is_known = is_prepared or not self.unknown.intersection(PREPROCESSORS)
-            if is_known and self.has_weights(TRANSFORMERS_WEIGHTS):
-                return found.parent
-        raise InputError(self.refusal(model_type))
+        """The folder of the repository in the cache, with all that `read_weights` reads of it, in
+        the first of `FORMATS` that the repository has. Raises `InputError` if it has none."""
+        for each in FORMATS.values():
+            if folder := each.fetch(self):
+                return folder
+        raise InputError(self.refusal())
 
     def has_weights(self, names: tuple[str, ...]) -> bool:
         """Whether the first file there is of these `names` is in the cache now, whole or, as its
@@ -173,7 +139,7 @@ class _Repository:
             if self.get(name):
                 return True
             if index := self.get(f"{name}.index.json"):
-                table = _content(index).get("weight_map")
+                table = read_json(index).get("weight_map")
                 files = set(map(str, table.values())) if isinstance(table, dict) else set()
                 return all([self.get(file) for file in files if Path(file).name == file])
         return False
@@ -239,7 +205,7 @@ class _Repository:
             ) from None
         return None
 
-    def refusal(self, model_type: object) -> str:
+    def refusal(self) -> str:
         """Why there are no weights."""
         from huggingface_hub import constants
 
@@ -254,20 +220,24 @@ class _Repository:
                 f"{way}, or {self.by_hand()}{near}\n"
                 f"(not whole in the cache {constants.HF_HUB_CACHE})"
             )
-        reason = f"is for a model of type {one_line(model_type)!r}; it" if model_type else "has"
+        found = self.get(transformers.CONFIG_FILE)
+        model_type = read_json(found).get("model_type") if found else None
+        reason = f"is for a model of type {one_line(model_type)!r}; it " if model_type else ""
+        files = " nor ".join(each.hub_files for each in FORMATS.values() if each.hub_files)
         return (
-            f"{constants.ENDPOINT}/{self.name} {reason} has no weights of a CLIP with a "
-            f"description: neither {OF_OPEN_CLIP} nor {OF_TRANSFORMERS}; if there are some in a "
-            "file of another name, download that and give the file"
+            f"{constants.ENDPOINT}/{self.name} {reason}has no weights of a CLIP with a "
+            f"description: neither {files}; if there are some in a file of another name, download "
+            "that and give the file"
         )
 
     def by_hand(self) -> str:
         from huggingface_hub import constants
 
-        names = {row.repository for row in OPEN_CLIP.values()}
-        files = OF_OPEN_CLIP if self.name in names else f"{OF_OPEN_CLIP}, or {OF_TRANSFORMERS},"
-        if self.name == chinese_clip.RESNET[0]:
-            files = chinese_clip.RESNET[1]
+        files = ", or ".join(each.hub_files for each in FORMATS.values() if each.hub_files) + ","
+        if self.name in {row.repository for row in OPEN_CLIP.values()}:
+            files = open_clip.FORMAT.hub_files
+        if self.name == cn_clip.RESNET[0]:
+            files = cn_clip.RESNET[1]
         return (
             f"get {files} by other means, put them into one folder and give that folder\n"
             f"from {constants.ENDPOINT}/{self.name}/tree/{self.revision}"

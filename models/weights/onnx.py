@@ -1,4 +1,4 @@
-"""A model as ONNX files, which programs run without PyTorch."""
+"""ONNX files of a model, which programs run without PyTorch."""
 
 import copy
 import logging
@@ -18,6 +18,7 @@ from models.clip import CLIP
 from models.config import Config
 from models.errors import InputError, one_line
 from models.progress_bar import progress_bar
+from models.weights.format import Format, write_json, write_tokenizer
 
 OPSET = 18  # the version of the ONNX operators
 LARGEST_FILE = 2 * 10**9  # bytes; an ONNX file ends at 2 GiB, and larger weights lie beside it
@@ -45,7 +46,16 @@ class TextEncoder(ImageEncoder):
         return F.normalize(self.model.encode_text_grid(tokens).float(), dim=-1)
 
 
-def check_packages() -> None:
+def write(model: CLIP, folder: Path, dtype: torch.dtype) -> None:
+    """image.onnx and text.onnx; how to prepare their inputs (clip.json); and the tokenizer, which
+    transformers' `CLIPTokenizer.from_pretrained(FOLDER)` opens, or `BertTokenizer`."""
+    folder.mkdir()
+    export_onnx(model, folder, dtype)
+    write_json(folder / "clip.json", preparation(model))
+    write_tokenizer(model, folder)
+
+
+def check_packages(_: Path) -> None:
     """Raise `InputError` if a package that the export needs is missing or broken."""
     try:
         import onnx  # noqa: F401
@@ -175,3 +185,22 @@ def preparation(model: CLIP) -> dict[str, Any]:
         "embed_dim": config.embed_dim,
         "logit_scale": model.logit_scale.exp().item(),
     }
+
+
+FORMAT = Format(
+    "a folder for onnxruntime: programs without PyTorch, in many languages",
+    """
+    # texts: a list; images: float32 [n, 3, side, side], prepared as {0}/clip.json says
+    import json, onnxruntime, transformers
+    tokenizer = transformers.{tokenizer}.from_pretrained("{0}")
+    tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="np").input_ids
+    image_tower = onnxruntime.InferenceSession("{0}/image.onnx")
+    text_tower = onnxruntime.InferenceSession("{0}/text.onnx")
+    (image_features,) = image_tower.run(None, {{"images": images}})
+    (text_features,) = text_tower.run(None, {{"tokens": tokens}})
+    similarities = image_features @ text_features.T  # cosines: features have length 1
+    logits = similarities * json.load(open("{0}/clip.json"))["logit_scale"]
+    """,
+    write,
+    check_packages,
+)

@@ -1,20 +1,29 @@
-"""open_clip's description of a model, open_clip_config.json, and ours. The keys are the same.
+"""Folders of open_clip. Its keys are ours; open_clip_config.json describes the model.
 
-For a model with BERT, which open_clip has not in this form, the description has two fields of our
-own in `text_cfg`: `tower` and `positions`.
+For a model with BERT, which open_clip lacks in this form, `text_cfg` has two fields of our own:
+`tower` and `positions`.
 """
 
 import math
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import torch
+
+from models.clip import CLIP
 from models.config import MAX_SIZE, VOCABULARY, Config, check_config, description_of
-from models.errors import InputError, quoted
+from models.errors import InputError, naming, quoted
+from models.files import read_json
+from models.weights.format import Format, Weights, save_safetensors, write_json
+
+if TYPE_CHECKING:
+    from models.weights.hub import Repository
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
-# Fields that a model of ours can have, with the values that open_clip gives them if they are left
-# out. Any other field has to have a value that means "not used".
+# Fields that our models have, with open_clip's defaults. Any other field must have a value of
+# `UNUSED` or `NEUTRAL`.
 VISION = {
     "image_size": 224,
     "layers": 12,
@@ -33,7 +42,8 @@ TEXT = {
     "tower": "clip",
     "positions": None,
 }
-# Fields that change nothing about a model that is loaded, or that say what ours does anyway.
+LONG_CLIP_KEPT = 20  # positions that Long-CLIP (Zhang et al. 2024, section 3.1) keeps as they were
+# Fields that change nothing about a loaded model, or that say what ours does anyway.
 NEUTRAL = {
     "patch_dropout": None,
     "output_tokens": None,
@@ -45,6 +55,44 @@ NEUTRAL = {
     "eos_id": None,
 }
 UNUSED = (None, False, {}, "")
+
+
+def to_ours(weights: Weights) -> Weights:
+    """The weights; of Long-CLIP's two positional embeddings of texts, the first for the positions
+    that it keeps and the second for the others, as one."""
+    others = weights.get("positional_embedding_res")
+    if others is None or "positional_embedding" not in weights:
+        return weights
+    weights = {key: t for key, t in weights.items() if key != "positional_embedding_res"}
+    kept = weights["positional_embedding"][:LONG_CLIP_KEPT]
+    return weights | {"positional_embedding": torch.cat([kept, others[LONG_CLIP_KEPT:]])}
+
+
+def description(folder: Path, weights: Weights | None = None) -> Config | None:
+    """The description in a folder; None if there is none."""
+    content = read_json(folder / CONFIG_FILE)
+    if content is None:
+        return None
+    with naming(CONFIG_FILE):
+        return from_open_clip(content)
+
+
+def fetch(repository: "Repository") -> Path | None:
+    """The folder of a repository with a description and weights."""
+    if found := repository.get(CONFIG_FILE):
+        description(found.parent)  # other models are refused before a large download
+        if repository.has_weights(WEIGHTS_FILES):
+            return found.parent
+    return None
+
+
+def write(model: CLIP, folder: Path, dtype: torch.dtype) -> None:
+    """What `open_clip.create_model_and_transforms("local-dir:FOLDER")` opens."""
+    if model.config.text_tower != "clip":
+        raise InputError("open_clip has no Chinese-CLIP; take --format transformers or cn_clip")
+    folder.mkdir()
+    write_json(folder / CONFIG_FILE, to_open_clip(model.config))
+    save_safetensors(model.state_dict(), folder / WEIGHTS_FILES[0], dtype)
 
 
 def from_open_clip(content: dict[str, Any]) -> Config:
@@ -163,3 +211,18 @@ def _ratio(mlp_width: int, width: int) -> float:
     while int(width * ratio) < mlp_width:
         ratio = math.nextafter(ratio, math.inf)
     return ratio
+
+
+FORMAT = Format(
+    "a folder for the library open_clip",
+    """
+    import open_clip
+    open_clip.create_model_and_transforms("local-dir:{0}")
+    """,
+    write,
+    files=WEIGHTS_FILES,
+    to_ours=to_ours,
+    description=description,
+    fetch=fetch,
+    hub_files="{} and {} (or {})".format(CONFIG_FILE, *WEIGHTS_FILES),
+)

@@ -1,6 +1,5 @@
 """Reading of weights from the kinds of files people have; no code in a file is run."""
 
-import json
 import mmap
 import re
 import struct
@@ -11,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from models.errors import InputError, one_line
-from models.files import _names_in_archive, describe
-from models.weights.open_clip import CONFIG_FILE
+from models.files import describe, names_in_archive
+from models.weights import safetensors_file
 from models.weights.unpickle import NOT_RUN, PlainObject, PlainTensor, PlainUnpickler
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file of torch before 1.6
@@ -39,7 +36,8 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     kind = weights_format(path)
     try:
         if kind == "safetensors":
-            return unwrap(load_file(path)), _in_metadata(path)
+            weights, description = safetensors_file.read(path)
+            return unwrap(weights), description
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         content, records = load_zip(mapped) if kind == "zip" else _load_legacy(mapped)
@@ -49,12 +47,6 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     except Exception as error:  # a damaged file can break its reader in any way
         reason = one_line(error) or type(error).__name__
         raise InputError(f"truncated or damaged ({reason}); download it anew") from None
-
-
-def _in_metadata(path: Path) -> dict[str, Any] | None:
-    with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get(CONFIG_FILE)
-    return json.loads(text) if text else None
 
 
 def load_zip(file: mmap.mmap) -> tuple[Any, dict[str, memoryview]]:
@@ -270,4 +262,4 @@ def weights_format(path: Path) -> str:
 
 def is_torchscript(path: Path) -> bool:
     """Whether the file is an archive of `torch.jit.save`."""
-    return any(name.endswith("/constants.pkl") for name in _names_in_archive(path) or [])
+    return any(name.endswith("/constants.pkl") for name in names_in_archive(path) or [])
