@@ -228,7 +228,7 @@ def main() -> None:
     if args.list:
         list_models()
     else:
-        print(find_weights(args.model))
+        print(find_weights(args.model, MODELS_PTH))
 
 
 if __name__ == "__main__":
