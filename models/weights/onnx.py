@@ -74,7 +74,7 @@ def export_onnx(model: CLIP, folder: Path, dtype: torch.dtype = torch.float32) -
 
     Raises `InputError` if onnxruntime computes other features from a file than `model`.
     """
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it warns of what it cannot simplify
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it warns of skipped optimisations
     exported = model
     if dtype != torch.float32 or not model.config.is_vit:
         exported = copy.deepcopy(model)
@@ -97,8 +97,8 @@ def export_onnx(model: CLIP, folder: Path, dtype: torch.dtype = torch.float32) -
 
 
 def _fold_norms(model: nn.Module) -> None:
-    """Make every batch norm a part of the convolution before it: less to compute, and torch 2.6
-    cannot export one."""
+    """Fuse every batch norm with the convolution before it: faster, and torch 2.6 cannot export a
+    batch norm."""
     for parent in model.modules():
         for (name, module), (next_name, norm) in pairwise([*parent.named_children()]):
             if isinstance(norm, nn.BatchNorm2d):
@@ -124,7 +124,7 @@ def _export(
             f"({one_line(error)}): {UPGRADE}"
         ) from error
     for node in program.model.graph:
-        node.metadata_props.clear()  # they tell strangers the folders of this computer
+        node.metadata_props.clear()  # they hold paths of this computer
     size = sum(t.nbytes for t in encoder.state_dict().values())
     program.save(file, external_data=size > LARGEST_FILE)
 
@@ -154,8 +154,8 @@ def _random_images(config: Config, n: int) -> Tensor:
 
 
 def _random_tokens(config: Config, n: int) -> Tensor:
-    """Texts of different lengths, which end with the largest id and are filled up with zeros; the
-    more there are, the shorter the rows."""
+    """Texts of different lengths that end with the largest id, padded with zeros; the rows are
+    shorter for a larger n."""
     generator = torch.Generator().manual_seed(n)
     length, end = config.context_length // n, config.vocab_size - 1
     tokens = torch.randint(end, (n, length), generator=generator)
@@ -165,26 +165,16 @@ def _random_tokens(config: Config, n: int) -> Tensor:
 
 
 def preparation(model: CLIP) -> dict[str, Any]:
-    """What a program has to know to prepare images and texts for the ONNX files, and to turn
-    cosine similarities into logits."""
-    config = model.config
+    """The preprocessing of images and texts for the ONNX files, and the logit scale."""
+    c, tokenizer = model.config, model.tokenizer
     return {
-        "image": {
-            "size": config.image_resolution,
-            "mean": config.mean,
-            "std": config.std,
-            "interpolation": config.interpolation,
-            "resize_mode": config.resize_mode,
-        },
-        "text": {
-            "context_length": config.context_length,
-            "start_of_text": model.tokenizer.start_of_text,
-            "end_of_text": model.tokenizer.end_of_text,
-            "padding": 0,
-        },
-        "embed_dim": config.embed_dim,
+        "image": {"size": c.image_resolution, "mean": c.mean, "std": c.std,
+                  "interpolation": c.interpolation, "resize_mode": c.resize_mode},
+        "text": {"context_length": c.context_length, "start_of_text": tokenizer.start_of_text,
+                 "end_of_text": tokenizer.end_of_text, "padding": 0},
+        "embed_dim": c.embed_dim,
         "logit_scale": model.logit_scale.exp().item(),
-    }
+    }  # fmt: skip
 
 
 FORMAT = Format(

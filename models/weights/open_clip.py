@@ -24,36 +24,15 @@ WEIGHTS_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 # Fields that our models have, with open_clip's defaults. Any other field must have a value of
 # `UNUSED` or `NEUTRAL`.
-VISION = {
-    "image_size": 224,
-    "layers": 12,
-    "width": 768,
-    "head_width": 64,
-    "mlp_ratio": 4.0,
-    "patch_size": 16,
-}
-TEXT = {
-    "context_length": 77,
-    "vocab_size": VOCABULARY,
-    "width": 512,
-    "heads": 8,
-    "layers": 12,
-    "mlp_ratio": 4.0,
-    "tower": "clip",
-    "positions": None,
-}
+VISION = {"image_size": 224, "layers": 12, "width": 768, "head_width": 64, "mlp_ratio": 4.0,
+          "patch_size": 16}  # fmt: skip
+TEXT = {"context_length": 77, "vocab_size": VOCABULARY, "width": 512, "heads": 8, "layers": 12,
+        "mlp_ratio": 4.0, "tower": "clip", "positions": None}  # fmt: skip
 LONG_CLIP_KEPT = 20  # positions that Long-CLIP (Zhang et al. 2024, section 3.1) keeps as they were
 # Fields that change nothing about a loaded model, or that say what ours does anyway.
-NEUTRAL = {
-    "patch_dropout": None,
-    "output_tokens": None,
-    "pool_type": ("tok", "argmax"),
-    "pos_embed_type": ("learnable",),
-    "proj_type": ("linear",),
-    "block_type": ("default",),
-    "pad_id": None,
-    "eos_id": None,
-}
+NEUTRAL = {"patch_dropout": None, "output_tokens": None, "pool_type": ("tok", "argmax"),
+           "pos_embed_type": ("learnable",), "proj_type": ("linear",), "block_type": ("default",),
+           "pad_id": None, "eos_id": None}  # fmt: skip
 UNUSED = (None, False, {}, "")
 
 
@@ -142,36 +121,32 @@ def to_open_clip(config: Config) -> dict[str, Any]:
     }
     if config.is_vit:
         vision["mlp_ratio"] = _ratio(config.vision_mlp_width, config.vision_width)
-    own = {"tower": config.text_tower, "positions": config.text_positions}
-    return {
-        "model_cfg": {
-            "embed_dim": config.embed_dim,
-            "quick_gelu": config.activation == "quick_gelu",
-            "vision_cfg": vision,
-            "text_cfg": {
-                "context_length": config.context_length,
-                "vocab_size": config.vocab_size,
-                "width": config.transformer_width,
-                "heads": config.transformer_heads,
-                "layers": config.transformer_layers,
-                "mlp_ratio": _ratio(config.transformer_mlp_width, config.transformer_width),
-                **(own if config.text_positions else {}),
-            },
-        },
-        "preprocess_cfg": {
-            "mean": list(config.mean),
-            "std": list(config.std),
-            "interpolation": config.interpolation,
-            "resize_mode": config.resize_mode,
-        },
+    text = {
+        "context_length": config.context_length,
+        "vocab_size": config.vocab_size,
+        "width": config.transformer_width,
+        "heads": config.transformer_heads,
+        "layers": config.transformer_layers,
+        "mlp_ratio": _ratio(config.transformer_mlp_width, config.transformer_width),
     }
+    if config.text_tower != "clip":
+        text |= {"tower": config.text_tower, "positions": config.text_positions}
+    quick_gelu = config.activation == "quick_gelu"
+    return {
+        "model_cfg": {"embed_dim": config.embed_dim, "quick_gelu": quick_gelu,
+                      "vision_cfg": vision, "text_cfg": text},
+        "preprocess_cfg": {"mean": list(config.mean), "std": list(config.std),
+                           "interpolation": config.interpolation,
+                           "resize_mode": config.resize_mode},
+    }  # fmt: skip
 
 
 def _tower(model: dict[str, Any], name: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of one tower. Raises `InputError` for any field that our tower has not."""
+    """The fields of one tower. Raises `InputError` for a field that no tower of ours has."""
     tower = model[name]
     for field, value in tower.items():
-        if field in fields or value in UNUSED or (field in NEUTRAL and _is_neutral(field, value)):
+        neutral = NEUTRAL.get(field, ())  # None: any value
+        if field in fields or value in UNUSED or neutral is None or value in neutral:
             continue
         raise InputError(
             f"its {name} has {quoted(field)}: {quoted(value)}, which no tower here has; take a "
@@ -184,10 +159,6 @@ def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _is_neutral(field: str, value: object) -> bool:
-    return NEUTRAL[field] is None or value in NEUTRAL[field]
-
-
 def _side(image_size: Any) -> Any:
     if not isinstance(image_size, list):
         return image_size
@@ -198,7 +169,7 @@ def _side(image_size: Any) -> Any:
 
 
 def _mlp_width(tower: dict[str, Any]) -> int:
-    """Raises `InputError` for what are no numbers, since Python multiplies texts and lists, too."""
+    """Raises `InputError` for other types than numbers; Python multiplies texts and lists, too."""
     for field in ("width", "mlp_ratio"):
         if not isinstance(tower[field], int | float) or not 0 < tower[field] <= MAX_SIZE:
             raise InputError(f"its {field} would be {quoted(tower[field])}")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
-PROCESSOR_FILE = "processor_config.json"  # has the same as "image_processor", which counts more
+PROCESSOR_FILE = "processor_config.json"  # its "image_processor" takes precedence
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
 MODEL_TYPES = {  # by `model_type` of config.json: our text tower, the model and one on the hub
     "clip": ("clip", "CLIPModel", "openai/clip-vit-base-patch32"),
@@ -36,39 +36,29 @@ BERT_MARK = "text_model.embeddings.word_embeddings.weight"
 MARKS = {"text_model.final_layer_norm.weight", "vision_model.post_layernorm.weight", BERT_MARK}
 BUFFERS = ("position_ids", "token_type_ids")  # the numbers 0, 1, 2, ... and zeros
 # What a config.json leaves out has these values, which are those of ViT-B/32 and of BERT.
-TEXT = {
-    "hidden_size": 512,
-    "intermediate_size": 2048,
-    "num_attention_heads": 8,
-    "num_hidden_layers": 12,
-    "max_position_embeddings": 77,
-    "vocab_size": VOCABULARY,
-}
-BERT = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_attention_heads": 12,
-    "num_hidden_layers": 12,
-    "max_position_embeddings": 512,
-    "vocab_size": 30522,
-}
+TEXT = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8,
+        "num_hidden_layers": 12, "max_position_embeddings": 77, "vocab_size": VOCABULARY}  # fmt: skip
+BERT = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12,
+        "num_hidden_layers": 12, "max_position_embeddings": 512, "vocab_size": 30522}  # fmt: skip
+VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12,
+          "num_hidden_layers": 12, "image_size": 224, "patch_size": 32}  # fmt: skip
 BERT_EPSILON = 1e-12  # of its norms
-TEXT_SIZES = {  # the fields of `Config` on any text tower, and transformers' names of them
+TEXT_SIZES = {  # the fields of `Config` on any text tower, and their names in transformers
     "transformer_width": "hidden_size",
     "transformer_mlp_width": "intermediate_size",
     "transformer_heads": "num_attention_heads",
     "transformer_layers": "num_hidden_layers",
     "vocab_size": "vocab_size",
 }
-VISION = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_attention_heads": 12,
-    "num_hidden_layers": 12,
-    "image_size": 224,
-    "patch_size": 32,
+VISION_FIELDS = {  # the same of the image tower
+    "image_resolution": "image_size",
+    "vision_layers": "num_hidden_layers",
+    "vision_width": "hidden_size",
+    "vision_patch_size": "patch_size",
+    "vision_mlp_width": "intermediate_size",
+    "activation": "hidden_act",
 }
-ENDS = (VOCABULARY - 1, 2)  # eos_token_id: of the end of a text, which also was written as 2
+ENDS = (VOCABULARY - 1, 2)  # eos_token_id, in early files 2
 INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 TOWERS = {"text_model": "", "vision_model": "visual."}
@@ -246,15 +236,11 @@ def _image_tower(content: dict[str, Any], preprocessor: dict[str, Any]) -> dict[
     if activation not in ("gelu", "quick_gelu"):
         raise InputError(f"its hidden_act is {quoted(activation)}; gelu or quick_gelu work")
     _check_epsilon(vision, "vision_config", 1e-5)
+    vision["hidden_act"] = activation
     return {
+        **{ours: vision[theirs] for ours, theirs in VISION_FIELDS.items()},
         "embed_dim": content.get("projection_dim", 512),
-        "image_resolution": vision["image_size"],
-        "vision_layers": vision["num_hidden_layers"],
-        "vision_width": vision["hidden_size"],
-        "vision_patch_size": vision["patch_size"],
-        "vision_mlp_width": vision["intermediate_size"],
         "vision_head_width": vision["hidden_size"] // vision["num_attention_heads"],
-        "activation": activation,
         **_preprocessing(preprocessor),
     }
 
@@ -275,61 +261,34 @@ def config_to_transformers(config: Config) -> tuple[dict[str, Any], dict[str, An
     model_type = "chinese_clip" if is_chinese else "clip"
     text = {theirs: getattr(config, ours) for ours, theirs in TEXT_SIZES.items()}
     if is_chinese:
-        text |= {
-            "max_position_embeddings": config.text_positions,
-            "context_length": config.context_length,
-            "hidden_act": "gelu",
-            "layer_norm_eps": BERT_EPSILON,
-        }
+        text |= {"max_position_embeddings": config.text_positions, "hidden_act": "gelu",
+                 "context_length": config.context_length, "layer_norm_eps": BERT_EPSILON}  # fmt: skip
     else:
-        text |= {
-            "max_position_embeddings": config.context_length,
-            "hidden_act": config.activation,
-            "projection_dim": config.embed_dim,
-            "bos_token_id": VOCABULARY - 2,
-            "eos_token_id": VOCABULARY - 1,
-            "pad_token_id": VOCABULARY - 1,
-        }
-    vision = {
-        "hidden_size": config.vision_width,
-        "intermediate_size": config.vision_mlp_width,
-        "num_attention_heads": config.vision_heads,
-        "num_hidden_layers": config.vision_layers,
-        "image_size": config.image_resolution,
-        "patch_size": config.vision_patch_size,
-        "hidden_act": config.activation,
-        "projection_dim": config.embed_dim,
-    }
-    model = {
-        "architectures": [MODEL_TYPES[model_type][1]],
-        "model_type": model_type,
-        "projection_dim": config.embed_dim,
-        "logit_scale_init_value": 2.6592,
-        "text_config": text,
-        "vision_config": vision,
-    }
+        text |= {"max_position_embeddings": config.context_length, "hidden_act": config.activation,
+                 "projection_dim": config.embed_dim, "bos_token_id": VOCABULARY - 2,
+                 "eos_token_id": VOCABULARY - 1, "pad_token_id": VOCABULARY - 1}  # fmt: skip
+    vision = {theirs: getattr(config, ours) for ours, theirs in VISION_FIELDS.items()}
+    vision |= {"num_attention_heads": config.vision_heads, "projection_dim": config.embed_dim}
+    model = {"architectures": [MODEL_TYPES[model_type][1]], "model_type": model_type,
+             "projection_dim": config.embed_dim, "logit_scale_init_value": 2.6592,
+             "text_config": text, "vision_config": vision}  # fmt: skip
     numbers = {name: number for number, name in INTERPOLATIONS.items()}
     side = config.image_resolution
     is_square = config.resize_mode == "squash"
+    square = {"height": side, "width": side}
     preprocessor = {
         "image_processor_type": f"{'Chinese' if is_chinese else ''}CLIPImageProcessor",
-        "do_resize": True,
-        "size": {"height": side, "width": side} if is_square else {"shortest_edge": side},
+        "do_resize": True, "size": square if is_square else {"shortest_edge": side},
         "resample": numbers[config.interpolation],
-        "do_center_crop": not is_square,
-        "crop_size": {"height": side, "width": side},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(config.mean),
-        "image_std": list(config.std),
-        "do_convert_rgb": True,
-    }
+        "do_center_crop": not is_square, "crop_size": square,
+        "do_rescale": True, "rescale_factor": 1 / 255, "do_convert_rgb": True,
+        "do_normalize": True, "image_mean": list(config.mean), "image_std": list(config.std),
+    }  # fmt: skip
     return model, preprocessor
 
 
 def _tower(content: dict[str, Any], name: str, defaults: dict[str, int]) -> dict[str, Any]:
-    """The description of a tower. Early ones have it as `..._config_dict`, which counts more."""
+    """The description of a tower; `..._config_dict`, of early versions, takes precedence."""
     found = defaults | (content.get(name) or {}) | (content.get(f"{name}_dict") or {})
     for field in defaults:
         if type(found[field]) is not int or not 0 < found[field] <= MAX_SIZE:
@@ -338,8 +297,8 @@ def _tower(content: dict[str, Any], name: str, defaults: dict[str, int]) -> dict
 
 
 def _preprocessing(content: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `Config` that preprocessor_config.json decides. Raises `InputError` for what is
-    done to images otherwise than here: a square is cut out of all of the short side, or none."""
+    """The fields of `Config` in preprocessor_config.json. Raises `InputError` for a preprocessing
+    that differs from ours, such as a crop smaller than the short side."""
     if not content:
         return {}
     size, resample = content.get("size", 224), content.get("resample", 3)

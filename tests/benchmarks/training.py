@@ -15,7 +15,7 @@ from models.clip import CLIP, MAX_LOGIT_SCALE
 from models.clip_utils import build_model
 from models.config import Config
 from models.errors import InputError
-from models.preprocess import normalize, open_image, pixels
+from models.preprocess import Preprocess, open_image
 from models.weights import transformers as format_of_transformers
 from models.weights.registry import CONFIGS
 from utils import Flickr8kDataset, contrastive_loss
@@ -161,12 +161,14 @@ def real_batches(
     dataset = Flickr8kDataset(data, side, language="cn" if chinese else "en", model=chinese)
     if len(dataset) < batch_size:
         raise InputError(f"{data} has {len(dataset)} training images, too few for {batch_size}")
+    preprocess = Preprocess(side)
     for first in range(0, count * batch_size, batch_size):
         rows = [i % len(dataset) for i in range(first, first + batch_size)]
-        images = torch.stack([pixels(open_image(dataset.image[row]), side) for row in rows])
+        pictures = (open_image(dataset.image[row]) for row in rows)
+        images = torch.stack([preprocess.resize_and_crop(picture) for picture in pictures])
         captions = [dataset.own_captions[row] for row in rows]
         chosen = [indices[row % len(indices)] for row, indices in zip(rows, captions, strict=True)]
-        yield normalize(images.to(device)), dataset.tokens[chosen]
+        yield preprocess.normalize(images.to(device)), dataset.tokens[chosen]
 
 
 def check_agreement(
