@@ -37,7 +37,8 @@ MARKS = {"text_model.final_layer_norm.weight", "vision_model.post_layernorm.weig
 BUFFERS = ("position_ids", "token_type_ids")  # the numbers 0, 1, 2, ... and zeros
 # What a config.json leaves out has these values, which are those of ViT-B/32 and of BERT.
 TEXT = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8,
-        "num_hidden_layers": 12, "max_position_embeddings": 77, "vocab_size": VOCABULARY}  # fmt: skip
+        "num_hidden_layers": 12, "max_position_embeddings": 77,
+        "vocab_size": VOCABULARY}  # fmt: skip
 BERT = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12,
         "num_hidden_layers": 12, "max_position_embeddings": 512, "vocab_size": 30522}  # fmt: skip
 VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12,
@@ -262,7 +263,8 @@ def config_to_transformers(config: Config) -> tuple[dict[str, Any], dict[str, An
     text = {theirs: getattr(config, ours) for ours, theirs in TEXT_SIZES.items()}
     if is_chinese:
         text |= {"max_position_embeddings": config.text_positions, "hidden_act": "gelu",
-                 "context_length": config.context_length, "layer_norm_eps": BERT_EPSILON}  # fmt: skip
+                 "layer_norm_eps": BERT_EPSILON,
+                 "context_length": config.context_length}  # fmt: skip
     else:
         text |= {"max_position_embeddings": config.context_length, "hidden_act": config.activation,
                  "projection_dim": config.embed_dim, "bos_token_id": VOCABULARY - 2,
