@@ -6,7 +6,6 @@ no dropout.
 
 from typing import TYPE_CHECKING
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,7 +13,7 @@ from models.attention import attend
 from models.config import CHINESE_VOCABULARY, Config
 from models.packing import Layout
 from models.tokens import chinese_tokenizer
-from models.transformer import BlockStack, LayerNorm
+from models.transformer import BlockStack, LayerNorm, embedding
 
 if TYPE_CHECKING:
     from models.clip import CLIP
@@ -67,8 +66,8 @@ class Bert(nn.Module):
         return self.encoder(self.embeddings(ids, positions), layout)
 
     def initialize(self) -> None:
-        """Draw random weights for training from scratch. BERT's own are smaller, so that the class
-        token sees little of the text at first: a small model then takes epochs to get started."""
+        """Draw random weights for training from scratch, larger than BERT's own, with which the
+        class token attends to little of the text in the first epochs of a small model."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -78,14 +77,14 @@ class Bert(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """The normed sum of a token's own embedding, that of its position and that of its type."""
+    """The normed sum of a token's embedding, position embedding and type embedding."""
 
     def __init__(self, config: Config):
         super().__init__()
         width = config.transformer_width
-        self.word_embeddings = _table(config.vocab_size, width)
-        self.position_embeddings = _table(config.text_positions, width)
-        self.token_type_embeddings = _table(TOKEN_TYPES, width)
+        self.word_embeddings = embedding(config.vocab_size, width)
+        self.position_embeddings = embedding(config.text_positions, width)
+        self.token_type_embeddings = embedding(TOKEN_TYPES, width)
         self.LayerNorm = LayerNorm(width, EPSILON)
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
@@ -165,7 +164,7 @@ class SelfAttention(nn.Module):
 
 
 class AddAndNorm(nn.Module):
-    """A linear layer whose output is added to the residual stream, which is then normed."""
+    """A linear layer, the residual sum, and a norm."""
 
     def __init__(self, in_width: int, width: int):
         super().__init__()
@@ -175,9 +174,3 @@ class AddAndNorm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """`[t, in_width]` and `[t, width]` -> `[t, width]`."""
         return self.LayerNorm(self.dense(x) + residual)
-
-
-def _table(rows: int, width: int) -> nn.Embedding:
-    """An embedding without initial values: drawing them on the meta device imports torch's
-    compiler."""
-    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)

@@ -21,15 +21,14 @@ MAX_LOGIT_SCALE = math.log(100)  # of the parameter, whose exponential multiplie
 
 
 def text_tower(config: Config) -> TextTower:
-    """What sets the text tower of a model apart."""
+    """The kind of a model's text tower."""
     return import_module(TEXT_TOWERS[config.text_tower]).TextTower()
 
 
 class CLIP(nn.Module):
-    """The image tower `visual`, the text tower, and the scale of their similarities.
+    """The image tower `visual`, the text tower, and the logit scale.
 
-    The parameters are left uninitialised: call `initialize`, or use `build_model` to fill in
-    weights.
+    The parameters have no initial values: call `initialize`, or use `build_model` with weights.
     """
 
     def __init__(self, config: Config):
@@ -44,17 +43,17 @@ class CLIP(nn.Module):
 
     @property
     def embed_dim(self) -> int:
-        """The number of channels d of a feature, the same in both towers."""
+        """The number d of channels of a feature."""
         return self.config.embed_dim
 
     @property
     def context_length(self) -> int:
-        """The number of tokens that the text tower reads at most."""
+        """The largest number of tokens in a text."""
         return self.config.context_length
 
     @property
     def preprocess(self) -> Preprocess:
-        """What turns an image into an input of this model."""
+        """The preprocessing of images for this model."""
         c = self.config
         return Preprocess(c.image_resolution, c.mean, c.std, c.interpolation, c.resize_mode)
 
@@ -69,7 +68,7 @@ class CLIP(nn.Module):
         return self.logit_scale.device
 
     def tokenize(self, texts: str | list[str], truncate: bool = False) -> Tensor:
-        """n texts -> token ids `[n, context_length]` for this model, as `token_rows` makes them."""
+        """n texts -> token ids `[n, context_length]` for this model, see `token_rows`."""
         return token_rows(self.tokenizer, texts, self.context_length, truncate)
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
@@ -87,8 +86,8 @@ class CLIP(nn.Module):
         in float32 and of length 1.
 
         Tokens after the end of a text cannot change its feature and are left out, see `pack`. Keep
-        `tokens` on the CPU, so that it does not wait for a GPU. Raises `InputError` for rows that
-        are too long.
+        `tokens` on the CPU: the shapes depend on them, and it would wait for a GPU. Raises
+        `InputError` for rows that are too long.
         """
         if tokens.shape[1] > self.context_length:
             raise InputError(
@@ -100,12 +99,10 @@ class CLIP(nn.Module):
         return F.normalize(features.float(), dim=-1) if normalize else features
 
     def encode_text_grid(self, tokens: Tensor) -> Tensor:
-        """Token ids `[n, <=context_length]` on the model's device -> what `encode_text` gives.
+        """`encode_text` for token ids on the model's device, without packing.
 
-        For export to ONNX, which records the operations of one call and repeats them for any
-        texts. `encode_text` cannot be recorded, because how many tokens it leaves out, and so the
-        shapes of its tensors, depend on the texts. Here none is left out: all rows take as long as
-        the longest possible one.
+        ONNX export records the operations of one call and repeats them for any texts. It cannot
+        record packing, after which the shapes depend on the texts.
         """
         n, length = tokens.shape
         positions = torch.arange(length, device=tokens.device)
@@ -127,8 +124,7 @@ class CLIP(nn.Module):
         """Images `[n, 3, r, r]` and token ids `[m, <=context_length]` -> logits.
 
         `logits_per_image` `[n, m]` are the cosine similarities times `exp(logit_scale)` (Radford et
-        al. 2021, figure 3), and `logits_per_text` `[m, n]` is their transpose. Raises `InputError`
-        as `encode_image` and `encode_text` do.
+        al. 2021, figure 3), `logits_per_text` `[m, n]` their transpose.
         """
         image_features = self.encode_image(images, normalize=True)
         text_features = self.encode_text(tokens, normalize=True)
@@ -141,15 +137,14 @@ class CLIP(nn.Module):
         self.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
 
     def enable_grad_checkpointing(self) -> None:
-        """Save memory in training: transformers do not keep the activations inside their blocks,
-        but compute them again during the backward pass (Chen et al. 2016)."""
+        """Save memory in training: recompute the activations inside the blocks of transformers
+        during the backward pass (Chen et al. 2016)."""
         for module in self.modules():
             if isinstance(module, BlockStack):
                 module.grad_checkpointing = True
 
     def compile_towers(self) -> None:
-        """Compile both towers with `torch.compile`. The text tower is compiled for any number of
-        tokens, because that number differs from batch to batch."""
+        """Compile both towers with `torch.compile`, the text tower for any number of tokens."""
         self.visual.compile()
         self.text_tower.blocks(self).compile(dynamic=True)
 

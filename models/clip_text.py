@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from models.config import VOCABULARY, Config
 from models.packing import Layout
 from models.tokens import clip_tokenizer
-from models.transformer import BlockStack, LayerNorm, Transformer
+from models.transformer import BlockStack, LayerNorm, Transformer, embedding
 
 if TYPE_CHECKING:
     from models.clip import CLIP
@@ -40,10 +40,7 @@ class TextTower:
             config.transformer_mlp_width,
             config.activation,
         )
-        # nn.Embedding(...) would draw initial values, which on the meta device imports torch's
-        # compiler.
-        table = torch.empty(config.vocab_size, width)
-        model.token_embedding = nn.Embedding.from_pretrained(table, freeze=False)
+        model.token_embedding = embedding(config.vocab_size, width)
         model.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
         model.ln_final = LayerNorm(width)
 

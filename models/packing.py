@@ -1,8 +1,8 @@
-"""Packed sequences: those of a batch lie end to end in one tensor `[t, w]`, where t is the number
-of tokens without padding and w is the width.
+"""Packed sequences: the sequences of a batch end to end in one tensor `[t, w]`, where t is the
+number of tokens without padding and w is the width.
 
-So linear layers and norms do no work on padding. Only attention needs a grid, which has one row for
-each sequence. Rows are picked by `index_select`, whose gradient a GPU need not sort.
+Linear layers and norms thus do no work on padding. Only attention needs a grid, with one row a
+sequence. `index_select` picks rows, because its gradient needs no sorting on a GPU.
 """
 
 from typing import NamedTuple
@@ -16,13 +16,12 @@ from models.device import upload
 class Layout(NamedTuple):
     """How n sequences are packed, and which token of each is pooled.
 
-    The grid has n rows of `length` cells, which are numbered row by row. `cells` is None if all
-    sequences are equally long, so that every cell holds a token.
+    The grid has n rows of `length` cells, numbered row by row.
     """
 
     length: int  # number of tokens in the longest sequence
-    pooled: Tensor  # [n] row of the token whose feature stands for its sequence
-    cells: Tensor | None = None  # [t] number of the cell that holds each token
+    pooled: Tensor  # [n] row of the token at which the feature of each sequence is read
+    cells: Tensor | None = None  # [t] the cell of each token; None if all cells hold tokens
     causal: bool = False  # a token attends only to itself and to the tokens before it
     filled: Tensor | None = None  # bool [n, length]: which cells hold no padding, if some do
 
@@ -34,8 +33,8 @@ class Layout(NamedTuple):
         return x.view(n, self.length, channels)
 
     def mask(self) -> Tensor | None:
-        """bool `[n, 1, 1, length]`: True for the cells that a pooled token attends to, which hold a
-        token and, if causal, no later one; None for all cells."""
+        """bool `[n, 1, 1, length]`: the cells that a pooled token attends to (those of tokens and,
+        if causal, not after it); None for all cells."""
         if self.filled is not None:
             return self.filled[:, None, None]
         if self.cells is None:
