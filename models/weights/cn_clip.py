@@ -73,4 +73,5 @@ FORMAT = Format(
     to_ours=to_ours,
     description=description,
     fetch=fetch,
+    hub_files="clip_cn_*.pt",
 )

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from models.errors import InputError, near_names, one_line
 from models.files import read_json
-from models.weights import cn_clip, open_clip, transformers
+from models.weights import open_clip, transformers
 from models.weights.download import Unavailable, download
 from models.weights.formats import FORMATS
 from models.weights.registry import CONFIGS, SHA256, weights_url
@@ -219,12 +219,8 @@ class Repository:
     def by_hand(self) -> str:
         from huggingface_hub import constants
 
-        files = ", or ".join(each.hub_files for each in FORMATS.values() if each.hub_files) + ","
-        if self.name in {row.repository for row in OPEN_CLIP.values()}:
-            files = open_clip.FORMAT.hub_files
-        if self.name == cn_clip.RESNET[0]:
-            files = cn_clip.RESNET[1]
+        files = ", or ".join(each.hub_files for each in FORMATS.values() if each.hub_files)
         return (
-            f"get {files} by other means, put them into one folder and give that folder\n"
+            f"get {files}, by other means, put them into one folder and give that folder\n"
             f"from {constants.ENDPOINT}/{self.name}/tree/{self.revision}"
         )
