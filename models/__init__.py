@@ -13,8 +13,7 @@ __all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> object:
-    """Import a name only when it is first used, because importing torch takes seconds and not every
-    script needs it."""
+    """Import a name when it is first used, because importing torch takes seconds."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

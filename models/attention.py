@@ -1,4 +1,4 @@
-"""Attention of queries to keys and values, by the fastest way that a device has for their type."""
+"""Attention, by the fastest implementation for a device and a type."""
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,8 @@ def attend(
     """Queries `[n, heads, q, c]`, keys and values `[n, heads, length, c]` -> the mixed values for
     each query, `[n, heads, q, c]` (Vaswani et al. 2017, section 3.2.1).
 
-    `mask` is bool `[n, 1, 1, length]`: True for what is attended to. `causal` lets a query attend
-    to no key after its own place.
+    `mask` is bool `[n, 1, 1, length]`, True for the keys attended to. If `causal`, a query attends
+    to no key after its own position.
     """
     if query.dtype is not torch.bfloat16 or query.device.type != "cpu":
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)

@@ -1,25 +1,59 @@
-"""BERT as text tower (Devlin et al. 2019), as Chinese-CLIP has it (Yang et al. 2022, section 3.1).
+"""BERT as the text tower of Chinese-CLIP (Devlin et al. 2019; Yang et al. 2022, section 3.1).
 
-Names and numbers of the weights are BERT's own. Unlike in CLIP's text tower, a token attends to all
-tokens of its text, norms come after the residual sum, and the feature is read at the class token,
-which is the first. There is no dropout.
+The weights have BERT's names. Unlike CLIP's own text tower, norms follow the residual sum. There is
+no dropout.
 """
 
-import torch
+from typing import TYPE_CHECKING
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import attend
-from models.config import Config
+from models.config import CHINESE_VOCABULARY, Config
 from models.packing import Layout
-from models.transformer import BlockStack, LayerNorm
+from models.tokens import chinese_tokenizer
+from models.transformer import BlockStack, LayerNorm, embedding
+
+if TYPE_CHECKING:
+    from models.clip import CLIP
 
 EPSILON = 1e-12  # of all norms
-TOKEN_TYPES = 2  # of which texts have the first; BERT's pre-training gave it to the first sentence
+TOKEN_TYPES = 2  # all texts here have type 0, BERT's first sentence
+
+
+class TextTower:
+    """BERT, `model.bert`: each token attends to all tokens of its text, and the output is read at
+    the first, the class token. The methods are those of `models.clip_text.TextTower`."""
+
+    causal = False
+    language = "Chinese"
+    vocabulary = CHINESE_VOCABULARY
+    transformers_model = "ChineseCLIP"
+    transformers_tokenizer = "BertTokenizer"
+    templates = "cn_photo"
+    tokenizer = staticmethod(chinese_tokenizer)
+
+    def add_to(self, model: "CLIP", config: Config) -> None:
+        model.bert = Bert(config)
+
+    def initialize(self, model: "CLIP") -> None:
+        model.bert.initialize()
+
+    def blocks(self, model: "CLIP") -> BlockStack:
+        return model.bert.encoder
+
+    def last_tokens(self, tokens: Tensor) -> Tensor:
+        """The position `[n]` of the last id in each row `[n, l]` that is not zero."""
+        # Where the count of tokens reaches its highest: argmax gives the first such position.
+        return tokens.ne(0).cumsum(dim=1).argmax(dim=1)
+
+    def encode(self, model: "CLIP", ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
+        return model.bert(ids, positions, layout)
 
 
 class Bert(nn.Module):
-    """The text tower of a Chinese-CLIP, without the projection."""
+    """Embeddings and blocks, without the projection."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -32,8 +66,8 @@ class Bert(nn.Module):
         return self.encoder(self.embeddings(ids, positions), layout)
 
     def initialize(self) -> None:
-        """Draw random weights for training from scratch. BERT's own are smaller, so that the class
-        token sees little of the text at first: a small model then takes epochs to get started."""
+        """Draw random weights for training from scratch, larger than BERT's own, with which the
+        class token attends to little of the text in the first epochs of a small model."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -43,14 +77,14 @@ class Bert(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """The normed sum of a token's own embedding, that of its position and that of its type."""
+    """The normed sum of a token's embedding, position embedding and type embedding."""
 
     def __init__(self, config: Config):
         super().__init__()
         width = config.transformer_width
-        self.word_embeddings = _table(config.vocab_size, width)
-        self.position_embeddings = _table(config.text_positions, width)
-        self.token_type_embeddings = _table(TOKEN_TYPES, width)
+        self.word_embeddings = embedding(config.vocab_size, width)
+        self.position_embeddings = embedding(config.text_positions, width)
+        self.token_type_embeddings = embedding(TOKEN_TYPES, width)
         self.LayerNorm = LayerNorm(width, EPSILON)
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
@@ -130,7 +164,7 @@ class SelfAttention(nn.Module):
 
 
 class AddAndNorm(nn.Module):
-    """A linear layer whose output is added to the residual stream, which is then normed."""
+    """A linear layer, the residual sum, and a norm."""
 
     def __init__(self, in_width: int, width: int):
         super().__init__()
@@ -140,9 +174,3 @@ class AddAndNorm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """`[t, in_width]` and `[t, width]` -> `[t, width]`."""
         return self.LayerNorm(self.dense(x) + residual)
-
-
-def _table(rows: int, width: int) -> nn.Embedding:
-    """An embedding without initial values: drawing them on the meta device imports torch's
-    compiler."""
-    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)

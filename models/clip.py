@@ -1,80 +1,66 @@
 """CLIP: an image tower and a text tower with features in one space (Radford et al. 2021)."""
 
 import math
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.bert import Bert
-from models.config import Config
+from models.clip_text import TextTower
+from models.config import TEXT_TOWERS, Config
 from models.errors import InputError
-from models.packing import Layout, last_tokens, pack
+from models.packing import Layout, pack
 from models.preprocess import Preprocess
 from models.resnet import ModifiedResNet
-from models.tokens import Tokenizer, chinese_tokenizer, clip_tokenizer, token_rows
-from models.transformer import BlockStack, LayerNorm, Transformer
+from models.tokens import Tokenizer, token_rows
+from models.transformer import BlockStack
 from models.vit import VisionTransformer
 
 MAX_LOGIT_SCALE = math.log(100)  # of the parameter, whose exponential multiplies similarities
 
 
-class CLIP(nn.Module):
-    """The image tower `visual`, the text tower, and the scale of their similarities.
+def text_tower(config: Config) -> TextTower:
+    """The kind of a model's text tower."""
+    return import_module(TEXT_TOWERS[config.text_tower]).TextTower()
 
-    The parameters are left uninitialised: call `initialize`, or use `build_model` to fill in
-    weights.
+
+class CLIP(nn.Module):
+    """The image tower `visual`, the text tower, and the logit scale.
+
+    The parameters have no initial values: call `initialize`, or use `build_model` with weights.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.visual = (VisionTransformer if config.is_vit else ModifiedResNet)(config)
-        width = config.transformer_width
-        if config.has_bert:
-            self.bert = Bert(config)
-        else:
-            self._add_text_tower(config)
-        self.text_projection = nn.Parameter(torch.empty(width, config.embed_dim))
+        self.text_tower = text_tower(config)
+        self.text_tower.add_to(self, config)
+        projection = torch.empty(config.transformer_width, config.embed_dim)
+        self.text_projection = nn.Parameter(projection)
         self.logit_scale = nn.Parameter(torch.empty(()))
-
-    def _add_text_tower(self, config: Config) -> None:
-        """CLIP's own. Its modules are the model's, since so are the published names of weights."""
-        width = config.transformer_width
-        self.transformer = Transformer(
-            width,
-            config.transformer_layers,
-            config.transformer_heads,
-            config.transformer_mlp_width,
-            config.activation,
-        )
-        # nn.Embedding(...) would draw initial values, which on the meta device imports torch's
-        # compiler.
-        table = torch.empty(config.vocab_size, width)
-        self.token_embedding = nn.Embedding.from_pretrained(table, freeze=False)
-        self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
-        self.ln_final = LayerNorm(width)
 
     @property
     def embed_dim(self) -> int:
-        """The number of channels d of a feature, the same in both towers."""
+        """The number d of channels of a feature."""
         return self.config.embed_dim
 
     @property
     def context_length(self) -> int:
-        """The number of tokens that the text tower reads at most."""
+        """The largest number of tokens in a text."""
         return self.config.context_length
 
     @property
     def preprocess(self) -> Preprocess:
-        """What turns an image into an input of this model."""
+        """The preprocessing of images for this model."""
         c = self.config
         return Preprocess(c.image_resolution, c.mean, c.std, c.interpolation, c.resize_mode)
 
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the text tower was trained with."""
-        return chinese_tokenizer() if self.config.has_bert else clip_tokenizer()
+        return self.text_tower.tokenizer()
 
     @property
     def device(self) -> torch.device:
@@ -82,72 +68,66 @@ class CLIP(nn.Module):
         return self.logit_scale.device
 
     def tokenize(self, texts: str | list[str], truncate: bool = False) -> Tensor:
-        """n texts -> token ids `[n, context_length]` for this model, as `token_rows` makes them."""
+        """n texts -> token ids `[n, context_length]` for this model, see `token_rows`."""
         return token_rows(self.tokenizer, texts, self.context_length, truncate)
 
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Preprocessed images `[n, 3, r, r]` -> features `[n, d]`, not normalised to length 1.
-
-        Raises `InputError` for images of another shape.
-        """
+    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
+        """Preprocessed images `[n, 3, r, r]` -> features `[n, d]`; with `normalize`, in float32 and
+        of length 1. Raises `InputError` for images of another shape."""
         side = self.visual.input_resolution
         if images.ndim != 4 or images.shape[1:] != (3, side, side):
             given = list(images.shape)
             raise InputError(f"images have shape {given}; this model takes [n, 3, {side}, {side}]")
-        return self.visual(images)
+        features = self.visual(images)
+        return F.normalize(features.float(), dim=-1) if normalize else features
 
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """Token ids `[n, <=context_length]` of `tokenize` -> features `[n, d]`, not normalised to
-        length 1.
+    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
+        """Token ids `[n, <=context_length]` of `tokenize` -> features `[n, d]`; with `normalize`,
+        in float32 and of length 1.
 
         Tokens after the end of a text cannot change its feature and are left out, see `pack`. Keep
-        `tokens` on the CPU, so that it does not wait for a GPU. Raises `InputError` for rows that
-        are too long.
+        `tokens` on the CPU: the shapes depend on them, and it would wait for a GPU. Raises
+        `InputError` for rows that are too long.
         """
         if tokens.shape[1] > self.context_length:
             raise InputError(
                 f"texts of {tokens.shape[1]} tokens; this model reads {self.context_length}"
             )
-        return self._encode_tokens(*pack(tokens, self.config.has_bert, self.device))
+        tokens = tokens.cpu()
+        ends = self.text_tower.last_tokens(tokens)
+        features = self._encode_tokens(*pack(tokens, ends, self.text_tower.causal, self.device))
+        return F.normalize(features.float(), dim=-1) if normalize else features
 
     def encode_text_grid(self, tokens: Tensor) -> Tensor:
-        """Token ids `[n, <=context_length]` on the model's device -> what `encode_text` gives.
+        """`encode_text` for token ids on the model's device, without packing.
 
-        For export to ONNX, which records the operations of one call and repeats them for any
-        texts. `encode_text` cannot be recorded, because how many tokens it leaves out, and so the
-        shapes of its tensors, depend on the texts. Here none is left out: all rows take as long as
-        the longest possible one.
+        ONNX export records the operations of one call and repeats them for any texts. It cannot
+        record packing, after which the shapes depend on the texts.
         """
         n, length = tokens.shape
         positions = torch.arange(length, device=tokens.device)
         starts = torch.arange(n, device=tokens.device) * length
-        ends = last_tokens(tokens, self.config.has_bert)
+        ends, causal = self.text_tower.last_tokens(tokens), self.text_tower.causal
         layout = Layout(
             length,
-            pooled=starts if self.config.has_bert else starts + ends,
-            causal=not self.config.has_bert,
+            pooled=starts + ends if causal else starts,
+            causal=causal,
             filled=positions <= ends[:, None],
         )
         return self._encode_tokens(tokens.flatten(), positions.repeat(n), layout)
 
     def _encode_tokens(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
         """Ids `[t]` of packed tokens and their positions `[t]` in their texts -> `[n, d]`."""
-        if self.config.has_bert:
-            return self.bert(ids, positions, layout) @ self.text_projection
-        # F.embedding and not indexing: the gradient of indexing is summed in an order that differs
-        # from run to run.
-        x = self.token_embedding(ids) + F.embedding(positions, self.positional_embedding)
-        return self.ln_final(self.transformer(x, layout)) @ self.text_projection
+        return self.text_tower.encode(self, ids, positions, layout) @ self.text_projection
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Images `[n, 3, r, r]` and token ids `[m, <=context_length]` -> logits.
 
         `logits_per_image` `[n, m]` are the cosine similarities times `exp(logit_scale)` (Radford et
-        al. 2021, figure 3), and `logits_per_text` `[m, n]` is their transpose. Raises `InputError`
-        as `encode_image` and `encode_text` do.
+        al. 2021, figure 3), `logits_per_text` `[m, n]` their transpose.
         """
-        image_features = F.normalize(self.encode_image(images), dim=-1)
-        text_features = F.normalize(self.encode_text(tokens), dim=-1)
+        image_features = self.encode_image(images, normalize=True)
+        text_features = self.encode_text(tokens, normalize=True)
         logits_per_image = self.logit_scale.exp() * image_features @ text_features.T
         return logits_per_image, logits_per_image.T
 
@@ -157,27 +137,21 @@ class CLIP(nn.Module):
         self.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
 
     def enable_grad_checkpointing(self) -> None:
-        """Save memory in training: transformers do not keep the activations inside their blocks,
-        but compute them again during the backward pass (Chen et al. 2016)."""
+        """Save memory in training: recompute the activations inside the blocks of transformers
+        during the backward pass (Chen et al. 2016)."""
         for module in self.modules():
             if isinstance(module, BlockStack):
                 module.grad_checkpointing = True
 
     def compile_towers(self) -> None:
-        """Compile both towers with `torch.compile`. The text tower is compiled for any number of
-        tokens, because that number differs from batch to batch."""
+        """Compile both towers with `torch.compile`, the text tower for any number of tokens."""
         self.visual.compile()
-        (self.bert.encoder if self.config.has_bert else self.transformer).compile(dynamic=True)
+        self.text_tower.blocks(self).compile(dynamic=True)
 
     def initialize(self) -> "CLIP":
         """Draw random weights for training from scratch, and return the model."""
         self.visual.initialize()
-        if self.config.has_bert:
-            self.bert.initialize()
-        else:
-            self.transformer.initialize()
-            nn.init.normal_(self.token_embedding.weight, std=0.02)
-            nn.init.normal_(self.positional_embedding, std=0.01)
+        self.text_tower.initialize(self)
         nn.init.normal_(self.text_projection, std=self.text_projection.shape[0] ** -0.5)
         nn.init.constant_(self.logit_scale, math.log(1 / 0.07))
         return self

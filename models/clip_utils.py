@@ -1,6 +1,6 @@
-"""`load` gives a model with its weights; `tokenize` turns texts into the token ids it takes.
+"""`load` and `build_model` make models with weights, `create_model` makes models without.
 
-As a script this file downloads weights, or lists those that have a name:
+As a script, this file downloads weights, or lists those that have a name:
 
     python models/clip_utils.py --model ViT-B/16
     python models/clip_utils.py --list
@@ -11,14 +11,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from models.config import Config, check_config
-from models.weights.architecture import (
-    check_finite,
-    check_keys,
-    infer_config,
-    resize_positional_embedding,
-)
-
 if __name__ == "__main__":  # Python looks for modules in this folder only, not in the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -26,18 +18,24 @@ import torch
 from torch import Tensor
 
 from models.clip import CLIP
-from models.config import CONTEXT_LENGTH
+from models.config import CONTEXT_LENGTH, Config, check_config
 from models.device import pick_device
 from models.errors import InputError, listed, near_names
 from models.files import check_regular, run_weights, runs_in
 from models.host import run_script
 from models.preprocess import Preprocess
-from models.scripts import ArgumentParser, from_here, writable_folder
+from models.scripts import ArgumentParser, from_here
 from models.tokens import clip_tokenizer, token_rows
 from models.weights import hub
-from models.weights.architecture import check_resolution
+from models.weights.architecture import (
+    check_finite,
+    check_keys,
+    check_resolution,
+    infer_config,
+    resize_positional_embedding,
+)
+from models.weights.formats import read_weights
 from models.weights.registry import CONFIGS, SHA256, weights_filename
-from models.weights.sources import read_weights
 
 MODELS_PTH = Path(__file__).with_name("models_pth")
 HELP = """
@@ -48,8 +46,8 @@ examples:
   python models/clip_utils.py --model openai/clip-vit-base-patch32          any CLIP on the hub
   python models/clip_utils.py --model hf-hub:timm/resnet50_clip.openai      as open_clip writes it
 
-All scripts take these names, and download what is missing. What comes from the hub lies in the
-cache of the library huggingface_hub. Its environment variables:
+All scripts take these names, and download missing weights: those on the hub to the cache of the
+library huggingface_hub. Its environment variables:
   HF_HOME             another folder for the cache
   HF_ENDPOINT         address of a mirror, such as https://<mirror>
   HF_HUB_DISABLE_XET  1: where a mirror has the small files alone
@@ -62,7 +60,7 @@ def create_model(name: str, input_shape: int | None = None) -> CLIP:
     """A model with random weights, for training from scratch.
 
     `name` is one of `CONFIGS`; `input_shape` is another image resolution, in pixels. Raises
-    `InputError` for an unknown name and for a resolution that the model cannot have.
+    `InputError` for an unknown name and for an impossible resolution.
     """
     if name not in CONFIGS:
         near = near_names(name, CONFIGS)
@@ -76,12 +74,11 @@ def create_model(name: str, input_shape: int | None = None) -> CLIP:
 
 
 def find_weights(name: str | os.PathLike, download_root: str | os.PathLike = MODELS_PTH) -> Path:
-    """The weights that `name` stands for, a file or a folder: a name, or a path, as `load` has
-    them. The folder of a run stands for the weights that it chose.
+    """The file or folder of the weights `name`, a name or a path as for `load`; for the folder of a
+    run, the weights that it chose.
 
-    Weights with a name are downloaded if they are not there yet: OpenAI's to the folder
-    `download_root`, those of the Hugging Face hub to its cache. Raises `InputError` if `name` is
-    neither a name nor a path, or if the download fails.
+    Missing weights are downloaded, OpenAI's to `download_root`, others to the cache of the Hugging
+    Face hub. Raises `InputError` if `name` is neither a name nor a path, or if the download fails.
     """
     if name in SHA256:
         return hub.fetch_published(name, Path(download_root).expanduser() / weights_filename(name))
@@ -97,8 +94,7 @@ def find_weights(name: str | os.PathLike, download_root: str | os.PathLike = MOD
 
 
 def check_name(name: str | os.PathLike) -> None:
-    """Raise `InputError` for what is neither a name of weights nor a path. Whether the hub has a
-    repository of that name is not asked."""
+    """Raise `InputError` if `name` is neither a name of weights nor a path. Asks no server."""
     path = Path(name).expanduser()
     if name in SHA256 or path.is_file() or run_weights(path) or hub.repository_of(str(name)):
         return
@@ -127,18 +123,17 @@ def load(
 ) -> tuple[CLIP, Preprocess]:
     """A model with trained weights, in float32 and evaluation mode, and its preprocessing.
 
-    - `name`: OpenAI's name of a model, such as `"ViT-B/32"`; open_clip's, such as
-      `"ViT-B-32/laion2b_s34b_b79k"` (`HUB` in models/weights/hub.py); a repository of the Hugging
-      Face hub, such as `"openai/clip-vit-base-patch32"`, with `hf-hub:` before it or without; or
-      the path of weights, which is looked for before the hub. That may be a published TorchScript
-      archive, a state dict (.pt, .pth or .safetensors, in float16 or float32), a checkpoint of
-      `train.py` or open_clip, or a folder of open_clip or transformers.
-    - `device`: `pick_device` chooses the default.
+    - `name`: OpenAI's name of a model (`"ViT-B/32"`); open_clip's (`"ViT-B-32/laion2b_s34b_b79k"`);
+      a repository of the Hugging Face hub (`"openai/clip-vit-base-patch32"`, also with `hf-hub:`);
+      or, first of all, a path: a published TorchScript archive, a state dict (.pt, .pth or
+      .safetensors), a checkpoint of `train.py` or open_clip, or a folder of open_clip or
+      transformers.
+    - `device`: see `pick_device`.
     - `download_root`: the folder for OpenAI's weights.
-    - `input_shape`: another image resolution than that of the weights, in pixels.
-    - `activation`: `"quick_gelu"` or `"gelu"`, for a state dict without a description beside it.
+    - `input_shape`: another image resolution, in pixels.
+    - `activation`: `"quick_gelu"` or `"gelu"`, for a state dict without a description.
 
-    Raises `InputError` if the weights cannot be had, or are not those of a CLIP model.
+    Raises `InputError` if the weights are not available, or not those of a CLIP model.
     """
     device = pick_device(device)
     model = read_model(find_weights(name, download_root), activation, input_shape).to(device)
@@ -153,25 +148,49 @@ def read_model(path: Path, activation: str | None = None, input_shape: int | Non
         raise InputError(f"{path}: {error}") from None
 
 
+def build_model(
+    state_dict: dict[str, Tensor], config: Config | None = None, input_shape: int | None = None
+) -> CLIP:
+    """A float32 CLIP in evaluation mode with these weights.
+
+    Without a `config`, the sizes are inferred from the shapes of the weights; the rest is as in the
+    published models (QuickGELU, heads of width 64, preprocessing). `input_shape` is another image
+    resolution, in pixels, to which the positional embedding of the image tower is interpolated.
+    Raises `InputError` if the weights do not fit a CLIP or the `config`, if they hold NaN or
+    infinity, or for an impossible resolution.
+    """
+    config = config or infer_config(state_dict)
+    check_config(config)
+    weights = {key: t.float() if t.is_floating_point() else t for key, t in state_dict.items()}
+    with torch.device("meta"):  # parameters without memory, to be replaced by the weights
+        model = CLIP(config)
+    check_keys(weights, model.state_dict())
+    check_finite(weights)
+    if input_shape is not None and input_shape != config.image_resolution:
+        weights = resize_positional_embedding(weights, config, input_shape)
+        with torch.device("meta"):
+            model = CLIP(replace(config, image_resolution=input_shape))
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
 def tokenize(
     texts: str | list[str], context_length: int = CONTEXT_LENGTH, truncate: bool = False
 ) -> Tensor:
-    """n texts -> int32 token ids `[n, context_length]` for the published models, as `token_rows`
-    makes them. `model.tokenize` does it for any model, by its own tokenizer."""
+    """n texts -> int32 token ids `[n, context_length]` for the published models, see `token_rows`;
+    `model.tokenize` uses the model's own tokenizer."""
     return token_rows(clip_tokenizer(), texts, context_length, truncate)
 
 
-def list_models(download_root: str | os.PathLike = MODELS_PTH) -> None:
-    """Print a table of all weights that have a name: what they were trained on, millions of
-    parameters, image resolution in pixels, activation; and below, the place of those that have been
-    downloaded."""
+def list_models() -> None:
+    """Print a table of all weights that have a name, with the path of those downloaded."""
     row = "{:<44}  {:<19}  {:>12}  {:>6}  {}".format
     print(row("name", "trained on", "M parameters", "pixels", "activation"))
     for name in (*SHA256, *hub.HUB):
         weights = hub.HUB[name] if name in hub.HUB else hub.published_copy(name)
         print(row(name, weights.trained_on, weights.million_parameters, weights.resolution,
                   weights.activation))  # fmt: skip
-        path = Path(download_root).expanduser() / weights_filename(name)
+        path = MODELS_PTH / weights_filename(name)
         if name not in SHA256 or not path.exists():
             path = hub.cached(weights.repository)
         if path:
@@ -192,51 +211,21 @@ def _train(name: str) -> str:
 
 def main() -> None:
     parser = ArgumentParser(
-        description="Download the weights of a CLIP model and print their place, or list those "
-        "that have a name.",
+        description="Download the weights of a CLIP model and print their path, or list the "
+        "weights that have a name.",
         epilog=HELP,
     )
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--model", metavar="NAME", help="weights to download: a name of the list, or "
                       "OWNER/NAME of a repository on the Hugging Face hub")  # fmt: skip
-    task.add_argument("--list", action="store_true", help="list the names, what the weights were "
-                      "trained on, and where those are that have been downloaded")  # fmt: skip
-    parser.add_argument("--download_root", type=writable_folder, default=MODELS_PTH,
-                        metavar="FOLDER",
-                        help="folder for OpenAI's weights (default: %(default)s)")  # fmt: skip
+    task.add_argument("--list", action="store_true", help="list the names, their training data, "
+                      "and the paths of downloaded weights")  # fmt: skip
     args = parser.parse_args()
     if args.list:
-        list_models(args.download_root)
+        list_models()
     else:
-        print(find_weights(args.model, args.download_root))
+        print(find_weights(args.model, MODELS_PTH))
 
 
 if __name__ == "__main__":
     run_script(main)
-
-
-def build_model(
-    state_dict: dict[str, Tensor], config: Config | None = None, input_shape: int | None = None
-) -> CLIP:
-    """A float32 CLIP in evaluation mode with these weights.
-
-    Without a `config` the sizes are inferred from the shapes of the weights, and what shapes do not
-    tell is taken to be as in the published models: QuickGELU, heads of width 64, preprocessing.
-    `input_shape` is another image resolution, in pixels: the positional embedding of the image
-    tower is interpolated to it. Raises `InputError` if the weights are not those of a CLIP, or not
-    of one with this `config`, listing the missing, unknown and wrongly shaped keys; if they hold
-    NaN or infinity; or if the model cannot have that resolution.
-    """
-    config = config or infer_config(state_dict)
-    check_config(config)
-    weights = {key: t.float() if t.is_floating_point() else t for key, t in state_dict.items()}
-    with torch.device("meta"):  # parameters with shapes but without memory: weights replace them
-        model = CLIP(config)
-    check_keys(weights, model.state_dict())
-    check_finite(weights)
-    if input_shape is not None and input_shape != config.image_resolution:
-        weights = resize_positional_embedding(weights, config, input_shape)
-        with torch.device("meta"):
-            model = CLIP(replace(config, image_resolution=input_shape))
-    model.load_state_dict(weights, assign=True)
-    return model.eval()

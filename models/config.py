@@ -8,21 +8,20 @@ from typing import Literal
 
 from models.errors import InputError, one_line, quoted
 
-MAX_RESOLUTION = 10_000  # pixels: 100 million an image
-
-CHINESE_CONTEXT_LENGTH = 52  # tokens of a text in the training of Chinese-CLIP
-
 CONTEXT_LENGTH = 77  # tokens
-
-MAX_BLOCKS = 500  # of a tower, or of a ResNet's stage; the largest published model has 56
-MAX_SIZE = 10**6  # of a width, a resolution, a vocabulary, a context
+CHINESE_CONTEXT_LENGTH = 52  # tokens of a text in the training of Chinese-CLIP
 VOCABULARY = 49408  # tokens that CLIP's tokenizer knows; the last is the end-of-text token
 CHINESE_VOCABULARY = 21128  # tokens of BERT's Chinese vocabulary
+MAX_RESOLUTION = 10_000  # pixels: 100 million an image
+MAX_BLOCKS = 500  # of a tower, or of a ResNet's stage; the largest published model has 56
+MAX_SIZE = 10**6  # of a width, a resolution, a vocabulary, a context
+# The module of each text tower, with a class `TextTower`.
+TEXT_TOWERS = {"clip": "models.clip_text", "bert": "models.bert"}
 CHOICES = {
     "activation": ("quick_gelu", "gelu"),
     "interpolation": ("bicubic", "bilinear"),
     "resize_mode": ("shortest", "squash"),
-    "text_tower": ("clip", "bert"),
+    "text_tower": tuple(TEXT_TOWERS),
 }
 
 Colour = tuple[float, float, float]  # red, green and blue, from 0 to 1
@@ -34,20 +33,19 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 class Config:
     """Everything about a CLIP model but its weights.
 
-    `vision_layers` decides what the image tower is: for a ViT it is the number of blocks; for a
-    ResNet, the number of bottlenecks in each of the four stages, with `vision_patch_size=None`.
-    `image_resolution` and `vision_patch_size` are in pixels, `context_length` in tokens. Widths are
-    numbers of channels; `vision_head_width` is that of one attention head of the image tower, and
-    `..._mlp_width` that of the hidden layer of an MLP, which a ResNet has none of. The defaults are
-    those of the published models (Radford et al. 2021, tables 19 and 20).
+    `vision_layers` is the number of blocks of a ViT, or the numbers of bottlenecks in the four
+    stages of a ResNet, which has no `vision_patch_size` and no `vision_mlp_width`. Resolution and
+    patch size are in pixels, `context_length` in tokens; widths are numbers of channels, those of
+    heads and MLPs for one attention head and for the hidden layer. The defaults are those of the
+    published models (Radford et al. 2021, tables 19 and 20).
 
-    `text_tower` is CLIP's own or BERT, as in Chinese-CLIP (Yang et al. 2022), whose activation is
-    always GELU: `activation` is then that of the image tower. BERT has embeddings for
-    `text_positions` tokens, of which a text uses the first `context_length`.
+    `text_tower` is one of `TEXT_TOWERS`. BERT, as in Chinese-CLIP (Yang et al. 2022), always has
+    GELU, and embeddings for `text_positions` tokens, of which a text uses the first
+    `context_length`; `activation` is then that of the image tower.
 
-    Images are resized with `interpolation`: in `resize_mode` "shortest" until their short side fits
-    and the square in the centre is cut out; in "squash", both sides until they fit. Then `mean` is
-    subtracted from each channel (red, green and blue from 0 to 1), and it is divided by `std`.
+    Images are resized with `interpolation`: in `resize_mode` "shortest" the short side to the
+    resolution, followed by a centre crop; in "squash" both sides. Each channel, from 0 to 1, is
+    normalised by `mean` and `std`.
     """
 
     embed_dim: int
@@ -60,11 +58,11 @@ class Config:
     transformer_mlp_width: int
     transformer_heads: int
     transformer_layers: int
-    context_length: int = 77
+    context_length: int = CONTEXT_LENGTH
     vocab_size: int = VOCABULARY
     vision_head_width: int = 64
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
-    text_tower: Literal["clip", "bert"] = "clip"
+    text_tower: str = "clip"
     text_positions: int | None = None
     mean: Colour = OPENAI_MEAN
     std: Colour = OPENAI_STD
@@ -73,13 +71,8 @@ class Config:
 
     @property
     def is_vit(self) -> bool:
-        """Whether the image tower is a Vision Transformer, not a ResNet."""
+        """Whether the image tower is a ViT, not a ResNet."""
         return self.vision_patch_size is not None
-
-    @property
-    def has_bert(self) -> bool:
-        """Whether the text tower is BERT, not CLIP's own."""
-        return self.text_tower == "bert"
 
     @property
     def vision_heads(self) -> int:
@@ -90,10 +83,9 @@ class Config:
 
 
 def check_config(config: Config) -> None:
-    """Raise `InputError` for fields of a wrong type, and for sizes that no model can have, before
-    building one could take very long or fail."""
+    """Raise `InputError` for fields of a wrong type and for sizes that no model can have."""
     absent = set() if config.is_vit else {"vision_patch_size", "vision_mlp_width"}
-    absent |= set() if config.has_bert else {"text_positions"}
+    absent |= {"text_positions"} if config.text_tower == "clip" else set()
     for name, value in vars(config).items():  # not asdict: it copies what may be nested deep
         if name in ("mean", "std"):
             fits = isinstance(value, tuple) and len(value) == 3 and all(map(_is_finite, value))
@@ -109,7 +101,7 @@ def check_config(config: Config) -> None:
             fits = type(value) is int and 0 < value <= MAX_SIZE
         if not fits:
             raise InputError(f"its {name} would be {quoted(value)}")
-    if config.has_bert and config.context_length > config.text_positions:
+    if config.context_length > (config.text_positions or MAX_SIZE):
         raise InputError(f"its context_length {config.context_length} is more than the "
                          f"{config.text_positions} positions of its text tower")  # fmt: skip
     towers = [("transformer_width", config.transformer_heads, config.transformer_width)]
@@ -122,8 +114,8 @@ def check_config(config: Config) -> None:
 
 @contextmanager
 def description_of(whose: str) -> Iterator[None]:
-    """Reads a description within: whatever goes wrong, because it is of another kind or damaged, is
-    an `InputError` that says that it is not `whose`."""
+    """Turn any error within, while a description is read, into an `InputError`: the description is
+    not `whose`."""
     try:
         yield
     except InputError:

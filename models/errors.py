@@ -1,20 +1,17 @@
-"""`InputError`, for everything that a user can put right, and how a script ends with it."""
+"""`InputError`, for all that a user can put right, and how messages show untrusted text."""
 
 import difflib
 import reprlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
-
-MAX_KEY_LENGTH = 90  # characters of a key in an error message
-
-MAX_KEYS_LISTED = 3  # in an error message
 
 
 class InputError(ValueError):
-    """Something that the user gave cannot be used.
+    """A user's input cannot be used.
 
-    The message has one or a few lines. It names the file (and the field in it), and says what is
-    wrong and what to do. Scripts print it without a traceback and exit with code 2.
+    The message has one or a few lines. It names the file (and the field in it), the fault and the
+    remedy. Scripts print it without a traceback and exit with code 2.
     """
 
 
@@ -24,12 +21,15 @@ def one_line(text: object) -> str:
     return " ".join(words.split())[:200]
 
 
+def quoted(value: object) -> str:
+    """The `repr` of an untrusted value as one printable line of at most 60 characters."""
+    return "".join(c if c.isprintable() else " " for c in reprlib.repr(value)[:60])
+
+
 def listed(names: Collection[str]) -> str:
-    """The first few names in one line, and the number of the others."""
-    some = [name if name.isprintable() else repr(name) for name in islice(names, MAX_KEYS_LISTED)]
-    text = ", ".join(
-        name if len(name) <= MAX_KEY_LENGTH else f"{name[:MAX_KEY_LENGTH]}..." for name in some
-    )
+    """The first three names in one line, and the number of the others."""
+    some = [name if name.isprintable() else repr(name) for name in islice(names, 3)]
+    text = ", ".join(name if len(name) <= 90 else f"{name[:90]}..." for name in some)
     more = len(names) - len(some)
     return f"{text} and {more:,} more" if more else text or "none"
 
@@ -42,6 +42,12 @@ def near_names(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(by_lower[match] for match in near)}?" if near else ""
 
 
-def quoted(value: object) -> str:
-    """An untrusted value for an error message: on one line, and cut if it is long or nested."""
-    return "".join(c if c.isprintable() else " " for c in reprlib.repr(value)[:60])
+@contextmanager
+def naming(file: str) -> Iterator[None]:
+    """Put the name of `file` before an `InputError` raised within. An error without a remedy, which
+    a semicolon would precede, is that of a damaged file."""
+    try:
+        yield
+    except InputError as error:
+        remedy = "" if ";" in str(error) else "; download it anew"
+        raise InputError(f"{file}: {error}{remedy}") from None

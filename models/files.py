@@ -1,7 +1,8 @@
-"""Files that users name. A pipe could wait for ever and a device never end, so that only regular
-files are read, and those that are read whole only up to a size; and only they are replaced."""
+"""Checks and reading of files that users name. Only regular files are read or replaced, because a
+pipe could block and a device never end; files read whole have a largest size."""
 
 import io
+import json
 import os
 import re
 import sys
@@ -9,30 +10,30 @@ import zipfile
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-from models.errors import InputError
+from models.errors import InputError, naming, one_line
 
-OTHER_PROGRAMS = {  # how their files start
+LARGEST = 2**30  # bytes of a file that is read whole: captions of millions of images are less
+OTHER_PROGRAMS = {  # first bytes of their files
     re.compile(rb"GGUF"): "a GGUF file (llama.cpp's)",
     re.compile(rb"\x89HDF\r\n"): "an HDF5 file (of Keras and TensorFlow)",
     re.compile(rb"\x08[\x01-\x1f][\x12\x1a\x3a]"): "an ONNX model",
 }
 
-LARGEST = 2**30  # bytes of a file that is read whole: captions of millions of images are less
-
 
 def run_weights(run: Path) -> Path | None:
-    """The weights that a run of train.py chose: the mixture with those it started from
-    (--wise_ft), or else those of its best epoch. None for a folder that is no run's."""
+    """The weights that a run of train.py chose: the WiSE-FT mixture if there is one, else those of
+    the best epoch. None if the folder is not a run."""
     names = ("wise_ft_weights.pth", "best_epoch_weights.pth")
     return next((file for name in names if (file := run / "weights" / name).is_file()), None)
 
 
 def probably_meant(name: str, others: Iterable[str]) -> str:
-    """A hint for messages at a file `name` that is not there, in brackets: the one of `others` that
-    is spelled in other cases, or has an ending besides. Empty if there is none."""
+    """A hint, in brackets, for messages on a missing file `name`: the one of `others` that differs
+    in upper and lower case or has an ending besides. Empty if there is none."""
     for other in others:
         if other.casefold() == name.casefold():
             return f" (there is {other}: upper and lower case differ)"
@@ -42,9 +43,8 @@ def probably_meant(name: str, others: Iterable[str]) -> str:
 
 
 def file_version(path: Path) -> str:
-    """What changes when the file at `path` does, or is replaced: its size and times. A file that is
-    put there with the same size and `st_mtime` has another `st_ctime`, but for Windows, where that
-    is the time of creation."""
+    """The size and times of the file at `path`, which differ after a change. `st_ctime` differs
+    even if size and `st_mtime` are restored, except on Windows."""
     try:
         status = path.stat()
     except (OSError, ValueError):  # a link to nothing; an impossible name
@@ -59,14 +59,14 @@ def runs_in(folder: Path) -> list[str]:
 
 
 def check_regular(path: Path) -> None:
-    """Raise `InputError` if what stands at `path` is no regular file; nothing need stand there."""
+    """Raise `InputError` if `path` exists and is no regular file."""
     if path.exists() and not path.is_file():
         kind = "a folder" if path.is_dir() else "a pipe or a device"
         raise InputError(f"{path}: is {kind}, not a file; name a file")
 
 
 def check_writable(path: Path) -> None:
-    """Raise `InputError` if no file can be written at `path`, whose folder need not be there."""
+    """Raise `InputError` if no file can be written at `path`. Its folder need not exist."""
     try:
         check_regular(path)
         path.lstat()  # raises for a name that is too long
@@ -78,7 +78,7 @@ def check_writable(path: Path) -> None:
 
 
 def check_writable_folder(folder: Path) -> None:
-    """Raise `InputError` if nothing can be written into `folder`, which need not be there."""
+    """Raise `InputError` if nothing can be written into `folder`, which need not exist."""
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not there.is_dir():
         raise InputError(f"{folder}: cannot be written ({there} is no folder); name another folder")
@@ -90,7 +90,7 @@ def check_writable_folder(folder: Path) -> None:
 
 
 def check_size(path: object, size: int, largest: int = LARGEST) -> None:
-    """Raise `InputError` if `size`, in bytes, is more than `largest`."""
+    """Raise `InputError` if `size` is more than `largest`, in bytes."""
     if size > largest:
         raise InputError(
             f"{path}: {size / 1e6:,.0f} MB, where at most {largest / 1e6:,.0f} MB are read; is it "
@@ -99,16 +99,30 @@ def check_size(path: object, size: int, largest: int = LARGEST) -> None:
 
 
 def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
-    """The content of a file. Raises `InputError` for a folder, a pipe, a device, and for a file of
-    more than `largest` bytes; `OSError` for one that cannot be read."""
+    """The content of a file. Raises `InputError` for a folder, a pipe, a device and for more than
+    `largest` bytes; `OSError` for a file that cannot be read."""
     check_regular(path)
     check_size(path, path.stat().st_size, largest)
     return path.read_bytes()
 
 
+def read_json(file: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None if there is no such file. Raises `InputError`, which starts
+    with the file's name, for anything else."""
+    if not file.exists():
+        return None
+    with naming(file.name):
+        try:
+            content = json.loads(read_bytes(file))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"broken JSON ({one_line(error)})") from None
+        if not isinstance(content, dict):
+            raise InputError("should hold a description, in braces")
+    return content
+
+
 def decoded(content: bytes, file: object) -> str:
-    """The text of a UTF-8 file with this content. Raises `InputError`, which names the `file` and
-    says what to do, for anything else."""
+    """The text of a UTF-8 file with this content. Raises `InputError` for anything else."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -119,9 +133,9 @@ def decoded(content: bytes, file: object) -> str:
 
 
 def read_lines(path: Path, kind: str) -> list[str]:
-    """The lines of a UTF-8 text file that has one `kind`, such as "caption", on each; without blank
-    ones and the white space around them. A line ends where an editor ends it, and not at the other
-    separators of Unicode, which texts hold. Raises `InputError` if there are none."""
+    """The lines of a UTF-8 text file with one `kind`, such as "caption", a line; stripped, without
+    blank lines. Unicode's other line separators do not end a line. Raises `InputError` if there are
+    no lines."""
     try:
         text = decoded(read_bytes(path), path)
     except FileNotFoundError:
@@ -136,9 +150,8 @@ def read_lines(path: Path, kind: str) -> list[str]:
 
 def lock(file: Path, waiting: str) -> AbstractContextManager:
     """The lock on `file`, once no other program holds it; `waiting` is printed if one does. The
-    system frees it when a program ends, however it ends; the empty file may stay, and hinders no
-    one. Raises `OSError` if the file cannot be made, and `NotImplementedError` for a file system
-    without locks."""
+    system releases the lock when a program ends; the empty file may stay. Raises `OSError` if the
+    file cannot be created, and `NotImplementedError` for a file system without locks."""
     found = FileLock(file)
     try:
         return found.acquire(timeout=0)
@@ -148,11 +161,11 @@ def lock(file: Path, waiting: str) -> AbstractContextManager:
 
 
 def describe(path: Path) -> str:
-    """A few words on a file that is not what was wanted, with its size."""
+    """The kind of a file by its first bytes, and its size: for a message on a wrong file."""
     size = f"{path.stat().st_size:,} bytes"
     with path.open("rb") as file:
         start = file.read(256)
-    if start.startswith(b"PK\3\4") and _names_in_archive(path) is None:
+    if start.startswith(b"PK\3\4") and names_in_archive(path) is None:
         return f"an archive cut short at {size}"
     for pattern, program in OTHER_PROGRAMS.items():
         if pattern.match(start):
@@ -167,8 +180,8 @@ def describe(path: Path) -> str:
     return f"another file of {size}"
 
 
-def _names_in_archive(path: Path) -> list[str] | None:
-    """The names of the files in a zip archive; None if it is damaged, or no archive."""
+def names_in_archive(path: Path) -> list[str] | None:
+    """The names of the files in a zip archive; None if it is damaged or no archive."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.namelist()

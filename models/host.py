@@ -13,32 +13,9 @@ from models.errors import InputError
 
 
 @contextmanager
-def script_settings() -> Iterator[None]:
-    """The settings that a script needs: streams that take any text, and matplotlib drawing into
-    files. Afterwards, also after an error, a notebook has its streams and signal handlers again.
-    Also decorates functions."""
-    streams = sys.stdout, sys.stderr
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    backend = os.environ.get("MPLBACKEND")
-    sys.stdout, sys.stderr = map(_any_text, streams)
-    os.environ["MPLBACKEND"] = "agg"  # pyzjr looks for a notebook's, which may not be installed
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = streams
-        for number, handler in handlers.items():
-            if signal.getsignal(number) is not handler:
-                signal.signal(number, handler)
-        del os.environ["MPLBACKEND"]
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
-
-
-@contextmanager
 def garbage_unsearched() -> Iterator[None]:
-    """No search for garbage in the block, for imports of large packages: Python would search the
-    hundreds of thousands of objects that they make, and keep, again and again, for a fifth of the
-    time. Nor are they searched afterwards. Also decorates functions."""
+    """No garbage collection during imports of large packages: searching their objects takes a fifth
+    of the time. They are not searched later either. Also decorates functions."""
     gc.disable()
     try:
         yield
@@ -47,26 +24,17 @@ def garbage_unsearched() -> Iterator[None]:
         gc.enable()
 
 
-def _any_text(stream: TextIO | None) -> TextIO:
-    """`stream`, taking any text; what is written nowhere if there is no console."""
-    if stream is None:
-        return open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123
-    if isinstance(stream, io.TextIOWrapper):
-        # Lines at once: a log file can be followed. UTF-8 in files and pipes on all systems.
-        encoding = None if stream.isatty() else "utf-8"
-        stream.reconfigure(encoding=encoding, errors="replace", line_buffering=True)
-    return stream
-
-
-@script_settings()
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main()`.
+    """Run a script's `main()`; a notebook gets its streams, signal handlers and backend back.
 
-    An `InputError` ends the script with its message and exit code 2, and so does an `OSError`,
-    whose message names the file. With `--debug` among the arguments the traceback is shown as well.
-    Ctrl-C ends the script with exit code 130, and an output that nobody reads any more, as of
+    An `InputError` or an `OSError` ends the script with its message and exit code 2 (with `--debug`
+    among the arguments, with its traceback), Ctrl-C with 130, and an output that is closed, as by
     `| head`, with 141 and no message.
     """
+    streams, backend = (sys.stdout, sys.stderr), os.environ.get("MPLBACKEND")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    sys.stdout, sys.stderr = map(_any_text, streams)
+    os.environ["MPLBACKEND"] = "agg"  # pyzjr looks for a notebook's, which may not be installed
     try:
         main()
     except BrokenPipeError:
@@ -76,18 +44,37 @@ def run_script(main: Callable[[], None]) -> None:
     except (InputError, OSError) as error:
         if "--debug" in sys.argv:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _end(f"error: {error}", 2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        _end("interrupted", 130)
     except RuntimeError as error:
         if "home directory" in str(error):  # what `~` stands for
-            print(f"error: {error} Give paths without ~", file=sys.stderr)
-            raise SystemExit(2) from None
-        if os.environ.get("WORLD_SIZE", "1") != "1" and any(
-            text in str(error) for text in ("closed by peer", "reset by peer", "NCCL")
-        ):  # only the process that fails first has something to tell
-            print("stopped: another process of this run has ended", file=sys.stderr)
-            raise SystemExit(1) from None
+            _end(f"error: {error} Give paths without ~", 2)
+        is_peer = any(x in str(error) for x in ("closed by peer", "reset by peer", "NCCL"))
+        if is_peer and os.environ.get("WORLD_SIZE", "1") != "1":
+            _end("stopped: another process of this run has ended", 1)  # that one has the cause
         raise
+    finally:
+        sys.stdout, sys.stderr = streams
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
+        os.environ.pop("MPLBACKEND", None)
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+
+
+def _end(message: str, code: int) -> None:
+    print(message, file=sys.stderr)
+    raise SystemExit(code) from None
+
+
+def _any_text(stream: TextIO | None) -> TextIO:
+    """`stream`, set to take any text; a null stream if there is no console."""
+    if stream is None:
+        return open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123
+    if isinstance(stream, io.TextIOWrapper):
+        # Line by line, so that a log can be followed; UTF-8 in files and pipes on all systems.
+        encoding = None if stream.isatty() else "utf-8"
+        stream.reconfigure(encoding=encoding, errors="replace", line_buffering=True)
+    return stream

@@ -1,5 +1,5 @@
-"""Low-rank adaptation (Hu et al. 2022): the matrices of a model stay as they are, and a change of
-each is learned, which is the product of two far smaller matrices."""
+"""Low-rank adaptation (Hu et al. 2022): the matrices of a model are frozen; a change of each, the
+product of two far smaller matrices, is trained."""
 
 import torch
 import torch.nn.functional as F
@@ -9,17 +9,17 @@ from models.clip import CLIP
 from models.errors import InputError, one_line
 from models.transformer import MultiheadAttention
 
-# The change is times ALPHA / rank, so that a step of Adam changes a layer's outputs as much at any
-# rank: the learning rate need not follow the rank (section 4.1), nor the width.
+# The factor ALPHA / rank makes a step of Adam change a layer's outputs equally at any rank, so that
+# the learning rate need not follow the rank (section 4.1).
 ALPHA = 8
 
 
 class LowRank(nn.Module):
     """The change of a matrix `[out, in]`: `ALPHA / rank * b @ a`, which is zero at first.
 
-    Where the matrix is `parts` matrices on top of each other, as those of queries, keys and values
-    are, each of them has a change of this rank of its own. `a` is `[parts, rank, in]` and starts
-    Gaussian, `b` is `[parts, out / parts, rank]` and starts as zero.
+    In a stack of `parts` matrices, such as those of queries, keys and values, each matrix has a
+    change of its own. `a` is `[parts, rank, in]` and starts Gaussian, `b` is
+    `[parts, out / parts, rank]` and starts as zero.
     """
 
     def __init__(self, weight: Tensor, rank: int, parts: int = 1):
@@ -29,8 +29,8 @@ class LowRank(nn.Module):
         self.b = nn.Parameter(weight.new_zeros(parts, out // parts, rank))
 
     def forward(self, x: Tensor, parts: slice = slice(None)) -> Tensor:
-        """`[..., in]` -> `[..., out]`, or of some of the parts alone. The product `b @ a`, as large
-        as the matrix, is never made."""
+        """`[..., in]` -> `[..., out]`, or the outputs of some parts, without the large product
+        `b @ a`."""
         a, b = self.a[parts], self.b[parts] * (ALPHA / self.a.shape[1])
         inner = F.linear(x, a.flatten(0, 1)).unflatten(-1, a.shape[:2])
         if len(a) == 1:
@@ -39,12 +39,12 @@ class LowRank(nn.Module):
 
 
 def add_lora(model: CLIP, rank: int) -> None:
-    """Exclude all but `logit_scale` from training, and let a change of this rank learn instead in
-    every linear layer of both transformers, attention and MLP, that was trained before.
+    """Freeze all but `logit_scale`, and add a trainable change of this rank to every linear layer
+    of both transformers (attention and MLP) that was trainable.
 
-    What starts as zero leaves the model's outputs as they are, bit for bit. Norms, biases,
-    embeddings and projections stay as they are, as in the paper (section 4.2) and in CLIP-LoRA
-    (Zanella & Ben Ayed 2024). Raises `InputError` for a ResNet.
+    At first the outputs stay the same, bit for bit. Norms, biases, embeddings and projections are
+    frozen, as in the paper (section 4.2) and in CLIP-LoRA (Zanella & Ben Ayed 2024). Raises
+    `InputError` for a ResNet.
     """
     if not model.config.is_vit:
         raise InputError("--lora changes transformers, and this image tower is a ResNet: take a "
@@ -61,29 +61,20 @@ def add_lora(model: CLIP, rank: int) -> None:
 
 
 def merged(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a model with `LowRank` changes as that of a plain one: the changes are
-    added to their matrices. Another state dict stays as it is. Raises `InputError` for changes that
-    fit no matrix."""
+    """A state dict with its `LowRank` changes, if any, added to their matrices. Raises `InputError`
+    for changes that fit no matrix."""
     plain = {name: tensor for name, tensor in weights.items() if ".lora." not in name}
     for name in weights.keys() - plain.keys():
         owner, _, factor = name.rpartition(".lora.")
-        if factor != "a":
+        if factor == "b":
             continue
-        a, b = weights[name], weights.get(f"{owner}.lora.b")
         matrix = f"{owner}.weight" if f"{owner}.weight" in plain else f"{owner}.in_proj_weight"
-        if not _fits(plain.get(matrix), a, b):
-            raise InputError(
-                f"{one_line(name)}: a low-rank change that fits no matrix of the weights"
-            )
-        plain[matrix] = plain[matrix] + (b @ a).flatten(0, 1) * (ALPHA / a.shape[1])
+        try:
+            a, b = weights[name], weights[f"{owner}.lora.b"]
+            plain[matrix] = plain[matrix] + (b @ a).flatten(0, 1) * (ALPHA / a.shape[1])
+        except (KeyError, RuntimeError, IndexError):
+            raise InputError(f"{one_line(name)}: a low-rank change that fits no matrix") from None
     return plain
-
-
-def _fits(matrix: Tensor | None, a: Tensor, b: Tensor | None) -> bool:
-    if matrix is None or b is None or a.ndim != 3 or b.ndim != 3:
-        return False
-    (parts, rank, inputs), (of_b, out, its_rank) = a.shape, b.shape
-    return parts == of_b and rank == its_rank > 0 and matrix.shape == (parts * out, inputs)
 
 
 def _add_change(linear: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Packed sequences: those of a batch lie end to end in one tensor `[t, w]`, where t is the number
-of tokens without padding and w is the width.
+"""Packed sequences: the sequences of a batch end to end in one tensor `[t, w]`, where t is the
+number of tokens without padding and w is the width.
 
-So linear layers and norms do no work on padding. Only attention needs a grid, which has one row for
-each sequence. Rows are picked by `index_select`, whose gradient a GPU need not sort.
+Linear layers and norms thus do no work on padding. Only attention needs a grid, with one row a
+sequence. `index_select` picks rows, because its gradient needs no sorting on a GPU.
 """
 
 from typing import NamedTuple
@@ -16,13 +16,12 @@ from models.device import upload
 class Layout(NamedTuple):
     """How n sequences are packed, and which token of each is pooled.
 
-    The grid has n rows of `length` cells, which are numbered row by row. `cells` is None if all
-    sequences are equally long, so that every cell holds a token.
+    The grid has n rows of `length` cells, numbered row by row.
     """
 
     length: int  # number of tokens in the longest sequence
-    pooled: Tensor  # [n] row of the token whose feature stands for its sequence
-    cells: Tensor | None = None  # [t] number of the cell that holds each token
+    pooled: Tensor  # [n] row of the token at which the feature of each sequence is read
+    cells: Tensor | None = None  # [t] the cell of each token; None if all cells hold tokens
     causal: bool = False  # a token attends only to itself and to the tokens before it
     filled: Tensor | None = None  # bool [n, length]: which cells hold no padding, if some do
 
@@ -34,8 +33,8 @@ class Layout(NamedTuple):
         return x.view(n, self.length, channels)
 
     def mask(self) -> Tensor | None:
-        """bool `[n, 1, 1, length]`: True for the cells that a pooled token attends to, which hold a
-        token and, if causal, no later one; None for all cells."""
+        """bool `[n, 1, 1, length]`: the cells that a pooled token attends to (those of tokens and,
+        if causal, not after it); None for all cells."""
         if self.filled is not None:
             return self.filled[:, None, None]
         if self.cells is None:
@@ -58,33 +57,22 @@ class Layout(NamedTuple):
         return x.index_select(0, self.pooled)
 
 
-def last_tokens(tokens: Tensor, has_bert: bool) -> Tensor:
-    """The place `[n]` of the last token in each row `[n, l]` of `tokenize`: for CLIP's own text
-    tower that of the end-of-text token, which has the largest id (Radford et al. 2021, section
-    2.4), for BERT that of the last id that is not zero."""
-    if not has_bert:
-        return tokens.argmax(dim=1)
-    # Where the count of tokens reaches its highest: of equal ones argmax gives the first.
-    return tokens.ne(0).cumsum(dim=1).argmax(dim=1)
+def pack(
+    tokens: Tensor, ends: Tensor, causal: bool, device: torch.device
+) -> tuple[Tensor, Tensor, Layout]:
+    """Rows of token ids `[n, l]` and the position `[n]` of the last token in each, both on the CPU
+    -> on the device the ids `[t]` of the packed tokens, their positions `[t]` in their texts, and
+    the layout. It is pooled at the last token if `causal`, else at the first.
 
-
-def pack(tokens: Tensor, has_bert: bool, device: torch.device) -> tuple[Tensor, Tensor, Layout]:
-    """Rows of token ids `[n, l]` -> on the device the ids `[t]` of the packed tokens, their
-    positions `[t]` in their texts, and the layout.
-
-    CLIP's own text tower is pooled at the last token and is causal, BERT at the first token. What
-    comes after a row's last token is left out. How many tokens remain decides about shapes, which
-    the CPU has to know: with `tokens` on the CPU it does not wait for a GPU.
+    What follows a row's last token is left out.
     """
-    tokens = tokens.cpu()
-    ends = last_tokens(tokens, has_bert)
     length = int(ends.max()) + 1
     cells = (torch.arange(length) <= ends[:, None]).flatten().nonzero().flatten()
     ids = tokens[:, :length].flatten()[cells]
     pooled = (ends + 1).cumsum(0) - 1
-    if has_bert:
+    if not causal:
         pooled = pooled - ends
     ids, positions, cells, pooled = (
         upload(t, device) for t in (ids, cells % length, cells, pooled)
     )
-    return ids, positions, Layout(length, pooled, cells, causal=not has_bert)
+    return ids, positions, Layout(length, pooled, cells, causal)

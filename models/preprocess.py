@@ -1,8 +1,5 @@
-"""CLIP's image preprocessing, the same in training, evaluation and prediction.
-
-It has two stages. `pixels` resizes and crops one image and gives uint8. `normalize` subtracts the
-mean and divides by the standard deviation; it takes a whole batch, on the CPU or on a GPU.
-"""
+"""Reading of image files, and CLIP's preprocessing: `resize_and_crop` gives the uint8 pixels of one
+image, `normalize` the input of the model for a batch, on any device."""
 
 import os
 import re
@@ -20,15 +17,14 @@ from models.config import OPENAI_MEAN, OPENAI_STD, Colour
 from models.errors import InputError, one_line
 from models.files import describe, probably_meant
 
-# Formats that Pillow draws by starting another program (Ghostscript for EPS, Windows for WMF), so
-# that a picture from a stranger could run code.
+# Formats that Pillow reads by another program (Ghostscript, Windows), which could run code in them.
 DRAWN_BY_PROGRAMS = {"EPS", "WMF"}
-# Formats of photographs that a Pillow may lack: the files' endings, and what brings them.
+# Photograph formats that Pillow may lack, by the files' endings: the remedy.
 NEED_A_PACKAGE = {
     **dict.fromkeys((".heic", ".heif", ".hif"), "pip install pillow-heif"),
     ".avif": "pip install --upgrade Pillow",
 }
-# Long side over short side. A narrower image is not resized whole: that could fill the memory.
+# Long side over short side. A narrower image, resized whole, could fill the memory.
 MAX_ASPECT_RATIO = 100
 
 with suppress(ImportError):
@@ -38,10 +34,8 @@ with suppress(ImportError):
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
-    """The picture in a file, upright and in RGB; of an animation, the first frame.
-
-    Raises `InputError`, with one line that names the file, if it holds no readable picture.
-    """
+    """The image in a file, upright and in RGB; of an animation, the first frame. Raises
+    `InputError` for a file without a readable image."""
     try:
         file = Path(path).expanduser()
         if not file.is_file():  # opening a pipe could wait for ever
@@ -69,21 +63,17 @@ def open_image(path: str | os.PathLike) -> Image.Image:
 
 
 def _missing_package(file: Path) -> str | None:
-    """What reads the photograph in a file whose bytes 4 to 12 name a format of HEIF (ISO 23008-12);
-    None for any other file."""
+    """The remedy for a photograph in a format of HEIF (ISO 23008-12, by bytes 4 to 12); None for
+    any other file."""
     with file.open("rb") as stream:
         kind = re.fullmatch(rb"....ftyp(?:(avi.)|hei.|hev.|mif1|msf1)", stream.read(12), re.DOTALL)
     return kind and NEED_A_PACKAGE[".avif" if kind[1] else ".heic"]
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB, turned upright as its EXIF data says.
-
-    Transparency is dropped, as in the original CLIP: transparent pixels show the colour stored for
-    them. Grey of more than 8 bits is scaled (`_grey_of_8_bits`). Raises whatever Pillow raises for
-    a broken picture.
-    """
-    image.load()  # a broken picture raises here, so only broken EXIF data is passed over below
+    """The image in RGB, upright by its EXIF data. Transparency is dropped, as in the original CLIP;
+    grey of more than 8 bits is scaled. Raises Pillow's errors for a broken image."""
+    image.load()  # a broken image raises here, so that only broken EXIF data is ignored below
     with suppress(Exception):
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):  # Pillow's own conversion cuts all values at 255
@@ -94,9 +84,8 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _grey_of_8_bits(image: Image.Image) -> Image.Image:
-    """Grey of integers or floats in 8 bits. Its largest value tells the range of all: numbers of 8,
-    16, 24 or 32 bits, the fewest that hold it; of floats below 2 the range is 0 to 1. Less than 0
-    is black, and so is what is no number."""
+    """Grey of integers or floats in 8 bits. White is the largest number of 8, 16, 24 or 32 bits, as
+    the largest value needs, or 1 for floats below 2; negative values and NaN are black."""
     values = np.nan_to_num(np.asarray(image), nan=0, posinf=np.inf, neginf=0)
     largest = values.max(where=np.isfinite(values), initial=0)
     n_bytes = max(1, -(-int(largest).bit_length() // 8))
@@ -105,45 +94,14 @@ def _grey_of_8_bits(image: Image.Image) -> Image.Image:
 
 
 def is_one_colour(image: Image.Image) -> bool:
-    """Whether all pixels of an RGB image are equal: it stops at the first that is not."""
+    """Whether all pixels of an RGB image are equal."""
     return image.getcolors(1) is not None
-
-
-def resize_and_crop(
-    image: Image.Image, side: int, interpolation: str = "bicubic", resize_mode: str = "shortest"
-) -> Tensor:
-    """An RGB image -> uint8 `[3, side, side]`, `side` in pixels.
-
-    In mode "shortest" the image is resized until its short side fits, and the square in its centre
-    is cut out: pixel for pixel what torchvision's `Resize` and `CenterCrop` give. In an image
-    beyond `MAX_ASPECT_RATIO`, values may differ from theirs by rounding. In mode "squash" both
-    sides are resized until they fit.
-    """
-    resample = Image.Resampling[interpolation.upper()]
-    if resize_mode == "squash":
-        image = image.resize((side, side), resample)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-    short, long = min(image.size), max(image.size)
-    enlarged = int(side * long / short)
-    width, height = (side, enlarged) if image.width == short else (enlarged, side)
-    left, top = round((width - side) / 2), round((height - side) / 2)
-    box = (left, top, left + side, top + side)
-    if long <= MAX_ASPECT_RATIO * short:
-        image = image.resize((width, height), resample).crop(box)
-    else:  # resize only the part that is kept
-        x, y = image.width / width, image.height / height
-        box = (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
-        image = image.resize((side, side), resample, box=box)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def normalize(images: Tensor, mean: Colour = OPENAI_MEAN, std: Colour = OPENAI_STD) -> Tensor:
     """uint8 `[..., 3, r, r]` -> float32 of the same shape: scaled to 0 to 1, minus the mean of its
-    channel, divided by the standard deviation.
-
-    Floats are returned unchanged: they come from a transform of the user's own, which has
-    normalised them already.
-    """
+    channel, divided by the standard deviation. Floats, from a user's own transform, stay as they
+    are."""
     if images.is_floating_point():
         return images
     mean, std = _on_device(mean, images.device), _on_device(std, images.device)
@@ -152,8 +110,7 @@ def normalize(images: Tensor, mean: Colour = OPENAI_MEAN, std: Colour = OPENAI_S
 
 @lru_cache
 def _on_device(colour: Colour, device: torch.device) -> Tensor:
-    """As float32 `[3, 1, 1]`. It is kept for each device, because a copy to a GPU waits until the
-    GPU has done everything else."""
+    """As float32 `[3, 1, 1]`; cached, because a copy to a GPU waits for all its work."""
     return torch.tensor(colour, device=device).view(3, 1, 1)
 
 
@@ -169,8 +126,27 @@ class Preprocess:
     resize_mode: str = "shortest"
 
     def resize_and_crop(self, image: Image.Image) -> Tensor:
-        """An RGB image -> uint8 `[3, side, side]`."""
-        return resize_and_crop(image, self.side, self.interpolation, self.resize_mode)
+        """An RGB image -> uint8 `[3, side, side]`.
+
+        Mode "shortest" resizes the short side and crops the centre: pixel for pixel torchvision's
+        `Resize` and `CenterCrop`, but for rounding beyond `MAX_ASPECT_RATIO`. Mode "squash" resizes
+        both sides.
+        """
+        side, resample = self.side, Image.Resampling[self.interpolation.upper()]
+        short, long = min(image.size), max(image.size)
+        enlarged = int(side * long / short)
+        width, height = (side, enlarged) if image.width == short else (enlarged, side)
+        left, top = round((width - side) / 2), round((height - side) / 2)
+        box = (left, top, left + side, top + side)
+        if self.resize_mode == "squash":
+            image = image.resize((side, side), resample)
+        elif long <= MAX_ASPECT_RATIO * short:
+            image = image.resize((width, height), resample).crop(box)
+        else:  # resize the crop only
+            x, y = image.width / width, image.height / height
+            box = (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
+            image = image.resize((side, side), resample, box=box)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 `[..., 3, side, side]` -> float32 of the same shape."""

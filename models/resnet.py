@@ -11,8 +11,8 @@ from models.config import Config
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions, with a shortcut around them (He et al. 2016, figure 5).
 
-    With a stride s the block makes the image s times smaller by average pooling, before the last
-    convolution and in the shortcut. A convolution with a stride would skip pixels (Zhang 2019).
+    With a stride s, average pooling before the last convolution and in the shortcut makes the image
+    s times smaller. A convolution with a stride would skip pixels (Zhang 2019).
     """
 
     expansion = 4
@@ -29,8 +29,8 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(outplanes)
         self.downsample = None
         if stride > 1 or inplanes != outplanes:
-            # In the published weights the convolution is "0" and the norm "1". The pooling comes
-            # before them and has no weights, so it is called "-1".
+            # The published weights call the convolution "0" and the norm "1"; the pooling before
+            # them has no weights and is "-1".
             self.downsample = nn.Sequential()
             self.downsample.add_module("-1", nn.AvgPool2d(stride))
             self.downsample.add_module("0", nn.Conv2d(inplanes, outplanes, 1, bias=False))
@@ -112,8 +112,8 @@ class ModifiedResNet(nn.Module):
         return self.attnpool(self.layer4(self.layer3(x)))
 
     def initialize(self) -> None:
-        """Draw random weights for training from scratch. Every bottleneck starts as its shortcut
-        alone, because the scale of its last norm is zero (Goyal et al. 2017, section 5.1)."""
+        """Draw random weights for training from scratch. The scale of a bottleneck's last norm is
+        zero, so that it starts as its shortcut (Goyal et al. 2017, section 5.1)."""
         pool = self.attnpool
         std = pool.c_proj.in_features**-0.5
         nn.init.normal_(pool.positional_embedding, std=std)

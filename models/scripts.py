@@ -1,6 +1,5 @@
-"""What all scripts have in common: their parser, the types of its paths, and where the scripts lie,
-and with them the files that they take where none are named. Imports no torch, so that `--help`
-answers at once."""
+"""The argument parser of all scripts, its types for paths, and the folder of the scripts. Imports
+no torch, so that `--help` answers at once."""
 
 import argparse
 import difflib
@@ -14,21 +13,19 @@ from models.config import CHOICES
 from models.errors import InputError
 from models.files import check_writable, check_writable_folder
 
-VALUE_LENGTH = 60  # characters of a refused value that its message shows
-
 SCRIPTS = Path(__file__).resolve().parents[1]
 
 
 def from_here(name: str) -> Path:
-    """The path from the working folder of a file beside the scripts, such as `train.py` or
-    `flickr8k`: the name alone where one stands beside them, else a whole path."""
+    """The path of a file beside the scripts, such as `train.py` or `flickr8k`: its name alone if
+    the scripts' folder is the working folder, else an absolute path."""
     return Path(name) if Path.cwd() == SCRIPTS else SCRIPTS / name
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, with `--debug`; help keeps the lines of the description. Errors are an
-    `InputError` of one line, which for a mistyped option names the one that was meant; the start of
-    an option's name is not taken for it."""
+    """argparse's, with `--debug`. Help keeps the lines of the description, options cannot be
+    abbreviated, and an error is an `InputError` of one line, which suggests the option closest to a
+    mistyped one."""
 
     def __init__(self, **settings: object):
         formatter = argparse.RawDescriptionHelpFormatter
@@ -54,14 +51,13 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def path(text: str) -> Path:
-    """A path, `~` being the user's home."""
+    """A path; `~` is the user's home."""
     if not text.strip():
         raise argparse.ArgumentTypeError("the path is empty")
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        message = f"{text:.{VALUE_LENGTH}}: that home folder is unknown"
-        raise argparse.ArgumentTypeError(message) from None
+        raise argparse.ArgumentTypeError(f"{text:.60}: that home folder is unknown") from None
 
 
 def writable_file(text: str) -> Path:
@@ -84,7 +80,6 @@ def checked(output: Path, check: Callable[[Path], object]) -> Path:
 
 
 def add_activation(parser: argparse.ArgumentParser) -> None:
-    """Add `--activation`, which says what a bare state dict does not."""
-    parser.add_argument(
-        "--activation", choices=CHOICES["activation"], help="of weights that do not tell it"
-    )
+    """Add `--activation`, for a state dict without a description."""
+    activations, help_text = CHOICES["activation"], "of weights without a description"
+    parser.add_argument("--activation", choices=activations, help=help_text)

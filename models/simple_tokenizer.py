@@ -1,8 +1,7 @@
-"""CLIP's tokenizer: text, cleaned and in lower case, to the ids of byte-pair tokens.
+"""CLIP's tokenizer: text to the ids of byte-pair tokens (Sennrich et al. 2016, algorithm 1).
 
-Byte-pair encoding is described in Sennrich et al. 2016, algorithm 1. Here its symbols are the bytes
-of UTF-8, as in GPT-2 (Radford et al. 2019, section 2.2), so no text in any language is unknown to
-it.
+The symbols are the bytes of UTF-8, as in GPT-2 (Radford et al. 2019, section 2.2), so that no text
+is unknown.
 """
 
 import gzip
@@ -13,6 +12,7 @@ from functools import lru_cache
 from heapq import heappop, heappush
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import ftfy
 import regex
@@ -25,18 +25,13 @@ END_OF_TEXT = "<|endoftext|>"
 # A word is an English contraction, a run of letters, one digit, or a run of any other characters
 # except white space.
 WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
-# The number of a character in HTML, like &#000233;. Only its first eight digits after the zeros
-# are captured: the largest number of a character has seven.
-REFERENCE = regex.compile(r"&#0*([0-9]{1,8})[0-9]*")
 # Printable ASCII without "&", and Chinese characters: text that neither ftfy nor HTML can change.
 PLAIN = re.compile("[ -%'-~\u4e00-\u9fff]*")
 
 
 def byte_symbols() -> dict[int, str]:
-    """A printable character for each of the 256 bytes.
-
-    A byte whose Latin-1 character is printable gets that character; the others get the characters
-    from number 256 on. The printable bytes come first, as in CLIP's vocabulary.
+    """A printable character for each of the 256 bytes, in the order of CLIP's vocabulary: first the
+    bytes with a printable Latin-1 character, then the others, with characters from number 256 on.
     """
     printing = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
     printing += range(ord("®"), ord("ÿ") + 1)
@@ -46,26 +41,18 @@ def byte_symbols() -> dict[int, str]:
 
 
 def clean(text: str) -> str:
-    """Mend broken Unicode, unescape HTML, replace white space by single spaces, lower the case.
-
-    HTML is unescaped twice, because text from the web is often escaped twice.
-    """
+    """Repair broken Unicode, unescape HTML twice, because text from the web is often escaped twice,
+    replace white space by single spaces, and lower the case."""
     if not PLAIN.fullmatch(text):
-        text = unescape(unescape(ftfy.fix_text(text)))
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
-
-
-def unescape(text: str) -> str:
-    """As `html.unescape`, but without its `ValueError` for a number of more than 4,300 digits."""
-    return html.unescape(REFERENCE.sub(r"&#\1", text) if "&#" in text else text)
 
 
 class SimpleTokenizer:
     """Text to token ids and back, with the 49,408 tokens of all published CLIP models.
 
-    The special tokens `<|startoftext|>` and `<|endoftext|>` are never made from text: where a
-    caption contains `<|endoftext|>`, it becomes tokens for its punctuation and letters. So no
-    caption can end early.
+    Text never becomes a special token: a caption's `<|endoftext|>` becomes tokens for its
+    punctuation and letters, so that no caption ends early.
     """
 
     def __init__(self, merges_file: Path = MERGES_FILE):
@@ -92,11 +79,8 @@ class SimpleTokenizer:
         return [*chain.from_iterable(map(self.encode_chunk, clean(text).split()))]
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of token ids, in lower case and with a space after each word.
-
-        Special tokens are written out. Where the bytes are not UTF-8, because the text was cut in
-        the middle of a character, U+FFFD stands for them.
-        """
+        """The text of token ids, in lower case and with a space after each word. Special tokens are
+        written out; a character that was cut becomes U+FFFD."""
         data = bytearray()
         for token in tokens:
             symbols = self.decoder[token]
@@ -106,9 +90,20 @@ class SimpleTokenizer:
                 data += b" "
         return data.decode("utf-8", errors="replace")
 
+    def transformers_files(self, context_length: int) -> dict[str, Any]:
+        merges = (" ".join(merge) for merge in self.priorities)
+        special = {"bos_token": START_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT,
+                   "unk_token": END_OF_TEXT}  # fmt: skip
+        settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": context_length}
+        return {
+            "vocab.json": self.encoder,
+            "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
+            "tokenizer_config.json": settings | special,
+            "special_tokens_map.json": special,
+        }
+
     def _encode_chunk(self, chunk: str) -> tuple[int, ...]:
-        """The token ids of text without white space. Texts have few different ones, so that most
-        are not computed but remembered."""
+        """The token ids of text without white space, cached because texts repeat words."""
         return tuple(token for word in WORD.findall(chunk) for token in self._encode_word(word))
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
@@ -117,15 +112,15 @@ class SimpleTokenizer:
         return tuple(self.encoder[part] for part in self._merge(symbols))
 
     def _merge(self, symbols: list[str]) -> list[str]:
-        """Merge neighbouring symbols as long as a pair of them is in `priorities`: of all such
-        pairs the one with the lowest number first, and of equal ones the leftmost.
+        """Merge neighbouring symbols as long as a pair of them is in `priorities`: the pair with
+        the lowest number first, and of equal pairs the leftmost.
 
-        n symbols take O(n log n), because a heap gives the next pair. That matters for text without
-        spaces, such as Chinese, where a word can be a page long. The heap gives the right order,
-        because a merge always has a higher number than the merges that made its parts.
+        A heap gives the next pair, in O(n log n) for n symbols, because text without spaces, such
+        as Chinese, can be a word as long as a page. The order is right, because a merge has a
+        higher number than the merges that made its parts.
         """
-        # `before` and `after` link the parts to a ring. Its last part is empty and stands between
-        # the end and the start of the word, so that those are never merged.
+        # `before` and `after` link the parts to a ring. Its last part is empty, so that the end and
+        # the start of the word are never merged.
         parts = [*symbols, ""]
         before = list(range(-1, len(symbols)))
         after = [*range(1, len(parts)), 0]
@@ -142,7 +137,7 @@ class SimpleTokenizer:
             priority, left = heappop(heap)
             right = after[left]
             if self.priorities.get((parts[left], parts[right])) != priority:
-                continue  # one of the two was merged with another part in the meantime
+                continue  # one of the two was merged meanwhile
             parts[left] += parts[right]
             parts[right] = ""
             after[left] = after[right]

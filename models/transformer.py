@@ -23,8 +23,8 @@ class QuickGELU(nn.Module):
 
 
 class _QuickGELU(torch.autograd.Function):
-    """silu(1.702 x) / 1.702, whose derivative is that of silu at 1.702 x: autograd alone would
-    multiply and divide by 1.702 in the backward pass, too."""
+    """silu(1.702 x) / 1.702. Its derivative is that of silu at 1.702 x; autograd alone would also
+    multiply and divide by 1.702 in the backward pass."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -53,6 +53,12 @@ class LayerNorm(nn.LayerNorm):
             return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
+def embedding(rows: int, width: int) -> nn.Embedding:
+    """An embedding without initial values. To draw them on the meta device, as `nn.Embedding` does,
+    imports torch's compiler."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+
+
 class MultiheadAttention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017, section 3.2) over packed sequences."""
 
@@ -62,12 +68,12 @@ class MultiheadAttention(nn.Module):
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = nn.Linear(width, width)
-        self.lora: nn.Module | None = None  # a change of in_proj_weight, see models/lora.py
+        self.lora: nn.Module | None = None  # the change of in_proj_weight, see models/lora.py
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """`[t, w]` -> `[t, w]`: the attention output of every token."""
-        # No mask: sequences of different lengths are causal here, so a token never attends to the
-        # zeros after the end of its sequence.
+        # No mask: sequences of different lengths are causal here, so that no token attends to the
+        # zeros after the end.
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         if self.lora is not None:
             qkv = qkv + self.lora(x)
@@ -121,16 +127,13 @@ class ResidualAttentionBlock(nn.Module):
 
 
 class BlockStack(nn.Module):
-    """A stack of `blocks`. Its output is the pooled token of each sequence, so the last block
-    computes the other tokens' keys and values only, not their outputs.
+    """A stack of `blocks`. The output is that of the pooled token of each sequence, so that the
+    last block computes only keys and values of the other tokens.
 
-    In mixed precision the residual stream has the type in which products are computed, which is
-    less to keep for the backward pass and to move; without one it is float32, so that scores are
-    closer to those of float32."""
+    In mixed-precision training the residual stream has the low-precision type, to save memory; in
+    evaluation it is float32, for scores closer to those of float32."""
 
-    # Gradient checkpointing (Chen et al. 2016): keep only the input of a block, and compute the
-    # block again during the backward pass.
-    grad_checkpointing = False
+    grad_checkpointing = False  # recompute blocks in the backward pass (Chen et al. 2016)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """`[t, w]` -> `[n, w]`: the output of the pooled tokens."""
@@ -163,8 +166,8 @@ class Transformer(BlockStack):
         return self.resblocks
 
     def initialize(self) -> None:
-        """Draw random weights as for GPT-2 (Radford et al. 2019, section 2.3): layers whose output
-        is added to the residual stream start smaller, the more blocks there are."""
+        """Draw random weights as for GPT-2 (Radford et al. 2019, section 2.3): layers that add to
+        the residual stream start smaller with more blocks."""
         width = self.resblocks[0].ln_1.normalized_shape[0]
         residual_std = width**-0.5 * (2 * len(self.resblocks)) ** -0.5
         for block in self.resblocks:

@@ -1,10 +1,11 @@
 """The tokenizer of Chinese-CLIP: text to the ids of BERT's word pieces (Devlin et al. 2019).
 
-A Chinese character is a word of its own. Any other word is taken apart into the longest pieces that
-the vocabulary has, from its start on (Wu et al. 2016, section 4.1).
+Each Chinese character is a word. Other words are split, from their start, into the longest pieces
+in the vocabulary (Wu et al. 2016, section 4.1).
 """
 
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordPiece
@@ -19,10 +20,9 @@ LONGEST_WORD = 200  # characters; a longer word is unknown
 class WordPieceTokenizer:
     """Text to token ids, with the 21,128 tokens of BERT's Chinese vocabulary.
 
-    Text is cleaned of control characters and accents and put into lower case, and “ and ”, which
-    the vocabulary lacks, become ", as in the data on which Chinese-CLIP was trained. Special tokens
-    are never made from text: a caption's `[SEP]` becomes tokens for its brackets and letters, as in
-    Chinese-CLIP's own tokenizer (transformers' takes it for the end of the text).
+    Text loses control characters and accents and is put into lower case; “ and ”, which the
+    vocabulary lacks, become ", as in Chinese-CLIP's training data. Text never becomes a special
+    token: a caption's `[SEP]` becomes tokens for its brackets and letters, as in cn_clip.
     """
 
     def __init__(self, vocabulary_file: Path = VOCABULARY_FILE):
@@ -42,7 +42,14 @@ class WordPieceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The token ids of `text`, without start-of-text and end-of-text token."""
-        # Half a surrogate pair, which JSON can hold, is no text to the library.
+        # The library refuses lone surrogates, which JSON can hold.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         text = text.translate(CURLY_QUOTES)
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def transformers_files(self, context_length: int) -> dict[str, Any]:
+        settings = {"tokenizer_class": "BertTokenizer", "model_max_length": context_length}
+        return {
+            "vocab.txt": "".join(f"{token}\n" for token in self.decoder),
+            "tokenizer_config.json": settings,
+        }

@@ -30,7 +30,7 @@ from models.progress_bar import progress_bar
 from models.scripts import ArgumentParser, writable_file
 from models.tokens import first_alike
 from utils.data.labelled_images import LabelledImages, find_labelled_images
-from utils.data.templates import TEMPLATE_SETS, default_templates, read_templates
+from utils.data.templates import TEMPLATE_SETS, read_templates
 from utils.data.torchvision_sets import TORCHVISION_SETS
 from utils.machine.memory import explained
 from utils.machine.precision import Precision
@@ -323,7 +323,7 @@ def main() -> None:
         print(f"warning: several classes are called {one_line(repeated[0])}; images are only ever "
               "taken for the first of them")  # fmt: skip
 
-    templates = templates or default_templates(model.config.has_bert)
+    templates = templates or TEMPLATE_SETS[model.text_tower.templates]
     precision = Precision(model.device, args.use_amp)
     images = LabelledImages(source, preprocess)
     with precision.autocast():

@@ -1,4 +1,4 @@
-"""The architecture of a model, inferred from the shapes of its weights; other resolutions."""
+"""The architecture of a model from the shapes of its weights; checks of weights; resolutions."""
 
 import math
 
@@ -11,7 +11,7 @@ from models.errors import InputError, listed
 
 HEAD_WIDTH = 64  # of the attention heads in most published models
 HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}  # in open_clip's ViT-H, g, bigG and e
-TOWERS = {  # how names of weights start that only this tower has, also where it was saved alone
+TOWERS = {  # prefixes of names that only this tower has, also when saved alone
     "image": ("visual.", "class_embedding", "attnpool."),
     "text": ("token_embedding.", "ln_final.", "bert."),
 }
@@ -22,9 +22,9 @@ def infer_config(state_dict: dict[str, Tensor]) -> Config:
     """The description of a model that these weights fit. What their shapes do not tell is as in the
     published models. Raises `InputError` if they are not the weights of a CLIP model."""
     has_bert = any(key.startswith("bert.") for key in state_dict)
+    is_resnet = any(key.startswith("visual.layer1.") for key in state_dict)
     try:
-        text_tower = (_bert if has_bert else _clip_text_tower)(state_dict)
-        is_resnet = any(key.startswith("visual.layer1.") for key in state_dict)
+        text_tower = (_bert if has_bert else _clip_text)(state_dict)
         if is_resnet:
             positions = state_dict["visual.attnpool.positional_embedding"].shape[0] - 1
             vision_layers = tuple(
@@ -42,32 +42,30 @@ def infer_config(state_dict: dict[str, Tensor]) -> Config:
             vision_width=vision_width,
             vision_patch_size=patch_size,
             vision_mlp_width=None if is_resnet else _mlp_width(state_dict, "visual.transformer"),
-            vision_head_width=HEAD_WIDTH if is_resnet else _head_width(vision_width),
+            vision_head_width=HEAD_WIDTHS.get(0 if is_resnet else vision_width, HEAD_WIDTH),
             **text_tower,
         )
+        heads = {"transformer_width": HEAD_WIDTH}
+        heads |= {} if is_resnet else {"vision_width": config.vision_head_width}
+        for name, head_width in heads.items():
+            if getattr(config, name) % head_width:
+                raise InputError(
+                    f"its {name} {getattr(config, name)} is no multiple of {head_width}, the width "
+                    "of an attention head in weights without a description"
+                )
+        if math.isqrt(positions) ** 2 != positions:
+            raise InputError(f"the {positions} positions in an image do not form a square")
+        check_config(config)
     except KeyError as error:
         raise InputError(_not_clip(f"{error} is missing", state_dict)) from None
-    except (IndexError, ValueError):
-        raise InputError(_not_clip("its shapes are different", state_dict)) from None
-    heads = {"transformer_width": HEAD_WIDTH, "vision_width": config.vision_head_width}
-    for name, head_width in heads.items():
-        if getattr(config, name) % head_width and not (is_resnet and name == "vision_width"):
-            reason = (
-                f"its {name} {getattr(config, name)} is no multiple of {head_width}, the width of "
-                "an attention head where no description lies beside it"
-            )
-            raise InputError(_not_clip(reason, state_dict))
-    if math.isqrt(positions) ** 2 != positions:
-        reason = f"the {positions} positions in an image do not form a square"
-        raise InputError(_not_clip(reason, state_dict))
-    try:
-        check_config(config)
     except InputError as error:
         raise InputError(_not_clip(str(error), state_dict)) from None
+    except (IndexError, ValueError):
+        raise InputError(_not_clip("its shapes are different", state_dict)) from None
     return config
 
 
-def _clip_text_tower(state_dict: dict[str, Tensor]) -> dict[str, int]:
+def _clip_text(state_dict: dict[str, Tensor]) -> dict[str, int]:
     """The fields of `Config` on CLIP's own text tower."""
     width = state_dict["ln_final.weight"].shape[0]
     return {
@@ -81,7 +79,7 @@ def _clip_text_tower(state_dict: dict[str, Tensor]) -> dict[str, int]:
 
 
 def _bert(state_dict: dict[str, Tensor]) -> dict[str, int | str]:
-    """The fields of `Config` on the text tower of a Chinese-CLIP, and what goes with it."""
+    """The fields of `Config` on BERT, and the resizing of Chinese-CLIP."""
     vocabulary, width = state_dict["bert.embeddings.word_embeddings.weight"].shape
     positions = state_dict["bert.embeddings.position_embeddings.weight"].shape[0]
     return {
@@ -98,7 +96,7 @@ def _bert(state_dict: dict[str, Tensor]) -> dict[str, int | str]:
 
 
 def _not_clip(reason: str, state_dict: dict[str, Tensor]) -> str:
-    """The message for weights that no CLIP model has."""
+    """The message for weights of another model."""
     towers = [
         tower for tower, names in TOWERS.items() if any(key.startswith(names) for key in state_dict)
     ]
@@ -119,11 +117,6 @@ def _mlp_width(state_dict: dict[str, Tensor], tower: str) -> int:
     return len(next(biases, ()))
 
 
-def _head_width(vision_width: int) -> int:
-    """The width of a ViT's attention heads in the published model of this width."""
-    return HEAD_WIDTHS.get(vision_width, HEAD_WIDTH)
-
-
 def count_blocks(state_dict: dict[str, Tensor], prefix: str) -> int:
     """The number of blocks of a stack, whose keys are `prefix.0...`, `prefix.1...` and so on."""
     depth = prefix.count(".") + 1
@@ -131,9 +124,9 @@ def count_blocks(state_dict: dict[str, Tensor], prefix: str) -> int:
 
 
 def check_resolution(config: Config, input_shape: int) -> int:
-    """Return the stride of the image tower: how many pixels there are from one position of its
-    positional embedding to the next. Raise `InputError` if the resolution `input_shape`, in pixels,
-    is not a multiple of it, or more than `MAX_RESOLUTION`."""
+    """The stride of the image tower: pixels from one position of its positional embedding to the
+    next. Raises `InputError` if the resolution `input_shape`, in pixels, is no multiple of it, or
+    more than `MAX_RESOLUTION`."""
     stride = config.vision_patch_size or RESNET_STRIDE
     if input_shape > MAX_RESOLUTION:
         raise InputError(f"--input_shape {input_shape} is more than {MAX_RESOLUTION:,} pixels")
@@ -152,8 +145,8 @@ def resize_positional_embedding(
     """The weights for images of `input_shape` by `input_shape` pixels.
 
     The positional embedding of the image tower, `[1 + positions, c]`, is interpolated (bicubic) on
-    the square of its positions (Dosovitskiy et al. 2021, section 3.2). Its first row, which stands
-    for the whole image, is kept. Raises `InputError` as `check_resolution` does.
+    the square of its positions (Dosovitskiy et al. 2021, section 3.2). Its first row, for the class
+    token or the mean, is kept. Raises `InputError` as `check_resolution` does.
     """
     stride = check_resolution(config, input_shape)
     key = "visual.positional_embedding" if config.is_vit else "visual.attnpool.positional_embedding"
@@ -166,8 +159,8 @@ def resize_positional_embedding(
 
 def check_keys(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Raise one `InputError` that lists the keys that are missing, unknown, or of another shape or
-    type than `expected`. A missing `num_batches_tracked` is added to `weights` as zero; a tensor
-    `[1]`, as which some programs save `logit_scale`, becomes a number."""
+    type than `expected`. Adds a missing `num_batches_tracked` to `weights` as zero, and makes a
+    tensor `[1]` a number where one is expected, as some programs save `logit_scale`."""
     for key in expected.keys() - weights.keys():
         if key.endswith("num_batches_tracked"):  # has no effect; some files leave it out
             weights[key] = torch.zeros((), dtype=torch.long)
@@ -201,8 +194,7 @@ def check_finite(weights: dict[str, Tensor]) -> None:
     not_finite = [
         key
         for key, tensor in weights.items()
-        # The sum comes first, because it needs no memory. If it is finite, all numbers are; if not,
-        # it may be that finite numbers were too large to add up.
+        # The sum needs no memory. If it is finite, all numbers are; else it may have overflowed.
         if tensor.is_floating_point()
         and not tensor.sum().isfinite()
         and not tensor.isfinite().all()

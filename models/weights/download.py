@@ -1,15 +1,14 @@
-"""Downloads that end in a verified file, or in a message that says why not.
+"""Downloads that end in a verified file, or in a message with the reason.
 
-Beside the file `NAME` there may lie `NAME.part`, what has arrived so far, which takes its final
-name once its digest is right; and `NAME.lock`, held by the process that writes the part.
+`NAME.part` beside the file `NAME` holds the bytes so far; the process that writes it holds the lock
+`NAME.lock`.
 """
 
 import hashlib
-import os
 import ssl
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError, URLError
@@ -27,23 +26,28 @@ PASSING = {408, 429, 500, 502, 503, 504}  # HTTP statuses worth another attempt
 
 
 class Unavailable(InputError):
-    """The address does not give the file: nothing answers there, or the answer is a refusal."""
+    """The address does not give the file: no server answers, or the server refuses."""
 
 
-def download(url: str, path: str | os.PathLike, digest: str) -> Path:
-    """The file at `path`, downloaded from `url` unless it is there: a download gets its final name
-    once its digest is right, and is not read through again.
+def download(url: str, path: Path, digest: str) -> Path:
+    """The file at `path`, downloaded from `url` unless it exists.
 
-    `digest`: 32 hexadecimal digits are an MD5, 64 a SHA-256. Raises `Unavailable` if the address
-    does not give the file, and another `InputError` if it cannot be saved, or is another one.
+    `digest` is an MD5 (32 hexadecimal digits) or a SHA-256 (64); a download gets its final name
+    once its digest is right. Raises `Unavailable` if the address does not give the file, and
+    another `InputError` if the file cannot be saved or has another digest.
     """
     path = Path(path)
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _lock(path):
-                if not path.exists():  # another process may have brought it meanwhile
-                    return _fetch(url, path, digest)
+            try:
+                waiting = f"{path.name}: waiting for another process to download it"
+                held = lock(path.with_name(f"{path.name}.lock"), waiting)
+            except (OSError, NotImplementedError):  # a file system without locks
+                held = nullcontext()
+            with held:
+                if not path.exists():  # another process may have downloaded it meanwhile
+                    _fetch(url, path, digest)
     except OSError as error:
         raise InputError(
             f"{path}: cannot be saved or read: {error}; make room, or choose another folder "
@@ -52,42 +56,47 @@ def download(url: str, path: str | os.PathLike, digest: str) -> Path:
     return path
 
 
-def _fetch(url: str, path: Path, digest: str) -> Path:
-    """Download to the part, check it, and give it its final name."""
+def _fetch(url: str, path: Path, digest: str) -> None:
+    """Download to the part, check its digest, and give it its final name."""
     part = path.with_name(f"{path.name}.part")
-    continued = part.exists()
+    is_continued = part.exists()
     _receive_all(url, path, part)
-    if _hash(part, digest) == digest:
-        return part.replace(path)
+    found = hashlib.new("md5" if len(digest) == 32 else "sha256", usedforsecurity=False)
+    with part.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            found.update(chunk)
+    if found.hexdigest() == digest:
+        part.replace(path)
+        return
     received = describe(part)
     part.unlink()
-    if continued:  # what an earlier run left may be at fault
-        return _fetch(url, path, digest)
+    if is_continued:  # the part of an earlier run may be at fault
+        _fetch(url, path, digest)
+        return
     reason = f"the wrong digest: {received} came, and was deleted"
     raise InputError(_advice(url, path, reason, "try again later"))
 
 
 def _receive_all(url: str, path: Path, part: Path) -> None:
     """Bring the part to the length that the server promises, in several attempts if need be."""
-    most, failures, is_connected = _size(part), 0, False
+    most, failures = _size(part), 0
     while True:
         try:
             return _receive(url, path, part)
         except HTTPError as error:
             error.close()
-            reason = one_line(error)  # the server's words
+            reason = one_line(error)
             if error.code == 416 and _size(part):
-                return None  # it has nothing beyond
+                return None  # there are no more bytes
             if error.code not in PASSING:
                 raise Unavailable(_advice(url, path, reason, "look whether it moved")) from error
         except URLError as error:
             reason = one_line(error.reason)
-            if not (is_connected or isinstance(error.reason, TimeoutError)):
+            if not isinstance(error.reason, TimeoutError):
                 failures = ATTEMPTS  # this machine is most likely offline
         except (HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
             reason = one_line(error)
-        is_connected = is_connected or failures < ATTEMPTS
-        failures = failures + 1 if _size(part) <= most else 1
+        failures = 1 if _size(part) > most else failures + 1
         most = max(most, _size(part))
         if failures >= ATTEMPTS:
             raise Unavailable(_advice(url, path, reason, "try again later"))
@@ -96,7 +105,7 @@ def _receive_all(url: str, path: Path, part: Path) -> None:
 
 
 def _receive(url: str, path: Path, part: Path) -> None:
-    """Append to the part what it lacks; start it over where the server cannot continue it."""
+    """Append the missing bytes to the part; start anew if the server cannot continue."""
     offset = _size(part)
     request = Request(url, headers={"Range": f"bytes={offset}-"} if offset else {})
     with (
@@ -109,31 +118,10 @@ def _receive(url: str, path: Path, part: Path) -> None:
         while chunk := response.read(CHUNK):
             file.write(chunk)
             bar.update(len(chunk))
-        arrived = file.tell()
-        if bar.total is not None and arrived < bar.total:
-            raise ConnectionError(f"the connection broke off at {arrived:,} of {bar.total:,} bytes")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _lock(path: Path) -> AbstractContextManager:
-    """The lock on the download to `path`, once no other process holds it."""
-    waiting = f"{path.name}: waiting for another process to download it"
-    try:
-        return lock(path.with_name(f"{path.name}.lock"), waiting)
-    except (OSError, NotImplementedError):
-        # A file system without locks: two processes at once end in a wrong digest. A folder that
-        # cannot be written to shows when the part is.
-        return nullcontext()
-
-
-def _hash(path: Path, like: str) -> str:
-    """The file's digest, by the algorithm that the digest `like` is of."""
-    with path.open("rb") as file:
-        digest = hashlib.new("md5" if len(like) == 32 else "sha256", usedforsecurity=False)
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        if bar.total is not None and file.tell() < bar.total:
+            raise ConnectionError(
+                f"the connection broke off at {file.tell():,} of {bar.total:,} bytes"
+            )
 
 
 def _advice(url: str, path: Path, reason: str, remedy: str) -> str:

@@ -1,42 +1,32 @@
-"""Weights on the Hugging Face hub, by a name of open_clip's or by the name of a repository.
+"""Weights on the Hugging Face hub, by open_clip's name or by the name of a repository.
 
-The library huggingface_hub downloads them to its cache, and what is there is used without asking
-the hub again. HF_HOME moves the cache, HF_ENDPOINT names a mirror, HF_HUB_OFFLINE=1 forbids any
-download. The library is imported when such a name is used, not before: it brings a web client.
+The library huggingface_hub downloads them to its cache; cached files are used without asking the
+hub. The library, with its web client, is imported late.
 """
 
 import csv
-import json
 import re
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from models.config import Config
 from models.errors import InputError, near_names, one_line
-from models.files import read_bytes
-from models.weights import chinese_clip, open_clip, transformers
+from models.files import read_json
+from models.weights import open_clip, transformers
 from models.weights.download import Unavailable, download
+from models.weights.formats import FORMATS
 from models.weights.registry import CONFIGS, SHA256, weights_url
-from models.weights.sources import TRANSFORMERS_WEIGHTS
 
 PREFIX = "hf-hub:"  # as open_clip and timm have it
 REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", re.ASCII)
-FILE_TYPES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")  # which a file has, no repository
-MODEL_TYPES = ("clip", "chinese_clip")  # of transformers, with an image and a text tower
-PREPROCESSORS = (transformers.PREPROCESSOR_FILE, "processor_config.json")  # of transformers 5
-OF_OPEN_CLIP = "{} and {} (or {})".format(open_clip.CONFIG_FILE, *open_clip.WEIGHTS_FILES)
-OF_TRANSFORMERS = "{}, {} and {} (or {})".format(
-    transformers.CONFIG_FILE, transformers.PREPROCESSOR_FILE, *TRANSFORMERS_WEIGHTS
-)
+FILE_TYPES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")  # endings that no repository has
 
 
 class HubWeights(NamedTuple):
-    """A row of hub_names.tsv: weights of open_clip's list for which we have a model, and those of
-    Chinese-CLIP."""
+    """A row of hub_names.tsv: weights of open_clip's list, or of Chinese-CLIP."""
 
-    name: str  # open_clip's for the architecture, and its for the weights; or the repository
+    name: str  # open_clip's names of the architecture and of the weights; or the repository
     repository: str
     trained_on: str
     million_parameters: float
@@ -59,9 +49,8 @@ ARCHITECTURES = {name.partition("/")[0].lower() for name in (*CONFIGS, *OPEN_CLI
 
 
 def repository_of(name: str) -> str | None:
-    """The repository, `owner/name` or `owner/name@revision`, that `name` stands for. None if it
-    stands for none, but looks like a mistyped path or a mistyped name of this program's: a
-    repository of such a name is written with the prefix `hf-hub:`."""
+    """The repository, `owner/name` or `owner/name@revision`, of a name. None for what looks like a
+    path or a mistyped name of weights; the prefix `hf-hub:` makes it a repository."""
     if name in HUB:
         return HUB[name].repository
     repository = name.removeprefix(PREFIX)
@@ -79,108 +68,75 @@ def published_copy(name: str) -> HubWeights:
 
 
 def fetch(name: str) -> Path:
-    """The folder of the weights that `name` stands for, and their description; downloaded if need
-    be. Raises `InputError` if they cannot be had, or are not a CLIP's."""
+    """The folder of the weights `name` and their description, downloaded if need be. Raises
+    `InputError` if they are not available, or not those of a CLIP model."""
     try:
-        folder = _Repository(repository_of(name)).complete()
-        config = _open_clip_config(folder)
+        return Repository(repository_of(name)).complete()
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
-    activation = HUB[name].activation if name in HUB else None
-    if config and activation and config.activation != activation:
-        print(f"warning: {name}: its description says {config.activation}, which is followed; "
-              f"open_clip's list says {activation}", file=sys.stderr)  # fmt: skip
-    return folder
 
 
 def fetch_published(name: str, path: Path) -> Path:
-    """Weights that OpenAI published: the file at `path`, downloaded if need be; or, if its address
-    does not give it, the folder of the copy on the hub. Raises `InputError` if neither can be had.
-    """
+    """Weights that OpenAI published: the file at `path`, downloaded if need be; or the folder of
+    their copy on the hub. Raises `InputError` if neither is available."""
     copy = published_copy(name)
     folder = None if path.exists() else cached(copy.repository)
     if folder is None:
         try:
             return download(weights_url(name), path, SHA256[name])
         except Unavailable as unavailable:
-            print(f"{path.name}: its copy {copy.repository} on the Hugging Face hub is taken: it "
-                  f"cannot be had from {weights_url(name)}", file=sys.stderr)  # fmt: skip
+            print(f"{path.name}: not available from {weights_url(name)}; using its copy "
+                  f"{copy.repository} on the Hugging Face hub", file=sys.stderr)  # fmt: skip
             try:
                 folder = fetch(copy.name)
             except InputError as error:
-                raise InputError(f"{unavailable}\nNor can its copy be had:\n{error}") from None
-    if _open_clip_config(folder) != CONFIGS[name]:
+                raise InputError(f"{unavailable}\nNor is its copy available:\n{error}") from None
+    if open_clip.description(folder) != CONFIGS[name]:
         raise InputError(f"{folder}: should be a copy of {name}, but describes another model; "
                          f"delete it, and save {weights_url(name)} as {path}")  # fmt: skip
     return folder
 
 
 def cached(repository: str) -> Path | None:
-    """The folder of weights that have been downloaded already; None if they have not."""
+    """The folder of weights in the cache; None if they are not complete there."""
     with suppress(InputError):
-        return _Repository(repository, asks=False).complete()
+        return Repository(repository, asks=False).complete()
     return None
 
 
-def _open_clip_config(folder: Path) -> Config | None:
-    file = folder / open_clip.CONFIG_FILE
-    return open_clip.from_open_clip(_content(file)) if file.exists() else None
-
-
-def _content(file: Path) -> dict[str, Any]:
-    """What a JSON file says; nothing if it is broken, as `read_weights` will tell."""
-    content = None
-    with suppress(ValueError, RecursionError):
-        content = json.loads(read_bytes(file))
-    return content if isinstance(content, dict) else {}
-
-
-class _Repository:
-    """The files of a repository: those in the cache, and unless `asks` is false, of the hub."""
+class Repository:
+    """The files of a repository in the cache and, unless `asks` is false, on the hub."""
 
     def __init__(self, repository: str, asks: bool = True):
         self.name, _, revision = repository.partition("@")
         self.revision = revision or "main"
-        self.is_told = False  # that the hub is asked
-        self.no_answer = None if asks else "not asked"  # why the hub is not asked any more
-        self.unknown: set[str] = set()  # files that the cache lacks, and the hub perhaps has
+        self.is_announced = False  # whether a line says that the hub is asked
+        self.no_answer = None if asks else "not asked"  # why the hub is no longer asked
+        self.unknown: set[str] = set()  # files that the cache lacks and the hub may have
 
     def complete(self) -> Path:
-        """The folder of the repository in the cache, with all in it that `read_weights` needs.
-        Where there are weights in the formats of open_clip and of transformers, as in many
-        repositories, it is open_clip's. Raises `InputError` if there are neither."""
-        if self.name == chinese_clip.RESNET[0] and (found := self.get(chinese_clip.RESNET[1])):
-            return found.parent
-        found = self.get(open_clip.CONFIG_FILE)
-        if found:
-            _open_clip_config(found.parent)  # other models are refused before a large download
-            if self.has_weights(open_clip.WEIGHTS_FILES):
-                return found.parent
-        found = self.get(transformers.CONFIG_FILE)
-        model_type = _content(found).get("model_type") if found else None
-        if model_type in MODEL_TYPES:
-            # A model whose preprocessing is unknown must not be taken for one without any.
-            is_prepared = any([self.get(file) for file in PREPROCESSORS])
-            is_known = is_prepared or not self.unknown.intersection(PREPROCESSORS)
-            if is_known and self.has_weights(TRANSFORMERS_WEIGHTS):
-                return found.parent
-        raise InputError(self.refusal(model_type))
+        """The folder of the repository in the cache, with all that `read_weights` reads of it, in
+        the first of `FORMATS` that the repository has. Raises `InputError` if it has none."""
+        for each in FORMATS.values():
+            if folder := each.fetch(self):
+                return folder
+        raise InputError(self.refusal())
 
     def has_weights(self, names: tuple[str, ...]) -> bool:
-        """Whether the first file there is of these `names` is in the cache now, whole or, as its
-        index lists them, in several files."""
+        """Whether the first of the files `names` that exists is in the cache now, whole or in the
+        files that its index lists."""
         for name in names:
             if self.get(name):
                 return True
             if index := self.get(f"{name}.index.json"):
-                table = _content(index).get("weight_map")
+                table = read_json(index).get("weight_map")
                 files = set(map(str, table.values())) if isinstance(table, dict) else set()
                 return all([self.get(file) for file in files if Path(file).name == file])
         return False
 
     def get(self, file: str) -> Path | None:
-        """A file in the cache; None if the repository has none of that name, or if that is unknown.
-        Once a file is found, all others are taken from the same commit."""
+        """A file in the cache; None if the repository lacks it, or if that is unknown. After the
+        first, all files are of the same commit."""
         from huggingface_hub import try_to_load_from_cache
 
         path = try_to_load_from_cache(self.name, file, revision=self.revision)
@@ -188,27 +144,26 @@ class _Repository:
             path = self.download(file)
         elif path is None:
             self.unknown.add(file)
-        if not isinstance(path, str):  # a mark of the library's: the repository has no such file
+        if not isinstance(path, str):  # the library's mark that the repository has no such file
             return None
         self.revision = Path(path).parent.name
         return Path(path)
 
     def download(self, file: str) -> str | None:
-        """The path of a file in the cache, downloaded from the hub."""
+        """The path of a file, downloaded to the cache; None if the hub does not give it."""
         from huggingface_hub import constants, errors, hf_hub_download
         from huggingface_hub.utils import logging
 
         logging.set_verbosity_error()  # else it prints every attempt
         address = f"{constants.ENDPOINT}/{self.name}"
-        if not (self.is_told or constants.HF_HUB_OFFLINE):
+        if not (self.is_announced or constants.HF_HUB_OFFLINE):
             print(f"asking {address}, for a minute if it does not answer", file=sys.stderr)
-            self.is_told = True
+            self.is_announced = True
         try:
             return hf_hub_download(self.name, file, revision=self.revision)
         except errors.GatedRepoError:
             raise InputError(
-                f"its owner gives it to those who agree to the terms on {address}: do so, then log "
-                "in here (hf auth login, or HF_TOKEN)"
+                f"agree to the terms on {address}, then log in here (hf auth login, or HF_TOKEN)"
             ) from None
         except errors.RepositoryNotFoundError:
             near = near_names(self.name, {row.repository for row in HUB.values()})
@@ -223,12 +178,9 @@ class _Repository:
             self.unknown.add(file)
         except errors.EntryNotFoundError:
             pass
-        except Exception as error:  # of requests, httpx or httpx2, as the version has it
-            if (
-                isinstance(error, OSError)
-                and error.errno
-                and not isinstance(error, ConnectionError)
-            ):
+        except Exception as error:  # of requests or httpx
+            is_disk = isinstance(error, OSError) and not isinstance(error, ConnectionError)
+            if is_disk and error.errno:
                 raise InputError(
                     f"{file} cannot be saved in {constants.HF_HUB_CACHE} ({error.strerror}); make "
                     "room, or choose another folder with HF_HOME"
@@ -239,7 +191,7 @@ class _Repository:
             ) from None
         return None
 
-    def refusal(self, model_type: object) -> str:
+    def refusal(self) -> str:
         """Why there are no weights."""
         from huggingface_hub import constants
 
@@ -254,21 +206,21 @@ class _Repository:
                 f"{way}, or {self.by_hand()}{near}\n"
                 f"(not whole in the cache {constants.HF_HUB_CACHE})"
             )
-        reason = f"is for a model of type {one_line(model_type)!r}; it" if model_type else "has"
+        found = self.get(transformers.CONFIG_FILE)
+        model_type = read_json(found).get("model_type") if found else None
+        reason = f"is for a model of type {one_line(model_type)!r}; it " if model_type else ""
+        files = " nor ".join(each.hub_files for each in FORMATS.values() if each.hub_files)
         return (
-            f"{constants.ENDPOINT}/{self.name} {reason} has no weights of a CLIP with a "
-            f"description: neither {OF_OPEN_CLIP} nor {OF_TRANSFORMERS}; if there are some in a "
-            "file of another name, download that and give the file"
+            f"{constants.ENDPOINT}/{self.name} {reason}has no weights of a CLIP with a "
+            f"description: neither {files}; if there are some in a file of another name, download "
+            "that and give the file"
         )
 
     def by_hand(self) -> str:
         from huggingface_hub import constants
 
-        names = {row.repository for row in OPEN_CLIP.values()}
-        files = OF_OPEN_CLIP if self.name in names else f"{OF_OPEN_CLIP}, or {OF_TRANSFORMERS},"
-        if self.name == chinese_clip.RESNET[0]:
-            files = chinese_clip.RESNET[1]
+        files = ", or ".join(each.hub_files for each in FORMATS.values() if each.hub_files)
         return (
-            f"get {files} by other means, put them into one folder and give that folder\n"
+            f"get {files}, by other means, put them into one folder and give that folder\n"
             f"from {constants.ENDPOINT}/{self.name}/tree/{self.revision}"
         )

@@ -1,50 +1,77 @@
-"""open_clip's description of a model, open_clip_config.json, and ours. The keys are the same.
+"""Folders of open_clip. Its keys are ours; open_clip_config.json describes the model.
 
-For a model with BERT, which open_clip has not in this form, the description has two fields of our
-own in `text_cfg`: `tower` and `positions`.
+For a model with BERT, which open_clip lacks in this form, `text_cfg` has two fields of our own:
+`tower` and `positions`.
 """
 
 import math
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import torch
+
+from models.clip import CLIP
 from models.config import MAX_SIZE, VOCABULARY, Config, check_config, description_of
-from models.errors import InputError, quoted
+from models.errors import InputError, naming, quoted
+from models.files import read_json
+from models.weights.format import Format, Weights, save_safetensors, write_json
+
+if TYPE_CHECKING:
+    from models.weights.hub import Repository
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
-# Fields that a model of ours can have, with the values that open_clip gives them if they are left
-# out. Any other field has to have a value that means "not used".
-VISION = {
-    "image_size": 224,
-    "layers": 12,
-    "width": 768,
-    "head_width": 64,
-    "mlp_ratio": 4.0,
-    "patch_size": 16,
-}
-TEXT = {
-    "context_length": 77,
-    "vocab_size": VOCABULARY,
-    "width": 512,
-    "heads": 8,
-    "layers": 12,
-    "mlp_ratio": 4.0,
-    "tower": "clip",
-    "positions": None,
-}
-# Fields that change nothing about a model that is loaded, or that say what ours does anyway.
-NEUTRAL = {
-    "patch_dropout": None,
-    "output_tokens": None,
-    "pool_type": ("tok", "argmax"),
-    "pos_embed_type": ("learnable",),
-    "proj_type": ("linear",),
-    "block_type": ("default",),
-    "pad_id": None,
-    "eos_id": None,
-}
+# Fields that our models have, with open_clip's defaults. Any other field must have a value of
+# `UNUSED` or `NEUTRAL`.
+VISION = {"image_size": 224, "layers": 12, "width": 768, "head_width": 64, "mlp_ratio": 4.0,
+          "patch_size": 16}  # fmt: skip
+TEXT = {"context_length": 77, "vocab_size": VOCABULARY, "width": 512, "heads": 8, "layers": 12,
+        "mlp_ratio": 4.0, "tower": "clip", "positions": None}  # fmt: skip
+LONG_CLIP_KEPT = 20  # positions that Long-CLIP (Zhang et al. 2024, section 3.1) keeps as they were
+# Fields that change nothing about a loaded model, or that say what ours does anyway.
+NEUTRAL = {"patch_dropout": None, "output_tokens": None, "pool_type": ("tok", "argmax"),
+           "pos_embed_type": ("learnable",), "proj_type": ("linear",), "block_type": ("default",),
+           "pad_id": None, "eos_id": None}  # fmt: skip
 UNUSED = (None, False, {}, "")
+
+
+def to_ours(weights: Weights) -> Weights:
+    """The weights; of Long-CLIP's two positional embeddings of texts, the first for the positions
+    that it keeps and the second for the others, as one."""
+    others = weights.get("positional_embedding_res")
+    if others is None or "positional_embedding" not in weights:
+        return weights
+    weights = {key: t for key, t in weights.items() if key != "positional_embedding_res"}
+    kept = weights["positional_embedding"][:LONG_CLIP_KEPT]
+    return weights | {"positional_embedding": torch.cat([kept, others[LONG_CLIP_KEPT:]])}
+
+
+def description(folder: Path, weights: Weights | None = None) -> Config | None:
+    """The description in a folder; None if there is none."""
+    content = read_json(folder / CONFIG_FILE)
+    if content is None:
+        return None
+    with naming(CONFIG_FILE):
+        return from_open_clip(content)
+
+
+def fetch(repository: "Repository") -> Path | None:
+    """The folder of a repository with a description and weights."""
+    if found := repository.get(CONFIG_FILE):
+        description(found.parent)  # other models are refused before a large download
+        if repository.has_weights(WEIGHTS_FILES):
+            return found.parent
+    return None
+
+
+def write(model: CLIP, folder: Path, dtype: torch.dtype) -> None:
+    """What `open_clip.create_model_and_transforms("local-dir:FOLDER")` opens."""
+    if model.config.text_tower != "clip":
+        raise InputError("open_clip has no Chinese-CLIP; take --format transformers or cn_clip")
+    folder.mkdir()
+    write_json(folder / CONFIG_FILE, to_open_clip(model.config))
+    save_safetensors(model.state_dict(), folder / WEIGHTS_FILES[0], dtype)
 
 
 def from_open_clip(content: dict[str, Any]) -> Config:
@@ -94,36 +121,32 @@ def to_open_clip(config: Config) -> dict[str, Any]:
     }
     if config.is_vit:
         vision["mlp_ratio"] = _ratio(config.vision_mlp_width, config.vision_width)
-    own = {"tower": config.text_tower, "positions": config.text_positions}
-    return {
-        "model_cfg": {
-            "embed_dim": config.embed_dim,
-            "quick_gelu": config.activation == "quick_gelu",
-            "vision_cfg": vision,
-            "text_cfg": {
-                "context_length": config.context_length,
-                "vocab_size": config.vocab_size,
-                "width": config.transformer_width,
-                "heads": config.transformer_heads,
-                "layers": config.transformer_layers,
-                "mlp_ratio": _ratio(config.transformer_mlp_width, config.transformer_width),
-                **(own if config.has_bert else {}),
-            },
-        },
-        "preprocess_cfg": {
-            "mean": list(config.mean),
-            "std": list(config.std),
-            "interpolation": config.interpolation,
-            "resize_mode": config.resize_mode,
-        },
+    text = {
+        "context_length": config.context_length,
+        "vocab_size": config.vocab_size,
+        "width": config.transformer_width,
+        "heads": config.transformer_heads,
+        "layers": config.transformer_layers,
+        "mlp_ratio": _ratio(config.transformer_mlp_width, config.transformer_width),
     }
+    if config.text_tower != "clip":
+        text |= {"tower": config.text_tower, "positions": config.text_positions}
+    quick_gelu = config.activation == "quick_gelu"
+    return {
+        "model_cfg": {"embed_dim": config.embed_dim, "quick_gelu": quick_gelu,
+                      "vision_cfg": vision, "text_cfg": text},
+        "preprocess_cfg": {"mean": list(config.mean), "std": list(config.std),
+                           "interpolation": config.interpolation,
+                           "resize_mode": config.resize_mode},
+    }  # fmt: skip
 
 
 def _tower(model: dict[str, Any], name: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of one tower. Raises `InputError` for any field that our tower has not."""
+    """The fields of one tower. Raises `InputError` for a field that no tower of ours has."""
     tower = model[name]
     for field, value in tower.items():
-        if field in fields or value in UNUSED or (field in NEUTRAL and _is_neutral(field, value)):
+        neutral = NEUTRAL.get(field, ())  # None: any value
+        if field in fields or value in UNUSED or neutral is None or value in neutral:
             continue
         raise InputError(
             f"its {name} has {quoted(field)}: {quoted(value)}, which no tower here has; take a "
@@ -136,10 +159,6 @@ def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _is_neutral(field: str, value: object) -> bool:
-    return NEUTRAL[field] is None or value in NEUTRAL[field]
-
-
 def _side(image_size: Any) -> Any:
     if not isinstance(image_size, list):
         return image_size
@@ -150,7 +169,7 @@ def _side(image_size: Any) -> Any:
 
 
 def _mlp_width(tower: dict[str, Any]) -> int:
-    """Raises `InputError` for what are no numbers, since Python multiplies texts and lists, too."""
+    """Raises `InputError` for other types than numbers; Python multiplies texts and lists, too."""
     for field in ("width", "mlp_ratio"):
         if not isinstance(tower[field], int | float) or not 0 < tower[field] <= MAX_SIZE:
             raise InputError(f"its {field} would be {quoted(tower[field])}")
@@ -163,3 +182,18 @@ def _ratio(mlp_width: int, width: int) -> float:
     while int(width * ratio) < mlp_width:
         ratio = math.nextafter(ratio, math.inf)
     return ratio
+
+
+FORMAT = Format(
+    "a folder for the library open_clip",
+    """
+    import open_clip
+    open_clip.create_model_and_transforms("local-dir:{0}")
+    """,
+    write,
+    files=WEIGHTS_FILES,
+    to_ours=to_ours,
+    description=description,
+    fetch=fetch,
+    hub_files="{} and {} (or {})".format(CONFIG_FILE, *WEIGHTS_FILES),
+)

@@ -1,6 +1,5 @@
-"""Reading of weights from the kinds of files people have; no code in a file is run."""
+"""Reading of weights from files of torch and safetensors; no code in a file is run."""
 
-import json
 import mmap
 import re
 import struct
@@ -11,16 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from models.errors import InputError, one_line
-from models.files import _names_in_archive, describe
-from models.weights.open_clip import CONFIG_FILE
+from models.files import describe, names_in_archive
+from models.weights import safetensors_file
 from models.weights.unpickle import NOT_RUN, PlainObject, PlainTensor, PlainUnpickler
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file of torch before 1.6
+# Names of weights that every CLIP has: with our keys (open_clip has `text.` before some) and with
+# those of transformers, then the same for a Chinese-CLIP.
+TEXT_MARKS = ("text.ln_final.weight", "ln_final.weight", "text_model.final_layer_norm.weight",
+              "bert.embeddings.word_embeddings.weight",
+              "text_model.embeddings.word_embeddings.weight")  # fmt: skip
+IMAGE_MARKS = ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight")
+# Parts of names that come from parallel, compiled and wrapped modules within a model.
+INSERTED = re.compile(r"(?<=\.)(module|_orig_mod|_forward_module|_\w+_wrapped_module)\.")
+MAX_DEPTH = 8  # of dicts in dicts
+# Buffers: of published archives, and of open_clip's text towers.
+NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -29,32 +37,28 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """The weights in a TorchScript archive as published, or in a state dict (.pt, .pth, .bin,
-    .safetensors), which may be wrapped as `unwrap` describes it; and open_clip's description of
-    their model, if the file holds it: a checkpoint of train.py, or safetensors of convert.py.
+    """The weights in a published TorchScript archive or in a state dict (.pt, .pth, .bin,
+    .safetensors), wrapped or not, see `unwrap`; and open_clip's description of their model if the
+    file has one (a checkpoint of train.py, a .safetensors of convert.py).
 
-    Floats of all but .safetensors come as float32. Raises `InputError` that says what the file is
-    instead; the caller names it.
+    Floats are float32, except from .safetensors. Raises `InputError`, which describes any other
+    file; the caller names the file.
     """
     kind = weights_format(path)
     try:
         if kind == "safetensors":
-            return unwrap(load_file(path)), _in_metadata(path)
+            weights, description = safetensors_file.read(path)
+            return unwrap(weights), description
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         content, records = load_zip(mapped) if kind == "zip" else _load_legacy(mapped)
-        return copied(unwrap(content), records, mapped), own_description(content)
+        own = content.get("config") if _is_checkpoint(content) else None
+        return copied(unwrap(content), records, mapped), own
     except InputError:
         raise
     except Exception as error:  # a damaged file can break its reader in any way
         reason = one_line(error) or type(error).__name__
         raise InputError(f"truncated or damaged ({reason}); download it anew") from None
-
-
-def _in_metadata(path: Path) -> dict[str, Any] | None:
-    with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get(CONFIG_FILE)
-    return json.loads(text) if text else None
 
 
 def load_zip(file: mmap.mmap) -> tuple[Any, dict[str, memoryview]]:
@@ -77,8 +81,8 @@ def load_zip(file: mmap.mmap) -> tuple[Any, dict[str, memoryview]]:
 
 
 def _load_legacy(file: mmap.mmap) -> tuple[Any, dict[str, memoryview]]:
-    """The same for a file of torch before 1.6: pickles of a magic number, a version, facts on the
-    machine, the content and the storages' keys; then each storage's number of items and bytes."""
+    """The same for a file of torch before 1.6: pickles of a magic number, a version, the machine,
+    the content and the storages' keys; then the number of items and the bytes of each storage."""
     pickles = (PlainUnpickler(file) for _ in range(5))
     if next(pickles).load() != LEGACY_MAGIC:
         raise InputError(f"a pickle of another program than torch, {NOT_RUN}")
@@ -93,10 +97,10 @@ def _load_legacy(file: mmap.mmap) -> tuple[Any, dict[str, memoryview]]:
 
 
 def copied(weights: dict, records: dict, file: mmap.mmap) -> dict[str, Tensor]:
-    """The `PlainTensor`s' numbers, each in memory of its own, floats as float32."""
+    """The tensors of `PlainTensor`s, each in memory of its own, floats as float32."""
     copies, claimed = {}, 0
     for name, (key, dtype, (offset, size, stride, *_)) in weights.items():
-        data = records[f"data/{key}"] or bytearray(8)  # none of no bytes, which torch refuses
+        data = records[f"data/{key}"] or bytearray(8)  # torch refuses an empty buffer
         numbers = torch.frombuffer(data, dtype=dtype).as_strided(size, stride, offset)
         claimed += numbers.numel() * numbers.itemsize
         if claimed > len(file) or numbers.ndim > 8:  # dimensions
@@ -108,10 +112,11 @@ def copied(weights: dict, records: dict, file: mmap.mmap) -> dict[str, Tensor]:
 
 
 def read_content(path: Path, is_wanted: Callable[[Any], bool]) -> Any | None:
-    """Numbers, texts, lists, tuples, dicts, and tensors, whose floats come as float32.
+    """The content of an archive of `torch.save`: numbers, texts, lists, tuples, dicts, and tensors,
+    floats as float32.
 
-    None for a file that is no such archive, and for content that `is_wanted` refuses before its
-    tensors are read. Raises `InputError` for content that is damaged.
+    None for any other file, and if `is_wanted` refuses the content, before tensors are read. Raises
+    `InputError` for damaged content.
     """
     try:
         with path.open("rb") as file:
@@ -131,7 +136,7 @@ def read_content(path: Path, is_wanted: Callable[[Any], bool]) -> Any | None:
 
 
 def _plain_tensors(content: Any) -> dict[int, PlainTensor]:
-    """Every tensor below `content` whose numbers have not been read, by its identity."""
+    """The `PlainTensor`s within `content`, by identity."""
     found, seen, waiting = {}, set(), [content]
     while waiting:
         value = waiting.pop()
@@ -144,8 +149,8 @@ def _plain_tensors(content: Any) -> dict[int, PlainTensor]:
 
 
 def _filled(value: Any, tensors: dict[int, Tensor], done: dict[int, Any]) -> Any:
-    """`value` with tensors in the place of the plain ones. A dict or list that comes several times
-    is filled once (`done`), since a small file can hold one very often."""
+    """`value` with tensors in place of `PlainTensor`s. A dict or list that occurs again is filled
+    once (`done`), because a small file can repeat one very often."""
     if isinstance(value, PlainTensor):
         return tensors[id(value)]
     if not isinstance(value, dict | list | tuple):
@@ -159,28 +164,14 @@ def _filled(value: Any, tensors: dict[int, Tensor], done: dict[int, Any]) -> Any
     return done[id(value)]
 
 
-# Names of weights that every CLIP has: with our keys (open_clip has `text.` before some) and with
-# those of transformers, then the same for a Chinese-CLIP.
-TEXT_MARKS = ("text.ln_final.weight", "ln_final.weight", "text_model.final_layer_norm.weight",
-              "bert.embeddings.word_embeddings.weight",
-              "text_model.embeddings.word_embeddings.weight")  # fmt: skip
-IMAGE_MARKS = ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight")
-MARKS = (*TEXT_MARKS, *IMAGE_MARKS)
-# What parallel, compiled and wrapped modules put into names; at their start it is a prefix.
-INSERTED = re.compile(r"(?<=\.)(module|_orig_mod|_forward_module|_\w+_wrapped_module)\.")
-MAX_DEPTH = 8  # of dicts in dicts
-# Buffers: of published archives, and of open_clip's text towers.
-NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
-
-
 def unwrap(content: Any) -> dict[str, Any]:
     """The state dict of the CLIP in `content`: names of weights to `Tensor` or `PlainTensor`.
 
-    It may be in dicts (`state_dict`, `model`, `ema` or any other name) or be a module that was
-    pickled whole, and its names may have any prefix, and what is `INSERTED`. Raises `InputError` if
-    there is no state dict, or if there are several CLIPs, which it lists.
+    The state dict may be within dicts of any names (`state_dict`, `model`, `ema`), or a module
+    pickled whole. Its names may have a prefix and `INSERTED` parts. Raises `InputError` if there is
+    no state dict, or if there are several CLIPs.
     """
-    if _is_ours(content):
+    if _is_checkpoint(content):
         content = content["model"]  # there may be an average as well
     found = dict(_clips(content, (), set()))
     if len(found) > 1:
@@ -194,20 +185,16 @@ def unwrap(content: Any) -> dict[str, Any]:
     return weights
 
 
-def own_description(content: Any) -> dict[str, Any] | None:
-    """open_clip's description of the model in a checkpoint of train.py; None for anything else."""
-    return content.get("config") if _is_ours(content) else None
-
-
-def _is_ours(content: Any) -> bool:
+def _is_checkpoint(content: Any) -> bool:
+    """Whether this is a checkpoint of train.py."""
     return isinstance(content, dict) and {"format", "model", "average"} <= content.keys()
 
 
 def _clips(
     content: Any, place: tuple[str, ...], seen: set[int]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The CLIPs in `content`, each with the names of the dicts it is in and its prefix. A dict that
-    is in `seen` is not looked at again, since a small file can hold one very often."""
+    """The CLIPs in `content`, each with the names of the dicts around it and its prefix. Dicts in
+    `seen` are skipped, because a small file can repeat one very often."""
     if not isinstance(content, dict) or id(content) in seen or len(place) > MAX_DEPTH:
         return
     seen.add(id(content))
@@ -216,7 +203,7 @@ def _clips(
     values = {name: value for name, value in content.items() if isinstance(name, str)}
     tensors = {name: t for name, t in values.items() if isinstance(t, Tensor | PlainTensor)}
     plain = {INSERTED.sub("", name): tensor for name, tensor in tensors.items()}
-    if len(plain) == len(tensors):  # else what is inserted tells two models apart
+    if len(plain) == len(tensors):  # else the inserted parts tell two models apart
         tensors = plain
     for prefix in _prefixes(tensors):
         weights = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
@@ -231,14 +218,15 @@ def _prefixes(names: Iterable[str]) -> list[str]:
     """The prefixes of the whole CLIPs among the names; if there is none, those of single towers."""
     towers: dict[str, set[bool]] = {}
     for name in names:
-        mark = next((mark for mark in MARKS if f".{name}".endswith(f".{mark}")), None)
+        marks = (*TEXT_MARKS, *IMAGE_MARKS)
+        mark = next((mark for mark in marks if f".{name}".endswith(f".{mark}")), None)
         if mark:
             towers.setdefault(name.removesuffix(mark), set()).add(mark in IMAGE_MARKS)
     return [prefix for prefix, found in towers.items() if len(found) == 2] or list(towers)
 
 
 def _only_dict(content: Any) -> dict[str, Any]:
-    """What should have been a state dict, for a message that says what is wrong with it."""
+    """The dict that should have been a state dict, for an error message."""
     for wrapper in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
@@ -248,16 +236,13 @@ def _only_dict(content: Any) -> dict[str, Any]:
 
 
 def weights_format(path: Path) -> str:
-    """The format that a weights file starts like: "safetensors", "zip" (of `torch.save` or of
-    TorchScript) or "legacy" (of `torch.save` before torch 1.6).
-
-    Raises `InputError` that says what the file is instead; the caller names it.
-    """
+    """The format of a weights file by its first bytes: "safetensors", "zip" (`torch.save` or
+    TorchScript) or "legacy" (`torch.save` before torch 1.6). Raises `InputError` for another."""
     if not path.is_file():
         raise InputError("is a folder, not a weights file; give a file in it")
     with path.open("rb") as file:
         start = file.read(9)
-    if start[8:9] == b"{":  # first: the length of the header, before it, can look like anything
+    if start[8:9] == b"{":  # first, because the header's length before it can be any bytes
         return "safetensors"
     if start.startswith(b"PK\3\4"):
         return "zip"
@@ -270,4 +255,4 @@ def weights_format(path: Path) -> str:
 
 def is_torchscript(path: Path) -> bool:
     """Whether the file is an archive of `torch.jit.save`."""
-    return any(name.endswith("/constants.pkl") for name in _names_in_archive(path) or [])
+    return any(name.endswith("/constants.pkl") for name in names_in_archive(path) or [])

@@ -52,8 +52,7 @@ CONFIGS = {
     "ViT-B/16": _config(512, 224, 12, 768, 16, 512),
     "ViT-L/14": _config(768, 224, 24, 1024, 14, 768),
     "ViT-L/14@336px": _config(768, 336, 24, 1024, 14, 768),
-    # This project's own: it trains on a CPU in minutes, as cn-demo does. They have no published
-    # weights.
+    # This project's own, as cn-demo: without published weights, trained on a CPU in minutes.
     "ViT-demo": replace(_config(256, 64, 3, 192, 16, 128), transformer_layers=3),
 }
 # The same with BERT as text tower, for Chinese.

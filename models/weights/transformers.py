@@ -1,45 +1,65 @@
-"""CLIP models of the library transformers (`CLIPModel`): their keys and description, and ours."""
+"""Folders of the library transformers: `CLIPModel`, and `ChineseCLIPModel`, which has BERT."""
 
 import re
-from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from models.config import MAX_SIZE, VOCABULARY, Config, check_config, description_of
-from models.errors import InputError, quoted
+from models.clip import CLIP
+from models.config import (
+    CHINESE_CONTEXT_LENGTH,
+    MAX_SIZE,
+    VOCABULARY,
+    Config,
+    check_config,
+    description_of,
+)
+from models.errors import InputError, naming, quoted
+from models.files import read_json
+from models.weights.format import Format, Weights, save_safetensors, write_json, write_tokenizer
+
+if TYPE_CHECKING:
+    from models.weights.hub import Repository
 
 CONFIG_FILE = "config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
-PROCESSOR_FILE = "processor_config.json"  # has the same as "image_processor", which counts more
-# Names that every CLIPModel has, and those with one of its towers or similar ones.
-MARKS = {"text_model.final_layer_norm.weight", "vision_model.post_layernorm.weight"}
-# What a config.json leaves out has these values, which are those of ViT-B/32.
-TEXT = {
-    "hidden_size": 512,
-    "intermediate_size": 2048,
-    "num_attention_heads": 8,
-    "num_hidden_layers": 12,
-    "max_position_embeddings": 77,
-    "vocab_size": VOCABULARY,
+PROCESSOR_FILE = "processor_config.json"  # its "image_processor" takes precedence
+WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
+MODEL_TYPES = {  # by `model_type` of config.json: our text tower, the model and one on the hub
+    "clip": ("clip", "CLIPModel", "openai/clip-vit-base-patch32"),
+    "chinese_clip": ("bert", "ChineseCLIPModel", "OFA-Sys/chinese-clip-vit-base-patch16"),
 }
-TEXT_SIZES = {  # the fields of `Config` on any text tower, and transformers' names of them
+# Names that every CLIPModel, or a similar model, and every ChineseCLIPModel has.
+BERT_MARK = "text_model.embeddings.word_embeddings.weight"
+MARKS = {"text_model.final_layer_norm.weight", "vision_model.post_layernorm.weight", BERT_MARK}
+BUFFERS = ("position_ids", "token_type_ids")  # the numbers 0, 1, 2, ... and zeros
+# What a config.json leaves out has these values, which are those of ViT-B/32 and of BERT.
+TEXT = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8,
+        "num_hidden_layers": 12, "max_position_embeddings": 77,
+        "vocab_size": VOCABULARY}  # fmt: skip
+BERT = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12,
+        "num_hidden_layers": 12, "max_position_embeddings": 512, "vocab_size": 30522}  # fmt: skip
+VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12,
+          "num_hidden_layers": 12, "image_size": 224, "patch_size": 32}  # fmt: skip
+BERT_EPSILON = 1e-12  # of its norms
+TEXT_SIZES = {  # the fields of `Config` on any text tower, and their names in transformers
     "transformer_width": "hidden_size",
     "transformer_mlp_width": "intermediate_size",
     "transformer_heads": "num_attention_heads",
     "transformer_layers": "num_hidden_layers",
     "vocab_size": "vocab_size",
 }
-VISION = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_attention_heads": 12,
-    "num_hidden_layers": 12,
-    "image_size": 224,
-    "patch_size": 32,
+VISION_FIELDS = {  # the same of the image tower
+    "image_resolution": "image_size",
+    "vision_layers": "num_hidden_layers",
+    "vision_width": "hidden_size",
+    "vision_patch_size": "patch_size",
+    "vision_mlp_width": "intermediate_size",
+    "activation": "hidden_act",
 }
-ENDS = (VOCABULARY - 1, 2)  # eos_token_id: of the end of a text, which also was written as 2
+ENDS = (VOCABULARY - 1, 2)  # eos_token_id, in early files 2
 INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 TOWERS = {"text_model": "", "vision_model": "visual."}
@@ -66,22 +86,23 @@ PROJECTIONS = {
 }
 
 
-def is_transformers(names: Iterable[str]) -> bool:
-    """Whether these are names of weights of a `CLIPModel`, a part of one, or a similar model."""
-    return not MARKS.isdisjoint(names)
+def recognises(weights: Weights) -> bool:
+    """Whether the names are those of a `CLIPModel`, a part of one, or a similar model."""
+    return not MARKS.isdisjoint(weights)
 
 
-def from_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a `CLIPModel` -> the same weights with our keys.
-
-    Raises `InputError` for a block whose query, key and value are not all there.
-    """
-    ours: dict[str, Tensor] = {}
+def to_ours(weights: Weights) -> Weights:
+    """The same weights with our keys. Raises `InputError` for a block whose query, key and value
+    are not all there."""
+    ours: Weights = {}
     thirds: dict[str, dict[str, Tensor]] = {}
+    has_bert = BERT_MARK in weights
     for name, tensor in weights.items():
-        if name.endswith("position_ids"):  # the numbers 0, 1, 2, ...
+        if name.endswith(BUFFERS):
             continue
-        if name in PROJECTIONS:
+        if has_bert and name.startswith("text_model."):
+            ours[name.replace("text_model", "bert", 1)] = tensor
+        elif name in PROJECTIONS:
             ours[PROJECTIONS[name]] = tensor.T.contiguous()
         elif found := QUERY_KEY_VALUE.fullmatch(name):
             block, part, kind = found.groups()
@@ -97,13 +118,15 @@ def from_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return ours
 
 
-def to_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights with our keys -> the same weights with the keys of a `CLIPModel`."""
+def to_transformers(weights: Weights) -> Weights:
+    """Weights with our keys -> the same weights with transformers' keys."""
     names = {ours: theirs for theirs, ours in PROJECTIONS.items()}
-    theirs: dict[str, Tensor] = {}
+    theirs: Weights = {}
     for key, tensor in weights.items():
         block, found, kind = key.partition(".attn.in_proj_")
-        if key in names:
+        if key.startswith("bert."):
+            theirs[key.replace("bert", "text_model", 1)] = tensor
+        elif key in names:
             theirs[names[key]] = tensor.T.contiguous()
         elif found:
             for part, third in zip("qkv", tensor.chunk(3), strict=True):
@@ -113,53 +136,117 @@ def to_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return theirs
 
 
-def config_from_transformers(content: dict[str, Any], preprocessor: dict[str, Any]) -> Config:
-    """Our description of the model that a config.json describes; `preprocessor` is the content of
-    its preprocessor_config.json, or empty. Raises `InputError` that names what our models lack."""
-    with description_of("a CLIPModel's"):
-        if content.get("model_type") != "clip":
+def description(folder: Path, weights: Weights) -> Config | None:
+    """The description in a folder; None if there is none."""
+    content = read_json(folder / CONFIG_FILE)
+    if content is None:
+        return None
+    is_chinese = any(key.startswith("bert.") for key in weights)
+    expected = "chinese_clip" if is_chinese else "clip"
+    with naming(CONFIG_FILE):
+        from_transformers(content, {}, expected)  # raises here what is wrong in this file
+    processor = read_json(folder / PROCESSOR_FILE) or {}
+    name, preprocessor = PROCESSOR_FILE, processor.get("image_processor")
+    if preprocessor is None:
+        name, preprocessor = PREPROCESSOR_FILE, read_json(folder / PREPROCESSOR_FILE) or {}
+    with naming(name):
+        return from_transformers(content, preprocessor, expected)
+
+
+def fetch(repository: "Repository") -> Path | None:
+    """The folder of a repository with a description, preprocessing if it has one, and weights."""
+    found = repository.get(CONFIG_FILE)
+    if found is None or read_json(found).get("model_type") not in MODEL_TYPES:
+        return None
+    # A model whose preprocessing is unknown must not be taken for one without any.
+    files = (PREPROCESSOR_FILE, PROCESSOR_FILE)
+    is_prepared = any([repository.get(file) for file in files])
+    is_known = is_prepared or not repository.unknown.intersection(files)
+    return found.parent if is_known and repository.has_weights(WEIGHTS_FILES) else None
+
+
+def write(model: CLIP, folder: Path, dtype: torch.dtype) -> None:
+    """What `CLIPModel.from_pretrained(FOLDER)` and `CLIPProcessor.from_pretrained(FOLDER)` open, or
+    `ChineseCLIPModel` and `ChineseCLIPProcessor`."""
+    config, preprocessor = config_to_transformers(model.config)
+    folder.mkdir()
+    dtype_name = str(dtype).removeprefix("torch.")
+    write_json(folder / CONFIG_FILE, config | {"torch_dtype": dtype_name})
+    write_json(folder / PREPROCESSOR_FILE, preprocessor)
+    save_safetensors(to_transformers(model.state_dict()), folder / WEIGHTS_FILES[0], dtype)
+    write_tokenizer(model, folder)
+
+
+def from_transformers(
+    content: dict[str, Any], preprocessor: dict[str, Any], model_type: str
+) -> Config:
+    """Our description of the model that a config.json of this `model_type` describes;
+    `preprocessor` is the content of preprocessor_config.json, or empty. Raises `InputError` that
+    names what our models lack."""
+    text_tower, model, example = MODEL_TYPES[model_type]
+    with description_of(f"a {model}'s"):
+        if content.get("model_type") != model_type:
+            found = quoted(content.get("model_type"))
             raise InputError(
-                f"its model_type is {quoted(content.get('model_type'))}, not 'clip'; take a whole "
-                "CLIPModel, such as openai/clip-vit-base-patch32"
+                f"its model_type is {found}, not '{model_type}'; take a whole {model}, such as "
+                f"{example}"
             )
-        text = tower(content, "text_config", TEXT)
-        image = image_tower(content, preprocessor)
-        if text.get("hidden_act", "quick_gelu") != image["activation"]:
-            raise InputError("its towers have another hidden_act each; one for both works")
-        check_epsilon(text, "text_config", 1e-5)
-        if text.get("eos_token_id", ENDS[0]) not in ENDS:
-            found = quoted(text["eos_token_id"])
-            raise InputError(f"its eos_token_id is {found}; {ENDS[0]} works, as in published CLIPs")
-        config = Config(
-            context_length=text["max_position_embeddings"],
-            **{ours: text[theirs] for ours, theirs in TEXT_SIZES.items()},
-            **image,
-        )
+        image = _image_tower(content, preprocessor)
+        if text_tower == "bert" and not preprocessor:
+            image["resize_mode"] = "squash"  # as the authors do
+        read_text = _bert if text_tower == "bert" else _clip_text
+        config = Config(**image | read_text(content, image["activation"]))
     check_config(config)
     return config
 
 
-def image_tower(content: dict[str, Any], preprocessor: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `Config` on images, of a `CLIPModel` or another with the same image tower."""
-    vision = tower(content, "vision_config", VISION)
+def _clip_text(content: dict[str, Any], activation: str) -> dict[str, Any]:
+    """The fields of `Config` on CLIP's own text tower."""
+    text = _tower(content, "text_config", TEXT)
+    if text.get("hidden_act", "quick_gelu") != activation:
+        raise InputError("its towers have another hidden_act each; one for both works")
+    _check_epsilon(text, "text_config", 1e-5)
+    if text.get("eos_token_id", ENDS[0]) not in ENDS:
+        found = quoted(text["eos_token_id"])
+        raise InputError(f"its eos_token_id is {found}; {ENDS[0]} works, as in published CLIPs")
+    sizes = {ours: text[theirs] for ours, theirs in TEXT_SIZES.items()}
+    return sizes | {"context_length": text["max_position_embeddings"]}
+
+
+def _bert(content: dict[str, Any], _: str) -> dict[str, Any]:
+    """The fields of `Config` on BERT."""
+    text = _tower(content, "text_config", BERT)
+    for field, value in (("hidden_act", "gelu"), ("type_vocab_size", 2)):
+        if (found := text.get(field, value)) != value:
+            raise InputError(f"its text_config has {field} {quoted(found)}; only {value} works")
+    _check_epsilon(text, "text_config", BERT_EPSILON)
+    positions = text["max_position_embeddings"]
+    sizes = {ours: text[theirs] for ours, theirs in TEXT_SIZES.items()}
+    return sizes | {
+        # Not a field of transformers': we write it, and the library keeps unknown fields.
+        "context_length": text.get("context_length", min(CHINESE_CONTEXT_LENGTH, positions)),
+        "text_tower": "bert",
+        "text_positions": positions,
+    }
+
+
+def _image_tower(content: dict[str, Any], preprocessor: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `Config` on images."""
+    vision = _tower(content, "vision_config", VISION)
     activation = vision.get("hidden_act", "quick_gelu")
     if activation not in ("gelu", "quick_gelu"):
         raise InputError(f"its hidden_act is {quoted(activation)}; gelu or quick_gelu work")
-    check_epsilon(vision, "vision_config", 1e-5)
+    _check_epsilon(vision, "vision_config", 1e-5)
+    vision["hidden_act"] = activation
     return {
+        **{ours: vision[theirs] for ours, theirs in VISION_FIELDS.items()},
         "embed_dim": content.get("projection_dim", 512),
-        "image_resolution": vision["image_size"],
-        "vision_layers": vision["num_hidden_layers"],
-        "vision_width": vision["hidden_size"],
-        "vision_patch_size": vision["patch_size"],
-        "vision_mlp_width": vision["intermediate_size"],
         "vision_head_width": vision["hidden_size"] // vision["num_attention_heads"],
-        "activation": activation,
         **_preprocessing(preprocessor),
     }
 
 
-def check_epsilon(tower: dict[str, Any], name: str, epsilon: float) -> None:
+def _check_epsilon(tower: dict[str, Any], name: str, epsilon: float) -> None:
     """Raise `InputError` for norms with another epsilon than ours."""
     found = tower.get("layer_norm_eps", epsilon)
     if found != epsilon:
@@ -167,66 +254,43 @@ def check_epsilon(tower: dict[str, Any], name: str, epsilon: float) -> None:
 
 
 def config_to_transformers(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The content of config.json and of preprocessor_config.json for a model with a ViT. Raises
-    `InputError` for a ResNet, which transformers has not."""
-    vision, preprocessor = image_tower_to_transformers(config)
-    text = {
-        **{theirs: getattr(config, ours) for ours, theirs in TEXT_SIZES.items()},
-        "max_position_embeddings": config.context_length,
-        "hidden_act": config.activation,
-        "projection_dim": config.embed_dim,
-        "bos_token_id": VOCABULARY - 2,
-        "eos_token_id": VOCABULARY - 1,
-        "pad_token_id": VOCABULARY - 1,
-    }
-    model = {
-        "architectures": ["CLIPModel"],
-        "model_type": "clip",
-        "projection_dim": config.embed_dim,
-        "logit_scale_init_value": 2.6592,
-        "text_config": text,
-        "vision_config": vision,
-    }
-    return model, preprocessor
-
-
-def image_tower_to_transformers(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`vision_config` and the content of preprocessor_config.json for a model with a ViT. Raises
-    `InputError` for a ResNet."""
+    """The content of config.json and of preprocessor_config.json. Raises `InputError` for a
+    ResNet."""
     if not config.is_vit:
         raise InputError("transformers has no CLIP with a ResNet; take --format open_clip")
-    vision = {
-        "hidden_size": config.vision_width,
-        "intermediate_size": config.vision_mlp_width,
-        "num_attention_heads": config.vision_heads,
-        "num_hidden_layers": config.vision_layers,
-        "image_size": config.image_resolution,
-        "patch_size": config.vision_patch_size,
-        "hidden_act": config.activation,
-        "projection_dim": config.embed_dim,
-    }
+    is_chinese = config.text_tower == "bert"
+    model_type = "chinese_clip" if is_chinese else "clip"
+    text = {theirs: getattr(config, ours) for ours, theirs in TEXT_SIZES.items()}
+    if is_chinese:
+        text |= {"max_position_embeddings": config.text_positions, "hidden_act": "gelu",
+                 "layer_norm_eps": BERT_EPSILON,
+                 "context_length": config.context_length}  # fmt: skip
+    else:
+        text |= {"max_position_embeddings": config.context_length, "hidden_act": config.activation,
+                 "projection_dim": config.embed_dim, "bos_token_id": VOCABULARY - 2,
+                 "eos_token_id": VOCABULARY - 1, "pad_token_id": VOCABULARY - 1}  # fmt: skip
+    vision = {theirs: getattr(config, ours) for ours, theirs in VISION_FIELDS.items()}
+    vision |= {"num_attention_heads": config.vision_heads, "projection_dim": config.embed_dim}
+    model = {"architectures": [MODEL_TYPES[model_type][1]], "model_type": model_type,
+             "projection_dim": config.embed_dim, "logit_scale_init_value": 2.6592,
+             "text_config": text, "vision_config": vision}  # fmt: skip
     numbers = {name: number for number, name in INTERPOLATIONS.items()}
     side = config.image_resolution
     is_square = config.resize_mode == "squash"
+    square = {"height": side, "width": side}
     preprocessor = {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_resize": True,
-        "size": {"height": side, "width": side} if is_square else {"shortest_edge": side},
+        "image_processor_type": f"{'Chinese' if is_chinese else ''}CLIPImageProcessor",
+        "do_resize": True, "size": square if is_square else {"shortest_edge": side},
         "resample": numbers[config.interpolation],
-        "do_center_crop": not is_square,
-        "crop_size": {"height": side, "width": side},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(config.mean),
-        "image_std": list(config.std),
-        "do_convert_rgb": True,
-    }
-    return vision, preprocessor
+        "do_center_crop": not is_square, "crop_size": square,
+        "do_rescale": True, "rescale_factor": 1 / 255, "do_convert_rgb": True,
+        "do_normalize": True, "image_mean": list(config.mean), "image_std": list(config.std),
+    }  # fmt: skip
+    return model, preprocessor
 
 
-def tower(content: dict[str, Any], name: str, defaults: dict[str, int]) -> dict[str, Any]:
-    """The description of a tower. Early ones have it as `..._config_dict`, which counts more."""
+def _tower(content: dict[str, Any], name: str, defaults: dict[str, int]) -> dict[str, Any]:
+    """The description of a tower; `..._config_dict`, of early versions, takes precedence."""
     found = defaults | (content.get(name) or {}) | (content.get(f"{name}_dict") or {})
     for field in defaults:
         if type(found[field]) is not int or not 0 < found[field] <= MAX_SIZE:
@@ -235,8 +299,8 @@ def tower(content: dict[str, Any], name: str, defaults: dict[str, int]) -> dict[
 
 
 def _preprocessing(content: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `Config` that preprocessor_config.json decides. Raises `InputError` for what is
-    done to images otherwise than here: a square is cut out of all of the short side, or none."""
+    """The fields of `Config` in preprocessor_config.json. Raises `InputError` for a preprocessing
+    that differs from ours, such as a crop smaller than the short side."""
     if not content:
         return {}
     size, resample = content.get("size", 224), content.get("resample", 3)
@@ -283,3 +347,20 @@ def _renamed(name: str, table: dict[str, str]) -> str:
     for old, new in table.items():
         name = re.sub(rf"(^|(?<=\d\.)){re.escape(old)}(?=\.|$)", new, name)
     return name
+
+
+FORMAT = Format(
+    "a folder for the library transformers, which has no ResNets",
+    """
+    from transformers import {clip}Model, {clip}Processor
+    {clip}Model.from_pretrained("{0}")
+    {clip}Processor.from_pretrained("{0}")
+    """,
+    write,
+    files=WEIGHTS_FILES,
+    recognises=recognises,
+    to_ours=to_ours,
+    description=description,
+    fetch=fetch,
+    hub_files="{}, {} and {} (or {})".format(CONFIG_FILE, PREPROCESSOR_FILE, *WEIGHTS_FILES),
+)

@@ -1,7 +1,7 @@
-"""Unpickling of what training programs write: nothing that a file names is imported or run.
+"""Restricted unpickling of checkpoints: nothing that a file names is imported or run.
 
-It stays while torch before 2.10 is allowed, whose own `weights_only` a file could make corrupt
-memory (CVE-2026-24747), and reads past what `weights_only` refuses.
+It stays while torch below 2.10 is allowed, because a file could make torch's own `weights_only`
+corrupt memory (CVE-2026-24747). It also skips objects that `weights_only` refuses.
 """
 
 import pickle
@@ -25,25 +25,25 @@ OPCODES = {
     "NEWTRUE", "NONE", "POP", "POP_MARK", "PROTO", "REDUCE", "SETITEM", "SETITEMS",
     "SHORT_BINBYTES", "SHORT_BINUNICODE", "STACK_GLOBAL", "STOP", "TUPLE", "TUPLE1", "TUPLE2",
     "TUPLE3"}  # of protocols 2 to 5  # fmt: skip
-# What is read in another's place, since it would hash what a file holds, and a nested tuple can
+# Opcodes replaced by others, because they would hash content of the file, and a nested tuple can
 # take ages to hash. The next of `buffers` is a `PlainObject`.
 REPLACED = {"EMPTY_DICT": pickle.NEXT_BUFFER, "EMPTY_SET": pickle.NEXT_BUFFER,
             "FROZENSET": pickle.TUPLE}  # fmt: skip
 STORAGES = {"BFloat16": torch.bfloat16, "Half": torch.float16, "Float": torch.float32,
     "Double": torch.float64, "Bool": torch.bool, "Byte": torch.uint8, "Char": torch.int8,
     "Short": torch.int16, "Int": torch.int32, "Long": torch.int64}  # fmt: skip
-FUNCTIONS = {  # by name: what gives tensors, and classes; new each time, since BUILD can change one
+FUNCTIONS = {  # by name; they return tensors and classes; new each time, because BUILD changes one
     "_rebuild_tensor_v2": lambda: lambda storage, *view: storage._replace(view=view),
     "_rebuild_parameter": lambda: lambda parameter, *_: parameter,
     "_rebuild_parameter_with_state": lambda: lambda parameter, *_: parameter,
     "_rebuild_from_type_v2": lambda: lambda function, _, arguments, *__: function(*arguments),
     "getattr": lambda: lambda *_: PlainObject,  # of a class within a class, before protocol 4
 }
-MODULE = ("_parameters", "_buffers", "_modules")  # of a torch module that was pickled whole
+MODULE = ("_parameters", "_buffers", "_modules")  # attributes of a torch module
 
 
 class PlainTensor(NamedTuple):
-    """A tensor, or a storage, whose numbers are still in the file."""
+    """A tensor or a storage, not read from the file yet."""
 
     key: str  # of the storage
     dtype: torch.dtype
@@ -51,8 +51,7 @@ class PlainTensor(NamedTuple):
 
 
 class PlainObject(dict):
-    """A dict, or stands for an object of any class, or for what a function gives: it only holds
-    items and attributes."""
+    """A dict, an object of any class or the result of a function: holds items and attributes."""
 
     def __init__(self, *_: Any): ...
 
@@ -64,7 +63,7 @@ class PlainObject(dict):
             super().__setitem__(key, value)
 
     def append(self, _: Any) -> None:
-        """An item of a list, a queue or a set is not kept."""
+        """Drop an item of a list, a queue or a set."""
 
     extend = add = append
 
@@ -72,7 +71,7 @@ class PlainObject(dict):
         self.attributes = state
 
     def tensors(self, prefix: str = "") -> Iterator[tuple[str, PlainTensor]]:
-        """Those of a module and of the modules in it, taken out, so that none comes twice."""
+        """The tensors of a module and its submodules, removed from it, so that none comes twice."""
         state = vars(self).get("attributes") or {}
         for attributes in [state[part] for part in MODULE if part in state] or [state]:
             while attributes:
@@ -86,14 +85,14 @@ class PlainObject(dict):
 
     @property
     def is_module(self) -> bool:
-        """Whether it stands for a torch module that was pickled whole."""
+        """Whether this is a torch module, pickled whole."""
         state = vars(self).get("attributes")
         return isinstance(state, dict) and set(MODULE) <= state.keys()
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Unpickles the next pickle of a file, whose position is then behind it. Raises `InputError`
-    for what no training program writes, and any other exception for a damaged pickle."""
+    """Unpickles the next pickle of a file and moves the file's position behind it. Raises
+    `InputError` for opcodes that torch does not write, other exceptions for a damaged pickle."""
 
     def __init__(self, file: IO[bytes]):
         self.dtypes: dict[str, torch.dtype] = {}  # of the storages, by key

@@ -99,7 +99,7 @@ def chinese_contestants(args: argparse.Namespace) -> dict[str, tuple[nn.Module, 
 def batches_for(
     ours: CLIP, data: str, batch_size: int, count: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    chinese = ours if ours.config.has_bert else None
+    chinese = ours if ours.config.text_tower == "bert" else None
     side = ours.config.image_resolution
     return real_batches(data, side, batch_size, count, ours.device, chinese)
 

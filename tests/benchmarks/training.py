@@ -15,8 +15,8 @@ from models.clip import CLIP, MAX_LOGIT_SCALE
 from models.clip_utils import build_model
 from models.config import Config
 from models.errors import InputError
-from models.preprocess import normalize, open_image, pixels
-from models.weights import chinese_clip
+from models.preprocess import Preprocess, open_image
+from models.weights import transformers as format_of_transformers
 from models.weights.registry import CONFIGS
 from utils import Flickr8kDataset, contrastive_loss
 from utils.flickr8k_dataloader import Batch
@@ -25,7 +25,9 @@ from utils.machine.processes import ALONE
 from utils.training.gradients import accumulate_gradients
 from utils.training.optimizer import parameter_groups
 
-VIT_MODELS = [name for name, config in CONFIGS.items() if config.is_vit and not config.has_bert]
+VIT_MODELS = [
+    name for name, config in CONFIGS.items() if config.is_vit and config.text_tower == "clip"
+]
 CHINESE = {  # the second is of the size of OFA-Sys/chinese-clip-vit-base-patch16
     "cn-demo": CONFIGS["cn-demo"],
     "chinese-clip": replace(
@@ -47,7 +49,7 @@ def chinese_models(config: Config) -> tuple[CLIP, nn.Module, nn.Module]:
     """Ours, cn_clip's and transformers', with the same random weights and without dropout."""
     hugging_face = chinese_clip_model(config)
     weights = {key: tensor.clone() for key, tensor in hugging_face.state_dict().items()}
-    ours = build_model(chinese_clip.from_transformers(weights), config)
+    ours = build_model(format_of_transformers.to_ours(weights), config)
     return ours, cn_clip_model(config, ours.state_dict()), hugging_face
 
 
@@ -159,12 +161,14 @@ def real_batches(
     dataset = Flickr8kDataset(data, side, language="cn" if chinese else "en", model=chinese)
     if len(dataset) < batch_size:
         raise InputError(f"{data} has {len(dataset)} training images, too few for {batch_size}")
+    preprocess = Preprocess(side)
     for first in range(0, count * batch_size, batch_size):
         rows = [i % len(dataset) for i in range(first, first + batch_size)]
-        images = torch.stack([pixels(open_image(dataset.image[row]), side) for row in rows])
+        pictures = (open_image(dataset.image[row]) for row in rows)
+        images = torch.stack([preprocess.resize_and_crop(picture) for picture in pictures])
         captions = [dataset.own_captions[row] for row in rows]
         chosen = [indices[row % len(indices)] for row, indices in zip(rows, captions, strict=True)]
-        yield normalize(images.to(device)), dataset.tokens[chosen]
+        yield preprocess.normalize(images.to(device)), dataset.tokens[chosen]
 
 
 def check_agreement(
@@ -175,7 +179,11 @@ def check_agreement(
         loss, gradients = _loss_and_gradients(ours, our_loss, images, tokens)
         for name, (model, peer_loss) in peers.items():
             their_loss, theirs = _loss_and_gradients(model, peer_loss, images, tokens)
-            rename = chinese_clip.to_transformers if ours.config.has_bert else to_transformers
+            rename = (
+                format_of_transformers.to_transformers
+                if ours.config.text_tower == "bert"
+                else to_transformers
+            )
             mine = gradients if gradients.keys() == theirs.keys() else rename(gradients)
             check(f"ours and {name}: losses", [abs(loss / their_loss - 1)], TOLERANCE)
             check(f"ours and {name}: gradients", relative_differences(mine, theirs), TOLERANCE)
@@ -216,9 +224,10 @@ def step_flops(config: Config, tokens: Tensor) -> float:
     embedding = 2 * n * patches * 3 * patch**2 * width  # its input needs no gradient: backward once
     images = _tower_flops(lengths, lengths**2, width, config.vision_layers)
 
-    lengths = lengths_of_chinese(tokens) if config.has_bert else tokens.argmax(dim=1) + 1
+    is_chinese = config.text_tower == "bert"
+    lengths = lengths_of_chinese(tokens) if is_chinese else tokens.argmax(dim=1) + 1
     text_width = config.transformer_width
-    seen = lengths**2 if config.has_bert else lengths * (lengths + 1) // 2
+    seen = lengths**2 if is_chinese else lengths * (lengths + 1) // 2
     texts = _tower_flops(lengths, seen, text_width, config.transformer_layers)
     joint = 2 * n * d * (width + text_width) + 2 * n * n * d
     return 2 * embedding + 3 * (images + texts + joint)

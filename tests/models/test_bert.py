@@ -12,8 +12,8 @@ from peers import chinese_clip_model, cn_clip_model, disturb
 from models import CLIP, build_model
 from models.errors import InputError
 from models.lora import add_lora, merged
-from models.weights.chinese_clip import from_transformers, to_transformers
 from models.weights.registry import CONFIGS
+from models.weights.transformers import to_ours, to_transformers
 from utils import contrastive_loss
 
 CAPTIONS = [
@@ -40,7 +40,7 @@ def trio(request):
     """(our model, transformers' model, images, tokens) of a case."""
     config = CASES[request.param]
     theirs = chinese_clip_model(config)
-    weights = from_transformers({k: t.clone() for k, t in theirs.state_dict().items()})
+    weights = to_ours({k: t.clone() for k, t in theirs.state_dict().items()})
     ours = build_model(weights, config)
     images = torch.randn(len(CAPTIONS), 3, 64, 64, generator=torch.Generator().manual_seed(1))
     return ours, theirs, images, ours.tokenize(CAPTIONS)

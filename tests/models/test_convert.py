@@ -14,11 +14,13 @@ from PIL import Image
 from script_runs import ROOT, error_line, printed_code, run_script
 from transformers import CLIPModel, CLIPProcessor
 
-from models import load, onnx_export, tokenize
+from models import load, tokenize
 from models.clip_utils import create_model
-from models.convert import FORMATS, convert
+from models.convert import convert
 from models.errors import InputError
 from models.preprocess import open_image
+from models.weights import onnx
+from models.weights.formats import FORMATS
 from utils.runs.checkpoint import save_weights
 
 CAPTIONS = ["a red bird on a fence", "两只狗", "It's 10 o'clock, all's well!"]
@@ -155,7 +157,7 @@ def test_a_round_trip_through_every_format_changes_nothing(pair, tmp_path, monke
         passed_on, _ = load(path, "cpu")
         assert_same(passed_on, model)
     if not model.config.is_vit:  # as for a large model: the weights beside the file
-        monkeypatch.setattr(onnx_export, "LARGEST_FILE", 0)
+        monkeypatch.setattr(onnx, "LARGEST_FILE", 0)
     folder = tmp_path / "onnx"
     convert(passed_on, folder, "onnx")
     assert (folder / "image.onnx.data").exists() == (not model.config.is_vit)
@@ -274,7 +276,7 @@ def test_onnx_files_that_compute_something_else_are_refused(tmp_path, monkeypatc
     def forward(encoder, images):
         return 1.001 * F.normalize(encoder.model.encode_image(images), dim=-1)
 
-    monkeypatch.setattr(onnx_export.ImageEncoder, "forward", forward)
+    monkeypatch.setattr(onnx.ImageEncoder, "forward", forward)
     with pytest.raises(InputError, match=r"other features from image\.onnx, by 0\.001 "):
         convert(create_model("ViT-demo").eval(), tmp_path / "out", "onnx")
     assert not any(tmp_path.iterdir())

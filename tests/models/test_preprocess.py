@@ -22,7 +22,7 @@ from script_runs import ROOT
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 
 from models.errors import InputError
-from models.preprocess import MAX_ASPECT_RATIO, Preprocess, normalize, open_image, pixels
+from models.preprocess import MAX_ASPECT_RATIO, Preprocess, normalize, open_image
 
 SHARED = ROOT.parent / "shared"
 
@@ -65,7 +65,7 @@ sizes = st.integers(1, 700)
 def test_pixels_equal_torchvision(width, height, side):
     assume(max(width, height) <= MAX_ASPECT_RATIO * min(width, height))
     image = Image.fromarray(noise(width, height))
-    assert torch.equal(pixels(image, side), torchvision_pixels(side)(image))
+    assert torch.equal(Preprocess(side).resize_and_crop(image), torchvision_pixels(side)(image))
 
 
 @pytest.mark.parametrize("size", [(10_000, 10), (10, 10_000), (3, 605), (401, 2)])
@@ -75,14 +75,18 @@ def test_narrow_images_come_out_as_if_resized_whole(size):
     x, y = np.meshgrid(*(np.linspace(0, 9, n) for n in size))
     waves = np.stack([np.sin(x + y), np.cos(2 * x), np.sin(3 * y)], -1)
     image = Image.fromarray((127.5 * (waves + 1)).round().astype(np.uint8))
-    difference = pixels(image, 64).int() - torchvision_pixels(64)(image).int()
+    difference = Preprocess(64).resize_and_crop(image).int() - torchvision_pixels(64)(image).int()
     assert difference.abs().max() <= 1
 
 
 def test_a_narrow_image_is_not_resized_whole():
     """This image would have 224 x 67,200,000 pixels, which do not fit into memory."""
     image = Image.new("RGB", (1, 300_000), (1, 2, 3))
-    assert pixels(image, 224).flatten(1).unique(dim=1).flatten().tolist() == [1, 2, 3]
+    assert Preprocess(224).resize_and_crop(image).flatten(1).unique(dim=1).flatten().tolist() == [
+        1,
+        2,
+        3,
+    ]
 
 
 @settings(max_examples=25, deadline=None)
@@ -229,7 +233,9 @@ def test_grey_outside_its_range_and_no_numbers(tmp_path):
 def test_extreme_sizes(tmp_path, size):
     content = encoded(Image.new("RGB", size, (10, 20, 30)), "png")
     assert opened(tmp_path, content).shape == (*size[::-1], 3)
-    values = pixels(open_image(tmp_path / "image.jpg"), 32).flatten(1).unique(dim=1)
+    values = (
+        Preprocess(32).resize_and_crop(open_image(tmp_path / "image.jpg")).flatten(1).unique(dim=1)
+    )
     assert values.flatten().tolist() == [10, 20, 30]
 
 

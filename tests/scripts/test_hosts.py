@@ -19,7 +19,7 @@ from script_runs import ROOT, run_script
 
 import predict
 from flickr8k.render_demo import render_demo
-from models import errors
+from models import host as host_module
 from models import progress_bar as bars
 from models.errors import InputError
 from models.host import garbage_unsearched
@@ -61,7 +61,7 @@ def test_a_script_prints_anywhere_and_gives_everything_back(host, error, code, m
             raise error
 
     with pytest.raises(SystemExit) if code else contextlib.nullcontext() as ended:
-        errors.run_script(main)
+        host_module.run_script(main)
     assert (sys.stdout, sys.stderr) == streams
     assert code is None or ended.value.code == code
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
@@ -75,7 +75,7 @@ def test_a_script_prints_anywhere_and_gives_everything_back(host, error, code, m
 @posix
 def test_output_that_nobody_reads_any_more_is_no_error():
     """As of a program that SIGPIPE ends."""
-    script = "from models.errors import run_script; run_script(lambda: print('x' * 10**6))"
+    script = "from models.host import run_script; run_script(lambda: print('x' * 10**6))"
     done = subprocess.run(
         ["bash", "-c", f"{quoted([sys.executable, '-c', script])} | true; exit ${{PIPESTATUS[0]}}"],
         cwd=ROOT, capture_output=True, text=True, check=False,
@@ -90,12 +90,12 @@ def test_only_the_process_that_fails_first_shows_a_traceback(message, monkeypatc
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as ended:
-        errors.run_script(main)
+        host_module.run_script(main)
     assert ended.value.code == 1
     assert capsys.readouterr().err == "stopped: another process of this run has ended\n"
     monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(RuntimeError):
-        errors.run_script(main)
+        host_module.run_script(main)
 
 
 def test_without_an_input_to_ask_on_an_image_is_to_be_named(monkeypatch):

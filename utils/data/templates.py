@@ -81,11 +81,6 @@ TEMPLATE_SETS = {
 }
 
 
-def default_templates(is_chinese: bool) -> list[str]:
-    """What describes classes to a Chinese model, or to another."""
-    return TEMPLATE_SETS["cn_photo" if is_chinese else "photo"]
-
-
 def read_templates(name: str) -> list[str]:
     """The templates of the set of that name, or of a text file with one on each line. Raises
     `InputError` if there is neither, and for a template without `{}`."""

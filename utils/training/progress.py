@@ -57,7 +57,7 @@ def announce(
               f"{train_set.context_length} tokens that the model reads, and were cut")  # fmt: skip
     if alike := train_set.count_alike_captions() + val_set.count_alike_captions():
         print(f"warning: {alike} captions are different texts, but {ALIKE}")
-    if warning := tokenizer_warning(train_set, state.model.config.has_bert):
+    if warning := tokenizer_warning(train_set, state.model.text_tower.language == "Chinese"):
         print(f"warning: {warning}")
     if shared := train_set.count_shared_captions() + val_set.count_shared_captions():
         print(f"{shared} captions ({shared / texts:.2%}) belong to several images, and are right "

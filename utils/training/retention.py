@@ -9,7 +9,7 @@ from models.errors import InputError, one_line
 from utils.classification import zero_shot_accuracy, zero_shot_classifier
 from utils.data.annotations import caption_file
 from utils.data.labelled_images import LabelledImages, Source, find_labelled_images
-from utils.data.templates import default_templates
+from utils.data.templates import TEMPLATE_SETS
 from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
 from utils.machine.memory import explained
 from utils.machine.precision import Precision
@@ -61,7 +61,7 @@ class Retention:
                 metrics, _ = evaluate(model, images, *sizes, precision, processes=processes)
                 scores[RETENTION + name] = mean_recall(metrics)
             else:
-                templates = default_templates(model.config.has_bert)
+                templates = TEMPLATE_SETS[model.text_tower.templates]
                 classifier = zero_shot_classifier(model, images.classes, templates, processes)
                 found = zero_shot_accuracy(model, images, classifier, *sizes, processes)
                 scores[RETENTION + name] = found.top1

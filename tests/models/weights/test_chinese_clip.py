@@ -19,14 +19,14 @@ from models.convert import convert, description
 from models.errors import InputError
 from models.preprocess import open_image
 from models.weights.architecture import infer_config
-from models.weights.chinese_clip import (
-    config_from_transformers,
+from models.weights.cn_clip import is_of_authors
+from models.weights.registry import CONFIGS
+from models.weights.transformers import (
     config_to_transformers,
     from_transformers,
-    is_of_authors,
+    to_ours,
     to_transformers,
 )
-from models.weights.registry import CONFIGS
 from models.wordpiece import VOCABULARY_FILE
 from utils.runs.checkpoint import save_weights
 
@@ -106,7 +106,7 @@ def test_a_folder_of_transformers_is_read_with_its_description(folder, theirs):
             "text_config",
             "vocab_size",
             12000,
-            "its texts are made of 12,000 tokens, and those of BERT",
+            "its texts are made of 12,000 tokens; the BertTokenizer here has 21,128",
         ),
         ("text_config", "num_attention_heads", 3, "transformer_width 128 is no multiple"),
         ("vision_config", "hidden_act", "silu", "its hidden_act is 'silu'"),
@@ -123,7 +123,7 @@ def test_what_no_model_here_has_is_named(folder, tower, field, value, message):
 
 def test_the_description_survives_a_round_trip():
     config = replace(SMALL, activation="gelu", context_length=77, resize_mode="shortest")
-    assert config_from_transformers(*config_to_transformers(config)) == config
+    assert from_transformers(*config_to_transformers(config), "chinese_clip") == config
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +256,7 @@ def test_onnx_answers_as_the_printed_code_says(run_weights, tmp_path):
         expected, _ = model(images, model.tokenize(texts, truncate=True))
     for given in (texts, CAPTIONS):  # shorter rows
         found = {"images": images.numpy(), "texts": given}
-        exec(printed_code(description("onnx", folder.as_posix(), is_chinese=True)), found)
+        exec(printed_code(description("onnx", folder.as_posix(), model.text_tower)), found)
         logits = torch.from_numpy(found["logits"]).float()
         torch.testing.assert_close(logits, expected[:, : len(given)], atol=1e-3, rtol=1e-4)
 
@@ -270,7 +270,7 @@ def test_other_weights_without_a_description_ask_for_the_activation(tmp_path):
     assert ours.config == replace(SMALL, activation="gelu")
     assert all(torch.equal(ours.state_dict()[k], t) for k, t in model.state_dict().items())
     theirs = to_transformers(model.state_dict())
-    back = from_transformers(theirs)
+    back = to_ours(theirs)
     assert all(torch.equal(back[key], t) for key, t in model.state_dict().items())
 
 

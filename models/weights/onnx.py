@@ -1,4 +1,4 @@
-"""A model as ONNX files, which programs run without PyTorch."""
+"""ONNX files of a model, which programs run without PyTorch."""
 
 import copy
 import logging
@@ -18,6 +18,7 @@ from models.clip import CLIP
 from models.config import Config
 from models.errors import InputError, one_line
 from models.progress_bar import progress_bar
+from models.weights.format import Format, write_json, write_tokenizer
 
 OPSET = 18  # the version of the ONNX operators
 LARGEST_FILE = 2 * 10**9  # bytes; an ONNX file ends at 2 GiB, and larger weights lie beside it
@@ -34,8 +35,7 @@ class ImageEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """float32 `[n, 3, r, r]` -> float32 `[n, d]`, whatever the type of the weights."""
-        features = self.model.encode_image(images.to(self.model.logit_scale.dtype))
-        return F.normalize(features.float(), dim=-1)
+        return self.model.encode_image(images.to(self.model.logit_scale.dtype), normalize=True)
 
 
 class TextEncoder(ImageEncoder):
@@ -46,7 +46,16 @@ class TextEncoder(ImageEncoder):
         return F.normalize(self.model.encode_text_grid(tokens).float(), dim=-1)
 
 
-def check_packages() -> None:
+def write(model: CLIP, folder: Path, dtype: torch.dtype) -> None:
+    """image.onnx and text.onnx; how to prepare their inputs (clip.json); and the tokenizer, which
+    transformers' `CLIPTokenizer.from_pretrained(FOLDER)` opens, or `BertTokenizer`."""
+    folder.mkdir()
+    export_onnx(model, folder, dtype)
+    write_json(folder / "clip.json", preparation(model))
+    write_tokenizer(model, folder)
+
+
+def check_packages(_: Path) -> None:
     """Raise `InputError` if a package that the export needs is missing or broken."""
     try:
         import onnx  # noqa: F401
@@ -65,7 +74,7 @@ def export_onnx(model: CLIP, folder: Path, dtype: torch.dtype = torch.float32) -
 
     Raises `InputError` if onnxruntime computes other features from a file than `model`.
     """
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it warns of what it cannot simplify
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it warns of skipped optimisations
     exported = model
     if dtype != torch.float32 or not model.config.is_vit:
         exported = copy.deepcopy(model)
@@ -88,8 +97,8 @@ def export_onnx(model: CLIP, folder: Path, dtype: torch.dtype = torch.float32) -
 
 
 def _fold_norms(model: nn.Module) -> None:
-    """Make every batch norm a part of the convolution before it: less to compute, and torch 2.6
-    cannot export one."""
+    """Fuse every batch norm with the convolution before it: faster, and torch 2.6 cannot export a
+    batch norm."""
     for parent in model.modules():
         for (name, module), (next_name, norm) in pairwise([*parent.named_children()]):
             if isinstance(norm, nn.BatchNorm2d):
@@ -115,7 +124,7 @@ def _export(
             f"({one_line(error)}): {UPGRADE}"
         ) from error
     for node in program.model.graph:
-        node.metadata_props.clear()  # they tell strangers the folders of this computer
+        node.metadata_props.clear()  # they hold paths of this computer
     size = sum(t.nbytes for t in encoder.state_dict().values())
     program.save(file, external_data=size > LARGEST_FILE)
 
@@ -129,7 +138,7 @@ def _check(
     options.log_severity_level = 3  # errors only
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     for x in inputs:
-        expected = F.normalize(encode(x), dim=-1)
+        expected = encode(x, normalize=True)
         (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         error = ((torch.from_numpy(found) - expected).abs().max() / expected.abs().max()).item()
         if not error <= tolerance:
@@ -145,8 +154,8 @@ def _random_images(config: Config, n: int) -> Tensor:
 
 
 def _random_tokens(config: Config, n: int) -> Tensor:
-    """Texts of different lengths, which end with the largest id and are filled up with zeros; the
-    more there are, the shorter the rows."""
+    """Texts of different lengths that end with the largest id, padded with zeros; the rows are
+    shorter for a larger n."""
     generator = torch.Generator().manual_seed(n)
     length, end = config.context_length // n, config.vocab_size - 1
     tokens = torch.randint(end, (n, length), generator=generator)
@@ -156,23 +165,32 @@ def _random_tokens(config: Config, n: int) -> Tensor:
 
 
 def preparation(model: CLIP) -> dict[str, Any]:
-    """What a program has to know to prepare images and texts for the ONNX files, and to turn
-    cosine similarities into logits."""
-    config = model.config
+    """The preprocessing of images and texts for the ONNX files, and the logit scale."""
+    c, tokenizer = model.config, model.tokenizer
     return {
-        "image": {
-            "size": config.image_resolution,
-            "mean": config.mean,
-            "std": config.std,
-            "interpolation": config.interpolation,
-            "resize_mode": config.resize_mode,
-        },
-        "text": {
-            "context_length": config.context_length,
-            "start_of_text": model.tokenizer.start_of_text,
-            "end_of_text": model.tokenizer.end_of_text,
-            "padding": 0,
-        },
-        "embed_dim": config.embed_dim,
+        "image": {"size": c.image_resolution, "mean": c.mean, "std": c.std,
+                  "interpolation": c.interpolation, "resize_mode": c.resize_mode},
+        "text": {"context_length": c.context_length, "start_of_text": tokenizer.start_of_text,
+                 "end_of_text": tokenizer.end_of_text, "padding": 0},
+        "embed_dim": c.embed_dim,
         "logit_scale": model.logit_scale.exp().item(),
-    }
+    }  # fmt: skip
+
+
+FORMAT = Format(
+    "a folder for onnxruntime: programs without PyTorch, in many languages",
+    """
+    # texts: a list; images: float32 [n, 3, side, side], prepared as {0}/clip.json says
+    import json, onnxruntime, transformers
+    tokenizer = transformers.{tokenizer}.from_pretrained("{0}")
+    tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="np").input_ids
+    image_tower = onnxruntime.InferenceSession("{0}/image.onnx")
+    text_tower = onnxruntime.InferenceSession("{0}/text.onnx")
+    (image_features,) = image_tower.run(None, {{"images": images}})
+    (text_features,) = text_tower.run(None, {{"tokens": tokens}})
+    similarities = image_features @ text_features.T  # cosines: features have length 1
+    logits = similarities * json.load(open("{0}/clip.json"))["logit_scale"]
+    """,
+    write,
+    check_packages,
+)

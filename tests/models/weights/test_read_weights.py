@@ -226,7 +226,7 @@ WRONG = {
     ),
     "another tokenizer": (
         "transformers", partial(text, content='{"a": 0, "b": 1}', file="vocab.json"),
-        r"vocab\.json: has 2 tokens, where CLIP's tokenizer.* has 49,408; take a model",
+        r"vocab\.json: has 2 tokens; the CLIPTokenizer here has 49,408; take a model",
     ),
     "another tokenizer in one file": (
         "open_clip",

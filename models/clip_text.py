@@ -1,0 +1,67 @@
+"""CLIP's own text tower (Radford et al. 2021, section 2.4)."""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.config import VOCABULARY, Config
+from models.packing import Layout
+from models.tokens import clip_tokenizer
+from models.transformer import BlockStack, LayerNorm, Transformer, embedding
+
+if TYPE_CHECKING:
+    from models.clip import CLIP
+
+
+class TextTower:
+    """A causal transformer whose output is read at the last token.
+
+    The published names of weights make its modules attributes of the model. So the methods of every
+    text tower take the model. Each tower has what this one has: see `TEXT_TOWERS`.
+    """
+
+    causal = True  # a token attends to none after it; the feature is read at the last, not first
+    language = "English"  # of the texts in the training of the published models
+    vocabulary = VOCABULARY  # tokens that the tokenizer knows
+    transformers_model = "CLIP"  # start of the names of its classes in transformers
+    transformers_tokenizer = "CLIPTokenizer"
+    templates = "photo"  # set in utils/data/templates.py, default for zero-shot classification
+    tokenizer = staticmethod(clip_tokenizer)
+
+    def add_to(self, model: "CLIP", config: Config) -> None:
+        """Create the modules, without initial values."""
+        width = config.transformer_width
+        model.transformer = Transformer(
+            width,
+            config.transformer_layers,
+            config.transformer_heads,
+            config.transformer_mlp_width,
+            config.activation,
+        )
+        model.token_embedding = embedding(config.vocab_size, width)
+        model.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
+        model.ln_final = LayerNorm(width)
+
+    def initialize(self, model: "CLIP") -> None:
+        """Draw random weights for training from scratch."""
+        model.transformer.initialize()
+        nn.init.normal_(model.token_embedding.weight, std=0.02)
+        nn.init.normal_(model.positional_embedding, std=0.01)
+
+    def blocks(self, model: "CLIP") -> BlockStack:
+        """The transformer, the part worth compiling."""
+        return model.transformer
+
+    def last_tokens(self, tokens: Tensor) -> Tensor:
+        """The position `[n]` of the last token in each row `[n, l]` of `tokenize`: the end-of-text
+        token, which has the largest id."""
+        return tokens.argmax(dim=1)
+
+    def encode(self, model: "CLIP", ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
+        """Packed token ids `[t]` and their positions `[t]` in their texts -> `[n, w]`."""
+        # F.embedding and not indexing: the gradient of indexing is summed in an order that differs
+        # from run to run.
+        x = model.token_embedding(ids) + F.embedding(positions, model.positional_embedding)
+        return model.ln_final(model.transformer(x, layout))
