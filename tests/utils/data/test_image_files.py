@@ -183,11 +183,25 @@ def test_bad_images_of_the_test_split_are_found_before_training(tmp_path, capsys
     one, two, broken = (str(tmp_path / name) for name in ("1", "2", "3"))
     check_splits(splits([one, broken], [two]), 0)
     assert "warning" not in capsys.readouterr().out
-    check_splits(splits([one], [two], [two, one]), 0)
-    assert "warning: images in both training and test: 1 (" in capsys.readouterr().out
     for images, train_too in (([one], [two], [broken]), False), (([one, broken], [two]), True):
         with pytest.raises(InputError, match=r"1 images cannot be read:\n.*not an image"):
             check_splits(splits(*images), 0, train_too)
+
+
+def test_images_in_two_splits_are_counted_and_named(tmp_path, capsys):
+    names = [str(tmp_path / f"{number}.jpg") for number in range(6)]
+    for name in names:
+        Path(name).write_bytes(PHOTO)
+    for val, test, told in (
+        (names[4:], [], None),
+        (names[3:], [], f"validation: 1 ({names[3]})"),
+        ([names[5], names[2], names[0]], [], f"validation: 2 ({names[0]}, {names[2]})"),
+        (names[5:], names[:4], f"test: 4 ({', '.join(names[:3])}, ...)"),
+    ):
+        check_splits(splits(names[:4], val, test), 0)
+        printed = capsys.readouterr().out
+        assert printed.count("warning: images in both training and ") == (told is not None)
+        assert f"training and {told}; scores" in printed or told is None
 
 
 @pytest.mark.parametrize("cached", [False, True])
