@@ -120,8 +120,8 @@ def cached_pixels(
 
 
 def _fingerprint(root: Path, images: list[str], preprocess: Preprocess) -> bytes:
-    """32 bytes that change with the image files, the preprocessing and Pillow, but not with the place
-    of `root` on its disk."""
+    """32 bytes that change with the image files, the preprocessing and Pillow, but not when `root`
+    is moved on its disk."""
     how = (preprocess.side, preprocess.interpolation, preprocess.resize_mode)
     digest = hashlib.sha256(f"{FORMAT} {PIL.__version__} {how}\n".encode())
     for image in images:

@@ -143,8 +143,8 @@ def collate(loaded: Loaded | InputError) -> Loaded | InputError:
 
 
 class _Batches(Dataset):
-    """The images of a batch by its list of indices, or the `InputError` of an unreadable image. It is
-    returned, because a raised error arrives with the worker's traceback in its message."""
+    """The images of a batch by its list of indices, or the `InputError` of an unreadable image: a
+    raised error would arrive with the worker's traceback in its message."""
 
     def __init__(self, reader: Sequence[Tensor], part: slice, substitute: bool):
         self.reader, self.part, self.substitute = reader, part, substitute
