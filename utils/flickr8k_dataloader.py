@@ -5,8 +5,9 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, repeat
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -138,25 +139,27 @@ class Flickr8kDataset(Dataset):
         return torch.tensor([first.setdefault(text, caption) for caption, text in texts])
 
     @cached_property
-    def img_to_txt(self) -> dict[int, list[int]]:
+    def _images_of(self) -> dict[int, list[int]]:
+        """{text of `text_ids`: the images that have it}."""
         ids = self.text_ids.tolist()
-        same: dict[int, list[int]] = {}
-        for caption, text in enumerate(ids):
-            same.setdefault(text, []).append(caption)
-        return {
-            image: sorted(chain.from_iterable(same[text] for text in {ids[c] for c in captions}))
-            for image, captions in self.own_captions.items()
-        }
+        images_of: dict[int, list[int]] = {}
+        for image, captions in self.own_captions.items():
+            for text in {ids[caption] for caption in captions}:
+                images_of.setdefault(text, []).append(image)
+        return images_of
+
+    @cached_property
+    def img_to_txt(self) -> dict[int, list[int]]:
+        positives: dict[int, list[int]] = {image: [] for image in self.own_captions}
+        for caption, text in enumerate(self.text_ids.tolist()):
+            for image in self._images_of[text]:
+                positives[image].append(caption)
+        return positives
 
     @cached_property
     def txt_to_img(self) -> dict[int, int | list[int]]:
-        ids = self.text_ids.tolist()
-        having: dict[int, list[int]] = {}
-        for image, captions in self.own_captions.items():
-            for text in {ids[c] for c in captions}:
-                having.setdefault(text, []).append(image)
-        one_or_all = {text: im if len(im) > 1 else im[0] for text, im in having.items()}
-        return {caption: one_or_all[text] for caption, text in enumerate(ids)}
+        images = {text: im if len(im) > 1 else im[0] for text, im in self._images_of.items()}
+        return {caption: images[text] for caption, text in enumerate(self.text_ids.tolist())}
 
     def cache(
         self,
@@ -296,6 +299,7 @@ def check_batch_size(batch_size: int, images: int, processes: Processes) -> None
         raise InputError(f"--batch_size {batch_size} is less than the {processes.size} processes")
 
 
+@dataclass
 class TrainLoader:
     """Shuffled batches of images with `captions_per_image` of their captions (at most as many as
     any image has), drawn anew in every epoch. Random choices follow from the seed and the epoch
@@ -306,31 +310,21 @@ class TrainLoader:
     `InputError`.
     """
 
-    def __init__(
-        self,
-        dataset: Flickr8kDataset,
-        batch_size: int,
-        device: torch.device,
-        seed: int = 0,
-        num_workers: int = 0,
-        augment: bool = True,
-        captions_per_image: int = 1,
-        strict: bool = False,
-        processes: Processes = ALONE,
-        alter: bool = False,
-    ):
-        check_batch_size(batch_size, len(dataset), processes)
-        self.dataset = dataset
-        self.batch_size = batch_size
-        self.device = device
-        self.seed = seed
-        self.num_workers = num_workers
-        self.augment = augment
-        most = max(map(len, dataset.own_captions.values()))
-        self.captions_per_image = min(captions_per_image, most)
-        self.strict = strict
-        self.processes = processes
-        self.alter = alter
+    dataset: Flickr8kDataset
+    batch_size: int
+    device: torch.device
+    seed: int = 0
+    num_workers: int = 0
+    augment: bool = True
+    captions_per_image: int = 1
+    strict: bool = False
+    processes: Processes = ALONE
+    alter: bool = False
+
+    def __post_init__(self) -> None:
+        check_batch_size(self.batch_size, len(self.dataset), self.processes)
+        most = max(map(len, self.dataset.own_captions.values()))
+        self.captions_per_image = min(self.captions_per_image, most)
         self.reported: set[int] = set()
         self.features: dict[str, Tensor] = {}  # cached, of frozen towers; see `cache_features`
 

@@ -48,28 +48,17 @@ def decode_once(
     """
     root = dataset.root.resolve()
     folder = root / ".cache" if folder is None else Path(folder).expanduser()
-    problems: dict[int, str] = {}
     file = folder / f"{name}_{dataset.preprocess.side}.pixels"
-    batches = _read(dataset, num_workers, problems)
+    rows = [rows.tolist() for rows in torch.arange(len(dataset)).split(BUILD_BATCH)]
+    read = read_batches(dataset.reader, rows, num_workers, substitute=True)
+    batches = ((loaded.images, loaded.problems) for loaded in read)
     pixels, unreadable = cached_pixels(
         file, dataset.root, dataset.image, dataset.preprocess, batches
     )
-    found = {row: problems.get(row) or _problem(dataset, row) for row in sorted(unreadable)}
     is_gpu = torch.device(device).type == "cuda"
     if is_gpu and pixels.nbytes <= torch.cuda.mem_get_info(device)[0] / 4:
         pixels = pixels.to(device)
-    return pixels, found
-
-
-def _read(
-    dataset: Dataset, num_workers: int, problems: dict[int, str]
-) -> Iterator[tuple[Tensor, Iterable[int]]]:
-    """All images in their order, and the indices of unreadable ones, whose problems are added to
-    `problems`."""
-    batches = [rows.tolist() for rows in torch.arange(len(dataset)).split(BUILD_BATCH)]
-    for loaded in read_batches(dataset.reader, batches, num_workers, substitute=True):
-        problems |= loaded.problems
-        yield loaded.images, loaded.problems
+    return pixels, {row: _problem(dataset, row) for row in sorted(unreadable)}
 
 
 def _problem(dataset: Dataset, row: int) -> str:

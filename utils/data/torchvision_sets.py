@@ -38,19 +38,16 @@ DIGITS = [str(digit) for digit in range(10)]
 EUROSAT_NAMES = ["annual crop land", "forest", "herbaceous vegetation", "highway",
                  "industrial buildings", "pasture", "permanent crop land", "residential buildings",
                  "river", "sea or lake"]  # fmt: skip
-GTSRB_NAMES = [
-    *(f"speed limit {speed} sign" for speed in (20, 30, 50, 60, 70, 80)),
-    "end of speed limit 80 sign", "speed limit 100 sign", "speed limit 120 sign",
-    "no overtaking sign", "no overtaking by trucks sign", "right of way at the next crossing sign",
-    "priority road sign", "give way sign", "stop sign", "no vehicles sign", "no trucks sign",
-    "no entry sign", "danger sign", "left bend sign", "right bend sign", "double bend sign",
-    "uneven road sign", "slippery road sign", "road narrows on the right sign", "road works sign",
-    "traffic lights sign", "pedestrians sign", "children sign", "bicycles sign",
-    "ice and snow sign", "wild animals sign", "end of all limits sign", "turn right sign",
-    "turn left sign", "straight ahead sign", "straight ahead or right sign",
-    "straight ahead or left sign", "keep right sign", "keep left sign", "roundabout sign",
-    "end of no overtaking sign", "end of no overtaking by trucks sign",
-]  # fmt: skip
+GTSRB_NAMES = [f"{name} sign" for name in (
+    "speed limit 20, speed limit 30, speed limit 50, speed limit 60, speed limit 70, speed "
+    "limit 80, end of speed limit 80, speed limit 100, speed limit 120, no overtaking, no "
+    "overtaking by trucks, right of way at the next crossing, priority road, give way, stop, "
+    "no vehicles, no trucks, no entry, danger, left bend, right bend, double bend, uneven "
+    "road, slippery road, road narrows on the right, road works, traffic lights, pedestrians, "
+    "children, bicycles, ice and snow, wild animals, end of all limits, turn right, turn "
+    "left, straight ahead, straight ahead or right, straight ahead or left, keep right, keep "
+    "left, roundabout, end of no overtaking, end of no overtaking by trucks"
+).split(", ")]  # fmt: skip
 
 OXFORD = "https://www.robots.ox.ac.uk/~vgg/data"
 ZALANDO = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
