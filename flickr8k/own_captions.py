@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterable, Set
 from itertools import chain
 from pathlib import Path, PureWindowsPath
-from typing import NamedTuple
 
 from flickr8k.sources import FileIndex, SourceFile, absolute
 from models.errors import InputError
@@ -28,21 +27,12 @@ RESULT = re.compile(r"(en|cn)_(train|val|test)\.json")  # a file that prepare.py
 SHOWN = 3  # files without captions that a message names
 
 
-class CaptionedImages(NamedTuple):
-    """Images by their paths below the data folder.
-
-    captions  path -> its captions
-    splits    "train", "val" or "test" -> paths
-    files     path -> the file to copy there, unless it is there already
-    """
-
-    captions: dict[str, list[str]]
-    splits: dict[str, list[str]]
-    files: dict[str, SourceFile]
+CaptionedImages = tuple[dict[str, list[str]], dict[str, list[str]], dict[str, SourceFile]]
 
 
 def read_own(files: list[SourceFile], root: Path, named: Iterable[Path]) -> CaptionedImages | None:
-    """The data set for the folder `root` that `files` hold; None if none of them may hold captions.
+    """The captions of images, their splits, and the files to copy, all by the images' paths below
+    the folder `root`; images there are not copied. None if no file may hold captions.
 
     Captions are read from the files that the user `named`, or else from all. Without splits in the
     entries or in the files' names, the images are split at random. Raises `InputError` for unusable
@@ -69,7 +59,7 @@ def read_own(files: list[SourceFile], root: Path, named: Iterable[Path]) -> Capt
             "yourself, add a column split that says train, val or test, or give a file of captions "
             "for each, called so"
         )
-    return CaptionedImages(captions, splits, copied)
+    return captions, splits, copied
 
 
 def split_at_random(names: Set[str]) -> dict[str, list[str]]:

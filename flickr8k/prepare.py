@@ -25,6 +25,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Set
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 
 if not __package__:  # as a script: Python looks for modules in this folder, not in the repository
@@ -76,11 +77,6 @@ def read_tokens(file: SourceFile) -> Captions:
             raise InputError(f"{file}: line {number} is not name.jpg#0<TAB>caption: {line[:80]!r}")
         captions.setdefault(name, []).append(caption.strip())
     return captions
-
-
-def read_list(file: SourceFile) -> list[str]:
-    """The images of an official split, one name a line."""
-    return [line.strip() for line in file.read_text().split("\n") if line.strip()]
 
 
 def read_kaggle(file: SourceFile) -> Captions:
@@ -146,8 +142,8 @@ def read_source(files: FileIndex, present: Set[str]) -> tuple[Captions, Splits]:
         )
     captions = CAPTION_READERS[captions_name](files.named(captions_name))
     if not missing_lists:
-        lists = {split: files.named(name) for split, name in SPLIT_LISTS.items()}
-        return captions, {split: read_list(file) for split, file in lists.items()}
+        lists = {split: files.named(name).read_text() for split, name in SPLIT_LISTS.items()}
+        return captions, {split: names.split() for split, names in lists.items()}
     if len(missing_lists) < len(SPLIT_LISTS):
         raise InputError(
             f"some official split lists are there, but not {', '.join(missing_lists)}; "
@@ -170,11 +166,10 @@ def read_source(files: FileIndex, present: Set[str]) -> tuple[Captions, Splits]:
 def check_splits(splits: Splits, captions: Captions) -> None:
     """Raise `InputError` if a split is empty, or if an image in a split has no caption or is listed
     twice."""
-    names = [name for split in splits.values() for name in split]
     if not all(splits.values()):
         empty = " and ".join(split for split, listed in splits.items() if not listed)
         raise InputError(f"there are no images for {empty}; is the source complete (--source)?")
-    for name, count in Counter(names).items():
+    for name, count in Counter(chain.from_iterable(splits.values())).items():
         if count > 1:
             raise InputError(f"{name} is in the splits {count} times; list it once, in one split")
         if not captions.get(name):
@@ -185,13 +180,11 @@ def check_splits(splits: Splits, captions: Captions) -> None:
 
 def warn_of_other_numbers(splits: Splits, captions: Captions) -> None:
     """Warn if the numbers of images or captions are not those of Flickr8k."""
-    names = [name for split in splits.values() for name in split]
+    names = chain.from_iterable(splits.values())
     other = [name for name in names if len(captions[name]) != CAPTIONS_PER_IMAGE]
     if other:
-        warn(
-            f"images without exactly {CAPTIONS_PER_IMAGE} captions: {len(other):,}, for example "
-            f"{other[0]}"
-        )
+        many = f"{len(other):,}, for example {other[0]}"
+        warn(f"images without exactly {CAPTIONS_PER_IMAGE} captions: {many}")
     counts = {split: len(listed) for split, listed in splits.items()}
     if counts != OFFICIAL_COUNTS:
         warn(f"found {_in_words(counts)}, but Flickr8k has {_in_words(OFFICIAL_COUNTS)}")
@@ -233,7 +226,7 @@ def prepare(
         refuse_another_set(annotations)
         if not own:
             warn_of_other_numbers(splits, captions)
-            names = [name for images in splits.values() for name in images]
+            names = [*chain.from_iterable(splits.values())]
             if download and not all(name in present or files.named(name) for name in names):
                 files.add(zip_members(_download(IMAGES_ZIP, root), open_zips))
             copied = {f"images/{name}": file for name in names if (file := files.named(name))}
@@ -290,37 +283,24 @@ def _in_words(counts: dict[str, int]) -> str:
 
 def main() -> None:
     parser = scripts.ArgumentParser(
-        description="Turn Flickr8k into the files that train.py reads: images/*.jpg and\n"
-        "en_{train,val,test}.json, with the official splits; or do so with captions of yours.\n"
-        "Files that are there already are not written again. Flickr8k is for non-commercial\n"
-        "research and education.",
+        description="Turn Flickr8k, or captions of yours, into the files that train.py reads:\n"
+        "images/*.jpg and en_{train,val,test}.json. Files that are there already are not written\n"
+        "again. Flickr8k is for non-commercial research and education.",
     )
-    parser.add_argument(
-        "--download",
-        action="store_true",
+    add = parser.add_argument
+    # fmt: off
+    add("--download", action="store_true",
         help="download what no source holds to OUTPUT/downloads (1.1 GB without any source); an "
-        f"interrupted download is continued; {IMAGES_ZIP} may be deleted in the end",
-    )
-    parser.add_argument(
-        "--source",
-        type=scripts.path,
-        nargs="+",
-        default=[],
-        metavar="PATH",
+             f"interrupted download is continued; {IMAGES_ZIP} may be deleted in the end")
+    add("--source", type=scripts.path, nargs="+", default=[], metavar="PATH",
         help=f"folders, zips or files that hold Flickr8k: {IMAGES_ZIP} and {TEXT_ZIP} or what they "
-        f"unpack to, the Kaggle copy (archive.zip: Images and {KAGGLE}; add {TEXT_ZIP} or "
-        f"--download for the official splits), or Karpathy's {KARPATHY} and the images; or images "
-        "of yours with captions as CSV, TSV, JSON lines, COCO or a list",
-    )
-    parser.add_argument(
-        "--output",
-        type=scripts.writable_folder,
-        default=Path(__file__).resolve().parent,
-        help="folder to write into (default: the folder of this script)",
-    )
-    parser.add_argument(
-        "--language", choices=["en", "cn"], default="en", help="of the captions (default: en)"
-    )
+             f"unpack to, the Kaggle copy (archive.zip: Images and {KAGGLE}; add {TEXT_ZIP} or "
+             f"--download for the official splits), or Karpathy's {KARPATHY} and the images; or "
+             "images of yours with captions as CSV, TSV, JSON lines, COCO or a list")
+    add("--output", type=scripts.writable_folder, default=Path(__file__).resolve().parent,
+        help="folder to write into (default: the folder of this script)")
+    add("--language", choices=["en", "cn"], default="en", help="of the captions (default: en)")
+    # fmt: on
     args = parser.parse_args()
     if not (args.download or args.source):
         parser.error("say where to get Flickr8k: --download, or --source PATH if you have it")

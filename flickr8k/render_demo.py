@@ -267,18 +267,13 @@ def render_demo(
 
 def main() -> None:
     parser = ArgumentParser(description="Render the demo set of coloured shapes.")
-    parser.add_argument(
-        "--output",
-        type=writable_folder,
-        default=Path(__file__).resolve().parent / "demo",
-        help="folder to write into (default: demo, in the folder of this script)",
-    )
-    parser.add_argument(
-        "--seed",
-        type=integer(0, 2**32 - 1),
-        default=0,
-        help="each seed gives another set (default: %(default)s)",
-    )
+    add = parser.add_argument
+    # fmt: off
+    add("--output", type=writable_folder, default=Path(__file__).resolve().parent / "demo",
+        help="folder to write into (default: demo, in the folder of this script)")
+    add("--seed", type=integer(0, 2**32 - 1), default=0,
+        help="each seed gives another set (default: %(default)s)")
+    # fmt: on
     args = parser.parse_args()
     root = render_demo(args.output, seed=args.seed)
     print(f"demo set in {root}: 2,000 training and 200 validation images")

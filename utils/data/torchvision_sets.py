@@ -38,7 +38,7 @@ DIGITS = [str(digit) for digit in range(10)]
 EUROSAT_NAMES = ["annual crop land", "forest", "herbaceous vegetation", "highway",
                  "industrial buildings", "pasture", "permanent crop land", "residential buildings",
                  "river", "sea or lake"]  # fmt: skip
-GTSRB_NAMES = [f"{name} sign" for name in (
+GTSRB_SIGNS = (
     "speed limit 20, speed limit 30, speed limit 50, speed limit 60, speed limit 70, speed "
     "limit 80, end of speed limit 80, speed limit 100, speed limit 120, no overtaking, no "
     "overtaking by trucks, right of way at the next crossing, priority road, give way, stop, "
@@ -47,7 +47,8 @@ GTSRB_NAMES = [f"{name} sign" for name in (
     "children, bicycles, ice and snow, wild animals, end of all limits, turn right, turn "
     "left, straight ahead, straight ahead or right, straight ahead or left, keep right, keep "
     "left, roundabout, end of no overtaking, end of no overtaking by trucks"
-).split(", ")]  # fmt: skip
+)
+GTSRB_NAMES = [f"{sign} sign" for sign in GTSRB_SIGNS.split(", ")]
 
 OXFORD = "https://www.robots.ox.ac.uk/~vgg/data"
 ZALANDO = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
