@@ -82,7 +82,8 @@ def caption_files(files: list[SourceFile], root: Path, named: set[Path]) -> list
     of the right suffix are there but none holds captions."""
     given = [file for file in files if absolute(file.path) in named and not file.archive]
     given = [file for file in given if _suffix(file) in SUFFIXES + OTHER_SUFFIXES]
-    results = [file for file in files if RESULT.fullmatch(file.below(root) or "")]
+    lists = [file for file in files if RESULT.fullmatch(file.parts[-1])]
+    results = [file for file in lists if file.below(root) == file.parts[-1]]
     others = [file for file in files if _suffix(file) in SUFFIXES and file not in results]
     holders, reasons = [], []
     for file in given or others:

@@ -30,9 +30,9 @@ class SourceFile(NamedTuple):
 
     def below(self, folder: Path) -> str | None:
         """Its path relative to `folder`; None if it is in a zip or elsewhere."""
-        if self.archive or not absolute(self.path).is_relative_to(absolute(folder)):
-            return None
-        return absolute(self.path).relative_to(absolute(folder)).as_posix()
+        path, folder = absolute(self.path), absolute(folder)
+        is_below = not self.archive and path.is_relative_to(folder)
+        return path.relative_to(folder).as_posix() if is_below else None
 
     def read_bytes(self) -> bytes:
         """The content. Raises `InputError` if it cannot be read, or is too large."""
@@ -66,8 +66,10 @@ class FileIndex:
         found = next((self.with_end[end] for end in ends if end in self.with_end), [])
         if len(found) < 2:
             return found
-        ranks = [(f.parts[-1] == parts[-1], f.below(self.root) is not None, not f.archive)
-                 for f in found]  # fmt: skip
+        ranks = [
+            (file.parts[-1] == parts[-1], file.below(self.root) is not None, not file.archive)
+            for file in found
+        ]
         return [file for file, rank in zip(found, ranks, strict=True) if rank == max(ranks)]
 
     def named(self, name: str) -> SourceFile | None:

@@ -114,6 +114,14 @@ def captions_by_split(
         more = f"\n  ... and {others} more" if others > 0 else ""
         count = f"{len(problems)} of {len(records)} entries cannot be used; mend or remove them:"
         raise InputError(f"{file}: {count}{shown}{more}")
+    return _join_entries(file, entries, empty)
+
+
+def _join_entries(
+    file: object, entries: dict[tuple[str, str], Pairs], empty: int
+) -> dict[str, Pairs]:
+    """The (image, captions) pairs by split, after a warning that counts the captions left out:
+    copies, and `empty` ones."""
     parts: dict[str, Pairs] = {}
     copies = 0
     for (split, image), listed in entries.items():
