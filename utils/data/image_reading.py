@@ -107,7 +107,7 @@ def read_batches(
             yield loaded
     except RuntimeError as error:
         if "DataLoader timed out" in str(error):
-            problem = f"no batch of images has come for {LONGEST_WAIT} s: is their disk there?"
+            problem = f"no images have come for {LONGEST_WAIT} s: is the disk with them there?"
         elif "DataLoader worker" in str(error):
             problem = (
                 "a process that reads images was killed, as a rule because main memory is full: "
