@@ -333,6 +333,18 @@ def test_ranks_share_the_altered_images_of_one_process(root):
     assert equal([first[:3]], [again[:3]]) and first.altered is None
 
 
+def test_a_batch_says_which_of_its_inputs_are_cached_features(root):
+    """They are passed on unchanged, also to distillation and to the parts of a batch."""
+    dataset = Flickr8kDataset(root, 32)
+    loader = TrainLoader(dataset, 4, CPU, alter=True)
+    assert all(batch.cached == batch.altered.cached == set() for batch in loader.epoch(1))
+    loader.features["text"] = torch.randn(len(dataset.text), 7)
+    for batch in loader.epoch(1):
+        assert all(one.cached == {"text"} for one in (batch, batch.altered, *batch.split(3)))
+        assert torch.equal(batch.altered.tokens, batch.tokens[::2])
+        assert torch.equal(batch.tokens, loader.features["text"][batch.texts[:, 0]])
+
+
 def test_several_captions_of_an_image_are_different_while_it_has_enough(root):
     dataset = Flickr8kDataset(root, 32)
     loader = TrainLoader(dataset, 11, CPU, augment=False, captions_per_image=3)
