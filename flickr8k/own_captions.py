@@ -1,19 +1,17 @@
-"""Captions of one's own: the files that hold them, and the images that they mean.
+"""A data set of one's own: the files of its captions, in any format of `read_records`, and its
+images, which are found by the ends of their paths."""
 
-The files have any format of `read_records`. What they call an image, be it a name, a part of a path
-or a whole path of another computer, is compared from its end with the paths of all files.
-"""
-
-import os
+import random
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
+from itertools import chain
 from pathlib import Path, PureWindowsPath
-from typing import NamedTuple, Protocol
 
+from flickr8k.sources import FileIndex, SourceFile, absolute
 from models.errors import InputError
 from models.files import probably_meant
-from utils.data.annotations import captions_by_split, image_path, join_parts
+from utils.data.annotations import captions_by_split, join_parts
 from utils.data.caption_formats import (
     CAPTION_FIELDS,
     IMAGE_FIELDS,
@@ -24,134 +22,126 @@ from utils.data.caption_formats import (
     read_records,
 )
 
-OTHER_SUFFIXES = (".txt", ".xlsx")  # of files that are looked into where they are named
-SHOWN = 3  # files that hold no captions
+OTHER_SUFFIXES = (".txt", ".xlsx")  # of caption files that are read only if the user names them
+RESULT = re.compile(r"(en|cn)_(train|val|test)\.json")  # a file that prepare.py writes
+SHOWN = 3  # files without captions that a message names
 
 
-class File(Protocol):
-    """A file of a source: the file at `path`, or a member of the zip at `path`."""
-
-    path: Path
-    archive: object | None
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The parts of its path, in the zip if it is in one."""
-
-    def read_text(self) -> str: ...
+CaptionedImages = tuple[dict[str, list[str]], dict[str, list[str]], dict[str, SourceFile]]
 
 
-class OwnSet(NamedTuple):
-    """A data set in a folder.
+def read_own(files: list[SourceFile], root: Path, named: Iterable[Path]) -> CaptionedImages | None:
+    """The captions of images, their splits, and the files to copy, all by the images' paths below
+    the folder `root`; images there are not copied. None if no file may hold captions.
 
-    captions  path of an image below the folder -> its captions
-    splits    "train", "val" or "test" -> paths of its images; None if the files do not tell
-    files     path of an image -> the file to copy there; without those that are there already
+    Captions are read from the files that the user `named`, or else from all. Without splits in the
+    entries or in the files' names, the images are split at random. Raises `InputError` for unusable
+    captions, for images of which there is no file or several, and for several caption files that
+    are not called train, val and test.
     """
-
-    captions: dict[str, list[str]]
-    splits: dict[str, list[str]] | None
-    files: dict[str, File]
-
-
-def read_own(files: Iterable[File], root: Path, named: Iterable[Path]) -> OwnSet | None:
-    """The data set for the folder `root` that `files` hold; None if no file may hold captions.
-
-    Captions are looked for in the files that the user `named`, or else in all. Raises `InputError`
-    for captions that cannot be used, for images that are in none of the files or in several, and
-    for several files of captions that are not called train, val and test.
-    """
-    files = list(
-        {(_absolute(file.path), file.archive and file.parts): file for file in files}.values()
-    )
-    holders = caption_holders(files, root, {_absolute(path) for path in named})
+    holders = caption_files(files, root, {absolute(path) for path in named})
     if not holders:
         return None
-    parts = [captions_by_split(file, file.read_text(), _name) for file in holders]
+    parts = [captions_by_split(file, file.read_text(), _image_name) for file in holders]
     if len(holders) == 1:
         pairs = _split_by_entries(holders[0], parts[0])
     else:
         pairs = dict(zip(_splits(holders), (join_parts(p.values()) for p in parts), strict=True))
-    target_of, copied = _places({i for part in pairs.values() for i, _ in part}, files, root)
+    target_of, copied = _place({i for part in pairs.values() for i, _ in part}, files, root)
     captions: dict[str, list[str]] = {}
-    for part in pairs.values():
-        for image, texts in part:
-            captions.setdefault(target_of[image], []).extend(texts)
-    split = {name: [target_of[image] for image, _ in part] for name, part in pairs.items()}
-    return OwnSet(captions, split if len(pairs) > 1 else None, copied)
-
-
-def _split_by_entries(file: File, parts: dict[str, list]) -> dict[str, list]:
-    """The (image, captions) pairs by split, as the entries of a file say it; all as "train" if they
-    say nothing, or one split of all."""
-    if len(parts) == 1:
-        return {"train": join_parts(parts.values())}
-    words = ", ".join(repr(word) for word in sorted(parts))
-    pairs: dict[str, list] = {}
-    for word, part in parts.items():
-        if word not in SPLIT_WORDS:
-            raise InputError(
-                f"{file}: split is one of {words}; write train, val or test in every entry, or "
-                "rename the field to have the images split at random"
-            )
-        pairs.setdefault(SPLIT_WORDS[word], []).extend(part)
-    if not {"train", "val"} <= pairs.keys():
-        raise InputError(
-            f"{file}: split is one of {words}; write val in entries to validate on, or rename the "
-            "field to have the images split at random"
+    for image, texts in chain.from_iterable(pairs.values()):
+        captions.setdefault(target_of[image], []).extend(texts)
+    splits = {split: [target_of[image] for image, _ in part] for split, part in pairs.items()}
+    if len(splits) == 1:
+        splits = split_at_random(captions.keys())
+        warn(
+            f"the {len(captions):,} images are split at random into train, val and test; to choose "
+            "yourself, add a column split that says train, val or test, or give a file of captions "
+            "for each, called so"
         )
-    return pairs
+    return captions, splits, copied
 
 
-def caption_holders(files: list[File], root: Path, named: set[Path]) -> list[File]:
-    """Those of the files that hold captions, among `named` ones if any of these may; without the
-    lists that stand in `root` as results. Raises `InputError` if none of them does, though some
-    might, or one that is named does not, or if there are results alone."""
-    given = [file for file in files if _absolute(file.path) in named and not file.archive]
+def split_at_random(names: Set[str]) -> dict[str, list[str]]:
+    """Split images 6 : 1 : 1 into train, val and test. The same names are split the same way on
+    every machine."""
+    shuffled = sorted(names)
+    random.Random(0).shuffle(shuffled)
+    n_held_out = max(1, len(shuffled) // 8)
+    val, test = shuffled[:n_held_out], shuffled[n_held_out : 2 * n_held_out]
+    return {"train": shuffled[2 * n_held_out :], "val": val, "test": test}
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def caption_files(files: list[SourceFile], root: Path, named: set[Path]) -> list[SourceFile]:
+    """The files that hold captions, among the `named` ones if any of these may, without those that
+    prepare.py wrote to `root`. Raises `InputError` for a named file without captions, and if files
+    of the right suffix are there but none holds captions."""
+    given = [file for file in files if absolute(file.path) in named and not file.archive]
     given = [file for file in given if _suffix(file) in SUFFIXES + OTHER_SUFFIXES]
-    found = [file for file in files if _suffix(file) in SUFFIXES and not _is_result(root, file)]
+    lists = [file for file in files if RESULT.fullmatch(file.parts[-1])]
+    results = [file for file in lists if file.below(root) == file.parts[-1]]
+    others = [file for file in files if _suffix(file) in SUFFIXES and file not in results]
     holders, reasons = [], []
-    for file in given or found:
+    for file in given or others:
         try:
             records = read_records(file.read_text(), _suffix(file))
             if not any(record.problem or _has_both(record.content) for record in records):
                 raise UnknownFormat("no entry has an image and a caption")
             holders.append(file)
         except UnknownFormat as error:
-            reasons.append(f"{file}: {error}")
+            reasons.append(f"\n  {file}: {error}")
             if given:
-                raise InputError(reasons[0]) from None
-    more = f"\n  ... and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else ""
-    listed = "".join(f"\n  {reason}" for reason in reasons[:SHOWN]) + more
+                raise InputError(f"{file}: {error}") from None
+    listed = "".join(reasons[:SHOWN]) + ("\n  ..." if len(reasons) > SHOWN else "")
     if reasons and not holders:
         raise InputError(f"no file of the sources holds captions:{listed}")
-    if not holders and (results := [f.parts[-1] for f in files if _is_result(root, f)]):
+    if results and not holders:
         raise InputError(
-            f"{root}: {', '.join(results)}: named as the lists that are written here; rename a "
-            "list of all images (captions.json), or write into another folder (--output)"
+            f"{root}: {', '.join(file.parts[-1] for file in results)}: named as the lists that are "
+            "written here; rename a list of all images (captions.json), or write into another "
+            "folder (--output)"
         )
     if reasons:
-        print(f"warning: files that hold no captions are left out:{listed}", file=sys.stderr)
+        warn(f"files that hold no captions are left out:{listed}")
     return holders
 
 
-def _suffix(file: File) -> str:
+def _suffix(file: SourceFile) -> str:
     return Path(file.parts[-1]).suffix.lower()
 
 
-def _is_result(root: Path, file: File) -> bool:
-    name = file.parts[-1]
-    is_list = re.fullmatch(r"(en|cn)_(train|val|test)\.json", name)
-    return is_list is not None and _below(root, file) == name
-
-
 def _has_both(entry: object) -> bool:
-    return isinstance(entry, dict) and bool(
-        first_of(IMAGE_FIELDS, entry) and first_of(CAPTION_FIELDS, entry)
-    )
+    is_object = isinstance(entry, dict)
+    return is_object and all(first_of(names, entry) for names in (IMAGE_FIELDS, CAPTION_FIELDS))
 
 
-def _splits(holders: list[File]) -> list[str]:
+def _split_by_entries(file: SourceFile, parts: dict[str, list]) -> dict[str, list]:
+    """The (image, captions) pairs by split, as the entries of a file name it; all as "train" if all
+    name the same one or none."""
+    if len(parts) == 1:
+        return {"train": join_parts(parts.values())}
+    words = ", ".join(repr(word) for word in sorted(parts))
+    remedy = ""
+    if not parts.keys() <= SPLIT_WORDS.keys():
+        remedy = "write train, val or test in every entry"
+    elif not {"train", "val"} <= {SPLIT_WORDS[word] for word in parts}:
+        remedy = "write val in entries to validate on"
+    if remedy:
+        raise InputError(
+            f"{file}: split is one of {words}; {remedy}, or rename the field to have the images "
+            "split at random"
+        )
+    pairs: dict[str, list] = {}
+    for word, part in parts.items():
+        pairs.setdefault(SPLIT_WORDS[word], []).extend(part)
+    return pairs
+
+
+def _splits(holders: list[SourceFile]) -> list[str]:
     """The split of each file, as its name tells: captions_train2017.json, dev.csv."""
     splits = []
     for file in holders:
@@ -166,25 +156,20 @@ def _splits(holders: list[File]) -> list[str]:
     return splits
 
 
-def _name(image: object) -> str:
+def _image_name(image: object) -> str:
     path = PureWindowsPath(image.strip() if isinstance(image, str) else "")
     if not path.name or path.name == "..":
         raise ValueError("should be the path of a file")
     return path.as_posix()
 
 
-def _places(
-    images: Iterable[str], files: list[File], root: Path
-) -> tuple[dict[str, str], dict[str, File]]:
-    """The path below `root` of each image, and the files to copy to those that are not there."""
-    ending: dict[tuple[str, ...], list[File]] = {}  # with the last parts of a path, in lower case
-    for file in files:
-        parts = _folded(file.parts)
-        for start in range(len(parts)):
-            ending.setdefault(parts[start:], []).append(file)
-    images = sorted(images)
-    found = {image: _find(image, ending, root) for image in images}
-    if missing := [image for image in images if found[image] is None]:
+def _place(
+    images: set[str], files: list[SourceFile], root: Path
+) -> tuple[dict[str, str], dict[str, SourceFile]]:
+    """The path of each image below `root`, and the files to copy there."""
+    index = FileIndex(files, root)
+    found = {image: index.find(_parts(image)) for image in sorted(images)}
+    if missing := [image for image, matches in found.items() if not matches]:
         depth = len(_parts(missing[0]))
         hint = probably_meant(missing[0], ("/".join(file.parts[-depth:]) for file in files))
         raise InputError(
@@ -192,50 +177,26 @@ def _places(
             f"{missing[0]}{hint}; name the folder or zip that holds them with --source as well"
         )
     target_of: dict[str, str] = {}
-    copied: dict[str, File] = {}
+    copied: dict[str, SourceFile] = {}
     image_of: dict[str, str] = {}
-    for image, file in found.items():
-        there = _below(root, file)
-        target_of[image] = target = there or f"images/{_relative(image)}"
+    for image, (file, *others) in found.items():
+        if others:
+            raise InputError(
+                f"{image}: several files may be meant, {file} and {others[0]}; write more of the "
+                "path in the captions' file"
+            )
+        target = file.below(root)
+        if target is None:
+            target = f"images/{_relative(image)}"
+            copied[target] = file
+        target_of[image] = target
         other = image_of.setdefault(target.casefold(), image)
         if other != image:
             raise InputError(
                 f"{other} and {image} both become {target}; spell an image in one way only, and "
                 "give different ones paths relative to one folder"
             )
-        if not there:
-            copied[target] = file
-        try:
-            usable = image_path(target) == target
-        except ValueError:
-            usable = False
-        if not usable:
-            raise InputError(f"{target}: this name cannot be used everywhere; rename the image")
     return target_of, copied
-
-
-def _find(image: str, ending: dict[tuple[str, ...], list[File]], root: Path) -> File | None:
-    """The file whose path ends with most of `image`; among equals one that is spelled the same, one
-    in `root`, one that is not in a zip."""
-    parts = _parts(image)
-    folded = _folded(parts)
-    matches = (ending[folded[start:]] for start in range(len(parts)) if folded[start:] in ending)
-    candidates = next(matches, [])
-    ranks = [
-        (file.parts[-1] == parts[-1], _below(root, file) is not None, not file.archive)
-        for file in candidates
-    ]
-    best = [f for f, rank in zip(candidates, ranks, strict=True) if rank == max(ranks)]
-    if len(best) > 1:
-        raise InputError(
-            f"{image}: several files may be meant, {best[0]} and {best[1]}; write more of the path "
-            "in the captions' file"
-        )
-    return best[0] if best else None
-
-
-def _folded(parts: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(part.casefold() for part in parts)
 
 
 def _parts(image: str) -> tuple[str, ...]:
@@ -244,22 +205,9 @@ def _parts(image: str) -> tuple[str, ...]:
 
 
 def _relative(image: str) -> str:
-    """Where below images/ a copy of the image goes: as the captions' file has it, or its name alone
-    if that is no path within a folder."""
+    """The path of a copy of the image below images/: that of the caption file, or only the name if
+    that path is absolute or leaves its folder."""
     parts = _parts(image)
     if PureWindowsPath(image).anchor or ".." in parts:
         return parts[-1]
     return "/".join(parts[1:] if len(parts) > 1 and parts[0].casefold() == "images" else parts)
-
-
-def _below(root: Path, file: File) -> str | None:
-    """The path of a file relative to `root`; None if it is in a zip or elsewhere."""
-    path, folder = _absolute(file.path), _absolute(root)
-    if file.archive or not path.is_relative_to(folder):
-        return None
-    return path.relative_to(folder).as_posix()
-
-
-def _absolute(path: Path) -> Path:
-    """Without following links: an image that a link in the data folder leads to is in it."""
-    return Path(os.path.abspath(path))  # noqa: PTH100

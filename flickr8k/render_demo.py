@@ -41,36 +41,21 @@ SHADOW_OFFSET = 1.25  # pixels to the right, and down
 SHADOW_BRIGHTNESS = 0.86  # of the background's
 
 COLOURS: dict[str, Colour] = {
-    "red": (226, 48, 48),
-    "orange": (255, 138, 24),
-    "yellow": (250, 212, 24),
-    "green": (46, 160, 78),
-    "blue": (44, 114, 240),
-    "purple": (140, 64, 200),
-    "pink": (255, 112, 184),
-    "brown": (122, 74, 42),
-}
+    "red": (226, 48, 48), "orange": (255, 138, 24), "yellow": (250, 212, 24),
+    "green": (46, 160, 78), "blue": (44, 114, 240), "purple": (140, 64, 200),
+    "pink": (255, 112, 184), "brown": (122, 74, 42),
+}  # fmt: skip
 # No colour of an object is among them, so the words of a caption tell its attributes in any order.
 BACKGROUNDS: dict[str, Colour] = {
-    "white": (252, 252, 252),
-    "grey": (190, 194, 202),
-    "cream": (255, 236, 200),
-    "mint": (176, 236, 212),
-    "lavender": (208, 200, 248),
-    "navy": (28, 40, 88),
-}
+    "white": (252, 252, 252), "grey": (190, 194, 202), "cream": (255, 236, 200),
+    "mint": (176, 236, 212), "lavender": (208, 200, 248), "navy": (28, 40, 88),
+}  # fmt: skip
 RADII = {"small": 7.0, "large": 12.0}  # pixels
 PLACES = {  # steps of PLACE_SPACING from the centre, to the right and down
-    "top left": (-1, -1),
-    "top": (0, -1),
-    "top right": (1, -1),
-    "left": (-1, 0),
-    "middle": (0, 0),
-    "right": (1, 0),
-    "bottom left": (-1, 1),
-    "bottom": (0, 1),
-    "bottom right": (1, 1),
-}
+    "top left": (-1, -1), "top": (0, -1), "top right": (1, -1),
+    "left": (-1, 0), "middle": (0, 0), "right": (1, 0),
+    "bottom left": (-1, 1), "bottom": (0, 1), "bottom right": (1, 1),
+}  # fmt: skip
 
 
 def _arc(radius: float, start: float, stop: float, steps: int = 72, centre_x: float = 0) -> Points:
@@ -160,17 +145,11 @@ WORDINGS = {
             "Somebody drew a {size} {shape} in {colour} {place} of a {background} page.",
         ),
         words={
-            "circle": ("circle", "disc"),
-            "square": ("square",),
-            "triangle": ("triangle",),
-            "star": ("star",),
-            "heart": ("heart",),
-            "ring": ("ring",),
-            "cross": ("cross", "plus sign"),
-            "crescent": ("crescent", "crescent moon"),
+            "circle": ("circle", "disc"), "square": ("square",), "triangle": ("triangle",),
+            "star": ("star",), "heart": ("heart",), "ring": ("ring",),
+            "cross": ("cross", "plus sign"), "crescent": ("crescent", "crescent moon"),
             **{colour: (colour,) for colour in (*COLOURS, *BACKGROUNDS)},
-            "small": ("small", "little"),
-            "large": ("large", "big"),
+            "small": ("small", "little"), "large": ("large", "big"),
             "top left": ("in the top left corner", "at the upper left"),
             "top": ("at the top", "at the upper edge"),
             "top right": ("in the top right corner", "at the upper right"),
@@ -192,42 +171,22 @@ WORDINGS = {
             "有人在{background}纸的{place}画了一个{size}{colour}{shape}。",
         ),
         words={
-            "circle": ("圆形", "圆盘"),
-            "square": ("正方形", "方块"),
-            "triangle": ("三角形",),
-            "star": ("五角星", "星星"),
-            "heart": ("心形", "爱心"),
-            "ring": ("圆环",),
-            "cross": ("十字",),
-            "crescent": ("月牙", "弯月"),
-            "red": ("红色",),
-            "orange": ("橙色",),
-            "yellow": ("黄色",),
-            "green": ("绿色",),
-            "blue": ("蓝色",),
-            "purple": ("紫色",),
-            "pink": ("粉色",),
-            "brown": ("棕色",),
-            "white": ("白色",),
-            "grey": ("灰色",),
-            "cream": ("米色",),
-            "mint": ("薄荷色",),
-            "lavender": ("薰衣草色",),
-            "navy": ("藏青色",),
-            "small": ("小小的", "很小的"),
-            "large": ("大大的", "很大的"),
-            "top left": ("左上角", "左上方"),
-            "top": ("上方", "顶部"),
-            "top right": ("右上角", "右上方"),
-            "left": ("左侧", "左边"),
-            "middle": ("中央", "正中"),
-            "right": ("右侧", "右边"),
-            "bottom left": ("左下角", "左下方"),
-            "bottom": ("下方", "底部"),
+            "circle": ("圆形", "圆盘"), "square": ("正方形", "方块"), "triangle": ("三角形",),
+            "star": ("五角星", "星星"), "heart": ("心形", "爱心"), "ring": ("圆环",),
+            "cross": ("十字",), "crescent": ("月牙", "弯月"),
+            "red": ("红色",), "orange": ("橙色",), "yellow": ("黄色",), "green": ("绿色",),
+            "blue": ("蓝色",), "purple": ("紫色",), "pink": ("粉色",), "brown": ("棕色",),
+            "white": ("白色",), "grey": ("灰色",), "cream": ("米色",), "mint": ("薄荷色",),
+            "lavender": ("薰衣草色",), "navy": ("藏青色",),
+            "small": ("小小的", "很小的"), "large": ("大大的", "很大的"),
+            "top left": ("左上角", "左上方"), "top": ("上方", "顶部"),
+            "top right": ("右上角", "右上方"), "left": ("左侧", "左边"),
+            "middle": ("中央", "正中"), "right": ("右侧", "右边"),
+            "bottom left": ("左下角", "左下方"), "bottom": ("下方", "底部"),
             "bottom right": ("右下角", "右下方"),
         },
     ),
-}
+}  # fmt: skip
 CAPTIONS_PER_IMAGE = 5
 
 
@@ -243,8 +202,8 @@ def describe(scene: Scene, wording: Wording, rng: random.Random) -> list[str]:
 def draw(
     scene: Scene, rng: random.Random, outlines: Mapping[str, Points] = OUTLINES
 ) -> Image.Image:
-    """The scene as an RGB image of `IMAGE_SIZE` by `IMAGE_SIZE` pixels. `rng` decides how far the
-    object is off its place."""
+    """The scene as an RGB image of `IMAGE_SIZE` by `IMAGE_SIZE` pixels. `rng` moves the object off
+    its place."""
     background = BACKGROUNDS[scene.background]
     shadow = tuple(round(channel * SHADOW_BRIGHTNESS) for channel in background)
     centre = [
@@ -274,10 +233,9 @@ def render_demo(
 ) -> Path:
     """Write the demo set to the folder `root`, unless it is there already, and return `root`.
 
-    The same seed gives the same files. The annotations are written after all images, so where they
-    exist, the images are complete. Raises `InputError` if `root` cannot be written, or if it holds
-    the annotations of another data set, which are never overwritten; `folder_option` is the option
-    for another folder, which the message names.
+    The same seed gives the same files. Where the annotations exist, the images are complete. Raises
+    `InputError` if `root` cannot be written or holds annotations of another data set, which are
+    never overwritten; `folder_option` is the script's option for another folder.
     """
     root = Path(root)
     rng = random.Random(seed)
@@ -309,18 +267,13 @@ def render_demo(
 
 def main() -> None:
     parser = ArgumentParser(description="Render the demo set of coloured shapes.")
-    parser.add_argument(
-        "--output",
-        type=writable_folder,
-        default=Path(__file__).resolve().parent / "demo",
-        help="folder to write into (default: demo, in the folder of this script)",
-    )
-    parser.add_argument(
-        "--seed",
-        type=integer(0, 2**32 - 1),
-        default=0,
-        help="each seed gives another set (default: %(default)s)",
-    )
+    add = parser.add_argument
+    # fmt: off
+    add("--output", type=writable_folder, default=Path(__file__).resolve().parent / "demo",
+        help="folder to write into (default: demo, in the folder of this script)")
+    add("--seed", type=integer(0, 2**32 - 1), default=0,
+        help="each seed gives another set (default: %(default)s)")
+    # fmt: on
     args = parser.parse_args()
     root = render_demo(args.output, seed=args.seed)
     print(f"demo set in {root}: 2,000 training and 200 validation images")

@@ -34,21 +34,21 @@ def by_definition(scores, truth, k_values):
 def loss_by_definition(image_features, text_features, logit_scale, texts=None):
     """Figure 3 of Radford et al. 2021, in the precision of its input; with several captions an
     image, the mean over them. Left out are the image's other captions and, of other images, the
-    captions that are right for it: whose text is among its `texts` `[n, m]`."""
+    captions that are its positives, whose text is among its `texts` `[n, m]`."""
     n, k = len(image_features), len(text_features) // len(image_features)
     texts = torch.arange(n * k).view(n, k) if texts is None else texts
-    right = [set(row.tolist()) for row in texts]
-    brought = texts[:, :k].flatten().tolist()
+    positives = [set(row.tolist()) for row in texts]
+    text = texts[:, :k].flatten().tolist()
     image_features = image_features / image_features.norm(dim=1, keepdim=True)
     text_features = text_features / text_features.norm(dim=1, keepdim=True)
     logits = image_features @ text_features.T * logit_scale.exp()
     total = 0
     for i in range(n):
-        wrong_texts = [t for t in range(n * k) if t // k != i and brought[t] not in right[i]]
+        negative_texts = [t for t in range(n * k) if t // k != i and text[t] not in positives[i]]
         for caption in range(i * k, (i + 1) * k):
-            wrong_images = [j for j in range(n) if j != i and brought[caption] not in right[j]]
-            over_texts = logits[i, [caption, *wrong_texts]][None]
-            over_images = logits[[i, *wrong_images], caption][None]
+            negative_images = [j for j in range(n) if j != i and text[caption] not in positives[j]]
+            over_texts = logits[i, [caption, *negative_texts]][None]
+            over_images = logits[[i, *negative_images], caption][None]
             total += F.cross_entropy(over_texts, torch.tensor([0]))
             total += F.cross_entropy(over_images, torch.tensor([0]))
     return total / (2 * n * k)

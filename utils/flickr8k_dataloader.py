@@ -1,12 +1,13 @@
-"""Captioned images: the data set and the batches that training takes from it."""
+"""Captioned images: the data set, and the batches to train on."""
 
 import hashlib
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, repeat
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,15 +24,21 @@ from models.device import upload
 from models.errors import InputError
 from models.preprocess import Preprocess
 from models.tokens import clip_tokenizer, token_rows
-from utils.data.annotations import SPLITS, caption_file, read_annotations, why_missing
+from utils.data.annotations import (
+    SPLITS,
+    caption_file,
+    join_parts,
+    read_annotations,
+    why_missing,
+)
 from utils.data.augment import crop, draw_crops, draw_recolourings, recolour, reword
 from utils.data.image_cache import decode_once, gather
 from utils.data.image_reading import ImageReader, Loaded, read_batches, substitutes
 from utils.machine.processes import ALONE, Processes
 
-ALIKE = (
-    "the same as far as the model reads them, so that it cannot tell them apart: shorten what they "
-    "start with, or take a model with a longer context"
+ALIKE = (  # the end of a warning
+    "equal as far as the model reads them, so that it cannot tell them apart: shorten how they "
+    "start, or take a model with a longer context"
 )
 
 
@@ -40,22 +47,22 @@ class Flickr8kDataset(Dataset):
     `root_dir`. With several languages an image has its captions in all of them.
 
     `split` is "train", "val" or "test"; without it, `is_train` chooses between the first two, and
-    training is the default. Both together have to agree.
+    training is the default.
 
-    `dataset[i]` is (image, captions). The image is uint8 pixels `[3, target_shape, target_shape]`,
-    resized and cropped as CLIP does it, or what `transform` makes of the PIL image; the captions
-    are strings. With a `model`, images and captions are prepared as it takes them (`prepare_for`).
-    Raises `InputError` for caption files that cannot be used and for missing images.
+    `dataset[i]` is (image, captions): uint8 pixels `[3, target_shape, target_shape]`, resized and
+    cropped as in CLIP, or what `transform` makes of the PIL image; and strings. With a `model`,
+    both are prepared for it (`prepare_for`). Raises `InputError` for unusable caption files and for
+    missing images.
 
-    Captions that are the same to the tokenizer are one text, which is right for every image that
-    has it; those that are the same only as far as the model reads them are not. With
-    `plain_protocol` a caption is right for its own image alone.
+    Captions with equal tokens are one text, a positive of every image that has it; captions that
+    are equal only after they are cut are different texts. With `plain_protocol` a caption is a
+    positive of its own image alone.
 
     image         paths of the image files
     text          all captions, image by image
-    own_captions  {image index: [indices of its captions]}
-    img_to_txt    {image index: [indices of all captions that are right for it]}
-    txt_to_img    {caption index: index of the image that it is right for, or a list of several}
+    own_captions  {image index: [indices of its own captions]}
+    img_to_txt    {image index: [indices of all captions that are its positives]}
+    txt_to_img    {caption index: index of the image that is its positive, or a list of several}
     """
 
     def __init__(
@@ -80,18 +87,15 @@ class Flickr8kDataset(Dataset):
         self.transform = transform
         self.plain_protocol = plain_protocol
         self.cached: Tensor | None = None
-        self.unreadable: dict[int, str] = {}  # what is wrong with images, found by `cache`
-        self.names: list[str] = []  # of the images: their paths below the root, with slashes
-        self.image: list[str] = []
+        self.unreadable: dict[int, str] = {}  # {image index: problem}, found by `cache`
+        languages = dict.fromkeys([language] if isinstance(language, str) else language)
+        files = [caption_file(root, name, self.split) for name in languages]
+        captions_of = dict(join_parts(map(read_annotations, files)))
+        self.names = [*captions_of]  # of the images: their paths below the root, with slashes
+        self.image = [str(root / name) for name in self.names]
         self.text: list[str] = []
         self.own_captions: dict[int, list[int]] = {}
-        captions_of: dict[str, list[str]] = {}
-        for name in dict.fromkeys([language] if isinstance(language, str) else language):
-            for image, captions in read_annotations(caption_file(root, name, self.split)):
-                captions_of.setdefault(image, []).extend(captions)
-        for i, (image, captions) in enumerate(captions_of.items()):
-            self.names.append(image)
-            self.image.append(str(root / image))
+        for i, captions in enumerate(captions_of.values()):
             self.own_captions[i] = list(range(len(self.text), len(self.text) + len(captions)))
             self.text += captions
         self._check_images_exist()
@@ -105,29 +109,28 @@ class Flickr8kDataset(Dataset):
 
     @property
     def reader(self) -> ImageReader:
-        return ImageReader(self.image, self.transform or self.preprocess.pixels)
+        return ImageReader(self.image, self.transform or self.preprocess.resize_and_crop)
 
     def prepare_for(self, model: CLIP) -> None:
-        """Prepare images and captions as `model` takes them, from now on: call it before either is
-        used."""
+        """Prepare images and captions for `model`; to be called before either is used."""
         self.preprocess = model.preprocess
         self.tokenizer = model.tokenizer
         self.context_length = model.context_length
 
     @cached_property
     def tokens(self) -> Tensor:
-        """All captions as IntTensor `[captions, context_length]`; those too long are cut."""
+        """All captions as IntTensor `[captions, context_length]`; long ones are cut."""
         return token_rows(self.tokenizer, self.text, self.context_length, truncate=True)
 
     @cached_property
     def full(self) -> dict[int, tuple[int, ...]]:
-        """All tokens, also those that are cut, of the captions that leave no room in their row."""
+        """{caption index: all its tokens, uncut}, for captions that fill their row of `tokens`."""
         full = self.tokens[:, -1].nonzero().flatten().tolist()
         return {caption: tuple(self.tokenizer.encode(self.text[caption])) for caption in full}
 
     @cached_property
     def text_ids(self) -> Tensor:
-        """For each caption the index of the first one that is the same text, `[captions]`."""
+        """For each caption the index of the first caption that is the same text, `[captions]`."""
         if self.plain_protocol:
             return torch.arange(len(self.text))
         first: dict[object, int] = {}
@@ -136,25 +139,27 @@ class Flickr8kDataset(Dataset):
         return torch.tensor([first.setdefault(text, caption) for caption, text in texts])
 
     @cached_property
-    def img_to_txt(self) -> dict[int, list[int]]:
+    def _images_of(self) -> dict[int, list[int]]:
+        """{text of `text_ids`: the images that have it}."""
         ids = self.text_ids.tolist()
-        same: dict[int, list[int]] = {}
-        for caption, text in enumerate(ids):
-            same.setdefault(text, []).append(caption)
-        return {
-            image: sorted(chain.from_iterable(same[text] for text in {ids[c] for c in captions}))
-            for image, captions in self.own_captions.items()
-        }
+        images_of: dict[int, list[int]] = {}
+        for image, captions in self.own_captions.items():
+            for text in {ids[caption] for caption in captions}:
+                images_of.setdefault(text, []).append(image)
+        return images_of
+
+    @cached_property
+    def img_to_txt(self) -> dict[int, list[int]]:
+        positives: dict[int, list[int]] = {image: [] for image in self.own_captions}
+        for caption, text in enumerate(self.text_ids.tolist()):
+            for image in self._images_of[text]:
+                positives[image].append(caption)
+        return positives
 
     @cached_property
     def txt_to_img(self) -> dict[int, int | list[int]]:
-        ids = self.text_ids.tolist()
-        having: dict[int, list[int]] = {}
-        for image, captions in self.own_captions.items():
-            for text in {ids[c] for c in captions}:
-                having.setdefault(text, []).append(image)
-        one_or_all = {text: im if len(im) > 1 else im[0] for text, im in having.items()}
-        return {caption: one_or_all[text] for caption, text in enumerate(ids)}
+        images = {text: im if len(im) > 1 else im[0] for text, im in self._images_of.items()}
+        return {caption: images[text] for caption, text in enumerate(self.text_ids.tolist())}
 
     def cache(
         self,
@@ -162,19 +167,16 @@ class Flickr8kDataset(Dataset):
         device: torch.device | str = "cpu",
         num_workers: int = 0,
     ) -> None:
-        """Decode all images into a file in `folder` (by default `.cache` in `root_dir`), which all
-        runs share, and have `batches` read the pixels from there. They are kept on the device
-        if they take at most a quarter of its free memory. Raises `InputError` if the file cannot be
-        written.
-        """
+        """Decode all images once, by `decode_once`; `batches` then reads the cached pixels. Raises
+        `InputError` if they cannot be written, or if there is a `transform`."""
         if self.transform is not None:
-            raise InputError("the cache keeps what CLIP makes of the images: it takes no transform")
+            raise InputError("the cache holds images as CLIP resizes them: it takes no transform")
         name = f"{self.root.resolve().name}_{self.split}"
         self.cached, self.unreadable = decode_once(self, name, folder, device, num_workers)
 
     def batches(self, batches: list[list[int]], num_workers: int) -> Iterator[Tensor]:
         """Batches of images, `[n, 3, r, r]`, for lists of image indices. Raises `InputError` for an
-        image that cannot be read."""
+        unreadable image."""
         if self.cached is None:
             yield from (loaded.images for loaded in read_batches(self.reader, batches, num_workers))
             return
@@ -183,26 +185,24 @@ class Flickr8kDataset(Dataset):
         yield from gather(self.cached, batches)
 
     def fingerprint(self) -> str:
-        """A digest of the images' names, the captions and their order. It stays the same when the
-        folder is moved."""
-        owners = [i for i, captions in self.own_captions.items() for _ in captions]
-        listed = json.dumps([self.names, owners, self.text])
-        return hashlib.sha256(listed.encode()).hexdigest()
+        """A digest of the images' names, the captions and their order, wherever the folder is."""
+        image_of = [i for i, captions in self.own_captions.items() for _ in captions]
+        content = json.dumps([self.names, image_of, self.text])
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def count_cut_captions(self) -> int:
-        """How many captions are longer than the text tower reads."""
+        """The number of captions that are longer than the text tower reads."""
         return sum(len(tokens) + 2 > self.context_length for tokens in self.full.values())
 
     def count_alike_captions(self) -> int:
-        """How many captions are other texts than some other, but the same once they are cut."""
+        """The number of captions that equal a different text once both are cut."""
         texts: dict[bytes, list[tuple[int, ...]]] = {}
         for caption, tokens in self.full.items():
             texts.setdefault(self.tokens[caption].numpy().tobytes(), []).append(tokens)
         return sum(len(alike) for alike in texts.values() if len(set(alike)) > 1)
 
     def check_texts(self) -> None:
-        """Raise `InputError` if the model reads the same in all captions: nothing tells images
-        apart then."""
+        """Raise `InputError` if all captions have the same tokens."""
         if (self.tokens == self.tokens[0]).all():
             raise InputError(
                 f"{self.root}: all {len(self.text)} {SPLITS[self.split]} captions are one text to "
@@ -211,19 +211,19 @@ class Flickr8kDataset(Dataset):
             )
 
     def share_of_fragments(self) -> float:
-        """The share of the captions' tokens that are parts of words, or unknown."""
-        tokens = self.tokens[self.tokens > 0]  # without the zeros that fill up rows
+        """The share of tokens that are parts of words, or unknown, among the captions' tokens."""
+        tokens = self.tokens[self.tokens > 0]  # without padding
         fragments = torch.tensor(self.tokenizer.fragments, dtype=tokens.dtype)
-        of_words = len(tokens) - 2 * len(self.text)  # without those of start and end
+        of_words = len(tokens) - 2 * len(self.text)  # without start and end
         return torch.isin(tokens, fragments).sum().item() / max(1, of_words)
 
     def count_shared_captions(self) -> int:
-        """How many captions are right for several images."""
+        """The number of captions that are positives of several images."""
         return sum(isinstance(images, list) for images in self.txt_to_img.values())
 
     def _check_images_exist(self) -> None:
-        """Refuse a set with missing images. While training, others take their place, but some image
-        must be there."""
+        """Raise `InputError` for missing images; in training for a set without any image, since
+        other images take the place of missing ones."""
         missing = [image for image in self.image if not Path(image).is_file()]
         if missing and (self.split != "train" or len(missing) == len(self.image)):
             raise InputError(
@@ -234,12 +234,11 @@ class Flickr8kDataset(Dataset):
 
 
 def _split(split: str | None, is_train: bool | None) -> str:
-    """The split that the arguments of a data set choose. Raises `InputError` if they contradict
-    each other."""
+    """The split that both arguments choose. Raises `InputError` if they contradict each other."""
     if split is None:
         return "train" if is_train is None or is_train else "val"
     if split not in SPLITS:
-        raise InputError(f"split {split!r:.60}: no split; those are {', '.join(SPLITS)}")
+        raise InputError(f"split {split!r:.60}: unknown; the splits are {', '.join(SPLITS)}")
     if is_train is not None and bool(is_train) != (split == "train"):
         raise InputError(f"split {split!r} and is_train={is_train}: give one of them")
     return split
@@ -248,17 +247,15 @@ def _split(split: str | None, is_train: bool | None) -> str:
 class Batch(NamedTuple):
     """One process's part of a training batch: n images and k captions of each.
 
-    images  `[n, 3, r, r]` on the device, uint8
-    crops   `[n, 3]` of `draw_crops`, or None for whole images
-    tokens  `[n * k, context_length]` on the CPU, image by image
-    texts   `[n, m]` on the CPU, for `contrastive_loss`: `text_ids` of an image's captions, first
-            of those k; or None, if no two texts are equal
-    colours `[n, 3, 4]` of `draw_recolourings`, on the device, or None for the images' own
-    altered every other image of the batch of all processes, as far as this one has them, in other
-            colours and with captions of other words; or None
-
-    Where a tower does not learn, its features, float32, can be in the place of its inputs:
-    `[n, d]` as `images`, or `[n * k, d]` as `tokens`.
+    images   `[n, 3, r, r]`, uint8, on the device
+    crops    `[n, 3]` of `draw_crops`, or None for whole images
+    tokens   `[n * k, context_length]` on the CPU, image by image
+    texts    `[n, m]`, the `texts` of `contrastive_loss`, or None if no two texts are equal
+    colours  `[n, 3, 4]` of `draw_recolourings`, on the device, or None for unchanged colours
+    altered  the inputs of distillation: every other image of all processes' batch, if this process
+             has it, with changed colours and words; or None
+    cached   the towers ("image", "text") whose features, float32, stand in place of their inputs:
+             `[n, d]` as `images`, `[n * k, d]` as `tokens`
     """
 
     images: Tensor
@@ -267,9 +264,10 @@ class Batch(NamedTuple):
     texts: Tensor | None = None
     colours: Tensor | None = None
     altered: "Batch | None" = None
+    cached: frozenset[str] = frozenset()
 
     def split(self, size: int) -> list["Batch"]:
-        """The batch in parts of `size` images, without `altered`; the last may have fewer."""
+        """The batch in parts of at most `size` images, without `altered`."""
         k = len(self.tokens) // len(self.images)
         images = self.images.split(size)
         crops, texts, colours = (
@@ -277,10 +275,10 @@ class Batch(NamedTuple):
             for rows in (self.crops, self.texts, self.colours)
         )
         parts = zip(images, crops, self.tokens.split(size * k), texts, colours, strict=True)
-        return [Batch(*part) for part in parts]
+        return [Batch(*part, cached=self.cached) for part in parts]
 
     def augmented_images(self, preprocess: Preprocess) -> Tensor:
-        """`[n, 3, r, r]`, normalised, cropped and in other colours."""
+        """`[n, 3, r, r]`, normalised, cropped and recoloured."""
         images = preprocess.normalize(self.images)
         if self.crops is not None:
             images = crop(images, self.crops)
@@ -288,8 +286,8 @@ class Batch(NamedTuple):
 
 
 def check_batch_size(batch_size: int, images: int, processes: Processes) -> None:
-    """Raise `InputError` for a batch that so many training images do not fill, or that has nothing
-    for some process."""
+    """Raise `InputError` if a batch is larger than the training set, or too small for all processes
+    to have a part."""
     if images < 2:
         raise InputError(f"training needs at least 2 images, and there is {images}")
     if images < batch_size:
@@ -301,44 +299,34 @@ def check_batch_size(batch_size: int, images: int, processes: Processes) -> None
         raise InputError(f"--batch_size {batch_size} is less than the {processes.size} processes")
 
 
+@dataclass
 class TrainLoader:
-    """Shuffled batches of images, each with `captions_per_image` of its captions, drawn anew in
-    every epoch; if no image has so many, as many as the richest has. Random choices follow from the
-    seed and the epoch alone, not from the number of workers or processes, nor from what ran before.
-    Images that are left over after the last whole batch sit out the epoch. With `alter` the batches
-    have an `altered` one.
+    """Shuffled batches of images with `captions_per_image` of their captions (at most as many as
+    any image has), drawn anew in every epoch. Random choices follow from the seed and the epoch
+    alone. The images after the last whole batch sit out the epoch. With `alter`, batches have the
+    inputs of distillation in `altered`.
 
-    An image that cannot be read is reported once, and another takes its place; with `strict` it is
-    an `InputError`.
+    An unreadable image is reported once, and another takes its place; with `strict` it is an
+    `InputError`.
     """
 
-    def __init__(
-        self,
-        dataset: Flickr8kDataset,
-        batch_size: int,
-        device: torch.device,
-        seed: int = 0,
-        num_workers: int = 0,
-        augment: bool = True,
-        captions_per_image: int = 1,
-        strict: bool = False,
-        processes: Processes = ALONE,
-        alter: bool = False,
-    ):
-        check_batch_size(batch_size, len(dataset), processes)
-        self.dataset = dataset
-        self.batch_size = batch_size
-        self.device = device
-        self.seed = seed
-        self.num_workers = num_workers
-        self.augment = augment
-        most = max(map(len, dataset.own_captions.values()))
-        self.captions_per_image = min(captions_per_image, most)
-        self.strict = strict
-        self.processes = processes
-        self.alter = alter
+    dataset: Flickr8kDataset
+    batch_size: int
+    device: torch.device
+    seed: int = 0
+    num_workers: int = 0
+    augment: bool = True
+    captions_per_image: int = 1
+    strict: bool = False
+    processes: Processes = ALONE
+    alter: bool = False
+
+    def __post_init__(self) -> None:
+        check_batch_size(self.batch_size, len(self.dataset), self.processes)
+        most = max(map(len, self.dataset.own_captions.values()))
+        self.captions_per_image = min(self.captions_per_image, most)
         self.reported: set[int] = set()
-        self.features: dict[str, Tensor] = {}  # of towers that do not learn, see `cache_features`
+        self.features: dict[str, Tensor] = {}  # cached, of frozen towers; see `cache_features`
 
     def __len__(self) -> int:
         return len(self.dataset) // self.batch_size
@@ -358,59 +346,61 @@ class TrainLoader:
                 upload(crops[loaded.rows], self.device) if self.augment else None,
                 texts[captions[loaded.rows, : self.captions_per_image].flatten()],
                 self.dataset.text_ids[captions[loaded.rows]],
+                cached=frozenset(self.features),
             )
             yield batch._replace(altered=self._altered(batch, (self.seed, epoch, step)))
 
     def _altered(self, batch: Batch, seed: tuple[int, int, int]) -> Batch | None:
-        """Random numbers are drawn for the batch of all processes; this one takes its own part."""
-        share = self.processes.shard(self.batch_size)
-        mine, everyones = slice(share.start % 2, None, 2), slice(share.start, share.stop)
-        images = batch.images[mine]
+        """The inputs of distillation. Random numbers are drawn for all processes' batch, of which
+        this process takes its own part."""
+        shard = self.processes.shard(self.batch_size)
+        local, in_shard = slice(shard.start % 2, None, 2), slice(shard.start, shard.stop)
+        images = batch.images[local]
         if not (self.alter and len(images)):
             return None
         random = np.random.default_rng(seed)
-        colours = draw_recolourings(self.batch_size, random)[everyones][mine]
-        tokens = batch.tokens.unflatten(0, (len(batch.images), -1))[mine].flatten(0, 1)
-        if not tokens.is_floating_point():
+        colours = draw_recolourings(self.batch_size, random)[in_shard][local]
+        tokens = batch.tokens.unflatten(0, (len(batch.images), -1))[local].flatten(0, 1)
+        if "text" not in batch.cached:
             k, length = self.captions_per_image, tokens.shape[1]
             draws = torch.from_numpy(random.random((self.batch_size, k, 2 * length + 1)))
-            draws = draws[everyones][mine].flatten(0, 1)
+            draws = draws[in_shard][local].flatten(0, 1)
             tokens = reword(tokens, draws, self.dataset.tokenizer.words)
-        crops = None if batch.crops is None else batch.crops[mine]
-        return Batch(images, crops, tokens, colours=upload(colours, self.device))
+        crops = None if batch.crops is None else batch.crops[local]
+        colours = upload(colours, self.device)
+        return Batch(images, crops, tokens, colours=colours, cached=batch.cached)
 
     def _load(self, batches: list[list[int]]) -> Iterator[Loaded]:
-        share = self.processes.shard(self.batch_size)
-        own = slice(share.start, share.stop)
+        shard = self.processes.shard(self.batch_size)
+        part = slice(shard.start, shard.stop)
         cached = self.features.get("image", self.dataset.cached)
         unreadable = self.dataset.unreadable
         if cached is None:
-            return read_batches(
-                self.dataset.reader, batches, self.num_workers, own, not self.strict
-            )
+            reader = self.dataset.reader
+            return read_batches(reader, batches, self.num_workers, part, not self.strict)
         for problem in unreadable.values() if self.strict else ():
             raise InputError(problem)
-        rows = [self._readable(batch, own) for batch in batches]
+        rows = [self._readable(batch, part) for batch in batches]
         return map(Loaded, gather(cached, rows), rows, repeat(unreadable))
 
-    def _readable(self, batch: list[int], own: slice) -> list[int]:
+    def _readable(self, batch: list[int], part: slice) -> list[int]:
         rows: list[int] = []
-        for row in batch[own]:
+        for row in batch[part]:
             candidates = substitutes(row, len(self.dataset), batch, rows)
             rows.append(next(r for r in candidates if r not in self.dataset.unreadable))
         return rows
 
     def _report(self, problems: dict[int, str]) -> None:
-        """Print what is wrong with images that were not reported yet."""
+        """Print the problems of images that were not reported yet."""
         for row in problems.keys() - self.reported:
             console = None if self.processes.is_rank_0 else sys.stderr
             tqdm.write(f"{problems[row]}; another image takes its place", file=console)
         self.reported |= problems.keys()
 
     def _draw_captions(self, random: np.random.Generator) -> Tensor:
-        """For each image the indices of its captions in random order, `[n, most]`, from the first
-        on again where an image has fewer. The first k are for training, so they are all different
-        if it has k."""
+        """The caption indices of each image in random order, `[n, most]`, where `most` is the
+        largest number of captions of an image; images with fewer repeat theirs from the first on.
+        """
         first = np.array([captions[0] for captions in self.dataset.own_captions.values()])
         count = np.array([len(captions) for captions in self.dataset.own_captions.values()])
         drawn = random.random((len(count), count.max()))

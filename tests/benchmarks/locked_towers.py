@@ -48,9 +48,11 @@ class Trainer:
         with self.precision.autocast():
             if self.tower == "image":
                 images = batch.augmented_images(self.model.preprocess)
-                return batch._replace(images=normalised(self.model.encode_image(images)))
+                features = normalised(self.model.encode_image(images))
+                return batch._replace(images=features, cached=frozenset(["image"]))
             if self.tower == "text":
-                return batch._replace(tokens=normalised(self.model.encode_text(batch.tokens)))
+                features = normalised(self.model.encode_text(batch.tokens))
+                return batch._replace(tokens=features, cached=frozenset(["text"]))
         return batch
 
     def step(self, batch: Batch) -> float:

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 import predict
-from flickr8k.prepare import find_files, prepare
+from flickr8k.prepare import prepare
+from flickr8k.sources import find_files
 from models.clip_utils import find_weights
 from models.errors import InputError
 from models.files import LARGEST, read_bytes, read_lines

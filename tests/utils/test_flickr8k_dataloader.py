@@ -79,15 +79,15 @@ CAPTIONS = ["a dog", "A  Dog", " a dog ", "a cat", "cat a", "狗", "dog " * 75, 
 @given(
     st.lists(st.lists(st.sampled_from(CAPTIONS), min_size=1, max_size=4), min_size=1, max_size=6)
 )
-def test_a_caption_is_right_for_every_image_that_has_its_tokens(six_files, captions):
-    """Case and spaces make no other text, and neither does what is cut off."""
+def test_a_caption_is_a_positive_of_every_image_that_has_its_tokens(six_files, captions):
+    """Case and spaces make no other text, but tokens that are cut off do."""
     entries = [{"image": f"{i}.png", "caption": c} for i, c in enumerate(captions)]
     (six_files / "en_val.json").write_text(json.dumps(entries), "utf-8")
     dataset, plain = (
         Flickr8kDataset(six_files, 32, is_train=False, plain_protocol=p) for p in (False, True)
     )
     owner = [i for i, own in enumerate(captions) for _ in own]
-    rows = [tuple(row) for row in tokenize(dataset.text, truncate=True).tolist()]
+    rows = [tuple(dataset.tokenizer.encode(text)) for text in dataset.text]
     having = {
         row: sorted({i for i, r in zip(owner, rows, strict=True) if r == row}) for row in rows
     }
@@ -104,7 +104,7 @@ def test_a_caption_is_right_for_every_image_that_has_its_tokens(six_files, capti
     assert plain.count_shared_captions() == 0
 
 
-def test_a_batch_tells_which_texts_are_right_for_its_images(root):
+def test_a_batch_has_the_positives_of_its_images(root):
     """First those that it brings, then all others of the image, in a language of its own each."""
     entries = [{"image": f"images/train{i}.png", "caption": ["A bird", "二"]} for i in (2, 5)]
     (root / "cn_train.json").write_text(json.dumps(entries), "utf-8")
@@ -113,11 +113,11 @@ def test_a_batch_tells_which_texts_are_right_for_its_images(root):
     (batch,) = TrainLoader(dataset, 11, CPU, captions_per_image=2).epoch(1)
     brought = dataset.tokens[batch.texts[:, :2].flatten()]
     assert torch.equal(brought, batch.tokens)
-    rights = [set(row.tolist()) for row in batch.texts]
-    assert sorted(map(sorted, rights)) == sorted(
+    positives = [set(row.tolist()) for row in batch.texts]
+    assert sorted(map(sorted, positives)) == sorted(
         sorted({dataset.text_ids[c].item() for c in own}) for own in dataset.own_captions.values()
     )
-    assert sum({shared[0][0], shared[0][1]} <= right for right in rights) == 2
+    assert sum({shared[0][0], shared[0][1]} <= texts for texts in positives) == 2
     parts = batch.split(4)
     assert torch.equal(torch.cat([part.texts for part in parts]), batch.texts)
 
@@ -333,6 +333,18 @@ def test_ranks_share_the_altered_images_of_one_process(root):
     assert equal([first[:3]], [again[:3]]) and first.altered is None
 
 
+def test_a_batch_says_which_of_its_inputs_are_cached_features(root):
+    """They are passed on unchanged, also to distillation and to the parts of a batch."""
+    dataset = Flickr8kDataset(root, 32)
+    loader = TrainLoader(dataset, 4, CPU, alter=True)
+    assert all(batch.cached == batch.altered.cached == set() for batch in loader.epoch(1))
+    loader.features["text"] = torch.randn(len(dataset.text), 7)
+    for batch in loader.epoch(1):
+        assert all(one.cached == {"text"} for one in (batch, batch.altered, *batch.split(3)))
+        assert torch.equal(batch.altered.tokens, batch.tokens[::2])
+        assert torch.equal(batch.tokens, loader.features["text"][batch.texts[:, 0]])
+
+
 def test_several_captions_of_an_image_are_different_while_it_has_enough(root):
     dataset = Flickr8kDataset(root, 32)
     loader = TrainLoader(dataset, 11, CPU, augment=False, captions_per_image=3)
@@ -390,7 +402,7 @@ def test_a_split_goes_by_its_name_or_by_whether_it_is_trained_on(root, arguments
 
 
 def test_one_image_is_too_few():
-    """A batch of one has no wrong answers."""
+    """A batch of one has no negatives."""
     with pytest.raises(InputError, match=r"at least 2 images, and there is 1$"):
         check_batch_size(64, 1, ALONE)
 

@@ -56,10 +56,8 @@ def test_value_and_gradients_equal_float64(n, k, d, seed, block):
     seed=st.integers(0, 2**31),
     block=st.integers(1, 14),
 )
-def test_texts_that_are_right_for_an_image_are_never_wrong_for_it(
-    n, k, further, different, seed, block
-):
-    """From one text for all, where nothing is wrong, to texts of which hardly two are equal."""
+def test_positives_of_an_image_are_never_its_negatives(n, k, further, different, seed, block):
+    """From one text for all, without any negatives, to texts that hardly ever repeat."""
     features, scale = random_features(n, k, 8, seed), torch.tensor(4.6, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     texts = 7 * torch.randint(0, different, (n, k + further), generator=generator)
@@ -74,7 +72,7 @@ def test_texts_that_are_right_for_an_image_are_never_wrong_for_it(
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_where_no_text_is_shared_the_loss_is_the_same_bit_for_bit(k):
-    """An image's own captions may be equal, and right texts that no other image brings."""
+    """An image may have equal captions, and positives that no other image brings."""
     inputs = [x.float() for x in (*random_features(9, k, 8, 0), torch.tensor(4.6))]
     own = torch.arange(9)[:, None].expand(9, k)
     texts = torch.cat([own, own + 100, torch.full((9, 1), 1000)], dim=1)
@@ -85,8 +83,8 @@ def test_where_no_text_is_shared_the_loss_is_the_same_bit_for_bit(k):
 
 
 def test_two_classes_as_captions_can_be_learned_to_a_loss_of_zero():
-    """With features that tell the classes apart there is nothing wrong; a loss that takes equal
-    captions for wrong answers stays at log 3, since three images share each."""
+    """Features that tell the classes apart are perfect; a loss that takes equal captions for
+    negatives stays at log 3, since three images share each caption."""
     of_class = torch.eye(2)[torch.tensor([0, 1, 0, 1, 0, 1])]
     texts = torch.tensor([[0], [1], [0], [1], [0], [1]])
     scale = torch.tensor(100.0).log()

@@ -1,5 +1,5 @@
-"""The caption files of a data set, `{language}_{train,val,test}.json` (or .jsonl, .csv, .tsv):
-finding and reading them, and writing a set of them."""
+"""Caption files of a data set, `{language}_{train,val,test}.json` (or .jsonl, .csv, .tsv): finding,
+reading and writing them."""
 
 import json
 import math
@@ -26,19 +26,17 @@ from utils.data.caption_formats import (
 from utils.runs.files import atomic_write
 
 Pairs = list[tuple[str, list[str]]]  # an image and its captions
-Entries = dict[tuple[str, str], list[tuple[str, list[str]]]]  # {(split, image): [(content, texts)]}
 
 SPLITS = {"train": "training", "val": "validation", "test": "test"}  # in names of files; in words
 PROBLEMS_SHOWN = 10  # of one caption file
 NOTHING = ("", "nan", "none", "null", "<na>")  # in the place of a caption
-SHARED_SHOWN = 3  # images that are in both splits
-OTHERS_SHOWN = 5  # caption files that are there instead of the one that is not
+OTHERS_SHOWN = 5  # other caption files in the folder of a missing one
 PATH_LENGTH = 100  # characters shown of a path
 
 
 def missing_annotations(file: Path) -> str | None:
-    """Why a caption file is not found: there is no such folder, or no such file in it, only others,
-    of its split if there are any. None if the file is there."""
+    """Why a caption file is not found, with the caption files that are there, of the same split if
+    possible; None if the file is there."""
     root = file.parent
     if not root.is_dir():
         return f"{root}: {'is no folder' if root.exists() else 'no such folder'}"
@@ -51,26 +49,9 @@ def missing_annotations(file: Path) -> str | None:
     return f"{root}: no {file.name} in it" + (f", only {', '.join(shown)}" if shown else "")
 
 
-def shared_images_warning(
-    train: Iterable[str], held_out: Iterable[str], split: str = "val"
-) -> str | None:
-    """A warning that names images listed in the training split and in another one, `split`; None
-    where there are none."""
-    held_out = set(held_out)
-    shared = [image for image in train if image in held_out]
-    if not shared:
-        return None
-    more = ", ..." if len(shared) > SHARED_SHOWN else ""
-    return (
-        f"images in both training and {SPLITS[split]}: {len(shared)} "
-        f"({', '.join(shared[:SHARED_SHOWN])}{more}); scores on images seen in training are too "
-        "good; list each image once"
-    )
-
-
 def caption_file(root: Path, language: str, split: str) -> Path:
-    """The caption file of a language and a split (of `SPLITS`) in the data folder `root`, with
-    whichever of the known suffixes; .json if there is none. Raises `InputError` for several."""
+    """The caption file of a language and a split in the data folder `root`; ending in .json if
+    there is none. Raises `InputError` for several files."""
     files = [root / f"{language}_{split}{suffix}" for suffix in SUFFIXES]
     found = [file for file in files if file.is_file()]
     if len(found) > 1:
@@ -82,9 +63,9 @@ def caption_file(root: Path, language: str, split: str) -> Path:
 def read_annotations(path: Path) -> Pairs:
     """The (image path relative to the root, captions) pairs of a caption file.
 
-    The file is a list of `{"image": "images/1.jpg", "caption": ["...", ...]}` or one of the other
-    formats of `read_records`. Paths may have backslashes, and a caption may be a plain string. The
-    file's name says its split, whatever its entries say. One `InputError` names all problems.
+    The file is a list of `{"image": "images/1.jpg", "caption": ["...", ...]}` or has another format
+    of `read_records`. Paths may have backslashes, and a caption may be a plain string. The split is
+    that of the file's name, not of its entries. One `InputError` names all problems.
     """
     parts = captions_by_split(path, _read_text(path), image_path)
     split = path.stem.rpartition("_")[2]
@@ -99,12 +80,12 @@ def read_annotations(path: Path) -> Pairs:
 def captions_by_split(
     file: object, text: str, read_image: Callable[[object], str]
 ) -> dict[str, Pairs]:
-    """The (image, captions) pairs of a caption file with this content, by what the entries say of
-    their split, in lower case; "" if nothing. Entries of the same image are put together.
+    """The (image, captions) pairs of a caption file with this content, by the split that their
+    entries name, in lower case, or else "". Entries of the same image are joined.
 
-    A caption counts as often as it stands there, but if every entry of an image stands there
-    several times, equal in all fields, these are copies. They are left out, as are empty captions,
-    and one line says how many. `read_image` turns what the file says of an image into its name, or
+    Repeated captions of an image count as often as they are listed. But if all its entries are
+    repeated equally often, equal in every field, the repeats are copies. Copies and empty captions
+    are left out and counted in one line. `read_image` turns an entry's image into its name, or
     raises `ValueError`. One `InputError` names all problems.
     """
     try:
@@ -112,7 +93,7 @@ def captions_by_split(
     except UnknownFormat as error:
         raise InputError(f"{file}: {error}") from None
     problems: list[str] = []
-    entries: Entries = {}
+    entries: dict[tuple[str, str], Pairs] = {}  # {(split, image): [(content, captions), ...]}
     empty = 0
     for where, content, problem in records:
         try:
@@ -133,23 +114,25 @@ def captions_by_split(
         more = f"\n  ... and {others} more" if others > 0 else ""
         count = f"{len(problems)} of {len(records)} entries cannot be used; mend or remove them:"
         raise InputError(f"{file}: {count}{shown}{more}")
-    return _parts(file, entries, empty)
+    return _join_entries(file, entries, empty)
 
 
-def _parts(file: object, entries: Entries, empty: int) -> dict[str, Pairs]:
-    """The (image, captions) pairs of the entries by split, after one line on what is left out:
-    copies, and so many `empty` captions."""
+def _join_entries(
+    file: object, entries: dict[tuple[str, str], Pairs], empty: int
+) -> dict[str, Pairs]:
+    """The (image, captions) pairs by split, after a warning that counts the captions left out:
+    copies, and `empty` ones."""
     parts: dict[str, Pairs] = {}
-    copied = 0
+    copies = 0
     for (split, image), listed in entries.items():
         if listed:
             once = _without_copies(listed)
-            copied += len(listed) - len(once)
+            copies += len(listed) - len(once)
             parts.setdefault(split, []).append((image, list(chain.from_iterable(once))))
     if not parts:
         raise InputError(f"{file}: all its captions are empty; write some, or name another file")
     counts = {
-        "copied entries": copied,
+        "copied entries": copies,
         "empty captions": empty,
         "images without captions": sum(not listed for listed in entries.values()),
     }
@@ -158,40 +141,36 @@ def _parts(file: object, entries: Entries, empty: int) -> dict[str, Pairs]:
     return parts
 
 
+def _without_copies(entries: Pairs) -> list[list[str]]:
+    """The captions of an image's (content, captions) entries, once each if all are copied."""
+    copies = math.gcd(*Counter(content for content, _ in entries).values())
+    return [captions for _, captions in (sorted(entries)[::copies] if copies > 1 else entries)]
+
+
 def join_parts(parts: Iterable[Pairs]) -> Pairs:
-    """All (image, captions) pairs of several lists; those of the same image are put together."""
+    """The (image, captions) pairs of several lists; those of the same image are joined."""
     captions_of: dict[str, list[str]] = {}
     for image, captions in chain.from_iterable(parts):
         captions_of.setdefault(image, []).extend(captions)
     return list(captions_of.items())
 
 
-def _without_copies(entries: list[tuple[str, list[str]]]) -> list[list[str]]:
-    """The captions of an image's (content, captions) entries; of entries that all stand there m
-    times, every m-th in the order of their contents."""
-    copies = math.gcd(*Counter(content for content, _ in entries).values())
-    return [captions for _, captions in (sorted(entries)[::copies] if copies > 1 else entries)]
-
-
 def annotations_json(entries: Iterable[tuple[str, list[str]]]) -> bytes:
     """The content of a caption file for (image path relative to the root, captions) pairs. Raises
-    `InputError` for text that cannot be written."""
-    entries = list(entries)
+    `InputError` for lone surrogates."""
+    lines = []
     for image, captions in entries:
         try:
             _refuse_lone_surrogates("".join([image, *captions]))
         except ValueError as error:
             raise InputError(f"{_as_json(image)}: its name or a caption {error}") from None
-    lines = [
-        json.dumps({"image": image, "caption": captions}, ensure_ascii=False)
-        for image, captions in entries
-    ]
+        lines.append(json.dumps({"image": image, "caption": captions}, ensure_ascii=False))
     return "[\n{}\n]\n".format(",\n".join(lines)).encode()
 
 
 def refuse_another_set(annotations: dict[Path, bytes], folder_option: str = "--output") -> None:
-    """Raise `InputError` where a caption file stands already with other content; `folder_option` is
-    the script's option for another folder."""
+    """Raise `InputError` for caption files that exist with other content; `folder_option` is the
+    script's option for another folder."""
     for path, content in annotations.items():
         if path.exists() and read_bytes(path) != content:
             raise InputError(
@@ -208,20 +187,23 @@ def write_set(
     progress: str,
     folder_option: str = "--output",
 ) -> None:
-    """Write `images` (paths relative to `root`), each whole or not at all, then `annotations`.
+    """Write `images` (paths relative to `root`), then `annotations`, each file whole or not at all.
 
-    The annotations come last, so where they are, all images are. `write_image(image, path)` writes
-    one image to a path outside the images' folder, and the file is then moved there: this is much
-    faster than flushing every file to disk. Raises `InputError` for a folder or a disk that cannot
-    be written, and for another set's annotations; images that are complete by then stay.
+    The annotations come last: where they exist, all images do. `write_image(image, path)` writes an
+    image to a temporary path; the file is then moved, which is much faster than flushing each to
+    disk. Raises `InputError` if `root` cannot be written, or for another set's annotations; images
+    that are complete by then stay.
     """
     refuse_another_set(annotations, folder_option)
     try:
+        for folder in {(root / image).parent for image in images}:
+            folder.mkdir(parents=True, exist_ok=True)
         if images:
-            for folder in {(root / image).parent for image in images}:
-                folder.mkdir(parents=True, exist_ok=True)
-            bar = progress_bar(images, desc=progress, unit="image")
-            _write_images(root, bar, write_image)
+            with TemporaryDirectory(dir=root, prefix=".images.") as staging:
+                for image in progress_bar(images, desc=progress, unit="image"):
+                    path = Path(staging) / PureWindowsPath(image).name
+                    write_image(image, path)
+                    path.replace(root / image)
         for path, content in annotations.items():
             if not path.exists():
                 with atomic_write(path) as temporary:
@@ -231,16 +213,6 @@ def write_set(
             f"{root}: cannot be written ({error.strerror or error}); make room or choose another "
             f"folder ({folder_option}), then run this again: what is complete is kept"
         ) from error
-
-
-def _write_images(
-    root: Path, images: Iterable[str], write_image: Callable[[str, Path], None]
-) -> None:
-    with TemporaryDirectory(dir=root, prefix=".images.") as staging:
-        for image in images:
-            path = Path(staging) / PureWindowsPath(image).name
-            write_image(image, path)
-            path.replace(root / image)
 
 
 def _read_text(path: Path) -> str:
@@ -255,8 +227,8 @@ def _read_text(path: Path) -> str:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _read_entry(entry: object, read_image: Callable[[object], str]) -> tuple[str, list[str]]:
-    """(image, captions) of one entry. Raises `ValueError` that names all its problems."""
+def _read_entry(entry: object, read_image: Callable[[object], str]) -> tuple[str, list]:
+    """(image, captions) of one entry. Raises one `ValueError` for all its problems."""
     if not isinstance(entry, dict):
         raise ValueError(f"is {type(entry).__name__}, not an object with image and caption")
     values, problems = [], []
@@ -276,11 +248,9 @@ def _read_entry(entry: object, read_image: Callable[[object], str]) -> tuple[str
 
 
 def _name(entry: object) -> str:
-    """The image of an entry, spelled as in the file, so that one can search for it there."""
+    """The image of an entry, spelled as in the file, to search for it there."""
     image = entry.get(first_of(IMAGE_FIELDS, entry)) if isinstance(entry, dict) else None
-    if not isinstance(image, str):
-        return ""
-    return f" ({_as_json(image)[:PATH_LENGTH]})"
+    return f" ({_as_json(image)[:PATH_LENGTH]})" if isinstance(image, str) else ""
 
 
 def _as_json(text: str) -> str:
@@ -303,7 +273,7 @@ def image_path(image: object) -> str:
 
 
 def why_missing(image: Path) -> str:
-    """The path of an image that is not there, and what may be wrong with it, where that shows."""
+    """The path of a missing image, and the likely cause, if there is one."""
     if not image.name.isprintable():
         return f"{_as_json(str(image))} (in JSON write a path with /, or each \\ twice)"
     beside = image.parent.iterdir() if image.parent.is_dir() else []
@@ -311,17 +281,17 @@ def why_missing(image: Path) -> str:
 
 
 def _refuse_lone_surrogates(text: str) -> None:
-    """JSON can spell half of a character, as in "\\ud83d", which nothing else can write down."""
+    """Raise `ValueError` for half of a character, such as JSON's "\\ud83d": no encoding has it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        half = _as_json(text[error.start])
-        message = f"holds {half}, half of a character; write it whole or remove it"
+        shown = _as_json(text[error.start])
+        message = f"holds a lone surrogate, {shown}; write the whole character or remove it"
         raise ValueError(message) from None
 
 
 def _captions(captions: object) -> list[str | float | None]:
-    """Some of them may be empty (`_is_empty`)."""
+    """The captions of an entry, with empty ones (`_is_empty`)."""
     captions = captions if isinstance(captions, list) else [captions]
     if not all(isinstance(caption, str) or _is_empty(caption) for caption in captions):
         raise ValueError("should be a string or a list of strings")
@@ -330,7 +300,7 @@ def _captions(captions: object) -> list[str | float | None]:
 
 
 def _is_empty(caption: object) -> bool:
-    """Whether there is no caption: as pandas writes a missing value to a table or to JSON."""
+    """Whether there is no caption, also in the spellings of pandas' missing value."""
     if isinstance(caption, str):
         return caption.strip().lower() in NOTHING
     return caption is None or caption != caption  # nan

@@ -1,8 +1,8 @@
-"""Random changes of training images and captions.
+"""Random changes of images and captions.
 
-What is learned from is cropped only: a flip, a rotation or other colours can make a caption wrong
-("on the left", "a red shirt"), and a crop that keeps nine tenths of the image leaves nearly every
-caption true. Other colours and other words are for --distill, where nothing has to be true.
+To train on, images are only cropped: a flip, a rotation or other colours can make a caption false
+("on the left", "a red shirt"), and a crop to at least 90% of the area leaves nearly every caption
+true. Colours and words change in the inputs of distillation, which need not match.
 """
 
 import math
@@ -13,16 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MIN_AREA = 0.9
-GAIN = 0.5, 1.5  # of each channel, from the first to the second
-OFFSET = 0.3  # standard deviation of what is added to a channel
+GAIN = 0.5, 1.5  # range of a channel's factor
+OFFSET = 0.3  # standard deviation of a channel's offset
 
 
 def draw_crops(n: int, random: np.random.Generator) -> Tensor:
     """n random square crops, `[n, 3]`: side, centre x, centre y.
 
-    The side is relative to the image's side; the centre is in coordinates from -1 to 1, y
-    downwards. The area is uniform from `MIN_AREA` to 1; the centre is uniform over all places at
-    which the crop lies within the image.
+    The side is relative to the image's, the centre in coordinates from -1 to 1, y downwards. The
+    area is uniform from `MIN_AREA` to 1, the centre uniform where the crop lies within the image.
     """
     side = np.sqrt(random.uniform(MIN_AREA, 1, n))
     centre = random.uniform(-1, 1, (n, 2)) * (1 - side[:, None])
@@ -41,25 +40,25 @@ def crop(images: Tensor, crops: Tensor) -> Tensor:
 
 
 def sample_without_border(images: Tensor, grid: Tensor) -> Tensor:
-    """`grid_sample` with padding by the border, which `mps` has not in every torch: no place lies
-    beyond the centres of the outermost pixels."""
+    """`grid_sample` with padding by the border, which not every torch has for `mps`: all places are
+    clamped to the centres of the outermost pixels."""
     outermost = 1 - 1 / images.shape[-1]
     return F.grid_sample(images, grid.clamp(-outermost, outermost), align_corners=False)
 
 
 def draw_recolourings(n: int, random: np.random.Generator) -> Tensor:
-    """n random changes of colour, `[n, 3, 4]`: the factors of the three channels in each new
-    channel, and what is added to it, for images that are normalised.
+    """n random affine maps of colours, `[n, 3, 4]`, for normalised images: for each new channel the
+    factors of the old channels, and an offset.
 
-    Hues are turned by any angle, which leaves grey as it is; then each channel is multiplied and
-    shifted. Of all that an image gets a share that is uniform from nothing to all.
+    Hues are turned by a uniform angle about grey, and each channel gets a factor (`GAIN`) and an
+    offset (`OFFSET`). The map is mixed with the identity by a uniform weight for each image.
     """
     turns = hue_turns(random.uniform(0, 2 * math.pi, n))
     gains = random.uniform(*GAIN, (n, 3, 1))
     offsets = random.normal(0, OFFSET, (n, 3, 1))
-    share = random.uniform(0, 1, (n, 1, 1))
-    factors = share * gains * turns + (1 - share) * np.eye(3)
-    return torch.from_numpy(np.concatenate([factors, share * offsets], axis=2).astype(np.float32))
+    weight = random.uniform(0, 1, (n, 1, 1))
+    factors = weight * gains * turns + (1 - weight) * np.eye(3)
+    return torch.from_numpy(np.concatenate([factors, weight * offsets], axis=2).astype(np.float32))
 
 
 def hue_turns(angles: np.ndarray) -> np.ndarray:
@@ -69,18 +68,21 @@ def hue_turns(angles: np.ndarray) -> np.ndarray:
 
 
 def recolour(images: Tensor, colours: Tensor) -> Tensor:
-    """Float images `[n, 3, r, r]` in other `colours` `[n, 3, 4]`."""
+    """Apply the maps `colours` `[n, 3, 4]` to float images `[n, 3, r, r]`."""
     factors, offsets = colours.split([3, 1], dim=2)
     return torch.baddbmm(offsets, factors, images.flatten(2)).view_as(images)
 
 
 def reword(tokens: Tensor, draws: Tensor, words: range) -> Tensor:
-    """Token ids `[n, l]` as a tokenizer makes them, with others of `words` in place of some: of
-    each text a share, which is uniform from none to all, of what lies between its first and last
-    token. `draws` `[n, 2 * l + 1]` are uniform from 0 to 1."""
+    """Token ids `[n, l]`, in which random `words` replace tokens between the first and the last,
+    with a probability for each text that is uniform from 0 to 1.
+
+    `draws` `[n, 2 * l + 1]`, uniform from 0 to 1, are the probability of each text, and for each
+    token whether and by which word it is replaced.
+    """
     length = tokens.shape[1]
-    share, draws, others = draws.split([1, length, length], dim=1)
-    after = tokens.flip(1).cumsum(1).flip(1) - tokens  # the sum of the ids that follow
+    probability, draws, others = draws.split([1, length, length], dim=1)
+    after = tokens.flip(1).cumsum(1).flip(1) - tokens  # the sum of the following ids
     inside = (after > 0) & (torch.arange(length) > 0)
     others = (words.start + others * len(words)).to(tokens.dtype)
-    return torch.where(inside & (draws < share), others, tokens)
+    return torch.where(inside & (draws < probability), others, tokens)

@@ -1,8 +1,4 @@
-"""Captions as people keep them: our own list, JSON lines, COCO, CSV and TSV.
-
-The content of a file decides which of them it is. All are read into records of an image and its
-caption or captions; whether those can be used is for annotations.py to say.
-"""
+"""Caption formats: a list, JSON lines, COCO, CSV and TSV, told apart by their content."""
 
 import ast
 import csv
@@ -33,16 +29,16 @@ SHOWN = 80  # characters of a line that a message quotes
 
 
 class Record(NamedTuple):
-    """What a file says at one place: usually `{"image": ..., "caption": ...}`, but anything may
-    stand there. `problem` is what keeps the place from being read at all."""
+    """One entry of a file: its place, such as "entry 3" (from 0) or "line 7" (from 1), its content,
+    usually `{"image": ..., "caption": ...}`, or else the `problem` of reading it."""
 
-    where: str  # such as "entry 3", counted from 0, or "line 7", counted from 1
+    where: str
     content: object
     problem: str | None = None
 
 
 class UnknownFormat(ValueError):
-    """A file is in none of the formats, or is broken. The message says which it looks like."""
+    """A file has none of the formats, or is broken; the message says what it looks like."""
 
 
 def read_records(text: str, suffix: str = "") -> list[Record]:
@@ -53,9 +49,9 @@ def read_records(text: str, suffix: str = "") -> list[Record]:
     COCO        `{"images": [{"id": 7, "file_name": "1.jpg"}, ...],
                 "annotations": [{"image_id": 7, "caption": "..."}, ...]}`; images without captions
                 are left out
-    table       CSV or TSV; the first line names the columns, and every other row has a caption,
-                or a list of them as Python, JSON or numpy writes it. Fields may be separated by
-                commas, tabs, semicolons or bars; spaces around them do not count
+    table       CSV or TSV: the first line names the columns, and every other row has a caption, or
+                a list of captions as Python, JSON or numpy writes it. Commas, tabs, semicolons or
+                bars separate fields; spaces around fields do not count
 
     Raises `UnknownFormat`.
     """
@@ -71,62 +67,58 @@ def read_records(text: str, suffix: str = "") -> list[Record]:
         raise UnknownFormat("has no captions below the first line")
     if suffix not in (".json", ".jsonl"):
         raise UnknownFormat(_not_a_table(text))
-    return _listed(_parsed(text))
+    return _list_records(_parsed(text))
 
 
 def _json_records(text: str, suffix: str) -> list[Record]:
     try:
         content = _parsed(text)
     except UnknownFormat:
-        first = text.lstrip().partition("\n")[0]
-        if suffix != ".jsonl" and not isinstance(_line("", first).content, dict):
+        lines = [_line(*line) for line in enumerate(text.split("\n"), start=1) if line[1].strip()]
+        if suffix != ".jsonl" and not isinstance(lines[0].content, dict):
             raise
-        numbered = enumerate(text.split("\n"), start=1)
-        return [_line(f"line {number}", line) for number, line in numbered if line.strip()]
+        return lines
     if not isinstance(content, dict):
-        return _listed(content)
-    if isinstance(content.get("images"), list) and isinstance(content.get("annotations"), list):
-        return _coco_records(content["images"], content["annotations"])
-    if isinstance(content.get("images"), list):
+        return _list_records(content)
+    images, annotations = content.get("images"), content.get("annotations")
+    if isinstance(images, list) and isinstance(annotations, list):
+        return _coco_records(images, annotations)
+    if isinstance(images, list):
         raise UnknownFormat(
             "looks like Karpathy's dataset_flickr8k.json; convert it: python "
             f"{from_here('flickr8k/prepare.py')} --source FOLDER"
         )
     if first_of(IMAGE_FIELDS, content):
         return [Record("line 1", content)]
-    return _listed(content)
+    return _list_records(content)
 
 
-def _parsed(text: str) -> object:
-    """The value of a JSON text. Raises `UnknownFormat` that says where it is broken."""
+def _parsed(text: str, is_line: bool = False) -> object:
+    """The value of a JSON text. Raises `UnknownFormat` with the place where it is broken, and the
+    remedy for common slips."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise UnknownFormat(f"broken JSON at {where}: {_explained(error)}") from None
+        where = f"column {error.colno}" if is_line else f"line {error.lineno}, column {error.colno}"
+        found = error.doc[error.pos : error.pos + 1]
+        remedy = ""
+        if error.msg.startswith("Invalid \\escape"):
+            remedy = "; write / in paths, or \\\\ for \\"
+        elif found and found in FULL_WIDTH:
+            remedy = f'; {found} is full-width: JSON takes " , : of an English keyboard'
+        raise UnknownFormat(f"broken JSON at {where}: {error.msg}{remedy}") from None
     except (RecursionError, ValueError) as error:  # nested too deeply; a number of 5,000 digits
         raise UnknownFormat(f"broken JSON: {error}") from None
 
 
-def _explained(error: json.JSONDecodeError) -> str:
-    """What the error says, and what to do about the slips that keyboards and Windows suggest."""
-    if error.msg.startswith("Invalid \\escape"):
-        return f"{error.msg}; write / in paths, or \\\\ for \\"
-    if (found := error.doc[error.pos : error.pos + 1]) and found in FULL_WIDTH:
-        return f'{error.msg}; {found} is full-width: JSON takes " , : of an English keyboard'
-    return error.msg
-
-
-def _line(where: str, line: str) -> Record:
+def _line(number: int, line: str) -> Record:
     try:
-        return Record(where, json.loads(line))
-    except json.JSONDecodeError as error:
-        return Record(where, None, f"broken JSON at column {error.colno}: {_explained(error)}")
-    except (RecursionError, ValueError) as error:
-        return Record(where, None, f"broken JSON: {error}")
+        return Record(f"line {number}", _parsed(line, is_line=True))
+    except UnknownFormat as error:
+        return Record(f"line {number}", None, str(error))
 
 
-def _listed(content: object) -> list[Record]:
+def _list_records(content: object) -> list[Record]:
     if not isinstance(content, list) or not content:
         found = "lists no images" if content == [] else "is no list"
         raise UnknownFormat(f'{found}; it should hold [{{"image": ..., "caption": ...}}, ...]')
@@ -145,13 +137,12 @@ def _coco_records(images: list, annotations: list) -> list[Record]:
             names[entry["id"]] = entry.get("file_name")
     records = []
     for number, entry in enumerate(annotations):
-        where, problem = f"annotation {number}", None
         image = entry.get("image_id") if isinstance(entry, dict) else None
-        if not isinstance(image, (int, str)) or image not in names:
+        if isinstance(image, (int, str)) and image in names:
+            records.append(Record(f"annotation {number}", {**entry, "image": names[image]}))
+        else:
             problem = '"image_id" is that of none of the images'
-            records.append(Record(where, entry, problem))
-            continue
-        records.append(Record(where, {**entry, "image": names[image]}))
+            records.append(Record(f"annotation {number}", entry, problem))
     return records
 
 
@@ -172,8 +163,8 @@ def _table(text: str) -> Iterator[Record] | None:
 
 
 def _rows(rows, names: list[str], caption: str) -> Iterator[Record]:
-    """The records of the rows after the first, of a `csv.reader`; `names` are those of their
-    columns, `caption` that of the captions."""
+    """The records of the other rows of a `csv.reader`, for its columns' `names`, of which `caption`
+    holds the captions."""
     while True:
         where = f"line {rows.line_num + 1}"
         try:
@@ -185,18 +176,15 @@ def _rows(rows, names: list[str], caption: str) -> Iterator[Record]:
         if row is None:
             return
         row = [field.strip() for field in row]
-        if not any(row):
-            continue
-        if len(row) == len(names):
+        if len(row) == len(names) and any(row):
             content = dict(zip(names, row, strict=True))
             yield Record(where, content | {caption: _cell(content[caption])})
-        else:
-            yield Record(
-                where,
-                None,
-                f"has {len(row)} fields, where the first line has {len(names)}; a caption that "
-                "holds the separator needs quotes around it",
+        elif any(row):
+            problem = (
+                f"has {len(row)} fields, where the first line has {len(names)}; put quotes around "
+                "a caption that holds the separator"
             )
+            yield Record(where, None, problem)
 
 
 def _cell(text: str) -> str | list[str]:

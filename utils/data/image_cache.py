@@ -1,7 +1,7 @@
-"""Decoded images in one file that is mapped into memory, so that each is decoded only once.
+"""Decoded images in one memory-mapped file, so that each is decoded only once.
 
-The file holds the uint8 pixels, image after image, and after them a fingerprint of the image files
-that they were made from. A file with another fingerprint or length is stale and is written anew.
+The file holds the uint8 pixels, image after image, then a fingerprint of the image files. A file
+with another fingerprint or length is stale and is written anew.
 """
 
 import errno
@@ -38,41 +38,31 @@ def decode_once(
     device: torch.device | str = "cpu",
     num_workers: int = 0,
 ) -> tuple[Tensor, dict[int, str]]:
-    """The pixels of all images, uint8 `[n, 3, side, side]`, and {index: what is wrong} of those
-    that cannot be read, in whose place another image's pixels stand.
+    """The pixels of all images, uint8 `[n, 3, side, side]`, and {index: problem} of the unreadable
+    images, in whose place other images stand.
 
-    They are in the file `<name>_<side>.pixels` in `folder` (by default `.cache` in the data set's
-    root), which all runs share, or on the device if they take at most a quarter of its free memory.
-    `dataset` has `root`, the paths `image` below it, `preprocess` and a `reader`. Raises
+    The pixels are in the file `<name>_<side>.pixels` in `folder` (by default `.cache` in the data
+    set's root), which all runs share; or on the device if they take at most a quarter of its free
+    memory. `dataset` has `root`, the paths `image` below it, `preprocess` and a `reader`. Raises
     `InputError` if the file cannot be written.
     """
     root = dataset.root.resolve()
     folder = root / ".cache" if folder is None else Path(folder).expanduser()
-    problems: dict[int, str] = {}
-    decoded, unreadable = cached_pixels(
-        folder / f"{name}_{dataset.preprocess.side}.pixels",
-        dataset.root,
-        dataset.image,
-        dataset.preprocess,
-        _read(dataset, num_workers, problems),
+    file = folder / f"{name}_{dataset.preprocess.side}.pixels"
+    rows = [rows.tolist() for rows in torch.arange(len(dataset)).split(BUILD_BATCH)]
+    read = read_batches(dataset.reader, rows, num_workers, substitute=True)
+    batches = ((loaded.images, loaded.problems) for loaded in read)
+    pixels, unreadable = cached_pixels(
+        file, dataset.root, dataset.image, dataset.preprocess, batches
     )
-    told = {row: problems.get(row) or _problem(dataset, row) for row in sorted(unreadable)}
-    return on_device_if_small(decoded, torch.device(device)), told
-
-
-def _read(
-    dataset: Dataset, num_workers: int, problems: dict[int, str]
-) -> Iterator[tuple[Tensor, Iterable[int]]]:
-    """All images in their order, and the indices of those that cannot be read; what is wrong with
-    these is put into `problems`."""
-    batches = [rows.tolist() for rows in torch.arange(len(dataset)).split(BUILD_BATCH)]
-    for loaded in read_batches(dataset.reader, batches, num_workers, substitute=True):
-        problems |= loaded.problems
-        yield loaded.images, loaded.problems
+    is_gpu = torch.device(device).type == "cuda"
+    if is_gpu and pixels.nbytes <= torch.cuda.mem_get_info(device)[0] / 4:
+        pixels = pixels.to(device)
+    return pixels, {row: _problem(dataset, row) for row in sorted(unreadable)}
 
 
 def _problem(dataset: Dataset, row: int) -> str:
-    """What is wrong with an image that the file does not have."""
+    """The problem of an image that was unreadable when the file was written."""
     try:
         dataset.reader[row]
     except InputError as error:
@@ -88,20 +78,23 @@ def cached_pixels(
     batches: Iterable[tuple[Tensor, Iterable[int]]],
 ) -> tuple[Tensor, list[int]]:
     """The pixels of `images` (paths below `root`), uint8 `[n, 3, side, side]`, mapped from `file`,
-    read-only; and the indices of unreadable images, in whose place another image's pixels stand.
+    read-only; and the indices of unreadable images, in whose place other images stand.
 
     If `file` is missing or stale, it is written from `batches`: the images in their order, and the
-    indices of unreadable ones. Several runs may do so at once: each writes a file of its own and
-    then renames it. Raises `InputError` if `file` cannot be written.
+    indices of unreadable ones. Several runs may do so at once. Raises `InputError` if `file` cannot
+    be written.
     """
     shape = (len(images), 3, preprocess.side, preprocess.side)
     fingerprint = _fingerprint(root, images, preprocess)
     mapped = _mapped(file, shape, fingerprint)
     if mapped is not None:
         return mapped
-    needed = math.prod(shape)
+    needed = math.prod(shape)  # bytes
     try:
-        _check_room(file, needed)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(file.parent).free
+        if needed > free:  # rather than after hours
+            raise OSError(errno.ENOSPC, f"the disk has {free / 1e6:,.0f} MB left")
         _write(file, len(images), fingerprint, batches)
     except OSError as error:
         # Windows does not replace a file that another run has written and mapped by now.
@@ -112,21 +105,12 @@ def cached_pixels(
                 f"{needed / 1e6:,.0f} MB. Make room, name a folder for it "
                 "(--cache FOLDER), or train without what needs it (--cache, --retention)"
             ) from error
-        return mapped
-    return _mapped(file, shape, fingerprint)
-
-
-def _check_room(file: Path, needed: int) -> None:
-    """Raise `OSError` if the disk has less room than that, rather than fill it for hours."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(file.parent).free
-    if needed > free:
-        raise OSError(errno.ENOSPC, f"the disk has {free / 1e6:,.0f} MB left")
+    return mapped or _mapped(file, shape, fingerprint)
 
 
 def _fingerprint(root: Path, images: list[str], preprocess: Preprocess) -> bytes:
-    """32 bytes that change when a file, the side or Pillow does, but not when `root` is moved on
-    its disk."""
+    """32 bytes that change with the image files, the preprocessing and Pillow, but not when `root`
+    is moved on its disk."""
     how = (preprocess.side, preprocess.interpolation, preprocess.resize_mode)
     digest = hashlib.sha256(f"{FORMAT} {PIL.__version__} {how}\n".encode())
     for image in images:
@@ -140,7 +124,7 @@ def _mapped(
 ) -> tuple[Tensor, list[int]] | None:
     """The pixels in `file` and the unreadable images' indices; None if it is missing or stale.
 
-    The file ends with the fingerprint, the indices as int64, and their number.
+    After the pixels come the fingerprint, the indices as int64, and their number.
     """
     try:
         with file.open("rb") as stream:
@@ -176,16 +160,9 @@ def _write(
         stream.write(np.array([*unreadable, len(unreadable)], "<i8").tobytes())
 
 
-def on_device_if_small(pixels: Tensor, device: torch.device) -> Tensor:
-    """`pixels` on the GPU, if they take at most a quarter of its free memory; else as they are."""
-    if device.type == "cuda" and pixels.nbytes <= torch.cuda.mem_get_info(device)[0] / 4:
-        return pixels.to(device)
-    return pixels
-
-
 def gather(pixels: Tensor, batches: list[list[int]]) -> Iterator[Tensor]:
-    """Batches of images, `[n, 3, r, r]`, for lists of their indices, on the device of `pixels`."""
-    if not batches:  # of a small set, a process may have none
+    """Batches of images, `[n, 3, r, r]`, for lists of indices, on the device of `pixels`."""
+    if not batches:  # a process may have none of a small set
         return
     indices = torch.tensor([index for batch in batches for index in batch], device=pixels.device)
     indices = indices.split([len(batch) for batch in batches])

@@ -1,4 +1,4 @@
-"""The image files in a folder."""
+"""Image files: finding them in a folder, and checking those of data sets before training."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -11,18 +11,18 @@ from torch.utils.data import Dataset
 from models.errors import InputError
 from models.preprocess import DRAWN_BY_PROGRAMS, NEED_A_PACKAGE, is_one_colour, open_image
 from models.progress_bar import progress_bar
-from utils.data.annotations import shared_images_warning
+from utils.data.annotations import SPLITS
 
-# Formats of which Pillow knows the name alone.
-NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG"}
+NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG"}  # formats that Pillow names but cannot read
+SHOWN = 3  # images that a warning names
 
 
 def find_images(folder: Path) -> list[Path]:
-    """The image files anywhere below `folder`, as paths relative to it, in the order of their
-    names; files and folders that are hidden (".name") are passed over.
+    """The image files anywhere below `folder`, as paths relative to it, sorted, without hidden
+    files and folders (".name").
 
-    Images are known by the endings of the formats that Pillow reads; photographs that need a
-    package are counted. Linked folders are entered, but none twice. Raises `InputError` if there
+    The endings of the formats that Pillow reads tell images. Photographs that need a package are
+    counted in a warning. Linked folders are entered, but none twice. Raises `InputError` if there
     are no images.
     """
     Image.init()
@@ -35,10 +35,11 @@ def find_images(folder: Path) -> list[Path]:
     while waiting:
         for here, folders, files in os.walk(waiting.pop(), onerror=_warn):
             real = os.path.realpath(here)
-            folders[:] = [] if real in entered else [f for f in folders if not f.startswith(".")]
             if real in entered:
+                folders.clear()
                 continue
             entered.add(real)
+            folders[:] = [name for name in folders if not name.startswith(".")]
             waiting += [link for name in folders if (link := Path(here, name)).is_symlink()]
             inside = Path(here).relative_to(folder)
             visible = [inside / name for name in files if not name.startswith(".")]
@@ -61,48 +62,47 @@ def _warn(error: OSError) -> None:
     print(f"warning: {error.filename}: passed over, cannot be read ({error.strerror})")
 
 
-SHOWN = 3  # pictures of one colour
-
-
 def check_splits(sets: dict[str, Dataset], num_workers: int, train_too: bool = False) -> None:
-    """Warn of training images that are in other splits as well, and read the images of the others;
-    with `train_too`, also those to train on. `sets` are data sets by split. Raises `InputError`
-    with a list of those that cannot be read."""
-    train = sets["train"]
+    """Warn of training images that are in other splits as well. Raise `InputError` with a list of
+    the unreadable images of the other splits and, with `train_too`, of the training split. `sets`
+    are data sets by split."""
     held_out = {split: dataset for split, dataset in sets.items() if split != "train"}
     for split, dataset in held_out.items():
-        if warning := shared_images_warning(train.image, dataset.image, split):
-            print(f"warning: {warning}")
-    checked = [*([train] if train_too else []), *held_out.values()]
-    refuse_unreadable(checked, num_workers)
+        scored = set(dataset.image)
+        if shared := [image for image in sets["train"].image if image in scored]:
+            print(
+                f"warning: images in both training and {SPLITS[split]}: {_shown(shared)}; scores "
+                "on images seen in training are too good; list each image once"
+            )
+    refuse_unreadable([*([sets["train"]] if train_too else []), *held_out.values()], num_workers)
 
 
 def refuse_unreadable(sets: list[Dataset], num_workers: int) -> None:
-    """Raise `InputError` with a list of the images of `sets` that cannot be read; each is decoded,
-    but where the set's pixels are `cached`, and its `unreadable` tells what is wrong. Warn of
-    pictures that are one colour, all in one line."""
-    unread = chain.from_iterable(dataset.image for dataset in sets if dataset.cached is None)
-    problems = chain.from_iterable(dataset.unreadable.values() for dataset in sets)
-    found, plain = check_images(list(dict.fromkeys(unread)), num_workers)
+    """Raise `InputError` with a list of the unreadable images of `sets`. All images are decoded;
+    those of a cached set were, and its `unreadable` has their problems. Warn of pictures of one
+    colour."""
+    not_cached = chain.from_iterable(dataset.image for dataset in sets if dataset.cached is None)
+    found, plain = check_images(list(dict.fromkeys(not_cached)), num_workers)
+    known = chain.from_iterable(dataset.unreadable.values() for dataset in sets)
     cached = chain.from_iterable(_plain_in_cache(dataset) for dataset in sets)
     if plain := list(dict.fromkeys(chain(plain, cached))):
-        shown = ", ".join(plain[:SHOWN]) + (", ..." if len(plain) > SHOWN else "")
-        print(f"warning: pictures of one colour, as they are read: {len(plain):,} ({shown})")
-    broken = dict.fromkeys(chain(problems, found))
-    if broken:
+        print(f"warning: pictures of one colour, as they are read: {_shown(plain)}")
+    if broken := dict.fromkeys(chain(known, found)):
         raise InputError("\n  ".join([f"{len(broken)} images cannot be read:", *broken]))
 
 
+def _shown(images: list[str]) -> str:
+    return f"{len(images):,} ({', '.join(images[:SHOWN])}{', ...' * (len(images) > SHOWN)})"
+
+
 def check_images(images: list[str], num_workers: int = 0) -> tuple[list[str], list[str]]:
-    """Decode the image files at these paths, `num_workers` at a time, in threads. Returns "path:
-    reason" for each that cannot be read, and the paths of those that are one colour; both in their
-    order."""
+    """Decode the image files at these paths, in `num_workers` threads. Returns "path: reason" for
+    each unreadable image, and the paths of images of one colour; both in their order."""
     problems, plain = [], []
+    size = len(images)
     with (
         ThreadPoolExecutor(max(1, num_workers)) as threads,
-        progress_bar(
-            total=len(images), desc="checking images", unit="img", disable=not images
-        ) as bar,
+        progress_bar(total=size, desc="checking images", unit="img", disable=not size) as bar,
     ):
         for path, read in zip(images, threads.map(_read, images), strict=True):
             bar.update()
@@ -114,7 +114,7 @@ def check_images(images: list[str], num_workers: int = 0) -> tuple[list[str], li
 
 
 def _read(path: str) -> str | bool:
-    """What is wrong with the image at `path`, or else whether it is one colour."""
+    """The problem of the image at `path`, or else whether it is of one colour."""
     try:
         return is_one_colour(open_image(path))
     except InputError as error:
@@ -122,8 +122,8 @@ def _read(path: str) -> str | bool:
 
 
 def _plain_in_cache(dataset: Dataset) -> list[str]:
-    """The images of a set that are one colour among its cached pixels, `[n, 3, side, side]`. Most
-    show in their first row that they are not."""
+    """The images of one colour among a set's cached pixels, `[n, 3, side, side]`; the first row
+    rules out most others."""
     if dataset.cached is None:
         return []
     rows = dataset.cached[:, :, 0]

@@ -1,4 +1,4 @@
-"""Batches of decoded images, read by worker processes; others in the place of unreadable ones."""
+"""Batches of decoded images, read by worker processes."""
 
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +23,8 @@ LONGEST_WAIT = 600  # seconds for a batch; a disk in the network can be slow to 
 
 @dataclass(frozen=True)
 class ImageReader:
-    """Reads the images of a data set: all of the set that worker processes get, which are not forks
-    on every system. `reader[i]` raises `InputError` for an image that cannot be read.
+    """Reads the images of a data set; worker processes get nothing else of the set, which may be
+    pickled for them. `reader[i]` raises `InputError` for an unreadable image.
 
     paths     of the images
     prepare   makes a tensor of an RGB image
@@ -53,10 +53,10 @@ class ImageReader:
 class Loaded(NamedTuple):
     """Images of a batch.
 
-    images    `[n, 3, r, r]`, on the CPU, or on the GPU that holds the cached set; on its way from
-              a worker an array, where there is no room for it in shared memory
+    images    `[n, 3, r, r]`, on the CPU, or on the GPU that holds the cached set; an array if a
+              worker finds no room in shared memory
     rows      their indices in the data set
-    problems  {index: what is wrong} of images that could not be read
+    problems  {index: problem} of unreadable images
     """
 
     images: Tensor | np.ndarray
@@ -68,17 +68,17 @@ def read_batches(
     reader: Sequence[Tensor],
     batches: list[list[int]],
     num_workers: int,
-    own: slice = slice(None),
+    part: slice = slice(None),
     substitute: bool = False,
 ) -> Iterator[Loaded]:
-    """For lists of indices, the images that `reader` has there.
+    """The images at lists of indices in `reader`.
 
-    `own` picks the part of every batch that this process reads. With `substitute` another image
-    takes the place of one that cannot be read; without it such an image raises `InputError`, and so
-    do a worker that is killed and a batch that does not come for `LONGEST_WAIT` seconds.
+    `part` is this process's part of every batch. With `substitute`, another image takes the place
+    of an unreadable one, which otherwise raises `InputError`. A killed worker and a batch that does
+    not arrive within `LONGEST_WAIT` seconds raise it, too.
     """
     loader = DataLoader(
-        _Batches(reader, own, substitute),
+        _Batches(reader, part, substitute),
         sampler=batches,
         batch_size=None,
         collate_fn=collate,
@@ -107,16 +107,15 @@ def read_batches(
             yield loaded
     except RuntimeError as error:
         if "DataLoader timed out" in str(error):
-            raise InputError(
-                f"no batch of images has come for {LONGEST_WAIT} s: is the disk with the images "
-                f"there? {CONTINUE}"
-            ) from error
-        if "DataLoader worker" in str(error):
-            raise InputError(
+            problem = f"no images have come for {LONGEST_WAIT} s: is the disk with them there?"
+        elif "DataLoader worker" in str(error):
+            problem = (
                 "a process that reads images was killed, as a rule because main memory is full: "
-                f"lower --num_workers or --batch_size; {CONTINUE}"
-            ) from error
-        raise
+                "lower --num_workers or --batch_size;"
+            )
+        else:
+            raise
+        raise InputError(f"{problem} {CONTINUE}") from error
 
 
 @cache  # once is enough
@@ -128,9 +127,9 @@ def _tell_of_small_shared_memory() -> None:
 
 
 def collate(loaded: Loaded | InputError) -> Loaded | InputError:
-    """What a worker sends to its parent: the images in shared memory or, if there is no room, as an
-    array, which goes through a pipe. Where the system promises memory that is not there, writing to
-    it kills the worker; so there must be room for two batches of every worker."""
+    """What a worker sends to its parent: images in shared memory or, without room there, as an
+    array through a pipe. There must be room for two batches of every worker: a system may promise
+    memory that it lacks, and kills the worker that writes to it."""
     worker = get_worker_info()
     if worker is None or isinstance(loaded, InputError):
         return loaded
@@ -144,18 +143,15 @@ def collate(loaded: Loaded | InputError) -> Loaded | InputError:
 
 
 class _Batches(Dataset):
-    """The images of a batch by its list of indices, or the `InputError` of an image in it. The
-    error is returned, since one that a worker process raises arrives with the worker's traceback in
-    its message."""
+    """The images of a batch by its list of indices, or the `InputError` of an unreadable image: a
+    raised error would arrive with the worker's traceback in its message."""
 
-    def __init__(self, reader: Sequence[Tensor], own: slice, substitute: bool):
-        self.reader = reader
-        self.own = own
-        self.substitute = substitute
+    def __init__(self, reader: Sequence[Tensor], part: slice, substitute: bool):
+        self.reader, self.part, self.substitute = reader, part, substitute
 
     def __getitem__(self, batch: list[int]) -> Loaded | InputError:
         images, rows, problems = [], [], {}
-        for row in batch[self.own]:
+        for row in batch[self.part]:
             for candidate in substitutes(row, len(self.reader), batch, rows):
                 try:
                     images.append(self.reader[candidate])
@@ -171,8 +167,8 @@ class _Batches(Dataset):
 
 
 def substitutes(row: int, n: int, *taken: list[int]) -> Iterator[int]:
-    """`row`, then all other indices of n images, in the order in which they replace it if it cannot
-    be read: those that are not `taken` come first."""
+    """`row`, then the other indices of n images in the order in which they replace it if it is
+    unreadable: those that are `taken` come last."""
     yield row
     others = [other % n for other in range(row + 1, row + n)]
     in_use = set().union(*taken)

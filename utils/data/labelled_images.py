@@ -1,4 +1,4 @@
-"""Images of classes: from class folders, or from a data set of torchvision."""
+"""Labelled images: from class folders, or from a data set of torchvision."""
 
 import json
 import os
@@ -27,18 +27,18 @@ from utils.data.torchvision_sets import (
 )
 
 LEADING_NUMBER = re.compile(r"^n?\d+([\W_]+(?=.*[^\W\d_])|(?=[A-Z][a-z]))")  # of a folder's name
-SCORED = ("val", "valid", "test")  # folders of the images to score on, the first that is there
+SCORED = ("val", "valid", "test")  # folders of images to score on: the first that exists
 
 
 class Source(NamedTuple):
-    """Where the images of classes are; none is read yet.
+    """Labelled images, not yet read.
 
-    name      of the set and its split, also for a file of its cache
-    root      the folder that the images lie in
-    image     the path of each; in a set of torchvision "<root>/<name>/<number>", for messages
-    label     the index of each one's class, from 0
+    name      of the set and its split, also for its cache file
+    root      folder of the images
+    image     their paths; for a set of torchvision "<root>/<name>/<number>", for messages
+    label     the index of each image's class, from 0
     classes   the names of the classes, as texts
-    pictures  the data set of torchvision that reads them; None for image files
+    pictures  the data set of torchvision that reads the images; None for image files
     """
 
     name: str
@@ -56,15 +56,15 @@ def find_labelled_images(
     names_file: Path | None = None,
     option: str = "--data",
 ) -> Source:
-    """The images to score on, or those to train on, of the folder or torchvision's set `data`.
+    """The images to score on, or to train on, of `data`: a folder or a set of torchvision.
 
-    A folder holds `train/` and `val/` (or `valid/` or `test/`), each with a folder of images for
-    each class, or the class folders themselves, whose images are all to score on. A set is read
-    from `data_root`, by default `torchvision_data` beside the scripts, and downloaded there if need
-    be. The classes have the names of their folders, or of the set, or those in `names_file`: a line
+    A folder holds `train/` and `val/` (or `valid/` or `test/`) with a folder of images for each
+    class, or class folders itself, whose images are all to score on. A set is read from
+    `data_root`, by default `torchvision_data` beside the scripts, and downloaded there if need be.
+    The classes have the names of their folders, or of the set, or those in `names_file`: a line
     for each in the order of the sorted folders (2 before 10), lines `folder<TAB>name` or `folder
-    name`, or ImageNet's class index in JSON. Raises `InputError` for data or names that cannot be
-    used; `option` is what a script calls the data.
+    name`, or ImageNet's class index in JSON. Raises `InputError` for unusable data or names;
+    `option` is the script's option for `data`.
     """
     root = Path(data).expanduser()
     if root.is_dir():
@@ -99,48 +99,46 @@ def _class_folders(root: Path, is_train: bool) -> Source:
         )
     image, label = [], []
     for number, folder in enumerate(folders):
-        own = [str(folder / file) for file in find_images(folder)]
-        image += own
-        label += [number] * len(own)
+        image += [str(folder / file) for file in find_images(folder)]
+        label += [number] * (len(image) - len(label))
     name = root.resolve().name + ("" if split is root else f"_{split.name}")
     return Source(name, root, image, label, [folder.name for folder in folders])
 
 
 def _check_both_splits(train: Path, scored: Path) -> None:
-    """Raise `InputError` unless both are there, with the same classes."""
+    """Raise `InputError` unless both have class folders, with the same names."""
     names = [{folder.name for folder in _folders(split)} for split in (train, scored)]
     if not all(names):
         raise InputError(
             f"{train.parent}: --linear_probe needs class folders to train on in {train} and others "
             f"to score on in {scored}; there are not both"
         )
-    if alone := names[0] ^ names[1]:
+    if unpaired := names[0] ^ names[1]:
         raise InputError(
-            f"{train.parent}: the class folder {min(alone)} is in only one of {train.name}/ and "
+            f"{train.parent}: the class folder {min(unpaired)} is in only one of {train.name}/ and "
             f"{scored.name}/; give both the same classes"
         )
 
 
 def _folders(root: Path) -> list[Path]:
-    """The folders in a folder, sorted by name, numbers as numbers, without hidden ones; none if
-    there is none."""
-    if not root.is_dir():
-        return []
-    found = (file for file in root.iterdir() if file.name[0] != "." and file.is_dir())
-    return sorted(found, key=lambda folder: (_natural(folder.name), folder.name))
+    """The folders in `root` without hidden ones, sorted by name with 2 before 10; none if there is
+    no `root`."""
 
+    def key(folder: Path) -> tuple[list, str]:
+        parts = re.split(r"(\d+)", folder.name)  # text and numbers in turn
+        return [int(part) if part.isdecimal() else part for part in parts], folder.name
 
-def _natural(name: str) -> list[str | int]:
-    """A key to sort by, with 2 before 10: text and numbers in turn."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+    files = root.iterdir() if root.is_dir() else ()
+    return sorted((file for file in files if file.name[0] != "." and file.is_dir()), key=key)
 
 
 def _named(keys: list[str], file: Path | None) -> list[str]:
-    """The names of the classes that have these folders (or names in torchvision)."""
+    """The names of the classes with these folders (or torchvision's names)."""
     if file is None:
         return _words(keys)
     lines = read_lines(file, "class name")
-    names = _names_by_key(lines, keys, file)
+    is_json = file.suffix.lower() == ".json"
+    names = _names_in_json("\n".join(lines), file) if is_json else _names_by_key(lines, keys)
     if names:
         if missing := [key for key in keys if not names.get(key)]:
             near = near_names(missing[0], names.keys() - keys)
@@ -157,8 +155,8 @@ def _named(keys: list[str], file: Path | None) -> list[str]:
 
 
 def _words(keys: list[str]) -> list[str]:
-    """Folders' names as words: `big_cat` as "big cat", `BigCat` as "Big Cat", and `001.cat`, where
-    all begin with a number and the rests differ, as "cat"."""
+    """Folders' names as words: `big_cat` as "big cat", `BigCat` as "Big Cat", and `001.cat` as
+    "cat", if all start with a number and the rests differ."""
     rests = [LEADING_NUMBER.sub("", key) for key in keys]
     if all(map(str.__ne__, rests, keys)) and len({*rests}) == len(keys):
         keys = rests
@@ -166,24 +164,22 @@ def _words(keys: list[str]) -> list[str]:
     return [key.replace("_", " ").strip() or key for key in spaced]
 
 
-def _names_by_key(lines: list[str], keys: list[str], file: Path) -> dict[str, str]:
-    """The names in a file that has them by folder: JSON, lines `folder<TAB>name`, or lines
-    `folder name`, for most folders at least. Empty for a file of names alone."""
-    if file.suffix.lower() == ".json":
-        return _names_in_json("\n".join(lines), file)
+def _names_by_key(lines: list[str], keys: list[str]) -> dict[str, str]:
+    """Names by folder from lines `folder<TAB>name`, or `folder name` if most folders have one;
+    empty for names alone."""
     if any("\t" in line for line in lines):
         pairs = (line.partition("\t")[::2] for line in lines)
         return {key.strip(): name.strip() for key, name in pairs}
     names = {}
     for line in lines:
-        if own := max((key for key in keys if line.startswith(f"{key} ")), key=len, default=""):
-            names[own] = line.removeprefix(own).strip()
+        if key := max((key for key in keys if line.startswith(f"{key} ")), key=len, default=""):
+            names[key] = line.removeprefix(key).strip()
     return names if len(names) > len(keys) / 2 else {}
 
 
 def _names_in_json(text: str, file: Path) -> dict[str, str]:
-    """Names by folder, `{"cat": "a cat"}`; of ImageNet's index, `{"0": ["n01440764", "tench"]}`, by
-    folder and by number."""
+    """Names by folder, `{"cat": "a cat"}`; from ImageNet's index, `{"0": ["n01440764", "tench"]}`,
+    by folder and by number."""
     names: dict[str, str] = {}
     try:
         for key, value in json.loads(text).items():
@@ -198,17 +194,17 @@ def _names_in_json(text: str, file: Path) -> dict[str, str]:
 
 
 class LabelledImages(Dataset):
-    """Images of classes, prepared as a model takes them: `images[i]` is (uint8 pixels
-    `[3, side, side]`, index of the class).
+    """Labelled images, prepared for a model: `images[i]` is (uint8 pixels `[3, side, side]`, index
+    of the class).
 
     root, image, classes  those of the source
     labels                index of each image's class, `[n]`
-    unreadable            {index: what is wrong} of images that turned out to be broken
+    unreadable            {index: problem} of the unreadable images found so far
     """
 
     def __init__(self, source: Source, preprocess: Preprocess):
         self.name, self.root, self.image, labels, self.classes, pictures = source
-        self.reader = ImageReader(self.image, preprocess.pixels, pictures)
+        self.reader = ImageReader(self.image, preprocess.resize_and_crop, pictures)
         self.labels = torch.tensor(labels)
         self.preprocess = preprocess
         self.cached: Tensor | None = None
@@ -221,8 +217,8 @@ class LabelledImages(Dataset):
         return self.reader[index], int(self.labels[index])
 
     def batches(self, batches: list[list[int]], num_workers: int) -> Iterator[Tensor]:
-        """Batches of images, `[n, 3, side, side]`, for lists of image indices. One that cannot be
-        read is named once and put into `unreadable`, and another takes its place."""
+        """Batches of images, `[n, 3, side, side]`, for lists of image indices. Another image takes
+        the place of an unreadable one, which is reported once and put into `unreadable`."""
         if self.cached is not None:
             yield from gather(self.cached, batches)
             return
@@ -236,8 +232,7 @@ class LabelledImages(Dataset):
         device: torch.device | str = "cpu",
         num_workers: int = 0,
     ) -> None:
-        """Decode all images now, for many passes over them; the arguments are those of
-        `decode_once`."""
+        """Decode all images once; the arguments are those of `decode_once`."""
         self.cached, problems = decode_once(self, self.name, folder, device, num_workers)
         self._pass_over(problems)
 

@@ -1,4 +1,4 @@
-"""The data sets with classes that torchvision reads, and downloads where there is a network."""
+"""The classified data sets of torchvision, which are downloaded if need be."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,14 +12,14 @@ LABELS = ("targets", "labels", "_labels", "y")  # where torchvision's classes ke
 
 
 class TorchvisionSet(NamedTuple):
-    """How one of torchvision's data sets is had.
+    """How to load one of torchvision's data sets.
 
-    loader    its class in `torchvision.datasets`
-    scored    arguments of the class for the images to score on
-    train     those for the training images; None where the set has no splits
-    source    addresses of its archives
-    folder    where torchvision looks for them, below the folder of all sets
-    names     of the classes, where torchvision's are none that a text tower could read
+    loader  its class in `torchvision.datasets`
+    scored  arguments of the class for the images to score on
+    train   those for the training images; None if the set has no splits
+    source  addresses of its archives
+    folder  where torchvision looks for them, below the folder of all sets
+    names   of the classes, if torchvision's are not readable
     """
 
     loader: str
@@ -32,102 +32,68 @@ class TorchvisionSet(NamedTuple):
 
 BY_TRAIN = {"train": False}, {"train": True}
 BY_SPLIT = {"split": "test"}, {"split": "train"}
+WITH_TRAINVAL = {"split": "test"}, {"split": "trainval"}
+WITH_VAL = {"split": "val"}, {"split": "train"}
 DIGITS = [str(digit) for digit in range(10)]
 EUROSAT_NAMES = ["annual crop land", "forest", "herbaceous vegetation", "highway",
                  "industrial buildings", "pasture", "permanent crop land", "residential buildings",
                  "river", "sea or lake"]  # fmt: skip
-GTSRB_NAMES = [
-    *(f"speed limit {speed} sign" for speed in (20, 30, 50, 60, 70, 80)),
-    "end of speed limit 80 sign", "speed limit 100 sign", "speed limit 120 sign",
-    "no overtaking sign", "no overtaking by trucks sign", "right of way at the next crossing sign",
-    "priority road sign", "give way sign", "stop sign", "no vehicles sign", "no trucks sign",
-    "no entry sign", "danger sign", "left bend sign", "right bend sign", "double bend sign",
-    "uneven road sign", "slippery road sign", "road narrows on the right sign", "road works sign",
-    "traffic lights sign", "pedestrians sign", "children sign", "bicycles sign",
-    "ice and snow sign", "wild animals sign", "end of all limits sign", "turn right sign",
-    "turn left sign", "straight ahead sign", "straight ahead or right sign",
-    "straight ahead or left sign", "keep right sign", "keep left sign", "roundabout sign",
-    "end of no overtaking sign", "end of no overtaking by trucks sign",
-]  # fmt: skip
+GTSRB_SIGNS = (
+    "speed limit 20, speed limit 30, speed limit 50, speed limit 60, speed limit 70, speed "
+    "limit 80, end of speed limit 80, speed limit 100, speed limit 120, no overtaking, no "
+    "overtaking by trucks, right of way at the next crossing, priority road, give way, stop, "
+    "no vehicles, no trucks, no entry, danger, left bend, right bend, double bend, uneven "
+    "road, slippery road, road narrows on the right, road works, traffic lights, pedestrians, "
+    "children, bicycles, ice and snow, wild animals, end of all limits, turn right, turn "
+    "left, straight ahead, straight ahead or right, straight ahead or left, keep right, keep "
+    "left, roundabout, end of no overtaking, end of no overtaking by trucks"
+)
+GTSRB_NAMES = [f"{sign} sign" for sign in GTSRB_SIGNS.split(", ")]
 
 OXFORD = "https://www.robots.ox.ac.uk/~vgg/data"
-TORCHVISION_SETS = {
-    "caltech101": TorchvisionSet(
-        "Caltech101", {}, None,
-        "https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.zip", "caltech101",
-    ),
-    "cifar10": TorchvisionSet(
-        "CIFAR10", *BY_TRAIN, "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-    ),
-    "cifar100": TorchvisionSet(
-        "CIFAR100", *BY_TRAIN, "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
-    ),
-    "country211": TorchvisionSet(
-        "Country211", *BY_SPLIT, "https://openaipublic.azureedge.net/clip/data/country211.tgz"
-    ),
-    "dtd": TorchvisionSet("DTD", *BY_SPLIT, f"{OXFORD}/dtd/download/dtd-r1.0.1.tar.gz", "dtd"),
-    "eurosat": TorchvisionSet(
-        "EuroSAT", {}, None,
-        "https://huggingface.co/datasets/torchgeo/eurosat/resolve/main/EuroSAT.zip", "eurosat",
-        EUROSAT_NAMES,
-    ),
-    "fashion_mnist": TorchvisionSet(
-        "FashionMNIST", *BY_TRAIN, "the four .gz of http://fashion-mnist.s3-website.eu-central-1."
-        "amazonaws.com", "FashionMNIST/raw",
-    ),
-    "fgvc_aircraft": TorchvisionSet(
-        "FGVCAircraft", {"split": "test"}, {"split": "trainval"},
-        f"{OXFORD}/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz",
-    ),
-    "flowers102": TorchvisionSet(
-        "Flowers102", *BY_SPLIT, f"102flowers.tgz, imagelabels.mat and setid.mat of "
-        f"{OXFORD}/flowers/102/", "flowers-102",
-    ),
-    "food101": TorchvisionSet(
-        "Food101", *BY_SPLIT, "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz"
-    ),
-    "gtsrb": TorchvisionSet(
-        "GTSRB", *BY_SPLIT, "GTSRB-Training_fixed.zip, GTSRB_Final_Test_Images.zip and "
-        "GTSRB_Final_Test_GT.zip of https://sid.erda.dk/public/archives/"
-        "daaeac0d7ce1152aea9b61d9f1e19370/", "gtsrb", GTSRB_NAMES,
-    ),
-    "imagenet": TorchvisionSet(
-        "ImageNet", {"split": "val"}, {"split": "train"}, "ILSVRC2012_devkit_t12.tar.gz, "
-        "ILSVRC2012_img_val.tar and ILSVRC2012_img_train.tar of https://image-net.org",
-    ),
-    "imagenette": TorchvisionSet(
-        "Imagenette", {"split": "val"}, {"split": "train"},
-        "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2.tgz",
-    ),
-    "mnist": TorchvisionSet(
-        "MNIST", *BY_TRAIN, "the four .gz of https://ossci-datasets.s3.amazonaws.com/mnist/",
-        "MNIST/raw", DIGITS,
-    ),
-    "oxford_pets": TorchvisionSet(
-        "OxfordIIITPet", {"split": "test"}, {"split": "trainval"},
-        f"images.tar.gz and annotations.tar.gz of {OXFORD}/pets/data/", "oxford-iiit-pet",
-    ),
-    "stanford_cars": TorchvisionSet(
-        "StanfordCars", *BY_SPLIT, "cars_train/, cars_test/, devkit/ and "
-        "cars_test_annos_withlabels.mat, no longer published by their authors,", "stanford_cars",
-    ),
-    "stl10": TorchvisionSet(
-        "STL10", *BY_SPLIT, "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz"
-    ),
-    "sun397": TorchvisionSet(
-        "SUN397", {}, None, "http://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz"
-    ),
-    "svhn": TorchvisionSet(
-        "SVHN", *BY_SPLIT, "train_32x32.mat and test_32x32.mat of "
-        "http://ufldl.stanford.edu/housenumbers/", names=DIGITS,
-    ),
-}  # fmt: skip
+ZALANDO = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
+ERDA = "https://sid.erda.dk/public/archives/daaeac0d7ce1152aea9b61d9f1e19370/"
+EUROSAT = "https://huggingface.co/datasets/torchgeo/eurosat/resolve/main/EuroSAT.zip"
+ILSVRC = "ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_val.tar and ILSVRC2012_img_train.tar"
+TORCHVISION_SETS = {name: TorchvisionSet(*row) for name, row in {
+    "caltech101": ("Caltech101", {}, None,
+        "https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.zip", "caltech101"),
+    "cifar10": ("CIFAR10", *BY_TRAIN, "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"),
+    "cifar100": ("CIFAR100", *BY_TRAIN,
+        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"),
+    "country211": ("Country211", *BY_SPLIT,
+        "https://openaipublic.azureedge.net/clip/data/country211.tgz"),
+    "dtd": ("DTD", *BY_SPLIT, f"{OXFORD}/dtd/download/dtd-r1.0.1.tar.gz", "dtd"),
+    "eurosat": ("EuroSAT", {}, None, EUROSAT, "eurosat", EUROSAT_NAMES),
+    "fashion_mnist": ("FashionMNIST", *BY_TRAIN, f"the four .gz of {ZALANDO}",
+        "FashionMNIST/raw"),
+    "fgvc_aircraft": ("FGVCAircraft", *WITH_TRAINVAL,
+        f"{OXFORD}/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz"),
+    "flowers102": ("Flowers102", *BY_SPLIT,
+        f"102flowers.tgz, imagelabels.mat and setid.mat of {OXFORD}/flowers/102/", "flowers-102"),
+    "food101": ("Food101", *BY_SPLIT, "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz"),
+    "gtsrb": ("GTSRB", *BY_SPLIT, "GTSRB-Training_fixed.zip, GTSRB_Final_Test_Images.zip and "
+        f"GTSRB_Final_Test_GT.zip of {ERDA}", "gtsrb", GTSRB_NAMES),
+    "imagenet": ("ImageNet", *WITH_VAL, f"{ILSVRC} of https://image-net.org"),
+    "imagenette": ("Imagenette", *WITH_VAL,
+        "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2.tgz"),
+    "mnist": ("MNIST", *BY_TRAIN, "the four .gz of https://ossci-datasets.s3.amazonaws.com/mnist/",
+        "MNIST/raw", DIGITS),
+    "oxford_pets": ("OxfordIIITPet", *WITH_TRAINVAL,
+        f"images.tar.gz and annotations.tar.gz of {OXFORD}/pets/data/", "oxford-iiit-pet"),
+    "stanford_cars": ("StanfordCars", *BY_SPLIT, "cars_train/, cars_test/, devkit/ and "
+        "cars_test_annos_withlabels.mat, no longer published by their authors,", "stanford_cars"),
+    "stl10": ("STL10", *BY_SPLIT, "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz"),
+    "sun397": ("SUN397", {}, None,
+        "http://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz"),
+    "svhn": ("SVHN", *BY_SPLIT, "train_32x32.mat and test_32x32.mat of "
+        "http://ufldl.stanford.edu/housenumbers/", "", DIGITS),
+}.items()}  # fmt: skip
 
 
 def open_torchvision_set(name: str, root: Path, is_train: bool) -> Dataset:
-    """A data set of `TORCHVISION_SETS`, read from `root`, and downloaded there first if need be.
-    Raises `InputError` for training images of a set without splits, and if the set is not there and
-    cannot be downloaded."""
+    """A data set of `TORCHVISION_SETS` in `root`, downloaded if need be. Raises `InputError` for
+    training images of a set without splits, and if the set cannot be read or downloaded."""
     import torchvision  # takes seconds
 
     known = TORCHVISION_SETS[name]
@@ -138,11 +104,11 @@ def open_torchvision_set(name: str, root: Path, is_train: bool) -> Dataset:
             "or put the images into class folders, in train/ and val/"
         )
     loader = getattr(torchvision.datasets, known.loader)
-    downloading = {} if name == "imagenet" else {"download": True}  # whose class cannot
+    downloading = {} if name == "imagenet" else {"download": True}  # ImageNet has no such option
     for arguments in (split, split | downloading):
         try:
             return loader(root, **arguments)
-        except Exception as error:  # torchvision raises whatever it meets, of zip files or scipy
+        except Exception as error:  # torchvision passes on those of zip files, scipy, ...
             problem = error
     raise InputError(
         f"{name}: is not in {root}, or not whole, and cannot be downloaded ({one_line(problem)}); "
@@ -155,11 +121,11 @@ def class_names(name: str, images: Dataset) -> list[str]:
     names = TORCHVISION_SETS[name].names
     if names is None:
         names = images.categories if hasattr(images, "categories") else images.classes
-    return [own if isinstance(own, str) else own[0] for own in names]  # ImageNet's have synonyms
+    return [name if isinstance(name, str) else name[0] for name in names]  # without synonyms
 
 
 def labels_of(images: Dataset) -> list[int]:
-    """The labels of all images of one of torchvision's data sets, of which none is decoded."""
+    """The labels of all images of a data set of torchvision, without decoding any."""
     for attribute in LABELS:
         if hasattr(images, attribute):
             return [int(label) for label in getattr(images, attribute)]

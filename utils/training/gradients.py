@@ -92,8 +92,8 @@ def _distill(
 def _encode(model: CLIP, chunks: list[Batch], tower: str, precision: Precision) -> Tensor:
     """The features of a batch's images `[n, d]` or of its captions `[n * k, d]`."""
     with precision.autocast():
-        inputs = [c.images if tower == "image" else c.tokens for c in chunks]
-        if inputs[0].is_floating_point() and inputs[0].ndim == 2:  # features already
+        if tower in chunks[0].cached:
+            inputs = [c.images if tower == "image" else c.tokens for c in chunks]
             features = [upload(of_part, model.device) for of_part in inputs]
         elif tower == "image":
             features = [model.encode_image(c.augmented_images(model.preprocess)) for c in chunks]

@@ -141,7 +141,7 @@ def test_a_run_ends_well_with_little_shared_memory(data, tmp_path):
 STUCK = """
 import os, sys, time
 sys.path.insert(0, {root!r})
-from models.errors import run_script
+from models.host import run_script
 from utils.data import image_reading
 
 class Stuck(list):
@@ -165,7 +165,7 @@ def test_a_batch_that_does_not_come_ends_the_program_with_one_line(tmp_path):
         [sys.executable, str(program)], capture_output=True, text=True, check=False, timeout=50
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "error: no batch of images has come for 1 s" in done.stderr
+    assert "error: no images have come for 1 s" in done.stderr
     assert "--resume_training" in done.stderr
 
 

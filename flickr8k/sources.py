@@ -1,0 +1,133 @@
+"""The files in the sources of prepare.py: folders, zips and single files."""
+
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path, PureWindowsPath
+from typing import NamedTuple
+from zipfile import BadZipFile, ZipFile, ZipInfo
+
+from models.errors import InputError
+from models.files import check_regular, check_size, decoded
+
+
+class SourceFile(NamedTuple):
+    """A file of a source: the file at `path`, or a member of the zip at `path`."""
+
+    path: Path
+    size: int  # bytes, unpacked
+    archive: ZipFile | None = None
+    member: ZipInfo | None = None
+
+    def __str__(self) -> str:
+        return f"{self.path}/{self.member.filename}" if self.archive else str(self.path)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of its path, in the zip if it is in one."""
+        return PureWindowsPath(self.member.filename).parts if self.archive else self.path.parts
+
+    def below(self, folder: Path) -> str | None:
+        """Its path relative to `folder`; None if it is in a zip or elsewhere."""
+        path, folder = absolute(self.path), absolute(folder)
+        is_below = not self.archive and path.is_relative_to(folder)
+        return path.relative_to(folder).as_posix() if is_below else None
+
+    def read_bytes(self) -> bytes:
+        """The content. Raises `InputError` if it cannot be read, or is too large."""
+        check_size(self, self.size)
+        with _readable(self):
+            return self.archive.read(self.member) if self.archive else self.path.read_bytes()
+
+    def read_text(self) -> str:
+        """The content as text. Raises `InputError` if it cannot be read or is not UTF-8."""
+        return decoded(self.read_bytes(), self)
+
+
+class FileIndex:
+    """Files by the ends of their paths, without regard to upper and lower case."""
+
+    def __init__(self, files: Iterable[SourceFile], root: Path):
+        self.root = root
+        self.with_end: dict[tuple[str, ...], list[SourceFile]] = {}
+        self.add(files)
+
+    def add(self, files: Iterable[SourceFile]) -> None:
+        for file in files:
+            parts = _folded(file.parts)
+            for start in range(len(parts)):
+                self.with_end.setdefault(parts[start:], []).append(file)
+
+    def find(self, parts: tuple[str, ...]) -> list[SourceFile]:
+        """The files whose paths share the longest end with `parts`; among these the file that is
+        spelled the same, is below `root` or is in no zip, in this order of importance."""
+        ends = (_folded(parts[start:]) for start in range(len(parts)))
+        found = next((self.with_end[end] for end in ends if end in self.with_end), [])
+        if len(found) < 2:
+            return found
+        ranks = [
+            (file.parts[-1] == parts[-1], file.below(self.root) is not None, not file.archive)
+            for file in found
+        ]
+        return [file for file, rank in zip(found, ranks, strict=True) if rank == max(ranks)]
+
+    def named(self, name: str) -> SourceFile | None:
+        """The first file of that name; None if there is none."""
+        return next(iter(self.find((name,))), None)
+
+
+def _folded(parts: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(part.casefold() for part in parts)
+
+
+def absolute(path: Path) -> Path:
+    """Without following links: an image that a link in the data folder leads to is in it."""
+    return Path(os.path.abspath(path))  # noqa: PTH100
+
+
+def find_files(sources: Iterable[Path], open_zips: ExitStack) -> list[SourceFile]:
+    """All files in `sources`, each once, without hidden ones, which macOS adds and a killed run
+    leaves.
+
+    Zips stay open until `open_zips` is closed. Raises `InputError` for a source that does not exist
+    or cannot be read.
+    """
+    files: list[SourceFile] = []
+    for source in sources:
+        if not source.exists():
+            raise InputError(f"{source}: there is no such file or folder (--source)")
+        if not source.is_dir():
+            check_regular(source)
+        for path in [source] if source.is_file() else _walk(source):
+            if path.suffix.lower() == ".zip":
+                files += zip_members(path, open_zips)
+            else:
+                files.append(SourceFile(path, path.stat().st_size))
+    return list({(absolute(f.path), f.archive and f.parts): f for f in files}.values())
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for current, subfolders, names in os.walk(folder):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        paths = [Path(current) / name for name in sorted(names) if not name.startswith(".")]
+        yield from (path for path in paths if path.is_file())
+
+
+def zip_members(path: Path, open_zips: ExitStack) -> list[SourceFile]:
+    """The files in a zip, which stays open until `open_zips` is closed."""
+    with _readable(path):
+        archive = open_zips.enter_context(ZipFile(path))
+    members = [SourceFile(path, m.file_size, archive, m) for m in archive.infolist()]
+    return [m for m in members if not (m.member.is_dir() or m.parts[-1].startswith("."))]
+
+
+@contextmanager
+def _readable(file: SourceFile | Path) -> Iterator[None]:
+    """Turn errors of reading `file` in the `with` block into an `InputError` that names it."""
+    try:
+        yield
+    except (OSError, BadZipFile, EOFError, zlib.error, RuntimeError) as error:
+        raise InputError(
+            f"{file}: cannot be read ({error}); get a new copy of it, or move it out of the source"
+        ) from error
