@@ -85,20 +85,19 @@ class CLIP(nn.Module):
         """n texts -> token ids `[n, context_length]` for this model, as `token_rows` makes them."""
         return token_rows(self.tokenizer, texts, self.context_length, truncate)
 
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Preprocessed images `[n, 3, r, r]` -> features `[n, d]`, not normalised to length 1.
-
-        Raises `InputError` for images of another shape.
-        """
+    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
+        """Preprocessed images `[n, 3, r, r]` -> features `[n, d]`; with `normalize`, in float32 and
+        of length 1. Raises `InputError` for images of another shape."""
         side = self.visual.input_resolution
         if images.ndim != 4 or images.shape[1:] != (3, side, side):
             given = list(images.shape)
             raise InputError(f"images have shape {given}; this model takes [n, 3, {side}, {side}]")
-        return self.visual(images)
+        features = self.visual(images)
+        return F.normalize(features.float(), dim=-1) if normalize else features
 
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """Token ids `[n, <=context_length]` of `tokenize` -> features `[n, d]`, not normalised to
-        length 1.
+    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
+        """Token ids `[n, <=context_length]` of `tokenize` -> features `[n, d]`; with `normalize`,
+        in float32 and of length 1.
 
         Tokens after the end of a text cannot change its feature and are left out, see `pack`. Keep
         `tokens` on the CPU, so that it does not wait for a GPU. Raises `InputError` for rows that
@@ -108,7 +107,8 @@ class CLIP(nn.Module):
             raise InputError(
                 f"texts of {tokens.shape[1]} tokens; this model reads {self.context_length}"
             )
-        return self._encode_tokens(*pack(tokens, self.config.has_bert, self.device))
+        features = self._encode_tokens(*pack(tokens, self.config.has_bert, self.device))
+        return F.normalize(features.float(), dim=-1) if normalize else features
 
     def encode_text_grid(self, tokens: Tensor) -> Tensor:
         """Token ids `[n, <=context_length]` on the model's device -> what `encode_text` gives.
@@ -146,8 +146,8 @@ class CLIP(nn.Module):
         al. 2021, figure 3), and `logits_per_text` `[m, n]` is their transpose. Raises `InputError`
         as `encode_image` and `encode_text` do.
         """
-        image_features = F.normalize(self.encode_image(images), dim=-1)
-        text_features = F.normalize(self.encode_text(tokens), dim=-1)
+        image_features = self.encode_image(images, normalize=True)
+        text_features = self.encode_text(tokens, normalize=True)
         logits_per_image = self.logit_scale.exp() * image_features @ text_features.T
         return logits_per_image, logits_per_image.T
 

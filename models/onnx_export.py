@@ -34,8 +34,7 @@ class ImageEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """float32 `[n, 3, r, r]` -> float32 `[n, d]`, whatever the type of the weights."""
-        features = self.model.encode_image(images.to(self.model.logit_scale.dtype))
-        return F.normalize(features.float(), dim=-1)
+        return self.model.encode_image(images.to(self.model.logit_scale.dtype), normalize=True)
 
 
 class TextEncoder(ImageEncoder):

@@ -77,6 +77,23 @@ def test_features_and_logits_equal_open_clip(pair):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
+def test_normalized_features_equal_open_clip(pair):
+    ours, theirs, images, tokens = pair
+    with torch.no_grad():
+        for name, x in [("encode_image", images), ("encode_text", tokens)]:
+            features = getattr(ours, name)(x, normalize=True)
+            expected = getattr(theirs, name)(x, normalize=True)
+            torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_normalized_features_of_mixed_precision_are_float32():
+    model = create_model("ViT-demo")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        features = model.encode_text(tokenize(CAPTIONS), normalize=True)
+    assert features.dtype == torch.float32
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(len(CAPTIONS)))
+
+
 def test_loss_and_gradients_equal_open_clip(pair):
     ours, theirs, images, tokens = pair
     loss = contrastive_loss(ours.encode_image(images), ours.encode_text(tokens), ours.logit_scale)
