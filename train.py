@@ -147,9 +147,9 @@ def main() -> None:
         cached = cache_features(args, model, loader, sets["val"], state.precision)
         evaluator = Evaluator(loader, state.precision, processes)
         if state.is_at_start and args.resume_training != "none":
-            metrics, val_loss = evaluator.score(state.scored, sets["val"], cached=cached)
-            state.note_start(metrics, val_loss, retention.measure(state.scored, processes))
-            report_start(state, metrics)
+            scores, val_loss = evaluator.score(state.scored, sets["val"], cached=cached)
+            state.note_start(scores, val_loss, retention.measure(state.scored, processes))
+            report_start(state, scores)
         interrupt = Interrupt()
 
     rate_at = partial(learning_rate, peak=args.lr, total_steps=args.epochs * len(loader),
@@ -176,10 +176,10 @@ def main() -> None:
                     if stop:
                         raise run.stopped(interrupt)
             trained = progress.summary(state.losses, rate_at(epoch * len(loader) - 1))
-        metrics, val_loss = evaluator.score(state.scored, sets["val"], cached=cached)
+        scores, val_loss = evaluator.score(state.scored, sets["val"], cached=cached)
         retained = retention.measure(state.scored, processes)
-        state.finish_epoch(trained, metrics, val_loss, retained)
-        report_epoch(state, args.epochs, metrics, len(sets["val"]), args.lr)
+        state.finish_epoch(trained, scores, val_loss, retained)
+        report_epoch(state, args.epochs, scores, len(sets["val"]), args.lr)
         run.save_epoch(state.scored, state.state_dict(), args.freq)
         if processes.any(interrupt.has_come()):
             raise run.stopped(interrupt)
@@ -328,8 +328,8 @@ def finish(args: argparse.Namespace, folder: Path, loader, sets, state, retentio
         chosen = mix_with_start(model, args, score, kept, chosen)
     report_chosen(evaluator, model, chosen, sets["val"])
     if "test" in sets:
-        metrics, _ = evaluator.score(model, sets["test"], k_values=range(1, 11))
-        report_test(metrics, chosen, folder)
+        scores, _ = evaluator.score(model, sets["test"], k_values=range(1, 11))
+        report_test(scores, chosen, folder)
     print(what_to_try(sets["val"].image[0], chosen, sets["val"].text))
 
 

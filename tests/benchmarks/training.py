@@ -15,7 +15,7 @@ from models.clip import CLIP, MAX_LOGIT_SCALE
 from models.clip_utils import build_model
 from models.config import Config
 from models.errors import InputError
-from models.preprocess import normalize, open_image, pixels
+from models.preprocess import normalize, open_image, resize_and_crop
 from models.weights import chinese_clip
 from models.weights.registry import CONFIGS
 from utils import Flickr8kDataset, contrastive_loss
@@ -161,7 +161,9 @@ def real_batches(
         raise InputError(f"{data} has {len(dataset)} training images, too few for {batch_size}")
     for first in range(0, count * batch_size, batch_size):
         rows = [i % len(dataset) for i in range(first, first + batch_size)]
-        images = torch.stack([pixels(open_image(dataset.image[row]), side) for row in rows])
+        images = torch.stack(
+            [resize_and_crop(open_image(dataset.image[row]), side) for row in rows]
+        )
         captions = [dataset.own_captions[row] for row in rows]
         chosen = [indices[row % len(indices)] for row, indices in zip(rows, captions, strict=True)]
         yield normalize(images.to(device)), dataset.tokens[chosen]

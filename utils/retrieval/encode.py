@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -72,7 +71,7 @@ def encode_images(
     with _progress_bar(own, "encoding images", "img", processes) as bar:
         for rows, images in zip(own, batches, strict=True):
             images = model.preprocess.normalize(upload(images, model.device))
-            features[rows] = F.normalize(model.encode_image(images).float(), dim=-1)
+            features[rows] = model.encode_image(images, normalize=True)
             bar.update(len(rows))
     features[list(dataset.unreadable)] = 0
     return processes.sum(features)
@@ -87,7 +86,7 @@ def encode_texts(model: CLIP, tokens: Tensor, processes: Processes = ALONE) -> T
     own = torch.arange(len(tokens)).split(TEXT_BATCH)[processes.rank :: processes.size]
     with _progress_bar(own, "encoding captions", "caption", processes) as bar:
         for rows in own:
-            features[rows] = F.normalize(model.encode_text(tokens[rows]).float(), dim=-1)
+            features[rows] = model.encode_text(tokens[rows], normalize=True)
             bar.update(len(rows))
     return processes.sum(features)
 
@@ -115,7 +114,7 @@ def cached_caption_features(
     def encode(rows: list[int]) -> tuple[list[int], Tensor]:
         tokens = model.tokenize([captions[row] for row in rows], truncate=True)
         with torch.inference_mode(), precision.autocast():
-            return rows, F.normalize(model.encode_text(tokens).float(), dim=-1)
+            return rows, model.encode_text(tokens, normalize=True)
 
     store = Store("captions", model, weights, source, precision)
     _, features = store.features_of(captions, encode, TEXT_BATCH)

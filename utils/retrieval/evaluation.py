@@ -12,9 +12,8 @@ from utils.loss import contrastive_loss
 from utils.machine.memory import explained
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE, Processes
-from utils.metric import retrieval_metrics
 from utils.retrieval.encode import Features, encode_set
-from utils.retrieval.tables import K_VALUES, Metrics
+from utils.retrieval.scores import K_VALUES, Scores, score_features
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Evaluator:
         dataset: Flickr8kDataset,
         k_values: Iterable[int] = K_VALUES,
         cached: Mapping[str, Tensor] | None = None,
-    ) -> tuple[Metrics, float]:
+    ) -> tuple[Scores, float]:
         """Retrieval scores on the whole set, and its loss.
 
         The loss is that of training: `contrastive_loss` of batches of images in their order, each
@@ -55,7 +54,7 @@ class Evaluator:
         features = self.encode(model, dataset, cached)
         if not self.processes.is_rank_0:
             return self.processes.broadcast(None)
-        metrics = retrieval_metrics(*features, dataset.img_to_txt, dataset.txt_to_img, k_values)
+        scores = score_features(*features, dataset.img_to_txt, dataset.txt_to_img, k_values)
         k = self.loader.captions_per_image
         captions_of = dataset.own_captions.values()
         width = max(k, *map(len, captions_of))
@@ -66,4 +65,4 @@ class Evaluator:
             of_batch = contrastive_loss(features.images[rows], texts, model.logit_scale,
                                         texts=dataset.text_ids[captions[rows]])  # fmt: skip
             loss += of_batch.item() * len(rows) / len(dataset)
-        return self.processes.broadcast((metrics, loss))
+        return self.processes.broadcast((scores, loss))

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from models.errors import one_line
 from utils.retrieval.ranking import Ranked
-from utils.retrieval.tables import K_VALUES, TITLES, Metrics, retained
+from utils.retrieval.scores import K_VALUES, TITLES, Scores
+from utils.retrieval.tables import retained
 from utils.runs.files import atomic_write, picture_format, writing
 
 if TYPE_CHECKING:
@@ -30,29 +31,23 @@ CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "Ping
                  "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "WenQuanYi Zen Hei")  # fmt: skip
 
 
-def plot_metrics(metrics: Metrics, path: Path) -> None:
+def plot_scores(scores: Scores, path: Path) -> None:
     """Recall@K and mAP@K against K from 1 to 10, one panel a direction, as a picture at `path`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    top = 0.0
-    for panel, (direction, title) in zip(panels, TITLES.items(), strict=True):
-        for score, style, above in (("R", "o-", 6), ("mAP", "s--", -14)):
-            points = {
-                int(name.split("@")[1]): value
-                for name, value in metrics[direction].items()
-                if name.startswith(f"{score}@")
-            }
-            top = max(top, *points.values())
-            label = "Recall@K" if score == "R" else "mAP@K"
+    top = max(*scores.i2t.recall.values(), *scores.t2i.recall.values())  # mAP is never higher
+    for panel, (title, way) in zip(panels, scores.by_title().items(), strict=True):
+        curves = (("Recall@K", way.recall, "o-", 6), ("mAP@K", way.map_at, "s--", -14))
+        for label, points, style, above in curves:
             (line,) = panel.plot(list(points), list(points.values()), style, label=label)
             for k in K_VALUES:
                 panel.annotate(f"{points[k]:.1f}", (k, points[k]), (0, above), ha="center",
                                textcoords="offset points", color=line.get_color())  # fmt: skip
         panel.set(title=title.capitalize(), xlabel="K", xticks=list(points), xlim=(0.5, 10.5))
         panel.grid(alpha=0.3)
-        panel.legend(loc="lower right" if points[1] > top / 2 else "upper left")
+        panel.legend(loc="lower right" if way.map_at[1] > top / 2 else "upper left")
     panels[0].set(ylabel="percent", ylim=(0, min(1.15 * top, 108)))
     save_figure(figure, path)
 

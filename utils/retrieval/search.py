@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from models.clip import CLIP
@@ -59,7 +58,7 @@ def encode_pixels(model: CLIP, pixels: list[Tensor]) -> Tensor:
     if not pixels:
         return torch.empty(0, model.embed_dim)
     images = model.preprocess.normalize(upload(torch.stack(pixels), model.device))
-    return F.normalize(model.encode_image(images).float(), dim=-1)
+    return model.encode_image(images, normalize=True)
 
 
 def _read(preprocess: Preprocess, path: Path) -> Tensor | str:

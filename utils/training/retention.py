@@ -14,7 +14,6 @@ from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
 from utils.machine.memory import explained
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE, Processes
-from utils.metric import mean_recall
 from utils.retrieval.evaluation import Evaluator
 from utils.retrieval.tables import RETENTION, points_lost
 
@@ -57,8 +56,8 @@ class Retention:
         for name, images in self.sets.items():
             if isinstance(images, Flickr8kDataset):
                 precision = Precision(model.device, use_amp=False)
-                metrics, _ = Evaluator(self.loader, precision, processes).score(model, images)
-                scores[RETENTION + name] = mean_recall(metrics)
+                found, _ = Evaluator(self.loader, precision, processes).score(model, images)
+                scores[RETENTION + name] = found.mean_recall
             else:
                 templates = default_templates(model.config.has_bert)
                 classifier = zero_shot_classifier(model, images.classes, templates, processes)
