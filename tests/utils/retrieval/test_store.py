@@ -1,5 +1,5 @@
-"""Cached features: those of the model itself, whatever happens to the images, the weights, the store
-and the programs that use it."""
+"""Cached features: those of the model itself, whatever happens to the images, the weights, the
+store and the programs that use it."""
 
 import json
 import math

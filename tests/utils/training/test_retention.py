@@ -190,7 +190,9 @@ def test_captions_are_scored_in_float32(work):
     loader = SimpleNamespace(batch_size=16, num_workers=0, captions_per_image=1, processes=ALONE)
     retention.prepare_for(model, loader, None)
     mixed, encode = [], model.encode_text
-    model.encode_text = lambda x: mixed.append(torch.is_autocast_enabled("cpu")) or encode(x)
+    model.encode_text = lambda *given, **options: (
+        mixed.append(torch.is_autocast_enabled("cpu")) or encode(*given, **options)
+    )
     retention.measure(model)
     assert mixed and not any(mixed)
 
