@@ -256,8 +256,8 @@ def test_predict_takes_the_captions_of_all_languages_of_its_run(work):
 @pytest.mark.parametrize(
     "labels, message",
     [
-        (["a dog", " "], "--labels: one of them is empty"),
-        (["a dog", "&nbsp;"], "--labels: one of them is empty"),
+        (["a dog", " "], "--labels: one of the labels is empty"),
+        (["a dog", "&nbsp;"], "--labels: one of the labels is empty"),
         (["a dog", "a cat", "a dog"], "--labels: 'a dog' repeats 'a dog'"),
         (["A  dog", "a cat", "a dog "], "--labels: 'a dog ' repeats 'A  dog'"),
         ([], "--labels: expected at least one argument"),
