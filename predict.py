@@ -83,7 +83,7 @@ def caption(args: argparse.Namespace) -> None:
     from models.clip_utils import find_weights, load
     from models.preprocess import open_image
     from utils.machine.precision import Precision
-    from utils.retrieval.encode import cached_caption_features, encode_texts, distinct
+    from utils.retrieval.encode import cached_caption_features, distinct, encode_texts
     from utils.retrieval.plots import draw_ranking
     from utils.retrieval.ranking import rank_captions
     from utils.retrieval.search import encode_pixels
@@ -130,7 +130,7 @@ def search(args: argparse.Namespace, folder: Path) -> None:
     from models.preprocess import open_image
     from utils.data.image_files import find_images
     from utils.machine.precision import Precision
-    from utils.retrieval.encode import encode_texts, distinct
+    from utils.retrieval.encode import distinct, encode_texts
     from utils.retrieval.plots import draw_found
     from utils.retrieval.search import encode_pixels, image_features, most_similar
 
