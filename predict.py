@@ -21,19 +21,13 @@ from models.errors import InputError
 from models.files import check_writable_folder
 from models.host import run_script
 from models.scripts import ArgumentParser
-from utils.runs.arguments import (
-    add_loading,
-    path,
-    picture,
-    run_folder,
-    trained_on,
-)
+from utils.runs.arguments import add_loading, path, picture, run_folder, trained_on
 from utils.runs.chosen import add_weights, weights_to_use
 
-TOP = 5  # captions that are printed and drawn
-FIRST = 10  # images that are
-THUMBNAIL = (480, 480)  # pixels of an image that is drawn, at most
-NAME_LENGTH = 60  # characters, at most 240 bytes: with a number they fit into a name everywhere
+TOP = 5  # captions printed and drawn
+FIRST = 10  # images printed and drawn
+THUMBNAIL = (480, 480)  # pixels of a drawn image, at most
+NAME_LENGTH = 60  # characters, at most 240 bytes: with a number they fit every file system
 
 
 def main() -> None:
@@ -42,8 +36,8 @@ def main() -> None:
         "image",
         nargs="?",
         metavar="IMAGE",
-        help="path of an image (default: you are asked for it), or of a folder to search in, with "
-        "all folders in it",
+        help="an image (default: you are asked for it), or a folder to search, with all its "
+        "subfolders",
     )
     add_weights(parser)
     captions = parser.add_mutually_exclusive_group()
@@ -51,21 +45,20 @@ def main() -> None:
         "--text",
         nargs="+",
         metavar="CAPTION",
-        help="captions to choose from; in a folder, what to search for",
+        help="captions to rank; with a folder, texts to search for",
     )
     captions.add_argument(
-        "--captions_file", type=path, metavar="FILE", help="the same from a file, one a line"
+        "--captions_file", type=path, metavar="FILE", help="the same in a file, one a line"
     )
     captions.add_argument(
-        "--similar", metavar="IMAGE", help="in a folder, search for images like this one"
+        "--similar", metavar="IMAGE", help="with a folder, search for images like this one"
     )
     parser.add_argument(
         "--output",
         type=picture,
         metavar="FILE",
-        help="file for the picture of the result (default: in predictions/ in the run's folder)",
+        help="picture of the result to write (default: in predictions/ in the run's folder)",
     )
-    parser.add_argument("--show", action="store_true", help="open the picture in a window as well")
     add_loading(parser)
     args = parser.parse_args()
 
@@ -86,11 +79,11 @@ def main() -> None:
 
 
 def caption(args: argparse.Namespace) -> None:
-    """Print and draw the captions that fit an image best, or each image that is asked for."""
+    """Print and draw the best captions for the image, or for each that the user names."""
     from models.clip_utils import find_weights, load
     from models.preprocess import open_image
     from utils.machine.precision import Precision
-    from utils.retrieval.encode import cached_caption_features, encode_texts, told_apart
+    from utils.retrieval.encode import cached_caption_features, distinct, encode_texts
     from utils.retrieval.plots import draw_ranking
     from utils.retrieval.ranking import rank_captions
     from utils.retrieval.search import encode_pixels
@@ -102,7 +95,7 @@ def caption(args: argparse.Namespace) -> None:
     weights = find_weights(name)
     drawn_into = output_folder(weights)
     model, preprocess = load(weights, args.device, activation=args.activation)
-    captions = told_apart(captions, model)
+    captions = distinct(captions, model)
     if len(captions) == 1:
         print("a single caption has no rival, so that its probability is 100% whatever the image "
               "shows: look at its similarity")  # fmt: skip
@@ -124,7 +117,7 @@ def caption(args: argparse.Namespace) -> None:
             for place, (text, probability, similarity) in enumerate(ranked, 1):
                 print(f"{place}. {probability:7.2%}  similarity {similarity:.3f}  {text}")
             draw_ranking(image, ranked, output)
-            tell_of_picture(output, args.show)
+            print(f"picture: {output}")
         except InputError as error:
             if args.image:
                 raise
@@ -132,18 +125,18 @@ def caption(args: argparse.Namespace) -> None:
 
 
 def search(args: argparse.Namespace, folder: Path) -> None:
-    """Print and draw the images in a folder that fit each text best, or are most like an image."""
+    """Print and draw the images of a folder that are most similar to each text, or to an image."""
     from models.clip_utils import find_weights, load
     from models.preprocess import open_image
     from utils.data.image_files import find_images
     from utils.machine.precision import Precision
-    from utils.retrieval.encode import encode_texts, told_apart
+    from utils.retrieval.encode import distinct, encode_texts
     from utils.retrieval.plots import draw_found
     from utils.retrieval.search import encode_pixels, image_features, most_similar
 
     if not (args.text or args.captions_file or args.similar):
         raise InputError(f"{folder}: a folder; say what to search for: --text or --similar IMAGE")
-    pictures = [open_image(args.similar)] if args.similar else []
+    similar = [open_image(args.similar)] if args.similar else []
     images = find_images(folder)
     name = weights_to_use(args.weights)
     texts = [] if args.similar else args.text or read_captions(args.captions_file, name)
@@ -152,22 +145,20 @@ def search(args: argparse.Namespace, folder: Path) -> None:
     weights = find_weights(name)
     drawn_into = output_folder(weights)
     model, preprocess = load(weights, args.device, activation=args.activation)
-    texts = told_apart(texts, model)
+    texts = distinct(texts, model)
     precision = Precision(model.device, args.use_amp)
     images, features = image_features(model, weights, folder, images, precision)
     with precision.autocast():
         if args.similar:
-            queries = encode_pixels(
-                model, [preprocess.resize_and_crop(picture) for picture in pictures]
-            )
+            queries = encode_pixels(model, list(map(preprocess.resize_and_crop, similar)))
         else:
             queries = encode_texts(model, model.tokenize(texts, truncate=True))
 
     for title, query in zip(texts or [f"like {args.similar}"], queries, strict=True):
-        shown = [(picture, "the image that is searched for") for picture in pictures]
+        shown = [(image, "the query") for image in similar]
         found = [
             (images[i], similarity)
-            for i, similarity in most_similar(features, query, FIRST + len(pictures))
+            for i, similarity in most_similar(features, query, FIRST + len(similar))
             if not (args.similar and Path(args.similar).expanduser().samefile(folder / images[i]))
         ]
         if not found:
@@ -180,24 +171,12 @@ def search(args: argparse.Namespace, folder: Path) -> None:
             shown.append((picture, f"{place}. {similarity:.3f} {image}"))
         output = args.output or new_picture(drawn_into, folder.resolve().name)
         draw_found(title, shown, output)
-        tell_of_picture(output, args.show)
-
-
-def tell_of_picture(picture: Path, show: bool) -> None:
-    """Print where a picture is, and open it in a window if the user wants to see it."""
-    from PIL import ImageShow
-
-    from models.preprocess import open_image
-
-    print(f"picture: {picture}")
-    if show and not ImageShow.show(open_image(picture)):
-        print("there is no program here that can show it")
+        print(f"picture: {output}")
 
 
 def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
-    """The lines of `captions_file`; without one, the validation captions of the data set that
-    `weights` were trained on, in all languages of their run. Raises `InputError` if there are none
-    to be had."""
+    """The lines of `captions_file`, or else the validation captions that the run of `weights` was
+    trained with, in all its languages. Raises `InputError` if there are none."""
     from models.files import read_lines
     from utils.data.annotations import caption_file, missing_annotations, read_annotations
 
@@ -223,16 +202,16 @@ def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
 
 
 def output_folder(weights: str | Path) -> Path:
-    """The folder for pictures: `predictions/` in the folder of the run that `weights` belong to; in
-    the current folder if they belong to none. Raises `InputError` if it cannot be written."""
+    """The folder for pictures: `predictions/` in the folder of the weights' run, or else in the
+    current folder. Raises `InputError` if it cannot be written."""
     folder = (run_folder(weights) or Path.cwd()) / "predictions"
     check_writable_folder(folder)
     return folder
 
 
 def new_picture(folder: Path, image: str) -> Path:
-    """A file in `folder` for the picture of `image`: with the image's name, of which
-    `NAME_LENGTH` characters are kept, and with a number where that name is taken."""
+    """A new file in `folder` for the picture of `image`: the image's name, cut to `NAME_LENGTH`
+    characters, and a number if that name is taken."""
     name = Path(image).stem[:NAME_LENGTH]
     names = chain([name], (f"{name}_{number}" for number in count(2)))
     return next(file for name in names if not (file := folder / f"{name}.png").exists())

@@ -1,5 +1,4 @@
-"""Tell which of some labels fits an image, without training on them (zero-shot prediction, Radford
-et al. 2021, section 3.1).
+"""Zero-shot prediction: probabilities of labels for an image (Radford et al. 2021, section 3.1).
 
 python predict_zero_shot.py photo.jpg --labels "a dog" "a cat"
 """
@@ -32,8 +31,8 @@ def main() -> None:
         default="none",
         metavar="SET_OR_FILE",
         help="sentences around a label, whose features are averaged: "
-        f"{', '.join(TEMPLATE_SETS)} (cn: Chinese), or a file with one a line, {{}} standing for "
-        "the label (default: %(default)s, the label alone)",
+        f"{', '.join(TEMPLATE_SETS)} (cn: Chinese), or a file with one a line and {{}} for the "
+        "label (default: %(default)s, the label alone)",
     )
     add_weights(parser)
     add_loading(parser)
@@ -41,7 +40,6 @@ def main() -> None:
     templates = read_templates(args.templates)
 
     import torch
-    import torch.nn.functional as F
 
     from models import load
     from models.preprocess import open_image
@@ -55,8 +53,8 @@ def main() -> None:
     with torch.inference_mode():
         with Precision(model.device, args.use_amp).autocast():
             text_features = zero_shot_classifier(model, args.labels, templates)
-            image_features = model.encode_image(preprocess(image)[None].to(model.device))
-        image_features = F.normalize(image_features.float(), dim=-1)
+            images = preprocess(image)[None].to(model.device)
+            image_features = model.encode_image(images, normalize=True)
         logits_per_image = model.logit_scale.exp() * image_features @ text_features.T
         probs = logits_per_image.softmax(dim=-1).cpu().numpy()
 
@@ -72,13 +70,13 @@ def main() -> None:
 
 
 def check_labels(labels: list[str], tokenizer) -> None:
-    """Raise `InputError` for an empty label, and for two labels that are the same to the model's
-    tokenizer, because the two would share one probability."""
+    """Raise `InputError` for an empty label, and for two labels with the same tokens: they would
+    share one probability."""
     same: dict[tuple[int, ...], str] = {}
     for label in labels:
         tokens = tuple(tokenizer.encode(label))
         if not tokens:
-            raise InputError("--labels: one of them is empty")
+            raise InputError("--labels: one of the labels is empty")
         if tokens in same:
             raise InputError(f"--labels: {label!r} repeats {same[tokens]!r}; leave one of them out")
         same[tokens] = label

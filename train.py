@@ -125,10 +125,11 @@ def main() -> None:
     from utils.machine.interrupt import Interrupt
     from utils.machine.memory import IN_TRAINING, explained
     from utils.machine.processes import join_processes
+    from utils.retrieval.evaluation import Evaluator
     from utils.training.gradients import accumulate_gradients
     from utils.training.layer_groups import cache_features, train_mode
     from utils.training.optimizer import learning_rate, set_learning_rate
-    from utils.training.progress import Progress, announce, report_epoch, score_start, scoring
+    from utils.training.progress import Progress, announce, report_epoch, report_start
     from utils.training.settings import resolve_arguments
 
     args, resumed = resolve_arguments(parser)
@@ -143,12 +144,12 @@ def main() -> None:
         state = get_state(args, resumed, model, device, run)
         del resumed  # a second copy of the moments
         announce(state, loader, sets, args.epochs, run.folder)
-        known = cache_features(args, model, loader, sets["val"], state.precision)
-        score = partial(scoring(loader, state.precision), state.scored, sets["val"],
-                        processes=processes, known=known)  # fmt: skip
-        measure = partial(retention.measure, state.scored, processes)
+        cached = cache_features(args, model, loader, sets["val"], state.precision)
+        evaluator = Evaluator(loader, state.precision, processes)
         if state.is_at_start and args.resume_training != "none":
-            score_start(state, score, measure)
+            scores, val_loss = evaluator.score(state.scored, sets["val"], cached=cached)
+            state.note_start(scores, val_loss, retention.measure(state.scored, processes))
+            report_start(state, scores)
         interrupt = Interrupt()
 
     rate_at = partial(learning_rate, peak=args.lr, total_steps=args.epochs * len(loader),
@@ -175,16 +176,17 @@ def main() -> None:
                     if stop:
                         raise run.stopped(interrupt)
             trained = progress.summary(state.losses, rate_at(epoch * len(loader) - 1))
-        metrics, val_loss = score()
-        state.finish_epoch(trained, metrics, val_loss, measure())
-        report_epoch(state, args.epochs, metrics, len(sets["val"]), args.lr)
+        scores, val_loss = evaluator.score(state.scored, sets["val"], cached=cached)
+        retained = retention.measure(state.scored, processes)
+        state.finish_epoch(trained, scores, val_loss, retained)
+        report_epoch(state, args.epochs, scores, len(sets["val"]), args.lr)
         run.save_epoch(state.scored, state.state_dict(), args.freq)
         if processes.any(interrupt.has_come()):
             raise run.stopped(interrupt)
     interrupt.release()
     run.close(state.scored, state.state_dict())
     if processes.is_rank_0:
-        finish(args, run.folder, loader, sets, state, retention=retention, known=known)
+        finish(args, run.folder, loader, sets, state, retention=retention, cached=cached)
 
 
 @garbage_unsearched()
@@ -306,25 +308,28 @@ def get_state(args: argparse.Namespace, resumed: dict | None, model, device, run
     return state
 
 
-def finish(args: argparse.Namespace, folder: Path, loader, sets, state, retention, known) -> None:
-    """Choose weights, and score them: on validation, some features of which may be `known`, and on
+def finish(args: argparse.Namespace, folder: Path, loader, sets, state, retention, cached) -> None:
+    """Choose weights, and score them: on validation, some features of which may be `cached`, and on
     the test split. With --distill the last epoch counts: the best may be further from the start."""
     from models.clip_utils import load
+    from utils.retrieval.evaluation import Evaluator
     from utils.runs.commands import what_to_try
-    from utils.training.progress import comment_on_epochs, score_chosen, score_test, scoring
+    from utils.training.progress import comment_on_epochs, report_chosen, report_test
     from utils.training.wise_ft import mix_with_start
 
     chosen = folder / "weights" / f"{'last' if args.distill else 'best'}_epoch_weights.pth"
     state.release()
     model, _ = load(chosen, state.precision.device)
-    score = partial(scoring(loader, state.precision), model)
+    evaluator = Evaluator(loader, state.precision)
     comment_on_epochs(state, len(sets["val"]))
     if args.wise_ft:
         kept = partial(retention.compare, model, state.start)
-        chosen = mix_with_start(model, args, partial(score, sets["val"], known=known), kept, chosen)
-    score_chosen(model, chosen, loader, sets["val"], state.precision)
+        score = partial(evaluator.score, model, sets["val"], cached=cached)
+        chosen = mix_with_start(model, args, score, kept, chosen)
+    report_chosen(evaluator, model, chosen, sets["val"])
     if "test" in sets:
-        score_test(partial(score, sets["test"], k_values=range(1, 11)), chosen, folder)
+        scores, _ = evaluator.score(model, sets["test"], k_values=range(1, 11))
+        report_test(scores, chosen, folder)
     print(what_to_try(sets["val"].image[0], chosen, sets["val"].text))
 
 

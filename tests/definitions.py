@@ -4,6 +4,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from utils.retrieval.scores import K_VALUES, DirectionScores, Scores
+
+
+def equal_scores(percent):
+    """Scores that are `percent` at every K, in both directions; ranks are 1."""
+    at = dict.fromkeys(K_VALUES, percent)
+    direction = DirectionScores(at, at, median_rank=1.0, mean_rank=1.0)
+    return Scores(direction, direction)
+
 
 def ranking(row, right):
     """All items, the most similar first; among equals, what is not `right` comes first."""

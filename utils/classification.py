@@ -1,5 +1,5 @@
-"""Classification: how often a model names the class of an image, by texts alone (zero-shot) or by a
-linear probe on its image features (Radford et al. 2021, sections 3.1 and 3.2).
+"""Accuracy of image classification: zero-shot, and with a linear probe on image features (Radford
+et al. 2021, sections 3.1 and 3.2).
 
 As a script, it scores weights on class folders, or on a data set of torchvision:
 
@@ -33,27 +33,25 @@ from utils.data.labelled_images import LabelledImages, find_labelled_images
 from utils.data.templates import TEMPLATE_SETS, read_templates
 from utils.data.torchvision_sets import TORCHVISION_SETS
 from utils.machine.memory import explained
-from utils.machine.precision import Precision
 from utils.machine.processes import ALONE, Processes
 from utils.retrieval.encode import encode_images, encode_texts
-from utils.retrieval.plots import plot_confusion
 from utils.retrieval.tables import format_rows
 from utils.runs.arguments import add_scoring, name_or_path, path, picture
-from utils.runs.checkpoint import write_json
 from utils.runs.chosen import add_weights, weights_to_use
 
 WORST = 3  # classes that are printed
-HELD_OUT = 5  # one in so many training images chooses the strength of the probe
+HELD_OUT = 5  # one in so many training images is held out to choose the probe's C
 ITERATIONS = 1000  # of L-BFGS at most, as in the paper
+TITLES = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}
 
 
 class Accuracy(NamedTuple):
-    """How often images are given their class, in percent; `confusion` is in images.
+    """Accuracy of predicted classes, in percent.
 
-    top1, top5      share of the images whose class is the first, or among the first five
+    top1, top5      share of images whose class is ranked first, or among the first five
     mean_per_class  mean of `per_class` over the classes that have images
-    per_class       share of each class's images whose class is the first; NaN if it has none
-    confusion       `[c, c]`: images of the class in the row that were taken for that in the column
+    per_class       top-1 accuracy of each class; NaN if it has no images
+    confusion       numbers of images `[c, c]`, by class (rows) and predicted class (columns)
     """
 
     top1: float
@@ -61,6 +59,10 @@ class Accuracy(NamedTuple):
     mean_per_class: float
     per_class: list[float]
     confusion: Tensor
+
+    def means(self) -> dict[str, float]:
+        """The three scores over all classes, by name."""
+        return {name: getattr(self, name) for name in TITLES}
 
 
 class Features(NamedTuple):
@@ -76,13 +78,13 @@ def zero_shot_classifier(
     templates: Sequence[str] = ("{}",),
     processes: Processes = ALONE,
 ) -> Tensor:
-    """Normalised class embeddings `[labels, d]`, on the model's device: the mean of the normalised
-    features of the label in each template (Radford et al. 2021, section 3.1.4). Raises `InputError`
-    for texts that are too long for the model."""
+    """Normalised class embeddings `[labels, d]`, on the model's device: for each label the mean of
+    its normalised features in all templates (Radford et al. 2021, section 3.1.4). Raises
+    `InputError` for texts that are too long for the model."""
     texts = [template.replace("{}", label) for label in labels for template in templates]
     features = encode_texts(model, model.tokenize(texts), processes=processes)
     if len(templates) == 1:
-        return features  # what the model itself compares images with, to the last bit
+        return features  # not normalised twice: the same bits as the model's own
     return F.normalize(features.view(len(labels), len(templates), -1).mean(dim=1), dim=-1)
 
 
@@ -93,7 +95,7 @@ def readable_features(
     num_workers: int = 0,
     processes: Processes = ALONE,
 ) -> Features:
-    """The features of all images but the broken ones, which are named."""
+    """The features of all images that can be read; a line names each of the others."""
     features = encode_images(model, images, batch_size, num_workers, processes)
     readable = features.any(dim=1)
     return Features(features[readable], images.labels[readable.cpu()])
@@ -107,16 +109,16 @@ def zero_shot_accuracy(
     num_workers: int = 0,
     processes: Processes = ALONE,
 ) -> Accuracy:
-    """How well `classifier`, `[c, d]` of `zero_shot_classifier`, names the classes of images. To
-    score them again and again, call `images.cache()` before."""
+    """The accuracy of `classifier`, `[c, d]` of `zero_shot_classifier`, on images. Call
+    `images.cache()` first to score the same images many times."""
     features = readable_features(model, images, batch_size, num_workers, processes)
     return accuracy(features.images @ classifier.T, features.labels)
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> Accuracy:
-    """The accuracy of `scores` `[n, c]`, the higher the likelier, for classes `labels` `[n]`. Of
-    classes with the same score, the one with the lower index comes first. Raises `InputError` for a
-    NaN, and if there are no images."""
+    """The accuracy of `scores` `[n, c]` for the classes `labels` `[n]`. The class with the highest
+    score is predicted; of equal scores the lower index ranks first. Raises `InputError` for a NaN,
+    and if there are no images."""
     scores, labels = scores.cpu(), labels.cpu()
     if not len(labels):
         raise InputError("nothing to score: there are no images that can be read")
@@ -139,9 +141,9 @@ def accuracy(scores: Tensor, labels: Tensor) -> Accuracy:
 
 
 def linear_probe(train: Features, features: Tensor, classes: Sequence[str]) -> tuple[Tensor, float]:
-    """Scores `[n, c]` of images with `features` `[n, d]` by scikit-learn's logistic regression,
-    trained on `train` with the `C` of `choose_c`; and that `C`. Raises `InputError` where a class
-    has no training image, or none has two."""
+    """Train scikit-learn's logistic regression on `train`, and return its scores `[n, c]` for the
+    images with `features` `[n, d]`, and the `C` of `choose_c`. Raises `InputError` if a class has
+    no training image, or if no class has two."""
     inputs, labels = train.images.cpu().numpy(), train.labels.numpy()
     counts = np.bincount(labels, minlength=len(classes))
     if not counts.all():
@@ -151,18 +153,18 @@ def linear_probe(train: Features, features: Tensor, classes: Sequence[str]) -> t
         )
     c = choose_c(inputs, labels)
     scores = _fitted(c, inputs, labels).decision_function(features.cpu().numpy())
-    if scores.ndim == 1:  # of two classes it gives the second one's alone
+    if scores.ndim == 1:  # of two classes it returns the second one's alone
         scores = np.stack([-scores, scores], axis=1)
     return torch.from_numpy(scores), c
 
 
 def choose_c(features: np.ndarray, labels: np.ndarray) -> float:
-    """The `C` (the inverse of the strength of the regularization) from 1e-6 to 1e6 that is best on
-    `held_out` images after training on the others. It is searched for as in appendix A.3: first in
-    steps of a factor of 100, then around the best in ever smaller ones, down to eight for a factor
-    of 10. Of equally good ones it is the smallest that was tried."""
+    """The `C` (inverse regularization strength) from 1e-6 to 1e6 with the best accuracy on
+    `held_out` images after training on the others. The search is that of appendix A.3: steps of a
+    factor of 100, then ever smaller ones around the best, down to a factor of 10^(1/8). Of equally
+    good values the smallest is taken."""
     held = held_out(labels)
-    found: dict[float, float] = {}  # exponent of 10: share of right answers
+    found: dict[float, float] = {}  # {exponent of 10: accuracy}
     exponents: list[float] = [-6, -4, -2, 0, 2, 4, 6]
     with progress_bar(total=15, desc="choosing C of the probe", leave=False) as bar:
         for step in (1, 1 / 2, 1 / 4, 1 / 8, 0):
@@ -177,8 +179,8 @@ def choose_c(features: np.ndarray, labels: np.ndarray) -> float:
 
 
 def held_out(labels: np.ndarray) -> np.ndarray:
-    """Which of the training images choose the strength of the probe, bool `[n]`: a fifth of each
-    class's, and at least one of two. Raises `InputError` if no class has two."""
+    """Which training images are held out to choose `C`, bool `[n]`: a fifth of each class, and one
+    at least where a class has two. Raises `InputError` if no class has two."""
     held = np.zeros(len(labels), dtype=bool)
     random = np.random.default_rng(0)
     for number in np.unique(labels):
@@ -201,16 +203,18 @@ def _fitted(c: float, features: np.ndarray, labels: np.ndarray):
 
 
 def chance(classes: int) -> dict[str, float]:
-    """What a model that guesses gets, in percent."""
+    """The expected scores of a random guess, in percent."""
     one = 100 / classes
     return {"top1": one, "top5": min(5 * one, 100), "mean_per_class": one}
 
 
 def as_text(found: dict[str, Accuracy], classes: Sequence[str]) -> str:
-    """A table of what was found in each way, and the classes that are the hardest in each."""
-    rows = {way: [a.top1, a.top5, a.mean_per_class] for way, a in found.items()}
-    rows["chance"] = list(chance(len(classes)).values())
-    lines = [format_rows(["top-1", "top-5", "mean per class"], rows)]
+    """A table of the scores of each method, and the classes with the lowest accuracy."""
+    scores = {way: a.means() for way, a in found.items()} | {"chance": chance(len(classes))}
+    rows = {
+        way: {TITLES[name]: score for name, score in row.items()} for way, row in scores.items()
+    }
+    lines = [format_rows(rows)]
     for way, a in found.items():
         if worst := worst_classes(a, classes):
             lines += [f"lowest top-1, {way}:", *worst]
@@ -218,20 +222,19 @@ def as_text(found: dict[str, Accuracy], classes: Sequence[str]) -> str:
 
 
 def as_json(found: dict[str, Accuracy], classes: Sequence[str]) -> dict[str, Any]:
-    """The scores for a file; those `per_class` are in the order of `classes`, null where a class
-    has no images."""
+    """The scores for a file. `per_class` is in the order of `classes`, null where a class has no
+    images."""
     content: dict[str, Any] = {"classes": list(classes), "chance": chance(len(classes))}
     for way, a in found.items():
         content["images"] = int(a.confusion.sum())
-        scores = {"top1": a.top1, "top5": a.top5, "mean_per_class": a.mean_per_class}
         per_class = [None if isnan(share) else share for share in a.per_class]
-        content[way.replace("-", "_").replace(" ", "_")] = scores | {"per_class": per_class}
+        content[re.sub(r"\W", "_", way)] = a.means() | {"per_class": per_class}
     return content
 
 
 def worst_classes(found: Accuracy, classes: Sequence[str]) -> list[str]:
-    """Lines of text on the classes that are named least often, the worst first, each with what its
-    images are most often taken for."""
+    """Lines of text on the classes with the lowest accuracy, the worst first, each with the class
+    that its images are most often taken for."""
     lines = []
     having = [i for i, share in enumerate(found.per_class) if share < 100]  # NaN is not less
     for i in sorted(having, key=found.per_class.__getitem__)[:WORST]:
@@ -255,14 +258,8 @@ def build_parser() -> ArgumentParser:
         required=True,
         metavar="FOLDER_OR_NAME",
         help="folder of class folders, or one with train/ and val/ (or valid/ or test/) that have "
-        f"class folders in them; or a data set of torchvision: {', '.join(TORCHVISION_SETS)}",
-    )
-    parser.add_argument(
-        "--data_root",
-        type=path,
-        metavar="FOLDER",
-        help="where torchvision's data sets are, and are downloaded to (default: "
-        "torchvision_data beside the scripts)",
+        f"class folders in them; or a data set of torchvision, downloaded to torchvision_data/ "
+        f"beside the scripts: {', '.join(TORCHVISION_SETS)}",
     )
     parser.add_argument(
         "--classnames",
@@ -283,8 +280,8 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--linear_probe",
         action="store_true",
-        help="also train a logistic regression on the image features of train/ (or torchvision's "
-        "training images) and score it",
+        help="also score a logistic regression, trained on the image features of train/ (or "
+        "torchvision's training images)",
     )
     add_weights(parser)
     add_scoring(parser)
@@ -305,10 +302,13 @@ def main() -> None:
     args = build_parser().parse_args()
 
     from models.clip_utils import load
+    from utils.machine.precision import Precision
+    from utils.retrieval.plots import plot_confusion
+    from utils.runs.checkpoint import write_json
 
     weights = weights_to_use(args.weights)
     templates = read_templates(args.templates) if args.templates else None
-    source = find_labelled_images(args.data, False, args.data_root, args.classnames)
+    source = find_labelled_images(args.data, names_file=args.classnames)
     if not args.classnames and all(re.fullmatch(r"n?\d+", name) for name in source.classes):
         print(
             f"hint: {source.classes[0]} is no word, and neither are the other classes; give "
@@ -316,7 +316,7 @@ def main() -> None:
         )
     train_source = None
     if args.linear_probe:
-        train_source = find_labelled_images(args.data, True, args.data_root, args.classnames)
+        train_source = find_labelled_images(args.data, True, names_file=args.classnames)
     model, preprocess = load(weights, args.device, activation=args.activation)
     alike = first_alike(model.tokenizer, source.classes, model.context_length)
     if repeated := [name for i, name in enumerate(source.classes) if alike[i] != i]:
@@ -330,10 +330,8 @@ def main() -> None:
         classifier = zero_shot_classifier(model, source.classes, templates)
         scored = readable_features(model, images, args.batch_size, args.num_workers)
     found = {"zero-shot": accuracy(scored.images @ classifier.T, scored.labels)}
-    print(
-        f"{source.name}: {len(scored.labels):,} images of {len(source.classes):,} "
-        f"classes, templates: {len(templates)} (percent)"
-    )
+    print(f"{source.name}: {len(scored.labels):,} images of {len(source.classes):,} classes, "
+          f"templates: {len(templates)} (percent)")  # fmt: skip
     if train_source:
         images = LabelledImages(train_source, preprocess)
         with precision.autocast():

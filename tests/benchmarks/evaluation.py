@@ -1,10 +1,10 @@
-"""Retrieval scores from features: `retrieval_metrics` against a sort of every query's scores.
+"""Retrieval scores from features: `score_features` against a sort of every query's scores.
 
     python tests/benchmarks/evaluation.py
 
 Features are random: an image, and five captions near it. First, where a sort is still bearable,
 both take turns and their R@K are checked to be the same; the sort knows neither mAP@K nor ties.
-Then `retrieval_metrics` alone on growing sets, each in a process of its own: time, and memory
+Then `score_features` alone on growing sets, each in a process of its own: time, and memory
 beyond the features. Memory is read from /proc: Linux only.
 """
 
@@ -21,7 +21,7 @@ from measure import alternate, check, describe_cpu, extra_peak_megabytes, print_
 from torch import Tensor
 
 from models.host import run_script
-from utils.metric import K_VALUES, retrieval_metrics
+from utils.retrieval.scores import K_VALUES, score_features
 
 CAPTIONS = 5
 DIMENSIONS = 512
@@ -67,14 +67,14 @@ def compare(images: int, rounds: int) -> None:
     results: dict[str, dict] = {}
 
     def ours(_) -> None:
-        results["ours"] = retrieval_metrics(*features, *truth)
+        results["ours"] = score_features(*features, *truth)
 
     def theirs(_) -> None:
         results["theirs"] = recalls_by_sorting(*features, *truth)
 
     seconds = alternate({"ours": ours, "a sort a query": theirs}, range(rounds + 1))
     differences = [
-        abs(results["ours"][way][f"R@{k}"] - results["theirs"][way][k])
+        abs(getattr(results["ours"], way).recall[k] - results["theirs"][way][k])
         for way in results["theirs"]
         for k in K_VALUES
     ]
@@ -130,9 +130,9 @@ def format_recalls(recalls: dict[str, dict[int, float]]) -> str:
 def measure_alone(images: int) -> tuple[float, float]:
     """Seconds, and MB at the peak beyond those before, of one evaluation."""
     features, truth = random_features(images), ground_truth(images)
-    retrieval_metrics(*random_features(8), *ground_truth(8))  # loads what is loaded on first use
+    score_features(*random_features(8), *ground_truth(8))  # loads what is loaded on first use
     start = time.perf_counter()
-    megabytes = extra_peak_megabytes(lambda: retrieval_metrics(*features, *truth))
+    megabytes = extra_peak_megabytes(lambda: score_features(*features, *truth))
     return time.perf_counter() - start, megabytes
 
 

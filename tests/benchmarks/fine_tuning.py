@@ -22,14 +22,23 @@ from typing import NamedTuple
 
 from measure import print_table
 from open_clip_training import train_open_clip
-from runs import add_jobs, build_parser, jobs, once, over_seeds, score_in_parts, scored, train
+from runs import (
+    add_jobs,
+    build_parser,
+    jobs,
+    mean_recall,
+    once,
+    over_seeds,
+    score_in_parts,
+    scored,
+    train,
+)
 from worlds import render_world
 
 from models import load
 from models.clip import CLIP
 from models.host import run_script
 from utils.flickr8k_dataloader import Flickr8kDataset
-from utils.metric import mean_recall
 from utils.retrieval.plots import save_figure
 from utils.runs.arguments import path
 from utils.runs.checkpoint import write_json

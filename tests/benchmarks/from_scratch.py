@@ -19,13 +19,22 @@ from pathlib import Path
 
 from measure import print_table
 from open_clip_training import MODEL, train_open_clip
-from runs import RECALL_NAMES, add_data, build_parser, once, over_seeds, recalls, score, train
+from runs import (
+    RECALL_NAMES,
+    Metrics,
+    add_data,
+    build_parser,
+    mean_recall,
+    once,
+    over_seeds,
+    recalls,
+    score,
+    train,
+)
 
 from models import load
 from models.host import run_script
 from utils.flickr8k_dataloader import Flickr8kDataset
-from utils.metric import mean_recall
-from utils.retrieval.tables import Metrics
 from utils.runs.arguments import integer
 from utils.runs.checkpoint import write_json
 

@@ -36,10 +36,12 @@ from measure import print_table
 from PIL import Image, ImageOps
 from runs import (
     RECALL_NAMES,
+    Metrics,
     add_data,
     add_jobs,
     build_parser,
     jobs,
+    mean_recall,
     once,
     over_seeds,
     recalls,
@@ -57,8 +59,6 @@ from models.host import run_script
 from models.weights.registry import CONFIGS
 from utils.data.annotations import annotations_json, read_annotations
 from utils.flickr8k_dataloader import Flickr8kDataset
-from utils.metric import mean_recall
-from utils.retrieval.tables import Metrics
 from utils.runs.checkpoint import write_json
 
 PRETRAINING = [

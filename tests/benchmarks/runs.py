@@ -19,13 +19,13 @@ from measure import ROOT
 
 from models.errors import InputError
 from utils.flickr8k_dataloader import Flickr8kDataset
-from utils.metric import mean_recall, retrieval_metrics
 from utils.retrieval.encode import encode_images, encode_texts
-from utils.retrieval.tables import TITLES, Metrics
+from utils.retrieval.scores import TITLES, score_features
 from utils.runs.arguments import integer, path
 from utils.runs.checkpoint import write_json
 
 EVALUATION_BATCH = 200
+Metrics = dict[str, dict[str, float]]  # what `compute_metrics` returns
 
 
 def build_parser(description: str, output: str) -> argparse.ArgumentParser:
@@ -120,13 +120,17 @@ def score_in_parts(
         for image, right in img_to_txt.items():
             for caption in right:
                 txt_to_img.setdefault(caption, []).append(image)
-        yield retrieval_metrics(images[rows], texts[captions], img_to_txt, txt_to_img)
+        yield score_features(images[rows], texts[captions], img_to_txt, txt_to_img).as_dict()
 
 
 def recalls(metrics: Metrics) -> list[float]:
     """R@1, 5, 10 image to text, the same text to image, and the mean of the six."""
     each = [metrics[way][f"R@{k}"] for way in TITLES for k in (1, 5, 10)]
-    return [*each, mean_recall(metrics)]
+    return [*each, mean(each)]
+
+
+def mean_recall(metrics: Metrics) -> float:
+    return recalls(metrics)[-1]
 
 
 RECALL_NAMES = [f"{way} R@{k}" for way in TITLES for k in (1, 5, 10)] + ["mean recall"]

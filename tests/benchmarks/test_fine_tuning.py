@@ -17,8 +17,8 @@ from models import build_model, tokenize
 from models.clip_utils import create_model
 from utils.data.annotations import annotations_json, read_annotations
 from utils.flickr8k_dataloader import Flickr8kDataset
-from utils.metric import retrieval_metrics
 from utils.retrieval.encode import encode_images, encode_texts
+from utils.retrieval.scores import score_features
 from utils.runs.checkpoint import save_weights
 
 sys.path.append(str(ROOT / "tests" / "benchmarks"))
@@ -159,5 +159,5 @@ def test_scores_in_parts_are_those_of_the_parts(tmp_path):
             found += [runs.score(model, dataset), *runs.score_in_parts(model, dataset, 5)]
         tokens = dataset.tokens
         features = encode_images(model, dataset, 4, 0), encode_texts(model, tokens)
-        expected = retrieval_metrics(*features, dataset.img_to_txt, dataset.txt_to_img)
-        assert found.pop(0) == expected
+        expected = score_features(*features, dataset.img_to_txt, dataset.txt_to_img)
+        assert found.pop(0) == expected.as_dict()

@@ -256,8 +256,8 @@ def test_predict_takes_the_captions_of_all_languages_of_its_run(work):
 @pytest.mark.parametrize(
     "labels, message",
     [
-        (["a dog", " "], "--labels: one of them is empty"),
-        (["a dog", "&nbsp;"], "--labels: one of them is empty"),
+        (["a dog", " "], "--labels: one of the labels is empty"),
+        (["a dog", "&nbsp;"], "--labels: one of the labels is empty"),
         (["a dog", "a cat", "a dog"], "--labels: 'a dog' repeats 'a dog'"),
         (["A  dog", "a cat", "a dog "], "--labels: 'a dog ' repeats 'A  dog'"),
         ([], "--labels: expected at least one argument"),
@@ -302,7 +302,7 @@ def test_captions_that_the_model_reads_alike_share_no_probability(work, photo):
     assert len({*map(tuple, tokenize(texts, truncate=True).tolist())}) == 2
     done = run_script("predict.py", photo, "--text", *texts, cwd=work)
     assert "3 of the captions cut: the model reads 75 tokens of each" in done.stdout
-    assert "3 of the captions left out, which the model reads as it does another" in done.stdout
+    assert "3 of the captions left out: the model reads them like another one" in done.stdout
     shares = [float(share) for share in re.findall(r"\d\. +(\S+)%", done.stdout)]
     assert len(shares) == 2 and sum(shares) == pytest.approx(100, abs=0.02)
     folder = run_script("predict.py", work / "data" / "images", "--text", *long, cwd=work)

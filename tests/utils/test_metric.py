@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from definitions import by_definition, loss_by_definition
+from definitions import by_definition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -17,22 +17,12 @@ from PIL import Image
 from flickr8k.render_demo import render_demo
 from models.clip_utils import create_model
 from models.errors import InputError
-from models.preprocess import Preprocess, normalize
 from utils import Flickr8kDataset
-from utils.machine.precision import Precision
-from utils.metric import (
-    compute_metrics,
-    format_table,
-    main,
-    mean_recall,
-    plot_metrics,
-    retrieval_metrics,
-)
-from utils.retrieval.evaluation import evaluate
+from utils.metric import compute_metrics, main
+from utils.retrieval.scores import score_features
 from utils.runs.checkpoint import save_weights, write_json
 
 K_VALUES = (1, 2, 3, 5, 10, 50)
-SCALE = torch.tensor(0.5)  # of a judge's logits, as a logarithm
 
 
 @st.composite
@@ -52,10 +42,10 @@ def retrieval_problems(draw):
 
 @settings(max_examples=300, deadline=None)
 @given(retrieval_problems(), st.integers(0, 6))
-def test_compute_metrics_is_the_definition(problem, many_truths):
+def test_compute_metrics_is_the_definition(problem, many_positives):
     scores_i2t, img2txt, scores_t2i, txt2img = problem
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("utils.metric.MANY_TRUTHS", many_truths)
+        patch.setattr("utils.retrieval.ranking.MANY_POSITIVES", many_positives)
         metrics = compute_metrics(scores_i2t, img2txt, scores_t2i, txt2img, K_VALUES)
     assert metrics["i2t"] == pytest.approx(by_definition(scores_i2t, img2txt, K_VALUES))
     assert metrics["t2i"] == pytest.approx(by_definition(scores_t2i, txt2img, K_VALUES))
@@ -63,7 +53,7 @@ def test_compute_metrics_is_the_definition(problem, many_truths):
 
 @settings(max_examples=100, deadline=None)
 @given(retrieval_problems(), st.integers(1, 200))
-def test_retrieval_metrics_from_features_is_the_same(problem, block_bytes):
+def test_scores_of_features_are_the_same(problem, block_bytes):
     """Small whole numbers: products are exact, so ties tie; blocks of any size."""
     scores, img2txt, _, txt2img = problem
     random = np.random.default_rng(scores.size)
@@ -71,90 +61,10 @@ def test_retrieval_metrics_from_features_is_the_same(problem, block_bytes):
     texts = torch.from_numpy(random.integers(-2, 3, (len(txt2img), 3)).astype(np.float32))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("utils.retrieval.ranking.BLOCK_BYTES", block_bytes)
-        metrics = retrieval_metrics(images, texts, img2txt, txt2img, K_VALUES)
-    scores = images @ texts.T
-    assert metrics == compute_metrics(scores, img2txt, scores.T, txt2img, K_VALUES)
-
-
-class Judge:
-    """A model that is never wrong about a data set in which image i is of the colour `(i, i, i)`:
-    the features of a text tell which images have it, those of an image which one it is."""
-
-    def __init__(self, dataset):
-        self.embed_dim, self.device = len(dataset), torch.device("cpu")
-        self.logit_scale, self.preprocess = SCALE, Preprocess(1)
-        self.having = {}
-        for image, captions in dataset.own_captions.items():
-            for row in dataset.tokens[captions].numpy():
-                feature = self.having.setdefault(row.tobytes(), torch.zeros(len(dataset)))
-                feature[image] = 1
-
-    def eval(self):
-        pass
-
-    def encode_image(self, images):
-        colours = normalize(torch.arange(self.embed_dim).byte().expand(1, 3, 1, -1))[0, 0, 0]
-        return torch.stack([(colours == image[0, 0, 0]).float() for image in images])
-
-    def encode_text(self, tokens):
-        return torch.stack([self.having[row.tobytes()] for row in tokens.numpy()])
-
-
-def judged(folder, captions, batch_size=5, **arguments):
-    """(metrics, loss) that this model gets for images with these captions."""
-    entries = []
-    for i, own in enumerate(captions):
-        Image.new("RGB", (8, 8), (i, i, i)).save(folder / f"{i}.png")
-        entries.append({"image": f"{i}.png", "caption": own})
-    (folder / "en_val.json").write_text(json.dumps(entries), "utf-8")
-    plain = arguments.pop("plain_protocol", False)
-    dataset = Flickr8kDataset(folder, 8, is_train=False, plain_protocol=plain)
-    precision = Precision(torch.device("cpu"), use_amp=False)
-    return evaluate(Judge(dataset), dataset, batch_size, 0, precision, **arguments)
-
-
-def test_a_model_that_is_never_wrong_gets_everything_from_two_classes_as_captions(tmp_path):
-    """Of forty images twenty share each caption; ranks are those of the first right answer. When a
-    caption is right for its own image alone, the nineteen that are equal count against it."""
-    captions = [["a dog", "a cat"][i % 2] for i in range(40)]
-    metrics, _ = judged(tmp_path, captions)
-    assert all(v == (1 if "rank" in k else 100) for way in metrics.values() for k, v in way.items())
-    metrics, _ = judged(tmp_path, captions, plain_protocol=True)
-    assert [metrics["i2t"][f"R@{k}"] for k in (1, 5, 10)] == [0, 0, 0]
-    assert metrics["i2t"]["median_rank"] == metrics["t2i"]["median_rank"] == 20
-
-
-def test_texts_that_are_equal_only_once_they_are_cut_are_no_right_answers_of_others(tmp_path):
-    """Two of four texts look the same to the best of models: with ties against it, it finds the
-    images of the other two alone, and none of the texts that look the same stands first."""
-    start = "dog " * 90
-    captions = [["a cat"], [f"{start}a"], [f"{start}b"], ["a bird"]]
-    metrics, _ = judged(tmp_path, captions)
-    assert metrics["t2i"]["R@1"] == metrics["i2t"]["R@1"] == 50
-    assert metrics["t2i"]["R@5"] == metrics["i2t"]["R@5"] == 100
-
-
-@pytest.mark.parametrize("k, batch_size", [(1, 5), (2, 4), (3, 7), (2, 100)])
-def test_validation_loss_is_that_of_training_for_the_same_captions_and_batches(
-    tmp_path, k, batch_size
-):
-    """All images count, also those of the last, smaller batch; an image with few captions brings
-    them again. A caption is no negative of the images whose further captions say the same."""
-    captions = [[f"bird {i}{c}" for c in range(1 + i % 3)] for i in range(11)]
-    captions[3][0] = captions[4][1] = captions[2][2] = captions[0][0]
-    _, found = judged(tmp_path, captions, batch_size, captions_per_image=k)
-    number = {text: i for i, text in enumerate(text for own in captions for text in own)}
-    expected = 0
-    for start in range(0, 11, batch_size):
-        rows = list(range(start, min(start + batch_size, 11)))
-        drawn = [[captions[i][c % len(captions[i])] for c in range(k)] for i in rows]
-        of_images = torch.eye(11, dtype=torch.float64)[rows]
-        of_texts = torch.tensor([[t in own for own in captions] for d in drawn for t in d]).double()
-        right = [d + captions[i] * 3 for i, d in zip(rows, drawn, strict=True)]
-        texts = torch.tensor([[number[text] for text in row[: k + 3]] for row in right])
-        loss = loss_by_definition(of_images, of_texts, SCALE.double(), texts)
-        expected += len(rows) * loss.item() / 11
-    assert found == pytest.approx(expected, rel=1e-5)
+        scores = score_features(images, texts, img2txt, txt2img, K_VALUES)
+    similarities = images @ texts.T
+    metrics = compute_metrics(similarities, img2txt, similarities.T, txt2img, K_VALUES)
+    assert scores.as_dict() == metrics
 
 
 def test_average_precision_is_scikit_learns_when_k_covers_the_gallery():
@@ -180,9 +90,9 @@ def test_a_model_that_says_the_same_to_everything_gets_nothing():
     assert metrics["t2i"]["median_rank"] == 10
 
 
-@pytest.mark.parametrize("many_truths", [0, 9])
-def test_minus_infinity_is_a_score_like_any_other(many_truths, monkeypatch):
-    monkeypatch.setattr("utils.metric.MANY_TRUTHS", many_truths)
+@pytest.mark.parametrize("many_positives", [0, 9])
+def test_minus_infinity_is_a_score_like_any_other(many_positives, monkeypatch):
+    monkeypatch.setattr("utils.retrieval.ranking.MANY_POSITIVES", many_positives)
     scores = np.array([[-np.inf, 1.0, 0.0], [2.0, -np.inf, -np.inf]])
     img2txt = {0: [0], 1: [1, 2]}
     metrics = compute_metrics(scores, img2txt, scores.T, {0: 0, 1: 1, 2: 1}, (1, 2, 3))
@@ -205,13 +115,9 @@ def test_a_k_beyond_the_gallery_takes_all_of_it(problem, beyond):
 
 @pytest.mark.parametrize("k", [0, -1, 2.0, 1.5, "5", None, True, float("nan")])
 def test_a_k_that_is_no_positive_integer_is_named(k):
-    features, truth = torch.eye(2), {0: 0, 1: 1}
-    for score in (
-        lambda: compute_metrics(np.eye(2), truth, np.eye(2), truth, (1, k)),
-        lambda: retrieval_metrics(features, features, truth, truth, (1, k)),
-    ):
-        with pytest.raises(InputError, match=r"k_values: .* is no positive integer"):
-            score()
+    truth = {0: 0, 1: 1}
+    with pytest.raises(InputError, match=r"k_values: .* is no positive integer"):
+        compute_metrics(np.eye(2), truth, np.eye(2), truth, (1, k))
 
 
 @pytest.mark.parametrize("block_bytes", [1, 2**26])
@@ -221,13 +127,16 @@ def test_k_values_may_be_read_only_once_and_of_numpy(block_bytes, monkeypatch):
     expected = compute_metrics(np.eye(3), truth, np.eye(3), truth, (1, 5))
     assert set(expected["t2i"]) == {"R@1", "R@5", "mAP@1", "mAP@5", "median_rank", "mean_rank"}
     for k_values in (iter((1, 5)), np.array([1, 5])):
-        assert retrieval_metrics(features, features, truth, truth, k_values) == expected
+        assert compute_metrics(np.eye(3), truth, np.eye(3), truth, k_values) == expected
+    for k_values in (iter((1, 5)), np.array([1, 5])):
+        found = score_features(features, features, truth, truth, k_values)
+        assert found.as_dict() == expected
 
 
 @pytest.mark.parametrize("dtype", [np.int64, bool, np.float16])
-@pytest.mark.parametrize("many_truths", [0, 9])
-def test_scores_of_any_number_format(dtype, many_truths, monkeypatch):
-    monkeypatch.setattr("utils.metric.MANY_TRUTHS", many_truths)
+@pytest.mark.parametrize("many_positives", [0, 9])
+def test_scores_of_any_number_format(dtype, many_positives, monkeypatch):
+    monkeypatch.setattr("utils.retrieval.ranking.MANY_POSITIVES", many_positives)
     scores = np.array([[1, 0, 0], [0, 1, 1]])
     img2txt, txt2img = {0: 0, 1: [1, 2]}, {0: 0, 1: 1, 2: 1}
     metrics = compute_metrics(scores.astype(dtype), img2txt, scores.T.astype(dtype), txt2img, (1,))
@@ -237,17 +146,17 @@ def test_scores_of_any_number_format(dtype, many_truths, monkeypatch):
 @pytest.mark.parametrize(
     "img2txt, message",
     [
-        ({0: [0], 1: []}, "query 1 has no"),
-        ({0: [0]}, "query 1 has no"),
-        ({0: [0], 2: [1]}, "query 1 has no"),
+        ({0: [0], 1: []}, "query 1 has no positive"),
+        ({0: [0]}, "query 1 has no positive"),
+        ({0: [0], 2: [1]}, "query 1 has no positive"),
         ({0: [0], 1: [2]}, "2 is not among the 2"),
         ({0: [0], 1: [-1]}, "-1 is not among the 2"),
-        ({0: [0], 1: [1, 0, 1]}, "query 1 has the same ground truth twice"),
+        ({0: [0], 1: [1, 0, 1]}, "query 1 has the same positive twice"),
         ({0: [0], 1: [0.5]}, "should be integers"),
         ({0: [0], 1: [1], 2: [0]}, "of 3 queries, where 2 have scores"),
     ],
 )
-def test_unusable_ground_truth_is_named(img2txt, message):
+def test_unusable_positives_are_named(img2txt, message):
     with pytest.raises(InputError, match=message):
         compute_metrics(np.eye(2), img2txt, np.eye(2), {0: 0, 1: 1})
 
@@ -270,25 +179,6 @@ def test_nan_is_refused():
     scores = np.array([[1.0, np.nan], [0.0, 1.0]])
     with pytest.raises(InputError, match="NaN"):
         compute_metrics(scores, {0: 0, 1: 1}, scores.T, {0: 0, 1: 1})
-
-
-def test_table_plot_and_json_hold_the_metrics(tmp_path):
-    scores = np.random.default_rng(0).normal(size=(20, 40))
-    img2txt = {i: [2 * i, 2 * i + 1] for i in range(20)}
-    txt2img = {t: t // 2 for t in range(40)}
-    metrics = compute_metrics(scores, img2txt, scores.T, txt2img, range(1, 11))
-    assert json.loads(json.dumps(metrics)) == metrics
-    table = format_table(metrics, "test")
-    assert table.startswith("test ")
-    for direction in metrics:
-        for name in ("R@1", "R@5", "R@10", "mAP@1", "mAP@5", "mAP@10", "median_rank", "mean_rank"):
-            assert f"{metrics[direction][name]:.2f}" in table
-    assert mean_recall(metrics) == pytest.approx(
-        np.mean([metrics[d][f"R@{k}"] for d in metrics for k in range(1, 11)])
-    )
-    plot_metrics(metrics, tmp_path / "plot.png")
-    with Image.open(tmp_path / "plot.png") as image:
-        assert image.format == "PNG" and min(image.size) > 300
 
 
 # --- the script -----------------------------------------------------------------------------------
@@ -371,9 +261,11 @@ def test_script_in_mixed_precision_finds_what_float32_finds(correlated, score, t
         score("--weights", correlated, "--dataset_path", correlated.parent, "--language", "en",
               "--json", file, *option, run={})  # fmt: skip
         found.append(json.loads(file.read_text()))
-    exact, mixed = found
-    assert mixed != exact and mean_recall(exact) > 20
-    assert mean_recall(mixed) == pytest.approx(mean_recall(exact), abs=0.5)
+    exact, mixed = (
+        [way[f"R@{k}"] for way in scores.values() for k in (1, 5, 10)] for scores in found
+    )
+    assert found[0] != found[1] and np.mean(exact) > 20
+    assert np.mean(mixed) == pytest.approx(np.mean(exact), abs=0.5)
 
 
 def test_script_takes_the_folder_of_a_run_for_its_best_weights(trained, score):
@@ -384,7 +276,7 @@ def test_script_takes_the_folder_of_a_run_for_its_best_weights(trained, score):
 
 
 def test_script_counts_shared_captions_and_can_score_as_other_programs_do(trained, score):
-    """Of eight images four have each of two captions. Whatever the model, one of four right answers
+    """Of eight images four have each of two captions. Whatever the model, one of four positives
     is among the first five of eight; a text's three twins stand before it where it alone is right,
     and one image alone can be the first for all four."""
     data = trained.parents[3] / "data"

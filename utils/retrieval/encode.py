@@ -1,13 +1,12 @@
-"""Features of a whole data set: its images and its texts, encoded batch by batch.
+"""Features of images and texts, encoded batch by batch.
 
-Functions that are told no precision compute in that of the `autocast` that they are called in."""
+Functions without a `precision` compute in that of the surrounding `autocast`."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -41,11 +40,11 @@ def encode_set(
     num_workers: int,
     precision: Precision,
     processes: Processes = ALONE,
-    known: Mapping[str, Tensor] | None = None,
+    cached: Mapping[str, Tensor] | None = None,
 ) -> Features:
-    """Features of all images and captions, on the model's device; without those by `"image"` or
-    `"text"`, the towers, which are `known`."""
-    images, texts = ((known or {}).get(tower) for tower in ("image", "text"))
+    """Features of all images and captions, on the model's device. Those in `cached`, by tower
+    (`"image"` or `"text"`), are not computed again."""
+    images, texts = ((cached or {}).get(tower) for tower in ("image", "text"))
     with precision.autocast():
         if images is None:
             images = encode_images(model, dataset, batch_size, num_workers, processes)
@@ -62,9 +61,9 @@ def encode_images(
     num_workers: int,
     processes: Processes = ALONE,
 ) -> Tensor:
-    """Normalised float32 features `[n, d]` of all images, on the model's device. Each process
-    encodes some of the batches, and all get the features of all. Those of labelled images that
-    cannot be read are zeros; such a caption's image raises `InputError`."""
+    """Normalised float32 features `[n, d]` of all images, on the model's device. The processes
+    share the batches, and each returns all features. A labelled image that cannot be read has
+    zeros; a captioned one raises `InputError`."""
     model.eval()
     features = torch.zeros(len(dataset), model.embed_dim, device=model.device)
     own = torch.arange(len(dataset)).split(batch_size)[processes.rank :: processes.size]
@@ -72,7 +71,7 @@ def encode_images(
     with _progress_bar(own, "encoding images", "img", processes) as bar:
         for rows, images in zip(own, batches, strict=True):
             images = model.preprocess.normalize(upload(images, model.device))
-            features[rows] = F.normalize(model.encode_image(images).float(), dim=-1)
+            features[rows] = model.encode_image(images, normalize=True)
             bar.update(len(rows))
     features[list(dataset.unreadable)] = 0
     return processes.sum(features)
@@ -81,41 +80,41 @@ def encode_images(
 @torch.inference_mode()
 def encode_texts(model: CLIP, tokens: Tensor, processes: Processes = ALONE) -> Tensor:
     """Normalised float32 features `[n, d]` of `tokens` `[n, <=context_length]`, on the model's
-    device. Each process encodes some of the batches, and all get the features of all."""
+    device. The processes share the batches, and each returns all features."""
     model.eval()
     features = torch.zeros(len(tokens), model.embed_dim, device=model.device)
     own = torch.arange(len(tokens)).split(TEXT_BATCH)[processes.rank :: processes.size]
     with _progress_bar(own, "encoding captions", "caption", processes) as bar:
         for rows in own:
-            features[rows] = F.normalize(model.encode_text(tokens[rows]).float(), dim=-1)
+            features[rows] = model.encode_text(tokens[rows], normalize=True)
             bar.update(len(rows))
     return processes.sum(features)
 
 
-def told_apart(captions: list[str], model: CLIP) -> list[str]:
-    """The captions without those that have the same tokens as one before, all cut to what the model
-    reads. Says how many are left out, and how many cut."""
+def distinct(captions: list[str], model: CLIP) -> list[str]:
+    """The captions without those whose tokens, cut to the model's context, are the same as an
+    earlier caption's. Prints how many are left out, and how many are cut."""
     fits = model.context_length - 2  # without the tokens for the start and the end
     if cut := sum(len(model.tokenizer.encode(caption)) > fits for caption in captions):
         print(f"{cut} of the captions cut: the model reads {fits} tokens of each; shorten them, so "
-              "that what tells them apart is read")  # fmt: skip
+              "that it reads how they differ")  # fmt: skip
     alike = first_alike(model.tokenizer, captions, model.context_length)
-    apart = [caption for i, caption in enumerate(captions) if alike[i] == i]
-    if left_out := len(captions) - len(apart):
-        print(f"{left_out} of the captions left out, which the model reads as it does another")
-    return apart
+    found = [caption for i, caption in enumerate(captions) if alike[i] == i]
+    if left_out := len(captions) - len(found):
+        print(f"{left_out} of the captions left out: the model reads them like another one")
+    return found
 
 
 def cached_caption_features(
     model: CLIP, weights: Path, source: str, captions: list[str], precision: Precision
 ) -> Tensor:
-    """What `encode_texts` gives for different captions, those too long being cut; in float16, since
-    they are kept for the next time, beside `weights`, as the captions of `source`."""
+    """Features of distinct captions, as `encode_texts` returns them, rounded to float16: they are
+    cached beside `weights` as the captions of `source`. Long captions are cut."""
 
     def encode(rows: list[int]) -> tuple[list[int], Tensor]:
         tokens = model.tokenize([captions[row] for row in rows], truncate=True)
         with torch.inference_mode(), precision.autocast():
-            return rows, F.normalize(model.encode_text(tokens).float(), dim=-1)
+            return rows, model.encode_text(tokens, normalize=True)
 
     store = Store("captions", model, weights, source, precision)
     _, features = store.features_of(captions, encode, TEXT_BATCH)

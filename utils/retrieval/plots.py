@@ -1,5 +1,4 @@
-"""Pictures: scores against K, captions ranked for an image, images that were found, scores of mixed
-weights, confusions of classes."""
+"""Plots and pictures: scores against K, ranked captions, found images, WiSE-FT, confusions."""
 
 import math
 import textwrap
@@ -15,51 +14,46 @@ from torch import Tensor
 
 from models.errors import one_line
 from utils.retrieval.ranking import Ranked
-from utils.retrieval.tables import K_VALUES, TITLES, Metrics, retained
+from utils.retrieval.scores import K_VALUES, TITLES, Scores
+from utils.retrieval.tables import retained
 from utils.runs.files import atomic_write, picture_format, writing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LINE = 68  # letters in a line of a caption; half as many Chinese characters
-NAMED_CLASSES = 50  # of a confusion matrix: the names of more cannot be read
-NAME_LENGTH = 30  # characters of a class's name beside it
-COLUMNS = 4  # of images that were found
-NARROW_LINE = 36  # letters, below one of them
+NAMED_CLASSES = 50  # in a confusion matrix: more names would be too small to read
+NAME_LENGTH = 30  # characters of a class's name
+COLUMNS = 4  # of found images
+NARROW_LINE = 36  # letters in a line above a found image
 CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "PingFang SC",
                  "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "WenQuanYi Zen Hei")  # fmt: skip
 
 
-def plot_metrics(metrics: Metrics, path: Path) -> None:
-    """Recall@K and mAP@K against K from 1 to 10, one panel a direction, as a picture at `path`."""
+def plot_scores(scores: Scores, path: Path) -> None:
+    """Write a plot of Recall@K and mAP@K against K from 1 to 10 to `path`, a panel a direction."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    top = 0.0
-    for panel, (direction, title) in zip(panels, TITLES.items(), strict=True):
-        for score, style, above in (("R", "o-", 6), ("mAP", "s--", -14)):
-            points = {
-                int(name.split("@")[1]): value
-                for name, value in metrics[direction].items()
-                if name.startswith(f"{score}@")
-            }
-            top = max(top, *points.values())
-            label = "Recall@K" if score == "R" else "mAP@K"
+    top = max(*scores.i2t.recall.values(), *scores.t2i.recall.values())  # mAP is never higher
+    for panel, (title, way) in zip(panels, scores.by_title().items(), strict=True):
+        curves = (("Recall@K", way.recall, "o-", 6), ("mAP@K", way.map_at, "s--", -14))
+        for label, points, style, above in curves:
             (line,) = panel.plot(list(points), list(points.values()), style, label=label)
             for k in K_VALUES:
                 panel.annotate(f"{points[k]:.1f}", (k, points[k]), (0, above), ha="center",
                                textcoords="offset points", color=line.get_color())  # fmt: skip
         panel.set(title=title.capitalize(), xlabel="K", xticks=list(points), xlim=(0.5, 10.5))
         panel.grid(alpha=0.3)
-        panel.legend(loc="lower right" if points[1] > top / 2 else "upper left")
+        panel.legend(loc="lower right" if way.map_at[1] > top / 2 else "upper left")
     panels[0].set(ylabel="percent", ylim=(0, min(1.15 * top, 108)))
     save_figure(figure, path)
 
 
 def fonts_for(text: str) -> list[str]:
-    """Names of fonts, for matplotlib, which draws each character with the first that has it. If
-    none has the Chinese characters of `text`, a line is printed that says what to install."""
+    """Names of fonts for matplotlib, which draws each character with the first font that has it.
+    If none has the Chinese characters of `text`, prints what to install."""
     own = "DejaVu Sans"
     if not any("\u4e00" <= character <= "\u9fff" for character in text):
         return [own]
@@ -79,8 +73,7 @@ def fonts_for(text: str) -> list[str]:
 
 
 def draw_ranking(image: Image.Image, ranked: list[Ranked], path: Path) -> None:
-    """Write a picture to `path`: the image, and beside it each caption with a bar for its
-    probability."""
+    """Write a picture to `path`: the image, and beside it the captions with their probabilities."""
     from matplotlib.figure import Figure
 
     captions = [one_line(r.caption) for r in ranked]  # no control characters, no whole pages
@@ -101,7 +94,7 @@ def draw_ranking(image: Image.Image, ranked: list[Ranked], path: Path) -> None:
 
 
 def draw_found(query: str, found: list[tuple[Image.Image, str]], path: Path) -> None:
-    """Write a picture to `path`: images side by side, each with its caption, below the query."""
+    """Write a picture to `path`: the query, and below it the images with their captions."""
     from matplotlib.figure import Figure
 
     query, captions = one_line(query), [one_line(caption) for _, caption in found]
@@ -121,7 +114,7 @@ def draw_found(query: str, found: list[tuple[Image.Image, str]], path: Path) -> 
 
 
 def _filled(text: str, line: int) -> str:
-    """A text in lines of so many letters, or half as many Chinese characters."""
+    """A text wrapped at `line` letters, or half as many Chinese characters."""
     return textwrap.fill(text, max(1, line * len(text) // max(1, _columns(text))))
 
 
@@ -133,9 +126,9 @@ def _columns(text: str) -> int:
 def plot_wise_ft(
     rows: list[dict[str, float]], best: dict[str, float], path: Path, most_lost: float = math.inf
 ) -> None:
-    """Mean recall, R@1 in both directions, and the score of each set of --retention against alpha,
-    as a picture at `path`; a star at the row `best`, which was chosen, and a line where `most_lost`
-    points of the sets' mean are lost."""
+    """Write a plot to `path`: mean recall, R@1 in both directions and the scores on the sets of
+    --retention against alpha, with a star at the chosen row `best`, and a line where the sets' mean
+    is `most_lost` points lower."""
     from matplotlib.figure import Figure
 
     rows = sorted(rows, key=lambda row: row["alpha"])
@@ -168,9 +161,8 @@ def plot_wise_ft(
 
 
 def plot_confusion(confusions: dict[str, Tensor], classes: Sequence[str], path: Path) -> None:
-    """How many of each class's images are taken for which class, as a picture at `path`: a panel
-    for each title, with the share of the row's images as colour. `confusions` are `[c, c]`, in
-    images. The names are written where they have room."""
+    """Write a plot of confusion matrices to `path`, a panel for each title. `confusions` are
+    `[c, c]`, in images; the colour is the share of the row's images. Few classes are named."""
     from matplotlib.figure import Figure
 
     names = [one_line(name)[:NAME_LENGTH] for name in classes]
@@ -193,14 +185,13 @@ def plot_confusion(confusions: dict[str, Tensor], classes: Sequence[str], path: 
 
 def _save_with_any_text(figure: "Figure", path: Path) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # `fonts_for` has said it
+        warnings.simplefilter("ignore", UserWarning)  # of missing characters: see `fonts_for`
         save_figure(figure, path)
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a matplotlib figure in the format of the path's suffix, or as PNG without one. Raises
-    `InputError` for a suffix that is no format for pictures, and for a file that cannot be
-    written."""
+    """Write a matplotlib figure in the format of the path's suffix, PNG without one. Raises
+    `InputError` for an unknown format, and for a file that cannot be written."""
     kind = picture_format(path)
     with writing(path), atomic_write(path) as temporary:
         figure.savefig(temporary, format=kind, dpi=120)

@@ -1,4 +1,4 @@
-"""Rankings by similarity: captions for one image, and the first answers to all queries of a set."""
+"""Rankings by similarity: the ranks of positives, the rule for ties, and the first answers."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
@@ -9,8 +9,10 @@ from torch import Tensor
 
 from models.errors import InputError
 
-BLOCK_BYTES = 2**26  # of the similarities that are in memory at once
-RowsOf = Callable[[slice], Tensor]  # gives these rows of the similarities, `[rows, gallery]`
+BLOCK_BYTES = 2**26  # of similarities in memory at once
+MANY_POSITIVES = 8  # of a query; for more, sorting its scores is faster than a pass for each
+
+Positives = Mapping[int, int | list[int]]  # {query: gallery indices of its positives}
 
 
 class Ranked(NamedTuple):
@@ -23,102 +25,138 @@ class Ranked(NamedTuple):
 def rank_captions(
     captions: list[str], text_features: Tensor, image: Tensor, logit_scale: Tensor
 ) -> list[Ranked]:
-    """The captions, the most similar to an image first, from normalised features: the captions',
-    `text_features` `[captions, d]`, and the image's, `image` `[d]`. `logit_scale` is the model's.
-    """
+    """The captions, the most similar to an image first, from normalised features: `text_features`
+    `[captions, d]` and the image's, `image` `[d]`. `logit_scale` is the model's."""
     similarity = (text_features @ image[:, None]).squeeze(1)
     probability = (logit_scale.exp() * similarity).softmax(dim=0)
     order = similarity.argsort(descending=True).tolist()
     return [Ranked(captions[i], probability[i].item(), similarity[i].item()) for i in order]
 
 
-class Answers(NamedTuple):
-    """The first k answers to each of q queries and, behind them, the best-placed right one.
+class Similarities(NamedTuple):
+    """Similarities of queries to a gallery; `rows(part)` gives those of some queries,
+    `[rows, gallery]`."""
 
-    rank        position of the best-placed right answer, from 1, `[q]`
-    items       indices in the gallery, `[q, k + 1]`
-    similarity  cosines, `[q, k + 1]`
-    is_right    `[q, k + 1]`
+    queries: int
+    gallery: int
+    rows: Callable[[slice], Tensor]
+
+    def blocks(self, positives: Positives) -> Iterator[tuple[Tensor, Tensor]]:
+        """All rows, in blocks of at most `BLOCK_BYTES`, and the indices of their positives, as
+        `positive_indices` returns them."""
+        indices = positive_indices(positives, self.queries, self.gallery)
+        size = max(1, BLOCK_BYTES // (4 * self.gallery))
+        for start in range(0, self.queries, size):
+            part = slice(start, start + size)
+            scores = self.rows(part)
+            yield scores, indices[part].to(scores.device)
+
+
+def both_ways(image_features: Tensor, text_features: Tensor) -> tuple[Similarities, Similarities]:
+    """Similarities of images to texts and of texts to images, from features `[images, d]` and
+    `[texts, d]`. Where they are many, rows are computed on demand, so memory does not grow."""
+    images, texts = len(image_features), len(text_features)
+    if 4 * images * texts <= BLOCK_BYTES:
+        scores = image_features @ text_features.T
+        i2t, t2i = scores.__getitem__, scores.T.__getitem__
+    else:
+
+        def i2t(part: slice) -> Tensor:
+            return image_features[part] @ text_features.T
+
+        def t2i(part: slice) -> Tensor:
+            return text_features[part] @ image_features.T
+
+    return Similarities(images, texts, i2t), Similarities(texts, images, t2i)
+
+
+def positive_ranks(scores: Tensor, positives: Tensor) -> Tensor:
+    """Ranks `[q, most]` (from 1, ascending, on the CPU) of `positives` `[q, most]`, as
+    `positive_indices` returns them, when each row of `scores` `[q, gallery]` is sorted; infinite
+    where a query has fewer positives.
+
+    Ties count against the model: a positive stands after every negative of the same score.
+    """
+    if scores.amax().isnan():
+        raise InputError("the scores hold NaN: the features of this model are not finite")
+    absent = positives < 0
+    own = _scores_of(positives, scores)
+    own = own.sort(dim=1, descending=True, stable=True).values  # stable: the absent stay last
+    most = own.shape[1]
+    if most > MANY_POSITIVES:
+        as_high = scores.shape[1] - torch.searchsorted(scores.sort(dim=1).values.contiguous(), own)
+    else:
+        counts = [(scores >= s).sum(dim=1, dtype=torch.int32) for s in own.split(1, dim=1)]
+        as_high = torch.stack(counts, dim=1)
+    own_as_high = most - torch.searchsorted(own.flip(1), own)
+    own_as_high = own_as_high.minimum((~absent).sum(dim=1, keepdim=True))
+    # Before a positive stand all negatives that score as high, and the better positives.
+    ranks = as_high - own_as_high + torch.arange(1, most + 1, device=scores.device)
+    return ranks.cpu().double().masked_fill(absent.cpu(), torch.inf)
+
+
+def _scores_of(positives: Tensor, scores: Tensor) -> Tensor:
+    """The scores `[q, most]` of the positives; minus infinity where there are fewer."""
+    return scores.gather(1, positives.clamp(min=0)).masked_fill(positives < 0, -torch.inf)
+
+
+class Answers(NamedTuple):
+    """The first k answers to each of q queries and, behind them, the best-ranked positive.
+
+    rank         of the best-ranked positive, from 1, `[q]`
+    items        indices in the gallery, `[q, k + 1]`
+    similarity   cosines, `[q, k + 1]`
+    is_positive  `[q, k + 1]`
     """
 
     rank: Tensor
     items: Tensor
     similarity: Tensor
-    is_right: Tensor
+    is_positive: Tensor
 
 
-def first_answers(
-    rows_of: RowsOf,
-    queries: int,
-    gallery: int,
-    truth: Mapping[int, int | list[int]],
-    k: int,
-) -> Answers:
-    """What stands first when the gallery is ranked for each query. Ties count against the model, as
-    in `compute_metrics`: a right answer stands after all others that are as similar."""
-    columns = ground_truth(truth, queries, gallery)
-    parts = [_first(rows_of(rows), columns[rows], k) for rows in blocks(queries, gallery)]
+def first_answers(similarities: Similarities, positives: Positives, k: int) -> Answers:
+    """The first answers to each query, ranked as `positive_ranks` does it."""
+    parts = [_first(*block, k) for block in similarities.blocks(positives)]
     return Answers(*(torch.cat(part).cpu() for part in zip(*parts, strict=True)))
 
 
-def _first(scores: Tensor, columns: Tensor, k: int) -> Answers:
-    """The answers to some queries, from their `scores` `[q, gallery]` and the indices of their
-    right answers, `columns` `[q, most]`."""
-    columns = columns.to(scores.device)
-    absent = columns < 0
-    own = scores.gather(1, columns.clamp(min=0)).masked_fill(absent, -torch.inf)
-    best_score, best = own.max(dim=1, keepdim=True)
-    others = scores.scatter(1, columns.where(~absent, columns[:, :1]), -torch.inf)
-    rank = 1 + (others >= best_score).sum(dim=1)
-    wrong = others.topk(min(k, scores.shape[1]), dim=1)
-    items = torch.cat([wrong.indices, columns], dim=1)
-    similarity = torch.cat([wrong.values, own], dim=1)
-    k = wrong.indices.shape[1]
-    # Stable: among equals the wrong ones, which are on the left, come first.
+def _first(scores: Tensor, positives: Tensor, k: int) -> Answers:
+    rank = positive_ranks(scores, positives)[:, 0].long()
+    own = _scores_of(positives, scores)
+    best = own.argmax(dim=1, keepdim=True)
+    filled = positives.where(positives >= 0, positives[:, :1])
+    negatives = scores.scatter(1, filled, -torch.inf).topk(min(k, scores.shape[1]), dim=1)
+    items = torch.cat([negatives.indices, positives], dim=1)
+    similarity = torch.cat([negatives.values, own], dim=1)
+    k = negatives.indices.shape[1]
+    # Stable: of equal scores the negatives, which are on the left, come first.
     order = similarity.sort(dim=1, descending=True, stable=True).indices[:, :k]
     order = torch.cat([order, k + best], dim=1)
     return Answers(rank, items.gather(1, order), similarity.gather(1, order), order >= k)
 
 
-def rows_both_ways(image_features: Tensor, text_features: Tensor) -> dict[str, RowsOf]:
-    """Similarities of features `[images, d]` and `[texts, d]`, by direction. Many are computed when
-    they are asked for, so that memory does not grow with their number."""
-    if 4 * len(image_features) * len(text_features) <= BLOCK_BYTES:
-        scores = image_features @ text_features.T
-        return {"i2t": scores.__getitem__, "t2i": scores.T.__getitem__}
-    return {
-        "i2t": lambda rows: image_features[rows] @ text_features.T,
-        "t2i": lambda rows: text_features[rows] @ image_features.T,
-    }
-
-
-def blocks(queries: int, gallery: int) -> Iterator[slice]:
-    """Parts of the queries whose similarities to the whole gallery fit into `BLOCK_BYTES`."""
-    rows = max(1, BLOCK_BYTES // (4 * gallery))
-    return (slice(start, start + rows) for start in range(0, queries, rows))
-
-
-def ground_truth(truth: Mapping[int, int | list[int]], queries: int, gallery: int) -> Tensor:
-    """Gallery indices `[queries, most]` of each query's ground truths, -1 where there are fewer.
-    Raises `InputError` for a query without any or with one twice."""
+def positive_indices(positives: Positives, queries: int, gallery: int) -> Tensor:
+    """Gallery indices of each query's positives, `[queries, most]`, -1 where it has fewer. Raises
+    `InputError` for a query without positives or with one twice."""
     if not queries or not gallery:
         raise InputError(f"nothing to score: {queries} queries, {gallery} to rank")
-    if len(truth) > queries:
-        raise InputError(f"ground truth of {len(truth)} queries, where {queries} have scores")
-    lists = [np.atleast_1d(truth.get(query, [])) for query in range(queries)]
+    if len(positives) > queries:
+        raise InputError(f"positives of {len(positives)} queries, where {queries} have scores")
+    lists = [np.atleast_1d(positives.get(query, [])) for query in range(queries)]
     counts = np.array([len(indices) for indices in lists])
     if not counts.all():
-        raise InputError(f"query {int(counts.argmin())} has no ground truth")
+        raise InputError(f"query {int(counts.argmin())} has no positive")
     flat = np.concatenate(lists)
     if flat.dtype.kind not in "iu":
-        raise InputError(f"ground truths should be integers, not {flat.dtype}")
+        raise InputError(f"positives should be integers, not {flat.dtype}")
     outside = flat[(flat < 0) | (flat >= gallery)]
     if len(outside):
-        raise InputError(f"ground truth {outside[0]} is not among the {gallery} that are ranked")
+        raise InputError(f"positive {outside[0]} is not among the {gallery} that are ranked")
     padded = np.full((queries, counts.max()), -1, dtype=np.int64)
     padded[np.arange(counts.max()) < counts[:, None]] = flat
     ordered = np.sort(padded, axis=1)
     twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(axis=1)
     if twice.any():
-        raise InputError(f"query {int(twice.argmax())} has the same ground truth twice")
+        raise InputError(f"query {int(twice.argmax())} has the same positive twice")
     return torch.from_numpy(padded)

@@ -1,11 +1,10 @@
-"""Search in a folder: the features of its images, and those that are most similar to a query."""
+"""Search in a folder of images: their features, and the most similar ones to a query."""
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from models.clip import CLIP
@@ -17,17 +16,17 @@ from utils.machine.precision import Precision
 from utils.retrieval.store import Store
 
 BATCH_SIZE = 32  # images
-THREADS = 4  # that decode images; a large one takes half a GB
-PROBLEMS_SHOWN = 10  # images that cannot be read
-BLOCK = 2**11  # features at a time, so that what is computed of them stays in the CPU's cache
+THREADS = 4  # decode images; a large image takes half a GB
+PROBLEMS_SHOWN = 10  # unreadable images that are named
+BLOCK = 2**11  # features at a time, whose float32 copies fit into the CPU's cache
 
 
 def image_features(
     model: CLIP, weights: Path, folder: Path, images: list[Path], precision: Precision
 ) -> tuple[list[Path], Tensor]:
-    """The `images` of a folder (paths relative to it) that can be read, and their normalised
-    features `[n, d]`, float16 on the CPU. They are kept for the next search, beside `weights`, by
-    path, size and time. Those that cannot be read are named. Raises `InputError` if none can."""
+    """The readable `images` of a folder (paths relative to it) and their normalised features
+    `[n, d]`, float16 on the CPU. Features are cached beside `weights`, by path, size and time. A
+    line names each unreadable image. Raises `InputError` if all are."""
     problems: list[str] = []
 
     def encode(rows: list[int]) -> tuple[list[int], Tensor]:
@@ -54,12 +53,12 @@ def image_features(
 
 @torch.inference_mode()
 def encode_pixels(model: CLIP, pixels: list[Tensor]) -> Tensor:
-    """Pixels of n images, resized and cropped -> normalised float32 features `[n, d]` on
-    the model's device."""
+    """Pixels of n images, resized and cropped -> normalised float32 features `[n, d]` on the
+    model's device."""
     if not pixels:
         return torch.empty(0, model.embed_dim)
     images = model.preprocess.normalize(upload(torch.stack(pixels), model.device))
-    return F.normalize(model.encode_image(images).float(), dim=-1)
+    return model.encode_image(images, normalize=True)
 
 
 def _read(preprocess: Preprocess, path: Path) -> Tensor | str:
@@ -70,30 +69,9 @@ def _read(preprocess: Preprocess, path: Path) -> Tensor | str:
 
 
 def most_similar(features: Tensor, query: Tensor, count: int) -> list[tuple[int, float]]:
-    """(index, cosine) of those `count` of the normalised `features` `[n, d]` (float16) that are
-    most similar to `query` `[d]` (float32), the most similar first, equal ones in their order: the
-    ranking of all similarities in float64.
-
-    Float32 finds those that may be among them, since the error of a sum of d products is less than
-    d times the unit of rounding (Higham 2002, section 3.1); they alone are computed in float64.
-    """
+    """(index, cosine) of the `count` features most similar to `query` `[d]` (float32), the most
+    similar first. `features` `[n, d]` are float16; both are normalised."""
     query = query.cpu()
-    count = min(count, len(features))
-    rough = _similarities(features, query)
-    margin = 2 * len(query) * torch.finfo(torch.float32).eps
-    candidates = (rough >= rough.topk(count).values[-1] - margin).nonzero().flatten()
-    exact = _similarities(features[candidates], query.double())
-    similarity, order = exact.sort(descending=True, stable=True)
-    return list(zip(candidates[order].tolist(), similarity.tolist(), strict=True))[:count]
-
-
-def _similarities(features: Tensor, query: Tensor) -> Tensor:
-    """The products of `features` and `query`, in the precision of the latter; the same for equal
-    features, which a BLAS does not promise."""
-    similarities = torch.empty(len(features), dtype=query.dtype)
-    block = torch.empty(min(BLOCK, len(features)), len(query), dtype=query.dtype)
-    for start in range(0, len(features), BLOCK):
-        rows = features[start : start + BLOCK]
-        products = block[: len(rows)].copy_(rows).mul_(query)
-        torch.sum(products, dim=1, out=similarities[start : start + BLOCK])
-    return similarities
+    similarity = torch.cat([block.float() @ query for block in features.split(BLOCK)])
+    best = similarity.topk(min(count, len(features)))
+    return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))

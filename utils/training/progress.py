@@ -2,8 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,13 +13,11 @@ from models.errors import InputError
 from models.progress_bar import progress_bar
 from utils.data.annotations import SPLITS
 from utils.flickr8k_dataloader import ALIKE, Batch, Flickr8kDataset, TrainLoader
-from utils.machine.precision import Precision
-from utils.metric import mean_recall, retrieval_metrics
-from utils.retrieval.encode import encode_set
-from utils.retrieval.evaluation import evaluate
-from utils.retrieval.plots import plot_metrics
+from utils.retrieval.evaluation import Evaluator
+from utils.retrieval.plots import plot_scores
 from utils.retrieval.report import write_report
-from utils.retrieval.tables import Metrics, format_table, points_lost, retained
+from utils.retrieval.scores import Scores, score_features
+from utils.retrieval.tables import format_table, points_lost, retained
 from utils.runs.checkpoint import write_json
 from utils.training.state import State
 
@@ -87,76 +84,52 @@ def tokenizer_warning(dataset: Flickr8kDataset, is_chinese: bool) -> str | None:
     )
 
 
-def scoring(loader: TrainLoader, precision: Precision) -> Callable[..., tuple[Metrics, float]]:
-    """`evaluate` as a run does it, its loss being comparable with the training loss; to be given a
-    model and a data set."""
-    return partial(
-        evaluate,
-        batch_size=loader.batch_size,
-        num_workers=loader.num_workers,
-        precision=precision,
-        captions_per_image=loader.captions_per_image,
-    )
+def report_start(state: State, scores: Scores) -> None:
+    """Print the scores of the weights that training starts from."""
+    print(f"before training: validation loss {state.start['val_loss']:.4f}, mean recall "
+          f"{state.start['mean_recall']:.2f}\n{format_table(scores, 'val')}")  # fmt: skip
+    if sets := retained(state.start):
+        print("retention:", ", ".join(f"{name} {score:.2f}" for name, score in sets.items()))
 
 
-def score_start(
-    state: State,
-    score: Callable[[], tuple[Metrics, float]],
-    measure: Callable[[], dict[str, float]],
-) -> None:
-    """Score the weights that training starts from, on validation by `score` and on the sets of
-    --retention by `measure`; keep the scores in `state` and print them."""
-    metrics, val_loss = score()
-    state.note_start(metrics, val_loss, measure())
-    print(f"before training: validation loss {val_loss:.4f}, mean recall "
-          f"{mean_recall(metrics):.2f}\n{format_table(metrics, 'val')}")  # fmt: skip
-    if scores := retained(state.start):
-        print("retention:", ", ".join(f"{name} {score:.2f}" for name, score in scores.items()))
-
-
-def score_test(score: Callable[[], tuple[Metrics, float]], weights: Path, run: Path) -> None:
-    """Score the test split, once, with the `weights` that validation chose: write
-    `test_metrics.json` into the folder `run`, and print the scores."""
-    metrics, _ = score()
+def report_test(scores: Scores, weights: Path, run: Path) -> None:
+    """Print the test scores of the `weights` that validation chose, and write them to
+    `test_metrics.json` in the folder `run`."""
     file = run / "test_metrics.json"
-    write_json(file, metrics)
+    write_json(file, scores.as_dict())
     print(f"{weights.name} on the test images, which had no say in choosing it:\n"
-          f"{format_table(metrics, 'test')}\nscores: {file}")  # fmt: skip
+          f"{format_table(scores, 'test')}\nscores: {file}")  # fmt: skip
 
 
-def score_chosen(
-    model: CLIP,
-    weights: Path,
-    loader: TrainLoader,
-    val_set: Flickr8kDataset,
-    precision: Precision,
+def report_chosen(
+    evaluator: Evaluator, model: CLIP, weights: Path, val_set: Flickr8kDataset
 ) -> None:
-    """Score the chosen `weights` of a run, which `model` has, print the scores, and write them as a
-    plot and as a page to look at into the run's folder."""
-    features = encode_set(model, val_set, loader.batch_size, loader.num_workers, precision)
-    metrics = retrieval_metrics(*features, val_set.img_to_txt, val_set.txt_to_img, range(1, 11))
+    """Score the chosen `weights` of a run, which `model` holds, print the scores, and write them as
+    a plot and a page into the run's folder."""
+    features = evaluator.encode(model, val_set)
+    scores = score_features(*features, val_set.img_to_txt, val_set.txt_to_img, range(1, 11))
     folder = weights.parent.parent
     plot, report = folder / "R_mAP.png", folder / "report.html"
-    print(f"{weights.name}:\n{format_table(metrics, 'val')}")
-    plot_metrics(metrics, plot)
-    write_report(report, weights, val_set, features, metrics)
+    print(f"{weights.name}:\n{format_table(scores, 'val')}")
+    plot_scores(scores, plot)
+    write_report(report, weights, val_set, features, scores)
     print(f"plot: {plot}\nreport, with the answers to every query, for a browser: {report}")
 
 
-def report_epoch(state: State, epochs: int, metrics: Metrics, images: int, rate: float) -> None:
+def report_epoch(state: State, epochs: int, scores: Scores, images: int, rate: float) -> None:
     """Print the scores of the epoch that has ended, one of `epochs`; after the first, say so if it
     has clearly made the weights worse, and which learning rate to try in place of `rate`. `images`
     are those of validation."""
-    row, table = state.epochs[-1], format_table(metrics, "val")
+    row, table = state.epochs[-1], format_table(scores, "val")
     print(
         f"epoch {row['epoch']}/{epochs}: train loss {row['train_loss']:.4f}, validation loss "
         f"{row['val_loss']:.4f}, mean recall {row['mean_recall']:.2f}\n{table}"
     )
-    if scores := retained(row):
+    if sets := retained(row):
         was = retained(state.start)
         print("retention:", ", ".join(
             f"{name} {score:.2f} ({was[name]:.2f} before training)"
-            for name, score in scores.items()), end="; ")  # fmt: skip
+            for name, score in sets.items()), end="; ")  # fmt: skip
         lost = points_lost(row, state.start)
         print(f"points {'gained' if lost < 0 else 'lost'}, on average: {abs(lost):.2f}")
     if row["epoch"] > 1 or not state.start:

@@ -14,8 +14,7 @@ from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
 from utils.machine.memory import explained
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE, Processes
-from utils.metric import mean_recall
-from utils.retrieval.evaluation import evaluate
+from utils.retrieval.evaluation import Evaluator
 from utils.retrieval.tables import RETENTION, points_lost
 
 
@@ -38,7 +37,7 @@ class Retention:
         """Take images and captions as `model` does from now on, and decode all images, once, into
         `folder`, by default `.cache` in each set. They stay off the GPU, whose memory training
         needs."""
-        self.batch_size, self.num_workers = loader.batch_size, loader.num_workers
+        self.loader = loader
         for name, found in self.sets.items():
             if isinstance(found, Flickr8kDataset):
                 found.prepare_for(model)
@@ -47,7 +46,7 @@ class Retention:
                 self.sets[name] = LabelledImages(found, model.preprocess)
         with loader.processes.rank_0_first():  # which decodes
             for images in self.sets.values():
-                images.cache(folder or None, num_workers=self.num_workers)
+                images.cache(folder or None, num_workers=loader.num_workers)
 
     @explained()
     def measure(self, model: CLIP, processes: Processes = ALONE) -> dict[str, float]:
@@ -55,14 +54,14 @@ class Retention:
         of captions."""
         scores = {}
         for name, images in self.sets.items():
-            sizes = self.batch_size, self.num_workers
             if isinstance(images, Flickr8kDataset):
                 precision = Precision(model.device, use_amp=False)
-                metrics, _ = evaluate(model, images, *sizes, precision, processes=processes)
-                scores[RETENTION + name] = mean_recall(metrics)
+                found, _ = Evaluator(self.loader, precision, processes).score(model, images)
+                scores[RETENTION + name] = found.mean_recall
             else:
                 templates = TEMPLATE_SETS[model.text_tower.templates]
                 classifier = zero_shot_classifier(model, images.classes, templates, processes)
+                sizes = self.loader.batch_size, self.loader.num_workers
                 found = zero_shot_accuracy(model, images, classifier, *sizes, processes)
                 scores[RETENTION + name] = found.top1
         return scores

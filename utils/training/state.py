@@ -8,8 +8,7 @@ from models.clip import CLIP
 from models.weights.open_clip import to_open_clip
 from utils.machine.memory import peak_memory_mb
 from utils.machine.precision import Precision
-from utils.metric import Metrics, mean_recall
-from utils.retrieval.tables import columns
+from utils.retrieval.scores import Scores
 from utils.training.distillation import Distillation
 from utils.training.optimizer import restore_moments
 
@@ -77,14 +76,14 @@ class State:
             self.average.update_parameters(self.model)
         self.losses.append(loss)
 
-    def note_start(self, metrics: Metrics, val_loss: float, retention: dict[str, float]) -> None:
+    def note_start(self, scores: Scores, val_loss: float, retention: dict[str, float]) -> None:
         """Keep the scores before the first step; `retention` is what `Retention.measure` finds."""
-        self.start = {"epoch": 0, **self._scores(metrics, val_loss), **retention}
+        self.start = {"epoch": 0, **self._row(scores, val_loss), **retention}
 
     def finish_epoch(
         self,
         trained: dict[str, float],
-        metrics: Metrics,
+        scores: Scores,
         val_loss: float,
         retention: dict[str, float],
     ) -> dict[str, float]:
@@ -93,7 +92,7 @@ class State:
         row = {
             "epoch": len(self.epochs) + 1,
             **trained,
-            **self._scores(metrics, val_loss),
+            **self._row(scores, val_loss),
             **retention,
             "peak_memory_mb": peak_memory_mb(self.model.device),
         }
@@ -101,11 +100,11 @@ class State:
         self.losses = []
         return row
 
-    def _scores(self, metrics: Metrics, val_loss: float) -> dict[str, float]:
+    def _row(self, scores: Scores, val_loss: float) -> dict[str, float]:
         return {
             "val_loss": val_loss,
-            "mean_recall": mean_recall(metrics),
-            **columns(metrics),
+            "mean_recall": scores.mean_recall,
+            **scores.columns(),
             "logit_scale": self.scored.logit_scale.exp().item(),
         }
 

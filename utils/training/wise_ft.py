@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from models.clip import CLIP
 from models.clip_utils import load
-from utils.metric import mean_recall
 from utils.retrieval.plots import plot_wise_ft
-from utils.retrieval.tables import Metrics, columns
+from utils.retrieval.scores import Scores
 from utils.runs.checkpoint import save_weights, write_csv
 
 
@@ -29,7 +28,7 @@ def mix_into(
 def mix_with_start(
     model: CLIP,
     args: argparse.Namespace,
-    score: Callable[[], tuple[Metrics, float]],
+    score: Callable[[], tuple[Scores, float]],
     compare: Callable[[], dict[str, float]],
     tuned: Path,
 ) -> Path:
@@ -53,7 +52,7 @@ def evaluate_path(
     model: CLIP,
     start: dict[str, Tensor],
     alphas: list[float],
-    score: Callable[[], tuple[Metrics, float]],
+    score: Callable[[], tuple[Scores, float]],
     run: Path,
     compare: Callable[[], dict[str, float]] = dict,
     most_lost: float = math.inf,
@@ -70,9 +69,9 @@ def evaluate_path(
     rows: list[dict[str, float]] = []
     for alpha in alphas:
         mix_into(model, start, tuned, alpha)
-        metrics, val_loss = score()
-        scores = {"mean_recall": mean_recall(metrics), "val_loss": val_loss}
-        rows.append({"alpha": alpha, **scores, **compare(), **columns(metrics)})
+        scores, val_loss = score()
+        row = {"alpha": alpha, "mean_recall": scores.mean_recall, "val_loss": val_loss}
+        rows.append({**row, **compare(), **scores.columns()})
         best = best_row(rows, most_lost)
         if best is rows[-1]:
             save_weights(model, run / "weights" / "wise_ft_weights.pth")

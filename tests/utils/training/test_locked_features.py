@@ -14,7 +14,7 @@ from utils import Flickr8kDataset
 from utils.flickr8k_dataloader import TrainLoader
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE
-from utils.retrieval.evaluation import evaluate
+from utils.retrieval.evaluation import Evaluator
 from utils.runs.checkpoint import save_weights
 from utils.training.gradients import accumulate_gradients
 from utils.training.layer_groups import cache_features, lock, train_mode
@@ -57,9 +57,10 @@ def test_they_stand_in_for_the_tower_in_steps_and_scores(root, tower, chunk, use
     train_set, val_set = (Flickr8kDataset(root, model=model, split=s) for s in ("train", "val"))
     loader = TrainLoader(train_set, 7, CPU, augment=tower == "text", captions_per_image=2)
     expected = gradients_of_an_epoch(model, loader, precision, chunk)
-    scored = evaluate(model, val_set, 4, 0, precision)
+    evaluator = Evaluator(loader, precision)
+    scored = evaluator.score(model, val_set)
 
-    known = cache_features(ASKED, model, loader, val_set, precision)
+    cached = cache_features(ASKED, model, loader, val_set, precision)
     setattr(model, f"encode_{tower}", never)
     found = gradients_of_an_epoch(model, loader, precision, chunk)
     # In mixed precision, features computed once have a residual stream in float32, those of a step
@@ -67,7 +68,7 @@ def test_they_stand_in_for_the_tower_in_steps_and_scores(root, tower, chunk, use
     tolerance = 2**-5 if use_amp else 1e-5
     for one, other in zip(found, expected, strict=True):
         assert (one - other).norm() <= tolerance * other.norm()
-    metrics, loss = evaluate(model, val_set, 4, 0, precision, known=known)
+    metrics, loss = evaluator.score(model, val_set, cached=cached)
     assert metrics == scored[0] and loss == pytest.approx(scored[1], rel=tolerance)
 
 

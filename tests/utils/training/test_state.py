@@ -5,6 +5,7 @@ import gc
 
 import pytest
 import torch
+from definitions import equal_scores
 from tiny import tiny_clip
 
 from models.clip_utils import create_model
@@ -13,7 +14,7 @@ from utils.training.distillation import Distillation
 from utils.training.state import State
 
 CPU = torch.device("cpu")
-NO_SCORES = {way: {"R@1": 0.0} for way in ("i2t", "t2i")}
+NO_SCORES = equal_scores(0.0)
 
 
 def state_of(**options) -> State:
