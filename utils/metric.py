@@ -22,6 +22,7 @@ from torch import Tensor
 from models.errors import InputError
 from models.files import check_writable
 from models.host import run_script
+from models.run_files import TrainedOn, run_folder, trained_on
 from models.scripts import ArgumentParser, from_here, writable_file
 from utils.data.annotations import caption_file, missing_annotations
 from utils.flickr8k_dataloader import ALIKE, Flickr8kDataset
@@ -31,7 +32,7 @@ from utils.retrieval.plots import plot_metrics
 from utils.retrieval.ranking import RowsOf, blocks, ground_truth, rows_both_ways
 from utils.retrieval.report import write_report
 from utils.retrieval.tables import K_VALUES, Metrics, format_table
-from utils.runs.arguments import TrainedOn, add_scoring, path, picture, run_folder, trained_on
+from utils.runs.arguments import add_scoring, path, picture
 from utils.runs.checkpoint import write_json
 from utils.runs.chosen import add_weights, runs_having, weights_to_use
 

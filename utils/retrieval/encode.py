@@ -41,11 +41,11 @@ def encode_set(
     num_workers: int,
     precision: Precision,
     processes: Processes = ALONE,
-    known: Mapping[str, Tensor] | None = None,
+    cached: Mapping[str, Tensor] | None = None,
 ) -> Features:
-    """Features of all images and captions, on the model's device; without those by `"image"` or
-    `"text"`, the towers, which are `known`."""
-    images, texts = ((known or {}).get(tower) for tower in ("image", "text"))
+    """Features of all images and captions, on the model's device. Those in `cached`, by tower
+    (`"image"` or `"text"`), are not computed again."""
+    images, texts = ((cached or {}).get(tower) for tower in ("image", "text"))
     with precision.autocast():
         if images is None:
             images = encode_images(model, dataset, batch_size, num_workers, processes)

@@ -1,55 +1,69 @@
-"""TODO."""
+"""Evaluation of a model on captioned images: retrieval scores and the validation loss."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from models.clip import CLIP
-from utils.flickr8k_dataloader import Flickr8kDataset
+from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
 from utils.loss import contrastive_loss
 from utils.machine.memory import explained
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE, Processes
 from utils.metric import retrieval_metrics
-from utils.retrieval.encode import encode_set
+from utils.retrieval.encode import Features, encode_set
 from utils.retrieval.tables import K_VALUES, Metrics
 
 
-@explained()
-@torch.inference_mode()
-def evaluate(
-    model: CLIP,
-    dataset: Flickr8kDataset,
-    batch_size: int,
-    num_workers: int,
-    precision: Precision,
-    k_values: Iterable[int] = K_VALUES,
-    processes: Processes = ALONE,
-    captions_per_image: int = 1,
-    known: Mapping[str, Tensor] | None = None,
-) -> tuple[Metrics, float]:
-    """Retrieval metrics over the whole set, and its loss.
+@dataclass(frozen=True)
+class Evaluator:
+    """Evaluates models during training: with the batch size, the workers and the captions per image
+    of the training `loader`, in `precision`, on all `processes`."""
 
-    The loss is that of training, `contrastive_loss` of batches of `batch_size` images, each with
-    its first `captions_per_image` captions (from the first on again where it has fewer), averaged
-    over the images: the last batch, which may be smaller, counts by its number of images. So it can
-    be compared with the training loss for the same two numbers, up to what the last batch, with
-    fewer wrong answers, makes it smaller; a set smaller than `batch_size` is such a batch. Features
-    that are `known`, by tower, are not computed.
-    """
-    features = encode_set(model, dataset, batch_size, num_workers, precision,
-                          processes=processes, known=known)  # fmt: skip
-    if not processes.is_rank_0:
-        return processes.broadcast(None)
-    metrics = retrieval_metrics(*features, dataset.img_to_txt, dataset.txt_to_img, k_values)
-    own = dataset.own_captions.values()
-    width = max(captions_per_image, *map(len, own))
-    captions = torch.tensor([[c[i % len(c)] for i in range(width)] for c in own])
-    loss = 0.0
-    for rows in torch.arange(len(dataset)).split(batch_size):
-        texts = features.texts[captions[rows, :captions_per_image].flatten()]
-        of_batch = contrastive_loss(features.images[rows], texts, model.logit_scale,
-                                    texts=dataset.text_ids[captions[rows]])  # fmt: skip
-        loss += of_batch.item() * len(rows) / len(dataset)
-    return processes.broadcast((metrics, loss))
+    loader: TrainLoader
+    precision: Precision
+    processes: Processes = ALONE
+
+    def encode(
+        self, model: CLIP, dataset: Flickr8kDataset, cached: Mapping[str, Tensor] | None = None
+    ) -> Features:
+        """Features of all images and captions. Those in `cached`, by tower (`"image"` or `"text"`),
+        are not computed again."""
+        batch_size, num_workers = self.loader.batch_size, self.loader.num_workers
+        return encode_set(
+            model, dataset, batch_size, num_workers, self.precision, self.processes, cached
+        )
+
+    @explained()
+    @torch.inference_mode()
+    def score(
+        self,
+        model: CLIP,
+        dataset: Flickr8kDataset,
+        k_values: Iterable[int] = K_VALUES,
+        cached: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Metrics, float]:
+        """Retrieval scores on the whole set, and its loss.
+
+        The loss is that of training: `contrastive_loss` of batches of images in their order, each
+        with its first captions (from the first on again where it has fewer), averaged over the
+        images. The last batch may be smaller, and its loss is lower for that, since it has fewer
+        negatives.
+        """
+        features = self.encode(model, dataset, cached)
+        if not self.processes.is_rank_0:
+            return self.processes.broadcast(None)
+        metrics = retrieval_metrics(*features, dataset.img_to_txt, dataset.txt_to_img, k_values)
+        k = self.loader.captions_per_image
+        captions_of = dataset.own_captions.values()
+        width = max(k, *map(len, captions_of))
+        captions = torch.tensor([[c[i % len(c)] for i in range(width)] for c in captions_of])
+        loss = 0.0
+        for rows in torch.arange(len(dataset)).split(self.loader.batch_size):
+            texts = features.texts[captions[rows, :k].flatten()]
+            of_batch = contrastive_loss(features.images[rows], texts, model.logit_scale,
+                                        texts=dataset.text_ids[captions[rows]])  # fmt: skip
+            loss += of_batch.item() * len(rows) / len(dataset)
+        return self.processes.broadcast((metrics, loss))

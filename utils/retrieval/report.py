@@ -17,12 +17,12 @@ from PIL import Image
 
 from models.preprocess import open_image
 from models.progress_bar import progress_bar
+from models.run_files import METRICS, run_folder, saved_arguments
 from utils.data.annotations import SPLITS
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.retrieval.encode import Features
 from utils.retrieval.ranking import Answers, first_answers, rows_both_ways
 from utils.retrieval.tables import K_VALUES, TITLES, Metrics, retained
-from utils.runs.arguments import run_folder, saved_arguments
 from utils.runs.checkpoint import read_csv
 from utils.runs.files import atomic_write, writing
 
@@ -142,7 +142,7 @@ def write_report(
     metrics.csv of the run, and if the file cannot be written.
     """
     run = run_folder(weights)
-    table = run / "metrics.csv" if run else None
+    table = run / METRICS if run else None
     epochs = read_csv(table) if table and table.exists() else []
     directions, shown = _directions(dataset, features)
     page = _render(

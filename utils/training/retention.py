@@ -1,4 +1,4 @@
-"""What the weights could do before: data sets of other images, scored as training goes on."""
+"""Retention: scores on data sets of other images, to see what fine-tuning forgets."""
 
 from collections.abc import Mapping, Sequence
 from itertools import chain, count
@@ -15,14 +15,14 @@ from utils.machine.memory import explained
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE, Processes
 from utils.metric import mean_recall
-from utils.retrieval.evaluation import evaluate
+from utils.retrieval.evaluation import Evaluator
 from utils.retrieval.tables import RETENTION, points_lost
 
 
 class Retention:
-    """The sets that `data` names: each a folder of class folders, a data set of torchvision, or a
+    """The sets named by `data`: each a folder of class folders, a data set of torchvision, or a
     folder of captioned images. Scores are computed in float32, as utils/classification.py and
-    utils/metric.py do it without --use_amp. Without data there is nothing to measure.
+    utils/metric.py do without --use_amp. `data` may be empty.
 
     Raises `InputError` for a set that cannot be used; a set of torchvision is downloaded if need
     be. `prepare_for` comes before the first `measure`.
@@ -35,10 +35,10 @@ class Retention:
                 self.sets[name] = _find(path, languages)
 
     def prepare_for(self, model: CLIP, loader: TrainLoader, folder: str | None) -> None:
-        """Take images and captions as `model` does from now on, and decode all images, once, into
-        `folder`, by default `.cache` in each set. They stay off the GPU, whose memory training
+        """Take images and captions as `model` does from now on, and decode all images once, into
+        `folder` or by default `.cache` in each set. They stay off the GPU, whose memory training
         needs."""
-        self.batch_size, self.num_workers = loader.batch_size, loader.num_workers
+        self.loader = loader
         for name, found in self.sets.items():
             if isinstance(found, Flickr8kDataset):
                 found.prepare_for(model)
@@ -47,36 +47,36 @@ class Retention:
                 self.sets[name] = LabelledImages(found, model.preprocess)
         with loader.processes.rank_0_first():  # which decodes
             for images in self.sets.values():
-                images.cache(folder or None, num_workers=self.num_workers)
+                images.cache(folder or None, num_workers=loader.num_workers)
 
     @explained()
     def measure(self, model: CLIP, processes: Processes = ALONE) -> dict[str, float]:
-        """Columns of a table: for each set, in percent, zero-shot top-1 of classes, or mean recall
-        of captions."""
+        """Columns of a table, in percent: zero-shot top-1 for each set of classes, mean recall for
+        each set of captions."""
         scores = {}
         for name, images in self.sets.items():
-            sizes = self.batch_size, self.num_workers
             if isinstance(images, Flickr8kDataset):
                 precision = Precision(model.device, use_amp=False)
-                metrics, _ = evaluate(model, images, *sizes, precision, processes=processes)
+                metrics, _ = Evaluator(self.loader, precision, processes).score(model, images)
                 scores[RETENTION + name] = mean_recall(metrics)
             else:
                 templates = default_templates(model.config.has_bert)
                 classifier = zero_shot_classifier(model, images.classes, templates, processes)
+                sizes = self.loader.batch_size, self.loader.num_workers
                 found = zero_shot_accuracy(model, images, classifier, *sizes, processes)
                 scores[RETENTION + name] = found.top1
         return scores
 
     def compare(self, model: CLIP, before: Mapping[str, float] | None) -> dict[str, float]:
-        """What `measure` finds, and the `points_lost` since `before`, a row of scores; nothing if
-        there are no sets."""
+        """What `measure` finds, and the `points_lost` since `before`, a row of scores; empty
+        without sets."""
         now = self.measure(model)
         return now | {"points_lost": points_lost(now, before)} if now else {}
 
 
 def names_of(data: Sequence[str]) -> list[str]:
-    """What each set is called, after its folder or as torchvision does. A name that several have
-    is numbered from the second on."""
+    """The name of each set: that of its folder, or torchvision's. Equal names are numbered from the
+    second on."""
     names: list[str] = []
     for path in data:
         name = one_line(Path(path).resolve().name)
@@ -86,8 +86,8 @@ def names_of(data: Sequence[str]) -> list[str]:
 
 
 def _find(data: str, languages: Sequence[str]) -> Source | Flickr8kDataset:
-    """The set, none of whose images is read yet; captions in those of `languages` that it has, or
-    else in those that it has."""
+    """The set, without reading images. Captions are in those of `languages` that it has, or else in
+    all that it has."""
     root = Path(data)
     having = [name for name in ("en", "cn") if caption_file(root, name, "val").is_file()]
     if having:
