@@ -115,7 +115,7 @@ def build_parser() -> ArgumentParser:
     add("--device", help="cuda, cuda:1, mps (a Mac's GPU) or cpu (default: the first there is)")
     add("--freq", type=integer(1), default=5, metavar="EPOCHS",
         help="keep the weights of every EPOCHS-th epoch (default: %(default)s)")
-    add("--save_steps", type=integer(1), metavar="N", help="write the checkpoint every N steps, too")
+    add("--save_steps", type=integer(1), metavar="N", help="also save the checkpoint each N steps")
     # fmt: on
     return parser
 

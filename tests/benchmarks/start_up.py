@@ -29,14 +29,15 @@ print("CPU seconds:", time.process_time())
 """
 FIRST_STEP = """
 import os, runpy, sys, time
-from utils.training import gradients, progress
+from utils.training import gradients
+from utils.training.state import State
 
 def first_step(*_, **options):
     print("\\nCPU seconds:", time.process_time(), flush=True)
     os._exit(0)
 
 gradients.accumulate_gradients = first_step
-progress.score_start = lambda *_: None
+State.is_at_start = False  # which would be scored first
 sys.argv[0] = "train.py"
 runpy.run_path("train.py", run_name="__main__")
 """

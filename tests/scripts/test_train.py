@@ -20,8 +20,9 @@ from models.clip_utils import create_model
 from models.errors import InputError
 from models.preprocess import open_image
 from models.scripts import from_here
-from train import build_parser, get_loader
+from train import build_parser
 from utils.machine.processes import ALONE
+from utils.training.phases import get_loader
 from utils.training.settings import read_data
 
 SCRATCH = ["--resume_training", "none", "--model", "ViT-demo", "--lr", "1e-3", "--batch_size", "16"]
@@ -231,10 +232,8 @@ def scores_by_definition(weights, root, entries):
 def test_a_test_split_is_that_of_all_languages(data, tmp_path):
     shutil.copytree(data, root := tmp_path / "data")
     shutil.copy(root / "en_val.json", root / "en_test.json")
-    parser = build_parser()
     for languages, has_test in ((["en"], True), (["cn"], False), (["en", "cn"], False)):
-        args = ["--dataset_path", str(root), "--language", *languages]
-        assert ("test" in read_data(parser.parse_args(args), ALONE)) == has_test
+        assert ("test" in read_data(root, languages, 2, ALONE)) == has_test
 
 
 def test_a_run_goes_on_with_what_is_given_now(trained, work):
@@ -395,12 +394,10 @@ def test_arguments_that_cannot_work_are_refused(arguments, named, data, work):
 def test_images_that_no_memory_holds_are_refused_before_any_is_read(data, monkeypatch):
     monkeypatch.setattr("utils.machine.memory.total_memory", lambda _: 10**6)
     demo = partial(create_model, "ViT-demo")
-    parser = build_parser()
-    args = ["--dataset_path", str(data), "--batch_size"]
     with pytest.raises(InputError, match=r"71 is more than the 70"):
-        read_data(parser.parse_args([*args, "71"]), ALONE)
-    args = parser.parse_args([*args, "16"])
-    sets = read_data(args, ALONE)
+        read_data(data, ["en"], 71, ALONE)
+    sets = read_data(data, ["en"], 16, ALONE)
+    args = build_parser().parse_args(["--batch_size", "16"])
     with pytest.raises(InputError, match=r"--input_shape 224: 16 images .*--grad_cache"):
         get_loader(args, sets, demo(224), torch.device("cpu"), ALONE)
     get_loader(args, sets, demo(64), torch.device("cpu"), ALONE)  # 786 kB

@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from utils.metric import (
     plot_metrics,
     retrieval_metrics,
 )
-from utils.retrieval.evaluation import evaluate
+from utils.retrieval.evaluation import Evaluator
 from utils.runs.checkpoint import save_weights, write_json
 
 K_VALUES = (1, 2, 3, 5, 10, 50)
@@ -100,17 +101,19 @@ class Judge:
         return torch.stack([self.having[row.tobytes()] for row in tokens.numpy()])
 
 
-def judged(folder, captions, batch_size=5, **arguments):
+def judged(folder, captions, batch_size=5, captions_per_image=1, plain_protocol=False):
     """(metrics, loss) that this model gets for images with these captions."""
     entries = []
     for i, own in enumerate(captions):
         Image.new("RGB", (8, 8), (i, i, i)).save(folder / f"{i}.png")
         entries.append({"image": f"{i}.png", "caption": own})
     (folder / "en_val.json").write_text(json.dumps(entries), "utf-8")
-    plain = arguments.pop("plain_protocol", False)
-    dataset = Flickr8kDataset(folder, 8, is_train=False, plain_protocol=plain)
+    dataset = Flickr8kDataset(folder, 8, is_train=False, plain_protocol=plain_protocol)
     precision = Precision(torch.device("cpu"), use_amp=False)
-    return evaluate(Judge(dataset), dataset, batch_size, 0, precision, **arguments)
+    loader = SimpleNamespace(
+        batch_size=batch_size, num_workers=0, captions_per_image=captions_per_image
+    )
+    return Evaluator(loader, precision).score(Judge(dataset), dataset)
 
 
 def test_a_model_that_is_never_wrong_gets_everything_from_two_classes_as_captions(tmp_path):

@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from utils import Flickr8kDataset, contrastive_loss
 from utils.flickr8k_dataloader import TrainLoader
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE, Processes, join_processes, torchrun_variables
-from utils.retrieval.evaluation import evaluate
+from utils.retrieval.evaluation import Evaluator
 from utils.training.distillation import Distillation
 from utils.training.gradients import accumulate_gradients
 
@@ -117,7 +118,8 @@ def scores(processes, data):
     torch.manual_seed(0)
     model = create_model("ViT-demo")
     dataset = Flickr8kDataset(data, 64, is_train=False)
-    return evaluate(model, dataset, 2, 0, Precision(CPU, use_amp=False), processes=processes)
+    loader = SimpleNamespace(batch_size=2, num_workers=0, captions_per_image=1)
+    return Evaluator(loader, Precision(CPU, use_amp=False), processes).score(model, dataset)
 
 
 @pytest.mark.slow

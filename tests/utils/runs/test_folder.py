@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import tiny_clip
 
+from models.run_files import BEST, CHECKPOINT
 from utils.machine.processes import ALONE
 from utils.runs.checkpoint import read_checkpoint
 from utils.runs.folder import Run
@@ -31,13 +32,13 @@ def opened(folder):
     run = Run(ALONE, {}, "data")
     run.folder, run.loss_history = folder, NoLosses()
     (folder / "weights").mkdir(exist_ok=True)
-    if checkpoint := read_checkpoint(run.weights / "checkpoint.pth"):
+    if checkpoint := read_checkpoint(folder / CHECKPOINT):
         run.best_since = checkpoint["best_since"]
     return run
 
 
 def scale_of_best(run):
-    return torch.load(run.best_weights, weights_only=True)["logit_scale"].item()
+    return torch.load(run.folder / BEST, weights_only=True)["logit_scale"].item()
 
 
 def end_epoch(run, model, *recalls):
@@ -66,7 +67,7 @@ def test_every_so_many_epochs_and_of_the_last_one_weights_stay(tmp_path, model):
         run.save_epoch(model, state(*range(epochs)), keep_every=2)
     found = {
         file.name: torch.load(file, weights_only=True)["logit_scale"].item()
-        for file in run.weights.glob("*.pth")
+        for file in (run.folder / "weights").glob("*.pth")
         if file.name != "checkpoint.pth"
     }
     assert found == {
@@ -90,7 +91,7 @@ def test_in_the_middle_of_an_epoch_its_end_decides(tmp_path, model, capsys):
     """The weights of a step are no epoch's."""
     run = opened(tmp_path)
     run.replace_missing_best(model, state(9.0, losses=[1.0]))
-    assert not run.best_weights.exists() and len(capsys.readouterr().out.splitlines()) == 1
+    assert not (run.folder / BEST).exists() and len(capsys.readouterr().out.splitlines()) == 1
     end_epoch(run, model, 9.0, 1.0)
     assert scale_of_best(run) == 2
 

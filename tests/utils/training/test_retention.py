@@ -142,7 +142,9 @@ def measured(processes, work):
     torch.manual_seed(0)
     model = create_model("ViT-demo")
     retention = Retention([str(work / "colours"), str(work / "旧的$x^")], ["en"], processes)
-    loader = SimpleNamespace(batch_size=16, num_workers=0, processes=processes)
+    loader = SimpleNamespace(
+        batch_size=16, num_workers=0, captions_per_image=1, processes=processes
+    )
     retention.prepare_for(model, loader, None)
     return retention.measure(model, processes)
 
@@ -164,7 +166,7 @@ def test_a_set_of_classes_scores_its_zero_shot_top_1(work, name, template):
     torch.manual_seed(2)
     model = create_model(name).eval()
     retention = Retention([str(work / "colours")], ["en"])
-    loader = SimpleNamespace(batch_size=16, num_workers=0, processes=ALONE)
+    loader = SimpleNamespace(batch_size=16, num_workers=0, captions_per_image=1, processes=ALONE)
     retention.prepare_for(model, loader, None)
     files = sorted((work / "colours").rglob("*.png"))
     colours = sorted({file.parent.name for file in files})
@@ -185,7 +187,7 @@ def test_captions_are_scored_in_float32(work):
     """Whatever the precision of training."""
     model = create_model("ViT-demo").eval()
     retention = Retention([str(work / "旧的$x^")], ["en"])
-    loader = SimpleNamespace(batch_size=16, num_workers=0, processes=ALONE)
+    loader = SimpleNamespace(batch_size=16, num_workers=0, captions_per_image=1, processes=ALONE)
     retention.prepare_for(model, loader, None)
     mixed, encode = [], model.encode_text
     model.encode_text = lambda x: mixed.append(torch.is_autocast_enabled("cpu")) or encode(x)

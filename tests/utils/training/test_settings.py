@@ -22,7 +22,8 @@ from utils.training.settings import (
 
 def settled(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    args, resumed = resolve_arguments(build_parser())
+    parser = build_parser()
+    args, resumed = resolve_arguments(parser, parser.parse_args())
     assert resumed is None
     return args
 
