@@ -121,7 +121,6 @@ class Run:
 
 def new_run_folder(log_dir: str | os.PathLike, name: str) -> Path:
     """Make `LOG_DIR/<name>/weights/` and return `LOG_DIR/<name>`, numbered if the name is taken."""
-    _check_name(Path(log_dir))
     number = 1
     while True:
         folder = Path(log_dir) / (name if number == 1 else f"{name}_{number}")
@@ -149,7 +148,6 @@ def reopen_run_folder(checkpoint: str | os.PathLike, state: dict[str, Any]) -> P
             "its own folder"
         )
     run = weights.parent
-    _check_name(run)
     rows = state["rows"]
     history = [f"Epoch {r['epoch']}: train: {r['train_loss']} val: {r['val_loss']}\n" for r in rows]
     with writing(run):
@@ -168,13 +166,3 @@ def _write_metrics(run: Path, state: dict[str, Any]) -> None:
     """A row of scores before training, if it started from weights; then a row for each epoch."""
     start = [state["start"]] if state["start"] else []
     write_csv(run / METRICS, start + state["rows"])
-
-
-def _check_name(folder: Path) -> None:
-    try:
-        str(folder).encode()
-    except UnicodeEncodeError:
-        raise InputError(
-            f"{folder}: the name is not UTF-8, which TensorBoard needs for the files of a run; "
-            "take a folder of another name (--log_dir), or set PYTHONUTF8=1"
-        ) from None

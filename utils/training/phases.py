@@ -15,7 +15,6 @@ from models.clip_utils import create_model, load
 from models.run_files import ARGUMENTS, START, tuned_weights
 from utils.data.image_files import check_splits
 from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
-from utils.machine.memory import check_images_fit
 from utils.machine.precision import Precision
 from utils.machine.processes import Processes
 from utils.machine.pyzjr_parts import SeedEvery, get_optimizer, show_config
@@ -64,8 +63,6 @@ def get_loader(
     for dataset in sets.values():
         dataset.prepare_for(model)
         dataset.check_texts()
-    at_once = min(args.batch_size, args.grad_cache or args.batch_size)
-    check_images_fit(at_once // processes.size, model.visual.input_resolution, device)
     if args.cache is not None:
         with processes.rank_0_first():  # which decodes
             for dataset in sets.values():
