@@ -182,18 +182,18 @@ def main() -> None:
                 stop = processes.any(interrupt.has_come())
                 due = stop or (args.save_steps and len(state.losses) % args.save_steps == 0)
                 if due and state.losses[-1].isfinite():  # another one ends the run in the next step
-                    run.save_checkpoint(state.state_dict())
+                    run.save_checkpoint(state)
                     if stop:
                         raise run.stopped(interrupt)
             trained = progress.summary(state.losses, schedule.rate(epoch * steps - 1))
         metrics, val_loss = evaluator.score(state.scored, sets["val"], cached=cached)
         state.finish_epoch(trained, metrics, val_loss, retention.measure(state.scored, processes))
         report_epoch(state, args.epochs, metrics, len(sets["val"]), args.lr)
-        run.save_epoch(state.scored, state.state_dict(), args.freq)
+        run.save_epoch(state, args.freq)
         if processes.any(interrupt.has_come()):
             raise run.stopped(interrupt)
     interrupt.release()
-    run.close(state.scored, state.state_dict())
+    run.close(state)
     if processes.is_rank_0:
         finish(args, run.folder, sets, state, Evaluator(loader, state.precision),
                retention=retention, cached=cached)  # fmt: skip

@@ -1,11 +1,13 @@
 """What a run writes into its folder, `LOG_DIR/<time>/`."""
 
+from __future__ import annotations
+
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from models.clip import CLIP
 from models.errors import InputError
@@ -16,13 +18,15 @@ from utils.runs.checkpoint import save_checkpoint, save_weights, write_csv
 from utils.runs.commands import command, quoted
 from utils.runs.files import TEMPORARY, atomic_write, writing
 
+if TYPE_CHECKING:
+    from utils.training.state import State
+
 
 class Run:
     """What a run writes: weights, checkpoint and tables. Only rank 0 writes.
 
     arguments     of the run, as in arguments.json
     data          fingerprint of the data set; a run goes on with the same data
-    best_since    number of the first epochs whose weights are lost: the best comes after them
     folder        on rank 0; None on the others
     loss_history  pyzjr's, on rank 0; draws the losses of each epoch
     """
@@ -31,7 +35,6 @@ class Run:
         self.processes = processes
         self.arguments = arguments
         self.data = data
-        self.best_since = 0
         self.folder: Path | None = None
         self.loss_history: Any = None
 
@@ -48,29 +51,6 @@ class Run:
                 shutil.rmtree(self.folder, ignore_errors=True)
             raise
 
-    def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Write everything needed to go on from `State.state_dict()`."""
-        if self.processes.is_rank_0:
-            of_run = {name: getattr(self, name) for name in ("arguments", "data", "best_since")}
-            save_checkpoint(self.folder / CHECKPOINT, **of_run, **state)
-
-    def save_epoch(self, model: CLIP, state: dict[str, Any], keep_every: int) -> None:
-        """Write the weights, the checkpoint and the tables at the end of an epoch. `model` has the
-        weights that were scored; those of every `keep_every`-th epoch stay."""
-        if not self.processes.is_rank_0:
-            return
-        *earlier, row = state["rows"][self.best_since :]
-        losses = row["train_loss"], row["val_loss"]
-        if all(row["mean_recall"] > other["mean_recall"] for other in earlier):
-            save_weights(model, self.folder / BEST)
-        if row["epoch"] % keep_every == 0:
-            name = "ep{:03}_loss{:.3f}_val_loss{:.3f}.pth".format(row["epoch"], *losses)
-            save_weights(model, self.folder / "weights" / name)
-        save_weights(model, self.folder / LAST)
-        self.save_checkpoint(state)
-        _write_metrics(self.folder, state)
-        self.loss_history.append_loss(row["epoch"], *losses)
-
     def save_start(self, model: CLIP, is_new: bool) -> None:
         """Write the weights that a new run starts from; warn if a run that goes on has lost
         them."""
@@ -81,24 +61,50 @@ class Run:
             print(f"warning: {start} is missing, which --wise_ft mixes with: put it back before "
                   "the run ends, or it ends without")  # fmt: skip
 
-    def replace_missing_best(self, model: CLIP, state: dict[str, Any]) -> None:
+    def save_checkpoint(self, state: State) -> None:
+        """Write everything needed to go on."""
+        if self.processes.is_rank_0:
+            of_run = {"arguments": self.arguments, "data": self.data}
+            save_checkpoint(self.folder / CHECKPOINT, **of_run, **state.state_dict())
+
+    def save_epoch(self, state: State, keep_every: int) -> None:
+        """Write the weights, the checkpoint and the tables at the end of an epoch. The weights of
+        every `keep_every`-th epoch stay."""
+        if not self.processes.is_rank_0:
+            return
+        row = state.epochs[-1]
+        losses = row["train_loss"], row["val_loss"]
+        if state.last_is_best:
+            save_weights(state.scored, self.folder / BEST)
+        if row["epoch"] % keep_every == 0:
+            name = "ep{:03}_loss{:.3f}_val_loss{:.3f}.pth".format(row["epoch"], *losses)
+            save_weights(state.scored, self.folder / "weights" / name)
+        save_weights(state.scored, self.folder / LAST)
+        self.save_checkpoint(state)
+        _write_metrics(self.folder, state.start, state.epochs)
+        self.loss_history.append_loss(row["epoch"], *losses)
+
+    def replace_missing_best(self, state: State) -> None:
         """If the best weights are gone, as after a checkpoint was moved alone, the last epoch takes
         their place. In the middle of an epoch no epoch's weights are left: then the best of the
         epochs that end from here on takes it."""
-        if not self.processes.is_rank_0:
+        if not self.processes.is_rank_0 or not state.epochs or (self.folder / BEST).exists():
             return
-        best = self.folder / BEST
-        if not state["rows"] or best.exists():
-            return
-        in_epoch = bool(state["losses"])
-        self.best_since = len(state["rows"]) - (not in_epoch)
+        in_epoch = bool(state.losses)
+        state.best_since = len(state.epochs) - (not in_epoch)
         self.save_checkpoint(state)  # first: a run killed in between comes here again
         if in_epoch:
             instead = "the best epoch from here on takes"
         else:
-            save_weights(model, best)
+            save_weights(state.scored, self.folder / BEST)
             instead = "those of the last epoch take"
-        print(f"{best}: was missing; {instead} its place")
+        print(f"{self.folder / BEST}: was missing; {instead} its place")
+
+    def close(self, state: State) -> None:
+        """End the run, with its best weights in place."""
+        if self.processes.is_rank_0:
+            self.loss_history.close()
+            self.replace_missing_best(state)
 
     def stopped(self, interrupt: Interrupt) -> SystemExit:
         """Print how to go on after a signal; return what ends the program."""
@@ -111,12 +117,6 @@ class Run:
                 line = command("train.py", *arguments, processes=size)
             print(f"\nstopped by a signal; to go on:\n  {line}")
         return interrupt.exit()
-
-    def close(self, model: CLIP, state: dict[str, Any]) -> None:
-        """End the run, with its best weights in place."""
-        if self.processes.is_rank_0:
-            self.loss_history.close()
-            self.replace_missing_best(model, state)
 
 
 def new_run_folder(log_dir: str | os.PathLike, name: str) -> Path:
@@ -158,11 +158,12 @@ def reopen_run_folder(checkpoint: str | os.PathLike, state: dict[str, Any]) -> P
     with writing(text), atomic_write(text) as temporary:
         temporary.write_text("".join(history))
     if rows:
-        _write_metrics(run, state)
+        _write_metrics(run, state["start"], rows)
     return run
 
 
-def _write_metrics(run: Path, state: dict[str, Any]) -> None:
+def _write_metrics(
+    run: Path, start: dict[str, float] | None, epochs: list[dict[str, float]]
+) -> None:
     """A row of scores before training, if it started from weights; then a row for each epoch."""
-    start = [state["start"]] if state["start"] else []
-    write_csv(run / METRICS, start + state["rows"])
+    write_csv(run / METRICS, ([start] if start else []) + epochs)

@@ -91,7 +91,6 @@ def open_run(
     started = time.strftime("%Y-%m-%d_%H-%M-%S")
     if resumed:
         run.folder = reopen_run_folder(args.resume_training, resumed)
-        run.best_since = resumed["best_since"]
     else:
         run.folder = new_run_folder(args.log_dir, started)
     with run.discarded_on_error():
@@ -122,7 +121,7 @@ def get_state(
     state = State(model, optimizer, Precision(device, args.use_amp), args.ema, distillation)
     if resumed:
         state.restore(resumed)
-        run.replace_missing_best(state.scored, state.state_dict())
+        run.replace_missing_best(state)
     if args.grad_checkpointing:
         model.enable_grad_checkpointing()
     if args.compile:

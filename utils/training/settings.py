@@ -187,12 +187,12 @@ def check_arguments(args: Namespace) -> None:
         check_writable_folder(Path(args.cache).expanduser())
     for language, split in product(args.language, ("train", "val")):
         if missing := missing_annotations(caption_file(args.dataset_path, language, split)):
-            prepare = f"python {from_here('flickr8k/prepare.py')}"
             raise InputError(
-                f"{missing}. To get Flickr8k: {prepare} --download; for data of yours: "
-                f"--dataset_path FOLDER, where one list of all images is split by {prepare} "
-                f"--source FOLDER --output FOLDER{' --language cn' if language == 'cn' else ''}; "
-                f"to see it work without any: python {from_here('train.py')} --demo"
+                f"{missing}. To get Flickr8k: python {from_here('flickr8k/prepare.py')} --download;"
+                " for data of yours: --dataset_path FOLDER, where one list of all images is split "
+                f"by python {from_here('flickr8k/prepare.py')} --source FOLDER --output FOLDER"
+                f"{' --language cn' if language == 'cn' else ''}; to see it work without any: "
+                f"python {from_here('train.py')} --demo"
             )
 
 

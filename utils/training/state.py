@@ -26,6 +26,7 @@ class State:
     precision     number formats; holds the loss scale of float16
     start         a row of the scores of the starting weights, epoch 0; None if they are random
     epochs        a row of losses and scores for each finished epoch
+    best_since    the number of the first epochs whose weights are lost: the best comes after them
     losses        of the steps of the unfinished epoch, on the model's device
     """
 
@@ -44,6 +45,7 @@ class State:
         self.distillation = distillation
         self.start: dict[str, float] | None = None
         self.epochs: list[dict[str, float]] = []
+        self.best_since = 0
         self.losses: list[Tensor] = []
 
     @property
@@ -60,6 +62,13 @@ class State:
     def best_recall(self) -> float:
         """The mean recall of the best epoch."""
         return max(row["mean_recall"] for row in self.epochs)
+
+    @property
+    def last_is_best(self) -> bool:
+        """Whether the last epoch has the best weights that there are. Of equal epochs the first is
+        the best."""
+        *earlier, last = (row["mean_recall"] for row in self.epochs[self.best_since :])
+        return all(last > recall for recall in earlier)
 
     @property
     def epochs_since_best(self) -> int:
@@ -121,6 +130,7 @@ class State:
         return {
             "start": self.start,
             "rows": self.epochs,
+            "best_since": self.best_since,
             "losses": [loss.item() for loss in self.losses],
             "config": to_open_clip(self.model.config),
             "model": self.model.state_dict(),
@@ -137,5 +147,5 @@ class State:
         if self.average and saved["average"]:
             self.average.load_state_dict(saved["average"])
         self.start = saved["start"]
-        self.epochs = saved["rows"]
+        self.epochs, self.best_since = saved["rows"], saved["best_since"]
         self.losses = list(torch.tensor(saved["losses"], device=self.model.device))
