@@ -34,7 +34,7 @@ from utils.retrieval.report import write_report
 from utils.retrieval.tables import K_VALUES, Metrics, format_table
 from utils.runs.arguments import add_scoring, path, picture
 from utils.runs.checkpoint import write_json
-from utils.runs.chosen import add_weights, runs_having, weights_to_use
+from utils.runs.chosen import add_weights, weights_to_use
 
 MANY_TRUTHS = 8  # of a query; for more, sorting its scores is faster than a pass for each
 
@@ -261,9 +261,8 @@ def data_to_score_on(args: argparse.Namespace, weights: str | Path) -> TrainedOn
     for language in languages:
         missing = missing_annotations(caption_file(dataset_path, language, args.split))
         if missing:
-            having = "" if args.dataset_path else runs_having(args.split)
             raise InputError(
-                f"{missing}{having}; name the data to score on with --dataset_path and --language"
+                f"{missing}; name the data to score on with --dataset_path and --language"
             )
     return TrainedOn(dataset_path, languages)
 

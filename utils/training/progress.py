@@ -24,7 +24,6 @@ from utils.training.state import State
 # Share of tokens that are parts of words. In Flickr8k: CLIP's tokenizer 2% of English and 90% of
 # Chinese captions; BERT's Chinese one 33% of English and 0% of Chinese, 22% of both together.
 MANY_FRAGMENTS = 0.25
-MANY_LEFT_OVER = 0.1  # of the training images
 
 
 def announce(
@@ -44,10 +43,6 @@ def announce(
     images = ", ".join(f"{len(dataset)} {SPLITS[split]} images" for split, dataset in sets.items())
     print(f"{images}, {processes}{loader.device}, {state.precision}, "
           f"{count / 1e6:.1f} M parameters{which}")  # fmt: skip
-    train_images = len(sets["train"])
-    if (left_over := train_images % loader.batch_size) > MANY_LEFT_OVER * train_images:
-        print(f"batches of {loader.batch_size} leave out {left_over} of {train_images} training "
-              "images in each epoch, others each time; smaller ones use more")  # fmt: skip
     for line in caption_warnings(sets["train"], sets["val"], state.model.config.has_bert):
         print(line)
     print(f"results in {folder}")

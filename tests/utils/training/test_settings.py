@@ -97,12 +97,6 @@ def test_the_demo_goes_into_empty_folders_and_stays_in_its_own(monkeypatch, tmp_
 @pytest.mark.parametrize(
     "arguments, named",
     [
-        (["--grad_cache", "100"], "--grad_cache 100 has no effect: a batch has 64 images"),
-        (["--grad_cache", "63"], None),
-        (["--patience", "20"], "--patience 20 has no effect"),
-        (["--patience", "19"], None),
-        (["--save_steps", "9"], "--save_steps 9 has no effect"),
-        (["--save_steps", "8"], None),
         (["--ema", "0.9999"], "about 10,000 steps, and this run has 160"),
         (["--ema", "0.99"], None),
         (["--lora", "8", "--lock_text", "2"], "only low-rank changes learn"),
