@@ -84,7 +84,8 @@ def open_run(
 ) -> Run:
     """The run's folder with its arguments, the console's log and the history of losses."""
     data = loader.dataset.fingerprint() + val_set.fingerprint()
-    check_same_data(args, data, resumed)
+    if resumed:
+        check_same_data(data, resumed, args.resume_training, args.dataset_path)
     run = Run(loader.processes, as_saved(args, resumed), data)
     if not loader.processes.is_rank_0:
         return run

@@ -239,7 +239,7 @@ def get_data(
 ) -> tuple[dict[str, Flickr8kDataset], Retention]:
     """The data by split, and that of --retention, once the arguments are checked and the demo's
     images rendered. Comes before the weights, which may take minutes to download."""
-    if wants_demo_set(args):
+    if args.demo and lacks_demo_set(args.dataset_path, args.language):
         with processes.rank_0_first():
             render_demo(args.dataset_path, folder_option="--dataset_path")
     check_arguments(args)
@@ -248,19 +248,18 @@ def get_data(
     return sets, Retention(args.retention or [], args.language, processes)
 
 
-def wants_demo_set(args: Namespace) -> bool:
-    """Whether the demo's images are to be rendered: with --demo, unless they are there, perhaps
-    with another seed. Raises `InputError` for a folder with other files."""
-    folder = args.dataset_path
-    if not args.demo or folder == DEMO["dataset_path"] or not folder.is_dir():
-        return args.demo
+def lacks_demo_set(folder: Path, languages: list[str]) -> bool:
+    """Whether the demo's images are to be rendered into `folder`; there may be some of another
+    seed. Raises `InputError` for a folder with other files."""
+    if folder == DEMO["dataset_path"] or not folder.is_dir():
+        return True
     if any(folder.iterdir()) and not (folder / "images" / "train_0000.png").is_file():
         raise InputError(
             f"--demo trains on images of its own, and those in --dataset_path {folder} are others: "
             "to fine-tune a model on them, leave --demo out; to see the demo, leave --dataset_path "
             "out"
         )
-    return not any(caption_file(folder, la, "train").exists() for la in args.language)
+    return not any(caption_file(folder, la, "train").exists() for la in languages)
 
 
 def read_data(
@@ -275,13 +274,13 @@ def read_data(
     return sets
 
 
-def check_same_data(args: Namespace, data: str, resumed: dict[str, Any] | None) -> None:
-    """Raise `InputError` unless `data`, the fingerprint of the data set, is that of the resumed
-    run."""
-    if resumed and data != resumed["data"]:
-        run = Path(args.resume_training).parent.parent
+def check_same_data(data: str, resumed: dict[str, Any], checkpoint: str, folder: Path) -> None:
+    """Raise `InputError` unless `data`, the fingerprint of the data in `folder`, is that of the run
+    that is `resumed` from `checkpoint`."""
+    if data != resumed["data"]:
+        run = Path(checkpoint).parent.parent
         raise InputError(
-            f"--dataset_path {args.dataset_path}: its images or captions are not those of the run "
-            "(or --language is not); to train on others, start a new run: "
-            f"--resume_training {run_weights(run) or run / LAST}"
+            f"--dataset_path {folder}: its images or captions are not those of the run (or "
+            "--language is not); to train on others, start a new run: --resume_training "
+            f"{run_weights(run) or run / LAST}"
         )

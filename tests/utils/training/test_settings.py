@@ -14,8 +14,8 @@ from utils.training.settings import (
     check_arguments,
     fine_tuning_rate,
     how_it_goes_on,
+    lacks_demo_set,
     resolve_arguments,
-    wants_demo_set,
     without_effect,
 )
 
@@ -80,7 +80,8 @@ def test_what_cannot_be_meant_is_refused_in_one_line(monkeypatch, tmp_path, argu
         os.utime(weights.parent, (time, time))
     with pytest.raises(InputError) as error:
         args = settled(monkeypatch, *arguments)
-        assert not wants_demo_set(args)
+        if args.demo:
+            lacks_demo_set(args.dataset_path, args.language)
         check_arguments(args)
     assert named in str(error.value).replace(os.sep, "/") and "\n" not in str(error.value)
 
@@ -89,9 +90,9 @@ def test_the_demo_goes_into_empty_folders_and_stays_in_its_own(monkeypatch, tmp_
     for folder, is_rendered in (("new", True), ("empty", True), ("demo", True)):
         (tmp_path / "empty").mkdir(exist_ok=True)
         args = settled(monkeypatch, "--demo", "--dataset_path", str(tmp_path / folder))
-        assert wants_demo_set(args) == is_rendered
+        assert lacks_demo_set(args.dataset_path, args.language) == is_rendered
     render_demo(tmp_path / "demo", seed=3, n_train=2, n_val=2)
-    assert not wants_demo_set(args)
+    assert not lacks_demo_set(args.dataset_path, args.language)
 
 
 @pytest.mark.parametrize(
