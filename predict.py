@@ -20,8 +20,9 @@ from pathlib import Path
 from models.errors import InputError
 from models.files import check_writable_folder
 from models.host import run_script
+from models.run_files import run_folder, trained_on
 from models.scripts import ArgumentParser
-from utils.runs.arguments import add_loading, path, picture, run_folder, trained_on
+from utils.runs.arguments import add_loading, path, picture
 from utils.runs.chosen import add_weights, weights_to_use
 
 TOP = 5  # captions printed and drawn

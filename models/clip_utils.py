@@ -21,9 +21,10 @@ from models.clip import CLIP
 from models.config import CONTEXT_LENGTH, Config, check_config
 from models.device import pick_device
 from models.errors import InputError, listed, near_names
-from models.files import check_regular, run_weights, runs_in
+from models.files import check_regular
 from models.host import run_script
 from models.preprocess import Preprocess
+from models.run_files import run_weights, runs_in
 from models.scripts import ArgumentParser, from_here
 from models.tokens import clip_tokenizer, token_rows
 from models.weights import hub

@@ -24,13 +24,6 @@ OTHER_PROGRAMS = {  # first bytes of their files
 }
 
 
-def run_weights(run: Path) -> Path | None:
-    """The weights that a run of train.py chose: the WiSE-FT mixture if there is one, else those of
-    the best epoch. None if the folder is not a run."""
-    names = ("wise_ft_weights.pth", "best_epoch_weights.pth")
-    return next((file for name in names if (file := run / "weights" / name).is_file()), None)
-
-
 def probably_meant(name: str, others: Iterable[str]) -> str:
     """A hint, in brackets, for messages on a missing file `name`: the one of `others` that differs
     in upper and lower case or has an ending besides. Empty if there is none."""
@@ -50,12 +43,6 @@ def file_version(path: Path) -> str:
     except (OSError, ValueError):  # a link to nothing; an impossible name
         return "missing"
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
-
-
-def runs_in(folder: Path) -> list[str]:
-    """The runs of train.py in a folder, the newest first."""
-    runs = {weights.parent for weights in folder.glob("*/weights") if any(weights.glob("*.pth"))}
-    return sorted(map(str, runs), key=os.path.getmtime, reverse=True)
 
 
 def check_regular(path: Path) -> None:

@@ -24,7 +24,7 @@ from models.host import run_script
 from utils import Flickr8kDataset
 from utils.flickr8k_dataloader import Batch, TrainLoader
 from utils.machine.precision import Precision
-from utils.training.layer_groups import lock
+from utils.training.layer_groups import freeze
 
 CPU = torch.device("cpu")
 ALL = "nothing locked"
@@ -37,7 +37,7 @@ class Trainer:
         torch.manual_seed(0)
         self.model = create_model(model)
         if tower:
-            lock(self.model, tower, unlocked=0)
+            freeze(self.model, tower, unlocked=0)
         self.tower = tower if knows else None
         self.precision = precision
         self.optimizer = adamw(self.model.train())

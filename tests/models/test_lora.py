@@ -10,7 +10,7 @@ from models.clip_utils import create_model, load
 from models.errors import InputError
 from models.lora import add_lora, merged
 from utils.runs.checkpoint import save_checkpoint, save_weights
-from utils.training.layer_groups import lock
+from utils.training.layer_groups import freeze
 from utils.training.optimizer import parameter_groups
 
 TEXTS = ["a red bird", "two boats on a lake in the evening", "雪"]
@@ -132,8 +132,8 @@ def test_what_learns_are_two_factors_of_each_matrix_and_the_logit_scale(name, ra
 
 def test_what_is_locked_has_no_change_and_a_resnet_no_transformer():
     model = create_model("ViT-demo")
-    lock(model, "image", unlocked=1)
-    lock(model, "text", unlocked=0)
+    freeze(model, "image", unlocked=1)
+    freeze(model, "text", unlocked=0)
     add_lora(model, 2)
     names = {n.rpartition(".lora.")[0] for n, p in model.named_parameters() if p.requires_grad}
     block = "visual.transformer.resblocks.2"

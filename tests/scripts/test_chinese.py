@@ -86,7 +86,8 @@ def test_the_demo_in_chinese_takes_the_chinese_model(monkeypatch):
         (["--language", "cn", "--model", "ViT-demo"], "ViT-demo"),
     ]:
         monkeypatch.setattr("sys.argv", ["train.py", "--demo", *words])
-        args, _ = resolve_arguments(build_parser())
+        parser = build_parser()
+        args, _ = resolve_arguments(parser, parser.parse_args())
         assert (args.model, args.resume_training, args.lr) == (model, "none", 5e-4)
 
 

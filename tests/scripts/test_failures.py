@@ -179,7 +179,7 @@ def test_a_killed_worker_ends_the_run_with_one_line(data, tmp_path):
     assert "was killed" in line and "--num_workers" in line
 
 
-def test_check_data_lists_the_bad_images_of_both_splits(data, tmp_path):
+def test_strict_lists_the_bad_images_of_both_splits(data, tmp_path):
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
     entries = {
@@ -189,7 +189,7 @@ def test_check_data_lists_the_bad_images_of_both_splits(data, tmp_path):
     for image in bad:
         (copy / image.replace("\\", "/")).write_bytes(b"")
     done = run_script(
-        "train.py", *SCRATCH, "--dataset_path", copy, "--check_data", cwd=tmp_path, code=2
+        "train.py", *SCRATCH, "--dataset_path", copy, "--strict", cwd=tmp_path, code=2
     )
     assert "Traceback" not in done.stderr and "3 images cannot be read" in done.stderr
     for image in bad:

@@ -30,7 +30,8 @@ OF_OTHERS = {
     "--nproc_per_node={}",
     "--nproc_per_node",
     "--standalone",
-}  # of Docker, torchrun
+    "--upgrade",
+}  # of Docker, torchrun, pip
 Definition = tuple[str, str]  # a source file, and a name that it defines, "" for the file itself
 
 

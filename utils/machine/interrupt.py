@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: they are noted, so that the step under way can end and be saved."""
+"""Ctrl-C and SIGTERM: noted, so that the present step can end and be saved."""
 
 import atexit
 import multiprocessing.util  # before `end_workers` is registered, which is to run before its exit
@@ -13,8 +13,7 @@ ONE_SIGNAL = 1.0  # seconds; a scheduler and torchrun both pass a signal on, a l
 
 
 class Interrupt:
-    """Notes the first Ctrl-C or SIGTERM in `signal`, from its creation until `release`. A second
-    one ends the program at once."""
+    """Notes the first Ctrl-C or SIGTERM, until `release`. A second one ends the program at once."""
 
     def __init__(self):
         self.signal: signal.Signals | None = None
@@ -22,16 +21,16 @@ class Interrupt:
         self.before = {number: signal.signal(number, self._note) for number in STOPPING}
 
     def has_come(self) -> bool:
-        """Whether a signal has come; if so, the caller saves and ends the program."""
+        """Whether a signal has come."""
         return self.signal is not None
 
     def release(self) -> None:
-        """Give the signals their earlier handlers back."""
+        """Restore the earlier signal handlers."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def exit(self) -> SystemExit:
-        """What ends a program that a signal has stopped, with the exit code that shells expect."""
+        """The end of the program, with the exit code that shells expect after a signal."""
         return SystemExit(128 + (self.signal or signal.SIGTERM))
 
     def _note(self, number: int, _frame: object) -> None:
@@ -43,13 +42,13 @@ class Interrupt:
 
 @contextmanager
 def signals_held_back() -> Iterator[None]:
-    """Signals come when the block has ended; to the processes that it starts, never, though they
-    import packages for seconds before they can ignore any. Windows has no such thing."""
+    """Block signals until the block has ended. The processes that it starts inherit this, and so
+    are safe while they import packages. Windows cannot block signals."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
     if multiprocessing.get_start_method() != "fork":
-        resource_tracker.ensure_running()  # lets signals come again, once it runs
+        resource_tracker.ensure_running()  # would unblock signals when it starts
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield
@@ -58,16 +57,16 @@ def signals_held_back() -> Iterator[None]:
 
 
 def leave_signals_to_parent(_worker: int) -> None:
-    """Make a worker process ignore signals. A terminal's Ctrl-C and a scheduler's SIGTERM reach the
-    workers too, but the parent needs them to end its step; they end when the parent ends."""
+    """Make a worker process ignore signals. A terminal's Ctrl-C and a scheduler's SIGTERM also
+    reach the workers, but the parent needs them for the rest of its step, and ends them itself."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register
 def end_workers() -> None:
-    """Kill the workers that are left. Python sends its workers a SIGTERM when it ends, which these
-    ignore, and waits for them: for ever, if one is stuck."""
+    """Kill the remaining workers. They ignore the SIGTERM that Python sends them when it ends, and
+    Python would wait for ever for one that is stuck."""
     if not multiprocessing.active_children():
         return
     if hasattr(signal, "SIGCHLD"):

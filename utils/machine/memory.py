@@ -1,5 +1,4 @@
-"""Memory: how much there is, the most that was taken, and errors that say what to do when it is
-full."""
+"""Memory: the peak that was used, and errors that say what to do when memory is full."""
 
 import os
 import sys
@@ -20,8 +19,8 @@ SHARED_MEMORY = "/dev/shm"  # where Linux keeps the memory that processes share
 @contextmanager
 def explained(remedies: str = "") -> Iterator[None]:
     """Turn the errors of full memory, on the GPU or not, into an `InputError` that names the
-    arguments that help: those that every script with a batch has, and before them `remedies`, such
-    as `IN_TRAINING`. Also decorates functions."""
+    arguments that help: first `remedies`, such as `IN_TRAINING`, then those of all scripts with
+    batches. Also decorates functions."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -34,31 +33,8 @@ def explained(remedies: str = "") -> Iterator[None]:
         raise
 
 
-def check_images_fit(n: int, side: int, device: torch.device) -> None:
-    """Raise `InputError` if n float32 images, `side` pixels wide and high, are more than all the
-    memory of the device. What the towers make of them comes on top, and is not known here."""
-    size, total = n * 3 * side**2 * 4, total_memory(device)
-    if size > total:
-        raise InputError(
-            f"--input_shape {side}: {n} images at once take {size / 2**30:,.1f} GB as floats "
-            f"alone, where {device} has {total / 2**30:,.1f} GB; lower it, or --batch_size, or "
-            "compute the batch in parts (--grad_cache 16)"
-        )
-
-
-def total_memory(device: torch.device) -> int:
-    """The memory of a GPU with CUDA, or else of this machine, in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if sys.platform == "win32":
-        import psutil
-
-        return psutil.virtual_memory().total
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def free_shared_memory() -> int | None:
-    """How many bytes processes can share besides those they do; None where that has no limit of
+    """The number of free bytes in the memory that processes share; None where it has no limit of
     its own. (A container of Docker has 64 MB in all.)"""
     if not os.path.isdir(SHARED_MEMORY):  # noqa: PTH112 - a Path of Windows has no statvfs
         return None
@@ -67,8 +43,8 @@ def free_shared_memory() -> int | None:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """The most memory taken so far, in MiB: the GPU's if `device` is one, else this process's. For
-    `mps`, which counts no peak, it is what torch has reserved and not yet given back."""
+    """The peak memory in MiB: the GPU's if `device` is one, else this process's. `mps` counts no
+    peak: there it is the memory that torch holds now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if device.type == "mps":

@@ -7,11 +7,11 @@ from models.errors import InputError
 
 
 class Precision:
-    """How numbers are rounded in the forward pass, the backward pass and the update.
+    """The number format of the forward pass, and the loss scale of backward pass and update.
 
-    Mixed precision is bfloat16 where the device computes in it, else float16 with a loss scale
-    that keeps small gradients from vanishing (Micikevicius et al. 2018, section 3.2). Not every
-    torch has that scale for `mps`: where a Mac has no bfloat16, `use_amp` raises `InputError`.
+    Mixed precision is bfloat16 if the device has it, else float16 with a loss scale that keeps
+    small gradients from vanishing (Micikevicius et al. 2018, section 3.2). Not every torch has a
+    loss scale for `mps`: on a Mac without bfloat16, `use_amp` raises `InputError`.
     """
 
     def __init__(self, device: torch.device, use_amp: bool):
@@ -32,8 +32,8 @@ class Precision:
 
     @property
     def leaves_bfloat16(self) -> bool:
-        """Whether it computes in float32 on a CPU that has instructions for products in bfloat16
-        (x86's AVX512-BF16, which all with AMX have as well)."""
+        """Whether it computes in float32 on a CPU with instructions for bfloat16 (AVX512-BF16; all
+        CPUs with AMX have them)."""
         has_products = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
         return self.device.type == "cpu" and not self.use_amp and has_products()
 
@@ -51,10 +51,10 @@ class Precision:
         self.scaler.scale(loss).backward()
 
     def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
-        """One step of the optimizer. The gradients are freed from the loss scale and clipped to a
-        norm of `max_norm` before it, and deleted after it."""
+        """One step of the optimizer, with the gradients unscaled and clipped to a norm of
+        `max_norm`. They are deleted afterwards."""
         self.scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         self.scaler.step(optimizer)
         self.scaler.update()
-        optimizer.zero_grad()  # now: the next activations need the memory
+        optimizer.zero_grad()  # now, since the next activations need the memory

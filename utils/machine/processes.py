@@ -16,7 +16,7 @@ from models.device import pick_device
 from models.errors import InputError
 
 T = TypeVar("T")
-LONGEST_WAIT = timedelta(hours=12)  # for the first process, which downloads, checks and decodes
+LONGEST_WAIT = timedelta(hours=12)  # for rank 0, which downloads, checks and decodes
 
 
 class Shard(NamedTuple):
@@ -30,11 +30,8 @@ class Shard(NamedTuple):
         return self.stop - self.start
 
     def gather(self, rows: Tensor) -> Tensor:
-        """All processes' rows, `[total * k, ...]`, from this one's, `[len(self) * k, ...]`.
-
-        In the backward pass the gradient of this process's rows is the sum of the gradients that
-        all processes have for them.
-        """
+        """All processes' rows, `[total * k, ...]`, from this one's, `[len(self) * k, ...]`. In the
+        backward pass, all processes' gradients for this one's rows are summed."""
         return rows if len(self) == self.total else _Gather.apply(rows, self)
 
 
@@ -54,7 +51,7 @@ class Processes(NamedTuple):
         return Shard(self.rank * n // self.size, (self.rank + 1) * n // self.size, n)
 
     def shard_with(self, n: int) -> Shard:
-        """The share of a process that holds n rows; the others may hold other numbers."""
+        """The shard of a process that has n rows; the others may have other numbers."""
         if self.size == 1:
             return Shard(0, n, n)
         counts = torch.zeros(self.size, dtype=torch.int64)
@@ -63,17 +60,17 @@ class Processes(NamedTuple):
         return Shard(ends[self.rank] - n, ends[self.rank], ends[-1])
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """`tensor`, in place the sum over all processes."""
+        """Replace `tensor` by its sum over all processes, and return it."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def any(self, condition: bool) -> bool:
-        """Whether `condition` holds in any process; exchanged between CPUs, so no GPU waits."""
+        """Whether `condition` holds in any process. CPUs exchange it, so no GPU waits."""
         return bool(self.sum(torch.tensor(int(condition))).item())
 
     def broadcast(self, value: T) -> T:
-        """The first process's `value`, in all processes."""
+        """Rank 0's `value`, in all processes."""
         values = [value]
         if self.size > 1:
             dist.broadcast_object_list(values, device=torch.device("cpu"))
@@ -81,7 +78,7 @@ class Processes(NamedTuple):
 
     @contextmanager
     def rank_0_first(self) -> Iterator[None]:
-        """The first process runs the block, then the others do: they find the files it has made."""
+        """Rank 0 runs the block first; then the others run it and find the files it has made."""
         if not self.is_rank_0:
             self.any(False)
         yield
@@ -93,10 +90,8 @@ ALONE = Processes()
 
 
 def join_processes(device: str | None) -> tuple[Processes, torch.device]:
-    """This process's place among those that torchrun or srun has started, and the device it
-    computes on: with CUDA each process of a machine takes a GPU of its own. Alone: `ALONE` and the
-    device.
-    """
+    """This process's place among those that torchrun or srun has started, or `ALONE`; and its
+    device: with CUDA, each process of a machine takes a GPU of its own."""
     if "LOCAL_RANK" not in os.environ:
         _join_without_torchrun()
     size = int(os.environ.get("WORLD_SIZE", 1))
@@ -128,8 +123,8 @@ def join_processes(device: str | None) -> tuple[Processes, torch.device]:
 
 
 def _join_without_torchrun() -> None:
-    """Tell a process of an `srun` what torchrun would tell it. Raises `InputError` for one that
-    mpirun has started beside others."""
+    """Set the variables of torchrun in a process of `srun`. Raises `InputError` for several
+    processes of mpirun."""
     by_mpi = int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or 1)
     by_slurm = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
     if by_mpi not in (1, by_slurm):  # srun can tell both; mpirun uses srun for one a machine
@@ -142,10 +137,9 @@ def _join_without_torchrun() -> None:
 
 
 def torchrun_variables(slurm: Mapping[str, str]) -> dict[str, str]:
-    """What torchrun would tell this process, by what SLURM tells each process of an `srun` (man
-    page of srun, "OUTPUT ENVIRONMENT VARIABLES"). Address and port of the first process are taken
-    from the user where they are set; otherwise they are the first machine of a list such as
-    "gpu[03-04,7],login", and a port that other jobs and steps on it hardly have."""
+    """The variables of torchrun from those of SLURM (man page of srun, "OUTPUT ENVIRONMENT
+    VARIABLES"). Unless the user sets the address and the port of rank 0, they are the first machine
+    of the list, such as "gpu[03-04,7],login", and a port that other jobs on it hardly use."""
     start, numbers, end = re.match(r"([^,\[]*)(?:\[(\d+)[^]]*\]([^,\[]*))?",
                                    slurm["SLURM_STEP_NODELIST"]).groups("")  # fmt: skip
     of_step = int(slurm["SLURM_JOB_ID"]) + 101 * int(slurm["SLURM_STEP_ID"])
@@ -160,13 +154,13 @@ def torchrun_variables(slurm: Mapping[str, str]) -> dict[str, str]:
 
 
 class _Gather(torch.autograd.Function):
-    """All rows, of which each process has some; backward: the sum of all processes' gradients."""
+    """All processes' rows; backward: the sum of all processes' gradients."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, share: Shard) -> Tensor:
-        k = len(rows) // len(share)
-        ctx.own = slice(share.start * k, share.stop * k)
-        everyone = rows.new_zeros(share.total * k, *rows.shape[1:])
+    def forward(ctx, rows: Tensor, shard: Shard) -> Tensor:
+        k = len(rows) // len(shard)
+        ctx.own = slice(shard.start * k, shard.stop * k)
+        everyone = rows.new_zeros(shard.total * k, *rows.shape[1:])
         everyone[ctx.own] = rows
         dist.all_reduce(everyone)
         return everyone

@@ -1,7 +1,7 @@
 """What training uses of pyzjr, which takes seconds to import.
 
-pyzjr imports OpenCV for functions that nothing here calls, and OpenCV needs libraries of the system
-that slim containers lack (libGL.so.1). There a module without functions stands in for it.
+pyzjr imports OpenCV for functions that are not used here, and OpenCV needs system libraries that
+slim containers lack (libGL.so.1). There an empty module takes its place.
 """
 
 import sys
@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
+from models.host import garbage_unsearched
+
 
 class _Constants(ModuleType):
-    """Has any name, such as those of the constants that pyzjr's functions have as defaults."""
+    """Has any name, such as the constants that pyzjr's functions have as defaults."""
 
     def __getattr__(self, name: str) -> None:
         return None
@@ -34,7 +36,7 @@ def _opencv_or_constants() -> Iterator[None]:
         yield
 
 
-with _opencv_or_constants(), warnings.catch_warnings():
+with _opencv_or_constants(), warnings.catch_warnings(), garbage_unsearched():
     warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # a package of pyzjr's uses it
     from pyzjr import LossHistory, SeedEvery, get_optimizer, show_config
     from pyzjr.visualize.printf import ConsoleLogger

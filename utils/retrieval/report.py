@@ -17,13 +17,13 @@ from PIL import Image
 
 from models.preprocess import open_image
 from models.progress_bar import progress_bar
+from models.run_files import METRICS, run_folder, saved_arguments
 from utils.data.annotations import SPLITS
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.retrieval.encode import Features
 from utils.retrieval.ranking import Answers, both_ways, first_answers
 from utils.retrieval.scores import K_VALUES, TITLES, Scores
 from utils.retrieval.tables import retained, score_table
-from utils.runs.arguments import run_folder, saved_arguments
 from utils.runs.checkpoint import read_csv
 from utils.runs.files import atomic_write, writing
 
@@ -54,7 +54,7 @@ def write_report(
     metrics.csv of the run, and if the file cannot be written.
     """
     run = run_folder(weights)
-    table = run / "metrics.csv" if run else None
+    table = run / METRICS if run else None
     epochs = read_csv(table) if table and table.exists() else []
     directions, shown = _directions(dataset, features)
     page = _render(

@@ -23,8 +23,8 @@ from models.clip import CLIP
 from models.errors import InputError
 from models.files import lock
 from models.progress_bar import progress_bar
+from models.run_files import run_folder
 from utils.machine.precision import Precision
-from utils.runs.arguments import run_folder
 from utils.runs.files import TEMPORARY, atomic_write, writing
 
 FORMAT = 3  # raise it when the same weights and inputs give other features

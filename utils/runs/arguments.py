@@ -1,25 +1,15 @@
-"""Types of command-line values, which refuse what is out of range; and the arguments of a run."""
+"""Types of command-line values, and the arguments that several scripts share."""
 
 import argparse
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-from models.errors import InputError
-from models.files import read_bytes, run_weights
-from models.scripts import (
-    VALUE_LENGTH,
-    add_activation,
-    checked,
-    path,
-    writable_file,
-)
+from models.run_files import CHECKPOINT, run_weights
+from models.scripts import VALUE_LENGTH, add_activation, checked, path, writable_file
 from utils.runs.files import picture_format
 
-ARGUMENTS_LENGTH = 2**20  # bytes of an arguments.json
-LARGEST = 10**9  # of the numbers whose size has no limit of its own
+LARGEST = 10**9  # of numbers without a narrower limit
 
 
 def _parse(kind: type, is_in_range: Callable, wanted: str, text: str):
@@ -34,9 +24,8 @@ def _parse(kind: type, is_in_range: Callable, wanted: str, text: str):
 
 def integer(minimum: int, maximum: int = LARGEST) -> Callable[[str], int]:
     """An integer from `minimum` to `maximum`."""
-    return partial(
-        _parse, int, lambda n: minimum <= n <= maximum, f"an integer from {minimum} to {maximum:,}"
-    )
+    wanted = f"an integer from {minimum} to {maximum:,}"
+    return partial(_parse, int, lambda n: minimum <= n <= maximum, wanted)
 
 
 workers = integer(0, 256)  # processes that read images; more fill the memory with Python alone
@@ -71,20 +60,20 @@ def name_or_path(text: str) -> str:
 
 
 def trained_weights(text: str) -> str:
-    """A model's name or a weights file as it is, but for a run's folder the weights it chose."""
+    """A model's name or a weights file; of a run's folder, the weights that count."""
     text = name_or_path(text)
     return str(run_weights(Path(text)) or text)
 
 
 def starting_point(text: str) -> str:
-    """A model's name or a path as it is, but for a run's folder the checkpoint in it."""
+    """A model's name or a path; of a run's folder, its checkpoint."""
     text = name_or_path(text)
-    checkpoint = Path(text) / "weights" / "checkpoint.pth"
+    checkpoint = Path(text) / CHECKPOINT
     return str(checkpoint) if checkpoint.is_file() else text
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that all scripts have which compute with weights, but for train.py."""
+    """Add the arguments of all scripts that load weights, except train.py."""
     add_activation(parser)
     parser.add_argument(
         "--use_amp",
@@ -96,54 +85,7 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
 
 
 def add_scoring(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that all scripts have which score weights."""
+    """Add the arguments of all scripts that score weights."""
     parser.add_argument("--batch_size", type=integer(1), default=64, help="images at a time")
     parser.add_argument("--num_workers", type=workers, default=0, help="processes that read images")
     add_loading(parser)
-
-
-class TrainedOn(NamedTuple):
-    """The data that a run was trained on."""
-
-    dataset_path: Path
-    languages: list[str]
-
-
-def run_folder(weights: str | Path) -> Path | None:
-    """The run that a weights file, `RUN/weights/<file>`, belongs to, or whose folder `weights` is;
-    None if there is none."""
-    weights = Path(weights).expanduser().resolve()
-    run = weights.parent.parent if weights.is_file() else weights
-    return run if (run / "arguments.json").is_file() else None
-
-
-def trained_on(weights: str | Path) -> TrainedOn | None:
-    """The data set and the languages that the run of `weights` was trained on; None if they belong
-    to no run. Raises `InputError` for an arguments.json that does not say."""
-    run = run_folder(weights)
-    if run is None:
-        return None
-    file = run / "arguments.json"
-    try:
-        arguments = saved_arguments(run)
-        languages = arguments["language"]
-        languages = [languages] if isinstance(languages, str) else [str(la) for la in languages]
-        return TrainedOn(Path(arguments["dataset_path"]), languages)
-    except (ValueError, LookupError, TypeError, RecursionError):
-        raise InputError(
-            f"{file}: should hold the dataset_path and language of its run, but cannot be used; "
-            "give both, or mend it"
-        ) from None
-
-
-def saved_arguments(run: Path) -> dict[str, object]:
-    """The arguments of a run, from its arguments.json. Raises `InputError` for a file of anything
-    else."""
-    file = run / "arguments.json"
-    try:
-        arguments = json.loads(read_bytes(file, ARGUMENTS_LENGTH))
-    except (ValueError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise InputError(f"{file}: should hold the arguments of its run; mend it or remove it")
-    return arguments

@@ -18,13 +18,12 @@ from models.weights.open_clip import CONFIG_FILE, to_open_clip
 from models.weights.read import read_content
 from utils.runs.files import atomic_write, writing
 
-FORMAT = 7  # of checkpoint.pth; raised whenever other fields are written to it
+FORMAT = 8  # of checkpoint.pth; raised whenever its fields change
 
 
 def save_weights(model: CLIP, path: Path) -> None:
-    """Write the model's state dict with floats as float16: half the size, and enough to predict;
-    and beside it the description of the model, as open_clip has it. What `--lora` has learned is
-    added to its matrices."""
+    """Write the model's state dict, with floats as float16, and beside it the model's description
+    in open_clip's format. Low-rank changes are added to their matrices."""
     weights = {
         key: tensor.half() if tensor.is_floating_point() else tensor
         for key, tensor in merged(model.state_dict()).items()
@@ -34,7 +33,7 @@ def save_weights(model: CLIP, path: Path) -> None:
 
 
 def save_checkpoint(path: Path, **state: Any) -> None:
-    """Write everything needed to continue a run: numbers, strings, lists, dicts and tensors."""
+    """Write the state of a run: numbers, strings, lists, dicts and tensors."""
     _save({"format": FORMAT, **state}, path)
 
 
@@ -71,15 +70,15 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def _is_checkpoint(content: object) -> bool:
-    """Whether the content of a file is a checkpoint's, of any format and perhaps damaged."""
+    """Whether this is the content of a checkpoint, of any format and perhaps damaged."""
     if not isinstance(content, dict) or "format" not in content:
         return False
     return "arguments" in content or "optimizer" in content
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write a table with a header line; all of it, so that it always agrees with the checkpoint.
-    What a row lacks stays empty."""
+    """Write a table with a header line. All rows are written each time, so that the table agrees
+    with the checkpoint; what a row lacks stays empty."""
     columns = {name: None for row in reversed(rows) for name in row}
     with (
         writing(path),
@@ -92,8 +91,8 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read_csv(path: Path) -> list[dict[str, float]]:
-    """The rows of a table that `write_csv` wrote, without what is empty. Raises `InputError` for
-    anything but numbers."""
+    """The rows that `write_csv` wrote, without empty fields. Raises `InputError` for anything but
+    numbers."""
     try:
         rows = csv.DictReader(io.StringIO(read_bytes(path).decode()))
         return [{name: float(value) for name, value in row.items() if value} for row in rows]
@@ -104,6 +103,6 @@ def read_csv(path: Path) -> list[dict[str, float]]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` as indented JSON, whole or not at all."""
+    """Write `content` as indented JSON."""
     with writing(path), atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

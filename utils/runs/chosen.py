@@ -1,5 +1,5 @@
-"""The weights that a script uses: those of `--weights`, or else those that the newest run chose, or
-else published ones; and its first line of output, which says which. Imports no torch itself."""
+"""The weights that a script uses: those of `--weights`, else the newest run's, else published ones.
+Imports no torch itself."""
 
 import argparse
 import csv
@@ -8,13 +8,11 @@ from datetime import datetime
 from pathlib import Path
 
 from models.errors import InputError, one_line
-from models.files import run_weights
+from models.run_files import BEST, METRICS, run_folder, run_weights, trained_on
 from models.scripts import SCRIPTS
-from utils.data.annotations import caption_file
-from utils.runs.arguments import run_folder, trained_on, trained_weights
+from utils.runs.arguments import trained_weights
 
 PUBLISHED = "ViT-B/32"
-RUNS_SHOWN = 3
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
@@ -30,10 +28,10 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
 
 
 def finished_runs() -> list[Path]:
-    """The runs with weights, the newest first: those of logs/ in the working folder, where train.py
-    puts them, or if there are none, of logs/ beside the scripts."""
+    """The runs with weights, the newest first: those of logs/ in the working folder, or if there
+    are none, of logs/ beside the scripts."""
     for logs in (Path("logs"), SCRIPTS / "logs"):
-        if found := list(logs.glob("*/weights/best_epoch_weights.pth")):
+        if found := list(logs.glob(f"*/{BEST}")):
             found.sort(key=lambda file: file.stat().st_mtime, reverse=True)
             return [file.parents[1] for file in found]
     return []
@@ -56,7 +54,7 @@ def weights_to_use(named: str | None) -> str | Path:
 
 
 def _facts(weights: str | Path) -> list[str]:
-    """Date, data and scores of the run that weights belong to, as far as it has them."""
+    """Date, data and best score of the run that weights belong to, as far as its files tell."""
     run = run_folder(weights)
     if run is None:
         return []
@@ -68,25 +66,9 @@ def _facts(weights: str | Path) -> list[str]:
         facts.append(one_line(f"trained on {data.dataset_path} ({languages})"))
     with (
         suppress(OSError, ValueError, LookupError, TypeError, csv.Error),
-        (run / "metrics.csv").open(encoding="utf-8", newline="") as file,
+        (run / METRICS).open(encoding="utf-8", newline="") as file,
     ):
         epochs = [row for row in csv.DictReader(file) if float(row["epoch"]) > 0]
         recall = max(float(row["mean_recall"]) for row in epochs)
         facts.append(f"mean recall of its best epoch {recall:.2f}")
     return facts
-
-
-def runs_having(split: str) -> str:
-    """The end of a message on missing captions of a split: some of the runs whose data has them,
-    the newest first."""
-    having = []
-    for run in finished_runs():
-        with suppress(InputError):
-            data = trained_on(run)
-            if data and all(
-                caption_file(data.dataset_path, language, split).is_file()
-                for language in data.languages
-            ):
-                having.append(str(run))
-    shown = " or ".join(having[:RUNS_SHOWN])
-    return f"; with {split} captions: --weights {shown}" if having else ""

@@ -7,19 +7,18 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from models.scripts import from_here
 
 
 def command(script: str, *words: object, processes: int = 1) -> str:
-    """The line that runs a script of this repository, in this folder, with the Python that runs
-    now; with several `processes`, on one machine."""
+    """The line that runs a script of this repository, in this folder and with this Python; with
+    several `processes`, on one machine."""
     found = shutil.which("python")
     is_this = found and Path(found).parent == Path(sys.executable).parent
     start = ["python" if is_this else sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    file = Path(script) if Path.cwd() == ROOT else ROOT / script
-    return quoted([*start, file, *words])
+    return quoted([*start, from_here(script), *words])
 
 
 def quoted(words: Iterable[object]) -> str:

@@ -1,17 +1,12 @@
-"""Files that appear under their final name whole, or not at all."""
+"""Atomic writes: a file appears under its final name whole, or not at all."""
 
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from models.errors import InputError
-
-if TYPE_CHECKING:
-    pass
-
 
 TEMPORARY = ".unfinished."  # start of the names of files that are being written
 
@@ -51,8 +46,8 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 
 def picture_format(path: Path) -> str:
-    """matplotlib's format of the path's suffix, PNG without one. Raises `InputError` for a suffix
-    that is none."""
+    """matplotlib's format for the path's suffix; PNG without a suffix. Raises `InputError` for an
+    unknown suffix."""
     from matplotlib.backend_bases import FigureCanvasBase
 
     kind = path.suffix.lstrip(".").lower() or "png"

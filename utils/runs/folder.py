@@ -1,46 +1,42 @@
-"""The folder of a run, `LOG_DIR/<time>/`: its weights, its checkpoint, its tables."""
+"""What a run writes into its folder, `LOG_DIR/<time>/`."""
+
+from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from models.clip import CLIP
 from models.errors import InputError
+from models.run_files import BEST, CHECKPOINT, LAST, METRICS, START
 from utils.machine.interrupt import Interrupt
 from utils.machine.processes import Processes
 from utils.runs.checkpoint import save_checkpoint, save_weights, write_csv
 from utils.runs.commands import command, quoted
 from utils.runs.files import TEMPORARY, atomic_write, writing
 
+if TYPE_CHECKING:
+    from utils.training.state import State
+
 
 class Run:
-    """What a run writes. Only the first of its processes writes.
+    """What a run writes: weights, checkpoint and tables. Only rank 0 writes.
 
-    arguments     what the run was started with, as saved in arguments.json
-    data          fingerprint of the data set, with which alone the run may go on
-    best_since    number of the first epochs whose weights are lost: the best is one after them
-    folder        in the first process; None in the others
-    loss_history  pyzjr's, in the first process; draws the losses of each epoch
+    arguments     of the run, as in arguments.json
+    data          fingerprint of the data set; a run goes on with the same data
+    folder        on rank 0; None on the others
+    loss_history  pyzjr's, on rank 0; draws the losses of each epoch
     """
 
     def __init__(self, processes: Processes, arguments: dict[str, Any], data: str):
         self.processes = processes
         self.arguments = arguments
         self.data = data
-        self.best_since = 0
         self.folder: Path | None = None
         self.loss_history: Any = None
-
-    @property
-    def weights(self) -> Path:
-        return self.folder / "weights"
-
-    @property
-    def best_weights(self) -> Path:
-        return self.weights / "best_epoch_weights.pth"
 
     @contextmanager
     def discarded_on_error(self) -> Iterator[None]:
@@ -49,69 +45,69 @@ class Run:
         try:
             yield
         except BaseException:
-            if self.folder and not (self.weights / "checkpoint.pth").exists():
+            if self.folder and not (self.folder / CHECKPOINT).exists():
                 if self.loss_history:
                     self.loss_history.close()  # Windows removes no open file
                 shutil.rmtree(self.folder, ignore_errors=True)
             raise
 
-    def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Write everything needed to go on from `State.state_dict()`."""
-        if self.processes.is_rank_0:
-            file = self.weights / "checkpoint.pth"
-            save_checkpoint(
-                file,
-                arguments=self.arguments,
-                data=self.data,
-                best_since=self.best_since,
-                **state,
-            )
-
-    def save_epoch(self, model: CLIP, state: dict[str, Any], keep_every: int) -> None:
-        """Write the weights, the checkpoint and the tables at the end of an epoch. `model` has the
-        weights that were scored; those of every `keep_every`-th epoch stay."""
-        if not self.processes.is_rank_0:
-            return
-        *earlier, row = state["rows"][self.best_since :]
-        losses = row["train_loss"], row["val_loss"]
-        if all(row["mean_recall"] > other["mean_recall"] for other in earlier):
-            save_weights(model, self.best_weights)
-        if row["epoch"] % keep_every == 0:
-            name = "ep{:03}_loss{:.3f}_val_loss{:.3f}.pth".format(row["epoch"], *losses)
-            save_weights(model, self.weights / name)
-        save_weights(model, self.weights / "last_epoch_weights.pth")
-        self.save_checkpoint(state)
-        _write_metrics(self.folder, state)
-        self.loss_history.append_loss(row["epoch"], *losses)
-
-    def keep_start(self, model: CLIP, is_new: bool) -> None:
-        """Write the weights that a new run starts from, which --wise_ft mixes with; of a run that
-        goes on, warn if they are gone."""
-        start = self.weights / "start_weights.pth"
+    def save_start(self, model: CLIP, is_new: bool) -> None:
+        """Write the weights that a new run starts from; warn if a run that goes on has lost
+        them."""
+        start = self.folder / START
         if is_new:
             save_weights(model, start)
         elif not start.exists():
             print(f"warning: {start} is missing, which --wise_ft mixes with: put it back before "
                   "the run ends, or it ends without")  # fmt: skip
 
-    def replace_missing_best(self, model: CLIP, state: dict[str, Any]) -> None:
-        """If best_epoch_weights.pth is gone, as after a checkpoint was moved alone, the last epoch
-        takes its place; in the middle of an epoch, whose weights are no epoch's, the best of those
-        that end from here on."""
-        if not self.processes.is_rank_0 or not state["rows"] or self.best_weights.exists():
+    def save_checkpoint(self, state: State) -> None:
+        """Write everything needed to go on."""
+        if self.processes.is_rank_0:
+            of_run = {"arguments": self.arguments, "data": self.data}
+            save_checkpoint(self.folder / CHECKPOINT, **of_run, **state.state_dict())
+
+    def save_epoch(self, state: State, keep_every: int) -> None:
+        """Write the weights, the checkpoint and the tables at the end of an epoch. The weights of
+        every `keep_every`-th epoch stay."""
+        if not self.processes.is_rank_0:
             return
-        in_epoch = bool(state["losses"])
-        self.best_since = len(state["rows"]) - (not in_epoch)
+        row = state.epochs[-1]
+        losses = row["train_loss"], row["val_loss"]
+        if state.last_is_best:
+            save_weights(state.scored, self.folder / BEST)
+        if row["epoch"] % keep_every == 0:
+            name = "ep{:03}_loss{:.3f}_val_loss{:.3f}.pth".format(row["epoch"], *losses)
+            save_weights(state.scored, self.folder / "weights" / name)
+        save_weights(state.scored, self.folder / LAST)
+        self.save_checkpoint(state)
+        _write_metrics(self.folder, state.start, state.epochs)
+        self.loss_history.append_loss(row["epoch"], *losses)
+
+    def replace_missing_best(self, state: State) -> None:
+        """If the best weights are gone, as after a checkpoint was moved alone, the last epoch takes
+        their place. In the middle of an epoch no epoch's weights are left: then the best of the
+        epochs that end from here on takes it."""
+        if not self.processes.is_rank_0 or not state.epochs or (self.folder / BEST).exists():
+            return
+        in_epoch = bool(state.losses)
+        state.best_since = len(state.epochs) - (not in_epoch)
         self.save_checkpoint(state)  # first: a run killed in between comes here again
-        if not in_epoch:
-            save_weights(model, self.best_weights)
-        instead = (
-            "the best epoch from here on takes" if in_epoch else "those of the last epoch take"
-        )
-        print(f"{self.best_weights}: was missing; {instead} its place")
+        if in_epoch:
+            instead = "the best epoch from here on takes"
+        else:
+            save_weights(state.scored, self.folder / BEST)
+            instead = "those of the last epoch take"
+        print(f"{self.folder / BEST}: was missing; {instead} its place")
+
+    def close(self, state: State) -> None:
+        """End the run, with its best weights in place."""
+        if self.processes.is_rank_0:
+            self.loss_history.close()
+            self.replace_missing_best(state)
 
     def stopped(self, interrupt: Interrupt) -> SystemExit:
-        """Say how to go on after a signal; return what ends the program."""
+        """Print how to go on after a signal; return what ends the program."""
         if self.processes.is_rank_0:
             arguments = "--resume_training", self.folder
             size = self.processes.size
@@ -122,16 +118,9 @@ class Run:
             print(f"\nstopped by a signal; to go on:\n  {line}")
         return interrupt.exit()
 
-    def close(self, model: CLIP, state: dict[str, Any]) -> None:
-        """End the run; its best weights are there then, whatever has become of the file."""
-        if self.processes.is_rank_0:
-            self.loss_history.close()
-            self.replace_missing_best(model, state)
-
 
 def new_run_folder(log_dir: str | os.PathLike, name: str) -> Path:
     """Make `LOG_DIR/<name>/weights/` and return `LOG_DIR/<name>`, numbered if the name is taken."""
-    _check_name(Path(log_dir))
     number = 1
     while True:
         folder = Path(log_dir) / (name if number == 1 else f"{name}_{number}")
@@ -148,9 +137,9 @@ def new_run_folder(log_dir: str | os.PathLike, name: str) -> Path:
 def reopen_run_folder(checkpoint: str | os.PathLike, state: dict[str, Any]) -> Path:
     """The folder of the run that `RUN/weights/checkpoint.pth` belongs to.
 
-    A run that was killed may have left files half written, and tables that are ahead of the
-    checkpoint: the former are removed, the latter end where `state`, what the checkpoint holds,
-    does. Raises `InputError` for a checkpoint outside the folder of a run.
+    A killed run may have left unfinished files, and tables that are ahead of `state`, the content
+    of the checkpoint: the files are removed, the tables cut. Raises `InputError` for a checkpoint
+    outside the folder of a run.
     """
     weights = Path(checkpoint).expanduser().resolve().parent
     if weights.name != "weights":
@@ -159,7 +148,6 @@ def reopen_run_folder(checkpoint: str | os.PathLike, state: dict[str, Any]) -> P
             "its own folder"
         )
     run = weights.parent
-    _check_name(run)
     rows = state["rows"]
     history = [f"Epoch {r['epoch']}: train: {r['train_loss']} val: {r['val_loss']}\n" for r in rows]
     with writing(run):
@@ -170,21 +158,12 @@ def reopen_run_folder(checkpoint: str | os.PathLike, state: dict[str, Any]) -> P
     with writing(text), atomic_write(text) as temporary:
         temporary.write_text("".join(history))
     if rows:
-        _write_metrics(run, state)
+        _write_metrics(run, state["start"], rows)
     return run
 
 
-def _write_metrics(run: Path, state: dict[str, Any]) -> None:
-    """The scores before training, if there were weights to score, then a row for each epoch."""
-    start = [state["start"]] if state["start"] else []
-    write_csv(run / "metrics.csv", start + state["rows"])
-
-
-def _check_name(folder: Path) -> None:
-    try:
-        str(folder).encode()
-    except UnicodeEncodeError:
-        raise InputError(
-            f"{folder}: the name is not UTF-8, which TensorBoard needs for the files of a run; "
-            "take a folder of another name (--log_dir), or set PYTHONUTF8=1"
-        ) from None
+def _write_metrics(
+    run: Path, start: dict[str, float] | None, epochs: list[dict[str, float]]
+) -> None:
+    """A row of scores before training, if it started from weights; then a row for each epoch."""
+    write_csv(run / METRICS, ([start] if start else []) + epochs)

@@ -1,6 +1,6 @@
-"""What a run records as it goes: the console's log, and losses as text, plot and for TensorBoard.
+"""Records of a run: the console's log, and losses as text, plot and for TensorBoard.
 
-They are pyzjr's; here their files stay whole, and an error of writing them names them.
+They are pyzjr's, with atomic writes, and errors of writing that name the file.
 """
 
 import shutil
@@ -18,9 +18,8 @@ class Log(ConsoleLogger):
 
     def write(self, message: str) -> None:
         with writing(self.log_file):
-            super().write(
-                message.encode(errors="replace").decode()
-            )  # names of files can be no text
+            # Names of files can hold lone surrogates, which the log cannot.
+            super().write(message.encode(errors="replace").decode())
 
 
 class Losses(LossHistory):
@@ -29,8 +28,7 @@ class Losses(LossHistory):
     def __init__(self, folder: Path, rows: list[dict[str, Any]]):
         threading.excepthook = _leave_to_main_thread
         with writing(folder):
-            # No model: pyzjr goes on without its graph, which takes a model of images alone. With
-            # ours it would fail as well, but only after half a second.
+            # Without a model pyzjr draws no graph: it can draw models of images alone.
             super().__init__(str(folder), model=None, input_shape=(1, 1))
         self.folder = folder
         self.losses = [row["train_loss"] for row in rows]
@@ -55,6 +53,6 @@ class Losses(LossHistory):
 
 
 def _leave_to_main_thread(error: threading.ExceptHookArgs) -> None:
-    """TensorBoard writes in a thread, and raises the thread's error anew at the next record."""
+    """TensorBoard writes in a thread; it raises the thread's error again at the next record."""
     if not issubclass(error.exc_type, OSError):
         threading.__excepthook__(error)

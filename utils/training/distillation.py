@@ -1,26 +1,25 @@
-"""The model that fine-tuning starts from, kept to hold the features near its own."""
+"""Distillation: a loss that holds the features near those of the starting model."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 from models.clip import CLIP
 from models.clip_utils import load
 from models.errors import InputError
-from utils.runs.folder import Run
 from utils.training.layer_groups import trainable_towers
 
 
 class Distillation(NamedTuple):
-    """What pulls features towards those of the starting model: on images in random other colours
-    and on captions with random other words, which are more unlike each other than what is learned
-    from, and so hold more of what the model does elsewhere.
+    """The teacher is the starting model. Its features are compared with the model's on images in
+    random colours and captions of random words. These differ more from each other than the training
+    data, and so hold more of what the model does elsewhere.
 
-    LDIFS (Mukhoti et al. 2023) holds the features of all layers on the training data as they are;
-    here it is the features that are compared, on inputs that are altered at random, as in knowledge
-    distillation by function matching (Beyer et al. 2022).
+    LDIFS (Mukhoti et al. 2023) compares the features of all layers on the training data. Comparing
+    outputs on inputs altered at random is distillation by function matching (Beyer et al. 2022).
 
     start   the starting model
-    weight  of the mean squared distance to its features in the loss
-    towers  those in which something learns; the features of the others stay by themselves
+    weight  of the mean squared distance between features, in the loss
+    towers  those with trainable parameters; the features of the others cannot change
     """
 
     start: CLIP
@@ -28,13 +27,12 @@ class Distillation(NamedTuple):
     towers: list[str]
 
 
-def distill_from_start(model: CLIP, run: Run, weight: float) -> Distillation:
-    """The model that the run has started from beside `model`, which learns. They share the
-    parameters that do not. Raises `InputError` if the run's start_weights.pth is missing."""
-    file = run.processes.broadcast(run.folder) / "weights" / "start_weights.pth"
-    if not file.exists():
-        raise InputError(f"{file} is missing, whose features --distill keeps: put it back")
-    start, _ = load(file, model.device)
+def distill_from_start(model: CLIP, start_weights: Path, weight: float) -> Distillation:
+    """Distillation from `start_weights`, the file of the starting model, which shares the frozen
+    parameters with `model`. Raises `InputError` if the file is missing."""
+    if not start_weights.exists():
+        raise InputError(f"{start_weights} is missing, whose features --distill keeps: put it back")
+    start, _ = load(start_weights, model.device)
     start.requires_grad_(False)
     for name, parameter in start.named_parameters():
         own = model.get_parameter(name)

@@ -21,35 +21,48 @@ def accumulate_gradients(
     chunk: int | None = None,
     distillation: Distillation | None = None,
 ) -> Tensor:
-    """Set the parameters' gradients to those of the loss of the whole batch, of which `batch` is
-    this process's part; return this process's part of the loss.
+    """Set the parameters' gradients to those of the loss of the whole batch, and return this
+    process's part of the loss. `batch` is this process's part of the batch.
 
-    With `chunk`, activations exist for so many images at a time (gradient caching, Gao et al.
-    2021): features of the whole batch first, then the loss and its gradient for each feature, then
-    each chunk's features again and from their gradients those of the parameters. The sum is the
-    gradient of the whole batch, at the cost of a second forward pass.
+    With `chunk`, only the activations of so many images exist at a time (gradient caching, Gao et
+    al. 2021): first the features of the whole batch, then the loss and its gradient for each
+    feature, then chunk by chunk the features again and the gradients of the parameters. The sum is
+    the gradient of the whole batch, at the cost of a second forward pass.
 
-    `keep` adds its distances to what the gradients are of, but not to the loss that is returned,
-    which so can be compared with that of validation.
+    The returned loss does not include `distillation`, so it compares with the validation loss.
     """
     if distillation:
-        _distill(model, batch.altered, precision, processes, distillation, chunk)
-    chunks = batch.split(chunk or len(batch.images))
-    at_once = len(chunks) == 1
-    towers = () if at_once else trainable_towers(model)
-    with torch.set_grad_enabled(at_once):
-        features = {tower: _encode(model, chunks, tower, precision) for tower in TOWERS}
+        _distill(model, batch.altered, precision, processes, distillation=distillation, chunk=chunk)
+    if chunk and chunk < len(batch.images):
+        loss = _loss_by_chunks(model, batch, precision, processes, chunk)
+    else:
+        images, texts = (_encode(model, batch, tower, precision) for tower in TOWERS)
+        loss = contrastive_loss(images, texts, model.logit_scale, processes, batch.texts)
+        precision.backward(loss)
+    _sum_gradients(model, processes)
+    return loss.detach()
+
+
+def _loss_by_chunks(
+    model: CLIP, batch: Batch, precision: Precision, processes: Processes, chunk: int
+) -> Tensor:
+    """The loss of the whole batch; its gradients are added by gradient caching."""
+    chunks, towers = batch.split(chunk), trainable_towers(model)
+    with torch.no_grad(), precision.autocast():
+        features = {
+            tower: torch.cat([_encode(model, part, tower, precision) for part in chunks])
+            for tower in TOWERS
+        }
     for tower in towers:
         features[tower].requires_grad_()
     loss = contrastive_loss(*features.values(), model.logit_scale, processes, batch.texts)
     precision.backward(loss)
-    # Tower by tower: the activations of one meet the gradients of few parameters of the other.
+    # One tower after the other, so that few gradients lie in memory beside the activations.
     for tower in towers:
         rows = chunk * len(features[tower]) // len(batch.images)
         for part, gradient in zip(chunks, features[tower].grad.split(rows), strict=True):
-            _encode(model, [part], tower, precision).backward(gradient)
-    _sum_gradients(model, processes)
-    return loss.detach()
+            _encode(model, part, tower, precision).backward(gradient)
+    return loss
 
 
 def _sum_gradients(model: CLIP, processes: Processes) -> None:
@@ -75,28 +88,26 @@ def _distill(
     distillation: Distillation,
     chunk: int | None,
 ) -> None:
-    """Set the parameters' gradients to those of `keep.weight` times the mean squared distance of
-    the features of `batch`, this process's part of the altered images and captions, to those of the
-    starting model; the mean over all images and that over all captions count alike."""
+    """Set the parameters' gradients to those of the distillation loss: the weight times the mean
+    squared distance between the features of `model` and of the starting model, on `batch`, this
+    process's part of the altered images and captions. Images and captions count alike."""
     total = processes.shard_with(len(batch.images) if batch else 0).total
     for part in batch.split(chunk or total) if batch else ():
         for tower in distillation.towers:
             with torch.no_grad():
-                targets = _encode(distillation.start, [part], tower, precision)
-            features = _encode(model, [part], tower, precision)
+                targets = _encode(distillation.start, part, tower, precision)
+            features = _encode(model, part, tower, precision)
             per_image = len(features) // len(part.images)
             distance = squared_distance(features, targets) / (total * per_image)
             precision.backward(distillation.weight * distance)
 
 
-def _encode(model: CLIP, chunks: list[Batch], tower: str, precision: Precision) -> Tensor:
+def _encode(model: CLIP, batch: Batch, tower: str, precision: Precision) -> Tensor:
     """The features of a batch's images `[n, d]` or of its captions `[n * k, d]`."""
+    inputs = batch.images if tower == "image" else batch.tokens
     with precision.autocast():
-        if tower in chunks[0].cached:
-            inputs = [c.images if tower == "image" else c.tokens for c in chunks]
-            features = [upload(of_part, model.device) for of_part in inputs]
-        elif tower == "image":
-            features = [model.encode_image(c.augmented_images(model.preprocess)) for c in chunks]
-        else:
-            features = [model.encode_text(c.tokens) for c in chunks]
-    return features[0] if len(chunks) == 1 else torch.cat(features)
+        if tower in batch.cached:
+            return upload(inputs, model.device)
+        if tower == "image":
+            return model.encode_image(batch.augmented_images(model.preprocess))
+        return model.encode_text(inputs)

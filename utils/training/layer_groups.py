@@ -1,6 +1,5 @@
-"""Which tower and which layer a parameter belongs to; locking a tower, all of it or in part."""
+"""Which tower and which layer a parameter belongs to; freezing a tower, all of it or in part."""
 
-import argparse
 import re
 
 import torch
@@ -25,11 +24,11 @@ HEAD = re.compile(
 
 
 def distance_from_end(model: CLIP) -> dict[str, int]:
-    """How many layers lie between each named parameter and the features.
+    """The number of layers between each named parameter and the features.
 
     0: the projection and the norm before it (in a ResNet the attention pooling), and the logit
-    scale; 1: the last block (in a ResNet the last stage); and so on. What comes before the first
-    block, such as embeddings, has the largest number.
+    scale; 1: the last block (in a ResNet the last stage); and so on. Parameters before the first
+    block, such as embeddings, have the largest number.
     """
     blocks: dict[str, set[int]] = {"image": set(), "text": set()}
     names = [name for name, _ in model.named_parameters()]
@@ -54,14 +53,14 @@ def tower_of(name: str) -> str:
 
 
 def trainable_towers(model: CLIP) -> list[str]:
-    """The towers in which some parameter learns."""
-    learned = [name for name, p in model.named_parameters() if p.requires_grad]
-    return sorted({tower_of(name) for name in learned if name != "logit_scale"})
+    """The towers with trainable parameters."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    return sorted({tower_of(name) for name in names if name != "logit_scale"})
 
 
-def lock(model: CLIP, tower: str, unlocked: int) -> None:
-    """Exclude a tower, `"image"` or `"text"`, from training, except for its last `unlocked` blocks
-    and what follows them; with 0, all of it is excluded (Zhai et al. 2022, "LiT")."""
+def freeze(model: CLIP, tower: str, unlocked: int) -> None:
+    """Freeze a tower, `"image"` or `"text"`, except for its last `unlocked` blocks and what follows
+    them; with 0, freeze all of it (Zhai et al. 2022, "LiT")."""
     distances = distance_from_end(model)
     own = [name for name in distances if tower_of(name) == tower and name != "logit_scale"]
     blocks = max(distances[name] for name in own) - 1
@@ -75,31 +74,20 @@ def lock(model: CLIP, tower: str, unlocked: int) -> None:
             model.get_parameter(name).requires_grad_(False)
 
 
-def trainable(
-    model: CLIP, args: argparse.Namespace, device: torch.device, processes: Processes
-) -> CLIP:
-    """The model as it is trained: with locked towers, with low-rank changes, and with batch norms
-    over the whole batch. Raises `InputError` for arguments that this model cannot have."""
-    freeze_and_adapt(model, args.lock_image, args.lock_text, args.lora)
-    if processes.size > 1 or args.grad_cache:
-        return whole_batch_norms(model, device, args.grad_cache)
-    return model
-
-
 def freeze_and_adapt(
     model: CLIP, lock_image: int | None, lock_text: int | None, lora: int | None
 ) -> None:
-    """`lock` the towers of which a number of blocks is given, and add changes of rank `lora`, if it
-    is given and the model, that of a run that goes on, does not have them."""
+    """`freeze` the towers for which a number of blocks is given. If `lora` is given, add low-rank
+    changes of that rank, unless the model of a resumed run has them already."""
     for tower, unlocked in (("image", lock_image), ("text", lock_text)):
         if unlocked is not None:
-            lock(model, tower, unlocked)
+            freeze(model, tower, unlocked)
     if lora and not any(".lora." in name for name, _ in model.named_parameters()):
         add_lora(model, lora)
 
 
 def train_mode(model: nn.Module) -> None:
-    """Put the model into training mode, but locked batch norms into evaluation mode, so that they
+    """Put the model into training mode, but frozen batch norms into evaluation mode, so that they
     keep their statistics."""
     model.train()
     for module in model.modules():
@@ -107,10 +95,13 @@ def train_mode(model: nn.Module) -> None:
             module.eval()
 
 
-def whole_batch_norms(model: CLIP, device: torch.device, grad_cache: int | None) -> CLIP:
-    """The model with batch norms over the whole batch, of which each process has a part. Raises
-    `InputError` where there is no such batch norm: for chunks of a batch, and on CPUs."""
-    if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+def whole_batch_norms(
+    model: CLIP, device: torch.device, processes: Processes, grad_cache: int | None
+) -> CLIP:
+    """The model with batch norms over the whole batch, also if the batch is split over processes.
+    Raises `InputError` where no such batch norm exists: for chunks of a batch, and on CPUs."""
+    is_whole = processes.size == 1 and not grad_cache
+    if is_whole or not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         return model
     if grad_cache:
         raise InputError("--grad_cache: a ResNet's batch norm mixes the images of a batch, so that "
@@ -123,24 +114,18 @@ def whole_batch_norms(model: CLIP, device: torch.device, grad_cache: int | None)
 
 @explained()
 def cache_features(
-    args: argparse.Namespace,
-    model: CLIP,
-    loader: TrainLoader,
-    val_set: Flickr8kDataset,
-    precision: Precision,
+    model: CLIP, loader: TrainLoader, val_set: Flickr8kDataset, precision: Precision
 ) -> dict[str, Tensor]:
-    """With --cache_features, give `loader` the features of all its images or captions by the tower
-    that does not learn, in the place of these, and return those of `val_set`, by tower, as
-    `encode_set` takes them. They are normalised, float32.
+    """Compute the features of the frozen tower once: `loader` takes those of the training data in
+    place of images or captions, and those of `val_set`, by tower, are returned. They are
+    normalised, float32.
 
     The images have to be the same in every epoch. Raises `InputError` with a list of the training
-    images that cannot be read: in the middle of the set none can take another's place.
+    images that cannot be read: with cached features, no other image can take their place.
     """
     of_val: dict[str, Tensor] = {}
-    if not args.cache_features:
-        return of_val
-    processes, learning = loader.processes, trainable_towers(model)
-    for tower in (tower for tower in TOWERS if tower not in learning):
+    processes, trained = loader.processes, trainable_towers(model)
+    for tower in (tower for tower in TOWERS if tower not in trained):
         if tower == "image" and processes.is_rank_0:
             refuse_unreadable([loader.dataset], loader.num_workers)
         for dataset, features in ((loader.dataset, loader.features), (val_set, of_val)):

@@ -1,6 +1,7 @@
 """Parameter groups with their decay and learning rates, and the schedule of the learning rate."""
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -31,21 +32,14 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         factor, decays = layer_decay ** distances[name], parameter.ndim >= 2
-        group = groups.setdefault(
-            (factor, decays),
-            {
-                "params": [],
-                "weight_decay": weight_decay if decays else 0.0,
-                "rate_factor": factor,
-                **settings,
-            },
-        )
+        of_group = {"weight_decay": weight_decay if decays else 0.0, "rate_factor": factor}
+        group = groups.setdefault((factor, decays), {"params": [], **of_group, **settings})
         group["params"].append(parameter)
     return list(groups.values())
 
 
 def replace_groups(optimizer: torch.optim.Optimizer, groups: list[dict]) -> None:
-    """Give a new optimizer other groups of parameters than it was made with."""
+    """Replace the parameter groups of a new optimizer."""
     optimizer.param_groups.clear()
     for group in groups:
         optimizer.add_param_group(group)
@@ -56,12 +50,19 @@ def restore_moments(optimizer: torch.optim.Optimizer, state: dict) -> None:
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state["state"]})
 
 
-def learning_rate(step: int, peak: float, warmup_steps: int, total_steps: int) -> float:
+class Schedule(NamedTuple):
     """Linear warmup from zero to `peak`, then half a cosine to zero (Loshchilov & Hutter 2017)."""
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return peak * (1 + math.cos(math.pi * progress)) / 2
+
+    peak: float
+    warmup_steps: int
+    total_steps: int
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        return self.peak * (1 + math.cos(math.pi * progress)) / 2
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

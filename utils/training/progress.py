@@ -1,4 +1,4 @@
-"""What a run prints: what it trains, the progress bar of an epoch, the scores of the best one."""
+"""What a run prints: what it trains, the progress bar of an epoch, the scores."""
 
 import math
 import time
@@ -24,7 +24,6 @@ from utils.training.state import State
 # Share of tokens that are parts of words. In Flickr8k: CLIP's tokenizer 2% of English and 90% of
 # Chinese captions; BERT's Chinese one 33% of English and 0% of Chinese, 22% of both together.
 MANY_FRAGMENTS = 0.25
-MANY_LEFT_OVER = 0.1  # of the training images
 
 
 def announce(
@@ -34,31 +33,19 @@ def announce(
     epochs: int,
     folder: Path | None,
 ) -> None:
-    """Print what is trained, on what, and where results will be; and whether a run has all its
-    `epochs` behind it, or would gain from `--use_amp`."""
-    train_set, val_set = sets["train"], sets["val"]
-    millions = sum(p.numel() for p in state.model.parameters()) / 1e6
-    learned = sum(p.numel() for p in state.model.parameters() if p.requires_grad) / 1e6
-    which = f", of which {learned:.2f} M learn" if learned < millions else ""
+    """Print what is trained, on what data, and the run's folder; and whether all `epochs` are done
+    already, or `--use_amp` would be faster."""
+    count = sum(p.numel() for p in state.model.parameters())
+    trainable = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
+    which = f", of which {trainable / 1e6:.2f} M learn" if trainable < count else ""
     size = loader.processes.size
     processes = f"{size} processes, " if size > 1 else ""
     images = ", ".join(f"{len(dataset)} {SPLITS[split]} images" for split, dataset in sets.items())
     print(f"{images}, {processes}{loader.device}, {state.precision}, "
-          f"{millions:.1f} M parameters{which}")  # fmt: skip
-    if (left_over := len(train_set) % loader.batch_size) > MANY_LEFT_OVER * len(train_set):
-        print(f"batches of {loader.batch_size} leave out {left_over} of {len(train_set)} training "
-              "images in each epoch, others each time; smaller ones use more")  # fmt: skip
-    texts = len(train_set.text) + len(val_set.text)
-    if cut := train_set.count_cut_captions() + val_set.count_cut_captions():
-        print(f"{cut} captions ({cut / texts:.2%}) are longer than the "
-              f"{train_set.context_length} tokens that the model reads, and were cut")  # fmt: skip
-    if alike := train_set.count_alike_captions() + val_set.count_alike_captions():
-        print(f"warning: {alike} captions are different texts, but {ALIKE}")
-    if warning := tokenizer_warning(train_set, state.model.text_tower.language == "Chinese"):
-        print(f"warning: {warning}")
-    if shared := train_set.count_shared_captions() + val_set.count_shared_captions():
-        print(f"{shared} captions ({shared / texts:.2%}) belong to several images, and are right "
-              "for each of them")  # fmt: skip
+          f"{count / 1e6:.1f} M parameters{which}")  # fmt: skip
+    is_chinese = state.model.text_tower.language == "Chinese"
+    for line in caption_warnings(sets["train"], sets["val"], is_chinese):
+        print(line)
     print(f"results in {folder}")
     if len(state.epochs) == epochs:
         print(f"this run is finished, with all {epochs} epochs behind it: nothing is trained; more "
@@ -67,9 +54,26 @@ def announce(
         print("hint: this CPU has instructions for bfloat16: --use_amp trains faster with them")
 
 
+def caption_warnings(
+    train_set: Flickr8kDataset, val_set: Flickr8kDataset, is_chinese: bool
+) -> Iterator[str]:
+    """Lines on captions that are cut, alike, in another language, or shared by images."""
+    texts = len(train_set.text) + len(val_set.text)
+    if cut := train_set.count_cut_captions() + val_set.count_cut_captions():
+        yield (f"{cut} captions ({cut / texts:.2%}) are longer than the "
+               f"{train_set.context_length} tokens that the model reads, and were cut")  # fmt: skip
+    if alike := train_set.count_alike_captions() + val_set.count_alike_captions():
+        yield f"warning: {alike} captions are different texts, but {ALIKE}"
+    if warning := tokenizer_warning(train_set, is_chinese):
+        yield f"warning: {warning}"
+    if shared := train_set.count_shared_captions() + val_set.count_shared_captions():
+        yield (f"{shared} captions ({shared / texts:.2%}) belong to several images, and are "
+               "positives of each of them")  # fmt: skip
+
+
 def tokenizer_warning(dataset: Flickr8kDataset, is_chinese: bool) -> str | None:
-    """A warning if the tokenizer, which is for Chinese or for English, takes the captions' words to
-    pieces; else None."""
+    """A warning if the tokenizer, for Chinese or for English, breaks most words of the captions
+    into pieces; else None."""
     share = dataset.share_of_fragments()
     if share < MANY_FRAGMENTS:
         return None
@@ -92,34 +96,9 @@ def report_start(state: State, scores: Scores) -> None:
         print("retention:", ", ".join(f"{name} {score:.2f}" for name, score in sets.items()))
 
 
-def report_test(scores: Scores, weights: Path, run: Path) -> None:
-    """Print the test scores of the `weights` that validation chose, and write them to
-    `test_metrics.json` in the folder `run`."""
-    file = run / "test_metrics.json"
-    write_json(file, scores.as_dict())
-    print(f"{weights.name} on the test images, which had no say in choosing it:\n"
-          f"{format_table(scores, 'test')}\nscores: {file}")  # fmt: skip
-
-
-def report_chosen(
-    evaluator: Evaluator, model: CLIP, weights: Path, val_set: Flickr8kDataset
-) -> None:
-    """Score the chosen `weights` of a run, which `model` holds, print the scores, and write them as
-    a plot and a page into the run's folder."""
-    features = evaluator.encode(model, val_set)
-    scores = score_features(*features, val_set.img_to_txt, val_set.txt_to_img, range(1, 11))
-    folder = weights.parent.parent
-    plot, report = folder / "R_mAP.png", folder / "report.html"
-    print(f"{weights.name}:\n{format_table(scores, 'val')}")
-    plot_scores(scores, plot)
-    write_report(report, weights, val_set, features, scores)
-    print(f"plot: {plot}\nreport, with the answers to every query, for a browser: {report}")
-
-
 def report_epoch(state: State, epochs: int, scores: Scores, images: int, rate: float) -> None:
-    """Print the scores of the epoch that has ended, one of `epochs`; after the first, say so if it
-    has clearly made the weights worse, and which learning rate to try in place of `rate`. `images`
-    are those of validation."""
+    """Print the scores of the last epoch, of `epochs` in all. If the first epoch is clearly worse
+    than the start, judged by `images` of validation, suggest a learning rate below `rate`."""
     row, table = state.epochs[-1], format_table(scores, "val")
     print(
         f"epoch {row['epoch']}/{epochs}: train loss {row['train_loss']:.4f}, validation loss "
@@ -144,8 +123,8 @@ def report_epoch(state: State, epochs: int, scores: Scores, images: int, rate: f
 
 
 def comment_on_epochs(state: State, images: int) -> None:
-    """Say so if even the best epoch is clearly worse than the weights that training started from,
-    of which `images` of validation tell; and if, with --distill, the best is not the last."""
+    """Say if even the best epoch is clearly worse than the start, judged by `images` of validation;
+    and if, with --distill, the last epoch counts although another is better."""
     best, last = state.best_recall, state.epochs[-1]["mean_recall"]
     if state.distillation and best > last:
         print(f"epoch {len(state.epochs) - state.epochs_since_best} had a higher mean recall, "
@@ -159,19 +138,44 @@ def comment_on_epochs(state: State, images: int) -> None:
         )
 
 
+def report_chosen(
+    evaluator: Evaluator, model: CLIP, weights: Path, val_set: Flickr8kDataset
+) -> None:
+    """Score the chosen `weights` of a run, which `model` has, print the scores, and write them as a
+    plot and a page into the run's folder."""
+    features = evaluator.encode(model, val_set)
+    scores = score_features(*features, val_set.img_to_txt, val_set.txt_to_img, range(1, 11))
+    folder = weights.parent.parent
+    plot, report = folder / "R_mAP.png", folder / "report.html"
+    print(f"{weights.name}:\n{format_table(scores, 'val')}")
+    plot_scores(scores, plot)
+    write_report(report, weights, val_set, features, scores)
+    print(f"plot: {plot}\nreport, with the answers to every query, for a browser: {report}")
+
+
+def report_test(scores: Scores, weights: Path) -> None:
+    """Print the test scores of the `weights` that validation chose, and write them to
+    test_metrics.json in the run's folder."""
+    file = weights.parent.parent / "test_metrics.json"
+    write_json(file, scores.as_dict())
+    print(f"{weights.name} on the test images, which had no say in choosing it:\n"
+          f"{format_table(scores, 'test')}\nscores: {file}")  # fmt: skip
+
+
 def is_clearly_lower(recall: float, before: float, images: int) -> bool:
     """Whether a mean recall in percent is lower by more than two standard errors of the difference.
 
-    That of a share p of n queries is sqrt(p (1 - p) / n); the mean of several R@K has at most that
-    of their mean, and n is the number of `images`, since the captions of one are not independent.
+    The standard error of a share p of n queries is sqrt(p (1 - p) / n). That of a mean of several
+    R@K is at most that of a share equal to the mean. n is the number of `images`, since the
+    captions of an image are not independent.
     """
     p, q = recall / 100, before / 100
     return q - p > 2 * math.sqrt((p * (1 - p) + q * (1 - q)) / images)
 
 
 class Progress:
-    """Follows the steps of an epoch, of which `done` were made before this program started. Use it
-    as a context manager."""
+    """The progress bar, the speed and the losses of an epoch, of which `done` steps were made
+    before this program started. Use it as a context manager."""
 
     def __init__(self, loader: TrainLoader, epoch: int, done: int = 0):
         self.batch_size = loader.batch_size
@@ -194,7 +198,7 @@ class Progress:
         self.bar.close()
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches, while the time spent waiting for them is measured."""
+        """The batches; measures the time spent waiting for them."""
         asked = time.perf_counter()
         for batch in batches:
             self.seconds_waited += time.perf_counter() - asked
@@ -202,8 +206,8 @@ class Progress:
             asked = time.perf_counter()
 
     def advance(self, loss: Tensor, rate: float, step: int) -> None:
-        """Count a step. Its loss is shown with the next one's, so that a GPU has work while the bar
-        is drawn. A loss that is not finite raises `InputError` then."""
+        """Count a step. Its loss is read and shown one step later, so that the CPU does not wait
+        for the GPU. A loss that is not finite raises `InputError` then."""
         self._show_last()
         self._last = loss, rate, step
         self.steps += 1

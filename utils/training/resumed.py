@@ -23,8 +23,8 @@ FIELDS = {"format", "arguments", "data", "start", "rows", "best_since", "losses"
 
 def read_resumed(path: str, parser: argparse.ArgumentParser) -> dict[str, Any] | None:
     """The checkpoint at `path` with a CLIP as its `model`; None if the file is something else.
-    Raises `InputError`, which names the file and the field, for fields, arguments, keys and shapes
-    that a run of `parser`'s arguments does not save."""
+    Raises `InputError`, which names the file and the field, if fields, arguments (those of
+    `parser`), keys or shapes are not those that a run saves."""
     state = read_checkpoint(path)
     if state is None:
         return None
@@ -47,7 +47,7 @@ def _check_names(what: str, found: dict[str, Any], expected: set[str] | dict[str
 
 
 def _model(weights: dict[str, Tensor], config: dict, arguments: dict[str, Any]) -> CLIP:
-    """The model with these weights, as `config` describes it, learning what it does in the run."""
+    """The model with these weights, as `config` describes it, frozen and adapted as in the run."""
     try:
         plain = {name: tensor for name, tensor in weights.items() if ".lora." not in name}
         model = build_model(plain, from_open_clip(config))
@@ -72,7 +72,7 @@ def _check_average(average: dict[str, Tensor] | None, model: CLIP) -> None:
 def _check_moments(
     moments: dict[int, dict[str, Tensor]], model: CLIP, arguments: dict[str, Any]
 ) -> None:
-    """Moments have the shapes of their parameters."""
+    """Raise `InputError` for moments of other shapes than their parameters."""
     groups = parameter_groups(model, 0.0, 0.0, arguments["layer_decay"])
     parameters = [parameter for group in groups for parameter in group["params"]]
     for number, of_parameter in moments.items():

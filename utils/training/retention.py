@@ -1,4 +1,4 @@
-"""What the weights could do before: data sets of other images, scored as training goes on."""
+"""Retention: scores on data sets of other images, to see what fine-tuning forgets."""
 
 from collections.abc import Mapping, Sequence
 from itertools import chain, count
@@ -19,9 +19,9 @@ from utils.retrieval.tables import RETENTION, points_lost
 
 
 class Retention:
-    """The sets that `data` names: each a folder of class folders, a data set of torchvision, or a
+    """The sets named by `data`: each a folder of class folders, a data set of torchvision, or a
     folder of captioned images. Scores are computed in float32, as utils/classification.py and
-    utils/metric.py do it without --use_amp. Without data there is nothing to measure.
+    utils/metric.py do without --use_amp. `data` may be empty.
 
     Raises `InputError` for a set that cannot be used; a set of torchvision is downloaded if need
     be. `prepare_for` comes before the first `measure`.
@@ -34,8 +34,8 @@ class Retention:
                 self.sets[name] = _find(path, languages)
 
     def prepare_for(self, model: CLIP, loader: TrainLoader, folder: str | None) -> None:
-        """Take images and captions as `model` does from now on, and decode all images, once, into
-        `folder`, by default `.cache` in each set. They stay off the GPU, whose memory training
+        """Take images and captions as `model` does from now on, and decode all images once, into
+        `folder` or by default `.cache` in each set. They stay off the GPU, whose memory training
         needs."""
         self.loader = loader
         for name, found in self.sets.items():
@@ -50,8 +50,8 @@ class Retention:
 
     @explained()
     def measure(self, model: CLIP, processes: Processes = ALONE) -> dict[str, float]:
-        """Columns of a table: for each set, in percent, zero-shot top-1 of classes, or mean recall
-        of captions."""
+        """Columns of a table, in percent: zero-shot top-1 for each set of classes, mean recall for
+        each set of captions."""
         scores = {}
         for name, images in self.sets.items():
             if isinstance(images, Flickr8kDataset):
@@ -67,15 +67,15 @@ class Retention:
         return scores
 
     def compare(self, model: CLIP, before: Mapping[str, float] | None) -> dict[str, float]:
-        """What `measure` finds, and the `points_lost` since `before`, a row of scores; nothing if
-        there are no sets."""
+        """What `measure` finds, and the `points_lost` since `before`, a row of scores; empty
+        without sets."""
         now = self.measure(model)
         return now | {"points_lost": points_lost(now, before)} if now else {}
 
 
 def names_of(data: Sequence[str]) -> list[str]:
-    """What each set is called, after its folder or as torchvision does. A name that several have
-    is numbered from the second on."""
+    """The name of each set: that of its folder, or torchvision's. Equal names are numbered from the
+    second on."""
     names: list[str] = []
     for path in data:
         name = one_line(Path(path).resolve().name)
@@ -85,8 +85,8 @@ def names_of(data: Sequence[str]) -> list[str]:
 
 
 def _find(data: str, languages: Sequence[str]) -> Source | Flickr8kDataset:
-    """The set, none of whose images is read yet; captions in those of `languages` that it has, or
-    else in those that it has."""
+    """The set, without reading images. Captions are in those of `languages` that it has, or else in
+    all that it has."""
     root = Path(data)
     having = [name for name in ("en", "cn") if caption_file(root, name, "val").is_file()]
     if having:

@@ -1,4 +1,4 @@
-"""What training changes, and a checkpoint carries: weights, moments, averages, losses, scores."""
+"""The state of a run: weights, moments, averages, losses, scores."""
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +18,15 @@ MAX_GRAD_NORM = 1.0
 class State:
     """A training run between two steps.
 
-    model      the weights that are trained
-    optimizer  their moments
-    average    an exponential moving average of the weights with decay `ema`, or None
-    keep       the starting model to whose features those of the model are held, or None
-    precision  number formats; holds the loss scale of float16
-    start      a row of the scores of the weights that training started from, epoch 0; None if
-               they are random
-    epochs     a row of losses and scores for each epoch that is done
-    losses     of the steps that the epoch under way has behind it, on the model's device
+    model         in training
+    optimizer     with its moments
+    average       an exponential moving average of the weights with decay `ema`, or None
+    distillation  from the starting model, or None
+    precision     number formats; holds the loss scale of float16
+    start         a row of the scores of the starting weights, epoch 0; None if they are random
+    epochs        a row of losses and scores for each finished epoch
+    best_since    the number of the first epochs whose weights are lost: the best comes after them
+    losses        of the steps of the unfinished epoch, on the model's device
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class State:
         self.distillation = distillation
         self.start: dict[str, float] | None = None
         self.epochs: list[dict[str, float]] = []
+        self.best_since = 0
         self.losses: list[Tensor] = []
 
     @property
@@ -62,14 +63,20 @@ class State:
         return max(row["mean_recall"] for row in self.epochs)
 
     @property
+    def last_is_best(self) -> bool:
+        """Whether the last epoch has the best weights that there are. Of equal epochs the first is
+        the best."""
+        *earlier, last = (row["mean_recall"] for row in self.epochs[self.best_since :])
+        return all(last > recall for recall in earlier)
+
+    @property
     def epochs_since_best(self) -> int:
         """How many epochs have passed since the one with the best mean recall."""
         recalls = [row["mean_recall"] for row in self.epochs]
         return len(recalls) - 1 - recalls.index(self.best_recall) if recalls else 0
 
     def update(self, loss: Tensor) -> None:
-        """One step of the optimizer with the gradients that the parameters have; `loss` is the
-        batch's."""
+        """One step of the optimizer with the parameters' gradients; `loss` is the batch's."""
         self.precision.update(self.model, self.optimizer, MAX_GRAD_NORM)
         self.model.clamp_logit_scale()
         if self.average:
@@ -77,7 +84,7 @@ class State:
         self.losses.append(loss)
 
     def note_start(self, scores: Scores, val_loss: float, retention: dict[str, float]) -> None:
-        """Keep the scores before the first step; `retention` is what `Retention.measure` finds."""
+        """Keep the scores before the first step; `retention` comes from `Retention.measure`."""
         self.start = {"epoch": 0, **self._row(scores, val_loss), **retention}
 
     def finish_epoch(
@@ -87,8 +94,8 @@ class State:
         val_loss: float,
         retention: dict[str, float],
     ) -> dict[str, float]:
-        """Add the row of the epoch that has ended, and return it. `trained` is what
-        `Progress.summary` says of its steps, and `retention` what `Retention.measure` finds."""
+        """Add the row of the epoch that has ended, and return it. `trained` comes from
+        `Progress.summary`, `retention` from `Retention.measure`."""
         row = {
             "epoch": len(self.epochs) + 1,
             **trained,
@@ -109,13 +116,10 @@ class State:
         }
 
     def release(self) -> None:
-        """Free the memory of weights, gradients and moments, whoever else refers to them: the run
-        is over, and the models that are compared now need it."""
-        models: list[nn.Module | None] = [
-            self.model,
-            self.average,
-            self.distillation and self.distillation.start,
-        ]
+        """Free the memory of weights, gradients and moments, even if others refer to them: the
+        models that are scored after training need it."""
+        start = self.distillation and self.distillation.start
+        models: list[nn.Module | None] = [self.model, self.average, start]
         for parameter in (p for model in models if model for p in model.parameters()):
             parameter.data, parameter.grad = parameter.data.new_empty(0), None
         self.optimizer.state.clear()
@@ -125,6 +129,7 @@ class State:
         return {
             "start": self.start,
             "rows": self.epochs,
+            "best_since": self.best_since,
             "losses": [loss.item() for loss in self.losses],
             "config": to_open_clip(self.model.config),
             "model": self.model.state_dict(),
@@ -134,12 +139,12 @@ class State:
         }
 
     def restore(self, saved: dict) -> None:
-        """Go on from a `state_dict`, whose weights the model was built with."""
+        """Go on from a `state_dict`. The model has its weights already."""
         restore_moments(self.optimizer, saved["optimizer"])
         if saved["scaler"]:  # empty where no loss scale was needed
             self.precision.scaler.load_state_dict(saved["scaler"])
         if self.average and saved["average"]:
             self.average.load_state_dict(saved["average"])
         self.start = saved["start"]
-        self.epochs = saved["rows"]
+        self.epochs, self.best_since = saved["rows"], saved["best_since"]
         self.losses = list(torch.tensor(saved["losses"], device=self.model.device))

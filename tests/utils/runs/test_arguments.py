@@ -1,24 +1,18 @@
-"""Command-line values, and what is known of the run that weights come from."""
+"""Command-line values."""
 
 import argparse
-import json
 import math
-from pathlib import Path
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from models.errors import InputError
 from utils.runs.arguments import (
-    TrainedOn,
     integer,
     name_or_path,
     number,
     path,
     positive,
-    run_folder,
-    trained_on,
     trained_weights,
     workers,
 )
@@ -108,56 +102,3 @@ def test_names_are_left_as_they_are(text):
     """`ViT-B/32` is no path, whose slash Windows would turn."""
     assume(text.strip() and not text.startswith("~"))
     assert name_or_path(text) == trained_weights(text) == text
-
-
-@pytest.fixture
-def weights(tmp_path):
-    file = tmp_path / "a run" / "weights" / "last.pth"
-    file.parent.mkdir(parents=True)
-    file.touch()
-    return file
-
-
-def test_a_run_tells_what_its_weights_were_trained_on(weights):
-    file = weights.parents[1] / "arguments.json"
-    assert trained_on(weights) is run_folder(weights) is None
-    file.write_text('{"dataset_path": "data", "language": "en"}')
-    assert trained_on(weights) == TrainedOn(Path("data"), ["en"])
-    file.write_text('{"dataset_path": "C:/数据", "language": ["cn", "en"]}', encoding="utf-8")
-    assert trained_on(str(weights)) == TrainedOn(Path("C:/数据"), ["cn", "en"])
-    assert run_folder(weights) == run_folder(weights.parents[1]) == weights.parents[1]
-    assert trained_on(weights.parents[1]) == trained_on(weights)
-
-
-def test_names_and_missing_files_are_of_no_run(weights, monkeypatch):
-    """Even where the folder at that place is a run."""
-    (weights.parents[1] / "arguments.json").write_text('{"dataset_path": "d", "language": "en"}')
-    monkeypatch.chdir(weights.parents[1])
-    assert run_folder("ViT-B/32") is trained_on("ViT-B/32") is None
-    assert run_folder("weights/gone.pth") is None
-    assert run_folder("weights/last.pth") == weights.parents[1]
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"language": "en"}', "\xff", "[" * 200_000])
-def test_broken_arguments_of_a_run_are_named(weights, content):
-    (weights.parents[1] / "arguments.json").write_text(content, encoding="latin-1")
-    with pytest.raises(InputError, match=r"arguments\.json: should hold the dataset_path"):
-        trained_on(weights)
-
-
-anything = st.recursive(st.none() | st.integers() | st.text(), st.lists)
-
-
-@given(dataset_path=anything, language=anything)
-def test_any_values_of_a_run_are_taken_or_named(tmp_path_factory, dataset_path, language):
-    run = tmp_path_factory.mktemp("run")
-    (run / "weights").mkdir()
-    (run / "weights" / "last.pth").touch()
-    arguments = json.dumps({"dataset_path": dataset_path, "language": language})
-    (run / "arguments.json").write_text(arguments)
-    try:
-        data = trained_on(run / "weights" / "last.pth")
-    except InputError:
-        return
-    assert isinstance(data.dataset_path, Path)
-    assert all(isinstance(name, str) for name in data.languages)

@@ -13,7 +13,7 @@ import predict_zero_shot
 from models.errors import InputError
 from utils import classification, metric
 from utils.runs.checkpoint import write_csv, write_json
-from utils.runs.chosen import runs_having, weights_to_use
+from utils.runs.chosen import weights_to_use
 
 BEST = "weights/best_epoch_weights.pth"
 
@@ -81,20 +81,6 @@ def test_names_are_of_no_run(folders, capsys):
     first, second = capsys.readouterr().out.splitlines()
     assert first == "weights: ViT-B/16"
     assert second == "weights: ViT-B/32, published: there is no run in logs/"
-
-
-def test_the_runs_whose_data_has_a_split_are_named(folders):
-    here, _ = folders
-    for day, (name, splits) in enumerate(
-        {"a": ["val", "test"], "b": ["val"], "c": ["test"]}.items(), 1
-    ):
-        (here / name).mkdir()
-        for split in splits:
-            (here / name / f"en_{split}.json").touch()
-        make_run(here / "logs" / name, datetime(2026, 1, day), dataset_path=name, language="en")
-    make_run(here / "logs/broken", datetime(2026, 2, 1), language=3)
-    expected = f"; with test captions: --weights {Path('logs/c')} or {Path('logs/a')}"
-    assert runs_having("test") == expected and runs_having("train") == ""
 
 
 @pytest.mark.parametrize("script", [predict, predict_zero_shot, metric, classification])

@@ -10,10 +10,10 @@ from utils.data.augment import draw_recolourings
 from utils.flickr8k_dataloader import Batch
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE
-from utils.runs.folder import Run
+from utils.runs.checkpoint import save_weights
 from utils.training.distillation import Distillation, distill_from_start
 from utils.training.gradients import accumulate_gradients
-from utils.training.layer_groups import lock
+from utils.training.layer_groups import freeze
 
 CPU = torch.device("cpu")
 
@@ -51,7 +51,7 @@ def test_chunks_bring_the_gradients_of_the_whole_batch(n, k, chunk, locked, weig
     torch.manual_seed(0)
     model = create_model("ViT-demo")
     for tower in locked:
-        lock(model, tower, unlocked=0)
+        freeze(model, tower, unlocked=0)
     precision = Precision(CPU, use_amp=False)
     learned = [tower for tower in ("image", "text") if tower not in locked]
     distillation = Distillation(create_model("ViT-demo"), weight, learned) if weight else None
@@ -64,7 +64,7 @@ def test_chunks_bring_the_gradients_of_the_whole_batch(n, k, chunk, locked, weig
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_a_locked_tower_has_no_second_forward_pass(monkeypatch, tower):
     model = create_model("ViT-demo")
-    lock(model, tower, unlocked=0)
+    freeze(model, tower, unlocked=0)
     encoded = []
     for name in ("image", "text"):
         encode = getattr(model, f"encode_{name}")
@@ -79,7 +79,7 @@ def test_a_locked_tower_has_no_second_forward_pass(monkeypatch, tower):
 def test_chunks_bring_the_gradients_of_the_whole_batch_to_a_chinese_clip():
     torch.manual_seed(0)
     model = create_model("cn-demo")
-    lock(model, "text", unlocked=2)
+    freeze(model, "text", unlocked=2)
     precision, batch = Precision(CPU, use_amp=False), batch_of(6, 2)
     texts = [f"{'一只' * (i % 5)}鸟 {i}" for i in range(12)]
     batch = batch._replace(tokens=model.tokenize(texts))
@@ -94,17 +94,17 @@ def normalised(features):
 
 
 @pytest.mark.parametrize("k", [1, 2])
-def test_what_keeps_features_adds_the_mean_squared_distance_to_those_of_the_start(k):
+def test_distillation_adds_the_mean_squared_distance_to_the_features_of_the_start(k):
     """Its gradients are the difference that a weight makes; the loss that is told is without it."""
     torch.manual_seed(0)
     model, start = create_model("ViT-demo"), create_model("ViT-demo")
     batch = batch_of(5, k)
     precision = Precision(CPU, use_amp=False)
     loss, without = gradients(model, batch, precision, None)
-    kept_loss, found = gradients(
+    distilled_loss, found = gradients(
         model, batch, precision, None, Distillation(start, 7.0, ["image", "text"])
     )
-    assert torch.equal(loss, kept_loss)
+    assert torch.equal(loss, distilled_loss)
 
     model.zero_grad()
     images, tokens = batch.altered.augmented_images(model.preprocess), batch.altered.tokens
@@ -121,28 +121,26 @@ def test_what_keeps_features_adds_the_mean_squared_distance_to_those_of_the_star
         assert (gradient - expected).norm() <= max(1e-5 * expected.norm(), 1e-7 * total), name
 
 
-def test_the_starting_model_shares_what_does_not_learn_and_keeps_the_rest(tmp_path):
+def test_the_starting_model_shares_the_frozen_parameters_and_keeps_the_others(tmp_path):
     model = create_model("ViT-demo")
-    lock(model, "text", unlocked=1)
-    run = Run(ALONE, {}, "")
-    run.folder = tmp_path
+    freeze(model, "text", unlocked=1)
+    file = tmp_path / "start_weights.pth"
     with pytest.raises(InputError, match=r"start_weights\.pth is missing"):
-        distill_from_start(model, run, 1.0)
-    run.weights.mkdir()
-    run.keep_start(model, is_new=True)
+        distill_from_start(model, file, 1.0)
+    save_weights(model, file)
     before = {name: tensor.half().float() for name, tensor in model.state_dict().items()}
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += parameter.requires_grad
-    distillation = distill_from_start(model, run, 1.0)
+    distillation = distill_from_start(model, file, 1.0)
     assert distillation.towers == ["image", "text"]
     for name, parameter in distillation.start.named_parameters():
         own = model.get_parameter(name)
         assert not parameter.requires_grad
         assert (parameter.data_ptr() == own.data_ptr()) == (not own.requires_grad), name
         assert not own.requires_grad or torch.equal(parameter, before[name]), name
-    lock(model, "text", unlocked=0)
-    assert distill_from_start(model, run, 1.0).towers == ["image"]
+    freeze(model, "text", unlocked=0)
+    assert distill_from_start(model, file, 1.0).towers == ["image"]
 
 
 @pytest.mark.parametrize("chunk", [None, 2])

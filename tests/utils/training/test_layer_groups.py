@@ -10,7 +10,7 @@ from models.clip import CLIP
 from models.clip_utils import create_model
 from models.errors import InputError
 from models.weights.registry import CONFIGS
-from utils.training.layer_groups import distance_from_end, lock, tower_of, train_mode
+from utils.training.layer_groups import distance_from_end, freeze, tower_of, train_mode
 from utils.training.optimizer import parameter_groups, set_learning_rate
 
 
@@ -46,7 +46,7 @@ def test_distances_count_the_blocks_of_bert():
     assert {d for name, d in distances.items() if name.startswith("bert.embeddings.")} == {4}
     assert distances["text_projection"] == 0 and tower_of("bert.encoder.layer.0.output") == "text"
     model = create_model("cn-demo")
-    lock(model, "text", 1)
+    freeze(model, "text", 1)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     of_text = {name for name in trained if tower_of(name) == "text"} - {"logit_scale"}
     last = {name for name in distances if name.startswith("bert.encoder.layer.2.")}
@@ -63,7 +63,7 @@ def outputs(model):
 def test_a_locked_tower_is_what_it_was_but_for_its_last_blocks(unlocked, trained):
     torch.manual_seed(0)
     model = create_model("ViT-demo")
-    lock(model, "image", unlocked)
+    freeze(model, "image", unlocked)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.9, 0.1), lr=1e-2)
     image_features, text_features = outputs(model)
@@ -111,7 +111,7 @@ def test_what_is_locked_keeps_no_activations_no_gradients_and_no_moments(
     name, tower, unlocked, checkpointing
 ):
     model = create_model(name)
-    lock(model, tower, unlocked)
+    freeze(model, tower, unlocked)
     if checkpointing:
         model.enable_grad_checkpointing()
     train_mode(model)
@@ -138,12 +138,12 @@ def test_what_is_locked_keeps_no_activations_no_gradients_and_no_moments(
 
 def test_more_blocks_than_there_are_cannot_be_left_open():
     with pytest.raises(InputError, match="--lock_text 4: this tower has 3 blocks"):
-        lock(create_model("ViT-demo"), "text", 4)
+        freeze(create_model("ViT-demo"), "text", 4)
 
 
 def test_batch_norms_of_a_locked_tower_keep_their_statistics():
     model = small_resnet()
-    lock(model, "image", 1)
+    freeze(model, "image", 1)
     train_mode(model)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.visual(torch.randn(4, 3, 32, 32))

@@ -8,7 +8,7 @@ from tiny import tiny_clip
 
 from models.clip_utils import create_model
 from utils.training.optimizer import (
-    learning_rate,
+    Schedule,
     parameter_groups,
     replace_groups,
     set_learning_rate,
@@ -62,6 +62,6 @@ def test_weight_decay_is_for_matrices_only():
 
 
 def test_the_learning_rate_rises_then_falls_along_a_cosine():
-    rates = [learning_rate(step, 2.0, 10, 110) for step in range(110)]
+    rates = [Schedule(2.0, 10, 110).rate(step) for step in range(110)]
     assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
     assert rates[10:] == pytest.approx([1 + math.cos(math.pi * i / 100) for i in range(100)])

@@ -14,15 +14,16 @@ from utils.training.settings import (
     check_arguments,
     fine_tuning_rate,
     how_it_goes_on,
+    lacks_demo_set,
     resolve_arguments,
-    wants_demo_set,
     without_effect,
 )
 
 
 def settled(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    args, resumed = resolve_arguments(build_parser())
+    parser = build_parser()
+    args, resumed = resolve_arguments(parser, parser.parse_args())
     assert resumed is None
     return args
 
@@ -79,7 +80,8 @@ def test_what_cannot_be_meant_is_refused_in_one_line(monkeypatch, tmp_path, argu
         os.utime(weights.parent, (time, time))
     with pytest.raises(InputError) as error:
         args = settled(monkeypatch, *arguments)
-        assert not wants_demo_set(args)
+        if args.demo:
+            lacks_demo_set(args.dataset_path, args.language)
         check_arguments(args)
     assert named in str(error.value).replace(os.sep, "/") and "\n" not in str(error.value)
 
@@ -88,20 +90,14 @@ def test_the_demo_goes_into_empty_folders_and_stays_in_its_own(monkeypatch, tmp_
     for folder, is_rendered in (("new", True), ("empty", True), ("demo", True)):
         (tmp_path / "empty").mkdir(exist_ok=True)
         args = settled(monkeypatch, "--demo", "--dataset_path", str(tmp_path / folder))
-        assert wants_demo_set(args) == is_rendered
+        assert lacks_demo_set(args.dataset_path, args.language) == is_rendered
     render_demo(tmp_path / "demo", seed=3, n_train=2, n_val=2)
-    assert not wants_demo_set(args)
+    assert not lacks_demo_set(args.dataset_path, args.language)
 
 
 @pytest.mark.parametrize(
     "arguments, named",
     [
-        (["--grad_cache", "100"], "--grad_cache 100 has no effect: a batch has 64 images"),
-        (["--grad_cache", "63"], None),
-        (["--patience", "20"], "--patience 20 has no effect"),
-        (["--patience", "19"], None),
-        (["--save_steps", "9"], "--save_steps 9 has no effect"),
-        (["--save_steps", "8"], None),
         (["--ema", "0.9999"], "about 10,000 steps, and this run has 160"),
         (["--ema", "0.99"], None),
         (["--lora", "8", "--lock_text", "2"], "only low-rank changes learn"),

@@ -1,11 +1,9 @@
 """Weight interpolation and what a fine-tuning run makes of it."""
 
 import csv
-from types import SimpleNamespace
 
 import pytest
 import torch
-from definitions import equal_scores
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -14,8 +12,7 @@ from torch import nn
 
 from flickr8k.render_demo import render_demo
 from models.clip_utils import create_model
-from utils.runs.checkpoint import save_weights
-from utils.training.wise_ft import best_row, evaluate_path, mix_into, mix_with_start
+from utils.training.wise_ft import Mixtures, best_row, mix_into
 
 SCRATCH = ["--resume_training", "none", "--model", "ViT-demo", "--lr", "1e-3", "--batch_size", "16"]
 
@@ -32,82 +29,62 @@ def test_between_the_weights_everything_moves_in_proportion():
         assert torch.equal(model.weight, end["weight"])
 
 
-def test_the_best_point_of_the_path_is_kept(tmp_path):
-    """With a score that is highest half way, the weights half way are saved."""
+def alpha_of(model, tuned):
+    """How much the model has of these weights, where the start is zeros."""
+    return (model.visual.proj / tuned["visual.proj"]).median().item()
+
+
+def mixed(tmp_path, alphas, scores_at, max_forgetting=2.0):
+    """(chosen file, rows, the tuned weights) of a path from zeros; `scores_at(alpha)` gives R@1 and
+    the scores of --retention, where alpha is read off the model's weights."""
     model = create_model("ViT-demo")
     tuned = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     start = {key: torch.zeros_like(tensor) for key, tensor in tuned.items()}
-
-    def score():
-        alpha = (model.visual.proj / tuned["visual.proj"]).median().item()
-        return equal_scores(100 * (1 - abs(alpha - 0.5))), 0.0
-
     (tmp_path / "weights").mkdir()
-    curve = evaluate_path(model, start, [1.0, 0.5, 0.0], score, tmp_path)
-    assert [point["mean_recall"] for point in curve] == pytest.approx([50, 100, 50])
-    saved = torch.load(tmp_path / "weights" / "wise_ft_weights.pth", weights_only=True)
-    expected = (tuned["visual.proj"] / 2).half()
-    torch.testing.assert_close(saved["visual.proj"], expected)
+    mixtures = Mixtures(model, start, tmp_path, max_forgetting)
+    for alpha in mixtures.each(alphas):
+        recall, retention = scores_at(alpha_of(model, tuned))
+        mixtures.add(alpha, {way: {"R@1": recall} for way in ("i2t", "t2i")}, 0.0, retention)
+    chosen = mixtures.choose()
+    saved = torch.load(chosen, weights_only=True)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(saved[key].to(tensor.dtype), tensor), key
+    return chosen, mixtures.rows, alpha_of(model, tuned)
+
+
+def test_the_best_point_of_the_path_is_chosen(tmp_path):
+    """With a score that is highest half way, the file and the model have the weights half way."""
+    chosen, rows, alpha = mixed(
+        tmp_path, [1.0, 0.5, 0.0], lambda alpha: (100 * (1 - abs(alpha - 0.5)), {})
+    )
+    assert chosen == tmp_path / "weights" / "wise_ft_weights.pth"
+    assert [row["mean_recall"] for row in rows] == pytest.approx([50, 100, 50])
+    assert alpha == pytest.approx(0.5, rel=2e-3)
+    with (tmp_path / "wise_ft.csv").open(newline="") as file:
+        assert [float(row["alpha"]) for row in csv.DictReader(file)] == [1, 0.5, 0]
 
 
 @pytest.mark.parametrize(
-    "most_lost, chosen, said",
+    "max_forgetting, expected, said",
     [
         (6, 0.5, "the best that loses at most 6 points (--max_forgetting), alpha 0.5:"),
         (2, 0.25, "none of them loses at most 2 points (--max_forgetting)"),
     ],
 )
-def test_the_best_of_the_mixtures_that_lose_little_is_kept(
-    tmp_path, capsys, most_lost, chosen, said
+def test_the_best_of_the_mixtures_that_lose_little_is_chosen(
+    tmp_path, capsys, max_forgetting, expected, said
 ):
     """Recall rises along the path, ten points of what the weights could do are lost."""
-    model = create_model("ViT-demo")
-    tuned = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    start = {key: torch.zeros_like(tensor) for key, tensor in tuned.items()}
 
-    def alpha():
-        return (model.visual.proj / tuned["visual.proj"]).median().item()
+    def scores_at(alpha):
+        return 50 + alpha, {"retention_猫$^": 90 - 10 * alpha, "points_lost": 10 * alpha}
 
-    def score():
-        return equal_scores(50 + alpha()), 0.0
-
-    def compare():
-        return {"retention_猫$^": 90 - 10 * alpha(), "points_lost": 10 * alpha()}
-
-    (tmp_path / "weights").mkdir()
-    evaluate_path(model, start, [1.0, 0.5, 0.25], score, tmp_path, compare, most_lost)
-    saved = torch.load(tmp_path / "weights" / "wise_ft_weights.pth", weights_only=True)
-    torch.testing.assert_close(saved["visual.proj"], (tuned["visual.proj"] * chosen).half())
+    chosen, _, alpha = mixed(tmp_path, [1.0, 0.5, 0.25], scores_at, max_forgetting)
+    assert alpha == pytest.approx(expected, rel=2e-3)
     printed = capsys.readouterr().out
     assert said in printed and "10.00 at 1, 5.00 at 0.5, 2.50 at 0.25" in printed
-    assert f"alpha {chosen:g}: {tmp_path / 'weights'}" in printed
+    assert f"alpha {expected:g}: {chosen}" in printed
     Image.open(tmp_path / "wise_ft.png").verify()
-
-
-def test_the_model_is_that_of_the_chosen_mixture_afterwards(tmp_path):
-    """Of the first of three, half way from the start; the others lose more than is allowed."""
-    start, tuned = create_model("ViT-demo"), create_model("ViT-demo")
-    (tmp_path / "weights").mkdir()
-    files = [tmp_path / "weights" / f"{name}_weights.pth" for name in ("start", "best_epoch")]
-    for model, file in zip((start, tuned), files, strict=True):
-        save_weights(model, file)
-    middle = torch.lerp(start.visual.proj, tuned.visual.proj, 0.5).detach()
-
-    def moved():
-        return (tuned.visual.proj - start.visual.proj).norm().item()
-
-    def score():
-        return equal_scores(moved()), 0.0
-
-    def compare():
-        return {"points_lost": moved()}
-
-    args = SimpleNamespace(wise_ft=[0.5, 0.75, 1.0], max_forgetting=0.6 * moved())
-    chosen = mix_with_start(tuned, args, score, compare, files[1])
-    assert chosen == tmp_path / "weights" / "wise_ft_weights.pth"
-    torch.testing.assert_close(tuned.visual.proj, middle, rtol=2e-3, atol=1e-4)
-    files[0].unlink()
-    assert mix_with_start(tuned, args, score, dict, files[1]) == files[1]
 
 
 few = st.integers(-3, 9).map(float)

@@ -1,7 +1,6 @@
-"""Features of locked towers that are computed once: the same training as without."""
+"""Cached features of frozen towers: the same training as without."""
 
 import csv
-from argparse import Namespace
 
 import pytest
 import torch
@@ -17,10 +16,9 @@ from utils.machine.processes import ALONE
 from utils.retrieval.evaluation import Evaluator
 from utils.runs.checkpoint import save_weights
 from utils.training.gradients import accumulate_gradients
-from utils.training.layer_groups import cache_features, lock, train_mode
+from utils.training.layer_groups import cache_features, freeze, train_mode
 
 CPU = torch.device("cpu")
-ASKED = Namespace(cache_features=True)
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +26,10 @@ def root(tmp_path_factory):
     return render_demo(tmp_path_factory.mktemp("data"), n_train=21, n_val=9)
 
 
-def locked_model(tower):
+def frozen_model(tower):
     torch.manual_seed(0)
     model = create_model("ViT-demo")
-    lock(model, tower, unlocked=0)
+    freeze(model, tower, unlocked=0)
     return model
 
 
@@ -46,21 +44,21 @@ def gradients_of_an_epoch(model, loader, precision, chunk):
 
 
 def never(_):
-    raise AssertionError("a locked tower is asked")
+    raise AssertionError("a frozen tower is asked")
 
 
 @pytest.mark.parametrize("use_amp", [False, True])
 @pytest.mark.parametrize("chunk", [None, 3])
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_they_stand_in_for_the_tower_in_steps_and_scores(root, tower, chunk, use_amp):
-    model, precision = locked_model(tower), Precision(CPU, use_amp)
+    model, precision = frozen_model(tower), Precision(CPU, use_amp)
     train_set, val_set = (Flickr8kDataset(root, model=model, split=s) for s in ("train", "val"))
     loader = TrainLoader(train_set, 7, CPU, augment=tower == "text", captions_per_image=2)
     expected = gradients_of_an_epoch(model, loader, precision, chunk)
     evaluator = Evaluator(loader, precision)
     scored = evaluator.score(model, val_set)
 
-    cached = cache_features(ASKED, model, loader, val_set, precision)
+    cached = cache_features(model, loader, val_set, precision)
     setattr(model, f"encode_{tower}", never)
     found = gradients_of_an_epoch(model, loader, precision, chunk)
     # In mixed precision, features computed once have a residual stream in float32, those of a step
@@ -77,13 +75,13 @@ def test_images_that_cannot_be_read_are_listed_before_training(root, tmp_path, c
     root = render_demo(tmp_path / "data", n_train=8, n_val=2)
     for name in ("train_0003", "train_0006"):
         (root / "images" / f"{name}.png").write_bytes(b"none")
-    model = locked_model("image")
+    model = frozen_model("image")
     train_set, val_set = (Flickr8kDataset(root, model=model, split=s) for s in ("train", "val"))
     if cached:
         train_set.cache()
     loader = TrainLoader(train_set, 4, CPU, augment=False)
     with pytest.raises(InputError, match=r"^2 images cannot be read:\n.*_0003.*\n.*_0006.*$"):
-        cache_features(ASKED, model, loader, val_set, Precision(CPU, use_amp=False))
+        cache_features(model, loader, val_set, Precision(CPU, use_amp=False))
 
 
 SCRATCH = ["--resume_training", "none", "--model", "ViT-demo", "--lr", 1e-3]
@@ -114,7 +112,7 @@ def test_a_whole_run_has_the_losses_and_scores_that_it_has_without(root, tmp_pat
 
 @pytest.mark.slow
 def test_mixtures_of_weights_have_the_scores_that_they_have_without(root, tmp_path):
-    save_weights(locked_model("image"), tmp_path / "start.pth")
+    save_weights(frozen_model("image"), tmp_path / "start.pth")
     rows = []
     for more in ([], ["--cache_features"]):
         folder = tmp_path / f"logs{len(more)}"
