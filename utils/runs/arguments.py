@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from models.run_files import CHECKPOINT, run_weights
-from models.scripts import VALUE_LENGTH, add_activation, checked, path, writable_file
+from models.scripts import add_activation, checked, path, writable_file
 from utils.runs.files import picture_format
 
 LARGEST = 10**9  # of numbers without a narrower limit
@@ -18,7 +18,7 @@ def _parse(kind: type, is_in_range: Callable, wanted: str, text: str):
     except ValueError:
         value = None
     if value is None or not is_in_range(value):
-        raise argparse.ArgumentTypeError(f"{text:.{VALUE_LENGTH}} is not {wanted}")
+        raise argparse.ArgumentTypeError(f"{text:.60} is not {wanted}")
     return value
 
 
