@@ -1,4 +1,4 @@
-"""What each module of a weights format offers, and how it writes."""
+"""The interface of a weights format, and the writing of its files."""
 
 import json
 from collections.abc import Callable
