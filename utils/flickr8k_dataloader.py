@@ -105,7 +105,7 @@ class Flickr8kDataset(Dataset):
 
     @property
     def reader(self) -> ImageReader:
-        return ImageReader(self.image, self.transform or self.preprocess.pixels)
+        return ImageReader(self.image, self.transform or self.preprocess.resize_and_crop)
 
     def prepare_for(self, model: CLIP) -> None:
         """Prepare images and captions as `model` takes them, from now on: call it before either is

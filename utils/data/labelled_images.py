@@ -208,7 +208,7 @@ class LabelledImages(Dataset):
 
     def __init__(self, source: Source, preprocess: Preprocess):
         self.name, self.root, self.image, labels, self.classes, pictures = source
-        self.reader = ImageReader(self.image, preprocess.pixels, pictures)
+        self.reader = ImageReader(self.image, preprocess.resize_and_crop, pictures)
         self.labels = torch.tensor(labels)
         self.preprocess = preprocess
         self.cached: Tensor | None = None
