@@ -52,7 +52,7 @@ library huggingface_hub. Its environment variables:
   HF_HOME             another folder for the cache
   HF_ENDPOINT         address of a mirror, such as https://<mirror>
   HF_HUB_DISABLE_XET  1: where a mirror has the small files alone
-  HF_HUB_OFFLINE      1: take what is in the cache, download nothing
+  HF_HUB_OFFLINE      1: use the cache only, download nothing
   HF_TOKEN            for repositories that are private or ask for consent
 """
 

@@ -26,10 +26,10 @@ from models.weights.formats import FORMATS
 
 
 def convert(model: CLIP, output: Path, to: str, half: bool = False) -> None:
-    """Write a float32 model to `output`, whole or not at all; with floats as float16 if `half`.
+    """Write a float32 model to `output` in one atomic step, floats as float16 if `half`.
 
-    Raises `InputError` if `output` exists, if the format has no such model, if float16 has no such
-    numbers, and if the disk is full.
+    Raises `InputError` if `output` exists, if the format cannot hold the model, if a number exceeds
+    float16, or if the disk is full.
     """
     check_output(output, to)
     floats = {key: t for key, t in model.state_dict().items() if t.is_floating_point()}
@@ -52,7 +52,7 @@ def convert(model: CLIP, output: Path, to: str, half: bool = False) -> None:
 
 
 def check_output(output: Path, to: str) -> None:
-    """Raise `InputError` if `output` exists, cannot be written, or is no name for this format."""
+    """Raise `InputError` if `output` exists, cannot be written, or does not suit the format."""
     if output.exists():
         raise InputError(f"{output}: exists already; name a new file or folder")
     check_writable(output)
@@ -60,7 +60,7 @@ def check_output(output: Path, to: str) -> None:
 
 
 def description(name: str, path: object, text_tower: TextTower) -> str:
-    """Lines on a format: what is at `path`, and what opens it in Python."""
+    """The help on a format: its purpose, and Python code that opens `path`."""
     each = FORMATS[name]
     names = {"clip": text_tower.transformers_model, "tokenizer": text_tower.transformers_tokenizer}
     code = textwrap.dedent(each.opened_by).strip().format(path, **names)

@@ -38,7 +38,7 @@ def open_image(path: str | os.PathLike) -> Image.Image:
     `InputError` for a file without a readable image."""
     try:
         file = Path(path).expanduser()
-        if not file.is_file():  # opening a pipe could wait for ever
+        if not file.is_file():  # opening a pipe could block
             if file.exists():
                 raise InputError(f"{path}: is no file")
             beside = (other.name for other in file.parent.glob("*"))

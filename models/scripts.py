@@ -13,6 +13,7 @@ from models.config import CHOICES
 from models.errors import InputError
 from models.files import check_writable, check_writable_folder
 
+VALUE_LENGTH = 60  # characters of a refused value that its message shows
 SCRIPTS = Path(__file__).resolve().parents[1]
 
 
@@ -57,7 +58,9 @@ def path(text: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text:.60}: that home folder is unknown") from None
+        raise argparse.ArgumentTypeError(
+            f"{text:.{VALUE_LENGTH}}: that home folder is unknown"
+        ) from None
 
 
 def writable_file(text: str) -> Path:

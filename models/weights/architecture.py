@@ -19,8 +19,8 @@ RESNET_STRIDE = 32  # pixels of an image to a position: a ResNet halves the imag
 
 
 def infer_config(state_dict: dict[str, Tensor]) -> Config:
-    """The description of a model that these weights fit. What their shapes do not tell is as in the
-    published models. Raises `InputError` if they are not the weights of a CLIP model."""
+    """The description of a model by the shapes of its weights; the rest is as in the published
+    models. Raises `InputError` if they are not the weights of a CLIP model."""
     has_bert = any(key.startswith("bert.") for key in state_dict)
     is_resnet = any(key.startswith("visual.layer1.") for key in state_dict)
     try:

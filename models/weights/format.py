@@ -1,4 +1,4 @@
-"""What each module of a weights format offers, and how it writes."""
+"""The interface of a weights format, and the writing of its files."""
 
 import json
 from collections.abc import Callable
@@ -28,9 +28,7 @@ class Format(NamedTuple):
     """
 
     purpose: str
-    opened_by: (
-        str  # Python, where {0} is the path, {clip} and {tokenizer} name classes of transformers
-    )
+    opened_by: str  # Python code with {0} for the path, {clip} and {tokenizer} for class names
     write: Callable[[CLIP, Path, torch.dtype], None]
     check: Callable[[Path], object] = lambda output: None  # before anything is read
     files: tuple[str, ...] = ()

@@ -38,8 +38,8 @@ def read_weights(path: Path, activation: str | None = None) -> tuple[dict[str, T
     description; or an adapter of the library peft. The description of a file is in the file (a
     checkpoint of train.py, a .safetensors of convert.py) or lies beside it. Published TorchScript
     archives and files of cn_clip need none. `activation` ("gelu" or "quick_gelu") is for a state
-    dict without a description. Raises `InputError` for what is missing, damaged or of another kind
-    of model; the caller names `path`.
+    dict without a description. Raises `InputError` for missing or damaged files and for other kinds
+    of models; the caller names `path`.
     """
     if (path / peft.CONFIG_FILE).exists():
         with peft.merged_folder(path) as folder:

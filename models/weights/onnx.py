@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.export import Dim
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from models.clip import CLIP
@@ -81,6 +80,8 @@ def export_onnx(model: CLIP, folder: Path, dtype: torch.dtype = torch.float32) -
         _fold_norms(exported)
         exported.to(dtype)
     images, tokens = (partial(make, model.config) for make in (_random_images, _random_tokens))
+    from torch.export import Dim  # takes long to import
+
     # torch 2.6 does not take a number without a maximum
     n, length = Dim("n", max=2**31 - 1), Dim("length", max=model.context_length)
     towers = (
@@ -107,7 +108,7 @@ def _fold_norms(model: nn.Module) -> None:
 
 
 def _export(
-    encoder: ImageEncoder, example: Tensor, sizes: dict[int, Dim], file: Path, output: str
+    encoder: ImageEncoder, example: Tensor, sizes: dict[int, Any], file: Path, output: str
 ) -> None:
     try:
         program = torch.onnx.export(

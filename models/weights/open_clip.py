@@ -37,8 +37,8 @@ UNUSED = (None, False, {}, "")
 
 
 def to_ours(weights: Weights) -> Weights:
-    """The weights; of Long-CLIP's two positional embeddings of texts, the first for the positions
-    that it keeps and the second for the others, as one."""
+    """The weights, Long-CLIP's two positional embeddings of texts joined: the first for the
+    positions that it keeps, the second for the others."""
     others = weights.get("positional_embedding_res")
     if others is None or "positional_embedding" not in weights:
         return weights
@@ -66,7 +66,7 @@ def fetch(repository: "Repository") -> Path | None:
 
 
 def write(model: CLIP, folder: Path, dtype: torch.dtype) -> None:
-    """What `open_clip.create_model_and_transforms("local-dir:FOLDER")` opens."""
+    """Write a folder for `open_clip.create_model_and_transforms("local-dir:FOLDER")`."""
     if model.config.text_tower != "clip":
         raise InputError("open_clip has no Chinese-CLIP; take --format transformers or cn_clip")
     folder.mkdir()
@@ -75,8 +75,8 @@ def write(model: CLIP, folder: Path, dtype: torch.dtype) -> None:
 
 
 def from_open_clip(content: dict[str, Any]) -> Config:
-    """Our description of the model that an open_clip_config.json, or a file of open_clip's
-    model_configs, describes. Raises `InputError` that names what our models do not have."""
+    """Our description for the content of an open_clip_config.json, or of a file of open_clip's
+    model_configs. Raises `InputError` for a feature that our models lack."""
     with description_of("that of a CLIP model"):
         model = content.get("model_cfg", content)
         vision = _tower(model, "vision_cfg", VISION)

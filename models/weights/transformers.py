@@ -35,7 +35,7 @@ MODEL_TYPES = {  # by `model_type` of config.json: our text tower, the model and
 BERT_MARK = "text_model.embeddings.word_embeddings.weight"
 MARKS = {"text_model.final_layer_norm.weight", "vision_model.post_layernorm.weight", BERT_MARK}
 BUFFERS = ("position_ids", "token_type_ids")  # the numbers 0, 1, 2, ... and zeros
-# What a config.json leaves out has these values, which are those of ViT-B/32 and of BERT.
+# The defaults of a config.json, those of ViT-B/32 and of BERT.
 TEXT = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8,
         "num_hidden_layers": 12, "max_position_embeddings": 77,
         "vocab_size": VOCABULARY}  # fmt: skip
@@ -87,7 +87,7 @@ PROJECTIONS = {
 
 
 def recognises(weights: Weights) -> bool:
-    """Whether the names are those of a `CLIPModel`, a part of one, or a similar model."""
+    """Whether the keys are those of a `CLIPModel`, a part of one, or a similar model."""
     return not MARKS.isdisjoint(weights)
 
 
@@ -144,7 +144,7 @@ def description(folder: Path, weights: Weights) -> Config | None:
     is_chinese = any(key.startswith("bert.") for key in weights)
     expected = "chinese_clip" if is_chinese else "clip"
     with naming(CONFIG_FILE):
-        from_transformers(content, {}, expected)  # raises here what is wrong in this file
+        from_transformers(content, {}, expected)  # errors of this file are raised here
     processor = read_json(folder / PROCESSOR_FILE) or {}
     name, preprocessor = PROCESSOR_FILE, processor.get("image_processor")
     if preprocessor is None:
@@ -166,7 +166,7 @@ def fetch(repository: "Repository") -> Path | None:
 
 
 def write(model: CLIP, folder: Path, dtype: torch.dtype) -> None:
-    """What `CLIPModel.from_pretrained(FOLDER)` and `CLIPProcessor.from_pretrained(FOLDER)` open, or
+    """Write a folder for `from_pretrained` of `CLIPModel` and `CLIPProcessor`, or of
     `ChineseCLIPModel` and `ChineseCLIPProcessor`."""
     config, preprocessor = config_to_transformers(model.config)
     folder.mkdir()
@@ -180,9 +180,9 @@ def write(model: CLIP, folder: Path, dtype: torch.dtype) -> None:
 def from_transformers(
     content: dict[str, Any], preprocessor: dict[str, Any], model_type: str
 ) -> Config:
-    """Our description of the model that a config.json of this `model_type` describes;
-    `preprocessor` is the content of preprocessor_config.json, or empty. Raises `InputError` that
-    names what our models lack."""
+    """Our description for the `content` of a config.json of this `model_type`; `preprocessor` is
+    that of preprocessor_config.json, or empty. Raises `InputError` for a feature that our models
+    lack."""
     text_tower, model, example = MODEL_TYPES[model_type]
     with description_of(f"a {model}'s"):
         if content.get("model_type") != model_type:

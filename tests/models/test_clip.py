@@ -1,6 +1,8 @@
 """Our CLIP compared with those of open_clip and transformers, given the same weights."""
 
+import sys
 from dataclasses import replace
+from types import ModuleType
 
 import open_clip
 import pytest
@@ -11,11 +13,14 @@ from hypothesis import strategies as st
 from open_clip import get_tokenizer
 from open_clip.loss import ClipLoss
 from peers import TEXT, open_clip_model, to_transformers, transformers_model
+from torch import nn
 
 from models import CLIP, available_models, build_model, load, tokenize
 from models.clip import MAX_LOGIT_SCALE
 from models.clip_utils import create_model
+from models.config import TEXT_TOWERS
 from models.errors import InputError
+from models.tokens import clip_tokenizer
 from models.weights.registry import CONFIGS
 from utils import contrastive_loss
 
@@ -251,6 +256,34 @@ def test_a_model_from_scratch_is_drawn_as_open_clips_is(config):
         else:  # within five standard errors of a difference
             margin = 5 * tensor.numel() ** -0.5
             assert tensor.std().item() == pytest.approx(expected[key], rel=margin), key
+
+
+class BagOfWords:
+    """A text tower whose output is the embedding of the first token."""
+
+    causal, tokenizer = False, staticmethod(clip_tokenizer)
+
+    def add_to(self, model, config):
+        model.words = nn.Embedding(config.vocab_size, config.transformer_width)
+
+    def initialize(self, model):
+        nn.init.ones_(model.words.weight)
+
+    def last_tokens(self, tokens):
+        return tokens.argmax(dim=1)
+
+    def encode(self, model, ids, positions, layout):
+        return layout.pool(model.words(ids))
+
+
+def test_a_third_text_tower_is_one_module_and_a_line_of_the_table(monkeypatch):
+    module = ModuleType("bag_of_words")
+    module.TextTower = BagOfWords
+    monkeypatch.setitem(sys.modules, "bag_of_words", module)
+    monkeypatch.setitem(TEXT_TOWERS, "words", "bag_of_words")
+    model = CLIP(replace(CONFIGS["ViT-demo"], text_tower="words")).initialize()
+    expected = model.text_projection.sum(dim=0).expand(len(CAPTIONS), -1)
+    torch.testing.assert_close(model.encode_text(tokenize(CAPTIONS)), expected)
 
 
 def test_logit_scale_is_kept_below_a_hundred():
