@@ -299,7 +299,7 @@ def check_batch_size(batch_size: int, images: int, processes: Processes) -> None
         raise InputError(f"--batch_size {batch_size} is less than the {processes.size} processes")
 
 
-@dataclass
+@dataclass(eq=False)
 class TrainLoader:
     """Shuffled batches of images with `captions_per_image` of their captions (at most as many as
     any image has), drawn anew in every epoch. Random choices follow from the seed and the epoch

@@ -29,7 +29,7 @@ Pairs = list[tuple[str, list[str]]]  # an image and its captions
 
 SPLITS = {"train": "training", "val": "validation", "test": "test"}  # in names of files; in words
 PROBLEMS_SHOWN = 10  # of one caption file
-NOTHING = ("", "nan", "none", "null", "<na>")  # in the place of a caption
+NOTHING = ("", "nan", "none", "null", "<na>")  # in place of a caption
 OTHERS_SHOWN = 5  # other caption files in the folder of a missing one
 PATH_LENGTH = 100  # characters shown of a path
 
