@@ -33,33 +33,19 @@ NAME_LENGTH = 60  # characters, at most 240 bytes: with a number they fit every 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "image",
-        nargs="?",
-        metavar="IMAGE",
+    # fmt: off
+    parser.add_argument("image", nargs="?", metavar="IMAGE",
         help="an image (default: you are asked for it), or a folder to search, with all its "
-        "subfolders",
-    )
+        "subfolders")
     add_weights(parser)
-    captions = parser.add_mutually_exclusive_group()
-    captions.add_argument(
-        "--text",
-        nargs="+",
-        metavar="CAPTION",
-        help="captions to rank; with a folder, texts to search for",
-    )
-    captions.add_argument(
-        "--captions_file", type=path, metavar="FILE", help="the same in a file, one a line"
-    )
-    captions.add_argument(
-        "--similar", metavar="IMAGE", help="with a folder, search for images like this one"
-    )
-    parser.add_argument(
-        "--output",
-        type=picture,
-        metavar="FILE",
-        help="picture of the result to write (default: in predictions/ in the run's folder)",
-    )
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--text", nargs="+", metavar="CAPTION",
+        help="captions to rank; with a folder, texts to search for")
+    add("--captions_file", type=path, metavar="FILE", help="the same in a file, one a line")
+    add("--similar", metavar="IMAGE", help="with a folder, search for images like this one")
+    parser.add_argument("--output", type=picture, metavar="FILE",
+        help="picture of the result to write (default: in predictions/ in the run's folder)")
+    # fmt: on
     add_loading(parser)
     args = parser.parse_args()
 

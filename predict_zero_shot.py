@@ -15,25 +15,16 @@ LABELS = ["two line charts", "a schematic diagram", "a landscape photo", "a oil 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "image",
-        nargs="?",
-        default=from_here("R_mAP.png"),
-        metavar="IMAGE",
-        help="default: %(default)s",
-    )
-    parser.add_argument(
-        "--labels", nargs="+", default=LABELS, metavar="LABEL", help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--templates",
-        type=name_or_path,
-        default="none",
-        metavar="SET_OR_FILE",
+    add = parser.add_argument
+    # fmt: off
+    add("image", nargs="?", default=from_here("R_mAP.png"), metavar="IMAGE",
+        help="default: %(default)s")
+    add("--labels", nargs="+", default=LABELS, metavar="LABEL", help="default: %(default)s")
+    add("--templates", type=name_or_path, default="none", metavar="SET_OR_FILE",
         help="sentences around a label, whose features are averaged: "
         f"{', '.join(TEMPLATE_SETS)} (cn: Chinese), or a file with one a line and {{}} for the "
-        "label (default: %(default)s, the label alone)",
-    )
+        "label (default: %(default)s, the label alone)")
+    # fmt: on
     add_weights(parser)
     add_loading(parser)
     args = parser.parse_args()

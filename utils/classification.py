@@ -252,48 +252,29 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         description="Score a CLIP on images of classes: top-1, top-5 and mean per-class accuracy."
     )
-    parser.add_argument(
-        "--data",
-        type=name_or_path,
-        required=True,
-        metavar="FOLDER_OR_NAME",
+    add = parser.add_argument
+    # fmt: off
+    add("--data", type=name_or_path, required=True, metavar="FOLDER_OR_NAME",
         help="folder of class folders, or one with train/ and val/ (or valid/ or test/) that have "
-        f"class folders in them; or a data set of torchvision, downloaded to torchvision_data/ "
-        f"beside the scripts: {', '.join(TORCHVISION_SETS)}",
-    )
-    parser.add_argument(
-        "--classnames",
-        type=path,
-        metavar="FILE",
+        "class folders in them; or a data set of torchvision, downloaded to torchvision_data/ "
+        f"beside the scripts: {', '.join(TORCHVISION_SETS)}")
+    add("--classnames", type=path, metavar="FILE",
         help="names of the classes, one a line in the order of the sorted class folders (2 before "
         "10), lines folder<TAB>name or 'folder name', or ImageNet's class index in JSON (default: "
-        "the words in the folders' names, or the data set's names)",
-    )
-    parser.add_argument(
-        "--templates",
-        type=name_or_path,
-        metavar="SET_OR_FILE",
+        "the words in the folders' names, or the data set's names)")
+    add("--templates", type=name_or_path, metavar="SET_OR_FILE",
         help="sentences around a class name, whose features are averaged: "
-        f"{', '.join(TEMPLATE_SETS)} (cn: Chinese), or a file with one a line, {{}} standing for "
-        "the name (default: photo, for a Chinese model cn_photo)",
-    )
-    parser.add_argument(
-        "--linear_probe",
-        action="store_true",
+        f"{', '.join(TEMPLATE_SETS)} (cn: Chinese), or a file with one a line and {{}} for the "
+        "name (default: photo, for a Chinese model cn_photo)")
+    add("--linear_probe", action="store_true",
         help="also score a logistic regression, trained on the image features of train/ (or "
-        "torchvision's training images)",
-    )
+        "torchvision's training images)")
     add_weights(parser)
     add_scoring(parser)
-    parser.add_argument(
-        "--json",
-        type=writable_file,
-        metavar="FILE",
-        help="write the scores, with those of each class",
-    )
-    parser.add_argument(
-        "--plot", type=picture, metavar="FILE", help="write a picture of the confusion matrix"
-    )
+    add("--json", type=writable_file, metavar="FILE",
+        help="write the scores, with those of each class")
+    add("--plot", type=picture, metavar="FILE", help="write a picture of the confusion matrix")
+    # fmt: on
     return parser
 
 

@@ -82,46 +82,27 @@ def build_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(
         description="Score a CLIP on captioned images: Recall@K and mAP@K in both directions."
     )
-    parser.add_argument(
-        "--dataset_path",
-        type=path,
+    add = parser.add_argument
+    # fmt: off
+    add("--dataset_path", type=path,
         help="folder of the data (default: what the weights' run was trained on, else flickr8k "
-        "beside the scripts)",
-    )
-    parser.add_argument(
-        "--language",
-        nargs="+",
-        choices=["en", "cn"],
-        help="of the captions, one or both (default: those of the weights' run, else en)",
-    )
-    parser.add_argument(
-        "--split", choices=["val", "test"], default="val", help="images to score (default: val)"
-    )
+        "beside the scripts)")
+    add("--language", nargs="+", choices=["en", "cn"],
+        help="of the captions, one or both (default: those of the weights' run, else en)")
+    add("--split", choices=["val", "test"], default="val", help="images to score (default: val)")
     add_weights(parser)
     add_scoring(parser)
-    parser.add_argument(
-        "--json", type=writable_file, metavar="FILE", help="write the scores, K from 1 to 10"
-    )
-    parser.add_argument(
-        "--plot",
-        type=picture,
-        metavar="FILE",
+    add("--json", type=writable_file, metavar="FILE", help="write the scores, K from 1 to 10")
+    add("--plot", type=picture, metavar="FILE",
         help="plot recall and mAP against K, e.g. R_mAP.png (default: R_mAP_<split>.png in the "
-        "newest run, if --weights is left out)",
-    )
-    parser.add_argument(
-        "--report",
-        type=writable_file,
-        metavar="FILE",
+        "newest run, if --weights is left out)")
+    add("--report", type=writable_file, metavar="FILE",
         help="write a page for a browser: scores, curves and the first answers to each query, e.g. "
-        "report.html",
-    )
-    parser.add_argument(
-        "--plain_protocol",
-        action="store_true",
+        "report.html")
+    add("--plain_protocol", action="store_true",
         help="a caption is a positive of its own image alone, even if other images have the same "
-        "caption; to compare with scores of other programs",
-    )
+        "caption; to compare with scores of other programs")
+    # fmt: on
     return parser
 
 

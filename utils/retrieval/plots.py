@@ -90,7 +90,7 @@ def draw_ranking(image: Image.Image, ranked: list[Ranked], path: Path) -> None:
                    parse_math=False)  # fmt: skip
     chart.set(xlim=(0, 1), ylim=(len(ranked) - 0.5, -0.9), yticks=[], xlabel="probability")
     chart.spines[["top", "right", "left"]].set_visible(False)
-    _save_with_any_text(figure, path)
+    save_figure(figure, path)
 
 
 def draw_found(query: str, found: list[tuple[Image.Image, str]], path: Path) -> None:
@@ -110,7 +110,7 @@ def draw_found(query: str, found: list[tuple[Image.Image, str]], path: Path) -> 
         panel.imshow(image)
         panel.set_title(_filled(caption, NARROW_LINE), fontfamily=fonts, fontsize=8,
                         parse_math=False)  # fmt: skip
-    _save_with_any_text(figure, path)
+    save_figure(figure, path)
 
 
 def _filled(text: str, line: int) -> str:
@@ -157,7 +157,7 @@ def plot_wise_ft(
     )
     for text in legend.get_texts():
         text.set_parse_math(False)  # names may hold a $
-    _save_with_any_text(figure, path)
+    save_figure(figure, path)
 
 
 def plot_confusion(confusions: dict[str, Tensor], classes: Sequence[str], path: Path) -> None:
@@ -180,18 +180,13 @@ def plot_confusion(confusions: dict[str, Tensor], classes: Sequence[str], path: 
             panel.set_yticks(range(len(names)), names, **style)
     panels[0].set(ylabel="class")
     figure.colorbar(colours, ax=panels, label="percent of the class's images", shrink=0.8)
-    _save_with_any_text(figure, path)
-
-
-def _save_with_any_text(figure: "Figure", path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of missing characters: see `fonts_for`
-        save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
     """Write a matplotlib figure in the format of the path's suffix, PNG without one. Raises
     `InputError` for an unknown format, and for a file that cannot be written."""
     kind = picture_format(path)
-    with writing(path), atomic_write(path) as temporary:
+    with warnings.catch_warnings(), writing(path), atomic_write(path) as temporary:
+        warnings.simplefilter("ignore", UserWarning)  # of missing characters: see `fonts_for`
         figure.savefig(temporary, format=kind, dpi=120)

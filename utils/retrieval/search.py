@@ -72,6 +72,8 @@ def most_similar(features: Tensor, query: Tensor, count: int) -> list[tuple[int,
     """(index, cosine) of the `count` features most similar to `query` `[d]` (float32), the most
     similar first. `features` `[n, d]` are float16; both are normalised."""
     query = query.cpu()
-    similarity = torch.cat([block.float() @ query for block in features.split(BLOCK)])
+    # Not a matrix product: it rounds equal features alike, which a BLAS does not promise.
+    products = (block.float().mul_(query) for block in features.split(BLOCK))
+    similarity = torch.cat([block.sum(dim=1) for block in products])
     best = similarity.topk(min(count, len(features)))
     return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
