@@ -34,12 +34,12 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
-def test_shares_are_even_and_cover_all_rows_in_order(size):
+def test_shards_are_even_and_cover_all_rows_in_order(size):
     for n in (size, 16, 23):
-        shares = [Processes(rank, size).share(n) for rank in range(size)]
-        assert [row for s in shares for row in range(s.start, s.stop)] == list(range(n))
-        assert max(map(len, shares)) - min(map(len, shares)) <= 1
-        assert all(share.total == n for share in shares)
+        shards = [Processes(rank, size).shard(n) for rank in range(size)]
+        assert [row for s in shards for row in range(s.start, s.stop)] == list(range(n))
+        assert max(map(len, shards)) - min(map(len, shards)) <= 1
+        assert all(shard.total == n for shard in shards)
 
 
 def features_of(n, k, d):
