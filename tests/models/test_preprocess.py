@@ -435,18 +435,18 @@ UNDAMAGED = {
 )
 @given(
     format=st.sampled_from(sorted(UNDAMAGED)),
-    distillation=st.floats(0, 1),
+    share=st.floats(0, 1),
     changes=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=4),
     header=st.booleans(),
 )
 @pytest.mark.filterwarnings("ignore")
-def test_damaged_files_are_read_or_refused(tmp_path, format, keep, changes, header):
+def test_damaged_files_are_read_or_refused(tmp_path, format, share, changes, header):
     content = bytearray(UNDAMAGED[format])
     reach = min(64, len(content)) if header else len(content)
     for place, value in changes:
         content[int(place * (reach - 1))] = value
     if len(changes) % 2:
-        del content[int(keep * len(content)) :]
+        del content[int(share * len(content)) :]
     file = tmp_path / "image.jpg"
     file.write_bytes(content)
     try:
