@@ -12,7 +12,7 @@ from utils.machine.memory import (
     peak_memory_mb,
 )
 from utils.machine.precision import Precision
-from utils.machine.processes import ALONE, join_processes
+from utils.machine.processes import join_processes
 
 CPU, MPS = torch.device("cpu"), torch.device("mps")
 
@@ -72,23 +72,6 @@ def test_several_processes_do_not_share_a_macs_gpu(machine, monkeypatch):
     monkeypatch.setattr("utils.machine.processes.dist.get_rank", lambda: 0)
     monkeypatch.setattr("sys.excepthook", None)
     assert join_processes(None)[1] == CPU
-
-
-@pytest.mark.parametrize(
-    "variable, launcher",
-    [("SLURM_STEP_NUM_TASKS", "srun"), ("OMPI_COMM_WORLD_SIZE", "mpirun"), ("PMI_SIZE", "mpirun")],
-)
-def test_processes_that_know_nothing_of_each_other_are_refused(monkeypatch, variable, launcher):
-    """As Slurm's, Open MPI's and MPICH's launchers name their number to the processes."""
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setenv(variable, "2")
-    with pytest.raises(InputError, match=f"^{launcher} has started 2 processes.*torchrun train.py"):
-        join_processes("cpu")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert join_processes("cpu") == (ALONE, CPU)
-    monkeypatch.delenv("WORLD_SIZE")
-    monkeypatch.setenv(variable, "1")
-    assert join_processes("cpu") == (ALONE, CPU)
 
 
 @pytest.mark.parametrize("device, waits", [("cpu", True), ("mps", True), ("cuda", False)])
