@@ -10,9 +10,11 @@ from pathlib import Path
 from models.errors import InputError, one_line
 from models.run_files import BEST, METRICS, run_folder, run_weights, trained_on
 from models.scripts import SCRIPTS
+from utils.data.annotations import caption_file
 from utils.runs.arguments import trained_weights
 
 PUBLISHED = "ViT-B/32"
+RUNS_SHOWN = 3
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
@@ -72,3 +74,15 @@ def _facts(weights: str | Path) -> list[str]:
         recall = max(float(row["mean_recall"]) for row in epochs)
         facts.append(f"mean recall of its best epoch {recall:.2f}")
     return facts
+
+
+def runs_having(split: str) -> str:
+    """The end of a message on missing captions: the newest runs whose data has this split."""
+    having = []
+    for run in finished_runs():
+        with suppress(InputError):
+            root, languages = trained_on(run) or (Path(), [])
+            files = [caption_file(root, language, split) for language in languages]
+            having += [str(run)] if files and all(map(Path.is_file, files)) else []
+    shown = " or ".join(having[:RUNS_SHOWN])
+    return f"; with {split} captions: --weights {shown}" if having else ""

@@ -152,6 +152,8 @@ def how_it_goes_on(args: Namespace, resumed: dict[str, Any]) -> Iterator[str]:
 def without_effect(args: Namespace, steps: int) -> Iterator[str]:
     """Lines on arguments that change less than they seem to, in a run with so many steps an
     epoch."""
+    if args.grad_cache and args.grad_cache >= args.batch_size:
+        yield f"--grad_cache {args.grad_cache} has no effect: a batch has {args.batch_size} images"
     if args.ema and 1 / (1 - args.ema) > steps * args.epochs:
         yield (
             f"--ema {args.ema:g} averages over about {1 / (1 - args.ema):,.0f} steps, and this run "
