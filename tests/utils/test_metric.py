@@ -1,6 +1,7 @@
 """Retrieval scores against their definition, written out query by query."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
