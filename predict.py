@@ -23,7 +23,7 @@ from models.host import run_script
 from models.run_files import run_folder, trained_on
 from models.scripts import ArgumentParser
 from utils.runs.arguments import add_loading, path, picture
-from utils.runs.chosen import add_weights, weights_to_use
+from utils.runs.default_weights import add_weights, weights_to_use
 
 TOP = 5  # captions printed and drawn
 FIRST = 10  # images printed and drawn

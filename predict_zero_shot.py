@@ -8,7 +8,7 @@ from models.host import run_script
 from models.scripts import ArgumentParser, from_here
 from utils.data.templates import TEMPLATE_SETS, read_templates
 from utils.runs.arguments import add_loading, name_or_path
-from utils.runs.chosen import add_weights, weights_to_use
+from utils.runs.default_weights import add_weights, weights_to_use
 
 LABELS = ["two line charts", "a schematic diagram", "a landscape photo", "a oil painting"]
 

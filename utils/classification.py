@@ -37,7 +37,7 @@ from utils.machine.processes import ALONE, Processes
 from utils.retrieval.encode import encode_images, encode_texts
 from utils.retrieval.tables import format_rows
 from utils.runs.arguments import add_scoring, name_or_path, path, picture
-from utils.runs.chosen import add_weights, weights_to_use
+from utils.runs.default_weights import add_weights, weights_to_use
 
 WORST = 3  # classes that are printed
 HELD_OUT = 5  # one in so many training images is held out to choose the probe's C

@@ -28,7 +28,7 @@ from utils.data.annotations import caption_file, missing_annotations
 from utils.retrieval.ranking import Positives, Similarities
 from utils.retrieval.scores import K_VALUES, Scores, score_direction
 from utils.runs.arguments import add_scoring, path, picture
-from utils.runs.chosen import add_weights, runs_having, weights_to_use
+from utils.runs.default_weights import add_weights, runs_having, weights_to_use
 
 
 def compute_metrics(

@@ -10,7 +10,7 @@ from models.config import Config
 from models.errors import InputError
 from models.weights import open_clip
 from models.weights.architecture import infer_config
-from models.weights.format import Format, Weights, cast
+from models.weights.interface import Format, Weights, cast
 
 if TYPE_CHECKING:
     from models.weights.hub import Repository

@@ -17,7 +17,7 @@ from models.clip import CLIP
 from models.config import Config
 from models.errors import InputError, one_line
 from models.progress_bar import progress_bar
-from models.weights.format import Format, write_json, write_tokenizer
+from models.weights.interface import Format, write_json, write_tokenizer
 
 OPSET = 18  # the version of the ONNX operators
 LARGEST_FILE = 2 * 10**9  # bytes; an ONNX file ends at 2 GiB, and larger weights lie beside it

@@ -14,7 +14,7 @@ from models.clip import CLIP
 from models.config import MAX_SIZE, VOCABULARY, Config, check_config, description_of
 from models.errors import InputError, naming, quoted
 from models.files import read_json
-from models.weights.format import Format, Weights, save_safetensors, write_json
+from models.weights.interface import Format, Weights, save_safetensors, write_json
 
 if TYPE_CHECKING:
     from models.weights.hub import Repository

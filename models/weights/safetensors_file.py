@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.clip import CLIP
 from models.errors import InputError
-from models.weights.format import Format, save_safetensors
+from models.weights.interface import Format, save_safetensors
 from models.weights.open_clip import CONFIG_FILE, to_open_clip
 
 

@@ -18,7 +18,7 @@ from models.config import (
 )
 from models.errors import InputError, naming, quoted
 from models.files import read_json
-from models.weights.format import Format, Weights, save_safetensors, write_json, write_tokenizer
+from models.weights.interface import Format, Weights, save_safetensors, write_json, write_tokenizer
 
 if TYPE_CHECKING:
     from models.weights.hub import Repository

@@ -13,7 +13,7 @@ import predict_zero_shot
 from models.errors import InputError
 from utils import classification, metric
 from utils.runs.checkpoint import write_csv, write_json
-from utils.runs.chosen import weights_to_use
+from utils.runs.default_weights import weights_to_use
 
 BEST = "weights/best_epoch_weights.pth"
 
@@ -24,7 +24,7 @@ def folders(tmp_path, monkeypatch):
     here, beside = tmp_path / "here", tmp_path / "beside"
     here.mkdir()
     monkeypatch.chdir(here)
-    monkeypatch.setattr("utils.runs.chosen.SCRIPTS", beside)
+    monkeypatch.setattr("utils.runs.default_weights.SCRIPTS", beside)
     return here, beside
 
 
