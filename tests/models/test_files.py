@@ -8,11 +8,11 @@ import pytest
 import predict
 from flickr8k.prepare import prepare
 from flickr8k.sources import find_files
+from models import run_files
 from models.clip_utils import find_weights
 from models.errors import InputError
 from models.files import LARGEST, read_bytes, read_lines
 from utils.data.annotations import read_annotations, refuse_another_set
-from utils.runs import arguments
 from utils.runs.checkpoint import read_checkpoint
 
 READERS = {
@@ -49,7 +49,7 @@ def test_a_checkpoint_or_the_arguments_of_a_run_are_files_too(no_file):
     weights.parent.mkdir()
     weights.touch()
     no_file.rename(no_file.parent / "arguments.json")
-    assert arguments.trained_on(weights) is None
+    assert run_files.trained_on(weights) is None
 
 
 def sparse(path, size):

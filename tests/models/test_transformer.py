@@ -79,9 +79,7 @@ def losses_and_gradients(model, loss, mixed):
 
 @pytest.mark.parametrize("quick_gelu", [True, False])
 def test_loss_and_gradients_in_bfloat16_are_as_near_to_float32_as_those_of_open_clip(quick_gelu):
-    theirs, description = small_open_clip(quick_gelu)
-    config = from_open_clip(description)
-    ours = build_model({key: t.clone() for key, t in theirs.state_dict().items()}, config)
+    """Of three models together: the errors of a single one differ by chance."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(16, 3, 64, 64, generator=generator)
     tokens = tokenize([f"{'a red ' * (i % 7)}bird {i}" for i in range(16)])
@@ -99,10 +97,18 @@ def test_loss_and_gradients_in_bfloat16_are_as_near_to_float32_as_those_of_open_
         difference = sum((found[name] - g).square().sum() for name, g in exact.items()) ** 0.5
         return abs(value - exact_loss), difference.item()
 
-    exact_loss, exact = losses_and_gradients(ours, our_loss, mixed=False)
-    (loss_error, error), (_, their_error) = errors(ours, our_loss), errors(theirs, their_loss)
-    assert 0 < error <= 1.5 * their_error
-    assert loss_error < 4 * ROUNDING * exact_loss
+    ours_in_all = theirs_in_all = 0.0
+    for seed in range(3):
+        torch.manual_seed(seed)
+        theirs, description = small_open_clip(quick_gelu)
+        weights = {key: tensor.clone() for key, tensor in theirs.state_dict().items()}
+        ours = build_model(weights, from_open_clip(description))
+        exact_loss, exact = losses_and_gradients(ours, our_loss, mixed=False)
+        (loss_error, error), (_, their_error) = errors(ours, our_loss), errors(theirs, their_loss)
+        assert loss_error < 4 * ROUNDING * exact_loss
+        ours_in_all += error
+        theirs_in_all += their_error
+    assert 0 < ours_in_all <= 1.5 * theirs_in_all
 
 
 def test_scores_in_mixed_precision_have_a_residual_stream_in_float32():

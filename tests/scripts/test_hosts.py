@@ -170,7 +170,7 @@ def test_the_commands_that_train_prints_can_be_pasted(nasty_run):
         for line in lines
     ]
     assert [answer.returncode for answer in answers] == [0, 0], answers
-    labels = ["一只 狗 \\", f'a {NASTY[0]} {NASTY[1]} "quotes" it\'s $home']
+    labels = ["一只 狗 \\", f'a {NASTY[0]} {NASTY[1]} "quotes"']
     assert shlex.split(lines[1])[-2:] == labels
     assert all(repr(label) in answers[1].stdout for label in labels)
     assert not list(work.rglob("pwned"))
@@ -183,6 +183,7 @@ import os, runpy, sys
 class OutStream:
     def write(self, text): os.write(1, text.encode())
     def flush(self): pass
+    def isatty(self): return False
 sys.stdout = sys.stderr = mine = OutStream()
 root, *sys.argv = sys.argv[1:]
 sys.path.insert(0, root)

@@ -133,7 +133,14 @@ def test_a_model_that_reads_248_tokens_reads_captions_whole(long_data, tmp_path)
     assert shown == pytest.approx(sorted(100 * p for p in expected), abs=0.02)
 
 
-def test_a_model_that_reads_42_tokens_is_given_no_more(long_data, tmp_path):
+def test_a_model_that_reads_42_tokens_is_given_no_more(data, tmp_path):
+    """The captions differ at their starts, and none fits."""
+    long_data = shutil.copytree(data, tmp_path / "data")
+    for file in long_data.glob("en_*.json"):
+        entries = json.loads(file.read_text("utf-8"))
+        for entry in entries:
+            entry["caption"] = [f"{text} {PADDING}" for text in entry["caption"][:2]]
+        file.write_text(json.dumps(entries))
     save_open_clip(*small_open_clip(context=42), tmp_path / "start")
     _, printed = train("start", long_data, tmp_path)
     assert "are longer than the 42 tokens that the model reads, and were cut" in printed

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from models.scripts import from_here
 
+WORDS, LETTERS = 6, 40  # of a suggested label, which so fits every context
+
 
 def command(script: str, *words: object, processes: int = 1) -> str:
     """The line that runs a script of this repository, in this folder and with this Python; with
@@ -28,8 +30,10 @@ def quoted(words: Iterable[object]) -> str:
 
 
 def what_to_try(image: str, weights: Path, captions: Iterable[str]) -> str:
-    """Two commands that use new weights: on an image, and with the two shortest captions."""
-    texts = {" ".join(c.lower().rstrip(" .").split()) for c in captions if c[:1].isalnum()}
+    """Two commands that use new weights: on an image, and with the first words of the two shortest
+    captions."""
+    starts = (" ".join(caption.lower().split()[:WORDS]) for caption in captions)
+    texts = {start[:LETTERS].rstrip(" .") for start in starts if start[:1].isalnum()}
     labels = [*sorted(texts, key=lambda text: (len(text), text)), "something else", "a photo"]
     words = image, "--weights", weights
     return (

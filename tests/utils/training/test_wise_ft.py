@@ -4,6 +4,7 @@ import csv
 
 import pytest
 import torch
+from definitions import equal_scores
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -44,7 +45,7 @@ def mixed(tmp_path, alphas, scores_at, max_forgetting=2.0):
     mixtures = Mixtures(model, start, tmp_path, max_forgetting)
     for alpha in mixtures.each(alphas):
         recall, retention = scores_at(alpha_of(model, tuned))
-        mixtures.add(alpha, {way: {"R@1": recall} for way in ("i2t", "t2i")}, 0.0, retention)
+        mixtures.add(alpha, equal_scores(recall), 0.0, retention)
     chosen = mixtures.choose()
     saved = torch.load(chosen, weights_only=True)
     for key, tensor in model.state_dict().items():
