@@ -9,7 +9,6 @@ from models.clip import CLIP
 from models.config import Config
 from models.errors import InputError
 from models.weights import open_clip
-from models.weights.architecture import infer_config
 from models.weights.interface import Format, Weights, cast
 
 if TYPE_CHECKING:
@@ -27,14 +26,6 @@ def recognises(weights: Weights) -> bool:
 def to_ours(weights: Weights) -> Weights:
     """The weights without BERT's pooler, which no model uses."""
     return {key: tensor for key, tensor in weights.items() if not key.startswith("bert.pooler.")}
-
-
-def description(folder: Path, weights: Weights) -> Config | None:
-    """The description beside the weights; without one, that of cn_clip's models."""
-    found = open_clip.description(folder, weights)
-    if found is None and is_of_authors(inferred := infer_config(weights)):
-        return inferred
-    return found
 
 
 def is_of_authors(config: Config) -> bool:
@@ -71,7 +62,7 @@ FORMAT = Format(
     files=("clip_cn_*.pt",),
     recognises=recognises,
     to_ours=to_ours,
-    description=description,
+    description=open_clip.description,
     fetch=fetch,
     hub_files="clip_cn_*.pt",
 )

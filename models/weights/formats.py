@@ -57,9 +57,9 @@ def read_weights(path: Path, activation: str | None = None) -> tuple[dict[str, T
         config = kind.description(folder, weights)
     if config is None:
         config = infer_config(weights)
-        if activation is None:
+        if activation is None and not cn_clip.is_of_authors(config):
             raise InputError(UNTOLD)
-        config = replace(config, activation=activation)
+        config = replace(config, activation=activation or config.activation)
     _check_vocabulary(path, config)
     return weights, config
 

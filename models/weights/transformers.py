@@ -156,7 +156,7 @@ def description(folder: Path, weights: Weights) -> Config | None:
 def fetch(repository: "Repository") -> Path | None:
     """The folder of a repository with a description, preprocessing if it has one, and weights."""
     found = repository.get(CONFIG_FILE)
-    if found is None or read_json(found).get("model_type") not in MODEL_TYPES:
+    if found is None or read_json(found).get("model_type") not in [*MODEL_TYPES]:
         return None
     # A model whose preprocessing is unknown must not be taken for one without any.
     files = (PREPROCESSOR_FILE, PROCESSOR_FILE)

@@ -125,10 +125,10 @@ def test_a_bar_in_a_file_shows_its_start_and_its_end_within_30_seconds(stream, s
 # Commands to paste
 
 
-def test_labels_to_try_are_the_two_shortest_captions():
+def test_labels_to_try_are_the_shortest_caption_and_something_else():
     captions = ["A dog  runs .", "a dog runs.", "A brown dog runs over a meadow", "--labels", "Two"]
     printed = what_to_try("my images/1.jpg", Path("w.pth"), captions)
-    assert shlex.split(printed.splitlines()[-1])[-3:] == ["--labels", "two", "a dog runs"]
+    assert shlex.split(printed.splitlines()[-1])[-3:] == ["--labels", "two", "something else"]
     assert shlex.split(printed.splitlines()[-2])[-3:] == ["my images/1.jpg", "--weights", "w.pth"]
     assert shlex.split(what_to_try("1.jpg", Path("w.pth"), ["狗"]))[-2:] == ["狗", "something else"]
 
@@ -170,7 +170,7 @@ def test_the_commands_that_train_prints_can_be_pasted(nasty_run):
         for line in lines
     ]
     assert [answer.returncode for answer in answers] == [0, 0], answers
-    labels = ["一只 狗 \\", f'a {NASTY[0]} {NASTY[1]} "quotes"']
+    labels = ["一只 狗 \\", "something else"]
     assert shlex.split(lines[1])[-2:] == labels
     assert all(repr(label) in answers[1].stdout for label in labels)
     assert not list(work.rglob("pwned"))

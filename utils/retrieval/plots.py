@@ -124,11 +124,14 @@ def _columns(text: str) -> int:
 
 
 def plot_wise_ft(
-    rows: list[dict[str, float]], best: dict[str, float], path: Path, most_lost: float = math.inf
+    rows: list[dict[str, float]],
+    best: dict[str, float],
+    path: Path,
+    max_forgetting: float = math.inf,
 ) -> None:
     """Write a plot to `path`: mean recall, R@1 in both directions and the scores on the sets of
     --retention against alpha, with a star at the chosen row `best`, and a line where the sets' mean
-    is `most_lost` points lower."""
+    is `max_forgetting` points lower."""
     from matplotlib.figure import Figure
 
     rows = sorted(rows, key=lambda row: row["alpha"])
@@ -147,8 +150,10 @@ def plot_wise_ft(
         means = [sum(scores) / len(scores) for scores in zip(*by_set.values(), strict=True)]
         if len(by_set) > 1:
             axes.plot(alphas, means, "k--", label="retention, mean")
-        limit = means[0] + rows[0]["points_lost"] - most_lost
-        axes.axhline(limit, color="k", linestyle=":", label=f"at most {most_lost:g} points lost")
+        limit = means[0] + rows[0]["points_lost"] - max_forgetting
+        axes.axhline(
+            limit, color="k", linestyle=":", label=f"at most {max_forgetting:g} points lost"
+        )
     axes.plot(best["alpha"], best["mean_recall"], "k*", markersize=14, label="chosen", zorder=3)
     axes.set(xlabel="alpha (0: the starting weights, 1: the tuned ones)", ylabel="percent")
     axes.grid(alpha=0.3)

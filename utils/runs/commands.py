@@ -30,13 +30,13 @@ def quoted(words: Iterable[object]) -> str:
 
 
 def what_to_try(image: str, weights: Path, captions: Iterable[str]) -> str:
-    """Two commands that use new weights: on an image, and with the first words of the two shortest
-    captions."""
+    """Two commands that use new weights: on an image, and with the first words of the shortest
+    caption as a label."""
     starts = (" ".join(caption.lower().split()[:WORDS]) for caption in captions)
     texts = {start[:LETTERS].rstrip(" .") for start in starts if start[:1].isalnum()}
-    labels = [*sorted(texts, key=lambda text: (len(text), text)), "something else", "a photo"]
+    labels = min(texts, key=lambda text: (len(text), text), default="a photo"), "something else"
     words = image, "--weights", weights
     return (
         f"now try\n  {command('predict.py', *words)}\n"
-        f"  {command('predict_zero_shot.py', *words, '--labels', *labels[:2])}"
+        f"  {command('predict_zero_shot.py', *words, '--labels', *labels)}"
     )

@@ -49,7 +49,7 @@ def weights_to_use(named: str | None) -> str | Path:
     elif runs := finished_runs():
         weights, whose = run_weights(runs[0]), "the newest run's"
     else:
-        weights, whose = PUBLISHED, "published: there is no run in logs/"
+        weights, whose = PUBLISHED, "published: no run in logs/ has weights yet"
     check_name(weights)
     print("weights:", ", ".join(filter(None, [str(weights), whose, *_facts(weights)])))
     return weights

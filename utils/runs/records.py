@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from models.errors import InputError
 from utils.machine.pyzjr_parts import ConsoleLogger, LossHistory
 from utils.runs.files import TEMPORARY, atomic_write, writing
 
@@ -17,9 +18,17 @@ class Log(ConsoleLogger):
     """Prints, and writes what is printed to a file as well."""
 
     def write(self, message: str) -> None:
-        with writing(self.log_file):
-            # Names of files can hold lone surrogates, which the log cannot.
-            super().write(message.encode(errors="replace").decode())
+        # Names of files can hold lone surrogates, which the log cannot.
+        message = message.encode(errors="replace").decode()
+        if not self.terminal.isatty():
+            message = self.remove_ansi_colors(message)
+        try:
+            with writing(self.log_file):
+                super().write(message)
+        except InputError as error:
+            if isinstance(error.__cause__, BrokenPipeError):  # nobody reads the output any more
+                raise error.__cause__ from None
+            raise
 
 
 class Losses(LossHistory):

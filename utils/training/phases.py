@@ -99,7 +99,7 @@ def open_run(
         sys.stdout = Log(run.folder / f"console_{started}.log")
         show_config(args=args, color="bold")
         on = how_it_goes_on(args, resumed) if resumed else ()
-        for line in (*on, *without_effect(args, len(loader))):
+        for line in (*on, *without_effect(args, len(loader), loader.processes)):
             print(line)
         run.loss_history = Losses(run.folder, resumed["rows"] if resumed else [])
         if args.wise_ft or args.distill:

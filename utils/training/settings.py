@@ -20,7 +20,7 @@ from models.weights.architecture import check_resolution
 from models.weights.registry import CONFIGS
 from utils.data.annotations import caption_file, missing_annotations
 from utils.flickr8k_dataloader import Flickr8kDataset, check_batch_size
-from utils.machine.processes import Processes
+from utils.machine.processes import ALONE, Processes
 from utils.retrieval.tables import retained
 from utils.training.layer_groups import freeze_and_adapt, whole_batch_norms
 from utils.training.resumed import read_resumed
@@ -149,11 +149,12 @@ def how_it_goes_on(args: Namespace, resumed: dict[str, Any]) -> Iterator[str]:
         yield "--log_dir has no effect: a run goes on in its own folder"
 
 
-def without_effect(args: Namespace, steps: int) -> Iterator[str]:
+def without_effect(args: Namespace, steps: int, processes: Processes = ALONE) -> Iterator[str]:
     """Lines on arguments that change less than they seem to, in a run with so many steps an
     epoch."""
-    if args.grad_cache and args.grad_cache >= args.batch_size:
-        yield f"--grad_cache {args.grad_cache} has no effect: a batch has {args.batch_size} images"
+    largest = -(-args.batch_size // processes.size)
+    if args.grad_cache and args.grad_cache >= largest:
+        yield f"--grad_cache {args.grad_cache} has no effect: a process has {largest} images a step"
     if args.ema and 1 / (1 - args.ema) > steps * args.epochs:
         yield (
             f"--ema {args.ema:g} averages over about {1 / (1 - args.ema):,.0f} steps, and this run "
@@ -241,8 +242,8 @@ def get_data(
 ) -> tuple[dict[str, Flickr8kDataset], Retention]:
     """The data by split, and that of --retention, once the arguments are checked and the demo's
     images rendered. Comes before the weights, which may take minutes to download."""
-    if args.demo and lacks_demo_set(args.dataset_path, args.language):
-        with processes.rank_0_first():
+    with processes.rank_0_first():  # which renders
+        if args.demo and lacks_demo_set(args.dataset_path, args.language):
             render_demo(args.dataset_path, folder_option="--dataset_path")
     check_arguments(args)
     check_model(args, device, processes)

@@ -179,6 +179,16 @@ def test_a_file_of_cn_clip_is_read_with_its_activation_and_without_its_pooler(co
             torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-4)
 
 
+def test_their_weights_alone_have_the_authors_activation_unless_another_is_given(tmp_path):
+    """In the keys of transformers as in those of cn_clip, without a description beside them."""
+    weights = random_model(AUTHORS).state_dict()
+    save_file(to_transformers(weights), tmp_path / "model.safetensors")
+    torch.save({"state_dict": weights}, tmp_path / "own.pt")
+    for file in ("model.safetensors", "own.pt"):
+        assert load(tmp_path / file, "cpu")[0].config.activation == "quick_gelu"
+        assert load(tmp_path / file, "cpu", activation="gelu")[0].config.activation == "gelu"
+
+
 def test_the_authors_models_are_known_by_their_sizes():
     """By those that cn_clip has for its names; a model of ours with the same sizes has its keys."""
     clip = pytest.importorskip("cn_clip.clip", reason="needs cn_clip")

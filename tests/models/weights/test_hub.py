@@ -418,6 +418,7 @@ class TestRefusals:
         [
             ({"config.json": b'{"model_type": "bert"}'}, "of type 'bert'"),
             ({"config.json": b'{"architecture": "vit_base"}'}, "no weights of a CLIP"),
+            ({"config.json": b'{"model_type": ["clip"]}'}, "no weights of a CLIP"),
             ({"RemoteCLIP.pt": b"", "README.md": b""}, "no weights of a CLIP"),
             ({"open_clip_config.json": json.dumps(DESCRIPTIONS["ViT-B-16-SigLIP"]).encode()},
              "timm_model_name"),

@@ -80,7 +80,7 @@ def test_names_are_of_no_run(folders, capsys):
     weights_to_use(None)
     first, second = capsys.readouterr().out.splitlines()
     assert first == "weights: ViT-B/16"
-    assert second == "weights: ViT-B/32, published: there is no run in logs/"
+    assert second == "weights: ViT-B/32, published: no run in logs/ has weights yet"
 
 
 @pytest.mark.parametrize("script", [predict, predict_zero_shot, metric, classification])

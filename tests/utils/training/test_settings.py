@@ -100,7 +100,7 @@ def test_the_demo_goes_into_empty_folders_and_stays_in_its_own(monkeypatch, tmp_
     [
         (["--ema", "0.9999"], "about 10,000 steps, and this run has 160"),
         (["--ema", "0.99"], None),
-        (["--grad_cache", "100"], "--grad_cache 100 has no effect: a batch has 64 images"),
+        (["--grad_cache", "100"], "--grad_cache 100 has no effect: a process has 64 images a step"),
         (["--grad_cache", "63"], None),
         (["--lora", "8", "--lock_text", "2"], "only low-rank changes learn"),
         (["--lora", "8", "--lock_text"], None),
