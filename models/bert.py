@@ -4,8 +4,6 @@ The weights have BERT's names. Unlike CLIP's own text tower, norms follow the re
 no dropout.
 """
 
-from typing import TYPE_CHECKING
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,9 +12,6 @@ from models.config import CHINESE_VOCABULARY, Config
 from models.packing import Layout
 from models.tokens import chinese_tokenizer
 from models.transformer import BlockStack, LayerNorm, embedding
-
-if TYPE_CHECKING:
-    from models.clip import CLIP
 
 EPSILON = 1e-12  # of all norms
 TOKEN_TYPES = 2  # all texts here have type 0, BERT's first sentence
@@ -34,13 +29,13 @@ class TextTower:
     templates = "cn_photo"
     tokenizer = staticmethod(chinese_tokenizer)
 
-    def add_to(self, model: "CLIP", config: Config) -> None:
+    def add_to(self, model: nn.Module, config: Config) -> None:
         model.bert = Bert(config)
 
-    def initialize(self, model: "CLIP") -> None:
+    def initialize(self, model: nn.Module) -> None:
         model.bert.initialize()
 
-    def blocks(self, model: "CLIP") -> BlockStack:
+    def blocks(self, model: nn.Module) -> BlockStack:
         return model.bert.encoder
 
     def last_tokens(self, tokens: Tensor) -> Tensor:
@@ -48,7 +43,7 @@ class TextTower:
         # Where the count of tokens reaches its highest: argmax gives the first such position.
         return tokens.ne(0).cumsum(dim=1).argmax(dim=1)
 
-    def encode(self, model: "CLIP", ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
+    def encode(self, model: nn.Module, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
         return model.bert(ids, positions, layout)
 
 

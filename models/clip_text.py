@@ -1,7 +1,5 @@
 """CLIP's own text tower (Radford et al. 2021, section 2.4)."""
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,9 +8,6 @@ from models.config import VOCABULARY, Config
 from models.packing import Layout
 from models.tokens import clip_tokenizer
 from models.transformer import BlockStack, LayerNorm, Transformer, embedding
-
-if TYPE_CHECKING:
-    from models.clip import CLIP
 
 
 class TextTower:
@@ -30,7 +25,7 @@ class TextTower:
     templates = "photo"  # set in utils/data/templates.py, default for zero-shot classification
     tokenizer = staticmethod(clip_tokenizer)
 
-    def add_to(self, model: "CLIP", config: Config) -> None:
+    def add_to(self, model: nn.Module, config: Config) -> None:
         """Create the modules, without initial values."""
         width = config.transformer_width
         model.transformer = Transformer(
@@ -44,13 +39,13 @@ class TextTower:
         model.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
         model.ln_final = LayerNorm(width)
 
-    def initialize(self, model: "CLIP") -> None:
+    def initialize(self, model: nn.Module) -> None:
         """Draw random weights for training from scratch."""
         model.transformer.initialize()
         nn.init.normal_(model.token_embedding.weight, std=0.02)
         nn.init.normal_(model.positional_embedding, std=0.01)
 
-    def blocks(self, model: "CLIP") -> BlockStack:
+    def blocks(self, model: nn.Module) -> BlockStack:
         """The transformer, the part worth compiling."""
         return model.transformer
 
@@ -59,7 +54,7 @@ class TextTower:
         token, which has the largest id."""
         return tokens.argmax(dim=1)
 
-    def encode(self, model: "CLIP", ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
+    def encode(self, model: nn.Module, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
         """Packed token ids `[t]` and their positions `[t]` in their texts -> `[n, w]`."""
         # F.embedding and not indexing: the gradient of indexing is summed in an order that differs
         # from run to run.
