@@ -1,6 +1,7 @@
 """Chinese captions and Chinese models, through the scripts as a user starts them."""
 
 import re
+import shlex
 
 import pytest
 import torch
@@ -37,8 +38,9 @@ def trained(data, tmp_path_factory):
 def test_a_chinese_model_is_trained_and_used_by_every_script(trained, data, tmp_path):
     run, printed = trained
     assert "warning" not in printed and "were cut" not in printed
-    labels = re.findall("[\u4e00-\u9fff，。]+", printed.partition("--labels")[2])
-    assert len(labels) == 2  # that it ends with, of the Chinese captions
+    *_, label, other = shlex.split(printed)  # the line that it ends with
+    labels = label, other
+    assert re.fullmatch("[\u4e00-\u9fff，。]+", label)  # from the Chinese captions
     image = next((data / "images").glob("val_*.png"))
     answer = run_script("predict_zero_shot.py", image, "--weights", run, "--labels", *labels,
                         cwd=tmp_path).stdout  # fmt: skip
