@@ -8,8 +8,10 @@ from importlib import import_module
 del os.environ["PYTHONPATH"]  # by which this module was found; users have none
 
 from matplotlib.figure import Figure
+from tiny import NAMED
 
 from models.tokens import clip_tokenizer
+from models.weights.registry import CONFIGS
 
 for name in (
     "models.clip_utils",
@@ -21,6 +23,8 @@ for name in (
 ):
     import_module(name)
 clip_tokenizer()
+CONFIGS |= NAMED
+os.fsync = lambda file: None  # no test cuts the power, and a disk takes long for it
 figure = Figure()
 figure.subplots().set(title="finds the fonts")
 figure.savefig(io.BytesIO())

@@ -1,5 +1,6 @@
 """Running the project's scripts as a user does."""
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -26,6 +27,7 @@ def run_script(
     code: int = 0,
     fresh: bool = sys.platform == "win32",
     start_method: str | None = None,
+    prepare: Callable[[], object] | None = None,
 ) -> subprocess.CompletedProcess:
     """Run a script of the repository in folder `cwd`; check its exit code.
 
@@ -39,14 +41,14 @@ def run_script(
             command, cwd=cwd, input=stdin, capture_output=True, encoding="utf-8", check=False
         )
     else:
-        done = _run_forked(script, arguments, cwd, stdin, start_method)
+        done = _run_forked(script, arguments, cwd, stdin, start_method, prepare)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
 
-def error_line(script: str, *arguments: object, cwd: Path, code: int = 2) -> str:
+def error_line(script: str, *arguments: object, cwd: Path, code: int = 2, **how: object) -> str:
     """The one line on which a script ends when its input cannot be used."""
-    done = run_script(script, *arguments, cwd=cwd, code=code)
+    done = run_script(script, *arguments, cwd=cwd, code=code, **how)
     assert "Traceback" not in done.stderr
     lines = [line for line in done.stderr.splitlines() if "error: " in line]
     assert len(lines) == 1, done.stderr
@@ -78,23 +80,32 @@ def start_script(
     cwd: Path,
     streams: Sequence[Path | str] = (os.devnull,) * 3,
     start_method: str | None = None,
+    prepare: Callable[[], object] | None = None,
 ) -> multiprocessing.Process:
     """Start a script in a fork; `streams` are the files of standard input, output and error."""
-    process = forks().Process(target=_script, args=(script, arguments, cwd, streams, start_method))
+    process = forks().Process(
+        target=_script, args=(script, arguments, cwd, streams, start_method, prepare)
+    )
     process.start()
     return process
 
 
 def _run_forked(
-    script: str, arguments: Sequence[object], cwd: Path, stdin: str, start_method: str | None
+    script: str,
+    arguments: Sequence[object],
+    cwd: Path,
+    stdin: str,
+    start_method: str | None,
+    prepare: Callable[[], object] | None,
 ) -> subprocess.CompletedProcess:
     with tempfile.TemporaryDirectory() as folder:
         given, printed, errors = (Path(folder) / name for name in ("in", "out", "err"))
         given.write_text(stdin, "utf-8", "surrogateescape")
         streams = given, printed, errors
         process = start_script(
-            script, *arguments, cwd=cwd, streams=streams, start_method=start_method
-        )
+            script, *arguments, cwd=cwd, streams=streams, start_method=start_method,
+            prepare=prepare,
+        )  # fmt: skip
         process.join()
         texts = [file.read_text("utf-8") for file in (printed, errors)]
     return subprocess.CompletedProcess(script, process.exitcode, *texts)
@@ -106,6 +117,7 @@ def _script(
     cwd: Path,
     streams: Sequence[Path | str],
     start_method: str | None,
+    prepare: Callable[[], object] | None,
 ) -> None:
     """What `python script arguments` does, in a process that has its packages imported already."""
     for number, file in enumerate(streams):
@@ -122,7 +134,10 @@ def _script(
     multiprocessing.set_start_method(start_method, force=True)
     os.chdir(cwd)
     sys.argv = [script, *map(str, arguments)]
+    if prepare:
+        prepare()
     try:
         runpy.run_path(str(ROOT / script), run_name="__main__")
     finally:
+        atexit._run_exitfuncs()  # as at the end of a new process; forks skip it
         sys.stdout.flush()

@@ -1,21 +1,23 @@
 """What ends a run though nothing is wrong with it: full disks, full memory, killed processes."""
 
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
+import signal
 import sys
 
 import pytest
 import torch
-from script_runs import ROOT, error_line, run_script
+from script_runs import error_line, run_script
 
 from flickr8k.render_demo import render_demo
 from models.errors import InputError
+from utils.data import image_reading
 from utils.machine.memory import IN_TRAINING, explained
 from utils.runs.folder import new_run_folder
 
-SCRATCH = ["--resume_training", "none", "--model", "ViT-demo", "--batch_size", "8"]
+SCRATCH = ["--resume_training", "none", "--model", "ViT-tiny", "--batch_size", "8"]
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +33,12 @@ def run(data, tmp_path_factory):
     return next((cwd / "logs").iterdir())
 
 
+def limit_files():
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
 def test_a_full_disk_stops_the_run_and_leaves_its_files_as_they_were(run, tmp_path):
@@ -38,18 +46,9 @@ def test_a_full_disk_stops_the_run_and_leaves_its_files_as_they_were(run, tmp_pa
     shutil.copytree(run, copy)
     names = ("checkpoint.pth", "last_epoch_weights.pth", "best_epoch_weights.pth")
     before = {name: (copy / "weights" / name).read_bytes() for name in names}
-    limited = (
-        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)); "
-        "sys.path.insert(0, sys.argv[1]); del sys.argv[0]; sys.argv[0] += '/train.py'; "
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    line = error_line(
+        "train.py", "--resume_training", copy, "--epochs", 2, cwd=tmp_path, prepare=limit_files
     )
-    done = subprocess.run(
-        [sys.executable, "-c", limited, str(ROOT), "--resume_training", str(copy), "--epochs", "2"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if "error: " in line]
     assert "_weights.pth: cannot be written" in line and "Make room" in line
     assert {name: (copy / "weights" / name).read_bytes() for name in names} == before
     assert not list(copy.glob("weights/.*"))
@@ -152,30 +151,25 @@ def test_memory_that_is_full_names_the_arguments_that_help():
         raise RuntimeError("a bug")
 
 
+def kill_workers():
+    """When they read an image."""
+
+    def open_image(path):
+        if multiprocessing.parent_process():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(path)
+
+    read, image_reading.open_image = image_reading.open_image, open_image
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 def test_a_killed_worker_ends_the_run_with_one_line(data, tmp_path):
-    """An image that is a pipe nobody writes to would hold the worker; one that kills its reader
-    stands for the system that kills a process when memory is full."""
-    killer = tmp_path / "sitecustomize.py"
-    killer.write_text(
-        "import os, signal, multiprocessing\n"
-        "import models.preprocess as p\n"
-        "read = p.open_image\n"
-        "def open_image(path):\n"
-        "    if multiprocessing.parent_process(): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return read(path)\n"
-        "p.open_image = open_image\n"
-    )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *SCRATCH, "--dataset_path", str(data),
-         "--num_workers", "1"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120,
+    """As the system kills a process when memory is full."""
+    line = error_line(
+        "train.py", *SCRATCH, "--dataset_path", data, "--num_workers", 1, cwd=tmp_path,
+        prepare=kill_workers,
     )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if "error: " in line]
     assert "was killed" in line and "--num_workers" in line
 
 

@@ -74,6 +74,21 @@ def definitions(file: str) -> dict[str, ast.AST]:
 
 
 @cache
+def methods(file: str) -> dict[str, list[str]]:
+    """{name of a method: the definitions in a file that have it}"""
+    found: dict[str, list[str]] = {}
+    for name in definitions(file):
+        found.setdefault(name.rpartition(".")[2], []).append(name)
+    return {method: [n for n in names if "." in n] for method, names in found.items()}
+
+
+@cache
+def parts(node: ast.AST) -> list[ast.AST]:
+    """A piece of code and all within it."""
+    return list(ast.walk(node))
+
+
+@cache
 def imports(file: str) -> dict[str, Definition]:
     """The names that a file imports, at any place, from other files of ours."""
     found = {}
@@ -87,17 +102,16 @@ def imports(file: str) -> dict[str, Definition]:
 def named(file: str, node: ast.AST, files: set[str]) -> Iterator[Definition]:
     """The definitions that a piece of `file` names; a method of any class in `files` whose name
     stands after a dot may be meant."""
-    for part in ast.walk(node):
+    for part in parts(node):
         if isinstance(part, ast.Name):
             if part.id in definitions(file):
                 yield file, part.id
             elif part.id in imports(file):
                 yield imports(file)[part.id]
         elif isinstance(part, ast.Attribute) and not part.attr.startswith("__"):
-            for other in files:
-                for name in definitions(other):
-                    if name.endswith(f".{part.attr}"):
-                        yield other, name
+            yield from (
+                (other, name) for other in files for name in methods(other).get(part.attr, ())
+            )
 
 
 def reached(script: str) -> set[Definition]:
@@ -132,10 +146,10 @@ def strings(node: ast.AST) -> Iterator[str]:
     the name of a file for `from_here` of it."""
     skipped = {  # docstrings, and then what is part of a whole
         id(part.body[0].value)
-        for part in ast.walk(node)
+        for part in parts(node)
         if isinstance(part, (ast.FunctionDef, ast.ClassDef)) and isinstance(part.body[0], ast.Expr)
     }
-    for part in ast.walk(node):
+    for part in parts(node):
         if isinstance(part, ast.JoinedStr):
             skipped |= {id(value) for value in ast.walk(part)}
             yield "".join(map(_spelled, part.values))

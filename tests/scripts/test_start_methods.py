@@ -10,7 +10,7 @@ from script_runs import run_script
 
 from flickr8k.render_demo import render_demo
 
-MODELS = {"en": "ViT-demo", "cn": "cn-demo"}
+MODELS = {"en": "ViT-tiny", "cn": "cn-tiny"}
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform == "win32", reason="other tests show it, there is no fork"),
@@ -58,7 +58,7 @@ def test_workers_that_are_no_forks_change_no_result(
     alone, others = tmp_path / "alone", tmp_path / "others"
     for folder in (alone, others):
         folder.mkdir()
-    workers = ["--num_workers", 2]
+    workers = ["--num_workers", 1]
     expected, expected_rows = train(data, alone, language, *caches[0])
     found, rows = train(data, others, language, *workers, *caches[1], start_method=start_method)
     assert rows == expected_rows

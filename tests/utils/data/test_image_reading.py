@@ -15,15 +15,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from script_runs import ROOT
+from script_runs import ROOT, error_line, start_script
 
 from flickr8k.render_demo import render_demo
+from models import progress_bar
 from models.clip_utils import create_model
 from models.errors import InputError
 from utils import Flickr8kDataset
 from utils.data import image_reading
 from utils.data.image_reading import Loaded, collate, read_batches
-from utils.machine import memory
+from utils.machine import interrupt, memory
 
 SCRATCH = ["--resume_training", "none", "--model", "ViT-demo", "--batch_size", "8", "--epochs", "1",
            "--num_workers", "2", "--device", "cpu"]  # fmt: skip
@@ -138,68 +139,46 @@ def test_a_run_ends_well_with_little_shared_memory(data, tmp_path):
     assert "best_epoch_weights.pth:" in done.stdout
 
 
-STUCK = """
-import os, sys, time
-sys.path.insert(0, {root!r})
-from models.host import run_script
-from utils.data import image_reading
-
 class Stuck(list):
     def __getitem__(self, row):
         time.sleep(60)
 
-def main():
-    image_reading.LONGEST_WAIT = 1
-    next(image_reading.read_batches(Stuck([0]), [[0]], 1))
 
-if __name__ == "__main__":
-    run_script(main)
-"""
+def wait_a_second_for_batches_that_do_not_come():
+    image_reading.LONGEST_WAIT = 1
+    image_reading.ImageReader.__getitem__ = Stuck.__getitem__
 
 
 @pytest.mark.slow
-def test_a_batch_that_does_not_come_ends_the_program_with_one_line(tmp_path):
-    program = tmp_path / "program.py"
-    program.write_text(STUCK.format(root=str(ROOT)))
-    done = subprocess.run(
-        [sys.executable, str(program)], capture_output=True, text=True, check=False, timeout=50
-    )
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "error: no images have come for 1 s" in done.stderr
-    assert "--resume_training" in done.stderr
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a fork server")
+def test_a_batch_that_does_not_come_ends_the_program_with_one_line(data, tmp_path):
+    line = error_line("train.py", *SCRATCH, "--dataset_path", data, cwd=tmp_path,
+                      prepare=wait_a_second_for_batches_that_do_not_come)  # fmt: skip
+    assert "error: no images have come for 1 s" in line and "--resume_training" in line
+
+
+def wait_for_workers_that_do_not_deliver():
+    """As when a disk in the network has gone."""
+    progress_bar.INTERVAL, interrupt.ONE_SIGNAL = 0, 0.2
+    image_reading.ImageReader.__getitem__ = Stuck.__getitem__
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 def test_a_run_that_waits_for_data_ends_on_a_second_sigterm(data, tmp_path):
-    """As when a disk in the network has gone: the workers do not deliver."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import multiprocessing, time\n"
-        "import models.preprocess as p\n"
-        "import models.progress_bar\n"
-        "import utils.machine.interrupt\n"
-        "models.progress_bar.INTERVAL = 0\n"
-        "utils.machine.interrupt.ONE_SIGNAL = 0.2\n"
-        "read = p.open_image\n"
-        "def open_image(path):\n"
-        "    while multiprocessing.parent_process(): time.sleep(1)\n"
-        "    return read(path)\n"
-        "p.open_image = open_image\n"
-    )
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    process = subprocess.Popen(
-        [sys.executable, "-u", str(ROOT / "train.py"), *SCRATCH, "--dataset_path", str(data)],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True,
+    errors = tmp_path / "errors"
+    process = start_script(
+        "train.py", *SCRATCH, "--dataset_path", data, cwd=tmp_path,
+        streams=(os.devnull, os.devnull, errors), prepare=wait_for_workers_that_do_not_deliver,
     )  # fmt: skip
-    seen = ""
-    while "epoch 1:" not in seen:
-        assert process.poll() is None
-        seen += process.stderr.read(1)
+    while not (errors.exists() and "epoch 1:" in errors.read_text("utf-8")):
+        assert process.is_alive()
+        time.sleep(0.01)
     time.sleep(1)  # until it waits
     for _ in range(2):
-        process.send_signal(signal.SIGTERM)
+        os.kill(process.pid, signal.SIGTERM)
         time.sleep(0.5)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert "interrupted" in errors and "Traceback" not in errors
+    process.join(30)
+    assert process.exitcode == 130
+    printed = errors.read_text("utf-8")
+    assert "interrupted" in printed and "Traceback" not in printed

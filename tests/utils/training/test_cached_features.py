@@ -84,7 +84,7 @@ def test_images_that_cannot_be_read_are_listed_before_training(root, tmp_path, c
         cache_features(model, loader, val_set, Precision(CPU, use_amp=False))
 
 
-SCRATCH = ["--resume_training", "none", "--model", "ViT-demo", "--lr", 1e-3]
+SCRATCH = ["--resume_training", "none", "--model", "ViT-tiny", "--lr", 1e-3]
 
 
 @pytest.mark.slow

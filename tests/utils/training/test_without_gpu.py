@@ -27,7 +27,7 @@ from utils.training.optimizer import parameter_groups
 from utils.training.state import State
 
 CUDA = torch.device("cuda", 0)
-SMALL = {"vision_layers": 2, "transformer_layers": 2}
+SMALL = {"vision_layers": 2, "transformer_layers": 1}
 MODELS = {
     "ViT": replace(CONFIGS["ViT-demo"], **SMALL),
     "Chinese": replace(CONFIGS["cn-demo"], **SMALL),
