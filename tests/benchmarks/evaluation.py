@@ -10,14 +10,20 @@ beyond the features. Memory is read from /proc: Linux only.
 
 import argparse
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from statistics import median
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measure import alternate, check, describe_cpu, extra_peak_megabytes, print_table, times_as_fast
+from measure import (
+    alternate,
+    check,
+    describe_cpu,
+    extra_peak_megabytes,
+    in_a_process,
+    print_table,
+    times_as_fast,
+)
 from torch import Tensor
 
 from models.host import run_script
@@ -45,8 +51,7 @@ def main() -> None:
     compare(args.compared, args.rounds)
     rows = []
     for images in args.images:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            seconds, megabytes = process.submit(measure_alone, images).result()
+        seconds, megabytes = in_a_process(measure_alone, images)
         scores = images * CAPTIONS * images  # in each of two directions
         rows.append(
             [

@@ -7,13 +7,19 @@ is what a process of its own needs beyond its features. It is read from /proc: L
 """
 
 import argparse
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from statistics import median
 
 import torch
 import torch.nn.functional as F
-from measure import alternate, check, describe_cpu, extra_peak_megabytes, print_table, times_as_fast
+from measure import (
+    alternate,
+    check,
+    describe_cpu,
+    extra_peak_megabytes,
+    in_a_process,
+    print_table,
+    times_as_fast,
+)
 from open_clip.loss import ClipLoss
 from torch import Tensor
 
@@ -50,8 +56,7 @@ def main() -> None:
     seconds = alternate(contestants, range(args.rounds + 1))
     rows = []
     for name, values in seconds.items():
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            megabytes = process.submit(measure_memory, losses[name], args.batch_size).result()
+        megabytes = in_a_process(measure_memory, losses[name], args.batch_size)
         speed = times_as_fast(seconds["ours"], values)
         matrices = megabytes * 2**20 / (4 * args.batch_size**2)
         rows.append([name, f"{median(values):.3f}", speed, f"{megabytes:.0f}", f"{matrices:.2f}"])
