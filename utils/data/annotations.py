@@ -1,6 +1,7 @@
 """Caption files of a data set, `{language}_{train,val,test}.json` (or .jsonl, .csv, .tsv): finding,
 reading and writing them."""
 
+import hashlib
 import json
 import math
 from collections import Counter
@@ -26,6 +27,8 @@ from utils.data.caption_formats import (
 from utils.runs.files import atomic_write
 
 Pairs = list[tuple[str, list[str]]]  # an image and its captions
+# {(split, image): the digest and the captions of each of its entries}
+Entries = dict[tuple[str, str], list[tuple[bytes, list[str]]]]
 
 SPLITS = {"train": "training", "val": "validation", "test": "test"}  # in names of files; in words
 PROBLEMS_SHOWN = 10  # of one caption file
@@ -93,7 +96,7 @@ def captions_by_split(
     except UnknownFormat as error:
         raise InputError(f"{file}: {error}") from None
     problems: list[str] = []
-    entries: dict[tuple[str, str], Pairs] = {}  # {(split, image): [(content, captions), ...]}
+    entries: Entries = {}
     empty = 0
     for where, content, problem in records:
         try:
@@ -106,7 +109,8 @@ def captions_by_split(
         split = content.get(first_of(SPLIT_FIELDS, content))
         split = "" if _is_empty(split) else str(split).strip().lower()
         texts = [caption for caption in captions if not _is_empty(caption)]
-        entries.setdefault((split, image), []).extend([(repr(content), texts)] if texts else [])
+        digest = hashlib.sha256(repr(content).encode(errors="surrogatepass")).digest()
+        entries.setdefault((split, image), []).extend([(digest, texts)] if texts else [])
         empty += max(1, len(captions)) - len(texts)
     if problems:
         shown = "".join(f"\n  {problem}" for problem in problems[:PROBLEMS_SHOWN])
@@ -117,9 +121,7 @@ def captions_by_split(
     return _join_entries(file, entries, empty)
 
 
-def _join_entries(
-    file: object, entries: dict[tuple[str, str], Pairs], empty: int
-) -> dict[str, Pairs]:
+def _join_entries(file: object, entries: Entries, empty: int) -> dict[str, Pairs]:
     """The (image, captions) pairs by split, after a warning that counts the captions left out:
     copies, and `empty` ones."""
     parts: dict[str, Pairs] = {}
@@ -141,10 +143,16 @@ def _join_entries(
     return parts
 
 
-def _without_copies(entries: Pairs) -> list[list[str]]:
-    """The captions of an image's (content, captions) entries, once each if all are copied."""
-    copies = math.gcd(*Counter(content for content, _ in entries).values())
-    return [captions for _, captions in (sorted(entries)[::copies] if copies > 1 else entries)]
+def _without_copies(entries: list[tuple[bytes, list[str]]]) -> list[list[str]]:
+    """The captions of an image's (digest, captions) entries, once each if all are copied."""
+    left = Counter(digest for digest, _ in entries)
+    copies = math.gcd(*left.values())
+    once = []
+    for digest, captions in entries:
+        if left[digest] % copies == 0:
+            once.append(captions)
+        left[digest] -= 1
+    return once
 
 
 def join_parts(parts: Iterable[Pairs]) -> Pairs:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.clip import CLIP
 from models.errors import InputError
-from models.run_files import BEST, CHECKPOINT, LAST, METRICS, START
+from models.run_files import BEST, CHECKPOINT, LAST, METRICS, MIXTURE, START
 from utils.machine.interrupt import Interrupt
 from utils.machine.processes import Processes
 from utils.runs.checkpoint import save_checkpoint, save_weights, write_csv
@@ -81,6 +81,7 @@ class Run:
             save_weights(state.scored, self.folder / "weights" / name)
         save_weights(state.scored, self.folder / LAST)
         self.save_checkpoint(state)
+        (self.folder / MIXTURE).unlink(missing_ok=True)  # of earlier epochs
         _write_metrics(self.folder, state.start, state.epochs)
         self.loss_history.append_loss(row["epoch"], *losses)
 

@@ -125,11 +125,13 @@ def report_epoch(state: State, epochs: int, scores: Scores, images: int, rate: f
 def comment_on_epochs(state: State, images: int) -> None:
     """Say if even the best epoch is clearly worse than the start, judged by `images` of validation;
     and if, with --distill, the last epoch counts although another is better."""
-    best, last = state.best_recall, state.epochs[-1]["mean_recall"]
-    if state.distillation and best > last:
-        print(f"epoch {len(state.epochs) - state.epochs_since_best} had a higher mean recall, "
-              f"{best:.2f}, and is in best_epoch_weights.pth; with --distill the last one counts, "
-              f"{last:.2f}")  # fmt: skip
+    saved, last = state.epochs[state.best_since :], state.epochs[-1]["mean_recall"]
+    best_saved = max(saved, key=lambda row: row["mean_recall"])
+    if state.distillation and best_saved["mean_recall"] > last:
+        print(f"epoch {best_saved['epoch']} had a higher mean recall, "
+              f"{best_saved['mean_recall']:.2f}, and is in best_epoch_weights.pth; with --distill "
+              f"the last one counts, {last:.2f}")  # fmt: skip
+    best = state.best_recall
     if state.start and is_clearly_lower(best, state.start["mean_recall"], images):
         print(
             f"training made it worse, by more than chance: mean recall {best:.2f} in the best "

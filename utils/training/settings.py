@@ -77,9 +77,7 @@ def resolve_arguments(
     if args.optimizer_type == "sgd" and args.lr is None:
         raise InputError("--optimizer_type sgd: the default rate is Adam's, and SGD needs a far "
                          "higher one: give --lr, such as 1e-2")  # fmt: skip
-    if args.max_forgetting is not None and not args.retention:
-        raise InputError("--max_forgetting is about the sets of --retention: add it, or leave both "
-                         "out")  # fmt: skip
+    _check_max_forgetting(args, None)
     try:
         check_writable_folder(args.log_dir)
     except InputError as error:
@@ -90,8 +88,15 @@ def resolve_arguments(
     return Namespace(**vars(args) | recipe | given), None
 
 
+def _check_max_forgetting(args: Namespace, default: float | None) -> None:
+    if args.max_forgetting != default and not args.retention:
+        raise InputError("--max_forgetting is about the sets of --retention: add it, or leave both "
+                         "out")  # fmt: skip
+
+
 def _check_continued(args: Namespace, saved: dict[str, Any], resumed: dict[str, Any]) -> None:
     """Raise `InputError` for arguments with which a run cannot go on."""
+    _check_max_forgetting(args, saved["max_forgetting"])
     measured = retained(resumed["start"] or {})
     if set(names_of(args.retention or [])) - measured.keys():
         raise InputError(
