@@ -1,5 +1,6 @@
 """Plots and pictures: scores against K, ranked captions, found images, WiSE-FT, confusions."""
 
+import io
 import math
 import textwrap
 import unicodedata
@@ -49,6 +50,26 @@ def plot_scores(scores: Scores, path: Path) -> None:
         panel.legend(loc="lower right" if way.map_at[1] > top / 2 else "upper left")
     panels[0].set(ylabel="percent", ylim=(0, min(1.15 * top, 108)))
     save_figure(figure, path)
+
+
+def chart_svg(curves: dict[str, dict[float, float]]) -> bytes:
+    """An SVG with curves, {name: {x: y}} with whole numbers x; the legend has the last values."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4, 2.2), layout="constrained")
+    axes = figure.subplots()
+    for style, (name, points) in zip(("o-", "s--"), curves.items(), strict=False):
+        label = f"{name} {list(points.values())[-1]:.3g}".lstrip()
+        axes.plot(list(points), list(points.values()), style, markersize=4, label=label)
+    axes.locator_params(axis="x", integer=True)
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.legend(loc="outside right center", frameon=False)
+    file = io.BytesIO()
+    with mpl.rc_context({"svg.fonttype": "none"}):  # letters stay text
+        figure.savefig(file, format="svg", transparent=True)
+    return file.getvalue()
 
 
 def fonts_for(text: str) -> list[str]:

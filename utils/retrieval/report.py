@@ -3,16 +3,12 @@
 import base64
 import hashlib
 import io
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import regex
-from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from models.preprocess import open_image
@@ -21,9 +17,10 @@ from models.run_files import METRICS, run_folder, saved_arguments
 from utils.data.annotations import SPLITS
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.retrieval.encode import Features
+from utils.retrieval.plots import chart_svg
 from utils.retrieval.ranking import Answers, both_ways, first_answers
-from utils.retrieval.scores import K_VALUES, TITLES, Scores
-from utils.retrieval.tables import retained, score_table
+from utils.retrieval.scores import TITLES, Scores
+from utils.retrieval.tables import RETENTION, retained, score_table
 from utils.runs.checkpoint import read_csv
 from utils.runs.files import atomic_write, writing
 
@@ -32,8 +29,6 @@ FIRST = 5  # answers shown to a query
 QUERIES = {"i2t": 1000, "t2i": 5000}
 PICTURES = 2000
 SIDE, QUALITY = 128, 60  # of a picture, in pixels and of JPEG
-LEFT, RIGHT, TOP, BOTTOM = 34, 200, 10, 152  # of the plot, in a drawing 320 wide and 175 high
-LINE = 15  # from one curve's name to the next
 EPOCH_CHARTS = {
     "loss": {"train_loss": "training", "val_loss": "validation"},
     "mean recall": {"mean_recall": ""},
@@ -62,7 +57,7 @@ def write_report(
         dataset=dataset,
         split=SPLITS[dataset.split],
         table=score_table(scores),
-        charts=_charts(scores, epochs),
+        charts=_curves(scores, epochs),
         arguments=saved_arguments(run) if run else {},
         directions=directions,
         first_captions=[dataset.text[own[0]] for own in dataset.own_captions.values()],
@@ -137,81 +132,29 @@ def _direction(way: str, answers: Answers, cards: list[Card]) -> Direction:
     return Direction(way, len(answers.rank), cards, counts)
 
 
-def _charts(scores: Scores, epochs: list[dict[str, float]]) -> list["Chart"]:
-    """Recall@K and mAP@K against K, a chart a direction; and by epoch, from the rows of a
-    metrics.csv, the losses, the mean recall and the score on each set of --retention."""
-    charts = [
-        draw(f"{title}, percent by K", {"recall": way.recall, "mAP": way.map_at}, K_VALUES)
+def _curves(
+    scores: Scores, epochs: list[dict[str, float]]
+) -> dict[str, dict[str, dict[float, float]]]:
+    """The curves of each chart, {title: {name: {x: y}}}: recall and mAP at K, a chart a direction;
+    and by epoch, from the rows of a metrics.csv, losses, mean recall and the sets of --retention.
+    """
+    charts = {
+        f"{title}, percent by K": {"recall": way.recall, "mAP": way.map_at}
         for title, way in scores.by_title().items()
-    ]
-    epochs = [row for row in epochs if "epoch" in row]
-    for title, names in EPOCH_CHARTS.items():
+    }
+    sets = dict.fromkeys(name for row in epochs for name in retained(row))
+    by_epoch = EPOCH_CHARTS | {f"{name} (retention)": {RETENTION + name: ""} for name in sets}
+    for title, columns in by_epoch.items():
         curves = {
-            label: {row["epoch"]: row[name] for row in epochs if name in row}
-            for name, label in names.items()
+            name: {
+                row["epoch"]: row[column]
+                for row in epochs
+                if "epoch" in row and isfinite(row.get(column, inf))
+            }
+            for column, name in columns.items()
         }
-        charts.append(draw(f"{title} of the run by epoch", curves))
-    by_set: dict[str, dict[float, float]] = {}
-    for row in epochs:
-        for name, score in retained(row).items():
-            by_set.setdefault(name, {})[row["epoch"]] = score
-    for name, curve in by_set.items():
-        charts.append(draw(f"{name} (retention) of the run by epoch", {"": curve}))
-    return [chart for chart in charts if chart]
-
-
-class Curve(NamedTuple):
-    """A name with the last value, the height of that label, and the points: (x, y, their text)."""
-
-    name: str
-    label: float
-    points: list[tuple[float, float, str]]
-
-
-class Chart(NamedTuple):
-    """Curves, and the ticks of both axes: (place, text)."""
-
-    title: str
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
-    curves: list[Curve]
-
-
-def draw(
-    title: str, curves: dict[str, dict[float, float]], x_ticks: Sequence[int] = ()
-) -> Chart | None:
-    """The chart of `curves`, {name: {x: y}}, without values that are not finite; None if there are
-    no others. With `x_ticks` (default: chosen here) the y axis starts at 0."""
-    finite = {name: {x: y for x, y in c.items() if isfinite(x + y)} for name, c in curves.items()}
-    xs = sorted({x for curve in finite.values() for x in curve})
-    ys = [y for curve in finite.values() for y in curve.values()]
-    if not ys:
-        return None
-    lowest = 0 if x_ticks else min(ys)
-    y_ticks = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(lowest, max(ys))
-    if not x_ticks:
-        chosen = MaxNLocator(5, integer=True).tick_values(xs[0], xs[-1])
-        x_ticks = [x for x in chosen if xs[0] <= x <= xs[-1]]
-    across = partial(_place, start=xs[0], end=xs[-1], places=(LEFT, RIGHT))
-    up = partial(_place, start=y_ticks[0], end=y_ticks[-1], places=(BOTTOM, TOP))
-    drawn = [_curve(name, curve, across, up) for name, curve in finite.items() if curve]
-    label = 0.0
-    for i in sorted(range(len(drawn)), key=lambda i: drawn[i].label):
-        label = max(label, drawn[i].label)
-        drawn[i] = drawn[i]._replace(label=label)
-        label += LINE
-    ticks = [(across(x), f"{x:g}") for x in x_ticks], [(up(y), f"{y:g}") for y in y_ticks]
-    return Chart(title, *ticks, drawn)
-
-
-def _place(value: float, start: float, end: float, places: tuple[float, float]) -> float:
-    return round(float(np.interp(value, (start, end), places)), 1)
-
-
-def _curve(name: str, values: dict[float, float], across: Callable, up: Callable) -> Curve:
-    points = [(across(x), up(y), f"{x:g}: {y:.4g}") for x, y in values.items()]
-    last = list(values.values())[-1]
-    return Curve(f"{name} {last:.3g}".lstrip(), points[-1][1], points)
+        charts[f"{title} of the run by epoch"] = {n: curve for n, curve in curves.items() if curve}
+    return {title: curves for title, curves in charts.items() if curves}
 
 
 def _pictures(dataset: Flickr8kDataset, shown: list[int]) -> dict[int, str]:
@@ -223,7 +166,7 @@ def _pictures(dataset: Flickr8kDataset, shown: list[int]) -> dict[int, str]:
         file = io.BytesIO()
         picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
         picture.save(file, "JPEG", quality=QUALITY, optimize=True)
-        pictures[image] = base64.b64encode(file.getvalue()).decode()
+        pictures[image] = _base64(file.getvalue())
     return pictures
 
 
@@ -243,6 +186,7 @@ def _render(pictures: dict[int, str], **content: object) -> str:
         finalize=_printable,
     )
     environment.tests["chinese"] = CHINESE.search
+    environment.filters["svg"] = lambda curves: _base64(chart_svg(curves))
     style = (here / "report.css").read_text("utf-8") + "".join(
         f'.i{image}{{background-image:url("data:image/jpeg;base64,{data}")}}\n'
         for image, data in pictures.items()
@@ -265,4 +209,8 @@ def _printable(value: object) -> str:
 
 def _digest(text: str) -> str:
     """The name of an inline script or style in a Content-Security-Policy."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return "sha256-" + _base64(hashlib.sha256(text.encode()).digest())
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
