@@ -34,7 +34,7 @@ EPOCH_CHARTS = {
     "mean recall": {"mean_recall": ""},
 }
 CHINESE = regex.compile(r"\p{Han}")
-# HTML has no control characters; Unicode's pictures of them stand in their place.
+# HTML has no control characters; Unicode has pictures of them.
 CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
 
 
@@ -42,12 +42,9 @@ def write_report(
     path: Path, weights: str | Path, dataset: Flickr8kDataset, features: Features, scores: Scores
 ) -> None:
     """Write one HTML file, which loads no other file, about `weights` on `dataset`: the `scores` (K
-    from 1 to 10) and their curves, the arguments and the epochs of the weights' run, and the first
-    answers to the queries, hardest first.
-
-    Raises `InputError` for an image that cannot be read, for a damaged arguments.json or
-    metrics.csv of the run, and if the file cannot be written.
-    """
+    from 1 to 10), the arguments and epochs of the weights' run, and the first answers to the
+    queries, hardest first. Raises `InputError` for an unreadable image, arguments.json or
+    metrics.csv, and if the file cannot be written."""
     run = run_folder(weights)
     table = run / METRICS if run else None
     epochs = read_csv(table) if table and table.exists() else []
@@ -76,8 +73,8 @@ class Answer(NamedTuple):
 
 
 class Card(NamedTuple):
-    """A query, the rank of its best-ranked positive, and its first answers; behind them that
-    positive, if it is not among them."""
+    """A query, the rank of its best-ranked positive, and its first answers; that positive comes
+    last if it is not among them."""
 
     query: int
     rank: int
@@ -85,13 +82,12 @@ class Card(NamedTuple):
 
 
 class Direction(NamedTuple):
-    """One direction: the number of the set's queries, the hardest of them, which the page shows,
-    and {filter: number of queries left, as text}."""
+    """One direction, with its hardest queries on the page."""
 
     way: str
-    queries: int
+    queries: int  # in the set
     cards: list[Card]
-    counts: dict[str, str]
+    counts: dict[str, str]  # {filter: number of queries left}
 
 
 def _directions(dataset: Flickr8kDataset, features: Features) -> tuple[list[Direction], list[int]]:
@@ -171,8 +167,8 @@ def _pictures(dataset: Flickr8kDataset, shown: list[int]) -> dict[int, str]:
 
 
 def _render(pictures: dict[int, str], **content: object) -> str:
-    """The page. All content is escaped. The policy names the page's own script and style by their
-    digests: the browser runs no other, and loads nothing."""
+    """The page. All content is escaped. The policy names the digests of the page's script and
+    style: the browser runs no others, and loads nothing."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -203,7 +199,7 @@ def _render(pictures: dict[int, str], **content: object) -> str:
 
 
 def _printable(value: object) -> str:
-    """A value without control characters; HTML is left as it is, since its pieces were made so."""
+    """A value without control characters; HTML has been through here already."""
     return value if hasattr(value, "__html__") else str(value).translate(CONTROL)
 
 
