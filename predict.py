@@ -162,8 +162,8 @@ def search(args: argparse.Namespace, folder: Path) -> None:
 
 
 def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
-    """The lines of `captions_file`, or else the validation captions that the run of `weights` was
-    trained with, in all its languages. Raises `InputError` if there are none."""
+    """The lines of `captions_file`, or else the validation captions of the run of `weights`. Raises
+    `InputError` if there are none."""
     from models.files import read_lines
     from utils.data.annotations import caption_file, missing_annotations, read_annotations
 
@@ -189,16 +189,15 @@ def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
 
 
 def output_folder(weights: str | Path) -> Path:
-    """The folder for pictures: `predictions/` in the folder of the weights' run, or else in the
-    current folder. Raises `InputError` if it cannot be written."""
+    """`predictions/` in the folder of the weights' run, or else in the current folder. Raises
+    `InputError` if it cannot be written."""
     folder = (run_folder(weights) or Path.cwd()) / "predictions"
     check_writable_folder(folder)
     return folder
 
 
 def new_picture(folder: Path, image: str) -> Path:
-    """A new file in `folder` for the picture of `image`: the image's name, cut to `NAME_LENGTH`
-    characters, and a number if that name is taken."""
+    """A new file in `folder` for the picture of `image`, named like it, with a number if needed."""
     name = Path(image).stem[:NAME_LENGTH]
     names = chain([name], (f"{name}_{number}" for number in count(2)))
     return next(file for name in names if not (file := folder / f"{name}.png").exists())

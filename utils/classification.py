@@ -92,7 +92,7 @@ def readable_features(
     """The features of all readable images; a line names each of the others."""
     features = encode_images(model, images, batch_size, num_workers, processes)
     readable = features.any(dim=1)
-    return Features(features[readable], images.labels[readable.cpu()])
+    return Features(features[readable], torch.tensor(images.label)[readable.cpu()])
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> Accuracy:
@@ -283,17 +283,17 @@ def main() -> None:
 
     templates = templates or TEMPLATE_SETS[model.text_tower.templates]
     precision = Precision(model.device, args.use_amp)
-    images = LabelledImages(source, preprocess)
+    source.preprocess = preprocess
     with precision.autocast():
         classifier = zero_shot_classifier(model, source.classes, templates)
-        scored = readable_features(model, images, args.batch_size, args.num_workers)
+        scored = readable_features(model, source, args.batch_size, args.num_workers)
     found = {"zero-shot": accuracy(scored.images @ classifier.T, scored.labels)}
     print(f"{source.name}: {len(scored.labels):,} images of {len(source.classes):,} classes, "
           f"templates: {len(templates)} (percent)")  # fmt: skip
     if train_source:
-        images = LabelledImages(train_source, preprocess)
+        train_source.preprocess = preprocess
         with precision.autocast():
-            train = readable_features(model, images, args.batch_size, args.num_workers)
+            train = readable_features(model, train_source, args.batch_size, args.num_workers)
         scores, c = linear_probe(train, scored.images, source.classes)
         found["linear probe"] = accuracy(scores, scored.labels)
         print(f"linear probe: trained on {len(train.labels):,} images, C = {c:.3g}")

@@ -154,8 +154,8 @@ def main() -> None:
 
 
 def data_to_score_on(args: argparse.Namespace, weights: str | Path) -> TrainedOn:
-    """The data to score on: what the command line names, else what the weights' run was trained
-    on, else flickr8k/. Raises `InputError` if the captions of the split are missing."""
+    """The data to score on: of the command line, else of the weights' run, else flickr8k/. Raises
+    `InputError` for missing captions."""
     run = None if args.dataset_path and args.language else trained_on(weights)
     run = run or TrainedOn(from_here("flickr8k"), ["en"])
     dataset_path = args.dataset_path or run.dataset_path

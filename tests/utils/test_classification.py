@@ -35,7 +35,7 @@ from utils.classification import (
     worst_classes,
     zero_shot_classifier,
 )
-from utils.data.labelled_images import LabelledImages, find_labelled_images
+from utils.data.labelled_images import find_labelled_images
 from utils.data.templates import TEMPLATE_SETS, read_templates
 from utils.retrieval.plots import plot_confusion
 from utils.runs.checkpoint import save_weights
@@ -91,7 +91,7 @@ def test_zero_shot_probabilities_are_those_of_transformers(tmp_path):
     source = find_labelled_images(tmp_path)
     templates = ["{}", "a photo of a {}.", "the {} and another {}"]
 
-    found = readable_features(model, LabelledImages(source, model.preprocess), batch_size=4)
+    found = readable_features(model, replace(source, preprocess=model.preprocess), batch_size=4)
     classifier = zero_shot_classifier(model, source.classes, templates)
     ours = (model.logit_scale.exp() * found.images @ classifier.T).softmax(dim=1)
 
@@ -218,7 +218,7 @@ def test_the_probe_is_scikit_learns_on_the_same_features(work, classify, monkeyp
     printed = classify("--data", "digits", "--linear_probe", "--json", tmp_path / "scores.json")
     model, preprocess = load(work / "weights.pth", "cpu")
     sources = (find_labelled_images(work / "digits", is_train) for is_train in (True, False))
-    train, scored = (readable_features(model, LabelledImages(s, preprocess)) for s in sources)
+    train, scored = (readable_features(model, replace(s, preprocess=preprocess)) for s in sources)
     theirs = LogisticRegression(C=chosen[0], max_iter=1000)
     theirs.fit(train.images.numpy(), train.labels.numpy())
     predicted = theirs.predict(scored.images.numpy())
@@ -308,7 +308,7 @@ def test_script_in_mixed_precision_rounds_features_alone(work, classify, monkeyp
     )
     classify("--data", "digits/val", "--use_amp")
     model, preprocess = load(work / "weights.pth", "cpu")
-    images = LabelledImages(find_labelled_images(work / "digits"), preprocess)
+    images = replace(find_labelled_images(work / "digits"), preprocess=preprocess)
     products = []
     for is_mixed in (True, False):
         with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):

@@ -39,22 +39,19 @@ def decode_once(
     num_workers: int = 0,
 ) -> tuple[Tensor, dict[int, str]]:
     """The pixels of all images, uint8 `[n, 3, side, side]`, and {index: problem} of the unreadable
-    images, in whose place other images stand.
+    images, which others replace.
 
-    The pixels are in the file `<name>_<side>.pixels` in `folder` (by default `.cache` in the data
-    set's root), which all runs share; or on the device if they take at most a quarter of its free
-    memory. `dataset` has `root`, the paths `image` below it, `preprocess` and a `reader`. Raises
+    They are in the file `<name>_<side>.pixels` in `folder` (by default `.cache` in the data set's
+    root), which all runs share, or on a GPU if they take at most a quarter of its free memory.
+    `dataset` has `root`, the paths `image` below it, `preprocess` and a `reader`. Raises
     `InputError` if the file cannot be written.
     """
-    root = dataset.root.resolve()
-    folder = root / ".cache" if folder is None else Path(folder).expanduser()
+    folder = dataset.root.resolve() / ".cache" if folder is None else Path(folder).expanduser()
     file = folder / f"{name}_{dataset.preprocess.side}.pixels"
     rows = [rows.tolist() for rows in torch.arange(len(dataset)).split(BUILD_BATCH)]
     read = read_batches(dataset.reader, rows, num_workers, substitute=True)
     batches = ((loaded.images, loaded.problems) for loaded in read)
-    pixels, unreadable = cached_pixels(
-        file, dataset.root, dataset.image, dataset.preprocess, batches
-    )
+    pixels, unreadable = cached_pixels(file, dataset, batches)
     is_gpu = torch.device(device).type == "cuda"
     if is_gpu and pixels.nbytes <= torch.cuda.mem_get_info(device)[0] / 4:
         pixels = pixels.to(device)
@@ -71,21 +68,16 @@ def _problem(dataset: Dataset, row: int) -> str:
 
 
 def cached_pixels(
-    file: Path,
-    root: Path,
-    images: list[str],
-    preprocess: Preprocess,
-    batches: Iterable[tuple[Tensor, Iterable[int]]],
+    file: Path, dataset: Dataset, batches: Iterable[tuple[Tensor, Iterable[int]]]
 ) -> tuple[Tensor, list[int]]:
-    """The pixels of `images` (paths below `root`), uint8 `[n, 3, side, side]`, mapped from `file`,
-    read-only; and the indices of unreadable images, in whose place other images stand.
+    """The pixels of all images, mapped from `file`, read-only, and the indices of unreadable ones.
 
     If `file` is missing or stale, it is written from `batches`: the images in their order, and the
-    indices of unreadable ones. Several runs may do so at once. Raises `InputError` if `file` cannot
-    be written.
+    indices of unreadable ones. Several runs may do so at once.
     """
-    shape = (len(images), 3, preprocess.side, preprocess.side)
-    fingerprint = _fingerprint(root, images, preprocess)
+    side = dataset.preprocess.side
+    shape = (len(dataset), 3, side, side)
+    fingerprint = _fingerprint(dataset.root, dataset.image, dataset.preprocess)
     mapped = _mapped(file, shape, fingerprint)
     if mapped is not None:
         return mapped
@@ -95,7 +87,7 @@ def cached_pixels(
         free = shutil.disk_usage(file.parent).free
         if needed > free:  # rather than after hours
             raise OSError(errno.ENOSPC, f"the disk has {free / 1e6:,.0f} MB left")
-        _write(file, len(images), fingerprint, batches)
+        _write(file, len(dataset), fingerprint, batches)
     except OSError as error:
         # Windows does not replace a file that another run has written and mapped by now.
         mapped = _mapped(file, shape, fingerprint)
@@ -109,8 +101,8 @@ def cached_pixels(
 
 
 def _fingerprint(root: Path, images: list[str], preprocess: Preprocess) -> bytes:
-    """32 bytes that change with the image files, the preprocessing and Pillow, but not when `root`
-    is moved on its disk."""
+    """32 bytes that change with the image files, the preprocessing and Pillow, but not with the
+    place of `root`."""
     how = (preprocess.side, preprocess.interpolation, preprocess.resize_mode)
     digest = hashlib.sha256(f"{FORMAT} {PIL.__version__} {how}\n".encode())
     for image in images:
@@ -122,10 +114,8 @@ def _fingerprint(root: Path, images: list[str], preprocess: Preprocess) -> bytes
 def _mapped(
     file: Path, shape: tuple[int, ...], fingerprint: bytes
 ) -> tuple[Tensor, list[int]] | None:
-    """The pixels in `file` and the unreadable images' indices; None if it is missing or stale.
-
-    After the pixels come the fingerprint, the indices as int64, and their number.
-    """
+    """The pixels in `file` and the unreadable images' indices, or None. After the pixels come the
+    fingerprint, the indices as int64, and their number."""
     try:
         with file.open("rb") as stream:
             stream.seek(math.prod(shape))
@@ -179,7 +169,7 @@ def gather(pixels: Tensor, batches: list[list[int]]) -> Iterator[Tensor]:
 
 
 def _gather_pinned(pixels: Tensor, rows: Tensor) -> Tensor:
-    """A batch from the file; if there is a GPU, in pinned memory, to copy it without waiting."""
+    """A batch from the file; for a GPU in pinned memory, which is copied without waiting."""
     shape = (len(rows), *pixels.shape[1:])
     images = torch.empty(shape, dtype=pixels.dtype, pin_memory=torch.cuda.is_available())
     return torch.index_select(pixels, 0, rows, out=images)

@@ -1,8 +1,5 @@
-"""What training uses of pyzjr, which takes seconds to import.
-
-pyzjr imports OpenCV for functions that are not used here, and OpenCV needs system libraries that
-slim containers lack (libGL.so.1). There an empty module takes its place.
-"""
+"""What training uses of pyzjr, which takes seconds to import. Where a slim container lacks OpenCV's
+system libraries (libGL.so.1), an empty module takes OpenCV's place, which is not used here."""
 
 import sys
 import warnings

@@ -1,4 +1,4 @@
-"""Plots and pictures: scores against K, ranked captions, found images, WiSE-FT, confusions."""
+"""Plots and pictures: scores, ranked captions, found images, WiSE-FT, confusion matrices."""
 
 import io
 import math
@@ -74,7 +74,7 @@ def chart_svg(curves: dict[str, dict[float, float]]) -> bytes:
 
 def fonts_for(text: str) -> list[str]:
     """Names of fonts for matplotlib, which draws each character with the first font that has it.
-    If none has the Chinese characters of `text`, prints what to install."""
+    Prints what to install for Chinese characters."""
     own = "DejaVu Sans"
     if not any("\u4e00" <= character <= "\u9fff" for character in text):
         return [own]
@@ -94,7 +94,7 @@ def fonts_for(text: str) -> list[str]:
 
 
 def draw_ranking(image: Image.Image, ranked: list[Ranked], path: Path) -> None:
-    """Write a picture to `path`: the image, and beside it the captions with their probabilities."""
+    """Write a picture: the image, and beside it the captions with their probabilities."""
     from matplotlib.figure import Figure
 
     captions = [one_line(r.caption) for r in ranked]  # no control characters, no whole pages
@@ -115,7 +115,7 @@ def draw_ranking(image: Image.Image, ranked: list[Ranked], path: Path) -> None:
 
 
 def draw_found(query: str, found: list[tuple[Image.Image, str]], path: Path) -> None:
-    """Write a picture to `path`: the query, and below it the images with their captions."""
+    """Write a picture: the query, and below it the images with their captions."""
     from matplotlib.figure import Figure
 
     query, captions = one_line(query), [one_line(caption) for _, caption in found]
@@ -136,23 +136,16 @@ def draw_found(query: str, found: list[tuple[Image.Image, str]], path: Path) -> 
 
 def _filled(text: str, line: int) -> str:
     """A text wrapped at `line` letters, or half as many Chinese characters."""
-    return textwrap.fill(text, max(1, line * len(text) // max(1, _columns(text))))
-
-
-def _columns(text: str) -> int:
-    """The width of a text in letters: Chinese characters take two."""
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+    width = sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+    return textwrap.fill(text, max(1, line * len(text) // max(1, width)))
 
 
 def plot_wise_ft(
-    rows: list[dict[str, float]],
-    best: dict[str, float],
-    path: Path,
-    max_forgetting: float = math.inf,
+    rows: list[dict[str, float]], best: dict[str, float], path: Path, max_forgetting: float
 ) -> None:
-    """Write a plot to `path`: mean recall, R@1 in both directions and the scores on the sets of
-    --retention against alpha, with a star at the chosen row `best`, and a line where the sets' mean
-    is `max_forgetting` points lower."""
+    """Write a plot of mean recall, R@1 and the scores on the sets of --retention against alpha,
+    with a star at the chosen row `best`, and a line where the sets' mean is `max_forgetting` points
+    lower."""
     from matplotlib.figure import Figure
 
     rows = sorted(rows, key=lambda row: row["alpha"])
@@ -187,8 +180,8 @@ def plot_wise_ft(
 
 
 def plot_confusion(confusions: dict[str, Tensor], classes: Sequence[str], path: Path) -> None:
-    """Write a plot of confusion matrices to `path`, a panel for each title. `confusions` are
-    `[c, c]`, in images; the colour is the share of the row's images. Few classes are named."""
+    """Write a plot of confusion matrices `[c, c]` in images, a panel for each title. The colour is
+    the share of the row's images; few classes are named."""
     from matplotlib.figure import Figure
 
     names = [one_line(name)[:NAME_LENGTH] for name in classes]
@@ -210,8 +203,8 @@ def plot_confusion(confusions: dict[str, Tensor], classes: Sequence[str], path: 
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a matplotlib figure in the format of the path's suffix, PNG without one. Raises
-    `InputError` for an unknown format, and for a file that cannot be written."""
+    """Write a figure in the format of the path's suffix, PNG without one. Raises `InputError` if
+    the format is unknown or the file cannot be written."""
     kind = picture_format(path)
     with warnings.catch_warnings(), writing(path), atomic_write(path) as temporary:
         warnings.simplefilter("ignore", UserWarning)  # of missing characters: see `fonts_for`

@@ -40,8 +40,7 @@ class Run:
 
     @contextmanager
     def discarded_on_error(self) -> Iterator[None]:
-        """Remove the folder of a new run if an error or Ctrl-C ends the block: before the first
-        step there is nothing in it to go on from."""
+        """Remove the folder of a new run if an error or Ctrl-C ends the block."""
         try:
             yield
         except BaseException:
@@ -52,8 +51,7 @@ class Run:
             raise
 
     def save_start(self, model: CLIP, is_new: bool) -> None:
-        """Write the weights that a new run starts from; warn if a run that goes on has lost
-        them."""
+        """Write the weights that a new run starts from; warn if a continued run has lost them."""
         start = self.folder / START
         if is_new:
             save_weights(model, start)
@@ -68,8 +66,7 @@ class Run:
             save_checkpoint(self.folder / CHECKPOINT, **of_run, **state.state_dict())
 
     def save_epoch(self, state: State, keep_every: int) -> None:
-        """Write the weights, the checkpoint and the tables at the end of an epoch. The weights of
-        every `keep_every`-th epoch stay."""
+        """Write weights, checkpoint and tables. The weights of every `keep_every`-th epoch stay."""
         if not self.processes.is_rank_0:
             return
         row = state.epochs[-1]
@@ -86,9 +83,8 @@ class Run:
         self.loss_history.append_loss(row["epoch"], *losses)
 
     def replace_missing_best(self, state: State) -> None:
-        """If the best weights are gone, as after a checkpoint was moved alone, the last epoch takes
-        their place. In the middle of an epoch no epoch's weights are left: then the best of the
-        epochs that end from here on takes it."""
+        """If the best weights are missing, those of the last epoch take their place; in the middle
+        of an epoch, those of the best one from here on."""
         if not self.processes.is_rank_0 or not state.epochs or (self.folder / BEST).exists():
             return
         in_epoch = bool(state.losses)
@@ -136,12 +132,9 @@ def new_run_folder(log_dir: str | os.PathLike, name: str) -> Path:
 
 
 def reopen_run_folder(checkpoint: str | os.PathLike, state: dict[str, Any]) -> Path:
-    """The folder of the run that `RUN/weights/checkpoint.pth` belongs to.
-
-    A killed run may have left unfinished files, and tables that are ahead of `state`, the content
-    of the checkpoint: the files are removed, the tables cut. Raises `InputError` for a checkpoint
-    outside the folder of a run.
-    """
+    """The folder of the run of `RUN/weights/checkpoint.pth`. Unfinished files of a killed run are
+    removed, and tables written anew from `state`, the checkpoint's content. Raises `InputError` for
+    a checkpoint outside the folder of a run."""
     weights = Path(checkpoint).expanduser().resolve().parent
     if weights.name != "weights":
         raise InputError(

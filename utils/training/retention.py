@@ -8,7 +8,7 @@ from models.clip import CLIP
 from models.errors import InputError, one_line
 from utils.classification import accuracy, readable_features, zero_shot_classifier
 from utils.data.annotations import caption_file
-from utils.data.labelled_images import LabelledImages, Source, find_labelled_images
+from utils.data.labelled_images import LabelledImages, find_labelled_images
 from utils.data.templates import TEMPLATE_SETS
 from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
 from utils.machine.memory import explained
@@ -25,7 +25,7 @@ class Retention:
     """
 
     def __init__(self, data: Sequence[str], languages: Sequence[str], processes: Processes = ALONE):
-        self.sets: dict[str, Source | LabelledImages | Flickr8kDataset] = {}
+        self.sets: dict[str, LabelledImages | Flickr8kDataset] = {}
         with processes.rank_0_first():  # which downloads
             for name, path in zip(names_of(data), data, strict=True):
                 self.sets[name] = _find(path, languages)
@@ -34,12 +34,12 @@ class Retention:
         """Prepare the sets for `model`, and decode all images once, into `folder` or by default
         `.cache` in each set. They stay off the GPU, whose memory training needs."""
         self.loader = loader
-        for name, found in self.sets.items():
-            if isinstance(found, Flickr8kDataset):
-                found.prepare_for(model)
-                found.check_texts()
+        for images in self.sets.values():
+            if isinstance(images, Flickr8kDataset):
+                images.prepare_for(model)
+                images.check_texts()
             else:
-                self.sets[name] = LabelledImages(found, model.preprocess)
+                images.preprocess = model.preprocess
         with loader.processes.rank_0_first():  # which decodes
             for images in self.sets.values():
                 images.cache(folder or None, num_workers=loader.num_workers)
@@ -64,8 +64,7 @@ class Retention:
         return scores
 
     def compare(self, model: CLIP, before: Mapping[str, float] | None) -> dict[str, float]:
-        """What `measure` finds, and the `points_lost` since the row `before`; empty without sets.
-        """
+        """`measure`, and the `points_lost` since the row `before`; empty without sets."""
         now = self.measure(model)
         return now | {"points_lost": points_lost(now, before)} if now else {}
 
@@ -80,7 +79,7 @@ def names_of(data: Sequence[str]) -> list[str]:
     return names
 
 
-def _find(data: str, languages: Sequence[str]) -> Source | Flickr8kDataset:
+def _find(data: str, languages: Sequence[str]) -> LabelledImages | Flickr8kDataset:
     """The set, with captions in those of `languages` that it has, or else in all that it has."""
     root = Path(data)
     having = [name for name in ("en", "cn") if caption_file(root, name, "val").is_file()]

@@ -280,7 +280,7 @@ def test_a_run_that_finishes_while_another_writes(root):
         other = cached(root).cached
         yield pixels[5:], []
 
-    mine, _ = cached_pixels(file, root, dataset.image, Preprocess(SIDE), interrupted_by_the_other())
+    mine, _ = cached_pixels(file, dataset, interrupted_by_the_other())
     assert torch.equal(mine, pixels) and torch.equal(other, pixels)
     assert [file.name for file in file.parent.iterdir()] == [NAME]
     written = identity(file)
@@ -321,7 +321,7 @@ def test_an_interrupted_run_leaves_nothing(root):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cached_pixels(root / ".cache" / NAME, root, dataset.image, Preprocess(SIDE), interrupted())
+        cached_pixels(root / ".cache" / NAME, dataset, interrupted())
     assert list((root / ".cache").iterdir()) == []
     cached(root)
 
@@ -333,7 +333,7 @@ def write_until_killed(root):
         yield decoded(dataset)[:5], []
         os.kill(os.getpid(), signal.SIGTERM)
 
-    cached_pixels(root / ".cache" / NAME, root, dataset.image, Preprocess(SIDE), killed())
+    cached_pixels(root / ".cache" / NAME, dataset, killed())
 
 
 def test_a_killed_run_leaves_no_file_of_the_final_name(root):
