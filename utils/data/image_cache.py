@@ -1,11 +1,12 @@
 """Decoded images in one memory-mapped file, so that each is decoded only once.
 
-The file holds the uint8 pixels, image after image, then a fingerprint of the image files. A file
-with another fingerprint or length is stale and is written anew.
+The file holds the uint8 pixels, image after image, a fingerprint of the image files, and as JSON
+why images are unreadable, by index. With another fingerprint it is stale and is written anew.
 """
 
 import errno
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -27,7 +28,7 @@ from models.progress_bar import progress_bar
 from utils.data.image_reading import read_batches
 from utils.runs.files import atomic_write
 
-FORMAT = 3  # of the file; raise it when `models.preprocess.resize_and_crop` makes other pixels
+FORMAT = 4  # of the file; raise it when `models.preprocess.resize_and_crop` makes other pixels
 BUILD_BATCH = 32  # images decoded at a time
 
 
@@ -51,29 +52,21 @@ def decode_once(
     rows = [rows.tolist() for rows in torch.arange(len(dataset)).split(BUILD_BATCH)]
     read = read_batches(dataset.reader, rows, num_workers, substitute=True)
     batches = ((loaded.images, loaded.problems) for loaded in read)
-    pixels, unreadable = cached_pixels(file, dataset, batches)
+    pixels, reasons = cached_pixels(file, dataset, batches)
     is_gpu = torch.device(device).type == "cuda"
     if is_gpu and pixels.nbytes <= torch.cuda.mem_get_info(device)[0] / 4:
         pixels = pixels.to(device)
-    return pixels, {row: _problem(dataset, row) for row in sorted(unreadable)}
-
-
-def _problem(dataset: Dataset, row: int) -> str:
-    """The problem of an image that was unreadable when the file was written."""
-    try:
-        dataset.reader[row]
-    except InputError as error:
-        return str(error)
-    return f"{dataset.image[row]}: could not be read when the cache was written"
+    return pixels, {row: f"{dataset.image[row]}{reasons[row]}" for row in sorted(reasons)}
 
 
 def cached_pixels(
-    file: Path, dataset: Dataset, batches: Iterable[tuple[Tensor, Iterable[int]]]
-) -> tuple[Tensor, list[int]]:
-    """The pixels of all images, mapped from `file`, read-only, and the indices of unreadable ones.
+    file: Path, dataset: Dataset, batches: Iterable[tuple[Tensor, dict[int, str]]]
+) -> tuple[Tensor, dict[int, str]]:
+    """The pixels of all images, mapped from `file`, read-only, and {index: reason} of unreadable
+    ones: their problem without their path, since the data set may move.
 
     If `file` is missing or stale, it is written from `batches`: the images in their order, and the
-    indices of unreadable ones. Several runs may do so at once.
+    problems of unreadable ones. Several runs may do so at once.
     """
     side = dataset.preprocess.side
     shape = (len(dataset), 3, side, side)
@@ -87,7 +80,7 @@ def cached_pixels(
         free = shutil.disk_usage(file.parent).free
         if needed > free:  # rather than after hours
             raise OSError(errno.ENOSPC, f"the disk has {free / 1e6:,.0f} MB left")
-        _write(file, len(dataset), fingerprint, batches)
+        _write(file, dataset, fingerprint, batches)
     except OSError as error:
         # Windows does not replace a file that another run has written and mapped by now.
         mapped = _mapped(file, shape, fingerprint)
@@ -113,41 +106,41 @@ def _fingerprint(root: Path, images: list[str], preprocess: Preprocess) -> bytes
 
 def _mapped(
     file: Path, shape: tuple[int, ...], fingerprint: bytes
-) -> tuple[Tensor, list[int]] | None:
-    """The pixels in `file` and the unreadable images' indices, or None. After the pixels come the
-    fingerprint, the indices as int64, and their number."""
+) -> tuple[Tensor, dict[int, str]] | None:
+    """The pixels and the reasons in `file`; None if it is missing or stale."""
     try:
         with file.open("rb") as stream:
             stream.seek(math.prod(shape))
-            found, rest = stream.read(len(fingerprint)), stream.read()
-            if found != fingerprint or len(rest) % 8 or not rest:
+            if stream.read(len(fingerprint)) != fingerprint:
                 return None
-            *unreadable, count = np.frombuffer(rest, "<i8").tolist()
-            if count != len(unreadable):
-                return None
+            reasons = {int(row): reason for row, reason in json.loads(stream.read()).items()}
             pixels = np.memmap(stream, np.uint8, "r", shape=shape)
-    except OSError:
+    except (OSError, ValueError):
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch has no read-only tensors; nobody writes to this one
-        return torch.from_numpy(pixels), unreadable
+        return torch.from_numpy(pixels), reasons
 
 
 def _write(
-    file: Path, n: int, fingerprint: bytes, batches: Iterable[tuple[Tensor, Iterable[int]]]
+    file: Path,
+    dataset: Dataset,
+    fingerprint: bytes,
+    batches: Iterable[tuple[Tensor, dict[int, str]]],
 ) -> None:
-    unreadable: list[int] = []
+    reasons: dict[int, str] = {}
     with (
         atomic_write(file) as temporary,
         temporary.open("wb") as stream,
-        progress_bar(total=n, desc=f"writing {file.name}", unit="img") as bar,
+        progress_bar(total=len(dataset), desc=f"writing {file.name}", unit="img") as bar,
     ):
         for images, problems in batches:
             stream.write(images.numpy())
-            unreadable += problems
+            for row, problem in problems.items():
+                reasons[row] = problem.removeprefix(dataset.image[row])
             bar.update(len(images))
         stream.write(fingerprint)
-        stream.write(np.array([*unreadable, len(unreadable)], "<i8").tobytes())
+        stream.write(json.dumps(reasons).encode())
 
 
 def gather(pixels: Tensor, batches: list[list[int]]) -> Iterator[Tensor]:

@@ -82,12 +82,9 @@ class Card(NamedTuple):
 
 
 class Direction(NamedTuple):
-    """One direction, with its hardest queries on the page."""
-
     way: str
-    queries: int  # in the set
-    cards: list[Card]
-    counts: dict[str, str]  # {filter: number of queries left}
+    ranks: list[int]  # of all queries
+    cards: list[Card]  # the hardest queries, which the page shows
 
 
 def _directions(dataset: Flickr8kDataset, features: Features) -> tuple[list[Direction], list[int]]:
@@ -103,7 +100,10 @@ def _directions(dataset: Flickr8kDataset, features: Features) -> tuple[list[Dire
             break
         shown = more
         text_cards.append(card)
-    both = [_direction("i2t", of_images, image_cards), _direction("t2i", of_texts, text_cards)]
+    both = [
+        Direction("i2t", of_images.rank.tolist(), image_cards),
+        Direction("t2i", of_texts.rank.tolist(), text_cards),
+    ]
     return both, sorted(shown)
 
 
@@ -117,15 +117,6 @@ def _cards(answers: Answers, most: int) -> list[Card]:
         found = list(map(Answer, [*range(1, first + 1), rank], items, *others))
         cards.append(Card(query, rank, found if rank > first else found[:first]))
     return cards
-
-
-def _direction(way: str, answers: Answers, cards: list[Card]) -> Direction:
-    counts = {}
-    for name, best in {"all": 0, "wrong at 1": 1, f"wrong at {FIRST}": FIRST}.items():
-        on_page = sum(card.rank > best for card in cards)
-        of_all = int((answers.rank > best).sum())
-        counts[name] = f"{on_page:,}" + (f" of {of_all:,}" if on_page < of_all else "")
-    return Direction(way, len(answers.rank), cards, counts)
 
 
 def _curves(
@@ -194,6 +185,7 @@ def _render(pictures: dict[int, str], **content: object) -> str:
         policy=f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; "
         f"script-src '{_digest(script)}'; base-uri 'none'; form-action 'none'",
         titles=TITLES,
+        filters={"all": 0, "wrong at 1": 1, f"wrong at {FIRST}": FIRST},
         **content,
     )
 
