@@ -65,11 +65,20 @@ def main() -> None:
         caption(args)
 
 
+def load_for(args: argparse.Namespace, name: str | Path) -> tuple:
+    """The weights' file, their model, the precision, and the folder for pictures."""
+    from models.clip_utils import find_weights, load
+    from utils.machine.precision import Precision
+
+    weights = find_weights(name)
+    folder = output_folder(weights)
+    model, _ = load(weights, args.device, activation=args.activation)
+    return weights, model, Precision(model.device, args.use_amp), folder
+
+
 def caption(args: argparse.Namespace) -> None:
     """Print and draw the best captions for the image, or for each that the user names."""
-    from models.clip_utils import find_weights, load
     from models.preprocess import open_image
-    from utils.machine.precision import Precision
     from utils.retrieval.encode import cached_caption_features, distinct, encode_texts
     from utils.retrieval.plots import draw_ranking
     from utils.retrieval.ranking import rank_captions
@@ -79,14 +88,11 @@ def caption(args: argparse.Namespace) -> None:
         open_image(args.image)  # to refuse a bad image before weights are loaded
     name = weights_to_use(args.weights)
     captions = list(dict.fromkeys(args.text or read_captions(args.captions_file, name)))
-    weights = find_weights(name)
-    drawn_into = output_folder(weights)
-    model, preprocess = load(weights, args.device, activation=args.activation)
+    weights, model, precision, drawn_into = load_for(args, name)
     captions = distinct(captions, model)
     if len(captions) == 1:
         print("a single caption has no rival, so that its probability is 100% whatever the image "
               "shows: look at its similarity")  # fmt: skip
-    precision = Precision(model.device, args.use_amp)
     if args.text:
         with precision.autocast():
             text_features = encode_texts(model, model.tokenize(captions, truncate=True))
@@ -98,7 +104,7 @@ def caption(args: argparse.Namespace) -> None:
         try:
             image = open_image(file)
             with precision.autocast():
-                (own,) = encode_pixels(model, [preprocess.resize_and_crop(image)])
+                (own,) = encode_pixels(model, [model.preprocess.resize_and_crop(image)])
             ranked = rank_captions(captions, text_features, own, model.logit_scale)[:TOP]
             output = args.output or new_picture(drawn_into, file)
             for place, (text, probability, similarity) in enumerate(ranked, 1):
@@ -113,10 +119,8 @@ def caption(args: argparse.Namespace) -> None:
 
 def search(args: argparse.Namespace, folder: Path) -> None:
     """Print and draw the images of a folder that are most similar to each text, or to an image."""
-    from models.clip_utils import find_weights, load
     from models.preprocess import open_image
     from utils.data.image_files import find_images
-    from utils.machine.precision import Precision
     from utils.retrieval.encode import distinct, encode_texts
     from utils.retrieval.plots import draw_found
     from utils.retrieval.search import encode_pixels, image_features, most_similar
@@ -129,15 +133,12 @@ def search(args: argparse.Namespace, folder: Path) -> None:
     texts = [] if args.similar else args.text or read_captions(args.captions_file, name)
     if args.output and len(texts) > 1:
         raise InputError("--output is for one picture; give one text to search for")
-    weights = find_weights(name)
-    drawn_into = output_folder(weights)
-    model, preprocess = load(weights, args.device, activation=args.activation)
+    weights, model, precision, drawn_into = load_for(args, name)
     texts = distinct(texts, model)
-    precision = Precision(model.device, args.use_amp)
     images, features = image_features(model, weights, folder, images, precision)
     with precision.autocast():
         if args.similar:
-            queries = encode_pixels(model, list(map(preprocess.resize_and_crop, similar)))
+            queries = encode_pixels(model, list(map(model.preprocess.resize_and_crop, similar)))
         else:
             queries = encode_texts(model, model.tokenize(texts, truncate=True))
 

@@ -7,7 +7,6 @@ place and background, and every caption names all five, so it describes one imag
 
 import math
 import random
-import sys
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
@@ -15,13 +14,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
-if not __package__:  # as a script: Python looks for modules in this folder, not in the repository
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from models.host import run_script
-from models.scripts import ArgumentParser, writable_folder
 from utils.data.annotations import annotations_json, write_set
-from utils.runs.arguments import integer
 
 Colour = tuple[int, int, int]  # red, green and blue, from 0 to 255
 Points = list[tuple[float, float]]  # x to the right, y down
@@ -211,18 +204,9 @@ def draw(
     return canvas.reduce(SUPERSAMPLING)
 
 
-def render_demo(
-    root: Path,
-    seed: int = 0,
-    n_train: int = 2000,
-    n_val: int = 200,
-    folder_option: str = "--output",
-) -> Path:
-    """Write the demo set to `root`, unless it is there already, and return `root`.
-
-    The same seed gives the same files. Raises `InputError` as `write_set` does; `folder_option` is
-    the script's option for another folder.
-    """
+def render_demo(root: Path, seed: int = 0, n_train: int = 2000, n_val: int = 200) -> Path:
+    """Write the demo set to `root`, unless it is there already, and return `root`. The same seed
+    gives the same files. Raises `InputError` as `write_set` does."""
     root = Path(root)
     rng = random.Random(seed)
     files = [f"images/train_{number:04}.png" for number in range(n_train)]
@@ -240,24 +224,6 @@ def render_demo(
         write_image=lambda file, path: draw(scene_of[file], rng).save(path),
         annotations=annotations,
         progress="rendering the demo set",
-        folder_option=folder_option,
+        folder_option="--dataset_path",
     )
     return root
-
-
-def main() -> None:
-    parser = ArgumentParser(description=__doc__)
-    add = parser.add_argument
-    # fmt: off
-    add("--output", type=writable_folder, default=Path(__file__).resolve().parent / "demo",
-        help="folder to write into (default: demo, in the folder of this script)")
-    add("--seed", type=integer(0, 2**32 - 1), default=0,
-        help="each seed gives another set (default: %(default)s)")
-    # fmt: on
-    args = parser.parse_args()
-    root = render_demo(args.output, seed=args.seed)
-    print(f"demo set in {root}: 2,000 training and 200 validation images")
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -321,7 +321,7 @@ def test_the_data_set_is_looked_for_beside_the_script(work, monkeypatch):
 
 
 def test_the_demo_goes_where_it_is_told_or_names_the_option_for_it(work):
-    """`--output` is render_demo.py's, not train.py's."""
+    """`--output` is prepare.py's, not train.py's."""
     (work / "no_folder").touch()
     line = error_line("train.py", "--demo", "--dataset_path", "no_folder", cwd=work)
     assert "--dataset_path" in line and "--output" not in line

@@ -8,8 +8,10 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import matplotlib as mpl
+from matplotlib import font_manager
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -18,9 +20,6 @@ from utils.retrieval.ranking import Ranked
 from utils.retrieval.scores import K_VALUES, TITLES, Scores
 from utils.retrieval.tables import retained
 from utils.runs.files import atomic_write, picture_format, writing
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 LINE = 68  # letters in a line of a caption; half as many Chinese characters
 NAMED_CLASSES = 50  # in a confusion matrix: more names would be too small to read
@@ -33,8 +32,6 @@ CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "Ping
 
 def plot_scores(scores: Scores, path: Path) -> None:
     """Write a plot of Recall@K and mAP@K against K from 1 to 10 to `path`, a panel a direction."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     top = max(*scores.i2t.recall.values(), *scores.t2i.recall.values())  # mAP is never higher
@@ -54,9 +51,6 @@ def plot_scores(scores: Scores, path: Path) -> None:
 
 def chart_svg(curves: dict[str, dict[float, float]]) -> bytes:
     """An SVG with curves, {name: {x: y}} with whole numbers x; the legend has the last values."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(4, 2.2), layout="constrained")
     axes = figure.subplots()
     for style, (name, points) in zip(("o-", "s--"), curves.items(), strict=False):
@@ -78,8 +72,6 @@ def fonts_for(text: str) -> list[str]:
     own = "DejaVu Sans"
     if not any("\u4e00" <= character <= "\u9fff" for character in text):
         return [own]
-    from matplotlib import font_manager
-
     known = {font.fname for font in font_manager.fontManager.ttflist}
     for file in font_manager.findSystemFonts():
         if file not in known:  # installed since matplotlib last looked
@@ -95,8 +87,6 @@ def fonts_for(text: str) -> list[str]:
 
 def draw_ranking(image: Image.Image, ranked: list[Ranked], path: Path) -> None:
     """Write a picture: the image, and beside it the captions with their probabilities."""
-    from matplotlib.figure import Figure
-
     captions = [one_line(r.caption) for r in ranked]  # no control characters, no whole pages
     fonts = fonts_for("".join(captions))
     figure = Figure(figsize=(11, 4), layout="constrained")
@@ -116,8 +106,6 @@ def draw_ranking(image: Image.Image, ranked: list[Ranked], path: Path) -> None:
 
 def draw_found(query: str, found: list[tuple[Image.Image, str]], path: Path) -> None:
     """Write a picture: the query, and below it the images with their captions."""
-    from matplotlib.figure import Figure
-
     query, captions = one_line(query), [one_line(caption) for _, caption in found]
     fonts = fonts_for(query + "".join(captions))
     columns = min(COLUMNS, len(found))
@@ -146,8 +134,6 @@ def plot_wise_ft(
     """Write a plot of mean recall, R@1 and the scores on the sets of --retention against alpha,
     with a star at the chosen row `best`, and a line where the sets' mean is `max_forgetting` points
     lower."""
-    from matplotlib.figure import Figure
-
     rows = sorted(rows, key=lambda row: row["alpha"])
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -182,8 +168,6 @@ def plot_wise_ft(
 def plot_confusion(confusions: dict[str, Tensor], classes: Sequence[str], path: Path) -> None:
     """Write a plot of confusion matrices `[c, c]` in images, a panel for each title. The colour is
     the share of the row's images; few classes are named."""
-    from matplotlib.figure import Figure
-
     names = [one_line(name)[:NAME_LENGTH] for name in classes]
     names = names if len(names) <= NAMED_CLASSES else []
     side = 3 + 0.22 * min(len(classes), NAMED_CLASSES)
@@ -202,7 +186,7 @@ def plot_confusion(confusions: dict[str, Tensor], classes: Sequence[str], path: 
     save_figure(figure, path)
 
 
-def save_figure(figure: "Figure", path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure in the format of the path's suffix, PNG without one. Raises `InputError` if
     the format is unknown or the file cannot be written."""
     kind = picture_format(path)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import regex
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from PIL import Image
 
 from models.preprocess import open_image
@@ -160,9 +162,6 @@ def _pictures(dataset: Flickr8kDataset, shown: list[int]) -> dict[int, str]:
 def _render(pictures: dict[int, str], **content: object) -> str:
     """The page. All content is escaped. The policy names the digests of the page's script and
     style: the browser runs no others, and loads nothing."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
     here = Path(__file__).parent
     environment = Environment(
         loader=FileSystemLoader(here),

@@ -122,8 +122,7 @@ def new_run_folder(log_dir: str | os.PathLike, name: str) -> Path:
     while True:
         folder = Path(log_dir) / (name if number == 1 else f"{name}_{number}")
         try:
-            folder.mkdir(parents=True)
-            (folder / "weights").mkdir()
+            (folder / "weights").mkdir(parents=True)
             return folder
         except FileExistsError:
             number += 1

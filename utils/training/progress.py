@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -169,9 +170,9 @@ def is_clearly_lower(recall: float, before: float, images: int) -> bool:
     return q - p > 2 * math.sqrt((p * (1 - p) + q * (1 - q)) / images)
 
 
-class Progress:
+class Progress(AbstractContextManager):
     """The progress bar, speed and losses of an epoch, of which `done` steps were made by an earlier
-    program. A context manager."""
+    program."""
 
     def __init__(self, loader: TrainLoader, epoch: int, done: int = 0):
         self.batch_size = loader.batch_size
@@ -186,9 +187,6 @@ class Progress:
         self.seconds_waited = 0.0
         self.started = time.perf_counter()
         self._last: tuple[Tensor, float, int] | None = None
-
-    def __enter__(self) -> "Progress":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()

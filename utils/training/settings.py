@@ -244,7 +244,7 @@ def get_data(
     images."""
     with processes.rank_0_first():  # which renders
         if args.demo and lacks_demo_set(args.dataset_path, args.language):
-            render_demo(args.dataset_path, folder_option="--dataset_path")
+            render_demo(args.dataset_path)
     check_arguments(args)
     check_model(args, device, processes)
     sets = read_data(args.dataset_path, args.language, args.batch_size, processes)
