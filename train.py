@@ -181,7 +181,7 @@ def main() -> None:
                 progress.advance(state.losses[-1], rate, step)
                 stop = processes.any(interrupt.has_come())
                 due = stop or (args.save_steps and len(state.losses) % args.save_steps == 0)
-                if due and state.losses[-1].isfinite():  # another one ends the run in the next step
+                if due and state.losses[-1].isfinite():  # a NaN ends the run in the next step
                     run.save_checkpoint(state)
                     if stop:
                         raise run.stopped(interrupt)

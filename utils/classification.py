@@ -40,7 +40,7 @@ from utils.runs.arguments import add_scoring, name_or_path, path, picture
 from utils.runs.default_weights import add_weights, weights_to_use
 
 WORST = 3  # classes that are printed
-HELD_OUT = 5  # one in so many training images is held out to choose the probe's C
+HELD_OUT = 5  # of so many training images one is held out to choose the probe's C
 ITERATIONS = 1000  # of L-BFGS at most, as in the paper
 TITLES = ("top-1", "top-5", "mean per class")
 

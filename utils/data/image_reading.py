@@ -79,7 +79,7 @@ def read_batches(
         worker_init_fn=leave_signals_to_parent,
         timeout=LONGEST_WAIT if num_workers else 0,
     )
-    multiprocessing.set_forkserver_preload([__name__])  # torch, which takes seconds, only once
+    multiprocessing.set_forkserver_preload([__name__])  # torch is imported only once
     try:
         with signals_held_back():
             arriving = iter(loader)

@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM: noted, so that the present step can end and be saved."""
 
 import atexit
-import multiprocessing.util  # before `end_workers` is registered, which is to run before its exit
+import multiprocessing.util  # first, so that `end_workers` runs before its exit
 import signal
 import time
 from collections.abc import Iterator

@@ -23,7 +23,7 @@ def _opencv_or_constants() -> Iterator[None]:
     try:
         import cv2  # noqa: F401
     except ImportError:
-        sys.path[:] = found_in  # to which OpenCV has added its own `typing` and `utils`
+        sys.path[:] = found_in  # OpenCV has added its `typing` and `utils`
         sys.modules["cv2"] = _Constants("cv2")
         try:
             yield

@@ -18,7 +18,7 @@ from utils.retrieval.store import Store
 BATCH_SIZE = 32  # images
 THREADS = 4  # decode images; a large image takes half a GB
 PROBLEMS_SHOWN = 10  # unreadable images that are named
-BLOCK = 2**11  # features at a time, whose float32 copies fit into the CPU's cache
+BLOCK = 2**11  # features at a time: their float32 copies fit into the CPU's cache
 
 
 def image_features(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from models.scripts import from_here
 
-WORDS, LETTERS = 6, 40  # of a suggested label, which so fits every context
+WORDS, LETTERS = 6, 40  # of a suggested label: fits every context
 
 
 def command(script: str, *words: object, processes: int = 1) -> str:

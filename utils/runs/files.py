@@ -49,7 +49,7 @@ def picture_format(path: Path) -> str:
     from matplotlib.backend_bases import FigureCanvasBase
 
     kind = path.suffix.lstrip(".").lower() or "png"
-    known = FigureCanvasBase.filetypes.keys() - {"pgf"}  # for which LaTeX is needed
+    known = FigureCanvasBase.filetypes.keys() - {"pgf"}  # needs LaTeX
     if kind not in known:
         raise InputError(f"{path}: no format for pictures; those are {', '.join(sorted(known))}")
     return kind

@@ -55,7 +55,7 @@ class Run:
         start = self.folder / START
         if is_new:
             save_weights(model, start)
-        elif not start.exists() and not self.arguments["distill"]:  # which cannot go on without
+        elif not start.exists() and not self.arguments["distill"]:  # --distill needs it at once
             print(f"warning: {start} is missing, which --wise_ft mixes with: put it back before "
                   "the run ends, or it ends without")  # fmt: skip
 

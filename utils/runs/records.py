@@ -14,7 +14,7 @@ class Log(ConsoleLogger):
     """Prints, and writes what is printed to a file as well."""
 
     def write(self, message: str) -> None:
-        # Names of files can hold lone surrogates, which the log cannot.
+        # File names can hold lone surrogates; the log cannot.
         message = message.encode(errors="replace").decode()
         if not self.terminal.isatty():
             message = self.remove_ansi_colors(message)

@@ -41,7 +41,7 @@ def get_model(
 ) -> CLIP:
     """The model to train, on the CPU: from a checkpoint, from weights, or random. Sets the seed."""
     SeedEvery(args.seed)
-    with processes.rank_0_first():  # which downloads
+    with processes.rank_0_first():  # rank 0 downloads
         if resumed:
             model = resumed["model"]
         elif args.resume_training == "none":
@@ -63,7 +63,7 @@ def get_loader(
         dataset.prepare_for(model)
         dataset.check_texts()
     if args.cache is not None:
-        with processes.rank_0_first():  # which decodes
+        with processes.rank_0_first():  # rank 0 decodes
             for dataset in sets.values():
                 dataset.cache(args.cache or None, device, num_workers)
     if processes.is_rank_0:

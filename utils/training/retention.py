@@ -26,7 +26,7 @@ class Retention:
 
     def __init__(self, data: Sequence[str], languages: Sequence[str], processes: Processes = ALONE):
         self.sets: dict[str, LabelledImages | Flickr8kDataset] = {}
-        with processes.rank_0_first():  # which downloads
+        with processes.rank_0_first():  # rank 0 downloads
             for name, path in zip(names_of(data), data, strict=True):
                 self.sets[name] = _find(path, languages)
 
@@ -40,7 +40,7 @@ class Retention:
                 images.check_texts()
             else:
                 images.preprocess = model.preprocess
-        with loader.processes.rank_0_first():  # which decodes
+        with loader.processes.rank_0_first():  # rank 0 decodes
             for images in self.sets.values():
                 images.cache(folder or None, num_workers=loader.num_workers)
 

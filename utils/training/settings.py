@@ -242,7 +242,7 @@ def get_data(
 ) -> tuple[dict[str, Flickr8kDataset], Retention]:
     """The data by split, and that of --retention, after checks of the arguments. Renders the demo's
     images."""
-    with processes.rank_0_first():  # which renders
+    with processes.rank_0_first():  # rank 0 renders
         if args.demo and lacks_demo_set(args.dataset_path, args.language):
             render_demo(args.dataset_path)
     check_arguments(args)
