@@ -241,26 +241,19 @@ def _split(split: str | None, is_train: bool | None) -> str:
 
 
 class Batch(NamedTuple):
-    """One process's part of a training batch: n images and k captions of each.
+    """One process's part of a training batch: n images and k captions of each. The features of the
+    towers in `cached`, float32, take the place of inputs: `[n, d]` as images, `[n * k, d]` as
+    tokens."""
 
-    images   `[n, 3, r, r]`, uint8, on the device
-    crops    `[n, 3]` of `draw_crops`, or None for whole images
-    tokens   `[n * k, context_length]` on the CPU, image by image
-    texts    `[n, m]`, the `texts` of `contrastive_loss`, or None if no two texts are equal
-    colours  `[n, 3, 4]` of `draw_recolourings`, on the device, or None
-    altered  the inputs of distillation: this process's part of every other image of the batch, with
-             changed colours and words; or None
-    cached   the towers ("image", "text") whose features, float32, take the place of their inputs:
-             `[n, d]` as `images`, `[n * k, d]` as `tokens`
-    """
-
-    images: Tensor
-    crops: Tensor | None
-    tokens: Tensor
-    texts: Tensor | None = None
-    colours: Tensor | None = None
+    images: Tensor  # `[n, 3, r, r]`, uint8, on the device
+    crops: Tensor | None  # `[n, 3]` of `draw_crops`, or None for whole images
+    tokens: Tensor  # `[n * k, context_length]` on the CPU, image by image
+    texts: Tensor | None = None  # `[n, m]`, for `contrastive_loss`
+    colours: Tensor | None = None  # `[n, 3, 4]` of `draw_recolourings`, on the device
+    # The inputs of distillation: every other image of all processes' batch, with changed colours
+    # and words, if this process has it.
     altered: "Batch | None" = None
-    cached: frozenset[str] = frozenset()
+    cached: frozenset[str] = frozenset()  # "image", "text"
 
     def split(self, size: int) -> list["Batch"]:
         """The batch in parts of at most `size` images, without `altered`."""

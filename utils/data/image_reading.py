@@ -24,16 +24,11 @@ LONGEST_WAIT = 600  # seconds for a batch; a disk in the network can be slow to 
 @dataclass(frozen=True)
 class ImageReader:
     """Reads the images of a data set: all that worker processes get of it. `reader[i]` raises
-    `InputError` for an unreadable image.
-
-    paths     of the images
-    prepare   makes a tensor of an RGB image
-    pictures  the data set of torchvision that holds them; None for image files
-    """
+    `InputError` for an unreadable image."""
 
     paths: list[str]
-    prepare: Callable[[Image.Image], Tensor]
-    pictures: Dataset | None = None
+    prepare: Callable[[Image.Image], Tensor]  # makes a tensor of an RGB image
+    pictures: Dataset | None = None  # the set of torchvision that reads them; None for files
 
     def __len__(self) -> int:
         return len(self.paths)

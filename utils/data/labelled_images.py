@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from models.errors import InputError, near_names
+from models.errors import InputError, listed, near_names
 from models.files import read_lines
 from models.preprocess import Preprocess
 from models.scripts import from_here
@@ -32,27 +32,17 @@ SCORED = ("val", "valid", "test")  # folders of images to score on: the first th
 
 @dataclass(eq=False)
 class LabelledImages(Dataset):
-    """Labelled images: `images[i]` is (uint8 pixels `[3, side, side]`, index of the class).
+    """Labelled images: `images[i]` is (uint8 pixels `[3, side, side]`, index of the class)."""
 
-    name        of the set and its split, also for its cache file
-    root        folder of the images
-    image       their paths; for a set of torchvision "<root>/<name>/<number>", for messages
-    label       the index of each image's class, from 0
-    classes     the names of the classes, as texts
-    pictures    the data set of torchvision that reads the images; None for image files
-    preprocess  the model's; to be set before images are read
-    unreadable  {index: problem} of the unreadable images found so far
-    """
-
-    name: str
-    root: Path
-    image: list[str]
-    label: list[int]
-    classes: list[str]
-    pictures: Dataset | None = None
-    preprocess: Preprocess | None = None
+    name: str  # of the set and its split, also for its cache file
+    root: Path  # folder of the images
+    image: list[str]  # paths; in a set of torchvision "<root>/<name>/<number>", for messages
+    label: list[int]  # index of each image's class, from 0
+    classes: list[str]  # their names, as texts
+    pictures: Dataset | None = None  # the set of torchvision that reads images; None for files
+    preprocess: Preprocess | None = None  # the model's; to be set before images are read
     cached: Tensor | None = None
-    unreadable: dict[int, str] = field(default_factory=dict)
+    unreadable: dict[int, str] = field(default_factory=dict)  # {index: problem} so far
 
     @property
     def reader(self) -> ImageReader:
@@ -114,7 +104,8 @@ def find_labelled_images(
         name = f"{data}_{'train' if is_train else 'test'}"
         labels = labels_of(pictures)
         image = [str(root / name / str(number)) for number in range(len(labels))]
-        found = LabelledImages(name, root, image, labels, class_names(data, pictures), pictures)
+        names = class_names(data, pictures)
+        found = LabelledImages(name, root, image, labels, names, pictures=pictures)
     else:
         raise InputError(
             f"{option} {data}: {'is no folder' if root.exists() else 'no such folder'}, and no "
@@ -146,17 +137,12 @@ def _class_folders(root: Path, is_train: bool) -> LabelledImages:
 
 
 def _check_both_splits(train: Path, scored: Path) -> None:
-    """Raise `InputError` unless both have class folders, with the same names."""
+    """Raise `InputError` unless both have the same class folders."""
     names = [{folder.name for folder in _folders(split)} for split in (train, scored)]
-    if not all(names):
+    if unpaired := sorted(names[0] ^ names[1]):
         raise InputError(
-            f"{train.parent}: --linear_probe needs class folders to train on in {train} and others "
-            f"to score on in {scored}; there are not both"
-        )
-    if unpaired := names[0] ^ names[1]:
-        raise InputError(
-            f"{train.parent}: the class folder {min(unpaired)} is in only one of {train.name}/ and "
-            f"{scored.name}/; give both the same classes"
+            f"{train.parent}: --linear_probe needs the same class folders in {train} and {scored}; "
+            f"only one of them has {listed(unpaired)}"
         )
 
 

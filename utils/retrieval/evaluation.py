@@ -28,9 +28,9 @@ class Evaluator:
         self, model: CLIP, dataset: Flickr8kDataset, cached: Mapping[str, Tensor] | None = None
     ) -> Features:
         """`encode_set` with these settings."""
-        batch_size, num_workers = self.loader.batch_size, self.loader.num_workers
+        sizes = self.loader.batch_size, self.loader.num_workers
         return encode_set(
-            model, dataset, batch_size, num_workers, self.precision, self.processes, cached
+            model, dataset, *sizes, self.precision, processes=self.processes, cached=cached
         )
 
     @explained()

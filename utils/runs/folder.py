@@ -23,20 +23,14 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """What a run writes: weights, checkpoint and tables. Only rank 0 writes.
-
-    arguments     of the run, as in arguments.json
-    data          fingerprint of the data set; a run goes on with the same data
-    folder        on rank 0; None on the others
-    loss_history  pyzjr's, on rank 0; draws the losses of each epoch
-    """
+    """What a run writes: weights, checkpoint and tables. Only rank 0 writes."""
 
     def __init__(self, processes: Processes, arguments: dict[str, Any], data: str):
         self.processes = processes
-        self.arguments = arguments
-        self.data = data
-        self.folder: Path | None = None
-        self.loss_history: Any = None
+        self.arguments = arguments  # as in arguments.json
+        self.data = data  # fingerprint of the data set
+        self.folder: Path | None = None  # None on other ranks
+        self.loss_history: Any = None  # pyzjr's, on rank 0
 
     @contextmanager
     def discarded_on_error(self) -> Iterator[None]:
