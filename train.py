@@ -28,7 +28,7 @@ def build_parser() -> ArgumentParser:
     add("--demo", action="store_true",
         help="render the demo set and train a small model on it, a few minutes on a CPU")
     add("--resume_training", type=starting_point, default="ViT-B/32", metavar="NAME_OR_PATH",
-        help="what to start from: a model name (downloaded if need be), a weights file, a run's "
+        help="what to start from: a model name (downloaded if needed), a weights file, a run's "
         "folder to continue that run with its own arguments and those given now, or none to train "
         "--model from scratch (default: %(default)s)")
     add("--model", help="architecture to train from scratch, with --resume_training none")

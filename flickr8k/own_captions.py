@@ -1,4 +1,4 @@
-"""A data set of one's own: caption files in any format of `read_records`, and the images that they
+"""Your own data set: caption files in any format of `read_records`, and the images that they
 name by the ends of their paths."""
 
 import random

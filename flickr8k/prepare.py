@@ -1,4 +1,4 @@
-"""Turn Flickr8k, or captions of yours, into the files that train.py reads:
+"""Turn Flickr8k, or your own captions, into the files that train.py reads:
 images/*.jpg and en_{train,val,test}.json. Files that are there already are not written again.
 
     python flickr8k/prepare.py --download
@@ -10,7 +10,7 @@ The sources hold the images, and captions and splits in one of these formats:
 1. Flickr8k.token.txt (the official captions) or captions.txt (the Kaggle copy's), with the official
    splits of Flickr8k_text.zip, or else split at random, with a warning;
 2. dataset_flickr8k.json, Karpathy's file of captions and splits;
-3. captions of yours as CSV, TSV, JSON lines, COCO or a list: one file, which is split by its column
+3. your own captions as CSV, TSV, JSON lines, COCO or a list: one file, which is split by its column
    split (train, val, test) or at random, or a file for each, called train, val and test. Images in
    the output folder stay there, others are copied to images/.
 
@@ -81,7 +81,7 @@ def read_kaggle(file: SourceFile) -> Captions:
     if len(parts) > 1:
         raise InputError(
             f"{file}: says of the images which split they are in, as the Kaggle copy does not; if "
-            "it is a list of yours, call it captions.csv, and it is split so"
+            "it is your own list, call it captions.csv: then its splits count"
         )
     return dict(join_parts(parts.values()))
 
@@ -183,7 +183,7 @@ def warn_of_other_numbers(splits: Splits, captions: Captions) -> None:
 def prepare(
     root: Path, sources: Iterable[Path] = (), download: bool = False, language: str = "en"
 ) -> dict[str, int]:
-    """Write Flickr8k from `sources`, or a data set of one's own, to the folder `root`; return the
+    """Write Flickr8k, or your own data set, from `sources` to the folder `root`; return the
     number of images by split. With `download`, what the sources lack is downloaded to
     `root / "downloads"`.
 
@@ -197,7 +197,7 @@ def prepare(
         own = None if download or has_captions(files) else read_own(found, root, named=sources)
         if own and root.resolve() == Path(__file__).resolve().parent:
             raise InputError(
-                "captions of your own go into a folder of their own: add --output FOLDER; images "
+                "your own captions need a folder of their own: add --output FOLDER; images "
                 "that lie in FOLDER are not copied"
             )
         if download and not has_official_splits(files):
@@ -279,7 +279,7 @@ def main() -> None:
         help=f"folders, zips or files that hold Flickr8k: {IMAGES_ZIP} and {TEXT_ZIP} or what they "
              f"unpack to, the Kaggle copy (archive.zip: Images and {KAGGLE}; add {TEXT_ZIP} or "
              f"--download for the official splits), or Karpathy's {KARPATHY} and the images; or "
-             "images of yours with captions as CSV, TSV, JSON lines, COCO or a list")
+             "your own images with captions as CSV, TSV, JSON lines, COCO or a list")
     add("--output", type=scripts.writable_folder, default=Path(__file__).resolve().parent,
         help="folder to write into (default: the folder of this script)")
     add("--language", choices=["en", "cn"], default="en", help="of the captions (default: en)")

@@ -269,7 +269,7 @@ def main() -> None:
     source = find_labelled_images(args.data, names_file=args.classnames)
     if not args.classnames and all(re.fullmatch(r"n?\d+", name) for name in source.classes):
         print(
-            f"hint: {source.classes[0]} is no word, and neither are the other classes; give "
+            f"hint: {source.classes[0]} is not a word, and neither are the other classes; give "
             "their names with --classnames (of ImageNet's synsets: imagenet_class_index.json)"
         )
     train_source = None

@@ -351,7 +351,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, work):
         ([*SCRATCH, "--distill", "1"], "--resume_training WEIGHTS"),
         ([*SCRATCH, "--retention", "gone"], "--retention needs weights to start from"),
         (["--retention", "gone"], "--retention gone: no such folder, and no data set of"),
-        (["--retention", "a_file"], "--retention a_file: is no folder, and no data set of"),
+        (["--retention", "a_file"], "--retention a_file: is not a folder, and no data set of"),
         (["--retention", "a_folder"], "captioned images need en_val.json or cn_val.json there"),
         (["--retention", " "], "--retention: the path is empty"),
         (["--max_forgetting", "-1"], "at least 0"),

@@ -340,7 +340,7 @@ def test_script_says_that_synsets_are_no_words(work, classify):
             shutil.copytree(work / "digits/val" / f"digit_{number}", work / "synsets" / label)
     names = work / "mapping.txt"  # as Kaggle has it, in LOC_synset_mapping.txt
     names.write_text("n01440764 tench, Tinca tinca\nn01443537 goldfish, Carassius auratus\n")
-    hint = "hint: n01440764 is no word, and neither are the other classes; give their names with"
+    hint = "hint: n01440764 is not a word, and neither are the other classes; give their names with"
     assert hint in classify("--data", "synsets")
     assert "hint:" not in classify("--data", "synsets", "--classnames", names)
     assert "hint:" not in classify("--data", "digits")
@@ -351,7 +351,7 @@ def test_script_says_that_synsets_are_no_words(work, classify):
     [
         ([], "the following arguments are required: --data"),
         (["--data", "gone"], "--data gone: no such folder, and no data set of torchvision; the"),
-        (["--data", "weights.pth"], "--data weights.pth: is no folder, and no data set of torch"),
+        (["--data", "weights.pth"], "--data weights.pth: is not a folder, and no data set of"),
         (["--data", "cifar_10"], r"did you mean cifar10 or cifar100\?; the sets are caltech101"),
         (["--data", "digits", "--templates", "phot"], "did you mean photo.*; the sets are none,"),
         (["--data", "digits", "--templates", "plain.txt"], "plain.txt: the template 'a photo' has"),

@@ -42,7 +42,7 @@ def missing_annotations(file: Path) -> str | None:
     if it is there."""
     root = file.parent
     if not root.is_dir():
-        return f"{root}: {'is no folder' if root.exists() else 'no such folder'}"
+        return f"{root}: {'is not a folder' if root.exists() else 'no such folder'}"
     if file.is_file():
         return None
     lists = sorted(f for f in root.iterdir() if f.suffix in SUFFIXES and f.is_file())

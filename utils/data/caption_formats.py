@@ -116,7 +116,7 @@ def _line(number: int, line: str) -> Record:
 
 def _list_records(content: object) -> list[Record]:
     if not isinstance(content, list) or not content:
-        found = "lists no images" if content == [] else "is no list"
+        found = "lists no images" if content == [] else "is not a list"
         raise UnknownFormat(f'{found}; it should hold [{{"image": ..., "caption": ...}}, ...]')
     return [Record(f"entry {number}", entry) for number, entry in enumerate(content)]
 

@@ -108,7 +108,7 @@ def find_labelled_images(
         found = LabelledImages(name, root, image, labels, names, pictures=pictures)
     else:
         raise InputError(
-            f"{option} {data}: {'is no folder' if root.exists() else 'no such folder'}, and no "
+            f"{option} {data}: {'is not a folder' if root.exists() else 'no such folder'}, and no "
             f"data set of torchvision{near_names(str(data), TORCHVISION_SETS)}; the sets are "
             f"{', '.join(TORCHVISION_SETS)}"
         )

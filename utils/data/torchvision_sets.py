@@ -1,4 +1,4 @@
-"""The classified data sets of torchvision, which are downloaded if need be."""
+"""The classified data sets of torchvision, which are downloaded if needed."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,7 +84,7 @@ TORCHVISION_SETS = {name: TorchvisionSet(*row) for name, row in {
 
 
 def open_torchvision_set(name: str, root: Path, is_train: bool) -> Dataset:
-    """A data set of `TORCHVISION_SETS` in `root`, downloaded if need be. Raises `InputError` for a
+    """A data set of `TORCHVISION_SETS` in `root`, downloaded if needed. Raises `InputError` for a
     set that has no such images, or cannot be read or downloaded."""
     import torchvision  # takes seconds
 

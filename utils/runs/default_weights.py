@@ -22,7 +22,7 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
         "--weights",
         type=trained_weights,
         metavar="NAME_OR_PATH",
-        help="model name, whose weights are downloaded if need be, weights file, or run's folder "
+        help="model name, whose weights are downloaded if needed, weights file, or run's folder "
         "(default: what the newest run in logs/ chose, here or else beside the scripts; "
         f"{PUBLISHED} where there is no run)",
     )

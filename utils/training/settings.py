@@ -186,7 +186,7 @@ def check_arguments(args: Namespace) -> None:
         if missing := missing_annotations(caption_file(args.dataset_path, language, split)):
             raise InputError(
                 f"{missing}. To get Flickr8k: python {from_here('flickr8k/prepare.py')} --download;"
-                " for data of yours: --dataset_path FOLDER, where one list of all images is split "
+                " for your own data: --dataset_path FOLDER, where one list of all images is split "
                 f"by python {from_here('flickr8k/prepare.py')} --source FOLDER --output FOLDER"
                 f"{' --language cn' if language == 'cn' else ''}; to see it work without any: "
                 f"python {from_here('train.py')} --demo"

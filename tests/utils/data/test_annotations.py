@@ -145,7 +145,7 @@ def test_missing_folder_is_told_from_missing_file(tmp_path):
     )
     assert missing_annotations(tmp_path / "cn_train.json") is None
     assert missing_annotations(tmp_path / "notes.txt" / "en_train.json") == (
-        f"{tmp_path / 'notes.txt'}: is no folder"
+        f"{tmp_path / 'notes.txt'}: is not a folder"
     )
 
 
@@ -155,7 +155,7 @@ def test_folder_in_place_of_the_file(tmp_path):
 
 @pytest.mark.parametrize("content", [{}, "text", 3, None, {"a.jpg": ["x"]}])
 def test_not_a_list_of_entries(file, content):
-    assert "is no list" in refusal(write(file, content))
+    assert "is not a list" in refusal(write(file, content))
 
 
 def test_no_images(file):
