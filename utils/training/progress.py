@@ -64,15 +64,18 @@ def caption_warnings(
                f"{train_set.context_length} tokens that the model reads, and were cut")  # fmt: skip
     if alike := train_set.count_alike_captions() + val_set.count_alike_captions():
         yield f"warning: {alike} captions are different texts, but {ALIKE}"
-    if (share := train_set.share_of_fragments()) >= MANY_FRAGMENTS:
-        yield tokenizer_warning(share, is_chinese)
+    if warning := tokenizer_warning(train_set, is_chinese):
+        yield warning
     if shared := train_set.count_shared_captions() + val_set.count_shared_captions():
         yield (f"{shared} captions ({shared / texts:.2%}) belong to several images, and are "
                "positives of each of them")  # fmt: skip
 
 
-def tokenizer_warning(share: float, is_chinese: bool) -> str:
-    """A warning that the tokenizer, for Chinese or for English, breaks a `share` of the words."""
+def tokenizer_warning(dataset: Flickr8kDataset, is_chinese: bool) -> str | None:
+    """A warning if the tokenizer, for Chinese or for English, breaks many words, or None."""
+    share = dataset.share_of_fragments()
+    if share < MANY_FRAGMENTS:
+        return None
     made_for, other, instead = (
         ("Chinese", "English", "ViT-B/32, from scratch ViT-demo")
         if is_chinese
