@@ -61,19 +61,21 @@ def resolve_arguments(
     (`resolve_rate`). Raises `InputError` for contradictions and for a damaged checkpoint.
     """
     resumed = None if args.demo else read_resumed(args.resume_training, parser)
+    saved = (
+        {k: v for k, v in resumed["arguments"].items() if k not in OF_THE_START} if resumed else {}
+    )
+    demo = DEMO | (CHINESE_DEMO if args.language == ["cn"] else {}) if args.demo else {}
+    parser.set_defaults(**saved, **demo)
+    args = parser.parse_args()
+    if args.max_forgetting != saved.get("max_forgetting") and not args.retention:
+        raise InputError("--max_forgetting is about the sets of --retention: add it, or leave both "
+                         "out")  # fmt: skip
     if resumed:
-        saved = {k: v for k, v in resumed["arguments"].items() if k not in OF_THE_START}
-        parser.set_defaults(**saved)
-        args = parser.parse_args()
         _check_continued(args, saved, resumed)
         return args, resumed
-    if args.demo:
-        parser.set_defaults(**DEMO | (CHINESE_DEMO if args.language == ["cn"] else {}))
-        args = parser.parse_args()
     if args.optimizer_type == "sgd" and args.lr is None:
         raise InputError("--optimizer_type sgd: the default rate is Adam's, and SGD needs a far "
                          "higher one: give --lr, such as 1e-2")  # fmt: skip
-    _check_max_forgetting(args, None)
     try:
         check_writable_folder(args.log_dir)
     except InputError as error:
@@ -84,15 +86,8 @@ def resolve_arguments(
     return Namespace(**vars(args) | recipe | given), None
 
 
-def _check_max_forgetting(args: Namespace, default: float | None) -> None:
-    if args.max_forgetting != default and not args.retention:
-        raise InputError("--max_forgetting is about the sets of --retention: add it, or leave both "
-                         "out")  # fmt: skip
-
-
 def _check_continued(args: Namespace, saved: dict[str, Any], resumed: dict[str, Any]) -> None:
     """Raise `InputError` for arguments that a run cannot change."""
-    _check_max_forgetting(args, saved["max_forgetting"])
     measured = retained(resumed["start"] or {})
     if set(names_of(args.retention or [])) - measured.keys():
         raise InputError(
