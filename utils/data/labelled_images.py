@@ -30,7 +30,7 @@ LEADING_NUMBER = re.compile(r"^n?\d+([\W_]+(?=.*[^\W\d_])|(?=[A-Z][a-z]))")  # o
 SCORED = ("val", "valid", "test")  # folders of images to score on: the first that exists
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class LabelledImages(Dataset):
     """Labelled images: `images[i]` is (uint8 pixels `[3, side, side]`, index of the class)."""
 
