@@ -139,10 +139,12 @@ def _class_folders(root: Path, is_train: bool) -> LabelledImages:
 def _check_both_splits(train: Path, scored: Path) -> None:
     """Raise `InputError` unless both have the same class folders."""
     names = [{folder.name for folder in _folders(split)} for split in (train, scored)]
-    if unpaired := sorted(names[0] ^ names[1]):
+    unpaired = sorted(names[0] ^ names[1])
+    if unpaired or not names[0]:
+        found = f"only one of them has {listed(unpaired)}" if unpaired else "neither has any"
         raise InputError(
             f"{train.parent}: --linear_probe needs the same class folders in {train} and {scored}; "
-            f"only one of them has {listed(unpaired)}"
+            f"{found}"
         )
 
 

@@ -249,7 +249,7 @@ def test_the_cache_decodes_each_image_once_and_finds_what_a_check_finds(
     assert sum(decoded.values()) == 14 and (broken or set(decoded.values()) == {1})
     opened.clear()
     assert outcome(root, cached=True) == checked
-    assert sorted(Path(path).stem for path in opened) == sorted(broken)
+    assert not opened  # the cache keeps what was wrong
 
 
 def outcome(root: Path, cached: bool) -> str:
