@@ -59,17 +59,26 @@ def main() -> None:
     elif image and not image.exists():
         raise InputError(f"{args.image}: no such image file or folder")
     elif args.similar:
-        what = f"{args.image} is none" if args.image else "name the folder as well"
+        what = f"{args.image} is not a folder" if args.image else "name the folder as well"
         raise InputError(f"--similar searches a folder of images: {what}")
     else:
         caption(args)
 
 
+def load_for(args: argparse.Namespace, name: str | Path) -> tuple:
+    """The weights' file, their model, the precision, and the folder for pictures."""
+    from models.clip_utils import find_weights, load
+    from utils.machine.precision import Precision
+
+    weights = find_weights(name)
+    folder = output_folder(weights)
+    model, _ = load(weights, args.device, activation=args.activation)
+    return weights, model, Precision(model.device, args.use_amp), folder
+
+
 def caption(args: argparse.Namespace) -> None:
     """Print and draw the best captions for the image, or for each that the user names."""
-    from models.clip_utils import find_weights, load
     from models.preprocess import open_image
-    from utils.machine.precision import Precision
     from utils.retrieval.encode import cached_caption_features, distinct, encode_texts
     from utils.retrieval.plots import draw_ranking
     from utils.retrieval.ranking import rank_captions
@@ -79,14 +88,11 @@ def caption(args: argparse.Namespace) -> None:
         open_image(args.image)  # to refuse a bad image before weights are loaded
     name = weights_to_use(args.weights)
     captions = list(dict.fromkeys(args.text or read_captions(args.captions_file, name)))
-    weights = find_weights(name)
-    drawn_into = output_folder(weights)
-    model, preprocess = load(weights, args.device, activation=args.activation)
+    weights, model, precision, drawn_into = load_for(args, name)
     captions = distinct(captions, model)
     if len(captions) == 1:
         print("a single caption has no rival, so that its probability is 100% whatever the image "
               "shows: look at its similarity")  # fmt: skip
-    precision = Precision(model.device, args.use_amp)
     if args.text:
         with precision.autocast():
             text_features = encode_texts(model, model.tokenize(captions, truncate=True))
@@ -98,7 +104,7 @@ def caption(args: argparse.Namespace) -> None:
         try:
             image = open_image(file)
             with precision.autocast():
-                (own,) = encode_pixels(model, [preprocess.resize_and_crop(image)])
+                (own,) = encode_pixels(model, [model.preprocess.resize_and_crop(image)])
             ranked = rank_captions(captions, text_features, own, model.logit_scale)[:TOP]
             output = args.output or new_picture(drawn_into, file)
             for place, (text, probability, similarity) in enumerate(ranked, 1):
@@ -113,10 +119,8 @@ def caption(args: argparse.Namespace) -> None:
 
 def search(args: argparse.Namespace, folder: Path) -> None:
     """Print and draw the images of a folder that are most similar to each text, or to an image."""
-    from models.clip_utils import find_weights, load
     from models.preprocess import open_image
     from utils.data.image_files import find_images
-    from utils.machine.precision import Precision
     from utils.retrieval.encode import distinct, encode_texts
     from utils.retrieval.plots import draw_found
     from utils.retrieval.search import encode_pixels, image_features, most_similar
@@ -129,15 +133,12 @@ def search(args: argparse.Namespace, folder: Path) -> None:
     texts = [] if args.similar else args.text or read_captions(args.captions_file, name)
     if args.output and len(texts) > 1:
         raise InputError("--output is for one picture; give one text to search for")
-    weights = find_weights(name)
-    drawn_into = output_folder(weights)
-    model, preprocess = load(weights, args.device, activation=args.activation)
+    weights, model, precision, drawn_into = load_for(args, name)
     texts = distinct(texts, model)
-    precision = Precision(model.device, args.use_amp)
     images, features = image_features(model, weights, folder, images, precision)
     with precision.autocast():
         if args.similar:
-            queries = encode_pixels(model, list(map(preprocess.resize_and_crop, similar)))
+            queries = encode_pixels(model, list(map(model.preprocess.resize_and_crop, similar)))
         else:
             queries = encode_texts(model, model.tokenize(texts, truncate=True))
 
@@ -162,8 +163,8 @@ def search(args: argparse.Namespace, folder: Path) -> None:
 
 
 def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
-    """The lines of `captions_file`, or else the validation captions that the run of `weights` was
-    trained with, in all its languages. Raises `InputError` if there are none."""
+    """The lines of `captions_file`, or else the validation captions of the run of `weights`. Raises
+    `InputError` if there are none."""
     from models.files import read_lines
     from utils.data.annotations import caption_file, missing_annotations, read_annotations
 
@@ -189,16 +190,15 @@ def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
 
 
 def output_folder(weights: str | Path) -> Path:
-    """The folder for pictures: `predictions/` in the folder of the weights' run, or else in the
-    current folder. Raises `InputError` if it cannot be written."""
+    """`predictions/` in the folder of the weights' run, or else in the current folder. Raises
+    `InputError` if it cannot be written."""
     folder = (run_folder(weights) or Path.cwd()) / "predictions"
     check_writable_folder(folder)
     return folder
 
 
 def new_picture(folder: Path, image: str) -> Path:
-    """A new file in `folder` for the picture of `image`: the image's name, cut to `NAME_LENGTH`
-    characters, and a number if that name is taken."""
+    """A new file in `folder` for the picture of `image`, named like it, with a number if needed."""
     name = Path(image).stem[:NAME_LENGTH]
     names = chain([name], (f"{name}_{number}" for number in count(2)))
     return next(file for name in names if not (file := folder / f"{name}.png").exists())

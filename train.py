@@ -28,7 +28,7 @@ def build_parser() -> ArgumentParser:
     add("--demo", action="store_true",
         help="render the demo set and train a small model on it, a few minutes on a CPU")
     add("--resume_training", type=starting_point, default="ViT-B/32", metavar="NAME_OR_PATH",
-        help="what to start from: a model name (downloaded if need be), a weights file, a run's "
+        help="what to start from: a model name (downloaded if needed), a weights file, a run's "
         "folder to continue that run with its own arguments and those given now, or none to train "
         "--model from scratch (default: %(default)s)")
     add("--model", help="architecture to train from scratch, with --resume_training none")
@@ -181,7 +181,7 @@ def main() -> None:
                 progress.advance(state.losses[-1], rate, step)
                 stop = processes.any(interrupt.has_come())
                 due = stop or (args.save_steps and len(state.losses) % args.save_steps == 0)
-                if due and state.losses[-1].isfinite():  # another one ends the run in the next step
+                if due and state.losses[-1].isfinite():  # a NaN ends the run in the next step
                     run.save_checkpoint(state)
                     if stop:
                         raise run.stopped(interrupt)

@@ -1,5 +1,5 @@
-"""A data set of one's own: the files of its captions, in any format of `read_records`, and its
-images, which are found by the ends of their paths."""
+"""Your own data set: caption files in any format of `read_records`, and the images that they
+name by the ends of their paths."""
 
 import random
 import re
@@ -31,13 +31,12 @@ CaptionedImages = tuple[dict[str, list[str]], dict[str, list[str]], dict[str, So
 
 
 def read_own(files: list[SourceFile], root: Path, named: Iterable[Path]) -> CaptionedImages | None:
-    """The captions of images, their splits, and the files to copy, all by the images' paths below
-    the folder `root`; images there are not copied. None if no file may hold captions.
+    """The captions of images, their splits, and the files to copy, by the images' paths below the
+    folder `root`; images there are not copied. None if no file may hold captions.
 
-    Captions are read from the files that the user `named`, or else from all. Without splits in the
-    entries or in the files' names, the images are split at random. Raises `InputError` for unusable
-    captions, for images of which there is no file or several, and for several caption files that
-    are not called train, val and test.
+    Captions are read from the files that the user `named`, or else from all. Without splits in
+    entries or file names, the images are split at random. Raises `InputError` for unusable
+    captions, and for images without a file or with several.
     """
     holders = caption_files(files, root, {absolute(path) for path in named})
     if not holders:
@@ -63,8 +62,7 @@ def read_own(files: list[SourceFile], root: Path, named: Iterable[Path]) -> Capt
 
 
 def split_at_random(names: Set[str]) -> dict[str, list[str]]:
-    """Split images 6 : 1 : 1 into train, val and test. The same names are split the same way on
-    every machine."""
+    """Split images 6 : 1 : 1 into train, val and test, always in the same way."""
     shuffled = sorted(names)
     random.Random(0).shuffle(shuffled)
     n_held_out = max(1, len(shuffled) // 8)
@@ -77,9 +75,9 @@ def warn(message: str) -> None:
 
 
 def caption_files(files: list[SourceFile], root: Path, named: set[Path]) -> list[SourceFile]:
-    """The files that hold captions, among the `named` ones if any of these may, without those that
-    prepare.py wrote to `root`. Raises `InputError` for a named file without captions, and if files
-    of the right suffix are there but none holds captions."""
+    """The files with captions, among the `named` ones if any of these may have some, without those
+    that prepare.py wrote to `root`. Raises `InputError` for a named file without captions, and if
+    no file of a right suffix has any."""
     given = [file for file in files if absolute(file.path) in named and not file.archive]
     given = [file for file in given if _suffix(file) in SUFFIXES + OTHER_SUFFIXES]
     lists = [file for file in files if RESULT.fullmatch(file.parts[-1])]
@@ -120,17 +118,15 @@ def _has_both(entry: object) -> bool:
 
 
 def _split_by_entries(file: SourceFile, parts: dict[str, list]) -> dict[str, list]:
-    """The (image, captions) pairs by split, as the entries of a file name it; all as "train" if all
-    name the same one or none."""
+    """The (image, captions) pairs by the split in their entries; one split counts as "train"."""
     if len(parts) == 1:
         return {"train": join_parts(parts.values())}
     words = ", ".join(repr(word) for word in sorted(parts))
-    remedy = ""
-    if not parts.keys() <= SPLIT_WORDS.keys():
-        remedy = "write train, val or test in every entry"
-    elif not {"train", "val"} <= {SPLIT_WORDS[word] for word in parts}:
-        remedy = "write val in entries to validate on"
-    if remedy:
+    is_known = parts.keys() <= SPLIT_WORDS.keys()
+    if not (is_known and {"train", "val"} <= {SPLIT_WORDS[word] for word in parts}):
+        remedy = "write " + (
+            "val in entries to validate on" if is_known else "train, val or test in every entry"
+        )
         raise InputError(
             f"{file}: split is one of {words}; {remedy}, or rename the field to have the images "
             "split at random"
@@ -205,8 +201,8 @@ def _parts(image: str) -> tuple[str, ...]:
 
 
 def _relative(image: str) -> str:
-    """The path of a copy of the image below images/: that of the caption file, or only the name if
-    that path is absolute or leaves its folder."""
+    """The path below images/ for a copy of the image: that of the caption file, or the name alone
+    if that path is absolute or leaves its folder."""
     parts = _parts(image)
     if PureWindowsPath(image).anchor or ".." in parts:
         return parts[-1]

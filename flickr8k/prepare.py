@@ -1,21 +1,18 @@
-"""Prepare Flickr8k: turn any of its usual copies into the files that `Flickr8kDataset` reads.
+"""Turn Flickr8k, or your own captions, into the files that train.py reads:
+images/*.jpg and en_{train,val,test}.json. Files that are there already are not written again.
 
     python flickr8k/prepare.py --download
     python flickr8k/prepare.py --source Flickr8k_Dataset.zip Flickr8k_text.zip
     python flickr8k/prepare.py --source my_data --output my_data
 
-writes `images/*.jpg`, `en_train.json`, `en_val.json` (the official development split) and
-`en_test.json` to the folder of this script. A source is a folder, with all its subfolders, a zip or
-a file. The sources hold the images, and captions and splits in one of these formats:
+The sources hold the images, and captions and splits in one of these formats:
 
-1. `Flickr8k.token.txt` (the official captions) or `captions.txt` (the Kaggle copy's), and the
-   official splits `Flickr_8k.{train,dev,test}Images.txt`, which are in `Flickr8k_text.zip`;
-2. `dataset_flickr8k.json`, Karpathy's file, which holds both captions and splits;
-3. `Flickr8k.token.txt` or `captions.txt` alone: the images are split at random, with a warning;
-4. captions of one's own, in any format of `read_records`: one file, whose entries name their split
-   (a column `split`: train, val, test) or whose images are split at random, with a warning; or
-   several files that are called train, val and test. Images in the output folder stay where they
-   are, others are copied to `images/`.
+1. Flickr8k.token.txt (the official captions) or captions.txt (the Kaggle copy's), with the official
+   splits of Flickr8k_text.zip, or else split at random, with a warning;
+2. dataset_flickr8k.json, Karpathy's file of captions and splits;
+3. your own captions as CSV, TSV, JSON lines, COCO or a list: one file, which is split by its column
+   split (train, val, test) or at random, or a file for each, called train, val and test. Images in
+   the output folder stay there, others are copied to images/.
 
 Flickr8k (Hodosh, Young, Hockenmaier 2013) is for non-commercial research and education.
 """
@@ -65,8 +62,7 @@ CAPTIONS_PER_IMAGE = 5
 
 
 def read_tokens(file: SourceFile) -> Captions:
-    """The official captions, one a line: `name.jpg#0<TAB>caption`. Raises `InputError` for any
-    other line."""
+    """The official captions, one a line: `name.jpg#0<TAB>caption`."""
     captions: Captions = {}
     for number, line in enumerate(file.read_text().split("\n"), start=1):
         if not line.strip():
@@ -80,20 +76,18 @@ def read_tokens(file: SourceFile) -> Captions:
 
 
 def read_kaggle(file: SourceFile) -> Captions:
-    """The captions of the Kaggle copy: CSV with the header `image,caption`. Raises `InputError` for
-    unusable rows and for a column of splits."""
+    """The captions of the Kaggle copy: CSV with the header `image,caption`."""
     parts = captions_by_split(file, file.read_text(), str)
     if len(parts) > 1:
         raise InputError(
             f"{file}: says of the images which split they are in, as the Kaggle copy does not; if "
-            "it is a list of yours, call it captions.csv, and it is split so"
+            "it is your own list, call it captions.csv: then its splits count"
         )
     return dict(join_parts(parts.values()))
 
 
 def read_karpathy(file: SourceFile) -> tuple[Captions, Splits]:
-    """Captions and splits from Karpathy's JSON file. Raises `InputError` if it holds anything
-    else."""
+    """Captions and splits from Karpathy's JSON file."""
     captions: Captions = {}
     splits: Splits = {split: [] for split in SPLIT_LISTS}
     text = file.read_text()
@@ -118,18 +112,15 @@ def has_captions(files: FileIndex) -> bool:
 
 
 def has_official_splits(files: FileIndex) -> bool:
-    """Whether the files hold captions and the official splits, which published scores are of."""
+    """Whether the files hold captions and the splits of published scores."""
     listed = all(map(files.named, SPLIT_LISTS.values()))
     return files.named(KARPATHY) is not None or (listed and has_captions(files))
 
 
 def read_source(files: FileIndex, present: Set[str]) -> tuple[Captions, Splits]:
-    """Captions and splits, from the first format of this module's docstring that is there.
-
-    Without official splits, the captioned images that are among the files or `present` are split at
-    random; warnings say so, and count the others. Raises `InputError` if there are no captions, or
-    only some of the official split lists.
-    """
+    """Captions and splits. Without official splits, the captioned images that are among the files
+    or `present` are split at random, with warnings. Raises `InputError` if there are no captions,
+    or only some of the official split lists."""
     missing_lists = [name for name in SPLIT_LISTS.values() if not files.named(name)]
     captions_name = next(filter(files.named, CAPTION_READERS), None)
     if files.named(KARPATHY) and (missing_lists or not captions_name):
@@ -164,8 +155,7 @@ def read_source(files: FileIndex, present: Set[str]) -> tuple[Captions, Splits]:
 
 
 def check_splits(splits: Splits, captions: Captions) -> None:
-    """Raise `InputError` if a split is empty, or if an image in a split has no caption or is listed
-    twice."""
+    """Raise `InputError` for an empty split, and an image without caption or listed twice."""
     if not all(splits.values()):
         empty = " and ".join(split for split, listed in splits.items() if not listed)
         raise InputError(f"there are no images for {empty}; is the source complete (--source)?")
@@ -193,13 +183,12 @@ def warn_of_other_numbers(splits: Splits, captions: Captions) -> None:
 def prepare(
     root: Path, sources: Iterable[Path] = (), download: bool = False, language: str = "en"
 ) -> dict[str, int]:
-    """Write Flickr8k from `sources`, or a data set of one's own, to the folder `root`; return the
-    number of images by split. `language` is that of the captions.
+    """Write Flickr8k, or your own data set, from `sources` to the folder `root`; return the
+    number of images by split. With `download`, what the sources lack is downloaded to
+    `root / "downloads"`.
 
-    With `download`, what the sources lack is downloaded to `root / "downloads"`. Images of the same
-    size and annotations of the same content are not written again. Raises `InputError` if anything
-    is missing or cannot be read or written, and if `root` holds annotations of another data set,
-    which are never overwritten.
+    Images of the same size are not written again. Raises `InputError` for missing or unreadable
+    files, and as `write_set` does.
     """
     sources = list(sources)
     with ExitStack() as open_zips:
@@ -208,13 +197,15 @@ def prepare(
         own = None if download or has_captions(files) else read_own(found, root, named=sources)
         if own and root.resolve() == Path(__file__).resolve().parent:
             raise InputError(
-                "captions of your own go into a folder of their own: add --output FOLDER; images "
+                "your own captions need a folder of their own: add --output FOLDER; images "
                 "that lie in FOLDER are not copied"
             )
         if download and not has_official_splits(files):
             files.add(zip_members(_download(TEXT_ZIP, root), open_zips))
-        sizes = {path.name: path.stat().st_size for path in (root / "images").glob("*")}
-        present = {name for name, size in sizes.items() if size}  # a power cut leaves empty files
+        there = [path for path in (root / "images").rglob("*") if path.is_file()]
+        sizes = {path.relative_to(root).as_posix(): path.stat().st_size for path in there}
+        # A power cut leaves empty files.
+        present = {name.removeprefix("images/") for name, size in sizes.items() if size}
         captions, splits, copied = own or (*read_source(files, present), {})
         captions = {image: [text for text in texts if text] for image, texts in captions.items()}
         check_splits(splits, captions)
@@ -239,7 +230,7 @@ def prepare(
                 )
         write_set(
             root,
-            images=[image for image, file in copied.items() if not _is_there(root / image, file)],
+            images=[i for i, file in copied.items() if sizes.get(i) != file.size],
             write_image=lambda image, path: path.write_bytes(copied[image].read_bytes()),
             annotations=annotations,
             progress="writing the images",
@@ -257,10 +248,6 @@ def _annotations(images: list[str], captions: Captions, folder: str) -> bytes:
         if not usable:
             raise InputError(f"{image}: this name cannot be used everywhere; rename the image")
     return annotations_json((folder + image, captions[image]) for image in sorted(images))
-
-
-def _is_there(path: Path, file: SourceFile) -> bool:
-    return path.is_file() and path.stat().st_size == file.size
 
 
 def _download(name: str, root: Path) -> Path:
@@ -282,11 +269,7 @@ def _in_words(counts: dict[str, int]) -> str:
 
 
 def main() -> None:
-    parser = scripts.ArgumentParser(
-        description="Turn Flickr8k, or captions of yours, into the files that train.py reads:\n"
-        "images/*.jpg and en_{train,val,test}.json. Files that are there already are not written\n"
-        "again. Flickr8k is for non-commercial research and education.",
-    )
+    parser = scripts.ArgumentParser(description=__doc__)
     add = parser.add_argument
     # fmt: off
     add("--download", action="store_true",
@@ -296,7 +279,7 @@ def main() -> None:
         help=f"folders, zips or files that hold Flickr8k: {IMAGES_ZIP} and {TEXT_ZIP} or what they "
              f"unpack to, the Kaggle copy (archive.zip: Images and {KAGGLE}; add {TEXT_ZIP} or "
              f"--download for the official splits), or Karpathy's {KARPATHY} and the images; or "
-             "images of yours with captions as CSV, TSV, JSON lines, COCO or a list")
+             "your own images with captions as CSV, TSV, JSON lines, COCO or a list")
     add("--output", type=scripts.writable_folder, default=Path(__file__).resolve().parent,
         help="folder to write into (default: the folder of this script)")
     add("--language", choices=["en", "cn"], default="en", help="of the captions (default: en)")

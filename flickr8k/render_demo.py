@@ -1,20 +1,12 @@
-"""Render the demo set: images of coloured shapes with captions, few enough to train on a CPU.
+"""Render the demo set: 2,000 training and 200 validation images of coloured shapes, 64x64 pixels,
+with five English and five Chinese captions each.
 
-    python flickr8k/render_demo.py
-
-writes 2,000 training and 200 validation images of 64x64 pixels, each with five English and five
-Chinese captions, in the layout that `Flickr8kDataset` reads:
-
-    flickr8k/demo/images/*.png    flickr8k/demo/{en,cn}_{train,val}.json
-
-An image shows one object on a plain background. Five attributes vary: the object's shape, colour,
-size and place, and the colour of the background. No two images have all five in common, and every
-caption names all five, so each caption describes one image only.
+An image shows one object on a plain background. No two images have the same shape, colour, size,
+place and background, and every caption names all five, so it describes one image only.
 """
 
 import math
 import random
-import sys
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
@@ -22,13 +14,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
-if not __package__:  # as a script: Python looks for modules in this folder, not in the repository
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from models.host import run_script
-from models.scripts import ArgumentParser, writable_folder
 from utils.data.annotations import annotations_json, write_set
-from utils.runs.arguments import integer
 
 Colour = tuple[int, int, int]  # red, green and blue, from 0 to 255
 Points = list[tuple[float, float]]  # x to the right, y down
@@ -72,15 +58,11 @@ def _star(inner_radius: float) -> Points:
 
 
 def _heart(steps: int = 72) -> Points:
-    """The heart curve x = 16 sin(t)^3, y = 13 cos(t) - 5 cos(2t) - 2 cos(3t) - cos(4t), y upwards
-    (Weisstein, Heart Curve, MathWorld)."""
+    """The heart curve (Weisstein, Heart Curve, MathWorld)."""
     turns = [math.tau * step / steps for step in range(steps)]
+    weights = {1: -13, 2: 5, 3: 2, 4: 1}
     return [
-        (
-            16 * math.sin(t) ** 3,
-            -13 * math.cos(t) + 5 * math.cos(2 * t) + 2 * math.cos(3 * t) + math.cos(4 * t),
-        )
-        for t in turns
+        (16 * math.sin(t) ** 3, sum(w * math.cos(n * t) for n, w in weights.items())) for t in turns
     ]
 
 
@@ -93,14 +75,13 @@ def _cross(arm: float) -> Points:
 def _fitted(points: Points, extent: float) -> Points:
     """The points, moved and scaled so that the centre of their bounding box is the origin, and half
     its longer side is `extent`."""
-    lowest = [min(axis) for axis in zip(*points, strict=True)]
-    highest = [max(axis) for axis in zip(*points, strict=True)]
-    centre_x, centre_y = ((low + high) / 2 for low, high in zip(lowest, highest, strict=True))
-    scale = 2 * extent / max(high - low for low, high in zip(lowest, highest, strict=True))
+    box = [(min(axis), max(axis)) for axis in zip(*points, strict=True)]
+    centre_x, centre_y = ((low + high) / 2 for low, high in box)
+    scale = 2 * extent / max(high - low for low, high in box)
     return [((x - centre_x) * scale, (y - centre_y) * scale) for x, y in points]
 
 
-# In units of the object's radius. The extents differ, so that all shapes look equally large.
+# In units of the object's radius; with these extents all shapes look equally large.
 OUTLINES = {
     "circle": _fitted(_arc(1.0, 0, 360), 1.0),
     "square": _fitted([(-1, -1), (1, -1), (1, 1), (-1, 1)], 0.88),
@@ -114,7 +95,7 @@ OUTLINES = {
 
 
 class Scene(NamedTuple):
-    """The five attributes of an image, which its captions name."""
+    """The attributes of an image."""
 
     shape: str
     colour: str
@@ -191,7 +172,7 @@ CAPTIONS_PER_IMAGE = 5
 
 
 def describe(scene: Scene, wording: Wording, rng: random.Random) -> list[str]:
-    """Five captions for a scene. Their sentences differ, and each names all five attributes."""
+    """Five captions for a scene, each with another sentence."""
     captions = []
     for sentence in rng.sample(wording.sentences, CAPTIONS_PER_IMAGE):
         words = {name: rng.choice(wording.words[value]) for name, value in scene._asdict().items()}
@@ -202,8 +183,7 @@ def describe(scene: Scene, wording: Wording, rng: random.Random) -> list[str]:
 def draw(
     scene: Scene, rng: random.Random, outlines: Mapping[str, Points] = OUTLINES
 ) -> Image.Image:
-    """The scene as an RGB image of `IMAGE_SIZE` by `IMAGE_SIZE` pixels. `rng` moves the object off
-    its place."""
+    """The scene as an RGB image; `rng` moves the object off its place."""
     background = BACKGROUNDS[scene.background]
     shadow = tuple(round(channel * SHADOW_BRIGHTNESS) for channel in background)
     centre = [
@@ -224,60 +204,26 @@ def draw(
     return canvas.reduce(SUPERSAMPLING)
 
 
-def render_demo(
-    root: Path,
-    seed: int = 0,
-    n_train: int = 2000,
-    n_val: int = 200,
-    folder_option: str = "--output",
-) -> Path:
-    """Write the demo set to the folder `root`, unless it is there already, and return `root`.
-
-    The same seed gives the same files. Where the annotations exist, the images are complete. Raises
-    `InputError` if `root` cannot be written or holds annotations of another data set, which are
-    never overwritten; `folder_option` is the script's option for another folder.
-    """
+def render_demo(root: Path, seed: int = 0, n_train: int = 2000, n_val: int = 200) -> Path:
+    """Write the demo set to `root`, unless it is there already, and return `root`. The same seed
+    gives the same files. Raises `InputError` as `write_set` does."""
     root = Path(root)
     rng = random.Random(seed)
-    scenes = rng.sample(ALL_SCENES, n_train + n_val)
     files = [f"images/train_{number:04}.png" for number in range(n_train)]
     files += [f"images/val_{number:04}.png" for number in range(n_val)]
-
+    scene_of = dict(zip(files, rng.sample(ALL_SCENES, len(files)), strict=True))
     annotations = {}
     for language, wording in WORDINGS.items():
-        entries = [
-            (file, describe(scene, wording, rng)) for file, scene in zip(files, scenes, strict=True)
-        ]
+        entries = [(file, describe(scene, wording, rng)) for file, scene in scene_of.items()]
         annotations[root / f"{language}_train.json"] = annotations_json(entries[:n_train])
         annotations[root / f"{language}_val.json"] = annotations_json(entries[n_train:])
-
-    scene_of = dict(zip(files, scenes, strict=True))
     complete = all((root / file).is_file() for file in files)
     write_set(
         root,
-        # All or none, because one sequence of random numbers moves all objects off their places.
-        images=[] if complete else files,
+        images=[] if complete else files,  # all, because `rng` draws their places one by one
         write_image=lambda file, path: draw(scene_of[file], rng).save(path),
         annotations=annotations,
         progress="rendering the demo set",
-        folder_option=folder_option,
+        folder_option="--dataset_path",
     )
     return root
-
-
-def main() -> None:
-    parser = ArgumentParser(description="Render the demo set of coloured shapes.")
-    add = parser.add_argument
-    # fmt: off
-    add("--output", type=writable_folder, default=Path(__file__).resolve().parent / "demo",
-        help="folder to write into (default: demo, in the folder of this script)")
-    add("--seed", type=integer(0, 2**32 - 1), default=0,
-        help="each seed gives another set (default: %(default)s)")
-    # fmt: on
-    args = parser.parse_args()
-    root = render_demo(args.output, seed=args.seed)
-    print(f"demo set in {root}: 2,000 training and 200 validation images")
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -25,23 +25,23 @@ class SourceFile(NamedTuple):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The parts of its path, in the zip if it is in one."""
+        """The parts of its path; of a member, in its zip."""
         return PureWindowsPath(self.member.filename).parts if self.archive else self.path.parts
 
     def below(self, folder: Path) -> str | None:
-        """Its path relative to `folder`; None if it is in a zip or elsewhere."""
+        """Its path relative to `folder`; None in a zip or elsewhere."""
         path, folder = absolute(self.path), absolute(folder)
         is_below = not self.archive and path.is_relative_to(folder)
         return path.relative_to(folder).as_posix() if is_below else None
 
     def read_bytes(self) -> bytes:
-        """The content. Raises `InputError` if it cannot be read, or is too large."""
+        """The content. Raises `InputError` for an unreadable or too large file."""
         check_size(self, self.size)
         with _readable(self):
             return self.archive.read(self.member) if self.archive else self.path.read_bytes()
 
     def read_text(self) -> str:
-        """The content as text. Raises `InputError` if it cannot be read or is not UTF-8."""
+        """The content as text. Raises `InputError`, also if it is not UTF-8."""
         return decoded(self.read_bytes(), self)
 
 
@@ -60,12 +60,10 @@ class FileIndex:
                 self.with_end.setdefault(parts[start:], []).append(file)
 
     def find(self, parts: tuple[str, ...]) -> list[SourceFile]:
-        """The files whose paths share the longest end with `parts`; among these the file that is
-        spelled the same, is below `root` or is in no zip, in this order of importance."""
+        """The files whose paths share the longest end with `parts`; among them, in this order,
+        those spelled the same, below `root`, in no zip."""
         ends = (_folded(parts[start:]) for start in range(len(parts)))
         found = next((self.with_end[end] for end in ends if end in self.with_end), [])
-        if len(found) < 2:
-            return found
         ranks = [
             (file.parts[-1] == parts[-1], file.below(self.root) is not None, not file.archive)
             for file in found
@@ -73,7 +71,7 @@ class FileIndex:
         return [file for file, rank in zip(found, ranks, strict=True) if rank == max(ranks)]
 
     def named(self, name: str) -> SourceFile | None:
-        """The first file of that name; None if there is none."""
+        """The first file of that name, or None."""
         return next(iter(self.find((name,))), None)
 
 
@@ -88,11 +86,7 @@ def absolute(path: Path) -> Path:
 
 def find_files(sources: Iterable[Path], open_zips: ExitStack) -> list[SourceFile]:
     """All files in `sources`, each once, without hidden ones, which macOS adds and a killed run
-    leaves.
-
-    Zips stay open until `open_zips` is closed. Raises `InputError` for a source that does not exist
-    or cannot be read.
-    """
+    leaves. Raises `InputError` for a missing or unreadable source."""
     files: list[SourceFile] = []
     for source in sources:
         if not source.exists():

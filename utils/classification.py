@@ -40,29 +40,23 @@ from utils.runs.arguments import add_scoring, name_or_path, path, picture
 from utils.runs.default_weights import add_weights, weights_to_use
 
 WORST = 3  # classes that are printed
-HELD_OUT = 5  # one in so many training images is held out to choose the probe's C
+HELD_OUT = 5  # of so many training images one is held out to choose the probe's C
 ITERATIONS = 1000  # of L-BFGS at most, as in the paper
-TITLES = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}
+TITLES = ("top-1", "top-5", "mean per class")
 
 
 class Accuracy(NamedTuple):
-    """Accuracy of predicted classes, in percent.
+    """Accuracy of predicted classes, in percent."""
 
-    top1, top5      share of images whose class is ranked first, or among the first five
-    mean_per_class  mean of `per_class` over the classes that have images
-    per_class       top-1 accuracy of each class; NaN if it has no images
-    confusion       numbers of images `[c, c]`, by class (rows) and predicted class (columns)
-    """
+    top1: float  # share of images whose class is ranked first
+    top5: float  # among the first five
+    mean_per_class: float  # mean of `per_class` over the classes that have images
+    per_class: list[float]  # top-1; NaN if a class has no images
+    confusion: Tensor  # numbers of images `[c, c]`, by class (rows) and predicted class (columns)
 
-    top1: float
-    top5: float
-    mean_per_class: float
-    per_class: list[float]
-    confusion: Tensor
-
-    def means(self) -> dict[str, float]:
-        """The three scores over all classes, by name."""
-        return {name: getattr(self, name) for name in TITLES}
+    @property
+    def means(self) -> tuple[float, float, float]:
+        return self[:3]
 
 
 class Features(NamedTuple):
@@ -78,9 +72,9 @@ def zero_shot_classifier(
     templates: Sequence[str] = ("{}",),
     processes: Processes = ALONE,
 ) -> Tensor:
-    """Normalised class embeddings `[labels, d]`, on the model's device: for each label the mean of
-    its normalised features in all templates (Radford et al. 2021, section 3.1.4). Raises
-    `InputError` for texts that are too long for the model."""
+    """Normalised class embeddings `[labels, d]`, on the model's device: the mean of a label's
+    normalised features in all templates (Radford et al. 2021, section 3.1.4). Raises `InputError`
+    for texts longer than the model's context."""
     texts = [template.replace("{}", label) for label in labels for template in templates]
     features = encode_texts(model, model.tokenize(texts), processes=processes)
     if len(templates) == 1:
@@ -95,30 +89,15 @@ def readable_features(
     num_workers: int = 0,
     processes: Processes = ALONE,
 ) -> Features:
-    """The features of all images that can be read; a line names each of the others."""
+    """The features of all readable images; a line names each of the others."""
     features = encode_images(model, images, batch_size, num_workers, processes)
     readable = features.any(dim=1)
-    return Features(features[readable], images.labels[readable.cpu()])
-
-
-def zero_shot_accuracy(
-    model: CLIP,
-    images: LabelledImages,
-    classifier: Tensor,
-    batch_size: int = 64,
-    num_workers: int = 0,
-    processes: Processes = ALONE,
-) -> Accuracy:
-    """The accuracy of `classifier`, `[c, d]` of `zero_shot_classifier`, on images. Call
-    `images.cache()` first to score the same images many times."""
-    features = readable_features(model, images, batch_size, num_workers, processes)
-    return accuracy(features.images @ classifier.T, features.labels)
+    return Features(features[readable], torch.tensor(images.label)[readable.cpu()])
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> Accuracy:
-    """The accuracy of `scores` `[n, c]` for the classes `labels` `[n]`. The class with the highest
-    score is predicted; of equal scores the lower index ranks first. Raises `InputError` for a NaN,
-    and if there are no images."""
+    """The accuracy of `scores` `[n, c]` for `labels` `[n]`; of equal scores the lower index ranks
+    first. Raises `InputError` for a NaN, and if there are no images."""
     scores, labels = scores.cpu(), labels.cpu()
     if not len(labels):
         raise InputError("nothing to score: there are no images that can be read")
@@ -141,9 +120,9 @@ def accuracy(scores: Tensor, labels: Tensor) -> Accuracy:
 
 
 def linear_probe(train: Features, features: Tensor, classes: Sequence[str]) -> tuple[Tensor, float]:
-    """Train scikit-learn's logistic regression on `train`, and return its scores `[n, c]` for the
-    images with `features` `[n, d]`, and the `C` of `choose_c`. Raises `InputError` if a class has
-    no training image, or if no class has two."""
+    """Train scikit-learn's logistic regression on `train`; return its scores `[n, c]` for
+    `features` `[n, d]`, and the `C` of `choose_c`. Raises `InputError` if a class has no training
+    image, or if no class has two."""
     inputs, labels = train.images.cpu().numpy(), train.labels.numpy()
     counts = np.bincount(labels, minlength=len(classes))
     if not counts.all():
@@ -160,9 +139,8 @@ def linear_probe(train: Features, features: Tensor, classes: Sequence[str]) -> t
 
 def choose_c(features: np.ndarray, labels: np.ndarray) -> float:
     """The `C` (inverse regularization strength) from 1e-6 to 1e6 with the best accuracy on
-    `held_out` images after training on the others. The search is that of appendix A.3: steps of a
-    factor of 100, then ever smaller ones around the best, down to a factor of 10^(1/8). Of equally
-    good values the smallest is taken."""
+    `held_out` images after training on the others; of equals the smallest. Steps of a factor of
+    100, then smaller ones around the best, down to 10^(1/8) (appendix A.3)."""
     held = held_out(labels)
     found: dict[float, float] = {}  # {exponent of 10: accuracy}
     exponents: list[float] = [-6, -4, -2, 0, 2, 4, 6]
@@ -179,8 +157,8 @@ def choose_c(features: np.ndarray, labels: np.ndarray) -> float:
 
 
 def held_out(labels: np.ndarray) -> np.ndarray:
-    """Which training images are held out to choose `C`, bool `[n]`: a fifth of each class, and one
-    at least where a class has two. Raises `InputError` if no class has two."""
+    """Which training images are held out to choose `C`, bool `[n]`: a fifth of each class, but at
+    least one of two. Raises `InputError` if no class has two."""
     held = np.zeros(len(labels), dtype=bool)
     random = np.random.default_rng(0)
     for number in np.unique(labels):
@@ -202,19 +180,16 @@ def _fitted(c: float, features: np.ndarray, labels: np.ndarray):
         return LogisticRegression(C=c, max_iter=ITERATIONS).fit(features, labels)
 
 
-def chance(classes: int) -> dict[str, float]:
-    """The expected scores of a random guess, in percent."""
+def chance(classes: int) -> list[float]:
+    """The expected mean scores of a random guess, in percent."""
     one = 100 / classes
-    return {"top1": one, "top5": min(5 * one, 100), "mean_per_class": one}
+    return [one, min(5 * one, 100), one]
 
 
 def as_text(found: dict[str, Accuracy], classes: Sequence[str]) -> str:
     """A table of the scores of each method, and the classes with the lowest accuracy."""
-    scores = {way: a.means() for way, a in found.items()} | {"chance": chance(len(classes))}
-    rows = {
-        way: {TITLES[name]: score for name, score in row.items()} for way, row in scores.items()
-    }
-    lines = [format_rows(rows)]
+    rows = {way: a.means for way, a in found.items()} | {"chance": chance(len(classes))}
+    lines = [format_rows({way: dict(zip(TITLES, row, strict=True)) for way, row in rows.items()})]
     for way, a in found.items():
         if worst := worst_classes(a, classes):
             lines += [f"lowest top-1, {way}:", *worst]
@@ -222,19 +197,21 @@ def as_text(found: dict[str, Accuracy], classes: Sequence[str]) -> str:
 
 
 def as_json(found: dict[str, Accuracy], classes: Sequence[str]) -> dict[str, Any]:
-    """The scores for a file. `per_class` is in the order of `classes`, null where a class has no
-    images."""
-    content: dict[str, Any] = {"classes": list(classes), "chance": chance(len(classes))}
+    """The scores for a file; `per_class` is null where a class has no images."""
+    names = Accuracy._fields[:3]
+    of_chance = dict(zip(names, chance(len(classes)), strict=True))
+    content: dict[str, Any] = {"classes": list(classes), "chance": of_chance}
     for way, a in found.items():
         content["images"] = int(a.confusion.sum())
         per_class = [None if isnan(share) else share for share in a.per_class]
-        content[re.sub(r"\W", "_", way)] = a.means() | {"per_class": per_class}
+        scores = dict(zip(names, a.means, strict=True)) | {"per_class": per_class}
+        content[way.replace(" ", "_").replace("-", "_")] = scores
     return content
 
 
 def worst_classes(found: Accuracy, classes: Sequence[str]) -> list[str]:
-    """Lines of text on the classes with the lowest accuracy, the worst first, each with the class
-    that its images are most often taken for."""
+    """Lines on the classes with the lowest accuracy, the worst first, and what their images are
+    most often taken for."""
     lines = []
     having = [i for i, share in enumerate(found.per_class) if share < 100]  # NaN is not less
     for i in sorted(having, key=found.per_class.__getitem__)[:WORST]:
@@ -292,7 +269,7 @@ def main() -> None:
     source = find_labelled_images(args.data, names_file=args.classnames)
     if not args.classnames and all(re.fullmatch(r"n?\d+", name) for name in source.classes):
         print(
-            f"hint: {source.classes[0]} is no word, and neither are the other classes; give "
+            f"hint: {source.classes[0]} is not a word, and neither are the other classes; give "
             "their names with --classnames (of ImageNet's synsets: imagenet_class_index.json)"
         )
     train_source = None
@@ -306,17 +283,17 @@ def main() -> None:
 
     templates = templates or TEMPLATE_SETS[model.text_tower.templates]
     precision = Precision(model.device, args.use_amp)
-    images = LabelledImages(source, preprocess)
+    source.preprocess = preprocess
     with precision.autocast():
         classifier = zero_shot_classifier(model, source.classes, templates)
-        scored = readable_features(model, images, args.batch_size, args.num_workers)
+        scored = readable_features(model, source, args.batch_size, args.num_workers)
     found = {"zero-shot": accuracy(scored.images @ classifier.T, scored.labels)}
     print(f"{source.name}: {len(scored.labels):,} images of {len(source.classes):,} classes, "
           f"templates: {len(templates)} (percent)")  # fmt: skip
     if train_source:
-        images = LabelledImages(train_source, preprocess)
+        train_source.preprocess = preprocess
         with precision.autocast():
-            train = readable_features(model, images, args.batch_size, args.num_workers)
+            train = readable_features(model, train_source, args.batch_size, args.num_workers)
         scores, c = linear_probe(train, scored.images, source.classes)
         found["linear probe"] = accuracy(scores, scored.labels)
         print(f"linear probe: trained on {len(train.labels):,} images, C = {c:.3g}")

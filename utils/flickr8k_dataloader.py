@@ -44,19 +44,15 @@ ALIKE = (  # the end of a warning
 
 class Flickr8kDataset(Dataset):
     """Images and their captions, from `{language}_{split}.json` (or .jsonl, .csv, .tsv) in
-    `root_dir`. With several languages an image has its captions in all of them.
+    `root_dir`; with several languages the captions in all of them.
 
-    `split` is "train", "val" or "test"; without it, `is_train` chooses between the first two, and
-    training is the default.
+    `split` is "train" (the default), "val" or "test"; `is_train` also chooses between the first
+    two. `dataset[i]` is (image, captions): uint8 pixels `[3, target_shape, target_shape]`, resized
+    and cropped as in CLIP, or what `transform` makes of the PIL image; and strings. `model` is for
+    `prepare_for`. Raises `InputError` for unusable caption files and for missing images.
 
-    `dataset[i]` is (image, captions): uint8 pixels `[3, target_shape, target_shape]`, resized and
-    cropped as in CLIP, or what `transform` makes of the PIL image; and strings. With a `model`,
-    both are prepared for it (`prepare_for`). Raises `InputError` for unusable caption files and for
-    missing images.
-
-    Captions with equal tokens are one text, a positive of every image that has it; captions that
-    are equal only after they are cut are different texts. With `plain_protocol` a caption is a
-    positive of its own image alone.
+    Captions with equal tokens before cutting are one text, a positive of every image that has it;
+    with `plain_protocol` a caption is a positive of its own image alone.
 
     image         paths of the image files
     text          all captions, image by image
@@ -168,15 +164,15 @@ class Flickr8kDataset(Dataset):
         num_workers: int = 0,
     ) -> None:
         """Decode all images once, by `decode_once`; `batches` then reads the cached pixels. Raises
-        `InputError` if they cannot be written, or if there is a `transform`."""
+        `InputError`, also if there is a `transform`."""
         if self.transform is not None:
             raise InputError("the cache holds images as CLIP resizes them: it takes no transform")
         name = f"{self.root.resolve().name}_{self.split}"
         self.cached, self.unreadable = decode_once(self, name, folder, device, num_workers)
 
     def batches(self, batches: list[list[int]], num_workers: int) -> Iterator[Tensor]:
-        """Batches of images, `[n, 3, r, r]`, for lists of image indices. Raises `InputError` for an
-        unreadable image."""
+        """Batches `[n, 3, r, r]` for lists of image indices. Raises `InputError` for an unreadable
+        image."""
         if self.cached is None:
             yield from (loaded.images for loaded in read_batches(self.reader, batches, num_workers))
             return
@@ -185,17 +181,17 @@ class Flickr8kDataset(Dataset):
         yield from gather(self.cached, batches)
 
     def fingerprint(self) -> str:
-        """A digest of the images' names, the captions and their order, wherever the folder is."""
+        """A digest of the images' names, the captions and their order."""
         image_of = [i for i, captions in self.own_captions.items() for _ in captions]
         content = json.dumps([self.names, image_of, self.text])
         return hashlib.sha256(content.encode()).hexdigest()
 
     def count_cut_captions(self) -> int:
-        """The number of captions that are longer than the text tower reads."""
+        """The number of captions longer than the text tower's context."""
         return sum(len(tokens) + 2 > self.context_length for tokens in self.full.values())
 
     def count_alike_captions(self) -> int:
-        """The number of captions that equal a different text once both are cut."""
+        """The number of captions that equal a different text after cutting."""
         texts: dict[bytes, list[tuple[int, ...]]] = {}
         for caption, tokens in self.full.items():
             texts.setdefault(self.tokens[caption].numpy().tobytes(), []).append(tokens)
@@ -211,7 +207,7 @@ class Flickr8kDataset(Dataset):
             )
 
     def share_of_fragments(self) -> float:
-        """The share of tokens that are parts of words, or unknown, among the captions' tokens."""
+        """The share of the captions' tokens that are parts of words, or unknown."""
         tokens = self.tokens[self.tokens > 0]  # without padding
         fragments = torch.tensor(self.tokenizer.fragments, dtype=tokens.dtype)
         of_words = len(tokens) - 2 * len(self.text)  # without start and end
@@ -222,8 +218,8 @@ class Flickr8kDataset(Dataset):
         return sum(isinstance(images, list) for images in self.txt_to_img.values())
 
     def _check_images_exist(self) -> None:
-        """Raise `InputError` for missing images; in training for a set without any image, since
-        other images take the place of missing ones."""
+        """Raise `InputError` for missing images; in training, where others take their place, only
+        if all are missing."""
         missing = [image for image in self.image if not Path(image).is_file()]
         if missing and (self.split != "train" or len(missing) == len(self.image)):
             raise InputError(
@@ -234,7 +230,7 @@ class Flickr8kDataset(Dataset):
 
 
 def _split(split: str | None, is_train: bool | None) -> str:
-    """The split that both arguments choose. Raises `InputError` if they contradict each other."""
+    """The split that both arguments choose; `InputError` if they contradict each other."""
     if split is None:
         return "train" if is_train is None or is_train else "val"
     if split not in SPLITS:
@@ -245,26 +241,19 @@ def _split(split: str | None, is_train: bool | None) -> str:
 
 
 class Batch(NamedTuple):
-    """One process's part of a training batch: n images and k captions of each.
+    """One process's part of a training batch: n images and k captions of each. The features of the
+    towers in `cached`, float32, take the place of inputs: `[n, d]` as images, `[n * k, d]` as
+    tokens."""
 
-    images   `[n, 3, r, r]`, uint8, on the device
-    crops    `[n, 3]` of `draw_crops`, or None for whole images
-    tokens   `[n * k, context_length]` on the CPU, image by image
-    texts    `[n, m]`, the `texts` of `contrastive_loss`, or None if no two texts are equal
-    colours  `[n, 3, 4]` of `draw_recolourings`, on the device, or None for unchanged colours
-    altered  the inputs of distillation: every other image of all processes' batch, if this process
-             has it, with changed colours and words; or None
-    cached   the towers ("image", "text") whose features, float32, stand in place of their inputs:
-             `[n, d]` as `images`, `[n * k, d]` as `tokens`
-    """
-
-    images: Tensor
-    crops: Tensor | None
-    tokens: Tensor
-    texts: Tensor | None = None
-    colours: Tensor | None = None
+    images: Tensor  # `[n, 3, r, r]`, uint8, on the device
+    crops: Tensor | None  # `[n, 3]` of `draw_crops`, or None for whole images
+    tokens: Tensor  # `[n * k, context_length]` on the CPU, image by image
+    texts: Tensor | None = None  # `[n, m]`, for `contrastive_loss`
+    colours: Tensor | None = None  # `[n, 3, 4]` of `draw_recolourings`, on the device
+    # The inputs of distillation: every other image of all processes' batch, with changed colours
+    # and words, if this process has it.
     altered: "Batch | None" = None
-    cached: frozenset[str] = frozenset()
+    cached: frozenset[str] = frozenset()  # "image", "text"
 
     def split(self, size: int) -> list["Batch"]:
         """The batch in parts of at most `size` images, without `altered`."""
@@ -286,8 +275,7 @@ class Batch(NamedTuple):
 
 
 def check_batch_size(batch_size: int, images: int, processes: Processes) -> None:
-    """Raise `InputError` if a batch is larger than the training set, or too small for all processes
-    to have a part."""
+    """Raise `InputError` for a batch that the training set or the processes cannot fill."""
     if images < 2:
         raise InputError(f"training needs at least 2 images, and there is {images}")
     if images < batch_size:
@@ -302,9 +290,8 @@ def check_batch_size(batch_size: int, images: int, processes: Processes) -> None
 @dataclass(eq=False)
 class TrainLoader:
     """Shuffled batches of images with `captions_per_image` of their captions (at most as many as
-    any image has), drawn anew in every epoch. Random choices follow from the seed and the epoch
-    alone. The images after the last whole batch sit out the epoch. With `alter`, batches have the
-    inputs of distillation in `altered`.
+    any image has). Random choices follow from the seed and the epoch alone. Images after the last
+    whole batch sit out the epoch. With `alter`, batches have the inputs of distillation.
 
     An unreadable image is reported once, and another takes its place; with `strict` it is an
     `InputError`.
@@ -351,8 +338,8 @@ class TrainLoader:
             yield batch._replace(altered=self._altered(batch, (self.seed, epoch, step)))
 
     def _altered(self, batch: Batch, seed: tuple[int, int, int]) -> Batch | None:
-        """The inputs of distillation. Random numbers are drawn for all processes' batch, of which
-        this process takes its own part."""
+        """The inputs of distillation. Random numbers are drawn for the whole batch, so that they do
+        not depend on the number of processes."""
         shard = self.processes.shard(self.batch_size)
         local, in_shard = slice(shard.start % 2, None, 2), slice(shard.start, shard.stop)
         images = batch.images[local]
@@ -398,11 +385,10 @@ class TrainLoader:
         self.reported |= problems.keys()
 
     def _draw_captions(self, random: np.random.Generator) -> Tensor:
-        """The caption indices of each image in random order, `[n, most]`, where `most` is the
-        largest number of captions of an image; images with fewer repeat theirs from the first on.
-        """
-        first = np.array([captions[0] for captions in self.dataset.own_captions.values()])
-        count = np.array([len(captions) for captions in self.dataset.own_captions.values()])
+        """The caption indices of each image in random order, `[n, most]`; images with fewer than
+        the `most` captions repeat theirs from the first on."""
+        captions = self.dataset.own_captions.values()
+        first, count = np.array([(own[0], len(own)) for own in captions]).T
         drawn = random.random((len(count), count.max()))
         drawn[np.arange(count.max()) >= count[:, None]] = 2  # missing captions are sorted last
         nth = np.arange(count.max()) % count[:, None]

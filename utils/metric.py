@@ -56,7 +56,7 @@ def compute_metrics(
     gallery, R@K is 100 and mAP@K the same as for K = the gallery's size.
 
     Raises `InputError` for a NaN, a query without positives or with one twice, shapes that do not
-    match, or a K that is no positive integer.
+    match, or a K that is not a positive integer.
     """
     scores_i2t, scores_t2i = _floats(scores_i2t), _floats(scores_t2i)
     if scores_i2t.ndim != 2 or scores_t2i.shape != scores_i2t.shape[::-1]:
@@ -67,7 +67,7 @@ def compute_metrics(
     k_values = tuple(k_values)
     for k in k_values:
         if not isinstance(k, Integral) or isinstance(k, bool) or k < 1:
-            raise InputError(f"k_values: {k!r} is no positive integer")
+            raise InputError(f"k_values: {k!r} is not a positive integer")
     i2t, t2i = (Similarities(*s.shape, s.__getitem__) for s in (scores_i2t, scores_t2i))
     both = score_direction(i2t, img2txt, k_values), score_direction(t2i, txt2img, k_values)
     return Scores(*both).as_dict()
@@ -154,8 +154,8 @@ def main() -> None:
 
 
 def data_to_score_on(args: argparse.Namespace, weights: str | Path) -> TrainedOn:
-    """The data to score on: what the command line names, else what the weights' run was trained
-    on, else flickr8k/. Raises `InputError` if the captions of the split are missing."""
+    """The data to score on: of the command line, else of the weights' run, else flickr8k/. Raises
+    `InputError` for missing captions."""
     run = None if args.dataset_path and args.language else trained_on(weights)
     run = run or TrainedOn(from_here("flickr8k"), ["en"])
     dataset_path = args.dataset_path or run.dataset_path

@@ -181,7 +181,7 @@ def test_a_file_that_is_named_is_taken_among_others(tmp_path, capsys):
     root = place(tmp_path, images_in("images") | files)
     with pytest.raises(InputError, match=r"several .*new\.csv, .*old\.csv; name one .*--source"):
         prepare(root, [root])
-    assert "size.json: is no list" in capsys.readouterr().err
+    assert "size.json: is not a list" in capsys.readouterr().err
     prepare(root, [root, root / "new.csv"])
     assert sum(map(len, read(root).values())) == 16
 

@@ -268,24 +268,9 @@ def test_interrupted_rendering_leaves_no_half_file(tmp_path, monkeypatch):
 
 def test_another_data_set_is_not_overwritten(tmp_path):
     (tmp_path / "cn_val.json").write_text("[]")
-    with pytest.raises(InputError, match=r"cn_val\.json.*--output"):
+    with pytest.raises(InputError, match=r"cn_val\.json.*--dataset_path"):
         render_demo(tmp_path, n_train=20, n_val=5)
     assert list(files_of(tmp_path)) == [Path("cn_val.json")]
-
-
-def test_script(tmp_path, demo):
-    def run(*arguments):
-        command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-
-    first = run("--output", "made")
-    assert first.returncode == 0, first.stderr
-    assert files_of(tmp_path / "made") == files_of(demo)
-    other = run("--output", "made", "--seed", 1)
-    assert other.returncode == 2
-    assert other.stderr.startswith("error: ") and "Traceback" not in other.stderr
-    (tmp_path / "a_file").touch()
-    assert run("--output", "a_file").returncode == 2
 
 
 def test_rendering_does_not_load_torch():

@@ -15,7 +15,7 @@ SCRIPTS = [
     *("train.py", "predict.py", "predict_zero_shot.py", "utils/metric.py"),
     "utils/classification.py",
     *("models/clip_utils.py", "models/convert.py"),
-    *("flickr8k/prepare.py", "flickr8k/render_demo.py"),
+    "flickr8k/prepare.py",
 ]
 # Raised for another input_shape, which only train.py asks for; or for training images of classes,
 # which only classification.py does.

@@ -321,7 +321,7 @@ def test_the_data_set_is_looked_for_beside_the_script(work, monkeypatch):
 
 
 def test_the_demo_goes_where_it_is_told_or_names_the_option_for_it(work):
-    """`--output` is render_demo.py's, not train.py's."""
+    """`--output` is prepare.py's, not train.py's."""
     (work / "no_folder").touch()
     line = error_line("train.py", "--demo", "--dataset_path", "no_folder", cwd=work)
     assert "--dataset_path" in line and "--output" not in line
@@ -351,7 +351,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, work):
         ([*SCRATCH, "--distill", "1"], "--resume_training WEIGHTS"),
         ([*SCRATCH, "--retention", "gone"], "--retention needs weights to start from"),
         (["--retention", "gone"], "--retention gone: no such folder, and no data set of"),
-        (["--retention", "a_file"], "--retention a_file: is no folder, and no data set of"),
+        (["--retention", "a_file"], "--retention a_file: is not a folder, and no data set of"),
         (["--retention", "a_folder"], "captioned images need en_val.json or cn_val.json there"),
         (["--retention", " "], "--retention: the path is empty"),
         (["--max_forgetting", "-1"], "at least 0"),

@@ -35,7 +35,7 @@ from utils.classification import (
     worst_classes,
     zero_shot_classifier,
 )
-from utils.data.labelled_images import LabelledImages, find_labelled_images
+from utils.data.labelled_images import find_labelled_images
 from utils.data.templates import TEMPLATE_SETS, read_templates
 from utils.retrieval.plots import plot_confusion
 from utils.runs.checkpoint import save_weights
@@ -91,7 +91,7 @@ def test_zero_shot_probabilities_are_those_of_transformers(tmp_path):
     source = find_labelled_images(tmp_path)
     templates = ["{}", "a photo of a {}.", "the {} and another {}"]
 
-    found = readable_features(model, LabelledImages(source, model.preprocess), batch_size=4)
+    found = readable_features(model, replace(source, preprocess=model.preprocess), batch_size=4)
     classifier = zero_shot_classifier(model, source.classes, templates)
     ours = (model.logit_scale.exp() * found.images @ classifier.T).softmax(dim=1)
 
@@ -218,7 +218,7 @@ def test_the_probe_is_scikit_learns_on_the_same_features(work, classify, monkeyp
     printed = classify("--data", "digits", "--linear_probe", "--json", tmp_path / "scores.json")
     model, preprocess = load(work / "weights.pth", "cpu")
     sources = (find_labelled_images(work / "digits", is_train) for is_train in (True, False))
-    train, scored = (readable_features(model, LabelledImages(s, preprocess)) for s in sources)
+    train, scored = (readable_features(model, replace(s, preprocess=preprocess)) for s in sources)
     theirs = LogisticRegression(C=chosen[0], max_iter=1000)
     theirs.fit(train.images.numpy(), train.labels.numpy())
     predicted = theirs.predict(scored.images.numpy())
@@ -308,7 +308,7 @@ def test_script_in_mixed_precision_rounds_features_alone(work, classify, monkeyp
     )
     classify("--data", "digits/val", "--use_amp")
     model, preprocess = load(work / "weights.pth", "cpu")
-    images = LabelledImages(find_labelled_images(work / "digits"), preprocess)
+    images = replace(find_labelled_images(work / "digits"), preprocess=preprocess)
     products = []
     for is_mixed in (True, False):
         with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
@@ -340,7 +340,7 @@ def test_script_says_that_synsets_are_no_words(work, classify):
             shutil.copytree(work / "digits/val" / f"digit_{number}", work / "synsets" / label)
     names = work / "mapping.txt"  # as Kaggle has it, in LOC_synset_mapping.txt
     names.write_text("n01440764 tench, Tinca tinca\nn01443537 goldfish, Carassius auratus\n")
-    hint = "hint: n01440764 is no word, and neither are the other classes; give their names with"
+    hint = "hint: n01440764 is not a word, and neither are the other classes; give their names with"
     assert hint in classify("--data", "synsets")
     assert "hint:" not in classify("--data", "synsets", "--classnames", names)
     assert "hint:" not in classify("--data", "digits")
@@ -351,11 +351,11 @@ def test_script_says_that_synsets_are_no_words(work, classify):
     [
         ([], "the following arguments are required: --data"),
         (["--data", "gone"], "--data gone: no such folder, and no data set of torchvision; the"),
-        (["--data", "weights.pth"], "--data weights.pth: is no folder, and no data set of torch"),
+        (["--data", "weights.pth"], "--data weights.pth: is not a folder, and no data set of"),
         (["--data", "cifar_10"], r"did you mean cifar10 or cifar100\?; the sets are caltech101"),
         (["--data", "digits", "--templates", "phot"], "did you mean photo.*; the sets are none,"),
         (["--data", "digits", "--templates", "plain.txt"], "plain.txt: the template 'a photo' has"),
-        (["--data", "digits/val", "--linear_probe"], "val: --linear_probe needs class folders"),
+        (["--data", "digits/val", "--linear_probe"], "--linear_probe needs .* neither has any"),
         (["--data", "digits", "--weights", "gone.pth"], "gone.pth: neither a file nor the name"),
         (["--data", "digits", "--plot", "c.xyz"], "c.xyz: no format for pictures"),
         (["--data", "digits", "--batch_size", "0"], "--batch_size: 0 is not an integer from 1 to"),

@@ -116,7 +116,7 @@ def test_a_k_beyond_the_gallery_takes_all_of_it(problem, beyond):
 @pytest.mark.parametrize("k", [0, -1, 2.0, 1.5, "5", None, True, float("nan")])
 def test_a_k_that_is_no_positive_integer_is_named(k):
     truth = {0: 0, 1: 1}
-    with pytest.raises(InputError, match=r"k_values: .* is no positive integer"):
+    with pytest.raises(InputError, match=r"k_values: .* is not a positive integer"):
         compute_metrics(np.eye(2), truth, np.eye(2), truth, (1, k))
 
 

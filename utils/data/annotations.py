@@ -1,6 +1,7 @@
 """Caption files of a data set, `{language}_{train,val,test}.json` (or .jsonl, .csv, .tsv): finding,
 reading and writing them."""
 
+import hashlib
 import json
 import math
 from collections import Counter
@@ -26,6 +27,8 @@ from utils.data.caption_formats import (
 from utils.runs.files import atomic_write
 
 Pairs = list[tuple[str, list[str]]]  # an image and its captions
+# {(split, image): the digest and the captions of each of its entries}
+Entries = dict[tuple[str, str], list[tuple[bytes, list[str]]]]
 
 SPLITS = {"train": "training", "val": "validation", "test": "test"}  # in names of files; in words
 PROBLEMS_SHOWN = 10  # of one caption file
@@ -35,11 +38,11 @@ PATH_LENGTH = 100  # characters shown of a path
 
 
 def missing_annotations(file: Path) -> str | None:
-    """Why a caption file is not found, with the caption files that are there, of the same split if
-    possible; None if the file is there."""
+    """Why a caption file is not found, and which others are there, of its split if possible; None
+    if it is there."""
     root = file.parent
     if not root.is_dir():
-        return f"{root}: {'is no folder' if root.exists() else 'no such folder'}"
+        return f"{root}: {'is not a folder' if root.exists() else 'no such folder'}"
     if file.is_file():
         return None
     lists = sorted(f for f in root.iterdir() if f.suffix in SUFFIXES and f.is_file())
@@ -50,8 +53,8 @@ def missing_annotations(file: Path) -> str | None:
 
 
 def caption_file(root: Path, language: str, split: str) -> Path:
-    """The caption file of a language and a split in the data folder `root`; ending in .json if
-    there is none. Raises `InputError` for several files."""
+    """The caption file of a language and a split in `root`; ending in .json if there is none.
+    Raises `InputError` for several files."""
     files = [root / f"{language}_{split}{suffix}" for suffix in SUFFIXES]
     found = [file for file in files if file.is_file()]
     if len(found) > 1:
@@ -61,12 +64,9 @@ def caption_file(root: Path, language: str, split: str) -> Path:
 
 
 def read_annotations(path: Path) -> Pairs:
-    """The (image path relative to the root, captions) pairs of a caption file.
-
-    The file is a list of `{"image": "images/1.jpg", "caption": ["...", ...]}` or has another format
-    of `read_records`. Paths may have backslashes, and a caption may be a plain string. The split is
-    that of the file's name, not of its entries. One `InputError` names all problems.
-    """
+    """The (image path relative to the root, captions) pairs of a caption file in any format of
+    `read_records`. The split is that of the file's name, not of its entries. One `InputError` names
+    all problems."""
     parts = captions_by_split(path, _read_text(path), image_path)
     split = path.stem.rpartition("_")[2]
     if other := sorted(word for word in parts if SPLIT_WORDS.get(word, split) != split):
@@ -80,20 +80,20 @@ def read_annotations(path: Path) -> Pairs:
 def captions_by_split(
     file: object, text: str, read_image: Callable[[object], str]
 ) -> dict[str, Pairs]:
-    """The (image, captions) pairs of a caption file with this content, by the split that their
-    entries name, in lower case, or else "". Entries of the same image are joined.
+    """The (image, captions) pairs of a caption file with this content, by the split that entries
+    name, in lower case, or else "". Entries of the same image are joined.
 
-    Repeated captions of an image count as often as they are listed. But if all its entries are
-    repeated equally often, equal in every field, the repeats are copies. Copies and empty captions
-    are left out and counted in one line. `read_image` turns an entry's image into its name, or
-    raises `ValueError`. One `InputError` names all problems.
+    A repeated caption counts as often as it is listed, unless all entries of the image are repeated
+    equally often, equal in every field: these are copies. Copies and empty captions are left out
+    and counted in one line. `read_image` turns an entry's image into its name, or raises
+    `ValueError`. One `InputError` names all problems.
     """
     try:
         records = read_records(text, Path(str(file)).suffix.lower())
     except UnknownFormat as error:
         raise InputError(f"{file}: {error}") from None
     problems: list[str] = []
-    entries: dict[tuple[str, str], Pairs] = {}  # {(split, image): [(content, captions), ...]}
+    entries: Entries = {}
     empty = 0
     for where, content, problem in records:
         try:
@@ -106,7 +106,8 @@ def captions_by_split(
         split = content.get(first_of(SPLIT_FIELDS, content))
         split = "" if _is_empty(split) else str(split).strip().lower()
         texts = [caption for caption in captions if not _is_empty(caption)]
-        entries.setdefault((split, image), []).extend([(repr(content), texts)] if texts else [])
+        digest = hashlib.sha256(repr(content).encode(errors="surrogatepass")).digest()
+        entries.setdefault((split, image), []).extend([(digest, texts)] if texts else [])
         empty += max(1, len(captions)) - len(texts)
     if problems:
         shown = "".join(f"\n  {problem}" for problem in problems[:PROBLEMS_SHOWN])
@@ -117,11 +118,8 @@ def captions_by_split(
     return _join_entries(file, entries, empty)
 
 
-def _join_entries(
-    file: object, entries: dict[tuple[str, str], Pairs], empty: int
-) -> dict[str, Pairs]:
-    """The (image, captions) pairs by split, after a warning that counts the captions left out:
-    copies, and `empty` ones."""
+def _join_entries(file: object, entries: Entries, empty: int) -> dict[str, Pairs]:
+    """The pairs by split, after a warning that counts copies and `empty` captions."""
     parts: dict[str, Pairs] = {}
     copies = 0
     for (split, image), listed in entries.items():
@@ -141,14 +139,20 @@ def _join_entries(
     return parts
 
 
-def _without_copies(entries: Pairs) -> list[list[str]]:
-    """The captions of an image's (content, captions) entries, once each if all are copied."""
-    copies = math.gcd(*Counter(content for content, _ in entries).values())
-    return [captions for _, captions in (sorted(entries)[::copies] if copies > 1 else entries)]
+def _without_copies(entries: list[tuple[bytes, list[str]]]) -> list[list[str]]:
+    """The captions of an image's (digest, captions) entries, once each if all are copied."""
+    left = Counter(digest for digest, _ in entries)
+    copies = math.gcd(*left.values())
+    once = []
+    for digest, captions in entries:
+        if left[digest] % copies == 0:
+            once.append(captions)
+        left[digest] -= 1
+    return once
 
 
 def join_parts(parts: Iterable[Pairs]) -> Pairs:
-    """The (image, captions) pairs of several lists; those of the same image are joined."""
+    """The pairs of several lists; those of the same image are joined."""
     captions_of: dict[str, list[str]] = {}
     for image, captions in chain.from_iterable(parts):
         captions_of.setdefault(image, []).extend(captions)
@@ -156,8 +160,7 @@ def join_parts(parts: Iterable[Pairs]) -> Pairs:
 
 
 def annotations_json(entries: Iterable[tuple[str, list[str]]]) -> bytes:
-    """The content of a caption file for (image path relative to the root, captions) pairs. Raises
-    `InputError` for lone surrogates."""
+    """The content of a caption file for these pairs. Raises `InputError` for lone surrogates."""
     lines = []
     for image, captions in entries:
         try:
@@ -169,8 +172,7 @@ def annotations_json(entries: Iterable[tuple[str, list[str]]]) -> bytes:
 
 
 def refuse_another_set(annotations: dict[Path, bytes], folder_option: str = "--output") -> None:
-    """Raise `InputError` for caption files that exist with other content; `folder_option` is the
-    script's option for another folder."""
+    """Raise `InputError` for caption files that exist with other content."""
     for path, content in annotations.items():
         if path.exists() and read_bytes(path) != content:
             raise InputError(
@@ -187,12 +189,10 @@ def write_set(
     progress: str,
     folder_option: str = "--output",
 ) -> None:
-    """Write `images` (paths relative to `root`), then `annotations`, each file whole or not at all.
-
-    The annotations come last: where they exist, all images do. `write_image(image, path)` writes an
-    image to a temporary path; the file is then moved, which is much faster than flushing each to
-    disk. Raises `InputError` if `root` cannot be written, or for another set's annotations; images
-    that are complete by then stay.
+    """Write `images` (paths relative to `root`), then `annotations`: where these exist, all images
+    do. `write_image(image, path)` writes to a temporary path; moving the file is much faster than
+    an atomic write. Raises `InputError` if `root` cannot be written, and for another set's
+    annotations; `folder_option` is the script's option for another folder.
     """
     refuse_another_set(annotations, folder_option)
     try:
@@ -258,7 +258,7 @@ def _as_json(text: str) -> str:
 
 
 def image_path(image: object) -> str:
-    """A path as `root / path` takes it. Raises `ValueError` for one that leaves the data folder."""
+    """A path as `root / path` takes it. Raises `ValueError` if it leaves the data folder."""
     path = PureWindowsPath(image.strip() if isinstance(image, str) else "")  # takes both slashes
     # Joined to the root ".", a leading ~ would become the user's home.
     upwards = any(not part.strip(" .") for part in path.parts)  # Windows drops spaces at the end
@@ -273,7 +273,7 @@ def image_path(image: object) -> str:
 
 
 def why_missing(image: Path) -> str:
-    """The path of a missing image, and the likely cause, if there is one."""
+    """The path of a missing image, and the likely cause."""
     if not image.name.isprintable():
         return f"{_as_json(str(image))} (in JSON write a path with /, or each \\ twice)"
     beside = image.parent.iterdir() if image.parent.is_dir() else []

@@ -29,16 +29,15 @@ SHOWN = 80  # characters of a line that a message quotes
 
 
 class Record(NamedTuple):
-    """One entry of a file: its place, such as "entry 3" (from 0) or "line 7" (from 1), its content,
-    usually `{"image": ..., "caption": ...}`, or else the `problem` of reading it."""
+    """One entry of a file."""
 
-    where: str
-    content: object
-    problem: str | None = None
+    where: str  # "entry 3" (from 0), "line 7" (from 1)
+    content: object  # usually `{"image": ..., "caption": ...}`
+    problem: str | None = None  # of reading it
 
 
 class UnknownFormat(ValueError):
-    """A file has none of the formats, or is broken; the message says what it looks like."""
+    """A file is broken, or of another format; the message says what it looks like."""
 
 
 def read_records(text: str, suffix: str = "") -> list[Record]:
@@ -47,11 +46,9 @@ def read_records(text: str, suffix: str = "") -> list[Record]:
     list        `[{"image": "1.jpg", "caption": ["...", ...]}, ...]`
     JSON lines  such an object on every line
     COCO        `{"images": [{"id": 7, "file_name": "1.jpg"}, ...],
-                "annotations": [{"image_id": 7, "caption": "..."}, ...]}`; images without captions
-                are left out
-    table       CSV or TSV: the first line names the columns, and every other row has a caption, or
-                a list of captions as Python, JSON or numpy writes it. Commas, tabs, semicolons or
-                bars separate fields; spaces around fields do not count
+                "annotations": [{"image_id": 7, "caption": "..."}, ...]}`
+    table       CSV or TSV: the first line names the columns; a row has a caption, or a list of them
+                as Python, JSON or numpy writes it. Commas, tabs, semicolons or bars separate fields
 
     Raises `UnknownFormat`.
     """
@@ -94,8 +91,7 @@ def _json_records(text: str, suffix: str) -> list[Record]:
 
 
 def _parsed(text: str, is_line: bool = False) -> object:
-    """The value of a JSON text. Raises `UnknownFormat` with the place where it is broken, and the
-    remedy for common slips."""
+    """The value of a JSON text. Raises `UnknownFormat` with the broken place and the remedy."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -120,7 +116,7 @@ def _line(number: int, line: str) -> Record:
 
 def _list_records(content: object) -> list[Record]:
     if not isinstance(content, list) or not content:
-        found = "lists no images" if content == [] else "is no list"
+        found = "lists no images" if content == [] else "is not a list"
         raise UnknownFormat(f'{found}; it should hold [{{"image": ..., "caption": ...}}, ...]')
     return [Record(f"entry {number}", entry) for number, entry in enumerate(content)]
 
@@ -163,8 +159,7 @@ def _table(text: str) -> Iterator[Record] | None:
 
 
 def _rows(rows, names: list[str], caption: str) -> Iterator[Record]:
-    """The records of the other rows of a `csv.reader`, for its columns' `names`, of which `caption`
-    holds the captions."""
+    """The records of the other rows of a `csv.reader` with columns `names`."""
     while True:
         where = f"line {rows.line_num + 1}"
         try:
@@ -188,8 +183,8 @@ def _rows(rows, names: list[str], caption: str) -> Iterator[Record]:
 
 
 def _cell(text: str) -> str | list[str]:
-    """The captions of a list cell, or else the cell itself. Numpy puts no comma between texts,
-    which Python would join."""
+    """The captions of a list cell, or else the cell. Numpy puts no comma between texts, which
+    Python would join."""
     if not LIST.fullmatch(text):
         return text
     with suppress(ValueError):

@@ -1,11 +1,12 @@
 """Decoded images in one memory-mapped file, so that each is decoded only once.
 
-The file holds the uint8 pixels, image after image, then a fingerprint of the image files. A file
-with another fingerprint or length is stale and is written anew.
+The file holds the uint8 pixels, image after image, a fingerprint of the image files, and as JSON
+why images are unreadable, by index. With another fingerprint it is stale and is written anew.
 """
 
 import errno
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -27,7 +28,7 @@ from models.progress_bar import progress_bar
 from utils.data.image_reading import read_batches
 from utils.runs.files import atomic_write
 
-FORMAT = 3  # of the file; raise it when `models.preprocess.resize_and_crop` makes other pixels
+FORMAT = 4  # of the file; raise it when `models.preprocess.resize_and_crop` makes other pixels
 BUILD_BATCH = 32  # images decoded at a time
 
 
@@ -39,53 +40,37 @@ def decode_once(
     num_workers: int = 0,
 ) -> tuple[Tensor, dict[int, str]]:
     """The pixels of all images, uint8 `[n, 3, side, side]`, and {index: problem} of the unreadable
-    images, in whose place other images stand.
+    images, which others replace.
 
-    The pixels are in the file `<name>_<side>.pixels` in `folder` (by default `.cache` in the data
-    set's root), which all runs share; or on the device if they take at most a quarter of its free
-    memory. `dataset` has `root`, the paths `image` below it, `preprocess` and a `reader`. Raises
+    They are in the file `<name>_<side>.pixels` in `folder` (by default `.cache` in the data set's
+    root), which all runs share, or on a GPU if they take at most a quarter of its free memory.
+    `dataset` has `root`, the paths `image` below it, `preprocess` and a `reader`. Raises
     `InputError` if the file cannot be written.
     """
-    root = dataset.root.resolve()
-    folder = root / ".cache" if folder is None else Path(folder).expanduser()
+    folder = dataset.root.resolve() / ".cache" if folder is None else Path(folder).expanduser()
     file = folder / f"{name}_{dataset.preprocess.side}.pixels"
     rows = [rows.tolist() for rows in torch.arange(len(dataset)).split(BUILD_BATCH)]
     read = read_batches(dataset.reader, rows, num_workers, substitute=True)
     batches = ((loaded.images, loaded.problems) for loaded in read)
-    pixels, unreadable = cached_pixels(
-        file, dataset.root, dataset.image, dataset.preprocess, batches
-    )
+    pixels, reasons = cached_pixels(file, dataset, batches)
     is_gpu = torch.device(device).type == "cuda"
     if is_gpu and pixels.nbytes <= torch.cuda.mem_get_info(device)[0] / 4:
         pixels = pixels.to(device)
-    return pixels, {row: _problem(dataset, row) for row in sorted(unreadable)}
-
-
-def _problem(dataset: Dataset, row: int) -> str:
-    """The problem of an image that was unreadable when the file was written."""
-    try:
-        dataset.reader[row]
-    except InputError as error:
-        return str(error)
-    return f"{dataset.image[row]}: could not be read when the cache was written"
+    return pixels, {row: f"{dataset.image[row]}{reasons[row]}" for row in sorted(reasons)}
 
 
 def cached_pixels(
-    file: Path,
-    root: Path,
-    images: list[str],
-    preprocess: Preprocess,
-    batches: Iterable[tuple[Tensor, Iterable[int]]],
-) -> tuple[Tensor, list[int]]:
-    """The pixels of `images` (paths below `root`), uint8 `[n, 3, side, side]`, mapped from `file`,
-    read-only; and the indices of unreadable images, in whose place other images stand.
+    file: Path, dataset: Dataset, batches: Iterable[tuple[Tensor, dict[int, str]]]
+) -> tuple[Tensor, dict[int, str]]:
+    """The pixels of all images, mapped from `file`, read-only, and {index: reason} of unreadable
+    ones: their problem without their path, since the data set may move.
 
     If `file` is missing or stale, it is written from `batches`: the images in their order, and the
-    indices of unreadable ones. Several runs may do so at once. Raises `InputError` if `file` cannot
-    be written.
+    problems of unreadable ones. Several runs may do so at once.
     """
-    shape = (len(images), 3, preprocess.side, preprocess.side)
-    fingerprint = _fingerprint(root, images, preprocess)
+    side = dataset.preprocess.side
+    shape = (len(dataset), 3, side, side)
+    fingerprint = _fingerprint(dataset.root, dataset.image, dataset.preprocess)
     mapped = _mapped(file, shape, fingerprint)
     if mapped is not None:
         return mapped
@@ -95,7 +80,7 @@ def cached_pixels(
         free = shutil.disk_usage(file.parent).free
         if needed > free:  # rather than after hours
             raise OSError(errno.ENOSPC, f"the disk has {free / 1e6:,.0f} MB left")
-        _write(file, len(images), fingerprint, batches)
+        _write(file, dataset, fingerprint, batches)
     except OSError as error:
         # Windows does not replace a file that another run has written and mapped by now.
         mapped = _mapped(file, shape, fingerprint)
@@ -109,8 +94,8 @@ def cached_pixels(
 
 
 def _fingerprint(root: Path, images: list[str], preprocess: Preprocess) -> bytes:
-    """32 bytes that change with the image files, the preprocessing and Pillow, but not when `root`
-    is moved on its disk."""
+    """32 bytes that change with the image files, the preprocessing and Pillow, but not with the
+    place of `root`."""
     how = (preprocess.side, preprocess.interpolation, preprocess.resize_mode)
     digest = hashlib.sha256(f"{FORMAT} {PIL.__version__} {how}\n".encode())
     for image in images:
@@ -121,43 +106,41 @@ def _fingerprint(root: Path, images: list[str], preprocess: Preprocess) -> bytes
 
 def _mapped(
     file: Path, shape: tuple[int, ...], fingerprint: bytes
-) -> tuple[Tensor, list[int]] | None:
-    """The pixels in `file` and the unreadable images' indices; None if it is missing or stale.
-
-    After the pixels come the fingerprint, the indices as int64, and their number.
-    """
+) -> tuple[Tensor, dict[int, str]] | None:
+    """The pixels and the reasons in `file`; None if it is missing or stale."""
     try:
         with file.open("rb") as stream:
             stream.seek(math.prod(shape))
-            found, rest = stream.read(len(fingerprint)), stream.read()
-            if found != fingerprint or len(rest) % 8 or not rest:
+            if stream.read(len(fingerprint)) != fingerprint:
                 return None
-            *unreadable, count = np.frombuffer(rest, "<i8").tolist()
-            if count != len(unreadable):
-                return None
+            reasons = {int(row): reason for row, reason in json.loads(stream.read()).items()}
             pixels = np.memmap(stream, np.uint8, "r", shape=shape)
-    except OSError:
+    except (OSError, ValueError):
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch has no read-only tensors; nobody writes to this one
-        return torch.from_numpy(pixels), unreadable
+        return torch.from_numpy(pixels), reasons
 
 
 def _write(
-    file: Path, n: int, fingerprint: bytes, batches: Iterable[tuple[Tensor, Iterable[int]]]
+    file: Path,
+    dataset: Dataset,
+    fingerprint: bytes,
+    batches: Iterable[tuple[Tensor, dict[int, str]]],
 ) -> None:
-    unreadable: list[int] = []
+    reasons: dict[int, str] = {}
     with (
         atomic_write(file) as temporary,
         temporary.open("wb") as stream,
-        progress_bar(total=n, desc=f"writing {file.name}", unit="img") as bar,
+        progress_bar(total=len(dataset), desc=f"writing {file.name}", unit="img") as bar,
     ):
         for images, problems in batches:
             stream.write(images.numpy())
-            unreadable += problems
+            for row, problem in problems.items():
+                reasons[row] = problem.removeprefix(dataset.image[row])
             bar.update(len(images))
         stream.write(fingerprint)
-        stream.write(np.array([*unreadable, len(unreadable)], "<i8").tobytes())
+        stream.write(json.dumps(reasons).encode())
 
 
 def gather(pixels: Tensor, batches: list[list[int]]) -> Iterator[Tensor]:
@@ -179,7 +162,7 @@ def gather(pixels: Tensor, batches: list[list[int]]) -> Iterator[Tensor]:
 
 
 def _gather_pinned(pixels: Tensor, rows: Tensor) -> Tensor:
-    """A batch from the file; if there is a GPU, in pinned memory, to copy it without waiting."""
+    """A batch from the file; for a GPU in pinned memory, which is copied without waiting."""
     shape = (len(rows), *pixels.shape[1:])
     images = torch.empty(shape, dtype=pixels.dtype, pin_memory=torch.cuda.is_available())
     return torch.index_select(pixels, 0, rows, out=images)

@@ -18,12 +18,9 @@ SHOWN = 3  # images that a warning names
 
 
 def find_images(folder: Path) -> list[Path]:
-    """The image files anywhere below `folder`, as paths relative to it, sorted, without hidden
-    files and folders (".name").
-
-    The endings of the formats that Pillow reads tell images. Photographs that need a package are
-    counted in a warning. Linked folders are entered, but none twice. Raises `InputError` if there
-    are no images.
+    """The image files below `folder`, by the endings of Pillow's formats: sorted paths relative to
+    it, without hidden files and folders (".name"). Links are followed, but no folder is entered
+    twice. A warning counts photographs that need a package. Raises `InputError` without images.
     """
     Image.init()
     readable = Image.OPEN.keys() - DRAWN_BY_PROGRAMS - NOT_DECODED
@@ -63,9 +60,9 @@ def _warn(error: OSError) -> None:
 
 
 def check_splits(sets: dict[str, Dataset], num_workers: int, train_too: bool = False) -> None:
-    """Warn of training images that are in other splits as well. Raise `InputError` with a list of
-    the unreadable images of the other splits and, with `train_too`, of the training split. `sets`
-    are data sets by split."""
+    """Warn of training images that are in other splits. Raise `InputError` with a list of the
+    unreadable images of the other splits and, with `train_too`, of training. `sets` are by split.
+    """
     held_out = {split: dataset for split, dataset in sets.items() if split != "train"}
     for split, dataset in held_out.items():
         scored = set(dataset.image)
@@ -78,14 +75,12 @@ def check_splits(sets: dict[str, Dataset], num_workers: int, train_too: bool = F
 
 
 def refuse_unreadable(sets: list[Dataset], num_workers: int) -> None:
-    """Raise `InputError` with a list of the unreadable images of `sets`. All images are decoded;
-    those of a cached set were, and its `unreadable` has their problems. Warn of pictures of one
-    colour."""
+    """Decode all images that are not cached yet; raise `InputError` with a list of the unreadable
+    ones. Warn of pictures of one colour."""
     not_cached = chain.from_iterable(dataset.image for dataset in sets if dataset.cached is None)
     found, plain = check_images(list(dict.fromkeys(not_cached)), num_workers)
     known = chain.from_iterable(dataset.unreadable.values() for dataset in sets)
-    cached = chain.from_iterable(_plain_in_cache(dataset) for dataset in sets)
-    if plain := list(dict.fromkeys(chain(plain, cached))):
+    if plain:
         print(f"warning: pictures of one colour, as they are read: {_shown(plain)}")
     if broken := dict.fromkeys(chain(known, found)):
         raise InputError("\n  ".join([f"{len(broken)} images cannot be read:", *broken]))
@@ -96,8 +91,8 @@ def _shown(images: list[str]) -> str:
 
 
 def check_images(images: list[str], num_workers: int = 0) -> tuple[list[str], list[str]]:
-    """Decode the image files at these paths, in `num_workers` threads. Returns "path: reason" for
-    each unreadable image, and the paths of images of one colour; both in their order."""
+    """Decode images in `num_workers` threads: "path: reason" of each unreadable one, and the paths
+    of those of one colour."""
     problems, plain = [], []
     size = len(images)
     with (
@@ -119,14 +114,3 @@ def _read(path: str) -> str | bool:
         return is_one_colour(open_image(path))
     except InputError as error:
         return str(error)
-
-
-def _plain_in_cache(dataset: Dataset) -> list[str]:
-    """The images of one colour among a set's cached pixels, `[n, 3, side, side]`; the first row
-    rules out most others."""
-    if dataset.cached is None:
-        return []
-    rows = dataset.cached[:, :, 0]
-    candidates = (rows == rows[..., :1]).flatten(1).all(1).nonzero().flatten().tolist()
-    pixels = ((row, dataset.cached[row].flatten(1)) for row in candidates)
-    return [dataset.image[row] for row, colours in pixels if (colours == colours[:, :1]).all()]

@@ -23,17 +23,12 @@ LONGEST_WAIT = 600  # seconds for a batch; a disk in the network can be slow to 
 
 @dataclass(frozen=True)
 class ImageReader:
-    """Reads the images of a data set; worker processes get nothing else of the set, which may be
-    pickled for them. `reader[i]` raises `InputError` for an unreadable image.
-
-    paths     of the images
-    prepare   makes a tensor of an RGB image
-    pictures  the data set of torchvision that holds them; None for image files
-    """
+    """Reads the images of a data set: all that worker processes get of it. `reader[i]` raises
+    `InputError` for an unreadable image."""
 
     paths: list[str]
-    prepare: Callable[[Image.Image], Tensor]
-    pictures: Dataset | None = None
+    prepare: Callable[[Image.Image], Tensor]  # makes a tensor of an RGB image
+    pictures: Dataset | None = None  # the set of torchvision that reads them; None for files
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -51,17 +46,11 @@ class ImageReader:
 
 
 class Loaded(NamedTuple):
-    """Images of a batch.
+    """Images of a batch."""
 
-    images    `[n, 3, r, r]`, on the CPU, or on the GPU that holds the cached set; an array if a
-              worker finds no room in shared memory
-    rows      their indices in the data set
-    problems  {index: problem} of unreadable images
-    """
-
-    images: Tensor | np.ndarray
-    rows: list[int]
-    problems: dict[int, str]
+    images: Tensor | np.ndarray  # `[n, 3, r, r]`; an array where shared memory has no room
+    rows: list[int]  # their indices in the data set
+    problems: dict[int, str]  # {index: problem} of unreadable images
 
 
 def read_batches(
@@ -71,12 +60,9 @@ def read_batches(
     part: slice = slice(None),
     substitute: bool = False,
 ) -> Iterator[Loaded]:
-    """The images at lists of indices in `reader`.
-
-    `part` is this process's part of every batch. With `substitute`, another image takes the place
-    of an unreadable one, which otherwise raises `InputError`. A killed worker and a batch that does
-    not arrive within `LONGEST_WAIT` seconds raise it, too.
-    """
+    """The images at lists of indices in `reader`, of which this process reads `part` of each. With
+    `substitute`, another image takes the place of an unreadable one. Otherwise it raises
+    `InputError`, as do a killed worker and a batch that takes `LONGEST_WAIT` seconds."""
     loader = DataLoader(
         _Batches(reader, part, substitute),
         sampler=batches,
@@ -88,7 +74,7 @@ def read_batches(
         worker_init_fn=leave_signals_to_parent,
         timeout=LONGEST_WAIT if num_workers else 0,
     )
-    multiprocessing.set_forkserver_preload([__name__])  # torch, which takes seconds, only once
+    multiprocessing.set_forkserver_preload([__name__])  # torch is imported only once
     try:
         with signals_held_back():
             arriving = iter(loader)
@@ -127,9 +113,9 @@ def _tell_of_small_shared_memory() -> None:
 
 
 def collate(loaded: Loaded | InputError) -> Loaded | InputError:
-    """What a worker sends to its parent: images in shared memory or, without room there, as an
-    array through a pipe. There must be room for two batches of every worker: a system may promise
-    memory that it lacks, and kills the worker that writes to it."""
+    """What a worker sends to its parent: images in shared memory or, without room for two batches
+    of every worker, as an array through a pipe. (Linux may promise shared memory that it lacks, and
+    kill the worker that writes to it.)"""
     worker = get_worker_info()
     if worker is None or isinstance(loaded, InputError):
         return loaded
@@ -143,8 +129,8 @@ def collate(loaded: Loaded | InputError) -> Loaded | InputError:
 
 
 class _Batches(Dataset):
-    """The images of a batch by its list of indices, or the `InputError` of an unreadable image: a
-    raised error would arrive with the worker's traceback in its message."""
+    """The images of a batch by its list of indices, or an `InputError`: a raised one would arrive
+    with the worker's traceback in its message."""
 
     def __init__(self, reader: Sequence[Tensor], part: slice, substitute: bool):
         self.reader, self.part, self.substitute = reader, part, substitute
@@ -167,10 +153,7 @@ class _Batches(Dataset):
 
 
 def substitutes(row: int, n: int, *taken: list[int]) -> Iterator[int]:
-    """`row`, then the other indices of n images in the order in which they replace it if it is
-    unreadable: those that are `taken` come last."""
+    """`row`, then the other indices of n images that may replace it, the `taken` ones last."""
     yield row
     others = [other % n for other in range(row + 1, row + n)]
-    in_use = set().union(*taken)
-    yield from (other for other in others if other not in in_use)
-    yield from (other for other in others if other in in_use)
+    yield from sorted(others, key=set().union(*taken).__contains__)

@@ -4,15 +4,15 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from models.errors import InputError, near_names
+from models.errors import InputError, listed, near_names
 from models.files import read_lines
 from models.preprocess import Preprocess
 from models.scripts import from_here
@@ -30,23 +30,54 @@ LEADING_NUMBER = re.compile(r"^n?\d+([\W_]+(?=.*[^\W\d_])|(?=[A-Z][a-z]))")  # o
 SCORED = ("val", "valid", "test")  # folders of images to score on: the first that exists
 
 
-class Source(NamedTuple):
-    """Labelled images, not yet read.
+@dataclass(eq=False, repr=False)
+class LabelledImages(Dataset):
+    """Labelled images: `images[i]` is (uint8 pixels `[3, side, side]`, index of the class)."""
 
-    name      of the set and its split, also for its cache file
-    root      folder of the images
-    image     their paths; for a set of torchvision "<root>/<name>/<number>", for messages
-    label     the index of each image's class, from 0
-    classes   the names of the classes, as texts
-    pictures  the data set of torchvision that reads the images; None for image files
-    """
+    name: str  # of the set and its split, also for its cache file
+    root: Path  # folder of the images
+    image: list[str]  # paths; in a set of torchvision "<root>/<name>/<number>", for messages
+    label: list[int]  # index of each image's class, from 0
+    classes: list[str]  # their names, as texts
+    pictures: Dataset | None = None  # the set of torchvision that reads images; None for files
+    preprocess: Preprocess | None = None  # the model's; to be set before images are read
+    cached: Tensor | None = None
+    unreadable: dict[int, str] = field(default_factory=dict)  # {index: problem} so far
 
-    name: str
-    root: Path
-    image: list[str]
-    label: list[int]
-    classes: list[str]
-    pictures: Dataset | None = None
+    @property
+    def reader(self) -> ImageReader:
+        return ImageReader(self.image, self.preprocess.resize_and_crop, self.pictures)
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.reader[index], self.label[index]
+
+    def batches(self, batches: list[list[int]], num_workers: int) -> Iterator[Tensor]:
+        """Batches of images, `[n, 3, side, side]`, for lists of image indices. Another image takes
+        the place of an unreadable one, which is reported once."""
+        if self.cached is not None:
+            yield from gather(self.cached, batches)
+            return
+        for loaded in read_batches(self.reader, batches, num_workers, substitute=True):
+            self._pass_over(loaded.problems)
+            yield loaded.images
+
+    def cache(
+        self,
+        folder: str | os.PathLike | None = None,
+        device: torch.device | str = "cpu",
+        num_workers: int = 0,
+    ) -> None:
+        """Decode all images once; the arguments are those of `decode_once`."""
+        self.cached, problems = decode_once(self, self.name, folder, device, num_workers)
+        self._pass_over(problems)
+
+    def _pass_over(self, problems: dict[int, str]) -> None:
+        for row in problems.keys() - self.unreadable.keys():
+            tqdm.write(f"{problems[row]}; it is passed over")
+        self.unreadable |= problems
 
 
 def find_labelled_images(
@@ -55,37 +86,37 @@ def find_labelled_images(
     data_root: Path | None = None,
     names_file: Path | None = None,
     option: str = "--data",
-) -> Source:
+) -> LabelledImages:
     """The images to score on, or to train on, of `data`: a folder or a set of torchvision.
 
-    A folder holds `train/` and `val/` (or `valid/` or `test/`) with a folder of images for each
-    class, or class folders itself, whose images are all to score on. A set is read from
-    `data_root`, by default `torchvision_data` beside the scripts, and downloaded there if need be.
-    The classes have the names of their folders, or of the set, or those in `names_file`: a line
-    for each in the order of the sorted folders (2 before 10), lines `folder<TAB>name` or `folder
-    name`, or ImageNet's class index in JSON. Raises `InputError` for unusable data or names;
-    `option` is the script's option for `data`.
+    A folder holds `train/` and `val/` (or `valid/` or `test/`) with class folders, or class folders
+    alone, all to score on. A set is downloaded to `data_root`, by default `torchvision_data` beside
+    the scripts. `names_file` names the classes: one a line in the order of the sorted folders (2
+    before 10), lines `folder<TAB>name` or `folder name`, or ImageNet's class index in JSON. Raises
+    `InputError` for unusable data or names; `option` is the script's option for `data`.
     """
     root = Path(data).expanduser()
     if root.is_dir():
-        source = _class_folders(root, is_train)
+        found = _class_folders(root, is_train)
     elif data in TORCHVISION_SETS:
         root = data_root or from_here("torchvision_data")
         pictures = open_torchvision_set(data, root, is_train)
         name = f"{data}_{'train' if is_train else 'test'}"
         labels = labels_of(pictures)
         image = [str(root / name / str(number)) for number in range(len(labels))]
-        source = Source(name, root, image, labels, class_names(data, pictures), pictures)
+        names = class_names(data, pictures)
+        found = LabelledImages(name, root, image, labels, names, pictures=pictures)
     else:
         raise InputError(
-            f"{option} {data}: {'is no folder' if root.exists() else 'no such folder'}, and no "
+            f"{option} {data}: {'is not a folder' if root.exists() else 'no such folder'}, and no "
             f"data set of torchvision{near_names(str(data), TORCHVISION_SETS)}; the sets are "
             f"{', '.join(TORCHVISION_SETS)}"
         )
-    return source._replace(classes=_named(source.classes, names_file))
+    found.classes = _named(found.classes, names_file)
+    return found
 
 
-def _class_folders(root: Path, is_train: bool) -> Source:
+def _class_folders(root: Path, is_train: bool) -> LabelledImages:
     scored = next((root / name for name in SCORED if _folders(root / name)), None)
     if is_train:
         _check_both_splits(root / "train", scored or root / SCORED[0])
@@ -102,27 +133,23 @@ def _class_folders(root: Path, is_train: bool) -> Source:
         image += [str(folder / file) for file in find_images(folder)]
         label += [number] * (len(image) - len(label))
     name = root.resolve().name + ("" if split is root else f"_{split.name}")
-    return Source(name, root, image, label, [folder.name for folder in folders])
+    return LabelledImages(name, root, image, label, [folder.name for folder in folders])
 
 
 def _check_both_splits(train: Path, scored: Path) -> None:
-    """Raise `InputError` unless both have class folders, with the same names."""
+    """Raise `InputError` unless both have the same class folders."""
     names = [{folder.name for folder in _folders(split)} for split in (train, scored)]
-    if not all(names):
+    unpaired = sorted(names[0] ^ names[1])
+    if unpaired or not names[0]:
+        found = f"only one of them has {listed(unpaired)}" if unpaired else "neither has any"
         raise InputError(
-            f"{train.parent}: --linear_probe needs class folders to train on in {train} and others "
-            f"to score on in {scored}; there are not both"
-        )
-    if unpaired := names[0] ^ names[1]:
-        raise InputError(
-            f"{train.parent}: the class folder {min(unpaired)} is in only one of {train.name}/ and "
-            f"{scored.name}/; give both the same classes"
+            f"{train.parent}: --linear_probe needs the same class folders in {train} and {scored}; "
+            f"{found}"
         )
 
 
 def _folders(root: Path) -> list[Path]:
-    """The folders in `root` without hidden ones, sorted by name with 2 before 10; none if there is
-    no `root`."""
+    """The folders in `root` without hidden ones, sorted by name with 2 before 10, if any."""
 
     def key(folder: Path) -> tuple[list, str]:
         parts = re.split(r"(\d+)", folder.name)  # text and numbers in turn
@@ -165,8 +192,7 @@ def _words(keys: list[str]) -> list[str]:
 
 
 def _names_by_key(lines: list[str], keys: list[str]) -> dict[str, str]:
-    """Names by folder from lines `folder<TAB>name`, or `folder name` if most folders have one;
-    empty for names alone."""
+    """Names by folder from lines `folder<TAB>name`, or `folder name` if most folders have one."""
     if any("\t" in line for line in lines):
         pairs = (line.partition("\t")[::2] for line in lines)
         return {key.strip(): name.strip() for key, name in pairs}
@@ -178,8 +204,7 @@ def _names_by_key(lines: list[str], keys: list[str]) -> dict[str, str]:
 
 
 def _names_in_json(text: str, file: Path) -> dict[str, str]:
-    """Names by folder, `{"cat": "a cat"}`; from ImageNet's index, `{"0": ["n01440764", "tench"]}`,
-    by folder and by number."""
+    """Names by folder, `{"cat": "a cat"}`, or as in ImageNet's `{"0": ["n01440764", "tench"]}`."""
     names: dict[str, str] = {}
     try:
         for key, value in json.loads(text).items():
@@ -191,52 +216,3 @@ def _names_in_json(text: str, file: Path) -> dict[str, str]:
             '{"0": ["n01440764", "tench"], ...}'
         ) from None
     return names
-
-
-class LabelledImages(Dataset):
-    """Labelled images, prepared for a model: `images[i]` is (uint8 pixels `[3, side, side]`, index
-    of the class).
-
-    root, image, classes  those of the source
-    labels                index of each image's class, `[n]`
-    unreadable            {index: problem} of the unreadable images found so far
-    """
-
-    def __init__(self, source: Source, preprocess: Preprocess):
-        self.name, self.root, self.image, labels, self.classes, pictures = source
-        self.reader = ImageReader(self.image, preprocess.resize_and_crop, pictures)
-        self.labels = torch.tensor(labels)
-        self.preprocess = preprocess
-        self.cached: Tensor | None = None
-        self.unreadable: dict[int, str] = {}
-
-    def __len__(self) -> int:
-        return len(self.image)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.reader[index], int(self.labels[index])
-
-    def batches(self, batches: list[list[int]], num_workers: int) -> Iterator[Tensor]:
-        """Batches of images, `[n, 3, side, side]`, for lists of image indices. Another image takes
-        the place of an unreadable one, which is reported once and put into `unreadable`."""
-        if self.cached is not None:
-            yield from gather(self.cached, batches)
-            return
-        for loaded in read_batches(self.reader, batches, num_workers, substitute=True):
-            self._pass_over(loaded.problems)
-            yield loaded.images
-
-    def cache(
-        self,
-        folder: str | os.PathLike | None = None,
-        device: torch.device | str = "cpu",
-        num_workers: int = 0,
-    ) -> None:
-        """Decode all images once; the arguments are those of `decode_once`."""
-        self.cached, problems = decode_once(self, self.name, folder, device, num_workers)
-        self._pass_over(problems)
-
-    def _pass_over(self, problems: dict[int, str]) -> None:
-        for row in problems.keys() - self.unreadable.keys():
-            tqdm.write(f"{problems[row]}; it is passed over")
-        self.unreadable |= problems

@@ -1,4 +1,4 @@
-"""The classified data sets of torchvision, which are downloaded if need be."""
+"""The classified data sets of torchvision, which are downloaded if needed."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,22 +12,14 @@ LABELS = ("targets", "labels", "_labels", "y")  # where torchvision's classes ke
 
 
 class TorchvisionSet(NamedTuple):
-    """How to load one of torchvision's data sets.
+    """How to load one of torchvision's data sets."""
 
-    loader  its class in `torchvision.datasets`
-    scored  arguments of the class for the images to score on
-    train   those for the training images; None if the set has no splits
-    source  addresses of its archives
-    folder  where torchvision looks for them, below the folder of all sets
-    names   of the classes, if torchvision's are not readable
-    """
-
-    loader: str
-    scored: dict[str, object]
-    train: dict[str, object] | None
-    source: str
-    folder: str = ""
-    names: Sequence[str] | None = None
+    loader: str  # its class in `torchvision.datasets`
+    scored: dict[str, object]  # arguments of the class for the images to score on
+    train: dict[str, object] | None  # for training images; None if the set has no splits
+    source: str  # addresses of its archives
+    folder: str = ""  # where torchvision looks for them, below the folder of all sets
+    names: Sequence[str] | None = None  # of the classes, if torchvision's are not readable
 
 
 BY_TRAIN = {"train": False}, {"train": True}
@@ -92,8 +84,8 @@ TORCHVISION_SETS = {name: TorchvisionSet(*row) for name, row in {
 
 
 def open_torchvision_set(name: str, root: Path, is_train: bool) -> Dataset:
-    """A data set of `TORCHVISION_SETS` in `root`, downloaded if need be. Raises `InputError` for
-    training images of a set without splits, and if the set cannot be read or downloaded."""
+    """A data set of `TORCHVISION_SETS` in `root`, downloaded if needed. Raises `InputError` for a
+    set that has no such images, or cannot be read or downloaded."""
     import torchvision  # takes seconds
 
     known = TORCHVISION_SETS[name]

@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM: noted, so that the present step can end and be saved."""
 
 import atexit
-import multiprocessing.util  # before `end_workers` is registered, which is to run before its exit
+import multiprocessing.util  # first, so that `end_workers` runs before its exit
 import signal
 import time
 from collections.abc import Iterator
@@ -42,8 +42,8 @@ class Interrupt:
 
 @contextmanager
 def signals_held_back() -> Iterator[None]:
-    """Block signals until the block has ended. The processes that it starts inherit this, and so
-    are safe while they import packages. Windows cannot block signals."""
+    """Block signals in the block, also in the processes that it starts, while they import packages.
+    Windows cannot."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -57,20 +57,18 @@ def signals_held_back() -> Iterator[None]:
 
 
 def leave_signals_to_parent(_worker: int) -> None:
-    """Make a worker process ignore signals. A terminal's Ctrl-C and a scheduler's SIGTERM also
-    reach the workers, but the parent needs them for the rest of its step, and ends them itself."""
+    """Make a worker ignore Ctrl-C and SIGTERM, which reach it as well: its parent needs it for the
+    rest of the step, and ends it."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register
 def end_workers() -> None:
-    """Kill the remaining workers. They ignore the SIGTERM that Python sends them when it ends, and
-    Python would wait for ever for one that is stuck."""
-    if not multiprocessing.active_children():
-        return
-    if hasattr(signal, "SIGCHLD"):
+    """Kill the remaining workers: they ignore Python's SIGTERM, and it would wait for ever for one
+    that is stuck."""
+    workers = [worker for worker in multiprocessing.active_children() if worker.daemon]
+    if workers and hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch reports killed workers as an error
-    for worker in multiprocessing.active_children():
-        if worker.daemon:
-            worker.kill()
+    for worker in workers:
+        worker.kill()

@@ -1,8 +1,5 @@
-"""What training uses of pyzjr, which takes seconds to import.
-
-pyzjr imports OpenCV for functions that are not used here, and OpenCV needs system libraries that
-slim containers lack (libGL.so.1). There an empty module takes its place.
-"""
+"""What training uses of pyzjr, which takes seconds to import. Where a slim container lacks OpenCV's
+system libraries (libGL.so.1), an empty module takes OpenCV's place, which is not used here."""
 
 import sys
 import warnings
@@ -26,7 +23,7 @@ def _opencv_or_constants() -> Iterator[None]:
     try:
         import cv2  # noqa: F401
     except ImportError:
-        sys.path[:] = found_in  # to which OpenCV has added its own `typing` and `utils`
+        sys.path[:] = found_in  # OpenCV has added its `typing` and `utils`
         sys.modules["cv2"] = _Constants("cv2")
         try:
             yield

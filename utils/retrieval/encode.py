@@ -1,6 +1,5 @@
-"""Features of images and texts, encoded batch by batch.
-
-Functions without a `precision` compute in that of the surrounding `autocast`."""
+"""Features of images and texts. Functions without a `precision` compute in that of the surrounding
+`autocast`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,8 +41,8 @@ def encode_set(
     processes: Processes = ALONE,
     cached: Mapping[str, Tensor] | None = None,
 ) -> Features:
-    """Features of all images and captions, on the model's device. Those in `cached`, by tower
-    (`"image"` or `"text"`), are not computed again."""
+    """Features of all images and captions, on the model's device. Those `cached`, by tower
+    (`"image"`, `"text"`), are not computed again."""
     images, texts = ((cached or {}).get(tower) for tower in ("image", "text"))
     with precision.autocast():
         if images is None:
@@ -62,8 +61,8 @@ def encode_images(
     processes: Processes = ALONE,
 ) -> Tensor:
     """Normalised float32 features `[n, d]` of all images, on the model's device. The processes
-    share the batches, and each returns all features. A labelled image that cannot be read has
-    zeros; a captioned one raises `InputError`."""
+    share the work, and each returns all. An unreadable labelled image has zeros; a captioned one
+    raises `InputError`."""
     model.eval()
     features = torch.zeros(len(dataset), model.embed_dim, device=model.device)
     own = torch.arange(len(dataset)).split(batch_size)[processes.rank :: processes.size]
@@ -80,7 +79,7 @@ def encode_images(
 @torch.inference_mode()
 def encode_texts(model: CLIP, tokens: Tensor, processes: Processes = ALONE) -> Tensor:
     """Normalised float32 features `[n, d]` of `tokens` `[n, <=context_length]`, on the model's
-    device. The processes share the batches, and each returns all features."""
+    device. The processes share the work, and each returns all."""
     model.eval()
     features = torch.zeros(len(tokens), model.embed_dim, device=model.device)
     own = torch.arange(len(tokens)).split(TEXT_BATCH)[processes.rank :: processes.size]
@@ -92,8 +91,8 @@ def encode_texts(model: CLIP, tokens: Tensor, processes: Processes = ALONE) -> T
 
 
 def distinct(captions: list[str], model: CLIP) -> list[str]:
-    """The captions without those whose tokens, cut to the model's context, are the same as an
-    earlier caption's. Prints how many are left out, and how many are cut."""
+    """The captions without those whose tokens, after cutting, are an earlier caption's. Prints how
+    many are left out, and how many are cut."""
     fits = model.context_length - 2  # without the tokens for the start and the end
     if cut := sum(len(model.tokenizer.encode(caption)) > fits for caption in captions):
         print(f"{cut} of the captions cut: the model reads {fits} tokens of each; shorten them, so "
@@ -108,8 +107,8 @@ def distinct(captions: list[str], model: CLIP) -> list[str]:
 def cached_caption_features(
     model: CLIP, weights: Path, source: str, captions: list[str], precision: Precision
 ) -> Tensor:
-    """Features of distinct captions, as `encode_texts` returns them, rounded to float16: they are
-    cached beside `weights` as the captions of `source`. Long captions are cut."""
+    """Features of distinct captions, as of `encode_texts`, rounded to float16 and cached beside
+    `weights` as those of `source`. Long captions are cut."""
 
     def encode(rows: list[int]) -> tuple[list[int], Tensor]:
         tokens = model.tokenize([captions[row] for row in rows], truncate=True)

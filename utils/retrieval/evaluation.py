@@ -18,8 +18,7 @@ from utils.retrieval.scores import K_VALUES, Scores, score_features
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates models during training: with the batch size, the workers and the captions per image
-    of the training `loader`, in `precision`, on all `processes`."""
+    """Evaluates models with the batch size, workers and captions per image of the `loader`."""
 
     loader: TrainLoader
     precision: Precision
@@ -28,11 +27,10 @@ class Evaluator:
     def encode(
         self, model: CLIP, dataset: Flickr8kDataset, cached: Mapping[str, Tensor] | None = None
     ) -> Features:
-        """Features of all images and captions. Those in `cached`, by tower (`"image"` or `"text"`),
-        are not computed again."""
-        batch_size, num_workers = self.loader.batch_size, self.loader.num_workers
+        """`encode_set` with these settings."""
+        sizes = self.loader.batch_size, self.loader.num_workers
         return encode_set(
-            model, dataset, batch_size, num_workers, self.precision, self.processes, cached
+            model, dataset, *sizes, self.precision, processes=self.processes, cached=cached
         )
 
     @explained()
@@ -47,9 +45,8 @@ class Evaluator:
         """Retrieval scores on the whole set, and its loss.
 
         The loss is that of training: `contrastive_loss` of batches of images in their order, each
-        with its first captions (from the first on again where it has fewer), averaged over the
-        images. The last batch may be smaller, and its loss is lower for that, since it has fewer
-        negatives.
+        with its first captions (repeated where it has fewer), averaged over the images. The last
+        batch may be smaller, with fewer negatives.
         """
         features = self.encode(model, dataset, cached)
         if not self.processes.is_rank_0:

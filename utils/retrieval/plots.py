@@ -1,5 +1,6 @@
-"""Plots and pictures: scores against K, ranked captions, found images, WiSE-FT, confusions."""
+"""Plots and pictures: scores, ranked captions, found images, WiSE-FT, confusion matrices."""
 
+import io
 import math
 import textwrap
 import unicodedata
@@ -7,8 +8,10 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import matplotlib as mpl
+from matplotlib import font_manager
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -17,9 +20,6 @@ from utils.retrieval.ranking import Ranked
 from utils.retrieval.scores import K_VALUES, TITLES, Scores
 from utils.retrieval.tables import retained
 from utils.runs.files import atomic_write, picture_format, writing
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 LINE = 68  # letters in a line of a caption; half as many Chinese characters
 NAMED_CLASSES = 50  # in a confusion matrix: more names would be too small to read
@@ -32,8 +32,6 @@ CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "Ping
 
 def plot_scores(scores: Scores, path: Path) -> None:
     """Write a plot of Recall@K and mAP@K against K from 1 to 10 to `path`, a panel a direction."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     top = max(*scores.i2t.recall.values(), *scores.t2i.recall.values())  # mAP is never higher
@@ -51,14 +49,29 @@ def plot_scores(scores: Scores, path: Path) -> None:
     save_figure(figure, path)
 
 
+def chart_svg(curves: dict[str, dict[float, float]]) -> bytes:
+    """An SVG with curves, {name: {x: y}} with whole numbers x; the legend has the last values."""
+    figure = Figure(figsize=(4, 2.2), layout="constrained")
+    axes = figure.subplots()
+    for style, (name, points) in zip(("o-", "s--"), curves.items(), strict=False):
+        label = f"{name} {list(points.values())[-1]:.3g}".lstrip()
+        axes.plot(list(points), list(points.values()), style, markersize=4, label=label)
+    axes.locator_params(axis="x", integer=True)
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.legend(loc="outside right center", frameon=False)
+    file = io.BytesIO()
+    with mpl.rc_context({"svg.fonttype": "none"}):  # letters stay text
+        figure.savefig(file, format="svg", transparent=True)
+    return file.getvalue()
+
+
 def fonts_for(text: str) -> list[str]:
     """Names of fonts for matplotlib, which draws each character with the first font that has it.
-    If none has the Chinese characters of `text`, prints what to install."""
+    Prints what to install for Chinese characters."""
     own = "DejaVu Sans"
     if not any("\u4e00" <= character <= "\u9fff" for character in text):
         return [own]
-    from matplotlib import font_manager
-
     known = {font.fname for font in font_manager.fontManager.ttflist}
     for file in font_manager.findSystemFonts():
         if file not in known:  # installed since matplotlib last looked
@@ -73,9 +86,7 @@ def fonts_for(text: str) -> list[str]:
 
 
 def draw_ranking(image: Image.Image, ranked: list[Ranked], path: Path) -> None:
-    """Write a picture to `path`: the image, and beside it the captions with their probabilities."""
-    from matplotlib.figure import Figure
-
+    """Write a picture: the image, and beside it the captions with their probabilities."""
     captions = [one_line(r.caption) for r in ranked]  # no control characters, no whole pages
     fonts = fonts_for("".join(captions))
     figure = Figure(figsize=(11, 4), layout="constrained")
@@ -94,9 +105,7 @@ def draw_ranking(image: Image.Image, ranked: list[Ranked], path: Path) -> None:
 
 
 def draw_found(query: str, found: list[tuple[Image.Image, str]], path: Path) -> None:
-    """Write a picture to `path`: the query, and below it the images with their captions."""
-    from matplotlib.figure import Figure
-
+    """Write a picture: the query, and below it the images with their captions."""
     query, captions = one_line(query), [one_line(caption) for _, caption in found]
     fonts = fonts_for(query + "".join(captions))
     columns = min(COLUMNS, len(found))
@@ -115,25 +124,16 @@ def draw_found(query: str, found: list[tuple[Image.Image, str]], path: Path) -> 
 
 def _filled(text: str, line: int) -> str:
     """A text wrapped at `line` letters, or half as many Chinese characters."""
-    return textwrap.fill(text, max(1, line * len(text) // max(1, _columns(text))))
-
-
-def _columns(text: str) -> int:
-    """The width of a text in letters: Chinese characters take two."""
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+    width = sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+    return textwrap.fill(text, max(1, line * len(text) // max(1, width)))
 
 
 def plot_wise_ft(
-    rows: list[dict[str, float]],
-    best: dict[str, float],
-    path: Path,
-    max_forgetting: float = math.inf,
+    rows: list[dict[str, float]], best: dict[str, float], path: Path, max_forgetting: float
 ) -> None:
-    """Write a plot to `path`: mean recall, R@1 in both directions and the scores on the sets of
-    --retention against alpha, with a star at the chosen row `best`, and a line where the sets' mean
-    is `max_forgetting` points lower."""
-    from matplotlib.figure import Figure
-
+    """Write a plot of mean recall, R@1 and the scores on the sets of --retention against alpha,
+    with a star at the chosen row `best`, and a line where the sets' mean is `max_forgetting` points
+    lower."""
     rows = sorted(rows, key=lambda row: row["alpha"])
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -166,10 +166,8 @@ def plot_wise_ft(
 
 
 def plot_confusion(confusions: dict[str, Tensor], classes: Sequence[str], path: Path) -> None:
-    """Write a plot of confusion matrices to `path`, a panel for each title. `confusions` are
-    `[c, c]`, in images; the colour is the share of the row's images. Few classes are named."""
-    from matplotlib.figure import Figure
-
+    """Write a plot of confusion matrices `[c, c]` in images, a panel for each title. The colour is
+    the share of the row's images; few classes are named."""
     names = [one_line(name)[:NAME_LENGTH] for name in classes]
     names = names if len(names) <= NAMED_CLASSES else []
     side = 3 + 0.22 * min(len(classes), NAMED_CLASSES)
@@ -188,9 +186,9 @@ def plot_confusion(confusions: dict[str, Tensor], classes: Sequence[str], path: 
     save_figure(figure, path)
 
 
-def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a matplotlib figure in the format of the path's suffix, PNG without one. Raises
-    `InputError` for an unknown format, and for a file that cannot be written."""
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure in the format of the path's suffix, PNG without one. Raises `InputError` if
+    the format is unknown or the file cannot be written."""
     kind = picture_format(path)
     with warnings.catch_warnings(), writing(path), atomic_write(path) as temporary:
         warnings.simplefilter("ignore", UserWarning)  # of missing characters: see `fonts_for`

@@ -1,6 +1,7 @@
 """Rankings by similarity: the ranks of positives, the rule for ties, and the first answers."""
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -25,8 +26,8 @@ class Ranked(NamedTuple):
 def rank_captions(
     captions: list[str], text_features: Tensor, image: Tensor, logit_scale: Tensor
 ) -> list[Ranked]:
-    """The captions, the most similar to an image first, from normalised features: `text_features`
-    `[captions, d]` and the image's, `image` `[d]`. `logit_scale` is the model's."""
+    """The captions, the most similar to an image first, from normalised features `text_features`
+    `[captions, d]` and `image` `[d]`, and the model's `logit_scale`."""
     similarity = (text_features @ image[:, None]).squeeze(1)
     probability = (logit_scale.exp() * similarity).softmax(dim=0)
     order = similarity.argsort(descending=True).tolist()
@@ -34,16 +35,14 @@ def rank_captions(
 
 
 class Similarities(NamedTuple):
-    """Similarities of queries to a gallery; `rows(part)` gives those of some queries,
-    `[rows, gallery]`."""
+    """Similarities of queries to a gallery."""
 
     queries: int
     gallery: int
-    rows: Callable[[slice], Tensor]
+    rows: Callable[[slice], Tensor]  # those of some queries, `[rows, gallery]`
 
     def blocks(self, positives: Positives) -> Iterator[tuple[Tensor, Tensor]]:
-        """All rows, in blocks of at most `BLOCK_BYTES`, and the indices of their positives, as
-        `positive_indices` returns them."""
+        """All rows, in blocks of at most `BLOCK_BYTES`, and their `positive_indices`."""
         indices = positive_indices(positives, self.queries, self.gallery)
         size = max(1, BLOCK_BYTES // (4 * self.gallery))
         for start in range(0, self.queries, size):
@@ -60,23 +59,19 @@ def both_ways(image_features: Tensor, text_features: Tensor) -> tuple[Similariti
         scores = image_features @ text_features.T
         i2t, t2i = scores.__getitem__, scores.T.__getitem__
     else:
-
-        def i2t(part: slice) -> Tensor:
-            return image_features[part] @ text_features.T
-
-        def t2i(part: slice) -> Tensor:
-            return text_features[part] @ image_features.T
-
+        i2t = partial(_products, image_features, text_features)
+        t2i = partial(_products, text_features, image_features)
     return Similarities(images, texts, i2t), Similarities(texts, images, t2i)
 
 
-def positive_ranks(scores: Tensor, positives: Tensor) -> Tensor:
-    """Ranks `[q, most]` (from 1, ascending, on the CPU) of `positives` `[q, most]`, as
-    `positive_indices` returns them, when each row of `scores` `[q, gallery]` is sorted; infinite
-    where a query has fewer positives.
+def _products(queries: Tensor, gallery: Tensor, part: slice) -> Tensor:
+    return queries[part] @ gallery.T
 
-    Ties count against the model: a positive stands after every negative of the same score.
-    """
+
+def positive_ranks(scores: Tensor, positives: Tensor) -> Tensor:
+    """Ranks `[q, most]` (from 1, ascending, on the CPU) of the `positive_indices` `[q, most]` in
+    the rows of `scores` `[q, gallery]`; infinite where a query has fewer positives. Ties count
+    against the model: a positive stands after every negative of the same score."""
     if scores.amax().isnan():
         raise InputError("the scores hold NaN: the features of this model are not finite")
     absent = positives < 0
@@ -101,18 +96,12 @@ def _scores_of(positives: Tensor, scores: Tensor) -> Tensor:
 
 
 class Answers(NamedTuple):
-    """The first k answers to each of q queries and, behind them, the best-ranked positive.
+    """The first k answers to each of q queries and, behind them, the best-ranked positive."""
 
-    rank         of the best-ranked positive, from 1, `[q]`
-    items        indices in the gallery, `[q, k + 1]`
-    similarity   cosines, `[q, k + 1]`
-    is_positive  `[q, k + 1]`
-    """
-
-    rank: Tensor
-    items: Tensor
-    similarity: Tensor
-    is_positive: Tensor
+    rank: Tensor  # of the best-ranked positive, from 1, `[q]`
+    items: Tensor  # indices in the gallery, `[q, k + 1]`
+    similarity: Tensor  # cosines, `[q, k + 1]`
+    is_positive: Tensor  # `[q, k + 1]`
 
 
 def first_answers(similarities: Similarities, positives: Positives, k: int) -> Answers:
@@ -138,7 +127,7 @@ def _first(scores: Tensor, positives: Tensor, k: int) -> Answers:
 
 def positive_indices(positives: Positives, queries: int, gallery: int) -> Tensor:
     """Gallery indices of each query's positives, `[queries, most]`, -1 where it has fewer. Raises
-    `InputError` for a query without positives or with one twice."""
+    `InputError` for unusable positives."""
     if not queries or not gallery:
         raise InputError(f"nothing to score: {queries} queries, {gallery} to rank")
     if len(positives) > queries:

@@ -3,16 +3,14 @@
 import base64
 import hashlib
 import io
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import regex
-from matplotlib.ticker import MaxNLocator
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from PIL import Image
 
 from models.preprocess import open_image
@@ -21,9 +19,10 @@ from models.run_files import METRICS, run_folder, saved_arguments
 from utils.data.annotations import SPLITS
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.retrieval.encode import Features
+from utils.retrieval.plots import chart_svg
 from utils.retrieval.ranking import Answers, both_ways, first_answers
-from utils.retrieval.scores import K_VALUES, TITLES, Scores
-from utils.retrieval.tables import retained, score_table
+from utils.retrieval.scores import TITLES, Scores
+from utils.retrieval.tables import RETENTION, retained, score_table
 from utils.runs.checkpoint import read_csv
 from utils.runs.files import atomic_write, writing
 
@@ -32,14 +31,12 @@ FIRST = 5  # answers shown to a query
 QUERIES = {"i2t": 1000, "t2i": 5000}
 PICTURES = 2000
 SIDE, QUALITY = 128, 60  # of a picture, in pixels and of JPEG
-LEFT, RIGHT, TOP, BOTTOM = 34, 200, 10, 152  # of the plot, in a drawing 320 wide and 175 high
-LINE = 15  # from one curve's name to the next
 EPOCH_CHARTS = {
     "loss": {"train_loss": "training", "val_loss": "validation"},
     "mean recall": {"mean_recall": ""},
 }
 CHINESE = regex.compile(r"\p{Han}")
-# HTML has no control characters; Unicode's pictures of them stand in their place.
+# HTML has no control characters; Unicode has pictures of them.
 CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
 
 
@@ -47,12 +44,9 @@ def write_report(
     path: Path, weights: str | Path, dataset: Flickr8kDataset, features: Features, scores: Scores
 ) -> None:
     """Write one HTML file, which loads no other file, about `weights` on `dataset`: the `scores` (K
-    from 1 to 10) and their curves, the arguments and the epochs of the weights' run, and the first
-    answers to the queries, hardest first.
-
-    Raises `InputError` for an image that cannot be read, for a damaged arguments.json or
-    metrics.csv of the run, and if the file cannot be written.
-    """
+    from 1 to 10), the arguments and epochs of the weights' run, and the first answers to the
+    queries, hardest first. Raises `InputError` for an unreadable image, arguments.json or
+    metrics.csv, and if the file cannot be written."""
     run = run_folder(weights)
     table = run / METRICS if run else None
     epochs = read_csv(table) if table and table.exists() else []
@@ -62,7 +56,7 @@ def write_report(
         dataset=dataset,
         split=SPLITS[dataset.split],
         table=score_table(scores),
-        charts=_charts(scores, epochs),
+        charts=_curves(scores, epochs),
         arguments=saved_arguments(run) if run else {},
         directions=directions,
         first_captions=[dataset.text[own[0]] for own in dataset.own_captions.values()],
@@ -81,8 +75,8 @@ class Answer(NamedTuple):
 
 
 class Card(NamedTuple):
-    """A query, the rank of its best-ranked positive, and its first answers; behind them that
-    positive, if it is not among them."""
+    """A query, the rank of its best-ranked positive, and its first answers; that positive comes
+    last if it is not among them."""
 
     query: int
     rank: int
@@ -90,13 +84,9 @@ class Card(NamedTuple):
 
 
 class Direction(NamedTuple):
-    """One direction: the number of the set's queries, the hardest of them, which the page shows,
-    and {filter: number of queries left, as text}."""
-
     way: str
-    queries: int
-    cards: list[Card]
-    counts: dict[str, str]
+    ranks: list[int]  # of all queries
+    cards: list[Card]  # the hardest queries, which the page shows
 
 
 def _directions(dataset: Flickr8kDataset, features: Features) -> tuple[list[Direction], list[int]]:
@@ -112,7 +102,10 @@ def _directions(dataset: Flickr8kDataset, features: Features) -> tuple[list[Dire
             break
         shown = more
         text_cards.append(card)
-    both = [_direction("i2t", of_images, image_cards), _direction("t2i", of_texts, text_cards)]
+    both = [
+        Direction("i2t", of_images.rank.tolist(), image_cards),
+        Direction("t2i", of_texts.rank.tolist(), text_cards),
+    ]
     return both, sorted(shown)
 
 
@@ -128,90 +121,29 @@ def _cards(answers: Answers, most: int) -> list[Card]:
     return cards
 
 
-def _direction(way: str, answers: Answers, cards: list[Card]) -> Direction:
-    counts = {}
-    for name, best in {"all": 0, "wrong at 1": 1, f"wrong at {FIRST}": FIRST}.items():
-        on_page = sum(card.rank > best for card in cards)
-        of_all = int((answers.rank > best).sum())
-        counts[name] = f"{on_page:,}" + (f" of {of_all:,}" if on_page < of_all else "")
-    return Direction(way, len(answers.rank), cards, counts)
-
-
-def _charts(scores: Scores, epochs: list[dict[str, float]]) -> list["Chart"]:
-    """Recall@K and mAP@K against K, a chart a direction; and by epoch, from the rows of a
-    metrics.csv, the losses, the mean recall and the score on each set of --retention."""
-    charts = [
-        draw(f"{title}, percent by K", {"recall": way.recall, "mAP": way.map_at}, K_VALUES)
+def _curves(
+    scores: Scores, epochs: list[dict[str, float]]
+) -> dict[str, dict[str, dict[float, float]]]:
+    """The curves of each chart, {title: {name: {x: y}}}: recall and mAP at K, a chart a direction;
+    and by epoch, from the rows of a metrics.csv, losses, mean recall and the sets of --retention.
+    """
+    charts = {
+        f"{title}, percent by K": {"recall": way.recall, "mAP": way.map_at}
         for title, way in scores.by_title().items()
-    ]
-    epochs = [row for row in epochs if "epoch" in row]
-    for title, names in EPOCH_CHARTS.items():
+    }
+    sets = dict.fromkeys(name for row in epochs for name in retained(row))
+    by_epoch = EPOCH_CHARTS | {f"{name} (retention)": {RETENTION + name: ""} for name in sets}
+    for title, columns in by_epoch.items():
         curves = {
-            label: {row["epoch"]: row[name] for row in epochs if name in row}
-            for name, label in names.items()
+            name: {
+                row["epoch"]: row[column]
+                for row in epochs
+                if "epoch" in row and isfinite(row.get(column, inf))
+            }
+            for column, name in columns.items()
         }
-        charts.append(draw(f"{title} of the run by epoch", curves))
-    by_set: dict[str, dict[float, float]] = {}
-    for row in epochs:
-        for name, score in retained(row).items():
-            by_set.setdefault(name, {})[row["epoch"]] = score
-    for name, curve in by_set.items():
-        charts.append(draw(f"{name} (retention) of the run by epoch", {"": curve}))
-    return [chart for chart in charts if chart]
-
-
-class Curve(NamedTuple):
-    """A name with the last value, the height of that label, and the points: (x, y, their text)."""
-
-    name: str
-    label: float
-    points: list[tuple[float, float, str]]
-
-
-class Chart(NamedTuple):
-    """Curves, and the ticks of both axes: (place, text)."""
-
-    title: str
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
-    curves: list[Curve]
-
-
-def draw(
-    title: str, curves: dict[str, dict[float, float]], x_ticks: Sequence[int] = ()
-) -> Chart | None:
-    """The chart of `curves`, {name: {x: y}}, without values that are not finite; None if there are
-    no others. With `x_ticks` (default: chosen here) the y axis starts at 0."""
-    finite = {name: {x: y for x, y in c.items() if isfinite(x + y)} for name, c in curves.items()}
-    xs = sorted({x for curve in finite.values() for x in curve})
-    ys = [y for curve in finite.values() for y in curve.values()]
-    if not ys:
-        return None
-    lowest = 0 if x_ticks else min(ys)
-    y_ticks = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(lowest, max(ys))
-    if not x_ticks:
-        chosen = MaxNLocator(5, integer=True).tick_values(xs[0], xs[-1])
-        x_ticks = [x for x in chosen if xs[0] <= x <= xs[-1]]
-    across = partial(_place, start=xs[0], end=xs[-1], places=(LEFT, RIGHT))
-    up = partial(_place, start=y_ticks[0], end=y_ticks[-1], places=(BOTTOM, TOP))
-    drawn = [_curve(name, curve, across, up) for name, curve in finite.items() if curve]
-    label = 0.0
-    for i in sorted(range(len(drawn)), key=lambda i: drawn[i].label):
-        label = max(label, drawn[i].label)
-        drawn[i] = drawn[i]._replace(label=label)
-        label += LINE
-    ticks = [(across(x), f"{x:g}") for x in x_ticks], [(up(y), f"{y:g}") for y in y_ticks]
-    return Chart(title, *ticks, drawn)
-
-
-def _place(value: float, start: float, end: float, places: tuple[float, float]) -> float:
-    return round(float(np.interp(value, (start, end), places)), 1)
-
-
-def _curve(name: str, values: dict[float, float], across: Callable, up: Callable) -> Curve:
-    points = [(across(x), up(y), f"{x:g}: {y:.4g}") for x, y in values.items()]
-    last = list(values.values())[-1]
-    return Curve(f"{name} {last:.3g}".lstrip(), points[-1][1], points)
+        charts[f"{title} of the run by epoch"] = {n: curve for n, curve in curves.items() if curve}
+    return {title: curves for title, curves in charts.items() if curves}
 
 
 def _pictures(dataset: Flickr8kDataset, shown: list[int]) -> dict[int, str]:
@@ -223,16 +155,13 @@ def _pictures(dataset: Flickr8kDataset, shown: list[int]) -> dict[int, str]:
         file = io.BytesIO()
         picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
         picture.save(file, "JPEG", quality=QUALITY, optimize=True)
-        pictures[image] = base64.b64encode(file.getvalue()).decode()
+        pictures[image] = _base64(file.getvalue())
     return pictures
 
 
 def _render(pictures: dict[int, str], **content: object) -> str:
-    """The page. All content is escaped. The policy names the page's own script and style by their
-    digests: the browser runs no other, and loads nothing."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
+    """The page. All content is escaped. The policy names the digests of the page's script and
+    style: the browser runs no others, and loads nothing."""
     here = Path(__file__).parent
     environment = Environment(
         loader=FileSystemLoader(here),
@@ -243,6 +172,7 @@ def _render(pictures: dict[int, str], **content: object) -> str:
         finalize=_printable,
     )
     environment.tests["chinese"] = CHINESE.search
+    environment.filters["svg"] = lambda curves: _base64(chart_svg(curves))
     style = (here / "report.css").read_text("utf-8") + "".join(
         f'.i{image}{{background-image:url("data:image/jpeg;base64,{data}")}}\n'
         for image, data in pictures.items()
@@ -254,15 +184,20 @@ def _render(pictures: dict[int, str], **content: object) -> str:
         policy=f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; "
         f"script-src '{_digest(script)}'; base-uri 'none'; form-action 'none'",
         titles=TITLES,
+        filters={"all": 0, "wrong at 1": 1, f"wrong at {FIRST}": FIRST},
         **content,
     )
 
 
 def _printable(value: object) -> str:
-    """A value without control characters; HTML is left as it is, since its pieces were made so."""
+    """A value without control characters; HTML has been through here already."""
     return value if hasattr(value, "__html__") else str(value).translate(CONTROL)
 
 
 def _digest(text: str) -> str:
     """The name of an inline script or style in a Content-Security-Policy."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return "sha256-" + _base64(hashlib.sha256(text.encode()).digest())
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()

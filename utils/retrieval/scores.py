@@ -15,15 +15,11 @@ TITLES = {"i2t": "image to text", "t2i": "text to image"}
 
 @dataclass(frozen=True)
 class DirectionScores:
-    """Scores of one direction; `compute_metrics` defines them.
+    """Scores of one direction; `compute_metrics` defines them."""
 
-    recall, map_at          {K: percent}
-    median_rank, mean_rank  of the best-ranked positive, from 1
-    """
-
-    recall: dict[int, float]
-    map_at: dict[int, float]
-    median_rank: float
+    recall: dict[int, float]  # {K: percent}
+    map_at: dict[int, float]  # {K: percent}
+    median_rank: float  # of the best-ranked positive, from 1
     mean_rank: float
 
     def named(self, k_values: Iterable[int] | None = None) -> dict[str, float]:
@@ -46,7 +42,7 @@ class Scores:
 
     @property
     def mean_recall(self) -> float:
-        """The mean of the recalls at all K in both directions. It decides which epoch is best."""
+        """The mean of the recalls at all K in both directions; it decides which epoch is best."""
         return float(np.mean([*self.i2t.recall.values(), *self.t2i.recall.values()]))
 
     def by_title(self) -> dict[str, DirectionScores]:
@@ -70,8 +66,7 @@ def score_features(
     txt2img: Positives,
     k_values: Iterable[int] = K_VALUES,
 ) -> Scores:
-    """Scores from normalised features `[images, d]` and `[texts, d]`. Similarities are computed
-    block by block, so memory does not grow with their number."""
+    """Scores from normalised features `[images, d]` and `[texts, d]`."""
     k_values = tuple(k_values)
     i2t, t2i = both_ways(image_features, text_features)
     return Scores(score_direction(i2t, img2txt, k_values), score_direction(t2i, txt2img, k_values))

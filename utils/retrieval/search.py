@@ -18,15 +18,15 @@ from utils.retrieval.store import Store
 BATCH_SIZE = 32  # images
 THREADS = 4  # decode images; a large image takes half a GB
 PROBLEMS_SHOWN = 10  # unreadable images that are named
-BLOCK = 2**11  # features at a time, whose float32 copies fit into the CPU's cache
+BLOCK = 2**11  # features at a time: their float32 copies fit into the CPU's cache
 
 
 def image_features(
     model: CLIP, weights: Path, folder: Path, images: list[Path], precision: Precision
 ) -> tuple[list[Path], Tensor]:
     """The readable `images` of a folder (paths relative to it) and their normalised features
-    `[n, d]`, float16 on the CPU. Features are cached beside `weights`, by path, size and time. A
-    line names each unreadable image. Raises `InputError` if all are."""
+    `[n, d]`, float16 on the CPU, cached beside `weights` by path, size and time. Unreadable images
+    are named. Raises `InputError` if all are."""
     problems: list[str] = []
 
     def encode(rows: list[int]) -> tuple[list[int], Tensor]:
@@ -69,8 +69,8 @@ def _read(preprocess: Preprocess, path: Path) -> Tensor | str:
 
 
 def most_similar(features: Tensor, query: Tensor, count: int) -> list[tuple[int, float]]:
-    """(index, cosine) of the `count` features most similar to `query` `[d]` (float32), the most
-    similar first. `features` `[n, d]` are float16; both are normalised."""
+    """(index, cosine) of the `count` features most similar to `query` `[d]`, the most similar
+    first. `features` `[n, d]` are float16; both are normalised."""
     query = query.cpu()
     # Not a matrix product: it rounds equal features alike, which a BLAS does not promise.
     products = (block.float().mul_(query) for block in features.split(BLOCK))

@@ -1,8 +1,8 @@
 """A cache of features on disk, so that the same weights encode an image or a caption once.
 
-A store is a folder in `RUN/features/`, or in `features/` beside a weights file, which may be
-deleted at any time. Its file `features.safetensors` holds `features`, float16 `[n, d]`, normalised,
-and `about`, JSON with the n `keys` of the features and a digest of what they were made with.
+A store is a folder in `RUN/features/`, or in `features/` beside a weights file; it may be deleted.
+`features.safetensors` holds `features`, float16 `[n, d]`, normalised, and `about`, JSON with their
+`keys` and a digest of what they were made with.
 """
 
 import hashlib
@@ -43,13 +43,8 @@ class Cached(NamedTuple):
 
 
 class Store:
-    """The cached features of one collection of images or captions.
-
-    model      encodes them
-    weights    the file or folder that the model was loaded from: the store lies beside it
-    source     the collection's name: each has a store of its own
-    precision  of the encoding; each has a store of its own, since bfloat16 rounds to 8 bits
-    """
+    """The cached features of the collection `source` of images or captions, which lie beside the
+    `weights` of `model`. Each `precision` has its own, since bfloat16 rounds to 8 bits."""
 
     def __init__(self, kind: Kind, model: CLIP, weights: Path, source: str, precision: Precision):
         self.kind = kind
@@ -60,28 +55,24 @@ class Store:
         self.folder = place / f"{kind}-{_digest(weights.name, source, str(precision))[:16]}"
 
     def features_of(self, keys: list[str], encode: Encode, batch_size: int) -> tuple[list, Tensor]:
-        """The features of `keys`. Those that are not cached are encoded in batches, and cached;
-        cached features of other keys are dropped.
+        """The indices of the keys that `encode` could encode, and their features, float16 `[n, d]`
+        on the CPU. New ones are encoded in batches and cached, those of other keys dropped.
 
-        Returns the indices of the keys that `encode` could encode, and their features, float16
-        `[n, d]` on the CPU. Of several programs at once, one encodes and the others wait. A program
-        that ends early, by Ctrl-C or an error, caches what it has. Raises `InputError` for features
-        that are not finite.
+        Of several programs at once, one encodes and the others wait. A program that ends early, by
+        Ctrl-C or an error, caches what it has. Raises `InputError` for features that are not
+        finite.
         """
         cached = self._read()
         if set(cached.keys) != set(keys):
-            with self._locked() as can_write:
-                cached = self._read()  # another program may have been faster
-                cached = self._complete(cached, keys, encode, batch_size, can_write)
+            with self._locked():  # another program may have been faster
+                cached = self._complete(self._read(), keys, encode, batch_size)
         if cached.keys == keys:
             return list(range(len(keys))), cached.features
         row_of = {key: row for row, key in enumerate(cached.keys)}
         found = [i for i, key in enumerate(keys) if key in row_of]
         return found, cached.features[[row_of[keys[i]] for i in found]]
 
-    def _complete(
-        self, cached: Cached, keys: list[str], encode: Encode, batch_size: int, can_write: bool
-    ) -> Cached:
+    def _complete(self, cached: Cached, keys: list[str], encode: Encode, batch_size: int) -> Cached:
         """Drop what is not in `keys`, encode what is missing, and write all features."""
         wanted, present = set(keys), set(cached.keys)
         rows = [row for row, key in enumerate(cached.keys) if key in wanted]
@@ -101,19 +92,18 @@ class Store:
                     names += [keys[i] for i in done]
                     parts.append(features.half().cpu())
                     bar.update(len(batch))
-                    if can_write and time.monotonic() - saved >= SAVE_EVERY:
+                    if time.monotonic() - saved >= SAVE_EVERY:
                         self._save(Cached(names, torch.cat(parts)))
                         saved = time.monotonic()
         finally:
             complete = Cached(names, torch.cat(parts))
-            is_new = can_write and names != cached.keys
-            if is_new and self._save(complete) and len(names) > len(rows):
+            if names != cached.keys and self._save(complete) and len(names) > len(rows):
                 print(f"features of {len(names):,} {self.kind} are cached in {self.folder}")
         return complete
 
     def _read(self) -> Cached:
-        """The cached features; none where the file is missing, damaged or made with other weights.
-        The file is not mapped: Windows could not replace it."""
+        """The cached features, unless the file is missing, damaged or made with other weights. It
+        is not mapped: Windows could not replace it."""
         with suppress(Exception):  # a damaged file can break its reader in any way
             tensors = load((self.folder / FILE).read_bytes())
             about = json.loads(tensors["about"].numpy().tobytes())
@@ -122,7 +112,7 @@ class Store:
         return Cached([], torch.empty(0, self.d, dtype=torch.float16))
 
     def _save(self, cached: Cached) -> bool:
-        """Write the store; whether that went well. A full disk does not end a search."""
+        """Write the store, and return whether that is done. A full disk does not end a search."""
         file = self.folder / FILE
         about = json.dumps({"made_with": self.made_with, "keys": cached.keys}).encode()
         about = torch.frombuffer(bytearray(about), dtype=torch.uint8)
@@ -136,29 +126,21 @@ class Store:
         return True
 
     @contextmanager
-    def _locked(self) -> Iterator[bool]:
-        """Whether the store can be written, after a warning if not. No other program writes it
-        until the block ends."""
+    def _locked(self) -> Iterator[None]:
+        """Let no other program write the store in the block, where the file system allows that."""
         waiting = f"waiting for another program that encodes the same {self.kind}"
-        can_write = True
         with ExitStack() as stack:
-            try:
+            with suppress(OSError, NotImplementedError):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(lock(self.folder / "lock", waiting))
                 for left in self.folder.glob(f"{TEMPORARY}*"):  # by a program that was killed
                     left.unlink()
-            except OSError as error:
-                print(f"warning: features are not cached: {error}")
-                can_write = False
-            except NotImplementedError:
-                pass  # a file system without locks: of two programs, the last one's file stays
-            yield can_write
+            yield
 
 
 def _made_with(model: CLIP, kind: Kind) -> str:
-    """A digest of what the features depend on besides the image or caption: the tower's weights,
-    the sizes and the preprocessing. It is of the weights in the model, since the time and size of
-    their file do not tell for certain that it is still the same."""
+    """A digest of what the features depend on besides the image or caption: the tower's weights in
+    the model (their file's size and time are not certain to change), sizes and preprocessing."""
     tower = {
         name: tensor
         for name, tensor in model.state_dict().items()

@@ -14,8 +14,8 @@ def retained(row: Mapping[str, float]) -> dict[str, float]:
 
 
 def points_lost(now: Mapping[str, float], before: Mapping[str, float]) -> float:
-    """The mean loss on the sets of --retention, in points of percent, from the row `before` to the
-    row `now`; rounded, so that 60.1 - 58.1 is no more than 2."""
+    """The mean loss on the sets of --retention, in points of percent, since the row `before`;
+    rounded, so that 60.1 - 58.1 is no more than 2."""
     was = retained(before)
     lost = [was[name] - score for name, score in retained(now).items()]
     return round(sum(lost) / len(lost), 6)
@@ -35,8 +35,7 @@ def format_table(scores: Scores, split: str) -> str:
 
 
 def format_rows(rows: Mapping[str, Mapping[str, float]], corner: str = "") -> str:
-    """A table as lines of text, from {title: {column: score}}; the text `corner` stands above the
-    titles."""
+    """A table as lines of text, from {title: {column: score}}; `corner` heads the titles."""
     names = list(next(iter(rows.values())))
     first = max(map(len, [corner, *rows]))
     widths = [max(13, len(name) + 2) for name in names]

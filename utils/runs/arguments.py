@@ -2,8 +2,9 @@
 
 import argparse
 from collections.abc import Callable
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from models.run_files import CHECKPOINT, run_weights
 from models.scripts import add_activation, checked, path, writable_file
@@ -12,40 +13,31 @@ from utils.runs.files import picture_format
 LARGEST = 10**9  # of numbers without a narrower limit
 
 
-def _parse(kind: type, is_in_range: Callable, wanted: str, text: str):
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not is_in_range(value):
+def _within(kind: type, wanted: str, is_in_range: Callable[[float], bool]) -> Callable[[str], Any]:
+    """The type of an argument that is `wanted`."""
+
+    def parse(text: str):
+        with suppress(ValueError):
+            if is_in_range(value := kind(text)):
+                return value
         raise argparse.ArgumentTypeError(f"{text:.60} is not {wanted}")
-    return value
+
+    return parse
 
 
 def integer(minimum: int, maximum: int = LARGEST) -> Callable[[str], int]:
-    """An integer from `minimum` to `maximum`."""
     wanted = f"an integer from {minimum} to {maximum:,}"
-    return partial(_parse, int, lambda n: minimum <= n <= maximum, wanted)
-
-
-workers = integer(0, 256)  # processes that read images; more fill the memory with Python alone
+    return _within(int, wanted, lambda n: minimum <= n <= maximum)
 
 
 def number(minimum: float = 0.0, below: float = LARGEST) -> Callable[[str], float]:
-    """A number of at least `minimum` and below `below`."""
     wanted = f"a number of at least {minimum:g} and below {below:,}"
-    return partial(_parse, float, lambda x: minimum <= x < below, wanted)
+    return _within(float, wanted, lambda x: minimum <= x < below)
 
 
-def positive(text: str) -> float:
-    """A number above 0 and below `LARGEST`."""
-    wanted = f"a number above 0 and below {LARGEST:,}"
-    return _parse(float, lambda x: 0 < x < LARGEST, wanted, text)
-
-
-def fraction(text: str) -> float:
-    """A number from 0 to 1."""
-    return _parse(float, lambda x: 0 <= x <= 1, "a number from 0 to 1", text)
+positive = _within(float, f"a number above 0 and below {LARGEST:,}", lambda x: 0 < x < LARGEST)
+fraction = _within(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+workers = integer(0, 256)  # processes that read images; more fill the memory with Python alone
 
 
 def picture(text: str) -> Path:

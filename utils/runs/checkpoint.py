@@ -22,8 +22,8 @@ FORMAT = 8  # of checkpoint.pth; raised whenever its fields change
 
 
 def save_weights(model: CLIP, path: Path) -> None:
-    """Write the model's state dict, with floats as float16, and beside it the model's description
-    in open_clip's format. Low-rank changes are added to their matrices."""
+    """Write the state dict as float16, with low-rank changes merged, and beside it the model's
+    description in open_clip's format."""
     weights = {
         key: tensor.half() if tensor.is_floating_point() else tensor
         for key, tensor in merged(model.state_dict()).items()
@@ -51,8 +51,8 @@ def _save(content: dict[str, Any], path: Path) -> None:
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any] | None:
-    """What `save_checkpoint` wrote to `path`; None if the file is something else. Raises
-    `InputError` for a checkpoint of another format or with damaged tensors."""
+    """What `save_checkpoint` wrote to `path`; None for another file. Raises `InputError` for
+    another format and for damaged tensors."""
     path = Path(path).expanduser()
     if not path.is_file():
         return None
@@ -77,8 +77,7 @@ def _is_checkpoint(content: object) -> bool:
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write a table with a header line. All rows are written each time, so that the table agrees
-    with the checkpoint; what a row lacks stays empty."""
+    """Write a table with a header line; what a row lacks stays empty."""
     columns = {name: None for row in reversed(rows) for name in row}
     with (
         writing(path),
@@ -91,8 +90,7 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read_csv(path: Path) -> list[dict[str, float]]:
-    """The rows that `write_csv` wrote, without empty fields. Raises `InputError` for anything but
-    numbers."""
+    """The rows of `write_csv`, without empty fields. Raises `InputError` for text."""
     try:
         rows = csv.DictReader(io.StringIO(read_bytes(path).decode()))
         return [{name: float(value) for name, value in row.items() if value} for row in rows]

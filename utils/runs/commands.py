@@ -9,12 +9,11 @@ from pathlib import Path
 
 from models.scripts import from_here
 
-WORDS, LETTERS = 6, 40  # of a suggested label, which so fits every context
+WORDS, LETTERS = 6, 40  # of a suggested label: fits every context
 
 
 def command(script: str, *words: object, processes: int = 1) -> str:
-    """The line that runs a script of this repository, in this folder and with this Python; with
-    several `processes`, on one machine."""
+    """The line that runs a script of this repository with this Python, in several `processes`."""
     found = shutil.which("python")
     is_this = found and Path(found).parent == Path(sys.executable).parent
     start = ["python" if is_this else sys.executable]
@@ -30,8 +29,8 @@ def quoted(words: Iterable[object]) -> str:
 
 
 def what_to_try(image: str, weights: Path, captions: Iterable[str]) -> str:
-    """Two commands that use new weights: on an image, and with the first words of the shortest
-    caption as a label."""
+    """Two commands that use new weights: on an image, and with the start of the shortest caption as
+    a label."""
     starts = (" ".join(caption.lower().split()[:WORDS]) for caption in captions)
     texts = {start[:LETTERS].rstrip(" .") for start in starts if start[:1].isalnum()}
     labels = min(texts, key=lambda text: (len(text), text), default="a photo"), "something else"

@@ -1,5 +1,4 @@
-"""The weights that a script uses: those of `--weights`, else the newest run's, else published ones.
-Imports no torch itself."""
+"""The weights of a script: those of `--weights`, else the newest run's, else published ones."""
 
 import argparse
 import csv
@@ -23,15 +22,15 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
         "--weights",
         type=trained_weights,
         metavar="NAME_OR_PATH",
-        help="model name, whose weights are downloaded if need be, weights file, or run's folder "
+        help="model name, whose weights are downloaded if needed, weights file, or run's folder "
         "(default: what the newest run in logs/ chose, here or else beside the scripts; "
         f"{PUBLISHED} where there is no run)",
     )
 
 
 def finished_runs() -> list[Path]:
-    """The runs with weights, the newest first: those of logs/ in the working folder, or if there
-    are none, of logs/ beside the scripts."""
+    """The runs with weights, the newest first, of logs/ in the working folder, or else beside the
+    scripts."""
     for logs in (Path("logs"), SCRIPTS / "logs"):
         if found := list(logs.glob(f"*/{BEST}")):
             found.sort(key=lambda file: file.stat().st_mtime, reverse=True)
@@ -40,8 +39,8 @@ def finished_runs() -> list[Path]:
 
 
 def weights_to_use(named: str | None) -> str | Path:
-    """The weights that `--weights` names, or the default; prints which they are. Raises
-    `InputError` for what is neither a name nor a path."""
+    """The weights that `--weights` names, or the default; prints which. Raises `InputError` for
+    what is neither a name nor a path."""
     from models.clip_utils import check_name
 
     if named:
@@ -56,7 +55,7 @@ def weights_to_use(named: str | None) -> str | Path:
 
 
 def _facts(weights: str | Path) -> list[str]:
-    """Date, data and best score of the run that weights belong to, as far as its files tell."""
+    """Date, data and best score of the weights' run, as far as its files tell."""
     run = run_folder(weights)
     if run is None:
         return []

@@ -13,8 +13,8 @@ TEMPORARY = ".unfinished."  # start of the names of files that are being written
 
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path` to write to. After the block, the file is flushed to the
-    disk and renamed to `path`; if the block raises, it is deleted, and `path` stays as it was."""
+    """Yield a temporary path beside `path`. After the block, that file is flushed to the disk and
+    renamed to `path`; if the block raises, it is deleted."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY)  # short, however long `path`
@@ -33,8 +33,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-    """Turn the errors of a full disk, or of a folder without permission, into an `InputError` that
-    names `path` and says how to go on."""
+    """Turn errors of writing into an `InputError` that names `path` and says how to go on."""
     try:
         yield
     except OSError as error:
@@ -46,12 +45,11 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 
 def picture_format(path: Path) -> str:
-    """matplotlib's format for the path's suffix; PNG without a suffix. Raises `InputError` for an
-    unknown suffix."""
+    """matplotlib's format for a suffix; PNG without one. Raises `InputError` for another."""
     from matplotlib.backend_bases import FigureCanvasBase
 
     kind = path.suffix.lstrip(".").lower() or "png"
-    known = FigureCanvasBase.filetypes.keys() - {"pgf"}  # for which LaTeX is needed
+    known = FigureCanvasBase.filetypes.keys() - {"pgf"}  # needs LaTeX
     if kind not in known:
         raise InputError(f"{path}: no format for pictures; those are {', '.join(sorted(known))}")
     return kind

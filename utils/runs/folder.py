@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.clip import CLIP
 from models.errors import InputError
-from models.run_files import BEST, CHECKPOINT, LAST, METRICS, START
+from models.run_files import BEST, CHECKPOINT, LAST, METRICS, MIXTURE, START
 from utils.machine.interrupt import Interrupt
 from utils.machine.processes import Processes
 from utils.runs.checkpoint import save_checkpoint, save_weights, write_csv
@@ -23,25 +23,18 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """What a run writes: weights, checkpoint and tables. Only rank 0 writes.
-
-    arguments     of the run, as in arguments.json
-    data          fingerprint of the data set; a run goes on with the same data
-    folder        on rank 0; None on the others
-    loss_history  pyzjr's, on rank 0; draws the losses of each epoch
-    """
+    """What a run writes: weights, checkpoint and tables. Only rank 0 writes."""
 
     def __init__(self, processes: Processes, arguments: dict[str, Any], data: str):
         self.processes = processes
-        self.arguments = arguments
-        self.data = data
-        self.folder: Path | None = None
-        self.loss_history: Any = None
+        self.arguments = arguments  # as in arguments.json
+        self.data = data  # fingerprint of the data set
+        self.folder: Path | None = None  # None on other ranks
+        self.loss_history: Any = None  # pyzjr's, on rank 0
 
     @contextmanager
     def discarded_on_error(self) -> Iterator[None]:
-        """Remove the folder of a new run if an error or Ctrl-C ends the block: before the first
-        step there is nothing in it to go on from."""
+        """Remove the folder of a new run if an error or Ctrl-C ends the block."""
         try:
             yield
         except BaseException:
@@ -52,12 +45,11 @@ class Run:
             raise
 
     def save_start(self, model: CLIP, is_new: bool) -> None:
-        """Write the weights that a new run starts from; warn if a run that goes on has lost
-        them."""
+        """Write the weights that a new run starts from; warn if a continued run has lost them."""
         start = self.folder / START
         if is_new:
             save_weights(model, start)
-        elif not start.exists() and not self.arguments["distill"]:  # which cannot go on without
+        elif not start.exists() and not self.arguments["distill"]:  # --distill needs it at once
             print(f"warning: {start} is missing, which --wise_ft mixes with: put it back before "
                   "the run ends, or it ends without")  # fmt: skip
 
@@ -68,8 +60,7 @@ class Run:
             save_checkpoint(self.folder / CHECKPOINT, **of_run, **state.state_dict())
 
     def save_epoch(self, state: State, keep_every: int) -> None:
-        """Write the weights, the checkpoint and the tables at the end of an epoch. The weights of
-        every `keep_every`-th epoch stay."""
+        """Write weights, checkpoint and tables. The weights of every `keep_every`-th epoch stay."""
         if not self.processes.is_rank_0:
             return
         row = state.epochs[-1]
@@ -81,13 +72,13 @@ class Run:
             save_weights(state.scored, self.folder / "weights" / name)
         save_weights(state.scored, self.folder / LAST)
         self.save_checkpoint(state)
+        (self.folder / MIXTURE).unlink(missing_ok=True)  # of earlier epochs
         _write_metrics(self.folder, state.start, state.epochs)
         self.loss_history.append_loss(row["epoch"], *losses)
 
     def replace_missing_best(self, state: State) -> None:
-        """If the best weights are gone, as after a checkpoint was moved alone, the last epoch takes
-        their place. In the middle of an epoch no epoch's weights are left: then the best of the
-        epochs that end from here on takes it."""
+        """If the best weights are missing, those of the last epoch take their place; in the middle
+        of an epoch, those of the best one from here on."""
         if not self.processes.is_rank_0 or not state.epochs or (self.folder / BEST).exists():
             return
         in_epoch = bool(state.losses)
@@ -125,8 +116,7 @@ def new_run_folder(log_dir: str | os.PathLike, name: str) -> Path:
     while True:
         folder = Path(log_dir) / (name if number == 1 else f"{name}_{number}")
         try:
-            folder.mkdir(parents=True)
-            (folder / "weights").mkdir()
+            (folder / "weights").mkdir(parents=True)
             return folder
         except FileExistsError:
             number += 1
@@ -135,12 +125,9 @@ def new_run_folder(log_dir: str | os.PathLike, name: str) -> Path:
 
 
 def reopen_run_folder(checkpoint: str | os.PathLike, state: dict[str, Any]) -> Path:
-    """The folder of the run that `RUN/weights/checkpoint.pth` belongs to.
-
-    A killed run may have left unfinished files, and tables that are ahead of `state`, the content
-    of the checkpoint: the files are removed, the tables cut. Raises `InputError` for a checkpoint
-    outside the folder of a run.
-    """
+    """The folder of the run of `RUN/weights/checkpoint.pth`. Unfinished files of a killed run are
+    removed, and tables written anew from `state`, the checkpoint's content. Raises `InputError` for
+    a checkpoint outside the folder of a run."""
     weights = Path(checkpoint).expanduser().resolve().parent
     if weights.name != "weights":
         raise InputError(

@@ -1,24 +1,20 @@
-"""Records of a run: the console's log, and losses as text, plot and for TensorBoard.
+"""Records of a run: the console's log, and losses as text, as a plot and for TensorBoard. They are
+pyzjr's; errors of writing name the file."""
 
-They are pyzjr's, with atomic writes, and errors of writing that name the file.
-"""
-
-import shutil
 import threading
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from models.errors import InputError
 from utils.machine.pyzjr_parts import ConsoleLogger, LossHistory
-from utils.runs.files import TEMPORARY, atomic_write, writing
+from utils.runs.files import writing
 
 
 class Log(ConsoleLogger):
     """Prints, and writes what is printed to a file as well."""
 
     def write(self, message: str) -> None:
-        # Names of files can hold lone surrogates, which the log cannot.
+        # File names can hold lone surrogates; the log cannot.
         message = message.encode(errors="replace").decode()
         if not self.terminal.isatty():
             message = self.remove_ansi_colors(message)
@@ -39,25 +35,15 @@ class Losses(LossHistory):
         with writing(folder):
             # Without a model pyzjr draws no graph: it can draw models of images alone.
             super().__init__(str(folder), model=None, input_shape=(1, 1))
-        self.folder = folder
         self.losses = [row["train_loss"] for row in rows]
         self.val_loss = [row["val_loss"] for row in rows]
 
     def append_loss(self, epoch: int, loss: float, val_loss: float) -> None:
-        names = ("epoch_loss.txt", "epoch_loss.png")
-        with (
-            writing(self.folder),
-            TemporaryDirectory(prefix=TEMPORARY, dir=self.folder) as self.log_dir,
-        ):
-            if (self.folder / names[0]).exists():
-                shutil.copy(self.folder / names[0], self.log_dir)
+        with writing(self.log_dir):
             super().append_loss(epoch, loss, val_loss)
-            for name in names:
-                with atomic_write(self.folder / name) as temporary:
-                    (Path(self.log_dir) / name).replace(temporary)
 
     def close(self) -> None:
-        with writing(self.folder):
+        with writing(self.log_dir):
             super().close()
 
 

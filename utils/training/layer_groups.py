@@ -24,12 +24,9 @@ HEAD = re.compile(
 
 
 def distance_from_end(model: CLIP) -> dict[str, int]:
-    """The number of layers between each named parameter and the features.
-
-    0: the projection and the norm before it (in a ResNet the attention pooling), and the logit
-    scale; 1: the last block (in a ResNet the last stage); and so on. Parameters before the first
-    block, such as embeddings, have the largest number.
-    """
+    """The number of layers between each named parameter and the features: 0 for the projection and
+    the norm before it (in a ResNet the attention pooling) and the logit scale, 1 for the last block
+    (in a ResNet the last stage), and so on; embeddings have the largest."""
     blocks: dict[str, set[int]] = {"image": set(), "text": set()}
     names = [name for name, _ in model.named_parameters()]
     for name in names:
@@ -59,8 +56,8 @@ def trainable_towers(model: CLIP) -> list[str]:
 
 
 def freeze(model: CLIP, tower: str, unlocked: int) -> None:
-    """Freeze a tower, `"image"` or `"text"`, except for its last `unlocked` blocks and what follows
-    them; with 0, freeze all of it (Zhai et al. 2022, "LiT")."""
+    """Freeze a tower except for its last `unlocked` blocks and what follows them; with 0, all of it
+    (Zhai et al. 2022, "LiT")."""
     distances = distance_from_end(model)
     own = [name for name in distances if tower_of(name) == tower and name != "logit_scale"]
     blocks = max(distances[name] for name in own) - 1
@@ -77,8 +74,8 @@ def freeze(model: CLIP, tower: str, unlocked: int) -> None:
 def freeze_and_adapt(
     model: CLIP, lock_image: int | None, lock_text: int | None, lora: int | None
 ) -> None:
-    """`freeze` the towers for which a number of blocks is given. If `lora` is given, add low-rank
-    changes of that rank, unless the model of a resumed run has them already."""
+    """`freeze` the towers with a number of blocks, and add low-rank changes of rank `lora`, unless
+    the model of a resumed run has them."""
     for tower, unlocked in (("image", lock_image), ("text", lock_text)):
         if unlocked is not None:
             freeze(model, tower, unlocked)
@@ -87,8 +84,7 @@ def freeze_and_adapt(
 
 
 def train_mode(model: nn.Module) -> None:
-    """Put the model into training mode, but frozen batch norms into evaluation mode, so that they
-    keep their statistics."""
+    """Put the model into training mode; frozen batch norms keep their statistics."""
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.weight.requires_grad:
@@ -98,8 +94,8 @@ def train_mode(model: nn.Module) -> None:
 def whole_batch_norms(
     model: CLIP, device: torch.device, processes: Processes, grad_cache: int | None
 ) -> CLIP:
-    """The model with batch norms over the whole batch, also if the batch is split over processes.
-    Raises `InputError` where no such batch norm exists: for chunks of a batch, and on CPUs."""
+    """The model with batch norms over the batch of all processes. Raises `InputError` for chunks of
+    a batch and on CPUs, which have none."""
     is_whole = processes.size == 1 and not grad_cache
     if is_whole or not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         return model
@@ -116,13 +112,9 @@ def whole_batch_norms(
 def cache_features(
     model: CLIP, loader: TrainLoader, val_set: Flickr8kDataset, precision: Precision
 ) -> dict[str, Tensor]:
-    """Compute the features of the frozen tower once: `loader` takes those of the training data in
-    place of images or captions, and those of `val_set`, by tower, are returned. They are
-    normalised, float32.
-
-    The images have to be the same in every epoch. Raises `InputError` with a list of the training
-    images that cannot be read: with cached features, no other image can take their place.
-    """
+    """Compute the frozen tower's features once, normalised, float32: `loader` takes those of the
+    training data; those of `val_set`, by tower, are returned. Images have to be the same in every
+    epoch. Raises `InputError` for unreadable training images, which no other can replace."""
     of_val: dict[str, Tensor] = {}
     processes, trained = loader.processes, trainable_towers(model)
     for tower in (tower for tower in TOWERS if tower not in trained):

@@ -12,13 +12,9 @@ from utils.training.layer_groups import distance_from_end
 def parameter_groups(
     model: CLIP, momentum: float, weight_decay: float, layer_decay: float = 1.0
 ) -> list[dict]:
-    """Parameter groups for an optimizer. Matrices have weight decay; biases, gains and the logit
-    scale have none. A layer's learning rate is `layer_decay` times that of the layer after it
-    (Clark et al. 2020, "ELECTRA", section 3.1); the group keeps the product as `rate_factor`.
-
-    The groups carry CLIP's settings for Adam: beta2 0.98 and epsilon 1e-6 (Radford et al. 2021,
-    table 18).
-    """
+    """Parameter groups for an optimizer, with CLIP's beta2 and epsilon (Radford et al. 2021, table
+    18). Only matrices have weight decay. A layer's learning rate is `layer_decay` times that of the
+    next one (Clark et al. 2020, "ELECTRA", section 3.1): the group's `rate_factor`."""
     settings = {
         "betas": (momentum, 0.98),
         "eps": 1e-6,

@@ -39,10 +39,9 @@ Checkpoint = dict[str, Any]
 def get_model(
     args: Namespace, resumed: Checkpoint | None, device: torch.device, processes: Processes
 ) -> CLIP:
-    """The model to train, on the CPU: from a checkpoint, from weights, or with random weights. All
-    random choices follow from the seed from here on."""
+    """The model to train, on the CPU: from a checkpoint, from weights, or random. Sets the seed."""
     SeedEvery(args.seed)
-    with processes.rank_0_first():  # which downloads
+    with processes.rank_0_first():  # rank 0 downloads
         if resumed:
             model = resumed["model"]
         elif args.resume_training == "none":
@@ -64,7 +63,7 @@ def get_loader(
         dataset.prepare_for(model)
         dataset.check_texts()
     if args.cache is not None:
-        with processes.rank_0_first():  # which decodes
+        with processes.rank_0_first():  # rank 0 decodes
             for dataset in sets.values():
                 dataset.cache(args.cache or None, device, num_workers)
     if processes.is_rank_0:
@@ -82,7 +81,7 @@ def open_run(
     loader: TrainLoader,
     val_set: Flickr8kDataset,
 ) -> Run:
-    """The run's folder with its arguments, the console's log and the history of losses."""
+    """The run's folder with its arguments, console log and history of losses."""
     data = loader.dataset.fingerprint() + val_set.fingerprint()
     if resumed:
         check_same_data(data, resumed, args.resume_training, args.dataset_path)
@@ -110,7 +109,7 @@ def open_run(
 def get_state(
     args: Namespace, resumed: Checkpoint | None, model: CLIP, device: torch.device, run: Run
 ) -> State:
-    """What training starts with: the model on its device, its optimizer, the checkpoint's state."""
+    """The model on its device, its optimizer, and the checkpoint's state."""
     model.to(device)
     optimizer = get_optimizer(model, args.optimizer_type, args.lr)
     groups = parameter_groups(model, args.momentum, args.weight_decay, args.layer_decay)
@@ -139,8 +138,8 @@ def finish(
     retention: Retention,
     cached: Mapping[str, Tensor],
 ) -> None:
-    """Choose the weights that count, and score them on validation, where some features may be
-    `cached`, and on the test split."""
+    """Choose the weights that count, and score them on validation, with `cached` features, and on
+    the test split."""
     chosen, start = tuned_weights(folder), folder / START
     comment_on_epochs(state, len(sets["val"]))
     state.release()

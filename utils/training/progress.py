@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -33,8 +34,7 @@ def announce(
     epochs: int,
     folder: Path | None,
 ) -> None:
-    """Print what is trained, on what data, and the run's folder; and whether all `epochs` are done
-    already, or `--use_amp` would be faster."""
+    """Print what is trained, on what data, and the run's folder, with warnings and hints."""
     count = sum(p.numel() for p in state.model.parameters())
     trainable = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     which = f", of which {trainable / 1e6:.2f} M learn" if trainable < count else ""
@@ -57,7 +57,7 @@ def announce(
 def caption_warnings(
     train_set: Flickr8kDataset, val_set: Flickr8kDataset, is_chinese: bool
 ) -> Iterator[str]:
-    """Lines on captions that are cut, alike, in another language, or shared by images."""
+    """Lines on captions that are cut, alike, in another language, or shared."""
     texts = len(train_set.text) + len(val_set.text)
     if cut := train_set.count_cut_captions() + val_set.count_cut_captions():
         yield (f"{cut} captions ({cut / texts:.2%}) are longer than the "
@@ -65,15 +65,14 @@ def caption_warnings(
     if alike := train_set.count_alike_captions() + val_set.count_alike_captions():
         yield f"warning: {alike} captions are different texts, but {ALIKE}"
     if warning := tokenizer_warning(train_set, is_chinese):
-        yield f"warning: {warning}"
+        yield warning
     if shared := train_set.count_shared_captions() + val_set.count_shared_captions():
         yield (f"{shared} captions ({shared / texts:.2%}) belong to several images, and are "
                "positives of each of them")  # fmt: skip
 
 
 def tokenizer_warning(dataset: Flickr8kDataset, is_chinese: bool) -> str | None:
-    """A warning if the tokenizer, for Chinese or for English, breaks most words of the captions
-    into pieces; else None."""
+    """A warning if the tokenizer, for Chinese or for English, breaks many words, or None."""
     share = dataset.share_of_fragments()
     if share < MANY_FRAGMENTS:
         return None
@@ -83,8 +82,9 @@ def tokenizer_warning(dataset: Flickr8kDataset, is_chinese: bool) -> str | None:
         else ("English", "Chinese", "OFA-Sys/chinese-clip-vit-base-patch16, from scratch cn-demo")
     )
     return (
-        f"the model's tokenizer was made for {made_for}, and of these captions {share:.0%} of the "
-        f"tokens are parts of words or unknown; for {other} captions take a model such as {instead}"
+        f"warning: the model's tokenizer was made for {made_for}, and of these captions "
+        f"{share:.0%} of the tokens are parts of words or unknown; for {other} captions take a "
+        f"model such as {instead}"
     )
 
 
@@ -97,8 +97,8 @@ def report_start(state: State, scores: Scores) -> None:
 
 
 def report_epoch(state: State, epochs: int, scores: Scores, images: int, rate: float) -> None:
-    """Print the scores of the last epoch, of `epochs` in all. If the first epoch is clearly worse
-    than the start, judged by `images` of validation, suggest a learning rate below `rate`."""
+    """Print the scores of the last epoch, of `epochs` in all. If the first is clearly worse than
+    the start on so many validation `images`, suggest a learning rate below `rate`."""
     row, table = state.epochs[-1], format_table(scores, "val")
     print(
         f"epoch {row['epoch']}/{epochs}: train loss {row['train_loss']:.4f}, validation loss "
@@ -123,13 +123,15 @@ def report_epoch(state: State, epochs: int, scores: Scores, images: int, rate: f
 
 
 def comment_on_epochs(state: State, images: int) -> None:
-    """Say if even the best epoch is clearly worse than the start, judged by `images` of validation;
-    and if, with --distill, the last epoch counts although another is better."""
-    best, last = state.best_recall, state.epochs[-1]["mean_recall"]
-    if state.distillation and best > last:
-        print(f"epoch {len(state.epochs) - state.epochs_since_best} had a higher mean recall, "
-              f"{best:.2f}, and is in best_epoch_weights.pth; with --distill the last one counts, "
-              f"{last:.2f}")  # fmt: skip
+    """Say if even the best epoch is clearly worse than the start on so many validation `images`,
+    and if the last epoch counts, with --distill, although another is better."""
+    saved, last = state.epochs[state.best_since :], state.epochs[-1]["mean_recall"]
+    best_saved = max(saved, key=lambda row: row["mean_recall"])
+    if state.distillation and best_saved["mean_recall"] > last:
+        print(f"epoch {best_saved['epoch']} had a higher mean recall, "
+              f"{best_saved['mean_recall']:.2f}, and is in best_epoch_weights.pth; with --distill "
+              f"the last one counts, {last:.2f}")  # fmt: skip
+    best = state.best_recall
     if state.start and is_clearly_lower(best, state.start["mean_recall"], images):
         print(
             f"training made it worse, by more than chance: mean recall {best:.2f} in the best "
@@ -141,8 +143,8 @@ def comment_on_epochs(state: State, images: int) -> None:
 def report_chosen(
     evaluator: Evaluator, model: CLIP, weights: Path, val_set: Flickr8kDataset
 ) -> None:
-    """Score the chosen `weights` of a run, which `model` has, print the scores, and write them as a
-    plot and a page into the run's folder."""
+    """Score a run's chosen `weights`, which `model` has; print the scores, and write a plot and a
+    page into the run's folder."""
     features = evaluator.encode(model, val_set)
     scores = score_features(*features, val_set.img_to_txt, val_set.txt_to_img, range(1, 11))
     folder = weights.parent.parent
@@ -154,8 +156,7 @@ def report_chosen(
 
 
 def report_test(scores: Scores, weights: Path) -> None:
-    """Print the test scores of the `weights` that validation chose, and write them to
-    test_metrics.json in the run's folder."""
+    """Print the test scores of the chosen `weights`, and write them to test_metrics.json."""
     file = weights.parent.parent / "test_metrics.json"
     write_json(file, scores.as_dict())
     print(f"{weights.name} on the test images, which had no say in choosing it:\n"
@@ -165,17 +166,16 @@ def report_test(scores: Scores, weights: Path) -> None:
 def is_clearly_lower(recall: float, before: float, images: int) -> bool:
     """Whether a mean recall in percent is lower by more than two standard errors of the difference.
 
-    The standard error of a share p of n queries is sqrt(p (1 - p) / n). That of a mean of several
-    R@K is at most that of a share equal to the mean. n is the number of `images`, since the
-    captions of an image are not independent.
+    That of a share p of n queries is sqrt(p (1 - p) / n), and that of a mean of shares is at most
+    as large. n is the number of `images`, since the captions of an image are not independent.
     """
     p, q = recall / 100, before / 100
     return q - p > 2 * math.sqrt((p * (1 - p) + q * (1 - q)) / images)
 
 
-class Progress:
-    """The progress bar, the speed and the losses of an epoch, of which `done` steps were made
-    before this program started. Use it as a context manager."""
+class Progress(AbstractContextManager):
+    """The progress bar, speed and losses of an epoch, of which `done` steps were made by an earlier
+    program."""
 
     def __init__(self, loader: TrainLoader, epoch: int, done: int = 0):
         self.batch_size = loader.batch_size
@@ -191,9 +191,6 @@ class Progress:
         self.started = time.perf_counter()
         self._last: tuple[Tensor, float, int] | None = None
 
-    def __enter__(self) -> "Progress":
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.bar.close()
 
@@ -206,16 +203,15 @@ class Progress:
             asked = time.perf_counter()
 
     def advance(self, loss: Tensor, rate: float, step: int) -> None:
-        """Count a step. Its loss is read and shown one step later, so that the CPU does not wait
-        for the GPU. A loss that is not finite raises `InputError` then."""
+        """Count a step. Its loss is read one step later, so that the CPU does not wait for the GPU;
+        a loss that is not finite raises `InputError` then."""
         self._show_last()
         self._last = loss, rate, step
         self.steps += 1
         self.bar.update(self.batch_size)
 
     def summary(self, losses: list[Tensor], rate: float) -> dict[str, float]:
-        """The mean of the epoch's `losses`, its last learning `rate`, images/s, and the share of
-        time spent waiting for data in percent."""
+        """Columns of a table: the mean of the `losses`, the `rate`, the speed, the waiting."""
         self._show_last()
         seconds = time.perf_counter() - self.started
         return {

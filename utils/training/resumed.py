@@ -22,9 +22,8 @@ FIELDS = {"format", "arguments", "data", "start", "rows", "best_since", "losses"
 
 
 def read_resumed(path: str, parser: argparse.ArgumentParser) -> dict[str, Any] | None:
-    """The checkpoint at `path` with a CLIP as its `model`; None if the file is something else.
-    Raises `InputError`, which names the file and the field, if fields, arguments (those of
-    `parser`), keys or shapes are not those that a run saves."""
+    """The checkpoint at `path` with a CLIP as its `model`; None for another file. Raises
+    `InputError` if fields, arguments (those of `parser`), keys or shapes are not as saved."""
     state = read_checkpoint(path)
     if state is None:
         return None
@@ -47,7 +46,7 @@ def _check_names(what: str, found: dict[str, Any], expected: set[str] | dict[str
 
 
 def _model(weights: dict[str, Tensor], config: dict, arguments: dict[str, Any]) -> CLIP:
-    """The model with these weights, as `config` describes it, frozen and adapted as in the run."""
+    """The model of the run, frozen and adapted as there."""
     try:
         plain = {name: tensor for name, tensor in weights.items() if ".lora." not in name}
         model = build_model(plain, from_open_clip(config))

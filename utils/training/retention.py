@@ -6,9 +6,9 @@ from pathlib import Path
 
 from models.clip import CLIP
 from models.errors import InputError, one_line
-from utils.classification import zero_shot_accuracy, zero_shot_classifier
+from utils.classification import accuracy, readable_features, zero_shot_classifier
 from utils.data.annotations import caption_file
-from utils.data.labelled_images import LabelledImages, Source, find_labelled_images
+from utils.data.labelled_images import LabelledImages, find_labelled_images
 from utils.data.templates import TEMPLATE_SETS
 from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
 from utils.machine.memory import explained
@@ -19,38 +19,34 @@ from utils.retrieval.tables import RETENTION, points_lost
 
 
 class Retention:
-    """The sets named by `data`: each a folder of class folders, a data set of torchvision, or a
-    folder of captioned images. Scores are computed in float32, as utils/classification.py and
-    utils/metric.py do without --use_amp. `data` may be empty.
-
-    Raises `InputError` for a set that cannot be used; a set of torchvision is downloaded if need
-    be. `prepare_for` comes before the first `measure`.
+    """The sets named by `data`, if any: folders of class folders, data sets of torchvision, folders
+    of captioned images. Scores are computed in float32. Raises `InputError` for an unusable set.
+    `prepare_for` comes before the first `measure`.
     """
 
     def __init__(self, data: Sequence[str], languages: Sequence[str], processes: Processes = ALONE):
-        self.sets: dict[str, Source | LabelledImages | Flickr8kDataset] = {}
-        with processes.rank_0_first():  # which downloads
+        self.sets: dict[str, LabelledImages | Flickr8kDataset] = {}
+        with processes.rank_0_first():  # rank 0 downloads
             for name, path in zip(names_of(data), data, strict=True):
                 self.sets[name] = _find(path, languages)
 
     def prepare_for(self, model: CLIP, loader: TrainLoader, folder: str | None) -> None:
-        """Take images and captions as `model` does from now on, and decode all images once, into
-        `folder` or by default `.cache` in each set. They stay off the GPU, whose memory training
-        needs."""
+        """Prepare the sets for `model`, and decode all images once, into `folder` or by default
+        `.cache` in each set. They stay off the GPU, whose memory training needs."""
         self.loader = loader
-        for name, found in self.sets.items():
-            if isinstance(found, Flickr8kDataset):
-                found.prepare_for(model)
-                found.check_texts()
+        for images in self.sets.values():
+            if isinstance(images, Flickr8kDataset):
+                images.prepare_for(model)
+                images.check_texts()
             else:
-                self.sets[name] = LabelledImages(found, model.preprocess)
-        with loader.processes.rank_0_first():  # which decodes
+                images.preprocess = model.preprocess
+        with loader.processes.rank_0_first():  # rank 0 decodes
             for images in self.sets.values():
                 images.cache(folder or None, num_workers=loader.num_workers)
 
     @explained()
     def measure(self, model: CLIP, processes: Processes = ALONE) -> dict[str, float]:
-        """Columns of a table, in percent: zero-shot top-1 for each set of classes, mean recall for
+        """Columns of a table, in percent: zero-shot top-1 of each set of classes, mean recall of
         each set of captions."""
         scores = {}
         for name, images in self.sets.items():
@@ -62,20 +58,19 @@ class Retention:
                 templates = TEMPLATE_SETS[model.text_tower.templates]
                 classifier = zero_shot_classifier(model, images.classes, templates, processes)
                 sizes = self.loader.batch_size, self.loader.num_workers
-                found = zero_shot_accuracy(model, images, classifier, *sizes, processes)
+                features = readable_features(model, images, *sizes, processes)
+                found = accuracy(features.images @ classifier.T, features.labels)
                 scores[RETENTION + name] = found.top1
         return scores
 
     def compare(self, model: CLIP, before: Mapping[str, float] | None) -> dict[str, float]:
-        """What `measure` finds, and the `points_lost` since `before`, a row of scores; empty
-        without sets."""
+        """`measure`, and the `points_lost` since the row `before`; empty without sets."""
         now = self.measure(model)
         return now | {"points_lost": points_lost(now, before)} if now else {}
 
 
 def names_of(data: Sequence[str]) -> list[str]:
-    """The name of each set: that of its folder, or torchvision's. Equal names are numbered from the
-    second on."""
+    """The names of the sets' folders, or torchvision's; equal ones are numbered."""
     names: list[str] = []
     for path in data:
         name = one_line(Path(path).resolve().name)
@@ -84,9 +79,8 @@ def names_of(data: Sequence[str]) -> list[str]:
     return names
 
 
-def _find(data: str, languages: Sequence[str]) -> Source | Flickr8kDataset:
-    """The set, without reading images. Captions are in those of `languages` that it has, or else in
-    all that it has."""
+def _find(data: str, languages: Sequence[str]) -> LabelledImages | Flickr8kDataset:
+    """The set, with captions in those of `languages` that it has, or else in all that it has."""
     root = Path(data)
     having = [name for name in ("en", "cn") if caption_file(root, name, "val").is_file()]
     if having:

@@ -36,20 +36,17 @@ DEMO = {
 CHINESE_DEMO = {"model": "cn-demo", "epochs": 30}
 FROM_SCRATCH = {"lr": 5e-4}
 FINE_TUNING = {"distill": 6.0, "wise_ft": [0.0, 0.25, 0.5, 0.75, 1.0], "max_forgetting": 2.0}
-# The rate of fine-tuning times the width of the wider tower: Adam's best rate falls as the width
-# grows (Yang et al. 2021, "Tensor Programs V", table 3). Within a point of the best score at widths
-# 128 to 384 and for several batch sizes; with 200 images a lower rate is 1.2 points better
-# (tests/benchmarks/learning_rate.py).
+# Adam's best rate falls as the width grows (Yang et al. 2021, "Tensor Programs V", table 3). This
+# is within a point of the best score at widths 128 to 384 (tests/benchmarks/learning_rate.py).
 RATE_TIMES_WIDTH = 0.115
 LORA_RATE = 3e-3
-# Arguments that stay in the records of a run as it was started.
-OF_THE_START = ("demo", "model", "resume_training")
-# Arguments that the saved moments and the starting weights depend on.
+OF_THE_START = ("demo", "model", "resume_training")  # a run keeps its first values of these
+# Saved moments and the starting weights depend on these.
 FIXED = ("input_shape", "activation", "optimizer_type", "layer_decay", "lock_image", "lock_text",
          "wise_ft", "lora", "distill")  # fmt: skip
-# Arguments that the batches in the rest of an epoch depend on.
+# The batches in the rest of an epoch depend on these.
 FIXED_IN_AN_EPOCH = ("batch_size", "captions_per_image", "no_augment", "seed")
-# Arguments that do not change the result.
+# These do not change the result.
 FREE = {"cache", "dataset_path", "debug", "freq", "grad_checkpointing", "num_workers", "save_steps",
         "strict"}  # fmt: skip
 
@@ -59,27 +56,26 @@ def resolve_arguments(
 ) -> tuple[Namespace, dict[str, Any] | None]:
     """The arguments, and the checkpoint of the run that they continue, or None.
 
-    Where the command line leaves `args` open, they come from the run that is continued or from the
-    demo, then from the recipe for training from scratch or for fine-tuning; the learning rate may
-    still follow from the model (`resolve_rate`). Raises `InputError` for arguments that contradict
-    each other or the run, and for a damaged checkpoint.
+    What the command line leaves open comes from the continued run or the demo, then from the recipe
+    for training from scratch or for fine-tuning; the learning rate may come later, from the model
+    (`resolve_rate`). Raises `InputError` for contradictions and for a damaged checkpoint.
     """
     resumed = None if args.demo else read_resumed(args.resume_training, parser)
+    saved = (
+        {k: v for k, v in resumed["arguments"].items() if k not in OF_THE_START} if resumed else {}
+    )
+    demo = DEMO | (CHINESE_DEMO if args.language == ["cn"] else {}) if args.demo else {}
+    parser.set_defaults(**saved, **demo)
+    args = parser.parse_args()
+    if args.max_forgetting != saved.get("max_forgetting") and not args.retention:
+        raise InputError("--max_forgetting is about the sets of --retention: add it, or leave both "
+                         "out")  # fmt: skip
     if resumed:
-        saved = {k: v for k, v in resumed["arguments"].items() if k not in OF_THE_START}
-        parser.set_defaults(**saved)
-        args = parser.parse_args()
         _check_continued(args, saved, resumed)
         return args, resumed
-    if args.demo:
-        parser.set_defaults(**DEMO | (CHINESE_DEMO if args.language == ["cn"] else {}))
-        args = parser.parse_args()
     if args.optimizer_type == "sgd" and args.lr is None:
         raise InputError("--optimizer_type sgd: the default rate is Adam's, and SGD needs a far "
                          "higher one: give --lr, such as 1e-2")  # fmt: skip
-    if args.max_forgetting is not None and not args.retention:
-        raise InputError("--max_forgetting is about the sets of --retention: add it, or leave both "
-                         "out")  # fmt: skip
     try:
         check_writable_folder(args.log_dir)
     except InputError as error:
@@ -91,7 +87,7 @@ def resolve_arguments(
 
 
 def _check_continued(args: Namespace, saved: dict[str, Any], resumed: dict[str, Any]) -> None:
-    """Raise `InputError` for arguments with which a run cannot go on."""
+    """Raise `InputError` for arguments that a run cannot change."""
     measured = retained(resumed["start"] or {})
     if set(names_of(args.retention or [])) - measured.keys():
         raise InputError(
@@ -111,18 +107,18 @@ def _check_continued(args: Namespace, saved: dict[str, Any], resumed: dict[str, 
 
 
 def resolve_rate(args: Namespace, config: Config) -> Namespace:
-    """The arguments with the peak learning rate, by default that of the model's width."""
+    """The arguments with the peak learning rate; the default depends on the model's width."""
     return Namespace(**vars(args) | {"lr": args.lr or fine_tuning_rate(config, args.lora)})
 
 
 def fine_tuning_rate(config: Config, lora: int | None) -> float:
-    """The peak learning rate for a model of these sizes, rounded to two digits."""
+    """The default peak learning rate for a model, rounded to two digits."""
     width = max(config.vision_width, config.transformer_width)
     return LORA_RATE if lora else float(f"{RATE_TIMES_WIDTH / width:.1e}")
 
 
 def as_saved(args: Namespace, resumed: dict[str, Any] | None) -> dict[str, Any]:
-    """The arguments as a run's arguments.json and checkpoint keep them."""
+    """The arguments as arguments.json and the checkpoint have them."""
     given = vars(args) | {"dataset_path": args.dataset_path.resolve()}
     if args.retention:
         paths = map(Path, args.retention)
@@ -150,8 +146,7 @@ def how_it_goes_on(args: Namespace, resumed: dict[str, Any]) -> Iterator[str]:
 
 
 def without_effect(args: Namespace, steps: int, processes: Processes = ALONE) -> Iterator[str]:
-    """Lines on arguments that change less than they seem to, in a run with so many steps an
-    epoch."""
+    """Lines on arguments that do little in a run with `steps` an epoch."""
     largest = -(-args.batch_size // processes.size)
     if args.grad_cache and args.grad_cache >= largest:
         yield f"--grad_cache {args.grad_cache} has no effect: a process has {largest} images a step"
@@ -170,7 +165,7 @@ def without_effect(args: Namespace, steps: int, processes: Processes = ALONE) ->
 
 
 def check_arguments(args: Namespace) -> None:
-    """Raise `InputError` for arguments that contradict each other, or data that is not there."""
+    """Raise `InputError` for contradictions and for missing data."""
     for contradiction in _contradictions(args):
         raise InputError(contradiction)
     if args.resume_training != "none":
@@ -186,7 +181,7 @@ def check_arguments(args: Namespace) -> None:
         if missing := missing_annotations(caption_file(args.dataset_path, language, split)):
             raise InputError(
                 f"{missing}. To get Flickr8k: python {from_here('flickr8k/prepare.py')} --download;"
-                " for data of yours: --dataset_path FOLDER, where one list of all images is split "
+                " for your own data: --dataset_path FOLDER, where one list of all images is split "
                 f"by python {from_here('flickr8k/prepare.py')} --source FOLDER --output FOLDER"
                 f"{' --language cn' if language == 'cn' else ''}; to see it work without any: "
                 f"python {from_here('train.py')} --demo"
@@ -224,8 +219,8 @@ def _contradictions(args: Namespace) -> Iterator[str]:
 
 
 def check_model(args: Namespace, device: torch.device, processes: Processes) -> None:
-    """Raise `InputError` for arguments that the model cannot have, if its name tells its sizes: its
-    weights may take minutes to download, and are not needed for this."""
+    """Raise `InputError` for arguments that a model of a known name cannot have: before its weights
+    are downloaded."""
     config = CONFIGS.get(args.model or args.resume_training)
     if config is None:
         return
@@ -240,11 +235,11 @@ def check_model(args: Namespace, device: torch.device, processes: Processes) -> 
 def get_data(
     args: Namespace, device: torch.device, processes: Processes
 ) -> tuple[dict[str, Flickr8kDataset], Retention]:
-    """The data by split, and that of --retention, once the arguments are checked and the demo's
-    images rendered. Comes before the weights, which may take minutes to download."""
-    with processes.rank_0_first():  # which renders
+    """The data by split, and that of --retention, after checks of the arguments. Renders the demo's
+    images."""
+    with processes.rank_0_first():  # rank 0 renders
         if args.demo and lacks_demo_set(args.dataset_path, args.language):
-            render_demo(args.dataset_path, folder_option="--dataset_path")
+            render_demo(args.dataset_path)
     check_arguments(args)
     check_model(args, device, processes)
     sets = read_data(args.dataset_path, args.language, args.batch_size, processes)
@@ -252,8 +247,7 @@ def get_data(
 
 
 def lacks_demo_set(folder: Path, languages: list[str]) -> bool:
-    """Whether the demo's images are to be rendered into `folder`; there may be some of another
-    seed. Raises `InputError` for a folder with other files."""
+    """Whether to render the demo's images into `folder`. Raises `InputError` for other files."""
     if folder == DEMO["dataset_path"] or not folder.is_dir():
         return True
     if any(folder.iterdir()) and not (folder / "images" / "train_0000.png").is_file():
@@ -268,7 +262,7 @@ def lacks_demo_set(folder: Path, languages: list[str]) -> bool:
 def read_data(
     folder: Path, languages: list[str], batch_size: int, processes: Processes
 ) -> dict[str, Flickr8kDataset]:
-    """The data set by split: "train", "val" and, if it has lists for all languages, "test". Raises
+    """The data set by split: "train", "val" and, if all languages have a list, "test". Raises
     `InputError` for unusable lists, missing images, and a batch larger than the training split."""
     lists = [caption_file(folder, language, "test") for language in languages]
     splits = ["train", "val", "test"] if all(map(Path.is_file, lists)) else ["train", "val"]
@@ -278,8 +272,8 @@ def read_data(
 
 
 def check_same_data(data: str, resumed: dict[str, Any], checkpoint: str, folder: Path) -> None:
-    """Raise `InputError` unless `data`, the fingerprint of the data in `folder`, is that of the run
-    that is `resumed` from `checkpoint`."""
+    """Raise `InputError` unless `data`, the fingerprint of the data in `folder`, is that of the
+    `resumed` run."""
     if data != resumed["data"]:
         run = Path(checkpoint).parent.parent
         raise InputError(

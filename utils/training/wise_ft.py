@@ -16,9 +16,8 @@ from utils.runs.checkpoint import save_weights, write_csv
 def mix_into(
     model: nn.Module, start: Mapping[str, Tensor], tuned: Mapping[str, Tensor], alpha: float
 ) -> None:
-    """Set the weights of `model` to `(1 - alpha) * start + alpha * tuned` (section 3, equation 2),
-    where integers stay as they are. One tensor at a time: `start` and `tuned` may lie on the CPU
-    while the model's device has no room for them."""
+    """Set the weights of `model` to `(1 - alpha) * start + alpha * tuned` (section 3, equation 2);
+    integers stay. One tensor at a time, since the model's device may have no room for all."""
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point():
             tensor.copy_(start[key].lerp(tuned[key], alpha))
@@ -26,8 +25,8 @@ def mix_into(
 
 class Mixtures:
     """Mixtures of the weights `start` (alpha 0) and those that `model` has (1), in the folder
-    `run`. With `max_forgetting` the chosen mixture loses at most so many points on the sets of
-    --retention, if there is such a mixture."""
+    `run`. The chosen one loses at most `max_forgetting` points on the sets of --retention, if one
+    does."""
 
     def __init__(self, model: CLIP, start: Mapping[str, Tensor], run: Path, max_forgetting: float):
         self.model = model
@@ -38,7 +37,7 @@ class Mixtures:
         self.rows: list[dict[str, float]] = []
 
     def each(self, alphas: Sequence[float]) -> Iterator[float]:
-        """The alphas; meanwhile the model has the weights of their mixture."""
+        """The alphas; the model has the weights of each mixture in turn."""
         for alpha in alphas:
             mix_into(self.model, self.start, self.tuned, alpha)
             yield alpha
@@ -46,8 +45,8 @@ class Mixtures:
     def add(
         self, alpha: float, scores: Scores, val_loss: float, retention: Mapping[str, float]
     ) -> None:
-        """Add the scores of the mixture that the model has, with what `Retention.compare` finds, to
-        wise_ft.csv. The weights are written if they are the best so far."""
+        """Add a row of the present mixture's scores, and of `Retention.compare`, to wise_ft.csv;
+        save its weights if they are the best so far."""
         row = {"alpha": alpha, "mean_recall": scores.mean_recall, "val_loss": val_loss}
         self.rows.append({**row, **retention, **scores.columns()})
         if best_row(self.rows, self.max_forgetting) is self.rows[-1]:
@@ -55,8 +54,7 @@ class Mixtures:
         write_csv(self.run / "wise_ft.csv", self.rows)
 
     def choose(self) -> Path:
-        """Load the best mixture into the model, print and plot the scores of all; return its
-        file."""
+        """Load the best mixture into the model, print and plot all scores; return its file."""
         best, chosen = best_row(self.rows, self.max_forgetting), self.run / MIXTURE
         plot = self.run / "wise_ft.png"
         plot_wise_ft(self.rows, best, plot, self.max_forgetting)
@@ -78,8 +76,8 @@ class Mixtures:
 
 
 def best_row(rows: list[dict[str, float]], max_forgetting: float) -> dict[str, float]:
-    """The row with the highest mean recall among those with at most `max_forgetting` points lost;
-    if there is none, the row with the fewest points lost. Of equal rows the first."""
+    """The row with the highest mean recall and at most `max_forgetting` points lost; or else with
+    the fewest points lost. Of equal rows the first."""
     allowed = [row for row in rows if row.get("points_lost", 0.0) <= max_forgetting]
     if allowed:
         return max(allowed, key=lambda row: row["mean_recall"])

@@ -1,6 +1,7 @@
 """Reading caption files: what is taken, and what is said about the rest."""
 
 import json
+import tracemalloc
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import pytest
@@ -54,6 +55,21 @@ def test_order_captions_and_other_fields(file):
     expected = [("images/b.jpg", ["一只狗", "a dog "]), ("a.jpg", ["one string"])]
     assert read_annotations(write(file, entries)) == expected
     assert read_annotations(write(file, entries, encoding="utf-8-sig")) == expected
+
+
+def test_other_fields_are_not_copied_in_memory(file):
+    """A file of 4 MB, nearly all of it in another field, which the parsed records hold once."""
+    entries = [
+        {"image": f"{n}.jpg", "caption": "x", "more": f"{n % 10}" * 10**5} for n in range(40)
+    ]
+    write(file, entries)
+    size = file.stat().st_size
+    tracemalloc.start()
+    pairs = read_annotations(file)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(pairs) == 40
+    assert peak < 2.5 * size  # the text, and the records
 
 
 @pytest.mark.parametrize("language", ["en", "cn"])
@@ -129,7 +145,7 @@ def test_missing_folder_is_told_from_missing_file(tmp_path):
     )
     assert missing_annotations(tmp_path / "cn_train.json") is None
     assert missing_annotations(tmp_path / "notes.txt" / "en_train.json") == (
-        f"{tmp_path / 'notes.txt'}: is no folder"
+        f"{tmp_path / 'notes.txt'}: is not a folder"
     )
 
 
@@ -139,7 +155,7 @@ def test_folder_in_place_of_the_file(tmp_path):
 
 @pytest.mark.parametrize("content", [{}, "text", 3, None, {"a.jpg": ["x"]}])
 def test_not_a_list_of_entries(file, content):
-    assert "is no list" in refusal(write(file, content))
+    assert "is not a list" in refusal(write(file, content))
 
 
 def test_no_images(file):

@@ -87,7 +87,7 @@ def test_rows_that_all_stand_there_several_times_are_copies(tmp_path, capsys):
     rows = ["1.jpg,a", "1.jpg,b", "1.jpg,a", "2.jpg,c", "3.jpg,d", "3.jpg,e", "3.jpg,d"]
     doubled = [*rows[:4], *rows, "1.jpg,nan"]
     (tmp_path / "en_train.csv").write_text("\n".join(["image,caption", *doubled]))
-    pairs = [("1.jpg", ["a", "a", "b"]), ("2.jpg", ["c"]), ("3.jpg", ["d", "e", "d"])]
+    pairs = [("1.jpg", ["a", "b", "a"]), ("2.jpg", ["c"]), ("3.jpg", ["d", "e", "d"])]
     assert read_annotations(tmp_path / "en_train.csv") == pairs
     assert capsys.readouterr().out.endswith("left out are copied entries: 4, empty captions: 1\n")
     numbered = [f"{row},{number}" for number, row in enumerate(doubled)]

@@ -275,12 +275,12 @@ def test_a_run_that_finishes_while_another_writes(root):
 
     def interrupted_by_the_other():
         nonlocal other
-        yield pixels[:5], []
+        yield pixels[:5], {}
         assert not file.exists()
         other = cached(root).cached
-        yield pixels[5:], []
+        yield pixels[5:], {}
 
-    mine, _ = cached_pixels(file, root, dataset.image, Preprocess(SIDE), interrupted_by_the_other())
+    mine, _ = cached_pixels(file, dataset, interrupted_by_the_other())
     assert torch.equal(mine, pixels) and torch.equal(other, pixels)
     assert [file.name for file in file.parent.iterdir()] == [NAME]
     written = identity(file)
@@ -317,11 +317,11 @@ def test_an_interrupted_run_leaves_nothing(root):
     pixels = decoded(dataset)
 
     def interrupted():
-        yield pixels[:5], []
+        yield pixels[:5], {}
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cached_pixels(root / ".cache" / NAME, root, dataset.image, Preprocess(SIDE), interrupted())
+        cached_pixels(root / ".cache" / NAME, dataset, interrupted())
     assert list((root / ".cache").iterdir()) == []
     cached(root)
 
@@ -330,10 +330,10 @@ def write_until_killed(root):
     dataset = Flickr8kDataset(root, SIDE)
 
     def killed():
-        yield decoded(dataset)[:5], []
+        yield decoded(dataset)[:5], {}
         os.kill(os.getpid(), signal.SIGTERM)
 
-    cached_pixels(root / ".cache" / NAME, root, dataset.image, Preprocess(SIDE), killed())
+    cached_pixels(root / ".cache" / NAME, dataset, killed())
 
 
 def test_a_killed_run_leaves_no_file_of_the_final_name(root):
@@ -408,8 +408,10 @@ def test_a_broken_image_is_remembered_and_named_when_it_is_asked_for(root, num_w
     image.write_bytes(content[:100])
     for _ in ("written", "read"):
         dataset = Flickr8kDataset(root, SIDE)
+        with pytest.raises(InputError) as problem:
+            dataset.reader[7]
         dataset.cache(num_workers=num_workers)
-        assert list(dataset.unreadable) == [7]
+        assert dataset.unreadable == {7: str(problem.value)}
         with pytest.raises(InputError, match=r"train_0007\.png") as error:
             list(dataset.batches([[0, 1]], num_workers))
         assert "\n" not in str(error.value)

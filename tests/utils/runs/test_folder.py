@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import tiny_clip
 
-from models.run_files import BEST, CHECKPOINT
+from models.run_files import BEST, CHECKPOINT, MIXTURE, run_weights
 from utils.machine.processes import ALONE
 from utils.runs.checkpoint import read_checkpoint
 from utils.runs.folder import Run
@@ -111,6 +111,16 @@ def test_weights_that_are_there_are_kept(run, model, capsys):
     state = state_of(run, model, 9.0, 5.0)
     run.replace_missing_best(state)
     assert scale_of_best(run) == 1 and state.best_since == 0 and not capsys.readouterr().out
+
+
+def test_a_mixture_of_earlier_epochs_does_not_count(run, model):
+    """A finished run is continued: until it ends, its newest weights are those of an epoch."""
+    end_epoch(run, model, 9.0)
+    mixture = run.folder / MIXTURE
+    mixture.touch()
+    assert run_weights(run.folder) == mixture
+    end_epoch(run, model, 9.0, 5.0)
+    assert run_weights(run.folder) == run.folder / BEST
 
 
 def test_other_ranks_write_nothing(run, model):

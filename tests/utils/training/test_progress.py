@@ -31,7 +31,8 @@ def printed(capsys, before, after, images, epoch=1, rate=1e-4):
 
 def after_epochs(*recalls, start=None, distillation=None):
     state = State(nn.Linear(1, 1), optimizer=None, precision=None, distillation=distillation)
-    state.start, state.epochs = start, [{"mean_recall": recall} for recall in recalls]
+    state.start = start
+    state.epochs = [{"epoch": n, "mean_recall": recall} for n, recall in enumerate(recalls, 1)]
     return state
 
 
@@ -54,6 +55,12 @@ def test_a_best_epoch_that_is_clearly_below_the_start_is_told(capsys):
 def test_a_best_epoch_that_does_not_count_is_told(capsys):
     comment_on_epochs(after_epochs(7.0, 8.62, 7.5, distillation=True), 200)
     assert "epoch 2 had a higher mean recall, 8.62" in capsys.readouterr().out
+    state = after_epochs(9.0, 8.0, 8.62, 7.5, distillation=True)
+    state.best_since = 1  # the weights of epoch 1 were lost
+    comment_on_epochs(state, 200)
+    assert "epoch 3 had a higher mean recall, 8.62" in capsys.readouterr().out
+    state.best_since = 3
+    comment_on_epochs(state, 200)
     comment_on_epochs(after_epochs(7.0, 8.62, distillation=True), 200)
     comment_on_epochs(after_epochs(7.0, 8.62, 7.5), 200)  # there the best one counts
     assert not capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import nullcontext
 
 import pytest
 
@@ -84,6 +85,17 @@ def test_what_cannot_be_meant_is_refused_in_one_line(monkeypatch, tmp_path, argu
             lacks_demo_set(args.dataset_path, args.language)
         check_arguments(args)
     assert named in str(error.value).replace(os.sep, "/") and "\n" not in str(error.value)
+
+
+def test_max_forgetting_without_sets_is_refused_when_a_run_goes_on(monkeypatch):
+    saved = as_saved(settled(monkeypatch), None)
+    resumed = {"arguments": saved, "start": None, "rows": [], "losses": []}
+    monkeypatch.setattr("utils.training.settings.read_resumed", lambda *_: resumed)
+    for given, is_refused in (("2", False), ("3", True)):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--max_forgetting", given])
+        parser = build_parser()
+        with pytest.raises(InputError, match="--retention") if is_refused else nullcontext():
+            resolve_arguments(parser, parser.parse_args())
 
 
 def test_the_demo_goes_into_empty_folders_and_stays_in_its_own(monkeypatch, tmp_path):
