@@ -152,10 +152,8 @@ class SelfAttention(nn.Module):
 
     def _mixed(self, query: Tensor, x: Tensor, layout: Layout) -> Tensor:
         """Queries `[n, q, w]`, tokens `[t, w]` -> `[n, q, w]`."""
-        grids = (query, layout.grid(self.key(x)), layout.grid(self.value(x)))
-        query, key, value = (g.unflatten(-1, (self.heads, -1)).transpose(1, 2) for g in grids)
-        mixed = attend(query, key, value, layout.mask())
-        return mixed.transpose(1, 2).flatten(2)
+        qkv = query, layout.grid(self.key(x)), layout.grid(self.value(x))
+        return attend(qkv, self.heads, layout.mask())
 
 
 class AddAndNorm(nn.Module):
