@@ -54,7 +54,7 @@ def read_weights(path: Path, activation: str | None = None) -> tuple[dict[str, T
     elif path.is_file() and is_torchscript(path):
         config = infer_config(weights)
     else:
-        config = kind.description(folder, weights)
+        config = kind.description(folder)
     if config is None:
         config = infer_config(weights)
         if activation is None and not cn_clip.is_of_authors(config):
@@ -74,20 +74,26 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
         index = read_json(folder / f"{name}.index.json")
         if index is not None:
             with naming(f"{name}.index.json"):
-                return _read_shards(folder, index)
+                return _read_shards(folder, shards(index))
     raise InputError(f"a folder without weights; one of these should be in it: {', '.join(names)}")
 
 
-def _read_shards(folder: Path, index: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights in the files that an index of transformers lists."""
+def shards(index: dict[str, Any]) -> list[str]:
+    """The files beside an index of transformers that it lists."""
     table = index.get("weight_map")
     if not isinstance(table, dict) or not table:
         raise InputError("lists no files (weight_map)")
-    weights: dict[str, Tensor] = {}
-    for name in sorted(set(map(str, table.values()))):
-        part = one_line(name)
+    names = sorted(set(map(str, table.values())))
+    for name in names:
         if Path(name).name != name:
-            raise InputError(f"its part {part} is outside of the folder")
+            raise InputError(f"its part {one_line(name)} is outside of the folder")
+    return names
+
+
+def _read_shards(folder: Path, names: list[str]) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        part = one_line(name)
         if not (folder / name).is_file():
             raise InputError(f"its part {part} is missing; download it as well")
         with naming(part):

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -12,19 +12,15 @@ from torch import Tensor
 from models.clip import CLIP
 from models.config import Config
 
-if TYPE_CHECKING:
-    from models.weights.hub import Repository
-
 Weights = dict[str, Tensor]
 
 
 class Format(NamedTuple):
     """A format of weights; `models.weights.formats.FORMATS` lists all.
 
-    `write(model, output, dtype)` raises `InputError` for a model that the format cannot hold.
-    `files` are the names or glob patterns of the weights in a folder. `fetch` returns the folder
-    of a repository on the hub, with all that is read of it, or None if the repository has no such
-    weights; `hub_files` names these files in messages.
+    `write(model, output, dtype)` raises `InputError` for a model that the format cannot hold. A
+    folder or a repository on the hub has one of `files` (names or glob patterns of weights), the
+    first of `descriptions`, and perhaps the others.
     """
 
     purpose: str
@@ -32,11 +28,10 @@ class Format(NamedTuple):
     write: Callable[[CLIP, Path, torch.dtype], None]
     check: Callable[[Path], object] = lambda output: None  # before anything is read
     files: tuple[str, ...] = ()
+    descriptions: tuple[str, ...] = ()
     recognises: Callable[[Weights], bool] = lambda weights: False  # by the keys
     to_ours: Callable[[Weights], Weights] = lambda weights: weights
-    description: Callable[[Path, Weights], Config | None] = lambda folder, weights: None
-    fetch: Callable[["Repository"], Path | None] = lambda repository: None
-    hub_files: str = ""
+    description: Callable[[Path], Config | None] = lambda folder: None
 
 
 def save_safetensors(weights: Weights, file: Path, dtype: torch.dtype, **metadata: str) -> None:

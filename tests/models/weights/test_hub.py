@@ -52,6 +52,7 @@ CHINESE = {  # names of cn_clip's configurations of both towers
     "OFA-Sys/chinese-clip-vit-huge-patch14": ("ViT-H-14", "RoBERTa-wwm-ext-large-chinese"),
     "OFA-Sys/chinese-clip-rn50": ("RN50", "RBT3-chinese"),
 }
+WANTED = ("open_clip_config.json", "open_clip_model.safetensors")
 UNUSED = ("flax_model.msgpack", "tf_model.h5", "model.onnx", "README.md")
 
 
@@ -287,7 +288,7 @@ class TestBothFormats:
         for file in ("config.json", "model.safetensors"):
             huggingface_hub.hf_hub_download(THEIRS, file)
         offline(monkeypatch)
-        with pytest.raises(InputError, match=r"preprocessor_config\.json[^~]*not whole in"):
+        with pytest.raises(InputError, match=r"preprocessor_config\.json[^~]*not complete in"):
             load(THEIRS, "cpu")
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         huggingface_hub.hf_hub_download(THEIRS, "preprocessor_config.json")
@@ -379,6 +380,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("status", [401, 403])
     def test_a_gated_repository(self, server, status):
+        server.repositories[THEIRS] = dict.fromkeys(WANTED, b"{}")
         server.errors[THEIRS] = (status, "GatedRepo")
         message = refused(THEIRS)
         assert f"agree to the terms on {server.root}/{THEIRS}" in message and "HF_TOKEN" in message
@@ -398,8 +400,7 @@ class TestRefusals:
             assert part in message
 
     def test_no_connection(self, server, monkeypatch):
-        template = "http://127.0.0.1:1/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
         message = refused(NAME)
         assert "HF_ENDPOINT=https://<mirror>" in message and f"{LAION}/tree/main" in message
         assert "open_clip_model.safetensors" in message
@@ -416,9 +417,9 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("files", "reason"),
         [
-            ({"config.json": b'{"model_type": "bert"}'}, "of type 'bert'"),
-            ({"config.json": b'{"architecture": "vit_base"}'}, "no weights of a CLIP"),
-            ({"config.json": b'{"model_type": ["clip"]}'}, "no weights of a CLIP"),
+            ({"config.json": b'{"model_type": "bert"}'}, "model_type is 'bert', not clip"),
+            ({"config.json": b'{"architecture": "vit_base"}'}, "model_type is None, not clip"),
+            ({"config.json": b'{"model_type": ["clip"]}'}, "not that of a CLIPModel"),
             ({"RemoteCLIP.pt": b"", "README.md": b""}, "no weights of a CLIP"),
             ({"open_clip_config.json": json.dumps(DESCRIPTIONS["ViT-B-16-SigLIP"]).encode()},
              "timm_model_name"),

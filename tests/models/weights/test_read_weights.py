@@ -170,7 +170,7 @@ WRONG = {
                                 rf"open_clip_config\.json: its {said}")
         for field, value, said in [
             (f"{VISION}.width", "128", "width would be '128'"),
-            (f"{VISION}.width", [9], r"width would be \[9\]"),
+            (f"{VISION}.width", [9], r"width would be \(9,\)"),
             (f"{VISION}.width", 0, "width would be 0"),
             (f"{VISION}.head_width", 0, "description .*zero|head_width would be 0"),
             (f"{VISION}.mlp_ratio", float("nan"), "mlp_ratio would be nan"),
@@ -187,15 +187,15 @@ WRONG = {
             rf"/copy: config\.json: its {said}",
         )
         for field, value, said in [
-            ("text_config.hidden_size", "64", "text_config has hidden_size '64'"),
-            ("text_config.vocab_size", -1, "text_config has vocab_size -1"),
-            ("vision_config.num_attention_heads", 0, "vision_config has num_attention_heads 0"),
-            ("vision_config.image_size", float("nan"), "vision_config has image_size nan"),
+            ("text_config.hidden_size", "64", "transformer_width would be '64'"),
+            ("text_config.vocab_size", -1, "vocab_size would be -1"),
+            ("vision_config.num_attention_heads", 0, "description is not .*zero"),
+            ("vision_config.image_size", float("nan"), "image_resolution would be nan"),
             ("vision_config.num_hidden_layers", 10**6, "vision_layers would be 1000000"),
             ("projection_dim", None, "embed_dim would be None"),
-            ("text_config.eos_token_id", 7, "eos_token_id is 7; 49407 works"),
+            ("text_config.eos_token_id", 7, "text_config has eos_token_id 7; only 49407 or 2"),
             ("text_config.hidden_act", "relu", "towers have another hidden_act each; one"),
-            ("vision_config.hidden_act", "relu", "hidden_act is 'relu'; gelu or quick_gelu work"),
+            ("vision_config.hidden_act", "relu", "towers have another hidden_act each; one"),
             ("vision_config.layer_norm_eps", 1e-6, "vision_config has layer_norm_eps 1e-06; only"),
         ]
     },
@@ -206,11 +206,11 @@ WRONG = {
     ),
     # Other models
     "SigLIP": ("transformers", partial(another_model, model_type="siglip"),
-               r"config\.json: its model_type is 'siglip', not 'clip'; take a whole CLIPModel"),
+               r"config\.json: its model_type is 'siglip', not clip or chinese_clip; take a whole CLIPModel"),
     "BLIP": ("transformers", partial(another_model, model_type="blip"), "model_type is 'blip'"),
     "a vision tower": (
         "transformers", partial(another_model, model_type="clip_vision_model", tower="vision"),
-        "model_type is 'clip_vision_model', not 'clip'; take a whole CLIPModel",
+        "model_type is 'clip_vision_model', not clip or chinese_clip; take a whole CLIPModel",
     ),
     "a text tower": (
         "transformers", partial(another_model, model_type="clip_text_model", tower="text_"),
