@@ -4,7 +4,6 @@ pipe could block and a device never end; files read whole have a largest size.""
 import io
 import json
 import os
-import re
 import sys
 import zipfile
 from collections.abc import Iterable
@@ -17,11 +16,6 @@ from filelock import FileLock, Timeout
 from models.errors import InputError, naming, one_line
 
 LARGEST = 2**30  # bytes of a file that is read whole: captions of millions of images are less
-OTHER_PROGRAMS = {  # first bytes of their files
-    re.compile(rb"GGUF"): "a GGUF file (llama.cpp's)",
-    re.compile(rb"\x89HDF\r\n"): "an HDF5 file (of Keras and TensorFlow)",
-    re.compile(rb"\x08[\x01-\x1f][\x12\x1a\x3a]"): "an ONNX model",
-}
 
 
 def probably_meant(name: str, others: Iterable[str]) -> str:
@@ -154,9 +148,6 @@ def describe(path: Path) -> str:
         start = file.read(256)
     if start.startswith(b"PK\3\4") and names_in_archive(path) is None:
         return f"an archive cut short at {size}"
-    for pattern, program in OTHER_PROGRAMS.items():
-        if pattern.match(start):
-            return f"{program} of {size}"
     start = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if not start:
         return f"an empty file of {size}"

@@ -155,14 +155,13 @@ def _random_images(config: Config, n: int) -> Tensor:
 
 
 def _random_tokens(config: Config, n: int) -> Tensor:
-    """Texts of different lengths that end with the largest id, padded with zeros; the rows are
-    shorter for a larger n."""
-    generator = torch.Generator().manual_seed(n)
+    """Texts, each a token shorter than the one before; the rows are shorter for a larger n."""
     length, end = config.context_length // n, config.vocab_size - 1
-    tokens = torch.randint(end, (n, length), generator=generator)
-    ends = torch.randint(length, (n, 1), generator=generator)
-    positions = torch.arange(length)
-    return tokens.masked_fill(positions > ends, 0).masked_fill(positions == ends, end)
+    tokens = torch.randint(1, end, (n, length), generator=torch.Generator().manual_seed(n))
+    for padding, row in enumerate(tokens):
+        row[length - 1 - padding :] = 0
+        row[length - 1 - padding] = end
+    return tokens
 
 
 def preparation(model: CLIP) -> dict[str, Any]:

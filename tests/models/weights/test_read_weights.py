@@ -206,7 +206,7 @@ WRONG = {
     ),
     # Other models
     "SigLIP": ("transformers", partial(another_model, model_type="siglip"),
-               r"config\.json: its model_type is 'siglip', not clip or chinese_clip; take a whole CLIPModel"),
+               r"config\.json: its model_type is 'siglip', not clip or chinese_clip; take a whole C"),
     "BLIP": ("transformers", partial(another_model, model_type="blip"), "model_type is 'blip'"),
     "a vision tower": (
         "transformers", partial(another_model, model_type="clip_vision_model", tower="vision"),
@@ -237,10 +237,7 @@ WRONG = {
     "two CLIPs": ("open_clip", two_clips,
                   r"model\.bin: holds 2 CLIP models \(ema, state_dict\.module\); save the one"),
     "ONNX": ("open_clip", partial(content, data=b"\x08\x0a\x12\x07pytorch\x1a\x052.9.0:\xff"),
-             r"model\.safetensors: an ONNX model of 20 bytes, not weights; download it .*\.pt"),
-    "GGUF": ("open_clip", partial(content, data=b"GGUF\x03\0\0\0" + bytes(99)), "a GGUF file .*as"),
-    "HDF5": ("transformers", partial(content, data=b"\x89HDF\r\n\x1a\n" + bytes(99)),
-             r"model\.safetensors: an HDF5 file \(of Keras and TensorFlow\)"),
+             r"model\.safetensors: another file of 20 bytes, not weights; download it .*\.pt"),
     "a zip": ("open_clip", zipped, "an archive without .*data.pkl, so not torch's; .*unpack it"),
     "Git LFS": ("transformers", partial(content, data=POINTER),
                 r"model\.safetensors: a Git LFS pointer .*git lfs pull"),
