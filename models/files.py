@@ -102,6 +102,11 @@ def read_json(file: Path) -> dict[str, Any] | None:
     return content
 
 
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write `content` as indented JSON."""
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def decoded(content: bytes, file: object) -> str:
     """The text of a UTF-8 file with this content. Raises `InputError` for anything else."""
     try:

@@ -22,6 +22,7 @@ FORMATS = {
     "safetensors": safetensors_file.FORMAT,
     "onnx": onnx.FORMAT,
 }
+FILES = [name for each in FORMATS.values() for name in each.files]
 TOKENIZERS = {"vocab.json": (), "tokenizer.json": ("model", "vocab")}  # where the tokens are in it
 UNTOLD = (
     "a state dict does not tell its activation; put the description of the model beside it "
@@ -64,10 +65,15 @@ def read_weights(path: Path, activation: str | None = None) -> tuple[dict[str, T
     return weights, config
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether weights, or an index of them, lie in a folder under a usual name."""
+    names = [peft.CONFIG_FILE, *FILES, *(f"{name}.index.json" for name in FILES)]
+    return any(any(folder.glob(name)) for name in names)
+
+
 def _read_folder(folder: Path) -> dict[str, Tensor]:
     """The weights in the first file of a usual name, or in all that an index lists."""
-    names = [name for each in FORMATS.values() for name in each.files]
-    for name in names:
+    for name in FILES:
         for file in sorted(folder.glob(name)):
             with naming(file.name):
                 return read_state_dict(file)
@@ -75,7 +81,7 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
         if index is not None:
             with naming(f"{name}.index.json"):
                 return _read_shards(folder, shards(index))
-    raise InputError(f"a folder without weights; one of these should be in it: {', '.join(names)}")
+    raise InputError(f"a folder without weights; one of these should be in it: {', '.join(FILES)}")
 
 
 def shards(index: dict[str, Any]) -> list[str]:

@@ -1,9 +1,8 @@
 """The interface of a weights format, and the writing of its files."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from models.clip import CLIP
 from models.config import Config
+from models.files import write_json
 
 Weights = dict[str, Tensor]
 
@@ -48,10 +48,6 @@ def cast(weights: Weights, dtype: torch.dtype) -> Weights:
         key: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
         for key, tensor in weights.items()
     }
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_tokenizer(model: CLIP, folder: Path) -> None:

@@ -16,8 +16,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from models.clip import CLIP
 from models.config import Config
 from models.errors import InputError, one_line
+from models.files import write_json
 from models.progress_bar import progress_bar
-from models.weights.interface import Format, write_json, write_tokenizer
+from models.weights.interface import Format, write_tokenizer
 
 OPSET = 18  # the version of the ONNX operators
 LARGEST_FILE = 2 * 10**9  # bytes; an ONNX file ends at 2 GiB, and larger weights lie beside it

@@ -13,8 +13,8 @@ import torch
 from models.clip import CLIP
 from models.config import MAX_SIZE, VOCABULARY, Config, check_config, description_of
 from models.errors import InputError, naming, quoted
-from models.files import read_json
-from models.weights.interface import Format, Weights, save_safetensors, write_json
+from models.files import read_json, write_json
+from models.weights.interface import Format, Weights, save_safetensors
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")

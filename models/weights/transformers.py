@@ -10,8 +10,8 @@ from torch import Tensor
 from models.clip import CLIP
 from models.config import CHINESE_CONTEXT_LENGTH, VOCABULARY, Config, check_config, description_of
 from models.errors import InputError, naming, quoted
-from models.files import read_json
-from models.weights.interface import Format, Weights, save_safetensors, write_json, write_tokenizer
+from models.files import read_json, write_json
+from models.weights.interface import Format, Weights, save_safetensors, write_tokenizer
 
 CONFIG_FILE = "config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"

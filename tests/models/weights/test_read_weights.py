@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from script_runs import error_line
 
 from models import CLIP, load
-from models.clip_utils import create_model, find_weights
+from models.clip_utils import check_name, create_model, find_weights
 from models.config import Config
 from models.convert import convert
 from models.errors import InputError
@@ -206,7 +206,7 @@ WRONG = {
     ),
     # Other models
     "SigLIP": ("transformers", partial(another_model, model_type="siglip"),
-               r"config\.json: its model_type is 'siglip', not clip or chinese_clip; take a whole C"),
+               r"config\.json: its model_type is 'siglip', not clip or chinese_clip; take a whole"),
     "BLIP": ("transformers", partial(another_model, model_type="blip"), "model_type is 'blip'"),
     "a vision tower": (
         "transformers", partial(another_model, model_type="clip_vision_model", tower="vision"),
@@ -401,6 +401,28 @@ def test_the_folder_of_a_run_stands_for_the_weights_that_it_chose(tmp_path):
     assert find_weights(tmp_path / "run") == weights / "best_epoch_weights.pth"
     shutil.copy(weights / "best_epoch_weights.pth", weights / "wise_ft_weights.pth")
     assert find_weights(tmp_path / "run") == weights / "wise_ft_weights.pth"
+
+
+def test_a_run_that_has_a_checkpoint_alone_says_what_to_give(tmp_path):
+    checkpoint = tmp_path / "run" / "weights" / "checkpoint.pth"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    with pytest.raises(InputError) as error:
+        check_name(tmp_path / "run")
+    assert f"; give {checkpoint}" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_a_folder_of_weights_may_have_runs_below_it(good, tmp_path, kind):
+    """As the folder of a downloaded model in which someone trains."""
+    shutil.copytree(good / kind, tmp_path / "copy")
+    weights = tmp_path / "copy" / "2026-12-01" / "weights"
+    weights.mkdir(parents=True)
+    (weights / "best_epoch_weights.pth").touch()
+    assert find_weights(tmp_path / "copy") == tmp_path / "copy"
+    weights_in(tmp_path / "copy").unlink()
+    with pytest.raises(InputError, match=r"no run with weights; those here are .*2026-12-01"):
+        find_weights(tmp_path / "copy")
 
 
 @pytest.mark.parametrize(
