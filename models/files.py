@@ -5,7 +5,6 @@ import io
 import json
 import os
 import sys
-import zipfile
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -151,8 +150,6 @@ def describe(path: Path) -> str:
     size = f"{path.stat().st_size:,} bytes"
     with path.open("rb") as file:
         start = file.read(256)
-    if start.startswith(b"PK\3\4") and names_in_archive(path) is None:
-        return f"an archive cut short at {size}"
     start = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if not start:
         return f"an empty file of {size}"
@@ -161,14 +158,3 @@ def describe(path: Path) -> str:
     if start.startswith(b"version https://git-lfs"):
         return f"a Git LFS pointer of {size} without the file itself (git lfs pull brings it)"
     return f"another file of {size}"
-
-
-def names_in_archive(path: Path) -> list[str] | None:
-    """The names of the files in a zip archive; None if it is damaged or no archive."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.namelist()
-    except OSError:
-        raise
-    except Exception:  # a damaged archive can break the reader in any way
-        return None

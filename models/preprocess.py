@@ -24,8 +24,6 @@ NEED_A_PACKAGE = {
     **dict.fromkeys((".heic", ".heif", ".hif"), "pip install pillow-heif"),
     ".avif": "pip install --upgrade Pillow",
 }
-# Long side over short side. A narrower image, resized whole, could fill the memory.
-MAX_ASPECT_RATIO = 100
 
 with suppress(ImportError):
     from pillow_heif import register_heif_opener
@@ -128,24 +126,15 @@ class Preprocess:
     def resize_and_crop(self, image: Image.Image) -> Tensor:
         """An RGB image -> uint8 `[3, side, side]`.
 
-        Mode "shortest" resizes the short side and crops the centre: pixel for pixel torchvision's
-        `Resize` and `CenterCrop`, but for rounding beyond `MAX_ASPECT_RATIO`. Mode "squash" resizes
-        both sides.
+        Mode "shortest" resizes the short side and crops the centre, as torchvision's `Resize`
+        and `CenterCrop` do, pixel for pixel. Mode "squash" resizes both sides.
         """
-        side, resample = self.side, Image.Resampling[self.interpolation.upper()]
-        short, long = min(image.size), max(image.size)
-        enlarged = int(side * long / short)
-        width, height = (side, enlarged) if image.width == short else (enlarged, side)
+        side, width, height = self.side, self.side, self.side
+        if self.resize_mode == "shortest":
+            width, height = (int(side * length / min(image.size)) for length in image.size)
         left, top = round((width - side) / 2), round((height - side) / 2)
-        box = (left, top, left + side, top + side)
-        if self.resize_mode == "squash":
-            image = image.resize((side, side), resample)
-        elif long <= MAX_ASPECT_RATIO * short:
-            image = image.resize((width, height), resample).crop(box)
-        else:  # resize the crop only
-            x, y = image.width / width, image.height / height
-            box = (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
-            image = image.resize((side, side), resample, box=box)
+        image = image.resize((width, height), Image.Resampling[self.interpolation.upper()])
+        image = image.crop((left, top, left + side, top + side))
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
     def normalize(self, images: Tensor) -> Tensor:

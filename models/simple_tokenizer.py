@@ -7,7 +7,6 @@ is unknown.
 import gzip
 import html
 import re
-from collections.abc import Iterable
 from functools import lru_cache
 from heapq import heappop, heappush
 from itertools import chain
@@ -49,7 +48,7 @@ def clean(text: str) -> str:
 
 
 class SimpleTokenizer:
-    """Text to token ids and back, with the 49,408 tokens of all published CLIP models.
+    """Text to token ids, with the 49,408 tokens of all published CLIP models.
 
     Text never becomes a special token: a caption's `<|endoftext|>` becomes tokens for its
     punctuation and letters, so that no caption ends early.
@@ -67,7 +66,6 @@ class SimpleTokenizer:
         self.decoder = tokens
         self.priorities = {merge: i for i, merge in enumerate(merges)}  # 0 is merged first
         self.symbol_of_byte = symbols
-        self.byte_of_symbol = {symbol: byte for byte, symbol in symbols.items()}
         self.start_of_text = self.encoder[START_OF_TEXT]
         self.end_of_text = self.encoder[END_OF_TEXT]
         self.words = range(self.start_of_text)
@@ -77,18 +75,6 @@ class SimpleTokenizer:
     def encode(self, text: str) -> list[int]:
         """The token ids of `text`, without start-of-text and end-of-text token."""
         return [*chain.from_iterable(map(self.encode_chunk, clean(text).split()))]
-
-    def decode(self, tokens: Iterable[int]) -> str:
-        """The text of token ids, in lower case and with a space after each word. Special tokens are
-        written out; a character that was cut becomes U+FFFD."""
-        data = bytearray()
-        for token in tokens:
-            symbols = self.decoder[token]
-            word_ends = symbols.endswith(END_OF_WORD)
-            data += bytes(self.byte_of_symbol[s] for s in symbols.removesuffix(END_OF_WORD))
-            if word_ends or token >= self.start_of_text:
-                data += b" "
-        return data.decode("utf-8", errors="replace")
 
     def transformers_files(self, context_length: int) -> dict[str, Any]:
         merges = (" ".join(merge) for merge in self.priorities)

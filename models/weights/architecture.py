@@ -45,23 +45,19 @@ def infer_config(state_dict: dict[str, Tensor]) -> Config:
             vision_head_width=HEAD_WIDTHS.get(0 if is_resnet else vision_width, HEAD_WIDTH),
             **text_tower,
         )
-        heads = {"transformer_width": HEAD_WIDTH}
-        heads |= {} if is_resnet else {"vision_width": config.vision_head_width}
-        for name, head_width in heads.items():
-            if getattr(config, name) % head_width:
-                raise InputError(
-                    f"its {name} {getattr(config, name)} is no multiple of {head_width}, the width "
-                    "of an attention head in weights without a description"
-                )
+        heads = {config.transformer_width: HEAD_WIDTH}
+        heads |= {} if is_resnet else {vision_width: config.vision_head_width}
+        for width, head_width in heads.items():
+            if width % head_width:
+                raise InputError(f"its width {width} is no multiple of {head_width}, the width of "
+                                 "an attention head in weights without a description")  # fmt: skip
         if math.isqrt(positions) ** 2 != positions:
             raise InputError(f"the {positions} positions in an image do not form a square")
         check_config(config)
     except KeyError as error:
         raise InputError(_not_clip(f"{error} is missing", state_dict)) from None
-    except InputError as error:
+    except (IndexError, ValueError) as error:  # also an InputError
         raise InputError(_not_clip(str(error), state_dict)) from None
-    except (IndexError, ValueError):
-        raise InputError(_not_clip("its shapes are different", state_dict)) from None
     return config
 
 

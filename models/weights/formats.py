@@ -13,7 +13,7 @@ from models.files import read_json
 from models.lora import merged
 from models.weights import cn_clip, onnx, open_clip, peft, safetensors_file, transformers
 from models.weights.architecture import infer_config
-from models.weights.read import is_torchscript, read_file, read_state_dict
+from models.weights.read import read_file, read_state_dict
 
 FORMATS = {
     "open_clip": open_clip.FORMAT,
@@ -36,11 +36,10 @@ def read_weights(path: Path, activation: str | None = None) -> tuple[dict[str, T
     """The weights at `path` with our keys, and the description of their model.
 
     A folder holds weights of one of `FORMATS`, in one file or in several with an index, and their
-    description; or an adapter of the library peft. The description of a file is in the file (a
-    checkpoint of train.py, a .safetensors of convert.py) or lies beside it. Published TorchScript
-    archives and files of cn_clip need none. `activation` ("gelu" or "quick_gelu") is for a state
-    dict without a description. Raises `InputError` for missing or damaged files and for other kinds
-    of models; the caller names `path`.
+    description; or an adapter of the library peft. The description of a file is in it, see
+    `read_file`, or lies beside it; files of cn_clip need none. `activation` ("gelu" or
+    "quick_gelu") is for a state dict without a description. Raises `InputError` for missing or
+    damaged files and for other kinds of models; the caller names `path`.
     """
     if (path / peft.CONFIG_FILE).exists():
         with peft.merged_folder(path) as folder:
@@ -50,12 +49,7 @@ def read_weights(path: Path, activation: str | None = None) -> tuple[dict[str, T
     weights = merged(weights)
     kind = next((f for f in FORMATS.values() if f.recognises(weights)), open_clip.FORMAT)
     weights = kind.to_ours(weights)
-    if own is not None:
-        config = open_clip.from_open_clip(own)
-    elif path.is_file() and is_torchscript(path):
-        config = infer_config(weights)
-    else:
-        config = kind.description(folder)
+    config = open_clip.from_open_clip(own) if own is not None else kind.description(folder)
     if config is None:
         config = infer_config(weights)
         if activation is None and not cn_clip.is_of_authors(config):

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from models.errors import InputError, one_line
-from models.files import describe, names_in_archive
+from models.files import describe
 from models.weights import safetensors_file
+from models.weights.architecture import infer_config
+from models.weights.open_clip import to_open_clip
 from models.weights.unpickle import (
     LONGEST_NAME,
     NOT_RUN,
@@ -45,7 +47,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The weights in a published TorchScript archive or in a state dict (.pt, .pth, .bin,
     .safetensors), wrapped or not, see `unwrap`; and open_clip's description of their model if the
-    file has one (a checkpoint of train.py, a .safetensors of convert.py).
+    file tells it (an archive, a checkpoint of train.py, a .safetensors of convert.py).
 
     Floats are float32, except from .safetensors. Raises `InputError`, which describes any other
     file; the caller names the file.
@@ -56,8 +58,10 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
             weights, description = safetensors_file.read(path)
             return unwrap(weights), description
         content, storages = (_load_zip if kind == "zip" else _load_legacy)(_mapped(path))
-        own = content.get("config") if _is_checkpoint(content) else None
-        return {name: storages.tensor(plain) for name, plain in unwrap(content).items()}, own
+        weights = {name: storages.tensor(plain) for name, plain in unwrap(content).items()}
+        if "constants.pkl" in storages.records:  # TorchScript
+            return weights, to_open_clip(infer_config(weights))
+        return weights, content.get("config") if _is_checkpoint(content) else None
 
 
 def read_content(path: Path, is_wanted: Callable[[Any], bool]) -> Any | None:
@@ -238,8 +242,3 @@ def weights_format(path: Path) -> str:
     raise InputError(
         f"{describe(path)}, not weights; download it anew, as .safetensors, .bin, .pt or .pth"
     )
-
-
-def is_torchscript(path: Path) -> bool:
-    """Whether the file is an archive of `torch.jit.save`."""
-    return any(name.endswith("/constants.pkl") for name in names_in_archive(path) or [])
