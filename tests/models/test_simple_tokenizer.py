@@ -48,7 +48,7 @@ def reference():
 @pytest.fixture(scope="module")
 def transformers_tokenizer(ours, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    merges = "\n".join(" ".join(merge) for merge in ours.priorities)
+    merges = "\n".join(" ".join(merge) for merge in ours.merges)
     (folder / "vocab.json").write_text(json.dumps(ours.encoder), encoding="utf-8")
     (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
     return CLIPTokenizer.from_pretrained(folder)
@@ -58,7 +58,7 @@ def test_vocabulary(ours, reference):
     assert ours.decoder[:START] == [reference.decoder[i] for i in range(START)]
     assert len(ours.decoder) == len(ours.encoder) == reference.vocab_size
     assert (ours.start_of_text, ours.end_of_text) == (START, END)
-    assert ours.priorities == reference.bpe_ranks
+    assert ours.merges == list(reference.bpe_ranks)
 
 
 # --- encode ---------------------------------------------------------------------------------------
