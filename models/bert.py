@@ -61,8 +61,8 @@ class Bert(nn.Module):
         return self.encoder(self.embeddings(ids, positions), layout)
 
     def initialize(self) -> None:
-        """Draw random weights for training from scratch, larger than BERT's own, with which the
-        class token attends to little of the text in the first epochs of a small model."""
+        """Draw random weights for training from scratch, larger than BERT's own: with
+        those, the class token of a small model attends to little text in the first epochs."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)

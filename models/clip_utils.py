@@ -75,8 +75,8 @@ def create_model(name: str, input_shape: int | None = None) -> CLIP:
 
 
 def find_weights(name: str | os.PathLike, download_root: str | os.PathLike = MODELS_PTH) -> Path:
-    """The file or folder of the weights `name`, a name or a path as for `load`; for the folder of a
-    run, the weights that it chose.
+    """The file or folder of the weights `name`, a name or a path as for `load`; in the folder of a
+    run, the weights that count.
 
     Missing weights are downloaded, OpenAI's to `download_root`, others to the cache of the Hugging
     Face hub. Raises `InputError` if `name` is neither a name nor a path, or if the download fails.

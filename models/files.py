@@ -1,5 +1,5 @@
-"""Checks and reading of files that users name. Only regular files are read or replaced, because a
-pipe could block and a device never end; files read whole have a largest size."""
+"""Checks and reading of files that users name. Only regular files are read or replaced: a pipe
+could block, and a device never ends."""
 
 import io
 import json
@@ -18,8 +18,8 @@ LARGEST = 2**30  # bytes of a file that is read whole: captions of millions of i
 
 
 def probably_meant(name: str, others: Iterable[str]) -> str:
-    """A hint, in brackets, for messages on a missing file `name`: the one of `others` that differs
-    in upper and lower case or has an ending besides. Empty if there is none."""
+    """A hint, in brackets, for the message on a missing file `name`: one of `others` with another
+    case or with an ending. Empty if there is none."""
     for other in others:
         if other.casefold() == name.casefold():
             return f" (there is {other}: upper and lower case differ)"
@@ -29,8 +29,8 @@ def probably_meant(name: str, others: Iterable[str]) -> str:
 
 
 def file_version(path: Path) -> str:
-    """The size and times of the file at `path`, which differ after a change. `st_ctime` differs
-    even if size and `st_mtime` are restored, except on Windows."""
+    """The size and times of the file at `path`, which differ after a change. On Windows they stay
+    if someone restores them."""
     try:
         status = path.stat()
     except (OSError, ValueError):  # a link to nothing; an impossible name
@@ -118,9 +118,8 @@ def decoded(content: bytes, file: object) -> str:
 
 
 def read_lines(path: Path, kind: str) -> list[str]:
-    """The lines of a UTF-8 text file with one `kind`, such as "caption", a line; stripped, without
-    blank lines. Unicode's other line separators do not end a line. Raises `InputError` if there are
-    no lines."""
+    """The lines of a UTF-8 text file with one `kind`, such as "caption", a line: stripped, without
+    blank lines. Unicode's other separators end no line. Raises `InputError` if no line is left."""
     try:
         text = decoded(read_bytes(path), path)
     except FileNotFoundError:
@@ -134,9 +133,9 @@ def read_lines(path: Path, kind: str) -> list[str]:
 
 
 def lock(file: Path, waiting: str) -> AbstractContextManager:
-    """The lock on `file`, once no other program holds it; `waiting` is printed if one does. The
-    system releases the lock when a program ends; the empty file may stay. Raises `OSError` if the
-    file cannot be created, and `NotImplementedError` for a file system without locks."""
+    """The lock on `file`, as soon as no other process holds it; prints `waiting` if one does. The
+    lock ends with the process; the empty file may stay. Raises `OSError` if the file cannot be
+    created, and `NotImplementedError` for a file system without locks."""
     found = FileLock(file)
     try:
         return found.acquire(timeout=0)
@@ -146,7 +145,7 @@ def lock(file: Path, waiting: str) -> AbstractContextManager:
 
 
 def describe(path: Path) -> str:
-    """The kind of a file by its first bytes, and its size: for a message on a wrong file."""
+    """The kind of a wrong file, identified by its first bytes, and its size."""
     size = f"{path.stat().st_size:,} bytes"
     with path.open("rb") as file:
         start = file.read(256)

@@ -32,7 +32,7 @@ with suppress(ImportError):
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
-    """The image in a file, upright and in RGB; of an animation, the first frame. Raises
+    """The image in a file, or the first frame of an animation, upright and in RGB. Raises
     `InputError` for a file without a readable image."""
     try:
         file = Path(path).expanduser()
@@ -82,8 +82,8 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _grey_of_8_bits(image: Image.Image) -> Image.Image:
-    """Grey of integers or floats in 8 bits. White is the largest number of 8, 16, 24 or 32 bits, as
-    the largest value needs, or 1 for floats below 2; negative values and NaN are black."""
+    """Grey of integers or floats in 8 bits. White is the largest number of the 8, 16, 24 or 32 bits
+    that hold all values, or 1 for floats below 2; negative values and NaN are black."""
     values = np.nan_to_num(np.asarray(image), nan=0, posinf=np.inf, neginf=0)
     largest = values.max(where=np.isfinite(values), initial=0)
     n_bytes = max(1, -(-int(largest).bit_length() // 8))

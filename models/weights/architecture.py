@@ -11,7 +11,7 @@ from models.errors import InputError, listed
 
 HEAD_WIDTH = 64  # of the attention heads in most published models
 HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}  # in open_clip's ViT-H, g, bigG and e
-TOWERS = {  # prefixes of names that only this tower has, also when saved alone
+TOWERS = {  # starts of names of one tower alone, also without the model's prefix
     "image": ("visual.", "class_embedding", "attnpool."),
     "text": ("token_embedding.", "ln_final.", "bert."),
 }
@@ -19,8 +19,8 @@ RESNET_STRIDE = 32  # pixels of an image to a position: a ResNet halves the imag
 
 
 def infer_config(state_dict: dict[str, Tensor]) -> Config:
-    """The description of a model by the shapes of its weights; the rest is as in the published
-    models. Raises `InputError` if they are not the weights of a CLIP model."""
+    """The description of a model, inferred from the shapes of its weights; the rest is as in the
+    published models. Raises `InputError` if they are not the weights of a CLIP model."""
     has_bert = any(key.startswith("bert.") for key in state_dict)
     is_resnet = any(key.startswith("visual.layer1.") for key in state_dict)
     try:
@@ -154,9 +154,9 @@ def resize_positional_embedding(
 
 
 def check_keys(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Raise one `InputError` that lists the keys that are missing, unknown, or of another shape or
-    type than `expected`. Adds a missing `num_batches_tracked` to `weights` as zero, and makes a
-    tensor `[1]` a number where one is expected, as some programs save `logit_scale`."""
+    """Raise one `InputError` that lists missing and unknown keys, and keys of another shape or
+    type than `expected`. Adds a missing `num_batches_tracked` to `weights` as zero, and makes a tensor
+    `[1]` a scalar where one is expected, as some programs save `logit_scale`."""
     for key in expected.keys() - weights.keys():
         if key.endswith("num_batches_tracked"):  # has no effect; some files leave it out
             weights[key] = torch.zeros((), dtype=torch.long)

@@ -24,8 +24,8 @@ def to_ours(weights: Weights) -> Weights:
 
 
 def is_of_authors(config: Config) -> bool:
-    """Whether the sizes tell the activation: those of a ViT of cn_clip, or of any ResNet, since no
-    part of a ResNet with BERT uses `activation`."""
+    """Whether the sizes tell the activation: those of a ViT of cn_clip, or of any ResNet, because a
+    ResNet with BERT does not use `activation`."""
     vit = config.vision_layers, config.vision_width, config.vision_patch_size
     return config.text_tower == "bert" and (not config.is_vit or vit in VITS)
 

@@ -23,7 +23,6 @@ FORMATS = {
     "onnx": onnx.FORMAT,
 }
 FILES = [name for each in FORMATS.values() for name in each.files]
-TOKENIZERS = {"vocab.json": (), "tokenizer.json": ("model", "vocab")}  # where the tokens are in it
 UNTOLD = (
     "a state dict does not tell its activation; put the description of the model beside it "
     f"({open_clip.CONFIG_FILE}), or give --activation: quick_gelu for weights of OpenAI, MetaCLIP "
@@ -55,7 +54,7 @@ def read_weights(path: Path, activation: str | None = None) -> tuple[dict[str, T
         if activation is None and not cn_clip.is_of_authors(config):
             raise InputError(UNTOLD)
         config = replace(config, activation=activation or config.activation)
-    _check_vocabulary(path, config)
+    _check_vocabulary(config)
     return weights, config
 
 
@@ -101,21 +100,12 @@ def _read_shards(folder: Path, names: list[str]) -> dict[str, Tensor]:
     return weights
 
 
-def _check_vocabulary(path: Path, config: Config) -> None:
+def _check_vocabulary(config: Config) -> None:
     """Raise `InputError` for a model whose tokens are not those of the tokenizer here."""
     tower = text_tower(config)
-    known, tokenizer = tower.vocabulary, tower.transformers_tokenizer
-    for name, keys in TOKENIZERS.items():
-        tokens: Any = read_json(path / name) if path.is_dir() else None
-        for key in keys:
-            tokens = tokens.get(key) if isinstance(tokens, dict) else None
-        if isinstance(tokens, dict | list) and len(tokens) != known:
-            raise InputError(
-                f"{name}: has {len(tokens):,} tokens; the {tokenizer} here has {known:,}; take a "
-                "model with that tokenizer"
-            )
-    if config.vocab_size < known:
+    if config.vocab_size != tower.vocabulary:
         raise InputError(
-            f"its texts are made of {config.vocab_size:,} tokens; the {tokenizer} here has "
-            f"{known:,}; take a model with that tokenizer"
+            f"its texts are made of {config.vocab_size:,} tokens, and the "
+            f"{tower.transformers_tokenizer} here has {tower.vocabulary:,}; take a model with that "
+            "tokenizer"
         )

@@ -36,7 +36,7 @@ class HubWeights(NamedTuple):
     trained_on: str
     million_parameters: float
     resolution: int  # pixels
-    activation: str  # that the weights were trained with
+    activation: str  # in the training of the weights
 
 
 def _read_table() -> dict[str, HubWeights]:
@@ -54,8 +54,8 @@ ARCHITECTURES = {name.partition("/")[0].lower() for name in (*CONFIGS, *OPEN_CLI
 
 
 def repository_of(name: str) -> str | None:
-    """The repository, `owner/name` or `owner/name@revision`, of a name. None for what looks like a
-    path or a mistyped name of weights; the prefix `hf-hub:` makes it a repository."""
+    """The repository, `owner/name` or `owner/name@revision`, of a name. None if the name looks like
+    a path or like mistyped weights and has no prefix `hf-hub:`."""
     if name in HUB:
         return HUB[name].repository
     repository = name.removeprefix(PREFIX)
@@ -68,7 +68,7 @@ def repository_of(name: str) -> str | None:
 
 
 def published_copy(name: str) -> HubWeights:
-    """The copy of weights that OpenAI published: of `ViT-L/14@336px` it is `ViT-L-14-336/openai`"""
+    """The copy of OpenAI's weights on the hub: for `ViT-L/14@336px`, `ViT-L-14-336/openai`."""
     return HUB[f"{name.replace('/', '-').replace('@', '-').removesuffix('px')}/openai"]
 
 
@@ -83,8 +83,8 @@ def fetch(name: str) -> Path:
 
 
 def fetch_published(name: str, path: Path) -> Path:
-    """Weights that OpenAI published: the file at `path`, downloaded if need be; or the folder of
-    their copy on the hub. Raises `InputError` if neither is available."""
+    """OpenAI's weights: the file at `path`, downloaded if need be, or the folder of their copy on
+    the hub. Raises `InputError` if neither is available."""
     copy = published_copy(name)
     folder = None if path.exists() else cached(copy.repository)
     if folder is None:

@@ -1,4 +1,4 @@
-"""ONNX files of a model, which programs run without PyTorch."""
+"""ONNX files of a model, for programs without PyTorch."""
 
 import copy
 import logging
@@ -74,7 +74,7 @@ def export_onnx(model: CLIP, folder: Path, dtype: torch.dtype = torch.float32) -
 
     Raises `InputError` if onnxruntime computes other features from a file than `model`.
     """
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it warns of skipped optimisations
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # no warnings of optimisations
     exported = model
     if dtype != torch.float32 or not model.config.is_vit:
         exported = copy.deepcopy(model)

@@ -157,8 +157,8 @@ def _load_legacy(file: mmap.mmap) -> tuple[Any, Storages]:
 
 
 def _filled(value: Any, storages: Storages, done: dict[int, Any]) -> Any:
-    """`value` with tensors in place of `PlainTensor`s. What occurs again is filled once (`done`),
-    because a small file can repeat it very often."""
+    """`value` with tensors in place of `PlainTensor`s. A value that occurs again is taken from
+    `done`, because a small file can repeat it very often."""
     if not isinstance(value, dict | list | tuple):
         return value
     if id(value) not in done:

@@ -85,13 +85,13 @@ PROJECTIONS = {
 
 
 def recognises(weights: Weights) -> bool:
-    """Whether the keys are those of a `CLIPModel`, a part of one, or a similar model."""
+    """Whether the keys are those of a `CLIPModel`, of a part of one, or of a similar model."""
     return not MARKS.isdisjoint(weights)
 
 
 def to_ours(weights: Weights) -> Weights:
-    """The same weights with our keys. Raises `InputError` for a block whose query, key and value
-    are not all there."""
+    """The same weights with our keys. Raises `InputError` for a block that lacks query, key or
+    value."""
     ours: Weights = {}
     thirds: dict[str, dict[str, Tensor]] = {}
     has_bert = BERT_MARK in weights
@@ -175,7 +175,7 @@ def from_transformers(content: dict[str, Any], preprocessor: dict[str, Any]) -> 
         vision = _section(content, "vision_config", VISION, NORMS)
         text = _section(content, "text_config", *TEXT_TOWERS[text_tower])
         if text.get("activation", vision["activation"]) != vision["activation"]:
-            raise InputError("its towers have another hidden_act each; one for both works")
+            raise InputError("its towers differ in hidden_act; only one value for both works")
         if text_tower == "bert":
             text["context_length"] = min(text["context_length"], text["text_positions"])
         config = Config(
@@ -242,8 +242,8 @@ def _check(section: dict[str, Any], only: dict[str, tuple[Any, ...]], where: str
 
 
 def _preprocessing(content: dict[str, Any], text_tower: str) -> dict[str, Any]:
-    """The fields of `Config` in preprocessor_config.json. Raises `InputError` for a preprocessing
-    that differs from ours, such as a crop smaller than the short side."""
+    """The fields of `Config` in preprocessor_config.json. Raises `InputError` for what we lack,
+    such as a crop smaller than the short side."""
     if not content:
         return {"resize_mode": "squash"} if text_tower == "bert" else {}  # as the authors do
     _check(content, PREPROCESSOR_ONLY | {"resample": (*INTERPOLATIONS,)})
