@@ -155,8 +155,8 @@ def resize_positional_embedding(
 
 def check_keys(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Raise one `InputError` that lists missing and unknown keys, and keys of another shape or
-    type than `expected`. Adds a missing `num_batches_tracked` to `weights` as zero, and makes a tensor
-    `[1]` a scalar where one is expected, as some programs save `logit_scale`."""
+    type than `expected`. Adds a missing `num_batches_tracked` to `weights` as zero, and makes a
+    tensor `[1]` a scalar where one is expected, as some programs save `logit_scale`."""
     for key in expected.keys() - weights.keys():
         if key.endswith("num_batches_tracked"):  # has no effect; some files leave it out
             weights[key] = torch.zeros((), dtype=torch.long)

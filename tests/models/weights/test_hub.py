@@ -13,7 +13,6 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-import open_clip
 import pytest
 import torch
 from hub_server import COMMIT, running_hub
@@ -113,16 +112,6 @@ class TestTable:
         assert OPEN_CLIP.keys() == {name for name, c in theirs.items() if c["hf_hub"]}
         for name, row in OPEN_CLIP.items():
             assert f"{row.repository}/" == theirs[name]["hf_hub"]
-
-    def test_sizes_are_those_of_open_clips_models(self):
-        for architecture in {name.partition("/")[0] for name in OPEN_CLIP}:
-            description = DESCRIPTIONS[architecture]
-            with torch.device("meta"):
-                model = open_clip.model.CLIP(**description)
-            size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-            rows = [row for name, row in OPEN_CLIP.items() if name.startswith(f"{architecture}/")]
-            assert {row.million_parameters for row in rows} == {round(size, 1)}
-            assert {row.resolution for row in rows} == {description["vision_cfg"]["image_size"]}
 
     def test_activations_are_those_that_the_weights_were_trained_with(self):
         """open_clip's list tells them by tag. The names of its architectures tell them, too, where
