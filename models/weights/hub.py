@@ -111,7 +111,7 @@ def cached(repository: str) -> Path | None:
     try:  # the folder, whatever is in it
         folder = Path(snapshot_download(name, revision=revision or "main", allow_patterns=[],
                                         local_files_only=True))  # fmt: skip
-    except errors.LocalEntryNotFoundError:
+    except (errors.LocalEntryNotFoundError, errors.HFValidationError):
         return None
     names = {file.name for file in folder.iterdir()}
     kind, weights = _find(names)

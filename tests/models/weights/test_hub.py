@@ -399,6 +399,9 @@ class TestRefusals:
         assert "(HF_HUB_OFFLINE is set); unset that, or " in refused(THEIRS)
         assert not server.requests
 
+    def test_a_name_that_the_hub_does_not_allow(self):
+        assert "Cannot have -- or .." in refused("someone/a..b")
+
     def test_a_revision_that_does_not_exist(self, server, tmp_path):
         server.add(THEIRS, written(tmp_path / "folder"))
         assert "has no revision v9" in refused(f"{THEIRS}@v9")
