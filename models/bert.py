@@ -61,8 +61,8 @@ class Bert(nn.Module):
         return self.encoder(self.embeddings(ids, positions), layout)
 
     def initialize(self) -> None:
-        """Draw random weights for training from scratch, larger than BERT's own, with which the
-        class token attends to little of the text in the first epochs of a small model."""
+        """Draw random weights for training from scratch, larger than BERT's own: with
+        those, the class token of a small model attends to little text in the first epochs."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -152,10 +152,8 @@ class SelfAttention(nn.Module):
 
     def _mixed(self, query: Tensor, x: Tensor, layout: Layout) -> Tensor:
         """Queries `[n, q, w]`, tokens `[t, w]` -> `[n, q, w]`."""
-        grids = (query, layout.grid(self.key(x)), layout.grid(self.value(x)))
-        query, key, value = (g.unflatten(-1, (self.heads, -1)).transpose(1, 2) for g in grids)
-        mixed = attend(query, key, value, layout.mask())
-        return mixed.transpose(1, 2).flatten(2)
+        qkv = query, layout.grid(self.key(x)), layout.grid(self.value(x))
+        return attend(qkv, self.heads, layout.mask())
 
 
 class AddAndNorm(nn.Module):

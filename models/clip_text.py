@@ -17,7 +17,7 @@ class TextTower:
     text tower take the model. Each tower has what this one has: see `TEXT_TOWERS`.
     """
 
-    causal = True  # a token attends to none after it; the feature is read at the last, not first
+    causal = True  # a token attends to none after it, and the feature is read at the last
     language = "English"  # of the texts in the training of the published models
     vocabulary = VOCABULARY  # tokens that the tokenizer knows
     transformers_model = "CLIP"  # start of the names of its classes in transformers

@@ -24,7 +24,7 @@ from models.errors import InputError, listed, near_names
 from models.files import check_regular
 from models.host import run_script
 from models.preprocess import Preprocess
-from models.run_files import run_weights, runs_in
+from models.run_files import CHECKPOINT, run_weights, runs_in
 from models.scripts import ArgumentParser, from_here
 from models.tokens import clip_tokenizer, token_rows
 from models.weights import hub
@@ -35,7 +35,7 @@ from models.weights.architecture import (
     infer_config,
     resize_positional_embedding,
 )
-from models.weights.formats import read_weights
+from models.weights.formats import has_weights, read_weights
 from models.weights.registry import CONFIGS, SHA256, weights_filename
 
 MODELS_PTH = Path(__file__).with_name("models_pth")
@@ -75,8 +75,8 @@ def create_model(name: str, input_shape: int | None = None) -> CLIP:
 
 
 def find_weights(name: str | os.PathLike, download_root: str | os.PathLike = MODELS_PTH) -> Path:
-    """The file or folder of the weights `name`, a name or a path as for `load`; for the folder of a
-    run, the weights that it chose.
+    """The file or folder of the weights `name`, a name or a path as for `load`; in the folder of a
+    run, the weights that count.
 
     Missing weights are downloaded, OpenAI's to `download_root`, others to the cache of the Hugging
     Face hub. Raises `InputError` if `name` is neither a name nor a path, or if the download fails.
@@ -99,8 +99,10 @@ def check_name(name: str | os.PathLike) -> None:
     path = Path(name).expanduser()
     if name in SHA256 or path.is_file() or run_weights(path) or hub.repository_of(str(name)):
         return
+    if (path / CHECKPOINT).is_file():
+        raise InputError(f"{name}: a run without weights of an epoch; give {path / CHECKPOINT}")
     runs = runs_in(path if path.is_dir() else path.parent)
-    if path.exists() and not runs:
+    if path.exists() and (not runs or has_weights(path)):
         return
     if name in CONFIGS:
         raise InputError(f"{name}: has no published weights; to train it: {_train(name)}")

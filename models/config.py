@@ -114,8 +114,7 @@ def check_config(config: Config) -> None:
 
 @contextmanager
 def description_of(whose: str) -> Iterator[None]:
-    """Turn any error within, while a description is read, into an `InputError`: the description is
-    not `whose`."""
+    """Turn any error while a description is read into an `InputError`: it is not `whose`."""
     try:
         yield
     except InputError:

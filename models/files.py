@@ -1,12 +1,10 @@
-"""Checks and reading of files that users name. Only regular files are read or replaced, because a
-pipe could block and a device never end; files read whole have a largest size."""
+"""Checks and reading of files that users name. Only regular files are read or replaced: a pipe
+could block, and a device never ends."""
 
 import io
 import json
 import os
-import re
 import sys
-import zipfile
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,16 +15,11 @@ from filelock import FileLock, Timeout
 from models.errors import InputError, naming, one_line
 
 LARGEST = 2**30  # bytes of a file that is read whole: captions of millions of images are less
-OTHER_PROGRAMS = {  # first bytes of their files
-    re.compile(rb"GGUF"): "a GGUF file (llama.cpp's)",
-    re.compile(rb"\x89HDF\r\n"): "an HDF5 file (of Keras and TensorFlow)",
-    re.compile(rb"\x08[\x01-\x1f][\x12\x1a\x3a]"): "an ONNX model",
-}
 
 
 def probably_meant(name: str, others: Iterable[str]) -> str:
-    """A hint, in brackets, for messages on a missing file `name`: the one of `others` that differs
-    in upper and lower case or has an ending besides. Empty if there is none."""
+    """A hint, in brackets, for the message on a missing file `name`: one of `others` with another
+    case or with an ending. Empty if there is none."""
     for other in others:
         if other.casefold() == name.casefold():
             return f" (there is {other}: upper and lower case differ)"
@@ -36,8 +29,8 @@ def probably_meant(name: str, others: Iterable[str]) -> str:
 
 
 def file_version(path: Path) -> str:
-    """The size and times of the file at `path`, which differ after a change. `st_ctime` differs
-    even if size and `st_mtime` are restored, except on Windows."""
+    """The size and times of the file at `path`, which differ after a change. On Windows they stay
+    if someone restores them."""
     try:
         status = path.stat()
     except (OSError, ValueError):  # a link to nothing; an impossible name
@@ -108,6 +101,11 @@ def read_json(file: Path) -> dict[str, Any] | None:
     return content
 
 
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write `content` as indented JSON."""
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def decoded(content: bytes, file: object) -> str:
     """The text of a UTF-8 file with this content. Raises `InputError` for anything else."""
     try:
@@ -120,9 +118,8 @@ def decoded(content: bytes, file: object) -> str:
 
 
 def read_lines(path: Path, kind: str) -> list[str]:
-    """The lines of a UTF-8 text file with one `kind`, such as "caption", a line; stripped, without
-    blank lines. Unicode's other line separators do not end a line. Raises `InputError` if there are
-    no lines."""
+    """The lines of a UTF-8 text file with one `kind`, such as "caption", a line: stripped, without
+    blank lines. Unicode's other separators end no line. Raises `InputError` if no line is left."""
     try:
         text = decoded(read_bytes(path), path)
     except FileNotFoundError:
@@ -136,9 +133,9 @@ def read_lines(path: Path, kind: str) -> list[str]:
 
 
 def lock(file: Path, waiting: str) -> AbstractContextManager:
-    """The lock on `file`, once no other program holds it; `waiting` is printed if one does. The
-    system releases the lock when a program ends; the empty file may stay. Raises `OSError` if the
-    file cannot be created, and `NotImplementedError` for a file system without locks."""
+    """The lock on `file`, as soon as no other process holds it; prints `waiting` if one does. The
+    lock ends with the process; the empty file may stay. Raises `OSError` if the file cannot be
+    created, and `NotImplementedError` for a file system without locks."""
     found = FileLock(file)
     try:
         return found.acquire(timeout=0)
@@ -148,15 +145,10 @@ def lock(file: Path, waiting: str) -> AbstractContextManager:
 
 
 def describe(path: Path) -> str:
-    """The kind of a file by its first bytes, and its size: for a message on a wrong file."""
+    """The kind of a wrong file, identified by its first bytes, and its size."""
     size = f"{path.stat().st_size:,} bytes"
     with path.open("rb") as file:
         start = file.read(256)
-    if start.startswith(b"PK\3\4") and names_in_archive(path) is None:
-        return f"an archive cut short at {size}"
-    for pattern, program in OTHER_PROGRAMS.items():
-        if pattern.match(start):
-            return f"{program} of {size}"
     start = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if not start:
         return f"an empty file of {size}"
@@ -165,14 +157,3 @@ def describe(path: Path) -> str:
     if start.startswith(b"version https://git-lfs"):
         return f"a Git LFS pointer of {size} without the file itself (git lfs pull brings it)"
     return f"another file of {size}"
-
-
-def names_in_archive(path: Path) -> list[str] | None:
-    """The names of the files in a zip archive; None if it is damaged or no archive."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.namelist()
-    except OSError:
-        raise
-    except Exception:  # a damaged archive can break the reader in any way
-        return None

@@ -1,5 +1,5 @@
-"""Low-rank adaptation (Hu et al. 2022): the matrices of a model are frozen; a change of each, the
-product of two far smaller matrices, is trained."""
+"""Low-rank adaptation (Hu et al. 2022): the matrices of a model are frozen, and training learns a
+change of each, the product of two far smaller matrices."""
 
 import torch
 import torch.nn.functional as F

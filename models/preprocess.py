@@ -24,8 +24,6 @@ NEED_A_PACKAGE = {
     **dict.fromkeys((".heic", ".heif", ".hif"), "pip install pillow-heif"),
     ".avif": "pip install --upgrade Pillow",
 }
-# Long side over short side. A narrower image, resized whole, could fill the memory.
-MAX_ASPECT_RATIO = 100
 
 with suppress(ImportError):
     from pillow_heif import register_heif_opener
@@ -34,7 +32,7 @@ with suppress(ImportError):
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
-    """The image in a file, upright and in RGB; of an animation, the first frame. Raises
+    """The image in a file, or the first frame of an animation, upright and in RGB. Raises
     `InputError` for a file without a readable image."""
     try:
         file = Path(path).expanduser()
@@ -84,8 +82,8 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _grey_of_8_bits(image: Image.Image) -> Image.Image:
-    """Grey of integers or floats in 8 bits. White is the largest number of 8, 16, 24 or 32 bits, as
-    the largest value needs, or 1 for floats below 2; negative values and NaN are black."""
+    """Grey of integers or floats in 8 bits. White is the largest number of the 8, 16, 24 or 32 bits
+    that hold all values, or 1 for floats below 2; negative values and NaN are black."""
     values = np.nan_to_num(np.asarray(image), nan=0, posinf=np.inf, neginf=0)
     largest = values.max(where=np.isfinite(values), initial=0)
     n_bytes = max(1, -(-int(largest).bit_length() // 8))
@@ -128,24 +126,15 @@ class Preprocess:
     def resize_and_crop(self, image: Image.Image) -> Tensor:
         """An RGB image -> uint8 `[3, side, side]`.
 
-        Mode "shortest" resizes the short side and crops the centre: pixel for pixel torchvision's
-        `Resize` and `CenterCrop`, but for rounding beyond `MAX_ASPECT_RATIO`. Mode "squash" resizes
-        both sides.
+        Mode "shortest" resizes the short side and crops the centre, as torchvision's `Resize`
+        and `CenterCrop` do, pixel for pixel. Mode "squash" resizes both sides.
         """
-        side, resample = self.side, Image.Resampling[self.interpolation.upper()]
-        short, long = min(image.size), max(image.size)
-        enlarged = int(side * long / short)
-        width, height = (side, enlarged) if image.width == short else (enlarged, side)
+        side, width, height = self.side, self.side, self.side
+        if self.resize_mode == "shortest":
+            width, height = (int(side * length / min(image.size)) for length in image.size)
         left, top = round((width - side) / 2), round((height - side) / 2)
-        box = (left, top, left + side, top + side)
-        if self.resize_mode == "squash":
-            image = image.resize((side, side), resample)
-        elif long <= MAX_ASPECT_RATIO * short:
-            image = image.resize((width, height), resample).crop(box)
-        else:  # resize the crop only
-            x, y = image.width / width, image.height / height
-            box = (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
-            image = image.resize((side, side), resample, box=box)
+        image = image.resize((width, height), Image.Resampling[self.interpolation.upper()])
+        image = image.crop((left, top, left + side, top + side))
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
     def normalize(self, images: Tensor) -> Tensor:

@@ -63,14 +63,8 @@ class AttentionPool2d(nn.Module):
         """`[n, c, h, w]` -> `[n, output_dim]`."""
         x = x.flatten(2).transpose(1, 2)  # [n, hw, c]
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding
-        query = self._split(self.q_proj(x[:, :1]))
-        key, value = self._split(self.k_proj(x)), self._split(self.v_proj(x))
-        mixed = attend(query, key, value)  # [n, heads, 1, c / heads]
-        return self.c_proj(mixed.flatten(1))
-
-    def _split(self, x: Tensor) -> Tensor:
-        """`[n, length, c]` -> `[n, heads, length, c / heads]`."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        mixed = attend((self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)), self.heads)
+        return self.c_proj(mixed.squeeze(1))
 
 
 class ModifiedResNet(nn.Module):

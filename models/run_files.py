@@ -29,8 +29,8 @@ class TrainedOn(NamedTuple):
 
 
 def run_weights(run: Path) -> Path | None:
-    """The weights of a run that count: the mixture that --wise_ft chose, or until there is one
-    `tuned_weights`. None for a folder that is no run's."""
+    """The weights of a run that count: the mixture that --wise_ft chose or, before that, those of
+    `tuned_weights`. None for another folder."""
     files = run / MIXTURE, tuned_weights(run), run / BEST
     return next((file for file in files if file.is_file()), None)
 
@@ -51,15 +51,15 @@ def runs_in(folder: Path) -> list[str]:
 
 
 def run_folder(weights: str | Path) -> Path | None:
-    """The run that a weights file, `RUN/weights/<file>`, belongs to, or whose folder `weights` is;
-    None if there is none."""
+    """The folder of the run of a weights file `RUN/weights/<file>`, or `weights` itself if that is
+    the folder of a run; else None."""
     weights = Path(weights).expanduser().resolve()
     run = weights.parent.parent if weights.is_file() else weights
     return run if (run / ARGUMENTS).is_file() else None
 
 
 def saved_arguments(run: Path) -> dict[str, object]:
-    """The arguments of a run. Raises `InputError` for a file of anything else."""
+    """The arguments of a run. Raises `InputError` if its file holds anything else."""
     file = run / ARGUMENTS
     try:
         arguments = json.loads(read_bytes(file, ARGUMENTS_LENGTH))
@@ -71,8 +71,8 @@ def saved_arguments(run: Path) -> dict[str, object]:
 
 
 def trained_on(weights: str | Path) -> TrainedOn | None:
-    """The data and the languages that the run of `weights` was trained on; None if they belong to
-    no run. Raises `InputError` if the arguments of the run do not tell."""
+    """The data and the languages that the run of `weights` was trained on; None for weights of no
+    run. Raises `InputError` if the arguments of the run do not name them."""
     run = run_folder(weights)
     if run is None:
         return None

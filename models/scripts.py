@@ -25,8 +25,7 @@ def from_here(name: str) -> Path:
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's, with `--debug`. Help keeps the lines of the description, options cannot be
-    abbreviated, and an error is an `InputError` of one line, which suggests the option closest to a
-    mistyped one."""
+    abbreviated, and an error is an `InputError` of one line, which corrects a mistyped option."""
 
     def __init__(self, **settings: object):
         formatter = argparse.RawDescriptionHelpFormatter
@@ -74,7 +73,7 @@ def writable_folder(text: str) -> Path:
 
 
 def checked(output: Path, check: Callable[[Path], object]) -> Path:
-    """The path `output` of an argument, unless `check` raises `InputError`."""
+    """The path `output`, checked: an `InputError` of `check` becomes an error of argparse."""
     try:
         check(output)
     except InputError as error:

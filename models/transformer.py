@@ -77,9 +77,8 @@ class MultiheadAttention(nn.Module):
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         if self.lora is not None:
             qkv = qkv + self.lora(x)
-        query, key, value = self._heads(layout.grid(qkv), 3)
-        mixed = attend(query, key, value, causal=layout.causal)
-        return self.out_proj(layout.packed(mixed.transpose(1, 2).flatten(2)))
+        mixed = attend(layout.grid(qkv).chunk(3, dim=-1), self.heads, causal=layout.causal)
+        return self.out_proj(layout.packed(mixed))
 
     def forward_pooled(self, x: Tensor, layout: Layout) -> Tensor:
         """`[t, w]` -> `[n, w]`: the attention output of the pooled tokens only."""
@@ -91,14 +90,8 @@ class MultiheadAttention(nn.Module):
         if self.lora is not None:
             query = query + self.lora(layout.pool(x), slice(1))
             key_value = key_value + self.lora(x, slice(1, 3))
-        (query,) = self._heads(query[:, None], 1)
-        key, value = self._heads(layout.grid(key_value), 2)
-        mixed = attend(query, key, value, layout.mask())
-        return self.out_proj(mixed.flatten(1))
-
-    def _heads(self, x: Tensor, parts: int) -> Tensor:
-        """`[n, length, parts * w]` -> `[parts, n, heads, length, w / heads]`."""
-        return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        qkv = query[:, None], *layout.grid(key_value).chunk(2, dim=-1)
+        return self.out_proj(attend(qkv, self.heads, layout.mask()).squeeze(1))
 
 
 class ResidualAttentionBlock(nn.Module):

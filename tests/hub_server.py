@@ -5,6 +5,7 @@ another address, to which it sends on; errors have a code in X-Error-Code.
 """
 
 import hashlib
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+LISTING = "the list of files"
 LARGE = (".safetensors", ".bin", ".h5", ".msgpack", ".onnx")
 
 
@@ -32,12 +34,15 @@ class Hub:
 
     def downloaded(self) -> list[str]:
         """The files whose content it gave."""
-        return [file for method, file, _ in self.requests if method == "GET"]
+        return [file for method, file, _ in self.requests if method == "GET" and file != LISTING]
 
 
 class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         hub = self.server.hub
+        if self.path.startswith("/api/models/"):
+            self.list_files(*self.path.removeprefix("/api/models/").split("/"))
+            return
         if self.path.count("/") < 5:  # what the library may ask besides
             self.refuse(404, "")
             return
@@ -71,6 +76,21 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD
 
+    def list_files(self, owner: str, name: str, *revision: str) -> None:
+        """As the real hub, also of a repository whose files are gated."""
+        hub, repository = self.server.hub, f"{owner}/{name}"
+        hub.requests.append(("GET", LISTING, None))
+        status, code = hub.errors.get(repository, (200, ""))
+        if status != 200 and code != "GatedRepo":
+            self.refuse(status, code)
+        elif repository not in hub.repositories:
+            self.refuse(401, "RepoNotFound")
+        elif revision and revision[-1] not in ("main", COMMIT):
+            self.refuse(404, "RevisionNotFound")
+        else:
+            files = [{"rfilename": file} for file in hub.repositories[repository]]
+            self.give(json.dumps({"id": repository, "sha": COMMIT, "siblings": files}).encode())
+
     def refuse(self, status: int, code: str) -> None:
         self.send_response(status)
         if code:
@@ -91,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
         if self.command == "GET":
-            breaks = self.server.hub.breaks
+            breaks = self.server.hub.breaks if "/large/" in self.path else []
             end = start + breaks.pop(0) if breaks else len(content)
             with suppress(ConnectionError):
                 self.wfile.write(content[start:end])

@@ -185,7 +185,7 @@ def save_transformers(
         return
     bpe = clip_tokenizer()
     (folder / "vocab.json").write_text(json.dumps(bpe.encoder))
-    merges = "\n".join(["#version: 0.2", *map(" ".join, bpe.priorities)])
+    merges = "\n".join(["#version: 0.2", *map(" ".join, bpe.merges)])
     (folder / "merges.txt").write_text(merges, "utf-8")
     CLIPProcessor(images, CLIPTokenizer.from_pretrained(folder)).save_pretrained(folder)
 

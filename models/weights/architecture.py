@@ -11,7 +11,7 @@ from models.errors import InputError, listed
 
 HEAD_WIDTH = 64  # of the attention heads in most published models
 HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}  # in open_clip's ViT-H, g, bigG and e
-TOWERS = {  # prefixes of names that only this tower has, also when saved alone
+TOWERS = {  # starts of names of one tower alone, also without the model's prefix
     "image": ("visual.", "class_embedding", "attnpool."),
     "text": ("token_embedding.", "ln_final.", "bert."),
 }
@@ -19,8 +19,8 @@ RESNET_STRIDE = 32  # pixels of an image to a position: a ResNet halves the imag
 
 
 def infer_config(state_dict: dict[str, Tensor]) -> Config:
-    """The description of a model by the shapes of its weights; the rest is as in the published
-    models. Raises `InputError` if they are not the weights of a CLIP model."""
+    """The description of a model, inferred from the shapes of its weights; the rest is as in the
+    published models. Raises `InputError` if they are not the weights of a CLIP model."""
     has_bert = any(key.startswith("bert.") for key in state_dict)
     is_resnet = any(key.startswith("visual.layer1.") for key in state_dict)
     try:
@@ -45,23 +45,19 @@ def infer_config(state_dict: dict[str, Tensor]) -> Config:
             vision_head_width=HEAD_WIDTHS.get(0 if is_resnet else vision_width, HEAD_WIDTH),
             **text_tower,
         )
-        heads = {"transformer_width": HEAD_WIDTH}
-        heads |= {} if is_resnet else {"vision_width": config.vision_head_width}
-        for name, head_width in heads.items():
-            if getattr(config, name) % head_width:
-                raise InputError(
-                    f"its {name} {getattr(config, name)} is no multiple of {head_width}, the width "
-                    "of an attention head in weights without a description"
-                )
+        heads = {config.transformer_width: HEAD_WIDTH}
+        heads |= {} if is_resnet else {vision_width: config.vision_head_width}
+        for width, head_width in heads.items():
+            if width % head_width:
+                raise InputError(f"its width {width} is no multiple of {head_width}, the width of "
+                                 "an attention head in weights without a description")  # fmt: skip
         if math.isqrt(positions) ** 2 != positions:
             raise InputError(f"the {positions} positions in an image do not form a square")
         check_config(config)
     except KeyError as error:
         raise InputError(_not_clip(f"{error} is missing", state_dict)) from None
-    except InputError as error:
+    except (IndexError, ValueError) as error:  # also an InputError
         raise InputError(_not_clip(str(error), state_dict)) from None
-    except (IndexError, ValueError):
-        raise InputError(_not_clip("its shapes are different", state_dict)) from None
     return config
 
 
@@ -158,9 +154,9 @@ def resize_positional_embedding(
 
 
 def check_keys(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Raise one `InputError` that lists the keys that are missing, unknown, or of another shape or
+    """Raise one `InputError` that lists missing and unknown keys, and keys of another shape or
     type than `expected`. Adds a missing `num_batches_tracked` to `weights` as zero, and makes a
-    tensor `[1]` a number where one is expected, as some programs save `logit_scale`."""
+    tensor `[1]` a scalar where one is expected, as some programs save `logit_scale`."""
     for key in expected.keys() - weights.keys():
         if key.endswith("num_batches_tracked"):  # has no effect; some files leave it out
             weights[key] = torch.zeros((), dtype=torch.long)

@@ -1,7 +1,6 @@
 """Files of cn_clip, the package of Chinese-CLIP's authors. Its keys are ours."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,10 +10,6 @@ from models.errors import InputError
 from models.weights import open_clip
 from models.weights.interface import Format, Weights, cast
 
-if TYPE_CHECKING:
-    from models.weights.hub import Repository
-
-RESNET = ("OFA-Sys/chinese-clip-rn50", "clip_cn_rn50.pt")  # repository on the hub, its only weights
 # The ViTs of cn_clip, all with QuickGELU: blocks, width and patch size.
 VITS = {(12, 768, 16), (12, 768, 32), (24, 1024, 14), (32, 1280, 14)}
 
@@ -29,16 +24,10 @@ def to_ours(weights: Weights) -> Weights:
 
 
 def is_of_authors(config: Config) -> bool:
-    """Whether the sizes tell the activation: those of a ViT of cn_clip, or of any ResNet, since no
-    part of a ResNet with BERT uses `activation`."""
+    """Whether the sizes tell the activation: those of a ViT of cn_clip, or of any ResNet, because a
+    ResNet with BERT does not use `activation`."""
     vit = config.vision_layers, config.vision_width, config.vision_patch_size
     return config.text_tower == "bert" and (not config.is_vit or vit in VITS)
-
-
-def fetch(repository: "Repository") -> Path | None:
-    """The folder of the Chinese ResNet; other repositories have transformers' format."""
-    found = repository.get(RESNET[1]) if repository.name == RESNET[0] else None
-    return found and found.parent
 
 
 def write(model: CLIP, file: Path, dtype: torch.dtype) -> None:
@@ -63,6 +52,4 @@ FORMAT = Format(
     recognises=recognises,
     to_ours=to_ours,
     description=open_clip.description,
-    fetch=fetch,
-    hub_files="clip_cn_*.pt",
 )

@@ -37,17 +37,18 @@ def download(url: str, path: Path, digest: str) -> Path:
     another `InputError` if the file cannot be saved or has another digest.
     """
     path = Path(path)
+    if path.exists():
+        return path
     try:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                waiting = f"{path.name}: waiting for another process to download it"
-                held = lock(path.with_name(f"{path.name}.lock"), waiting)
-            except (OSError, NotImplementedError):  # a file system without locks
-                held = nullcontext()
-            with held:
-                if not path.exists():  # another process may have downloaded it meanwhile
-                    _fetch(url, path, digest)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            waiting = f"{path.name}: waiting for another process to download it"
+            held = lock(path.with_name(f"{path.name}.lock"), waiting)
+        except (OSError, NotImplementedError):  # a file system without locks
+            held = nullcontext()
+        with held:
+            if not path.exists():  # another process may have downloaded it meanwhile
+                _fetch(url, path, digest)
     except OSError as error:
         raise InputError(
             f"{path}: cannot be saved or read: {error}; make room, or choose another folder "
@@ -67,14 +68,12 @@ def _fetch(url: str, path: Path, digest: str) -> None:
             found.update(chunk)
     if found.hexdigest() == digest:
         part.replace(path)
-        return
-    received = describe(part)
+        return None
+    reason = f"the wrong digest: {describe(part)} came, and was deleted"
     part.unlink()
     if is_continued:  # the part of an earlier run may be at fault
-        _fetch(url, path, digest)
-        return
-    reason = f"the wrong digest: {received} came, and was deleted"
-    raise InputError(_advice(url, path, reason, "try again later"))
+        return _fetch(url, path, digest)
+    raise InputError(_advice(url, path, reason))
 
 
 def _receive_all(url: str, path: Path, part: Path) -> None:
@@ -85,22 +84,18 @@ def _receive_all(url: str, path: Path, part: Path) -> None:
             return _receive(url, path, part)
         except HTTPError as error:
             error.close()
-            reason = one_line(error)
             if error.code == 416 and _size(part):
                 return None  # there are no more bytes
-            if error.code not in PASSING:
-                raise Unavailable(_advice(url, path, reason, "look whether it moved")) from error
-        except URLError as error:
-            reason = one_line(error.reason)
-            if not isinstance(error.reason, TimeoutError):
-                failures = ATTEMPTS  # this machine is most likely offline
+            reason, may_pass = error, error.code in PASSING
+        except URLError as error:  # not of a server, so that this machine is most likely offline
+            reason, may_pass = error.reason, isinstance(error.reason, TimeoutError)
         except (HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
-            reason = one_line(error)
+            reason, may_pass = error, True
         failures = 1 if _size(part) > most else failures + 1
         most = max(most, _size(part))
-        if failures >= ATTEMPTS:
-            raise Unavailable(_advice(url, path, reason, "try again later"))
-        print(f"{path.name}: {reason}; another attempt in {WAIT} s", file=sys.stderr)
+        if failures >= ATTEMPTS or not may_pass:
+            raise Unavailable(_advice(url, path, one_line(reason)))
+        print(f"{path.name}: {one_line(reason)}; another attempt in {WAIT} s", file=sys.stderr)
         time.sleep(WAIT)
 
 
@@ -124,10 +119,10 @@ def _receive(url: str, path: Path, part: Path) -> None:
             )
 
 
-def _advice(url: str, path: Path, reason: str, remedy: str) -> str:
+def _advice(url: str, path: Path, reason: str) -> str:
     return (
-        f"{path.name}: cannot be downloaded ({reason}); {remedy}, or get the file by other means "
-        f"and save it as {path}\nfrom {url}"
+        f"{path.name}: cannot be downloaded ({reason}); try again later, or get the file by other "
+        f"means and save it as {path}\nfrom {url}"
     )
 
 

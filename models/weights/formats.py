@@ -13,7 +13,7 @@ from models.files import read_json
 from models.lora import merged
 from models.weights import cn_clip, onnx, open_clip, peft, safetensors_file, transformers
 from models.weights.architecture import infer_config
-from models.weights.read import is_torchscript, read_file, read_state_dict
+from models.weights.read import read_file, read_state_dict
 
 FORMATS = {
     "open_clip": open_clip.FORMAT,
@@ -22,7 +22,7 @@ FORMATS = {
     "safetensors": safetensors_file.FORMAT,
     "onnx": onnx.FORMAT,
 }
-TOKENIZERS = {"vocab.json": (), "tokenizer.json": ("model", "vocab")}  # where the tokens are in it
+FILES = [name for each in FORMATS.values() for name in each.files]
 UNTOLD = (
     "a state dict does not tell its activation; put the description of the model beside it "
     f"({open_clip.CONFIG_FILE}), or give --activation: quick_gelu for weights of OpenAI, MetaCLIP "
@@ -35,11 +35,10 @@ def read_weights(path: Path, activation: str | None = None) -> tuple[dict[str, T
     """The weights at `path` with our keys, and the description of their model.
 
     A folder holds weights of one of `FORMATS`, in one file or in several with an index, and their
-    description; or an adapter of the library peft. The description of a file is in the file (a
-    checkpoint of train.py, a .safetensors of convert.py) or lies beside it. Published TorchScript
-    archives and files of cn_clip need none. `activation` ("gelu" or "quick_gelu") is for a state
-    dict without a description. Raises `InputError` for missing or damaged files and for other kinds
-    of models; the caller names `path`.
+    description; or an adapter of the library peft. The description of a file is in it, see
+    `read_file`, or lies beside it; files of cn_clip need none. `activation` ("gelu" or
+    "quick_gelu") is for a state dict without a description. Raises `InputError` for missing or
+    damaged files and for other kinds of models; the caller names `path`.
     """
     if (path / peft.CONFIG_FILE).exists():
         with peft.merged_folder(path) as folder:
@@ -49,45 +48,51 @@ def read_weights(path: Path, activation: str | None = None) -> tuple[dict[str, T
     weights = merged(weights)
     kind = next((f for f in FORMATS.values() if f.recognises(weights)), open_clip.FORMAT)
     weights = kind.to_ours(weights)
-    if own is not None:
-        config = open_clip.from_open_clip(own)
-    elif path.is_file() and is_torchscript(path):
-        config = infer_config(weights)
-    else:
-        config = kind.description(folder, weights)
+    config = open_clip.from_open_clip(own) if own is not None else kind.description(folder)
     if config is None:
         config = infer_config(weights)
         if activation is None and not cn_clip.is_of_authors(config):
             raise InputError(UNTOLD)
         config = replace(config, activation=activation or config.activation)
-    _check_vocabulary(path, config)
+    _check_vocabulary(config)
     return weights, config
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether weights, or an index of them, lie in a folder under a usual name."""
+    names = [peft.CONFIG_FILE, *FILES, *(f"{name}.index.json" for name in FILES)]
+    return any(any(folder.glob(name)) for name in names)
 
 
 def _read_folder(folder: Path) -> dict[str, Tensor]:
     """The weights in the first file of a usual name, or in all that an index lists."""
-    names = [name for each in FORMATS.values() for name in each.files]
-    for name in names:
+    for name in FILES:
         for file in sorted(folder.glob(name)):
             with naming(file.name):
                 return read_state_dict(file)
         index = read_json(folder / f"{name}.index.json")
         if index is not None:
             with naming(f"{name}.index.json"):
-                return _read_shards(folder, index)
-    raise InputError(f"a folder without weights; one of these should be in it: {', '.join(names)}")
+                return _read_shards(folder, shards(index))
+    raise InputError(f"a folder without weights; one of these should be in it: {', '.join(FILES)}")
 
 
-def _read_shards(folder: Path, index: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights in the files that an index of transformers lists."""
+def shards(index: dict[str, Any]) -> list[str]:
+    """The files beside an index of transformers that it lists."""
     table = index.get("weight_map")
     if not isinstance(table, dict) or not table:
         raise InputError("lists no files (weight_map)")
-    weights: dict[str, Tensor] = {}
-    for name in sorted(set(map(str, table.values()))):
-        part = one_line(name)
+    names = sorted(set(map(str, table.values())))
+    for name in names:
         if Path(name).name != name:
-            raise InputError(f"its part {part} is outside of the folder")
+            raise InputError(f"its part {one_line(name)} is outside of the folder")
+    return names
+
+
+def _read_shards(folder: Path, names: list[str]) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        part = one_line(name)
         if not (folder / name).is_file():
             raise InputError(f"its part {part} is missing; download it as well")
         with naming(part):
@@ -95,21 +100,12 @@ def _read_shards(folder: Path, index: dict[str, Any]) -> dict[str, Tensor]:
     return weights
 
 
-def _check_vocabulary(path: Path, config: Config) -> None:
+def _check_vocabulary(config: Config) -> None:
     """Raise `InputError` for a model whose tokens are not those of the tokenizer here."""
     tower = text_tower(config)
-    known, tokenizer = tower.vocabulary, tower.transformers_tokenizer
-    for name, keys in TOKENIZERS.items():
-        tokens: Any = read_json(path / name) if path.is_dir() else None
-        for key in keys:
-            tokens = tokens.get(key) if isinstance(tokens, dict) else None
-        if isinstance(tokens, dict | list) and len(tokens) != known:
-            raise InputError(
-                f"{name}: has {len(tokens):,} tokens; the {tokenizer} here has {known:,}; take a "
-                "model with that tokenizer"
-            )
-    if config.vocab_size < known:
+    if config.vocab_size != tower.vocabulary:
         raise InputError(
-            f"its texts are made of {config.vocab_size:,} tokens; the {tokenizer} here has "
-            f"{known:,}; take a model with that tokenizer"
+            f"its texts are made of {config.vocab_size:,} tokens, and the "
+            f"{tower.transformers_tokenizer} here has {tower.vocabulary:,}; take a model with that "
+            "tokenizer"
         )

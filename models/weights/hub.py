@@ -5,19 +5,24 @@ hub. The library, with its web client, is imported late.
 """
 
 import csv
+import fnmatch
 import re
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from models.errors import InputError, near_names, one_line
 from models.files import read_json
-from models.weights import open_clip, transformers
+from models.weights import open_clip
 from models.weights.download import Unavailable, download
-from models.weights.formats import FORMATS
+from models.weights.formats import FORMATS, shards
+from models.weights.interface import Format
 from models.weights.registry import CONFIGS, SHA256, weights_url
 
+WANTED = ("open_clip_config.json with open_clip_model.safetensors, or config.json and "
+          "preprocessor_config.json with model.safetensors")  # fmt: skip
 PREFIX = "hf-hub:"  # as open_clip and timm have it
 REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", re.ASCII)
 FILE_TYPES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")  # endings that no repository has
@@ -31,7 +36,7 @@ class HubWeights(NamedTuple):
     trained_on: str
     million_parameters: float
     resolution: int  # pixels
-    activation: str  # that the weights were trained with
+    activation: str  # in the training of the weights
 
 
 def _read_table() -> dict[str, HubWeights]:
@@ -49,8 +54,8 @@ ARCHITECTURES = {name.partition("/")[0].lower() for name in (*CONFIGS, *OPEN_CLI
 
 
 def repository_of(name: str) -> str | None:
-    """The repository, `owner/name` or `owner/name@revision`, of a name. None for what looks like a
-    path or a mistyped name of weights; the prefix `hf-hub:` makes it a repository."""
+    """The repository, `owner/name` or `owner/name@revision`, of a name. None if the name looks like
+    a path or like mistyped weights and has no prefix `hf-hub:`."""
     if name in HUB:
         return HUB[name].repository
     repository = name.removeprefix(PREFIX)
@@ -63,22 +68,23 @@ def repository_of(name: str) -> str | None:
 
 
 def published_copy(name: str) -> HubWeights:
-    """The copy of weights that OpenAI published: of `ViT-L/14@336px` it is `ViT-L-14-336/openai`"""
+    """The copy of OpenAI's weights on the hub: for `ViT-L/14@336px`, `ViT-L-14-336/openai`."""
     return HUB[f"{name.replace('/', '-').replace('@', '-').removesuffix('px')}/openai"]
 
 
 def fetch(name: str) -> Path:
     """The folder of the weights `name` and their description, downloaded if need be. Raises
     `InputError` if they are not available, or not those of a CLIP model."""
+    repository = repository_of(name)
     try:
-        return Repository(repository_of(name)).complete()
+        return cached(repository) or _download(repository)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
 
 
 def fetch_published(name: str, path: Path) -> Path:
-    """Weights that OpenAI published: the file at `path`, downloaded if need be; or the folder of
-    their copy on the hub. Raises `InputError` if neither is available."""
+    """OpenAI's weights: the file at `path`, downloaded if need be, or the folder of their copy on
+    the hub. Raises `InputError` if neither is available."""
     copy = published_copy(name)
     folder = None if path.exists() else cached(copy.repository)
     if folder is None:
@@ -99,128 +105,111 @@ def fetch_published(name: str, path: Path) -> Path:
 
 def cached(repository: str) -> Path | None:
     """The folder of weights in the cache; None if they are not complete there."""
-    with suppress(InputError):
-        return Repository(repository, asks=False).complete()
-    return None
+    from huggingface_hub import errors, snapshot_download, try_to_load_from_cache
 
-
-class Repository:
-    """The files of a repository in the cache and, unless `asks` is false, on the hub."""
-
-    def __init__(self, repository: str, asks: bool = True):
-        self.name, _, revision = repository.partition("@")
-        self.revision = revision or "main"
-        self.is_announced = False  # whether a line says that the hub is asked
-        self.no_answer = None if asks else "not asked"  # why the hub is no longer asked
-        self.unknown: set[str] = set()  # files that the cache lacks and the hub may have
-
-    def complete(self) -> Path:
-        """The folder of the repository in the cache, with all that `read_weights` reads of it, in
-        the first of `FORMATS` that the repository has. Raises `InputError` if it has none."""
-        for each in FORMATS.values():
-            if folder := each.fetch(self):
-                return folder
-        raise InputError(self.refusal())
-
-    def has_weights(self, names: tuple[str, ...]) -> bool:
-        """Whether the first of the files `names` that exists is in the cache now, whole or in the
-        files that its index lists."""
-        for name in names:
-            if self.get(name):
-                return True
-            if index := self.get(f"{name}.index.json"):
-                table = read_json(index).get("weight_map")
-                files = set(map(str, table.values())) if isinstance(table, dict) else set()
-                return all([self.get(file) for file in files if Path(file).name == file])
-        return False
-
-    def get(self, file: str) -> Path | None:
-        """A file in the cache; None if the repository lacks it, or if that is unknown. After the
-        first, all files are of the same commit."""
-        from huggingface_hub import try_to_load_from_cache
-
-        path = try_to_load_from_cache(self.name, file, revision=self.revision)
-        if path is None and not self.no_answer:
-            path = self.download(file)
-        elif path is None:
-            self.unknown.add(file)
-        if not isinstance(path, str):  # the library's mark that the repository has no such file
-            return None
-        self.revision = Path(path).parent.name
-        return Path(path)
-
-    def download(self, file: str) -> str | None:
-        """The path of a file, downloaded to the cache; None if the hub does not give it."""
-        from huggingface_hub import constants, errors, hf_hub_download
-        from huggingface_hub.utils import logging
-
-        logging.set_verbosity_error()  # else it prints every attempt
-        address = f"{constants.ENDPOINT}/{self.name}"
-        if not (self.is_announced or constants.HF_HUB_OFFLINE):
-            print(f"asking {address}, for a minute if it does not answer", file=sys.stderr)
-            self.is_announced = True
-        try:
-            return hf_hub_download(self.name, file, revision=self.revision)
-        except errors.GatedRepoError:
-            raise InputError(
-                f"agree to the terms on {address}, then log in here (hf auth login, or HF_TOKEN)"
-            ) from None
-        except errors.RepositoryNotFoundError:
-            near = near_names(self.name, {row.repository for row in HUB.values()})
-            raise InputError(
-                f"no file or folder here, and {address} does not exist, or is private: then log in "
-                f"(hf auth login, or HF_TOKEN){near}"
-            ) from None
-        except errors.RevisionNotFoundError:
-            raise InputError(f"{address} has no revision {self.revision}") from None
-        except errors.LocalEntryNotFoundError as error:
-            self.no_answer = one_line(error.__cause__ or error)
-            self.unknown.add(file)
-        except errors.EntryNotFoundError:
-            pass
-        except Exception as error:  # of requests or httpx
-            is_disk = isinstance(error, OSError) and not isinstance(error, ConnectionError)
-            if is_disk and error.errno:
-                raise InputError(
-                    f"{file} cannot be saved in {constants.HF_HUB_CACHE} ({error.strerror}); make "
-                    "room, or choose another folder with HF_HOME"
-                ) from None
-            raise InputError(
-                f"the download of {file} failed; run it again, from a mirror with "
-                f"HF_HUB_DISABLE_XET=1, or {self.by_hand()}\n({one_line(error)})"
-            ) from None
+    name, _, revision = repository.partition("@")
+    try:  # the folder, whatever is in it
+        folder = Path(snapshot_download(name, revision=revision or "main", allow_patterns=[],
+                                        local_files_only=True))  # fmt: skip
+    except (errors.LocalEntryNotFoundError, errors.HFValidationError):
         return None
+    names = {file.name for file in folder.iterdir()}
+    kind, weights = _find(names)
+    if kind is None or not names.issuperset(_parts(folder / weights)):
+        return None
+    # A model whose preprocessing is unknown must not be taken for one without any.
+    others = kind.descriptions[1:]
+    commit = folder.name
+    is_known = all(try_to_load_from_cache(name, file, revision=commit) for file in others)
+    return folder if is_known or not names.isdisjoint(others) else None
 
-    def refusal(self) -> str:
-        """Why there are no weights."""
-        from huggingface_hub import constants
 
-        if self.no_answer:
-            known = {row.repository for row in HUB.values()}
-            near = "" if self.name in known else near_names(self.name, known)
-            reason, way = self.no_answer, "name a mirror (HF_ENDPOINT=https://<mirror>)"
-            if constants.HF_HUB_OFFLINE:
-                reason, way = "HF_HUB_OFFLINE is set", "unset that"
-            return (
-                f"no file or folder here, and {constants.ENDPOINT} does not give it ({reason}); "
-                f"{way}, or {self.by_hand()}{near}\n"
-                f"(not whole in the cache {constants.HF_HUB_CACHE})"
+def _download(repository: str) -> Path:
+    """The folder of a repository's weights, downloaded to the cache in the first of `FORMATS` that
+    the repository has. After the first, all files are of the same commit."""
+    from huggingface_hub import HfApi, constants, errors, hf_hub_download
+
+    name, _, revision = repository.partition("@")
+    if not constants.HF_HUB_OFFLINE:
+        print(f"asking {constants.ENDPOINT}/{name}, for a minute if it does not answer",
+              file=sys.stderr)  # fmt: skip
+    with _explained(name, revision or "main"):
+        listing = HfApi().model_info(name, revision=revision or None, timeout=60)
+        names = {file.rfilename for file in listing.siblings}
+        kind, weights = _find(names)
+        if kind is None:
+            raise InputError(
+                f"{constants.ENDPOINT}/{name} has no weights of a CLIP with a description: no "
+                f"{WANTED}; if there are some in a file of another name, download that and give "
+                "the file"
             )
-        found = self.get(transformers.CONFIG_FILE)
-        model_type = read_json(found).get("model_type") if found else None
-        reason = f"is for a model of type {one_line(model_type)!r}; it " if model_type else ""
-        files = " nor ".join(each.hub_files for each in FORMATS.values() if each.hub_files)
-        return (
-            f"{constants.ENDPOINT}/{self.name} {reason}has no weights of a CLIP with a "
-            f"description: neither {files}; if there are some in a file of another name, download "
-            "that and give the file"
-        )
+        first, *others = *kind.descriptions, weights
+        folder = Path(hf_hub_download(name, first, revision=revision or "main")).parent
+        for file in others[:-1]:
+            with nullcontext() if file in names else suppress(errors.EntryNotFoundError):
+                hf_hub_download(name, file, revision=folder.name)  # the cache notes missing ones
+        kind.description(folder)  # refuses another model before a large download
+        hf_hub_download(name, weights, revision=folder.name)
+        for file in _parts(folder / weights):
+            hf_hub_download(name, file, revision=folder.name)
+    return folder
 
-    def by_hand(self) -> str:
-        from huggingface_hub import constants
 
-        files = ", or ".join(each.hub_files for each in FORMATS.values() if each.hub_files)
-        return (
-            f"get {files}, by other means, put them into one folder and give that folder\n"
-            f"from {constants.ENDPOINT}/{self.name}/tree/{self.revision}"
-        )
+def _find(names: set[str]) -> tuple[Format, str] | tuple[None, None]:
+    """The first format whose weights and description are among the names of files, and the name of
+    the weights or of their index."""
+    for kind in FORMATS.values():
+        for name in kind.files if names.issuperset(kind.descriptions[:1]) else ():
+            for candidate in (name, f"{name}.index.json"):
+                for weights in fnmatch.filter(names, candidate):
+                    return kind, weights
+    return None, None
+
+
+def _parts(weights: Path) -> list[str]:
+    """The files of the weights in a file or in those that an index lists."""
+    return shards(read_json(weights)) if weights.suffix == ".json" else [weights.name]
+
+
+@contextmanager
+def _explained(name: str, revision: str) -> Iterator[None]:
+    """Turn errors of the library within into `InputError`s with a remedy."""
+    from huggingface_hub import constants, errors
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # else it prints every attempt
+    address, known = f"{constants.ENDPOINT}/{name}", {row.repository for row in HUB.values()}
+    near = "" if name in known else near_names(name, known)
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise InputError(
+            f"agree to the terms on {address}, then log in here (hf auth login, or HF_TOKEN)"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise InputError(
+            f"no file or folder here, and {address} does not exist, or is private: then log in "
+            f"(hf auth login, or HF_TOKEN){near}"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise InputError(f"{address} has no revision {revision}") from None
+    except InputError:
+        raise
+    except Exception as error:  # of requests or httpx
+        is_disk = isinstance(error, OSError) and not isinstance(error, ConnectionError)
+        if is_disk and error.errno:
+            raise InputError(
+                f"cannot be saved in {constants.HF_HUB_CACHE} ({error.strerror}); make room, or "
+                "choose another folder with HF_HOME"
+            ) from None
+        reason = one_line(error.__cause__ or error)
+        way = ("run it again (with HF_HUB_DISABLE_XET=1 where a mirror has the small files alone), "
+               "name a mirror (HF_ENDPOINT=https://<mirror>)")  # fmt: skip
+        if constants.HF_HUB_OFFLINE:
+            reason, way = "HF_HUB_OFFLINE is set", "unset that"
+        raise InputError(
+            f"no file or folder here, and {constants.ENDPOINT} does not give it ({reason}); {way}, "
+            f"or get {WANTED}, by other means, put them into one folder and give that folder{near}"
+            f"\nfrom {address}/tree/{revision}\n"
+            f"(not complete in the cache {constants.HF_HUB_CACHE})"
+        ) from None

@@ -1,9 +1,8 @@
 """The interface of a weights format, and the writing of its files."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -11,9 +10,7 @@ from torch import Tensor
 
 from models.clip import CLIP
 from models.config import Config
-
-if TYPE_CHECKING:
-    from models.weights.hub import Repository
+from models.files import write_json
 
 Weights = dict[str, Tensor]
 
@@ -21,10 +18,9 @@ Weights = dict[str, Tensor]
 class Format(NamedTuple):
     """A format of weights; `models.weights.formats.FORMATS` lists all.
 
-    `write(model, output, dtype)` raises `InputError` for a model that the format cannot hold.
-    `files` are the names or glob patterns of the weights in a folder. `fetch` returns the folder
-    of a repository on the hub, with all that is read of it, or None if the repository has no such
-    weights; `hub_files` names these files in messages.
+    `write(model, output, dtype)` raises `InputError` for a model that the format cannot hold. A
+    folder or a repository on the hub has one of `files` (names or glob patterns of weights), the
+    first of `descriptions`, and perhaps the others.
     """
 
     purpose: str
@@ -32,11 +28,10 @@ class Format(NamedTuple):
     write: Callable[[CLIP, Path, torch.dtype], None]
     check: Callable[[Path], object] = lambda output: None  # before anything is read
     files: tuple[str, ...] = ()
+    descriptions: tuple[str, ...] = ()
     recognises: Callable[[Weights], bool] = lambda weights: False  # by the keys
     to_ours: Callable[[Weights], Weights] = lambda weights: weights
-    description: Callable[[Path, Weights], Config | None] = lambda folder, weights: None
-    fetch: Callable[["Repository"], Path | None] = lambda repository: None
-    hub_files: str = ""
+    description: Callable[[Path], Config | None] = lambda folder: None
 
 
 def save_safetensors(weights: Weights, file: Path, dtype: torch.dtype, **metadata: str) -> None:
@@ -53,10 +48,6 @@ def cast(weights: Weights, dtype: torch.dtype) -> Weights:
         key: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
         for key, tensor in weights.items()
     }
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_tokenizer(model: CLIP, folder: Path) -> None:

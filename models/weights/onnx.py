@@ -1,4 +1,4 @@
-"""ONNX files of a model, which programs run without PyTorch."""
+"""ONNX files of a model, for programs without PyTorch."""
 
 import copy
 import logging
@@ -16,8 +16,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from models.clip import CLIP
 from models.config import Config
 from models.errors import InputError, one_line
+from models.files import write_json
 from models.progress_bar import progress_bar
-from models.weights.interface import Format, write_json, write_tokenizer
+from models.weights.interface import Format, write_tokenizer
 
 OPSET = 18  # the version of the ONNX operators
 LARGEST_FILE = 2 * 10**9  # bytes; an ONNX file ends at 2 GiB, and larger weights lie beside it
@@ -73,7 +74,7 @@ def export_onnx(model: CLIP, folder: Path, dtype: torch.dtype = torch.float32) -
 
     Raises `InputError` if onnxruntime computes other features from a file than `model`.
     """
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it warns of skipped optimisations
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # no warnings of optimisations
     exported = model
     if dtype != torch.float32 or not model.config.is_vit:
         exported = copy.deepcopy(model)
@@ -155,14 +156,13 @@ def _random_images(config: Config, n: int) -> Tensor:
 
 
 def _random_tokens(config: Config, n: int) -> Tensor:
-    """Texts of different lengths that end with the largest id, padded with zeros; the rows are
-    shorter for a larger n."""
-    generator = torch.Generator().manual_seed(n)
+    """Texts, each a token shorter than the one before; the rows are shorter for a larger n."""
     length, end = config.context_length // n, config.vocab_size - 1
-    tokens = torch.randint(end, (n, length), generator=generator)
-    ends = torch.randint(length, (n, 1), generator=generator)
-    positions = torch.arange(length)
-    return tokens.masked_fill(positions > ends, 0).masked_fill(positions == ends, end)
+    tokens = torch.randint(1, end, (n, length), generator=torch.Generator().manual_seed(n))
+    for padding, row in enumerate(tokens):
+        row[length - 1 - padding :] = 0
+        row[length - 1 - padding] = end
+    return tokens
 
 
 def preparation(model: CLIP) -> dict[str, Any]:

@@ -6,28 +6,38 @@ For a model with BERT, which open_clip lacks in this form, `text_cfg` has two fi
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from models.clip import CLIP
 from models.config import MAX_SIZE, VOCABULARY, Config, check_config, description_of
 from models.errors import InputError, naming, quoted
-from models.files import read_json
-from models.weights.interface import Format, Weights, save_safetensors, write_json
-
-if TYPE_CHECKING:
-    from models.weights.hub import Repository
+from models.files import read_json, write_json
+from models.weights.interface import Format, Weights, save_safetensors
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
-# Fields that our models have, with open_clip's defaults. Any other field must have a value of
-# `UNUSED` or `NEUTRAL`.
-VISION = {"image_size": 224, "layers": 12, "width": 768, "head_width": 64, "mlp_ratio": 4.0,
-          "patch_size": 16}  # fmt: skip
-TEXT = {"context_length": 77, "vocab_size": VOCABULARY, "width": 512, "heads": 8, "layers": 12,
-        "mlp_ratio": 4.0, "tower": "clip", "positions": None}  # fmt: skip
+# By field of `Config`: the field of a tower's description and its default. Any other field of the
+# description must have a value of `UNUSED` or `NEUTRAL`.
+VISION = {
+    "image_resolution": ("image_size", 224),
+    "vision_layers": ("layers", 12),
+    "vision_width": ("width", 768),
+    "vision_head_width": ("head_width", 64),
+    "vision_patch_size": ("patch_size", 16),
+}
+TEXT = {
+    "context_length": ("context_length", 77),
+    "vocab_size": ("vocab_size", VOCABULARY),
+    "transformer_width": ("width", 512),
+    "transformer_heads": ("heads", 8),
+    "transformer_layers": ("layers", 12),
+    "text_tower": ("tower", "clip"),
+    "text_positions": ("positions", None),
+}
+PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 LONG_CLIP_KEPT = 20  # positions that Long-CLIP (Zhang et al. 2024, section 3.1) keeps as they were
 # Fields that change nothing about a loaded model, or that say what ours does anyway.
 NEUTRAL = {"patch_dropout": None, "output_tokens": None, "pool_type": ("tok", "argmax"),
@@ -47,22 +57,13 @@ def to_ours(weights: Weights) -> Weights:
     return weights | {"positional_embedding": torch.cat([kept, others[LONG_CLIP_KEPT:]])}
 
 
-def description(folder: Path, weights: Weights | None = None) -> Config | None:
+def description(folder: Path) -> Config | None:
     """The description in a folder; None if there is none."""
     content = read_json(folder / CONFIG_FILE)
     if content is None:
         return None
     with naming(CONFIG_FILE):
         return from_open_clip(content)
-
-
-def fetch(repository: "Repository") -> Path | None:
-    """The folder of a repository with a description and weights."""
-    if found := repository.get(CONFIG_FILE):
-        description(found.parent)  # other models are refused before a large download
-        if repository.has_weights(WEIGHTS_FILES):
-            return found.parent
-    return None
 
 
 def write(model: CLIP, folder: Path, dtype: torch.dtype) -> None:
@@ -79,32 +80,22 @@ def from_open_clip(content: dict[str, Any]) -> Config:
     model_configs. Raises `InputError` for a feature that our models lack."""
     with description_of("that of a CLIP model"):
         model = content.get("model_cfg", content)
-        vision = _tower(model, "vision_cfg", VISION)
-        text = _tower(model, "text_cfg", TEXT)
+        vision, vision_ratio = _tower(model, "vision_cfg", VISION)
+        text, text_ratio = _tower(model, "text_cfg", TEXT)
         for field in ("multimodal_cfg", "init_logit_bias"):
             if model.get(field) not in UNUSED:
                 raise InputError(f'its description has "{field}", which no model here has')
-        is_resnet = isinstance(vision["layers"], list)
+        vision["image_resolution"] = _side(vision["image_resolution"])
+        vision["vision_mlp_width"] = _mlp_width(vision["vision_width"], vision_ratio)
+        if isinstance(vision["vision_layers"], tuple):  # a ResNet
+            vision |= {"vision_patch_size": None, "vision_mlp_width": None}
         preprocess = content.get("preprocess_cfg", {})
-        known = ("mean", "std", "interpolation", "resize_mode")
         config = Config(
             embed_dim=model["embed_dim"],
-            image_resolution=_side(vision["image_size"]),
-            vision_layers=tuple(vision["layers"]) if is_resnet else vision["layers"],
-            vision_width=vision["width"],
-            vision_patch_size=None if is_resnet else vision["patch_size"],
-            vision_head_width=vision["head_width"],
-            vision_mlp_width=None if is_resnet else _mlp_width(vision),
-            transformer_width=text["width"],
-            transformer_mlp_width=_mlp_width(text),
-            transformer_heads=text["heads"],
-            transformer_layers=text["layers"],
-            context_length=text["context_length"],
-            vocab_size=text["vocab_size"],
-            text_tower=text["tower"],
-            text_positions=text["positions"],
+            transformer_mlp_width=_mlp_width(text["transformer_width"], text_ratio),
             activation="quick_gelu" if model.get("quick_gelu") else "gelu",
-            **{k: _plain(preprocess[k]) for k in known if k in preprocess},
+            **vision | text,
+            **{field: _plain(preprocess[field]) for field in PREPROCESSING if field in preprocess},
         )
     check_config(config)
     return config
@@ -112,47 +103,39 @@ def from_open_clip(content: dict[str, Any]) -> Config:
 
 def to_open_clip(config: Config) -> dict[str, Any]:
     """The content of open_clip_config.json for a model of ours."""
-    vision: dict[str, Any] = {
-        "image_size": config.image_resolution,
-        "layers": list(config.vision_layers) if not config.is_vit else config.vision_layers,
-        "width": config.vision_width,
-        "patch_size": config.vision_patch_size,
-        "head_width": config.vision_head_width,
-    }
+    vision, text = (
+        {theirs: getattr(config, ours) for ours, (theirs, _) in fields.items()}
+        for fields in (VISION, TEXT)
+    )
     if config.is_vit:
         vision["mlp_ratio"] = _ratio(config.vision_mlp_width, config.vision_width)
-    text = {
-        "context_length": config.context_length,
-        "vocab_size": config.vocab_size,
-        "width": config.transformer_width,
-        "heads": config.transformer_heads,
-        "layers": config.transformer_layers,
-        "mlp_ratio": _ratio(config.transformer_mlp_width, config.transformer_width),
-    }
-    if config.text_tower != "clip":
-        text |= {"tower": config.text_tower, "positions": config.text_positions}
-    quick_gelu = config.activation == "quick_gelu"
+    text["mlp_ratio"] = _ratio(config.transformer_mlp_width, config.transformer_width)
+    if config.text_tower == "clip":  # open_clip knows neither field
+        del text["tower"], text["positions"]
     return {
-        "model_cfg": {"embed_dim": config.embed_dim, "quick_gelu": quick_gelu,
-                      "vision_cfg": vision, "text_cfg": text},
-        "preprocess_cfg": {"mean": list(config.mean), "std": list(config.std),
-                           "interpolation": config.interpolation,
-                           "resize_mode": config.resize_mode},
+        "model_cfg": {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text,
+                      "quick_gelu": config.activation == "quick_gelu"},
+        "preprocess_cfg": {field: getattr(config, field) for field in PREPROCESSING},
     }  # fmt: skip
 
 
-def _tower(model: dict[str, Any], name: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of one tower. Raises `InputError` for a field that no tower of ours has."""
+def _tower(
+    model: dict[str, Any], name: str, fields: dict[str, tuple[str, Any]]
+) -> tuple[dict[str, Any], Any]:
+    """The fields of `Config` on one tower, and the ratio of its MLPs' width to its own. Raises
+    `InputError` for a field that no tower of ours has."""
     tower = model[name]
+    known = {"mlp_ratio", *(theirs for theirs, _ in fields.values())}
     for field, value in tower.items():
         neutral = NEUTRAL.get(field, ())  # None: any value
-        if field in fields or value in UNUSED or neutral is None or value in neutral:
+        if field in known or value in UNUSED or neutral is None or value in neutral:
             continue
         raise InputError(
             f"its {name} has {quoted(field)}: {quoted(value)}, which no tower here has; take a "
             "model with its own ViT or ResNet and its own text tower, such as ViT-B-32"
         )
-    return fields | {field: value for field, value in tower.items() if field in fields}
+    found = {ours: _plain(tower.get(theirs, value)) for ours, (theirs, value) in fields.items()}
+    return found, tower.get("mlp_ratio", 4.0)
 
 
 def _plain(value: Any) -> Any:
@@ -160,20 +143,20 @@ def _plain(value: Any) -> Any:
 
 
 def _side(image_size: Any) -> Any:
-    if not isinstance(image_size, list):
+    if not isinstance(image_size, tuple):
         return image_size
     if not all(type(side) is int for side in image_size) or len(set(image_size)) != 1:
-        sides = quoted(image_size)
+        sides = quoted(list(image_size))
         raise InputError(f"it takes images of {sides} pixels; only square ones work here")
     return image_size[0]
 
 
-def _mlp_width(tower: dict[str, Any]) -> int:
+def _mlp_width(width: Any, ratio: Any) -> int:
     """Raises `InputError` for other types than numbers; Python multiplies texts and lists, too."""
-    for field in ("width", "mlp_ratio"):
-        if not isinstance(tower[field], int | float) or not 0 < tower[field] <= MAX_SIZE:
-            raise InputError(f"its {field} would be {quoted(tower[field])}")
-    return int(tower["width"] * tower["mlp_ratio"])
+    for field, value in (("width", width), ("mlp_ratio", ratio)):
+        if not isinstance(value, int | float) or not 0 < value <= MAX_SIZE:
+            raise InputError(f"its {field} would be {quoted(value)}")
+    return int(width * ratio)
 
 
 def _ratio(mlp_width: int, width: int) -> float:
@@ -192,8 +175,7 @@ FORMAT = Format(
     """,
     write,
     files=WEIGHTS_FILES,
+    descriptions=(CONFIG_FILE,),
     to_ours=to_ours,
     description=description,
-    fetch=fetch,
-    hub_files="{} and {} (or {})".format(CONFIG_FILE, *WEIGHTS_FILES),
 )

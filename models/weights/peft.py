@@ -13,8 +13,8 @@ CONFIG_FILE = "adapter_config.json"
 
 @contextmanager
 def merged_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder of transformers with the model that the adapter in `folder` changes, the
-    changes merged by peft. Raises `InputError` if they cannot be."""
+    """A temporary folder of transformers with the base model of the adapter in `folder`, into which
+    peft has merged the adapter. Raises `InputError` if that fails."""
     base = (read_json(folder / CONFIG_FILE) or {}).get("base_model_name_or_path")
     whose = f"an adapter of the library peft for the model {one_line(base)}"
     try:

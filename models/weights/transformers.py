@@ -2,65 +2,63 @@
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from models.clip import CLIP
-from models.config import (
-    CHINESE_CONTEXT_LENGTH,
-    MAX_SIZE,
-    VOCABULARY,
-    Config,
-    check_config,
-    description_of,
-)
+from models.config import CHINESE_CONTEXT_LENGTH, VOCABULARY, Config, check_config, description_of
 from models.errors import InputError, naming, quoted
-from models.files import read_json
-from models.weights.interface import Format, Weights, save_safetensors, write_json, write_tokenizer
-
-if TYPE_CHECKING:
-    from models.weights.hub import Repository
+from models.files import read_json, write_json
+from models.weights.interface import Format, Weights, save_safetensors, write_tokenizer
 
 CONFIG_FILE = "config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
 PROCESSOR_FILE = "processor_config.json"  # its "image_processor" takes precedence
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
-MODEL_TYPES = {  # by `model_type` of config.json: our text tower, the model and one on the hub
-    "clip": ("clip", "CLIPModel", "openai/clip-vit-base-patch32"),
-    "chinese_clip": ("bert", "ChineseCLIPModel", "OFA-Sys/chinese-clip-vit-base-patch16"),
-}
 # Names that every CLIPModel, or a similar model, and every ChineseCLIPModel has.
 BERT_MARK = "text_model.embeddings.word_embeddings.weight"
 MARKS = {"text_model.final_layer_norm.weight", "vision_model.post_layernorm.weight", BERT_MARK}
 BUFFERS = ("position_ids", "token_type_ids")  # the numbers 0, 1, 2, ... and zeros
-# The defaults of a config.json, those of ViT-B/32 and of BERT.
-TEXT = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8,
-        "num_hidden_layers": 12, "max_position_embeddings": 77,
-        "vocab_size": VOCABULARY}  # fmt: skip
-BERT = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12,
-        "num_hidden_layers": 12, "max_position_embeddings": 512, "vocab_size": 30522}  # fmt: skip
-VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12,
-          "num_hidden_layers": 12, "image_size": 224, "patch_size": 32}  # fmt: skip
-BERT_EPSILON = 1e-12  # of its norms
-TEXT_SIZES = {  # the fields of `Config` on any text tower, and their names in transformers
-    "transformer_width": "hidden_size",
-    "transformer_mlp_width": "intermediate_size",
-    "transformer_heads": "num_attention_heads",
-    "transformer_layers": "num_hidden_layers",
-    "vocab_size": "vocab_size",
+
+# By field of `Config`: the field of config.json and its default, that of ViT-B/32 or of BERT.
+VISION = {
+    "image_resolution": ("image_size", 224),
+    "vision_layers": ("num_hidden_layers", 12),
+    "vision_width": ("hidden_size", 768),
+    "vision_heads": ("num_attention_heads", 12),
+    "vision_patch_size": ("patch_size", 32),
+    "vision_mlp_width": ("intermediate_size", 3072),
+    "activation": ("hidden_act", "quick_gelu"),
 }
-VISION_FIELDS = {  # the same of the image tower
-    "image_resolution": "image_size",
-    "vision_layers": "num_hidden_layers",
-    "vision_width": "hidden_size",
-    "vision_patch_size": "patch_size",
-    "vision_mlp_width": "intermediate_size",
-    "activation": "hidden_act",
+CLIP_TEXT = {
+    "transformer_width": ("hidden_size", 512),
+    "transformer_mlp_width": ("intermediate_size", 2048),
+    "transformer_heads": ("num_attention_heads", 8),
+    "transformer_layers": ("num_hidden_layers", 12),
+    "vocab_size": ("vocab_size", VOCABULARY),
+    "context_length": ("max_position_embeddings", 77),
+    "activation": ("hidden_act", "quick_gelu"),
 }
-ENDS = (VOCABULARY - 1, 2)  # eos_token_id, in early files 2
-INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+BERT_TEXT = {
+    "transformer_width": ("hidden_size", 768),
+    "transformer_mlp_width": ("intermediate_size", 3072),
+    "transformer_heads": ("num_attention_heads", 12),
+    "transformer_layers": ("num_hidden_layers", 12),
+    "vocab_size": ("vocab_size", 30522),
+    "text_positions": ("max_position_embeddings", 512),
+    # Not a field of transformers': we write it, and the library keeps unknown fields.
+    "context_length": ("context_length", CHINESE_CONTEXT_LENGTH),
+}
+# The values of other fields that work, first the default, which we write.
+NORMS = {"layer_norm_eps": (1e-5,)}
+CLIP_ONLY = NORMS | {"eos_token_id": (VOCABULARY - 1, 2)}  # in early files 2
+BERT_ONLY = {"hidden_act": ("gelu",), "layer_norm_eps": (1e-12,), "type_vocab_size": (2,)}
+PREPROCESSOR_ONLY = dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), (True,))
+TEXT_TOWERS = {"clip": (CLIP_TEXT, CLIP_ONLY), "bert": (BERT_TEXT, BERT_ONLY)}
+MODEL_TYPES = {"clip": "clip", "chinese_clip": "bert"}  # `model_type` and our text tower
+INTERPOLATIONS = {3: "bicubic", 2: "bilinear"}  # Pillow's numbers
 
 TOWERS = {"text_model": "", "vision_model": "visual."}
 TO_THEIRS = {  # names of ours within a tower, then within a block
@@ -87,13 +85,13 @@ PROJECTIONS = {
 
 
 def recognises(weights: Weights) -> bool:
-    """Whether the keys are those of a `CLIPModel`, a part of one, or a similar model."""
+    """Whether the keys are those of a `CLIPModel`, of a part of one, or of a similar model."""
     return not MARKS.isdisjoint(weights)
 
 
 def to_ours(weights: Weights) -> Weights:
-    """The same weights with our keys. Raises `InputError` for a block whose query, key and value
-    are not all there."""
+    """The same weights with our keys. Raises `InputError` for a block that lacks query, key or
+    value."""
     ours: Weights = {}
     thirds: dict[str, dict[str, Tensor]] = {}
     has_bert = BERT_MARK in weights
@@ -136,33 +134,19 @@ def to_transformers(weights: Weights) -> Weights:
     return theirs
 
 
-def description(folder: Path, weights: Weights) -> Config | None:
+def description(folder: Path) -> Config | None:
     """The description in a folder; None if there is none."""
     content = read_json(folder / CONFIG_FILE)
     if content is None:
         return None
-    is_chinese = any(key.startswith("bert.") for key in weights)
-    expected = "chinese_clip" if is_chinese else "clip"
     with naming(CONFIG_FILE):
-        from_transformers(content, {}, expected)  # errors of this file are raised here
+        from_transformers(content, {})  # errors of this file are raised here
     processor = read_json(folder / PROCESSOR_FILE) or {}
     name, preprocessor = PROCESSOR_FILE, processor.get("image_processor")
     if preprocessor is None:
         name, preprocessor = PREPROCESSOR_FILE, read_json(folder / PREPROCESSOR_FILE) or {}
     with naming(name):
-        return from_transformers(content, preprocessor, expected)
-
-
-def fetch(repository: "Repository") -> Path | None:
-    """The folder of a repository with a description, preprocessing if it has one, and weights."""
-    found = repository.get(CONFIG_FILE)
-    if found is None or read_json(found).get("model_type") not in [*MODEL_TYPES]:
-        return None
-    # A model whose preprocessing is unknown must not be taken for one without any.
-    files = (PREPROCESSOR_FILE, PROCESSOR_FILE)
-    is_prepared = any([repository.get(file) for file in files])
-    is_known = is_prepared or not repository.unknown.intersection(files)
-    return found.parent if is_known and repository.has_weights(WEIGHTS_FILES) else None
+        return from_transformers(content, preprocessor)
 
 
 def write(model: CLIP, folder: Path, dtype: torch.dtype) -> None:
@@ -177,80 +161,31 @@ def write(model: CLIP, folder: Path, dtype: torch.dtype) -> None:
     write_tokenizer(model, folder)
 
 
-def from_transformers(
-    content: dict[str, Any], preprocessor: dict[str, Any], model_type: str
-) -> Config:
-    """Our description for the `content` of a config.json of this `model_type`; `preprocessor` is
-    that of preprocessor_config.json, or empty. Raises `InputError` for a feature that our models
-    lack."""
-    text_tower, model, example = MODEL_TYPES[model_type]
-    with description_of(f"a {model}'s"):
-        if content.get("model_type") != model_type:
-            found = quoted(content.get("model_type"))
+def from_transformers(content: dict[str, Any], preprocessor: dict[str, Any]) -> Config:
+    """Our description for the `content` of a config.json; `preprocessor` is that of
+    preprocessor_config.json, or empty. Raises `InputError` for a feature that our models lack."""
+    with description_of("that of a CLIPModel"):
+        model_type = content.get("model_type")
+        if model_type not in MODEL_TYPES:
             raise InputError(
-                f"its model_type is {found}, not '{model_type}'; take a whole {model}, such as "
-                f"{example}"
+                f"its model_type is {quoted(model_type)}, not {' or '.join(MODEL_TYPES)}; take a "
+                "whole CLIPModel, such as openai/clip-vit-base-patch32, or a ChineseCLIPModel"
             )
-        image = _image_tower(content, preprocessor)
-        if text_tower == "bert" and not preprocessor:
-            image["resize_mode"] = "squash"  # as the authors do
-        read_text = _bert if text_tower == "bert" else _clip_text
-        config = Config(**image | read_text(content, image["activation"]))
+        text_tower = MODEL_TYPES[model_type]
+        vision = _section(content, "vision_config", VISION, NORMS)
+        text = _section(content, "text_config", *TEXT_TOWERS[text_tower])
+        if text.get("activation", vision["activation"]) != vision["activation"]:
+            raise InputError("its towers differ in hidden_act; only one value for both works")
+        if text_tower == "bert":
+            text["context_length"] = min(text["context_length"], text["text_positions"])
+        config = Config(
+            embed_dim=content.get("projection_dim", 512),
+            vision_head_width=vision["vision_width"] // vision.pop("vision_heads"),
+            text_tower=text_tower,
+            **text | vision | _preprocessing(preprocessor, text_tower),
+        )
     check_config(config)
     return config
-
-
-def _clip_text(content: dict[str, Any], activation: str) -> dict[str, Any]:
-    """The fields of `Config` on CLIP's own text tower."""
-    text = _tower(content, "text_config", TEXT)
-    if text.get("hidden_act", "quick_gelu") != activation:
-        raise InputError("its towers have another hidden_act each; one for both works")
-    _check_epsilon(text, "text_config", 1e-5)
-    if text.get("eos_token_id", ENDS[0]) not in ENDS:
-        found = quoted(text["eos_token_id"])
-        raise InputError(f"its eos_token_id is {found}; {ENDS[0]} works, as in published CLIPs")
-    sizes = {ours: text[theirs] for ours, theirs in TEXT_SIZES.items()}
-    return sizes | {"context_length": text["max_position_embeddings"]}
-
-
-def _bert(content: dict[str, Any], _: str) -> dict[str, Any]:
-    """The fields of `Config` on BERT."""
-    text = _tower(content, "text_config", BERT)
-    for field, value in (("hidden_act", "gelu"), ("type_vocab_size", 2)):
-        if (found := text.get(field, value)) != value:
-            raise InputError(f"its text_config has {field} {quoted(found)}; only {value} works")
-    _check_epsilon(text, "text_config", BERT_EPSILON)
-    positions = text["max_position_embeddings"]
-    sizes = {ours: text[theirs] for ours, theirs in TEXT_SIZES.items()}
-    return sizes | {
-        # Not a field of transformers': we write it, and the library keeps unknown fields.
-        "context_length": text.get("context_length", min(CHINESE_CONTEXT_LENGTH, positions)),
-        "text_tower": "bert",
-        "text_positions": positions,
-    }
-
-
-def _image_tower(content: dict[str, Any], preprocessor: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `Config` on images."""
-    vision = _tower(content, "vision_config", VISION)
-    activation = vision.get("hidden_act", "quick_gelu")
-    if activation not in ("gelu", "quick_gelu"):
-        raise InputError(f"its hidden_act is {quoted(activation)}; gelu or quick_gelu work")
-    _check_epsilon(vision, "vision_config", 1e-5)
-    vision["hidden_act"] = activation
-    return {
-        **{ours: vision[theirs] for ours, theirs in VISION_FIELDS.items()},
-        "embed_dim": content.get("projection_dim", 512),
-        "vision_head_width": vision["hidden_size"] // vision["num_attention_heads"],
-        **_preprocessing(preprocessor),
-    }
-
-
-def _check_epsilon(tower: dict[str, Any], name: str, epsilon: float) -> None:
-    """Raise `InputError` for norms with another epsilon than ours."""
-    found = tower.get("layer_norm_eps", epsilon)
-    if found != epsilon:
-        raise InputError(f"its {name} has layer_norm_eps {quoted(found)}; only {epsilon:g} works")
 
 
 def config_to_transformers(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -258,28 +193,25 @@ def config_to_transformers(config: Config) -> tuple[dict[str, Any], dict[str, An
     ResNet."""
     if not config.is_vit:
         raise InputError("transformers has no CLIP with a ResNet; take --format open_clip")
-    is_chinese = config.text_tower == "bert"
-    model_type = "chinese_clip" if is_chinese else "clip"
-    text = {theirs: getattr(config, ours) for ours, theirs in TEXT_SIZES.items()}
-    if is_chinese:
-        text |= {"max_position_embeddings": config.text_positions, "hidden_act": "gelu",
-                 "layer_norm_eps": BERT_EPSILON,
-                 "context_length": config.context_length}  # fmt: skip
-    else:
-        text |= {"max_position_embeddings": config.context_length, "hidden_act": config.activation,
-                 "projection_dim": config.embed_dim, "bos_token_id": VOCABULARY - 2,
-                 "eos_token_id": VOCABULARY - 1, "pad_token_id": VOCABULARY - 1}  # fmt: skip
-    vision = {theirs: getattr(config, ours) for ours, theirs in VISION_FIELDS.items()}
-    vision |= {"num_attention_heads": config.vision_heads, "projection_dim": config.embed_dim}
-    model = {"architectures": [MODEL_TYPES[model_type][1]], "model_type": model_type,
+    model_type = next(name for name, tower in MODEL_TYPES.items() if tower == config.text_tower)
+    chinese = "Chinese" if config.text_tower == "bert" else ""
+    table, only = TEXT_TOWERS[config.text_tower]
+    text, vision = (
+        {theirs: getattr(config, ours) for ours, (theirs, _) in fields.items()}
+        | {"projection_dim": config.embed_dim}
+        | {field: values[0] for field, values in others.items()}
+        for fields, others in ((table, only), (VISION, NORMS))
+    )
+    if not chinese:
+        text |= {"bos_token_id": VOCABULARY - 2, "pad_token_id": VOCABULARY - 1}
+    model = {"architectures": [f"{chinese}CLIPModel"], "model_type": model_type,
              "projection_dim": config.embed_dim, "logit_scale_init_value": 2.6592,
              "text_config": text, "vision_config": vision}  # fmt: skip
     numbers = {name: number for number, name in INTERPOLATIONS.items()}
-    side = config.image_resolution
-    is_square = config.resize_mode == "squash"
+    side, is_square = config.image_resolution, config.resize_mode == "squash"
     square = {"height": side, "width": side}
     preprocessor = {
-        "image_processor_type": f"{'Chinese' if is_chinese else ''}CLIPImageProcessor",
+        "image_processor_type": f"{chinese}CLIPImageProcessor",
         "do_resize": True, "size": square if is_square else {"shortest_edge": side},
         "resample": numbers[config.interpolation],
         "do_center_crop": not is_square, "crop_size": square,
@@ -289,23 +221,33 @@ def config_to_transformers(config: Config) -> tuple[dict[str, Any], dict[str, An
     return model, preprocessor
 
 
-def _tower(content: dict[str, Any], name: str, defaults: dict[str, int]) -> dict[str, Any]:
-    """The description of a tower; `..._config_dict`, of early versions, takes precedence."""
-    found = defaults | (content.get(name) or {}) | (content.get(f"{name}_dict") or {})
-    for field in defaults:
-        if type(found[field]) is not int or not 0 < found[field] <= MAX_SIZE:
-            raise InputError(f"its {name} has {field} {quoted(found[field])}")
-    return found
+def _section(
+    content: dict[str, Any],
+    name: str,
+    table: dict[str, tuple[str, Any]],
+    only: dict[str, tuple[Any, ...]],
+) -> dict[str, Any]:
+    """The fields of `Config` in a section. `..._dict`, of early versions, takes precedence."""
+    section = (content.get(name) or {}) | (content.get(f"{name}_dict") or {})
+    _check(section, only, f"{name} has ")
+    return {ours: section.get(theirs, default) for ours, (theirs, default) in table.items()}
 
 
-def _preprocessing(content: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `Config` in preprocessor_config.json. Raises `InputError` for a preprocessing
-    that differs from ours, such as a crop smaller than the short side."""
+def _check(section: dict[str, Any], only: dict[str, tuple[Any, ...]], where: str = "") -> None:
+    """Raise `InputError` for a field with another value than those that work."""
+    for field, values in only.items():
+        if (found := section.get(field, values[0])) not in values:
+            working = " or ".join(map(str, values))
+            raise InputError(f"its {where}{field} {quoted(found)}; only {working} works")
+
+
+def _preprocessing(content: dict[str, Any], text_tower: str) -> dict[str, Any]:
+    """The fields of `Config` in preprocessor_config.json. Raises `InputError` for what we lack,
+    such as a crop smaller than the short side."""
     if not content:
-        return {}
-    size, resample = content.get("size", 224), content.get("resample", 3)
-    if resample not in INTERPOLATIONS:
-        raise InputError(f"its resample is {quoted(resample)}; 2 (bilinear) and 3 (bicubic) work")
+        return {"resize_mode": "squash"} if text_tower == "bert" else {}  # as the authors do
+    _check(content, PREPROCESSOR_ONLY | {"resample": (*INTERPOLATIONS,)})
+    size = content.get("size", 224)
     size = size if isinstance(size, dict) else {"shortest_edge": size}
     is_square, is_cut = "height" in size, content.get("do_center_crop", True)
     sides = list(size.values())
@@ -317,17 +259,11 @@ def _preprocessing(content: dict[str, Any]) -> dict[str, Any]:
             f"it resizes images to {quoted(size)} and cuts out {quoted(sides[len(size) :])}; only "
             "equal sides work here"
         )
-    for field in ("do_resize", "do_rescale", "do_normalize"):
-        if content.get(field, True) is not True:
-            raise InputError(f"its {field} is {quoted(content[field])}; true works")
-    fields: dict[str, Any] = {
-        "interpolation": INTERPOLATIONS[resample],
+    names = {"mean": "image_mean", "std": "image_std"}
+    return {
+        "interpolation": INTERPOLATIONS[content.get("resample", 3)],
         "resize_mode": "squash" if is_square else "shortest",
-    }
-    for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
-        if theirs in content:
-            fields[ours] = tuple(content[theirs])
-    return fields
+    } | {ours: tuple(content[theirs]) for ours, theirs in names.items() if theirs in content}
 
 
 def _our_name(name: str) -> str:
@@ -358,9 +294,8 @@ FORMAT = Format(
     """,
     write,
     files=WEIGHTS_FILES,
+    descriptions=(CONFIG_FILE, PREPROCESSOR_FILE, PROCESSOR_FILE),
     recognises=recognises,
     to_ours=to_ours,
     description=description,
-    fetch=fetch,
-    hub_files="{}, {} and {} (or {})".format(CONFIG_FILE, PREPROCESSOR_FILE, *WEIGHTS_FILES),
 )

@@ -25,14 +25,14 @@ OPCODES = {
     "NEWTRUE", "NONE", "POP", "POP_MARK", "PROTO", "REDUCE", "SETITEM", "SETITEMS",
     "SHORT_BINBYTES", "SHORT_BINUNICODE", "STACK_GLOBAL", "STOP", "TUPLE", "TUPLE1", "TUPLE2",
     "TUPLE3"}  # of protocols 2 to 5  # fmt: skip
-# Opcodes replaced by others, because they would hash content of the file, and a nested tuple can
-# take ages to hash. The next of `buffers` is a `PlainObject`.
+# These opcodes would hash content of the file, and a nested tuple can take ages to hash. They are
+# replaced: the next of `buffers` is a `PlainObject`.
 REPLACED = {"EMPTY_DICT": pickle.NEXT_BUFFER, "EMPTY_SET": pickle.NEXT_BUFFER,
             "FROZENSET": pickle.TUPLE}  # fmt: skip
 STORAGES = {"BFloat16": torch.bfloat16, "Half": torch.float16, "Float": torch.float32,
     "Double": torch.float64, "Bool": torch.bool, "Byte": torch.uint8, "Char": torch.int8,
     "Short": torch.int16, "Int": torch.int32, "Long": torch.int64}  # fmt: skip
-FUNCTIONS = {  # by name; they return tensors and classes; new each time, because BUILD changes one
+FUNCTIONS = {  # stand-ins by name, new each time, because the opcode BUILD can change them
     "_rebuild_tensor_v2": lambda: lambda storage, *view: storage._replace(view=view),
     "_rebuild_parameter": lambda: lambda parameter, *_: parameter,
     "_rebuild_parameter_with_state": lambda: lambda parameter, *_: parameter,
@@ -71,7 +71,7 @@ class PlainObject(dict):
         self.attributes = state
 
     def tensors(self, prefix: str = "") -> Iterator[tuple[str, PlainTensor]]:
-        """The tensors of a module and its submodules, removed from it, so that none comes twice."""
+        """The tensors of a module and its submodules, taken out of it, so that none comes twice."""
         state = vars(self).get("attributes") or {}
         for attributes in [state[part] for part in MODULE if part in state] or [state]:
             while attributes:

@@ -52,7 +52,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         bpe = clip_tokenizer()
         (Path(folder) / "vocab.json").write_text(json.dumps(bpe.encoder), "utf-8")
-        merges = "\n".join(" ".join(merge) for merge in bpe.priorities)
+        merges = "\n".join(" ".join(merge) for merge in bpe.merges)
         (Path(folder) / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", "utf-8")
         fast = [
             CLIPTokenizerFast.from_pretrained(folder, model_max_length=77)

@@ -1,4 +1,4 @@
-"""Files that are none: they neither fill the memory nor hold a program up."""
+"""Pipes, devices and huge files are refused: they neither block a program nor fill the memory."""
 
 import os
 import sys

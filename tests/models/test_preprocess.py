@@ -14,7 +14,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import BmpImagePlugin, EpsImagePlugin, ExifTags, Image
@@ -22,7 +22,7 @@ from script_runs import ROOT
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 
 from models.errors import InputError
-from models.preprocess import MAX_ASPECT_RATIO, Preprocess, normalize, open_image
+from models.preprocess import Preprocess, normalize, open_image
 
 SHARED = ROOT.parent / "shared"
 
@@ -58,41 +58,18 @@ sizes = st.integers(1, 700)
 @example(width=224, height=224, side=224)
 @example(width=1, height=1, side=224)
 @example(width=3, height=700 // 3, side=64)
-@example(width=MAX_ASPECT_RATIO, height=1, side=31)
-@example(width=1, height=MAX_ASPECT_RATIO, side=31)
+@example(width=100, height=1, side=31)
+@example(width=1, height=100, side=31)
 @example(width=427, height=640, side=288)
 @example(width=375, height=500, side=336)
 def test_pixels_equal_torchvision(width, height, side):
-    assume(max(width, height) <= MAX_ASPECT_RATIO * min(width, height))
     image = Image.fromarray(noise(width, height))
     assert torch.equal(Preprocess(side).resize_and_crop(image), torchvision_pixels(side)(image))
-
-
-@pytest.mark.parametrize("size", [(10_000, 10), (10, 10_000), (3, 605), (401, 2)])
-def test_narrow_images_come_out_as_if_resized_whole(size):
-    """They may differ by rounding, because Pillow may resize height and width in another order. The
-    picture is smooth, so that the order makes no larger difference."""
-    x, y = np.meshgrid(*(np.linspace(0, 9, n) for n in size))
-    waves = np.stack([np.sin(x + y), np.cos(2 * x), np.sin(3 * y)], -1)
-    image = Image.fromarray((127.5 * (waves + 1)).round().astype(np.uint8))
-    difference = Preprocess(64).resize_and_crop(image).int() - torchvision_pixels(64)(image).int()
-    assert difference.abs().max() <= 1
-
-
-def test_a_narrow_image_is_not_resized_whole():
-    """This image would have 224 x 67,200,000 pixels, which do not fit into memory."""
-    image = Image.new("RGB", (1, 300_000), (1, 2, 3))
-    assert Preprocess(224).resize_and_crop(image).flatten(1).unique(dim=1).flatten().tolist() == [
-        1,
-        2,
-        3,
-    ]
 
 
 @settings(max_examples=25, deadline=None)
 @given(width=sizes, height=sizes, mode=st.sampled_from(["RGB", "L"]))
 def test_preprocess_equals_open_clip(width, height, mode):
-    assume(max(width, height) <= MAX_ASPECT_RATIO * min(width, height))
     image = Image.fromarray(noise(width, height)).convert(mode)
     assert torch.equal(Preprocess(224)(image), open_clip_transform(224)(image))
 

@@ -48,7 +48,7 @@ def reference():
 @pytest.fixture(scope="module")
 def transformers_tokenizer(ours, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    merges = "\n".join(" ".join(merge) for merge in ours.priorities)
+    merges = "\n".join(" ".join(merge) for merge in ours.merges)
     (folder / "vocab.json").write_text(json.dumps(ours.encoder), encoding="utf-8")
     (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
     return CLIPTokenizer.from_pretrained(folder)
@@ -58,7 +58,7 @@ def test_vocabulary(ours, reference):
     assert ours.decoder[:START] == [reference.decoder[i] for i in range(START)]
     assert len(ours.decoder) == len(ours.encoder) == reference.vocab_size
     assert (ours.start_of_text, ours.end_of_text) == (START, END)
-    assert ours.priorities == reference.bpe_ranks
+    assert ours.merges == list(reference.bpe_ranks)
 
 
 # --- encode ---------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def test_a_page_without_spaces_does_not_take_long(ours):
     """It is one word with thousands of different merges. To go through the whole word for each of
     them would take too long."""
     page = "".join(random.Random(0).choices(string.ascii_lowercase, k=200_000))
-    assert ours.decode(ours.encode(page)) == page + " "
+    assert "".join(ours.decoder[i] for i in ours.encode(page)) == f"{page}</w>"
     tokens = tokenize("狗" + page, truncate=True)
     assert tokens[0, 0] == START
     assert tokens[0, -1] == END
@@ -129,32 +129,6 @@ def test_special_tokens_are_not_made_from_text(ours, literal):
     assert not {START, END} & set(ours.encode(f"{before}{literal}{after}"))
     row = tokenize(f"{before} {literal} {after}")[0]
     assert row.argmax() == len(ids) + 1  # where the text tower is pooled
-
-
-# --- decode ---------------------------------------------------------------------------------------
-
-
-@settings(deadline=None)
-@given(text=texts)
-def test_decode_equals_open_clip(ours, reference, text):
-    ids = ours.encode(text)
-    if "</w>" not in clean(text):  # open_clip takes it for the mark at the end of a word
-        assert ours.decode(ids) == reference.decode(ids)
-
-
-@settings(deadline=None)
-@given(text=st.text(alphabet=string.ascii_letters + string.digits + " .,!?-()", max_size=60))
-def test_decode_gives_the_words_back(ours, text):
-    decoded = ours.decode(ours.encode(text))
-    assert decoded.replace(" ", "") == text.replace(" ", "").lower()
-    assert ours.encode(decoded) == ours.encode(text)
-
-
-def test_decode_special_tokens_and_cut_characters(ours):
-    ids = ours.encode("two dogs")
-    assert ours.decode([START, *ids, END]) == "<|startoftext|> two dogs <|endoftext|> "
-    assert ours.decode(tokenize("two dogs")[0, :4]) == "<|startoftext|> two dogs <|endoftext|> "
-    assert "\ufffd" in ours.decode(ours.encode("🦒")[:-1])
 
 
 # --- tokenize -------------------------------------------------------------------------------------

@@ -38,7 +38,8 @@ def test_bfloat16_attention_is_that_of_float32_to_its_rounding(n, heads, length,
         query = query[:, :, :1]
     inputs = [x.clone().requires_grad_() for x in (query, key, value)]
     exact = [x.detach().float().requires_grad_() for x in inputs]
-    found = attend(*inputs, mask, kind == "causal")
+    rows = [x.transpose(1, 2).flatten(2) for x in inputs]  # [n, length, heads * c]
+    found = attend(rows, heads, mask, kind == "causal").unflatten(-1, (heads, c)).transpose(1, 2)
     expected = F.scaled_dot_product_attention(*exact, attn_mask=mask, is_causal=kind == "causal")
     assert found.dtype is torch.bfloat16
     assert relative(found, expected) < 2 * ROUNDING

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import os
 import reprlib
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from models import files
 from models.clip import CLIP
 from models.errors import InputError, one_line
 from models.files import read_bytes
@@ -101,6 +101,6 @@ def read_csv(path: Path) -> list[dict[str, float]]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` as indented JSON."""
+    """Write `content` as indented JSON, by an atomic write."""
     with writing(path), atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        files.write_json(temporary, content)

@@ -14,6 +14,7 @@ from models import CLIP
 from models.config import Config
 from models.errors import InputError
 from models.weights.architecture import infer_config
+from models.weights.hub import OPEN_CLIP
 from models.weights.open_clip import from_open_clip, to_open_clip
 
 
@@ -21,23 +22,35 @@ def test_there_are_about_forty_models_of_open_clips_own_kind():
     assert len(OWN) == 41
 
 
-@pytest.mark.parametrize("name", OWN)
-def test_every_model_of_its_own_kind_has_open_clips_keys_and_shapes(name):
-    config = from_open_clip(DESCRIPTIONS[name])
+@pytest.fixture(scope="module", params=OWN)
+def named(request) -> tuple[str, open_clip.model.CLIP]:
+    """A model of open_clip, without memory, and its name."""
     with torch.device("meta"):
-        ours = CLIP(config).state_dict()
-        theirs = open_clip.model.CLIP(**DESCRIPTIONS[name]).state_dict()
+        return request.param, open_clip.model.CLIP(**DESCRIPTIONS[request.param])
+
+
+def test_every_model_of_its_own_kind_has_open_clips_keys_and_shapes(named):
+    name, model = named
+    with torch.device("meta"):
+        ours = CLIP(from_open_clip(DESCRIPTIONS[name])).state_dict()
+    theirs = model.state_dict()
     theirs.pop("attn_mask", None)
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
 
 
-@pytest.mark.parametrize("name", OWN)
-def test_shapes_tell_all_of_a_model_but_its_activation(name):
+def test_shapes_tell_all_of_a_model_but_its_activation(named):
     """Also the widths of heads: no two of these models differ in nothing else."""
+    name, model = named
     config = from_open_clip(DESCRIPTIONS[name])
-    with torch.device("meta"):
-        weights = open_clip.model.CLIP(**DESCRIPTIONS[name]).state_dict()
-    assert replace(infer_config(weights), activation=config.activation) == config
+    assert replace(infer_config(model.state_dict()), activation=config.activation) == config
+
+
+def test_the_list_of_names_has_the_sizes_of_open_clips_models(named):
+    architecture, model = named
+    rows = [row for name, row in OPEN_CLIP.items() if name.startswith(f"{architecture}/")]
+    size = round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 1)
+    side = DESCRIPTIONS[architecture]["vision_cfg"]["image_size"]
+    assert all((row.million_parameters, row.resolution) == (size, side) for row in rows)
 
 
 @pytest.mark.parametrize("name", sorted(DESCRIPTIONS.keys() - set(OWN)))

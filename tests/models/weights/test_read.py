@@ -516,7 +516,7 @@ def without(weights: dict, *prefixes: str) -> dict:
         ),
         (
             lambda w: w | {"ln_final.weight": torch.zeros(100)},
-            "transformer_width 100 is no multiple of 64",
+            "its width 100 is no multiple of 64",
         ),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
