@@ -23,6 +23,7 @@ from models.device import pick_device
 from models.errors import InputError, listed, near_names
 from models.files import check_regular
 from models.host import run_script
+from models.open_clip_model import OpenClipConfig, OpenClipModel
 from models.preprocess import Preprocess
 from models.run_files import run_weights, runs_in
 from models.scripts import ArgumentParser, from_here
@@ -150,7 +151,9 @@ def read_model(path: Path, activation: str | None = None, input_shape: int | Non
 
 
 def build_model(
-    state_dict: dict[str, Tensor], config: Config | None = None, input_shape: int | None = None
+    state_dict: dict[str, Tensor],
+    config: Config | OpenClipConfig | None = None,
+    input_shape: int | None = None,
 ) -> CLIP:
     """A float32 CLIP in evaluation mode with these weights.
 
@@ -161,8 +164,10 @@ def build_model(
     infinity, or for an impossible resolution.
     """
     config = config or infer_config(state_dict)
-    check_config(config)
     weights = {key: t.float() if t.is_floating_point() else t for key, t in state_dict.items()}
+    if isinstance(config, OpenClipConfig):
+        return _build_through_open_clip(weights, config, input_shape)
+    check_config(config)
     with torch.device("meta"):  # parameters without memory, to be replaced by the weights
         model = CLIP(config)
     check_keys(weights, model.state_dict())
@@ -171,6 +176,20 @@ def build_model(
         weights = resize_positional_embedding(weights, config, input_shape)
         with torch.device("meta"):
             model = CLIP(replace(config, image_resolution=input_shape))
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+def _build_through_open_clip(
+    weights: dict[str, Tensor], config: OpenClipConfig, input_shape: int | None
+) -> OpenClipModel:
+    model = OpenClipModel(config)
+    side = model.visual.input_resolution
+    if input_shape not in (None, side):
+        raise InputError(f"--input_shape {input_shape}: this model of open_clip takes images of "
+                         f"{side} pixels; leave --input_shape out")  # fmt: skip
+    check_keys(weights, model.state_dict())
+    check_finite(weights)
     model.load_state_dict(weights, assign=True)
     return model.eval()
 

@@ -70,6 +70,7 @@ class SimpleTokenizer:
         self.byte_of_symbol = {symbol: byte for byte, symbol in symbols.items()}
         self.start_of_text = self.encoder[START_OF_TEXT]
         self.end_of_text = self.encoder[END_OF_TEXT]
+        self.padding = 0
         self.words = range(self.start_of_text)
         self.fragments = [i for i, t in enumerate(tokens) if not t.endswith(END_OF_WORD)][:-2]
         self.encode_chunk = lru_cache(maxsize=2**16)(self._encode_chunk)

@@ -1,4 +1,5 @@
-"""Folders of open_clip. Its keys are ours; open_clip_config.json describes the model.
+"""Folders of open_clip. Its keys are ours; open_clip_config.json describes the model. Models with
+other towers than ours are `OpenClipModel`s.
 
 For a model with BERT, which open_clip lacks in this form, `text_cfg` has two fields of our own:
 `tower` and `positions`.
@@ -14,6 +15,8 @@ from models.clip import CLIP
 from models.config import MAX_SIZE, VOCABULARY, Config, check_config, description_of
 from models.errors import InputError, naming, quoted
 from models.files import read_json
+from models.hf_tokenizer import FILES as TOKENIZER_FILES
+from models.open_clip_model import OpenClipConfig, OpenClipModel, open_clip_config
 from models.weights.interface import Format, Weights, save_safetensors, write_json
 
 if TYPE_CHECKING:
@@ -47,19 +50,44 @@ def to_ours(weights: Weights) -> Weights:
     return weights | {"positional_embedding": torch.cat([kept, others[LONG_CLIP_KEPT:]])}
 
 
-def description(folder: Path, weights: Weights | None = None) -> Config | None:
+class OtherTowers(InputError):
+    """A description has a feature that our towers lack."""
+
+
+def description(folder: Path, weights: Weights | None = None) -> Config | OpenClipConfig | None:
     """The description in a folder; None if there is none."""
     content = read_json(folder / CONFIG_FILE)
     if content is None:
         return None
     with naming(CONFIG_FILE):
+        return any_description(content, folder)
+
+
+def any_description(content: dict[str, Any], folder: Path) -> Config | OpenClipConfig:
+    """The description of our own model or, if it has other towers, of open_clip's; the files of its
+    tokenizer may lie in `folder`."""
+    try:
         return from_open_clip(content)
+    except OtherTowers as found:
+        with description_of("that of a CLIP model"):
+            return open_clip_config(content, folder, str(found))
+
+
+def with_towers(weights: Weights) -> Weights:
+    """The weights with the keys of `OpenClipModel`: the text tower's start with `text.`"""
+    others = ("visual.", "text.", "logit_")
+    named = {k if k.startswith(others) else f"text.{k}": t for k, t in weights.items()}
+    named.pop("text.transformer.embeddings.position_ids", None)  # of transformers before 4.31
+    return named
 
 
 def fetch(repository: "Repository") -> Path | None:
     """The folder of a repository with a description and weights."""
     if found := repository.get(CONFIG_FILE):
-        description(found.parent)  # other models are refused before a large download
+        about = description(found.parent)  # other models are refused before a large download
+        if isinstance(about, OpenClipConfig) and about.model["text_cfg"].get("hf_tokenizer_name"):
+            for file in TOKENIZER_FILES:
+                repository.get(file)
         if repository.has_weights(WEIGHTS_FILES):
             return found.parent
     return None
@@ -67,11 +95,13 @@ def fetch(repository: "Repository") -> Path | None:
 
 def write(model: CLIP, folder: Path, dtype: torch.dtype) -> None:
     """Write a folder for `open_clip.create_model_and_transforms("local-dir:FOLDER")`."""
-    if model.config.text_tower != "clip":
+    if model.text_tower.language == "Chinese":
         raise InputError("open_clip has no Chinese-CLIP; take --format transformers or cn_clip")
     folder.mkdir()
     write_json(folder / CONFIG_FILE, to_open_clip(model.config))
     save_safetensors(model.state_dict(), folder / WEIGHTS_FILES[0], dtype)
+    if isinstance(model, OpenClipModel):
+        model.save_tokenizer(folder)
 
 
 def from_open_clip(content: dict[str, Any]) -> Config:
@@ -83,7 +113,7 @@ def from_open_clip(content: dict[str, Any]) -> Config:
         text = _tower(model, "text_cfg", TEXT)
         for field in ("multimodal_cfg", "init_logit_bias"):
             if model.get(field) not in UNUSED:
-                raise InputError(f'its description has "{field}", which no model here has')
+                raise OtherTowers(f'its description has "{field}"')
         is_resnet = isinstance(vision["layers"], list)
         preprocess = content.get("preprocess_cfg", {})
         known = ("mean", "std", "interpolation", "resize_mode")
@@ -110,8 +140,10 @@ def from_open_clip(content: dict[str, Any]) -> Config:
     return config
 
 
-def to_open_clip(config: Config) -> dict[str, Any]:
-    """The content of open_clip_config.json for a model of ours."""
+def to_open_clip(config: Config | OpenClipConfig) -> dict[str, Any]:
+    """The content of open_clip_config.json for a model."""
+    if isinstance(config, OpenClipConfig):
+        return config.content
     vision: dict[str, Any] = {
         "image_size": config.image_resolution,
         "layers": list(config.vision_layers) if not config.is_vit else config.vision_layers,
@@ -142,16 +174,13 @@ def to_open_clip(config: Config) -> dict[str, Any]:
 
 
 def _tower(model: dict[str, Any], name: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of one tower. Raises `InputError` for a field that no tower of ours has."""
+    """The fields of one tower. Raises `OtherTowers` for a field that no tower of ours has."""
     tower = model[name]
     for field, value in tower.items():
         neutral = NEUTRAL.get(field, ())  # None: any value
         if field in fields or value in UNUSED or neutral is None or value in neutral:
             continue
-        raise InputError(
-            f"its {name} has {quoted(field)}: {quoted(value)}, which no tower here has; take a "
-            "model with its own ViT or ResNet and its own text tower, such as ViT-B-32"
-        )
+        raise OtherTowers(f"its {name} has {quoted(field)}: {quoted(value)}")
     return fields | {field: value for field, value in tower.items() if field in fields}
 
 

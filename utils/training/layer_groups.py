@@ -17,10 +17,20 @@ from utils.retrieval.encode import encode_images, encode_texts
 
 TOWERS = ("image", "text")
 
-LAYER = re.compile(r"(?:transformer\.resblocks\.|visual\.layer|bert\.encoder\.layer\.)(\d+)\.")
-HEAD = re.compile(
-    r"(?:visual\.)?(?:ln_post|ln_final|proj|text_projection|attnpool|logit_scale)(?:\.|$)"
+# Of our towers and open_clip's own, of timm's and of transformers'. The stages of a tower without
+# equal blocks are its layers.
+LAYER = re.compile(
+    r"(?:transformer\.resblocks\.|visual\.layer|bert\.encoder\.layer\."
+    r"|visual\.trunk\.(?:blocks|stages|layers)[._]"
+    r"|text\.transformer\.(?:encoder\.)?(?:layers?|block)\.)(\d+)\."
 )
+HEAD = re.compile(
+    r"(?:visual\.|text\.)?(?:trunk\.|transformer\.)?(?:ln_post|ln_final|proj|text_projection|attnpool"
+    r"|logit_scale|logit_bias|norm|fc_norm|attn_pool|head|final_conv|conv_head|bn2"
+    r"|final_layer_norm|layer_norm|pooler)(?:\.|$)"
+)
+# Of towers from timm and transformers (`CLIP.projections`): learns though the tower is frozen.
+PROJECTION = re.compile(r"visual\.head\.(?:proj|mlp)\.|text\.proj\.")
 
 
 def distance_from_end(model: CLIP) -> dict[str, int]:
@@ -55,14 +65,24 @@ def tower_of(name: str) -> str:
 def trainable_towers(model: CLIP) -> list[str]:
     """The towers with trainable parameters."""
     names = [name for name, p in model.named_parameters() if p.requires_grad]
-    return sorted({tower_of(name) for name in names if name != "logit_scale"})
+    return sorted({tower_of(name) for name in names if not name.startswith("logit_")})
+
+
+def frozen_towers(model: CLIP) -> list[str]:
+    """The towers without trainable parameters, but for the last projection of one from timm or
+    transformers."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    learn = {tower_of(name) for name in names if not re.match(f"{PROJECTION.pattern}|logit_", name)}
+    return [tower for tower in TOWERS if tower not in learn]
 
 
 def freeze(model: CLIP, tower: str, unlocked: int) -> None:
     """Freeze a tower, `"image"` or `"text"`, except for its last `unlocked` blocks and what follows
-    them; with 0, freeze all of it (Zhai et al. 2022, "LiT")."""
+    them; with 0, freeze all of it (Zhai et al. 2022, "LiT"), but not the last projection of a tower
+    from timm or transformers, which open_clip leaves to learn as well."""
     distances = distance_from_end(model)
-    own = [name for name in distances if tower_of(name) == tower and name != "logit_scale"]
+    names = [name for name in distances if tower_of(name) == tower]
+    own = [name for name in names if not re.match(f"{PROJECTION.pattern}|logit_", name)]
     blocks = max(distances[name] for name in own) - 1
     if unlocked > blocks:
         raise InputError(
@@ -78,10 +98,14 @@ def freeze_and_adapt(
     model: CLIP, lock_image: int | None, lock_text: int | None, lora: int | None
 ) -> None:
     """`freeze` the towers for which a number of blocks is given. If `lora` is given, add low-rank
-    changes of that rank, unless the model of a resumed run has them already."""
+    changes of that rank, unless the model of a resumed run has them already. Raises `InputError` if
+    nothing is left to train."""
     for tower, unlocked in (("image", lock_image), ("text", lock_text)):
         if unlocked is not None:
             freeze(model, tower, unlocked)
+    if not trainable_towers(model):
+        raise InputError("--lock_image and --lock_text together leave nothing to train: unlock "
+                         "some blocks of one, such as --lock_text 2")  # fmt: skip
     if lora and not any(".lora." in name for name, _ in model.named_parameters()):
         add_lora(model, lora)
 
@@ -116,24 +140,24 @@ def whole_batch_norms(
 def cache_features(
     model: CLIP, loader: TrainLoader, val_set: Flickr8kDataset, precision: Precision
 ) -> dict[str, Tensor]:
-    """Compute the features of the frozen tower once: `loader` takes those of the training data in
+    """Compute the features of frozen towers once: `loader` takes those of the training data in
     place of images or captions, and those of `val_set`, by tower, are returned. They are
-    normalised, float32.
+    normalised, float32; of a tower whose last projection learns, they are its inputs, as they are.
 
     The images have to be the same in every epoch. Raises `InputError` with a list of the training
     images that cannot be read: with cached features, no other image can take their place.
     """
     of_val: dict[str, Tensor] = {}
-    processes, trained = loader.processes, trainable_towers(model)
-    for tower in (tower for tower in TOWERS if tower not in trained):
+    processes = loader.processes
+    for tower in frozen_towers(model):
         if tower == "image" and processes.is_rank_0:
             refuse_unreadable([loader.dataset], loader.num_workers)
         for dataset, features in ((loader.dataset, loader.features), (val_set, of_val)):
             sizes = loader.batch_size, loader.num_workers
             with precision.autocast():
                 if tower == "image":
-                    features[tower] = encode_images(model, dataset, *sizes, processes)
+                    features[tower] = encode_images(model, dataset, *sizes, processes, cache=True)
                 else:
-                    features[tower] = encode_texts(model, dataset.tokens, processes=processes)
+                    features[tower] = encode_texts(model, dataset.tokens, processes, cache=True)
         loader.features[tower] = loader.features[tower].cpu()
     return of_val
