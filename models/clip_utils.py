@@ -40,6 +40,7 @@ from models.weights.formats import read_weights
 from models.weights.registry import CONFIGS, SHA256, weights_filename
 
 MODELS_PTH = Path(__file__).with_name("models_pth")
+BY_OPEN_CLIP = "built by open_clip"
 HELP = """
 examples:
   python models/clip_utils.py --list
@@ -47,6 +48,9 @@ examples:
   python models/clip_utils.py --model ViT-B-32/laion2b_s34b_b79k            open_clip's name
   python models/clip_utils.py --model openai/clip-vit-base-patch32          any CLIP on the hub
   python models/clip_utils.py --model hf-hub:timm/resnet50_clip.openai      as open_clip writes it
+  python models/clip_utils.py --model ViT-B-16-SigLIP/webli                 built by open_clip
+
+What the list calls "built by open_clip" needs that library: pip install open_clip_torch
 
 All scripts take these names, and download missing weights: those on the hub to the cache of the
 library huggingface_hub. Its environment variables:
@@ -204,12 +208,12 @@ def tokenize(
 
 def list_models() -> None:
     """Print a table of all weights that have a name, with the path of those downloaded."""
-    row = "{:<44}  {:<19}  {:>12}  {:>6}  {}".format
+    row = "{:<51}  {:<19}  {:>12}  {:>6}  {}".format
     print(row("name", "trained on", "M parameters", "pixels", "activation"))
     for name in (*SHA256, *hub.HUB):
         weights = hub.HUB[name] if name in hub.HUB else hub.published_copy(name)
         print(row(name, weights.trained_on, weights.million_parameters, weights.resolution,
-                  weights.activation))  # fmt: skip
+                  weights.activation or BY_OPEN_CLIP))  # fmt: skip
         path = MODELS_PTH / weights_filename(name)
         if name not in SHA256 or not path.exists():
             path = hub.cached(weights.repository)

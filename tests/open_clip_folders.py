@@ -1,6 +1,7 @@
 """Small folders as open_clip saves them, of models that are built by open_clip."""
 
 import json
+import re
 from pathlib import Path
 
 import open_clip
@@ -33,18 +34,31 @@ CONVNEXT = {
     "vision_cfg": {"timm_model_name": "test_convnext", "timm_proj": "linear", "image_size": SIDE},
     "text_cfg": TEXT | {"context_length": 24},
 }
+CLIPA = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 64, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16,
+                   "no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True},
+    "text_cfg": TEXT | {"context_length": 24, "vocab_size": 256, "pool_type": "last",
+                        "no_causal_mask": True, "hf_tokenizer_name": "nobody/bert",
+                        "tokenizer_kwargs": {"strip_sep_token": True}},
+}  # fmt: skip
+WORLDWIDE = CLIPA | {
+    "vision_cfg": {"image_size": 64, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16},
+    "text_cfg": TEXT | {"context_length": 24, "vocab_size": 256, "pool_type": "eos", "eos_id": 2,
+                        "hf_tokenizer_name": "nobody/xlm-v"},
+}  # fmt: skip
 BERT_TEXT = {"context_length": 24, "hf_tokenizer_name": "nobody/bert", "hf_proj_type": "mlp",
              "hf_pooler_type": "mean_pooler"}  # fmt: skip
 EFFICIENTNET_BERT = CONVNEXT | {
-    "vision_cfg": CONVNEXT["vision_cfg"] | {"timm_model_name": "test_efficientnet"},
-    "text_cfg": BERT_TEXT,
+    "vision_cfg": CONVNEXT["vision_cfg"] | {"timm_model_name": "test_efficientnet"}
 }
 
 
 def words() -> list[str]:
-    """The words of the demo's captions, and others."""
-    texts = [text for texts in WORDINGS["en"].words.values() for word in texts for text in [word]]
-    return sorted({word for text in texts for word in text.split()} | {"a", "photo", "of", "two"})
+    """The words of the demo's captions."""
+    wording = WORDINGS["en"]
+    texts = [*wording.sentences, *(word for words in wording.words.values() for word in words)]
+    return sorted({word for text in texts for word in re.findall(r"[a-z]+", text.lower())})
 
 
 def unigram() -> PreTrainedTokenizerFast:
@@ -102,3 +116,21 @@ def save_random(folder: Path, description: dict, tokenizer=None) -> nn.Module:
 
 def siglip(folder: Path) -> nn.Module:
     return save_random(folder, SIGLIP, unigram())
+
+
+def convnext(folder: Path) -> nn.Module:
+    return save_random(folder, CONVNEXT)
+
+
+def clipa(folder: Path) -> nn.Module:
+    return save_random(folder, CLIPA, wordpiece())
+
+
+def worldwide(folder: Path) -> nn.Module:
+    return save_random(folder, WORLDWIDE, wordpiece(pad=1))
+
+
+def efficientnet_bert(folder: Path) -> nn.Module:
+    """With towers of timm and of transformers."""
+    text = BERT_TEXT | {"hf_model_name": str(bert_folder(folder.with_name("bert")))}
+    return save_random(folder, EFFICIENTNET_BERT | {"text_cfg": text}, wordpiece())

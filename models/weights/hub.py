@@ -31,7 +31,7 @@ class HubWeights(NamedTuple):
     trained_on: str
     million_parameters: float
     resolution: int  # pixels
-    activation: str  # that the weights were trained with
+    activation: str  # that the weights were trained with; empty for a model built by open_clip
 
 
 def _read_table() -> dict[str, HubWeights]:
@@ -207,7 +207,10 @@ class Repository:
                 f"(not whole in the cache {constants.HF_HUB_CACHE})"
             )
         found = self.get(transformers.CONFIG_FILE)
-        model_type = read_json(found).get("model_type") if found else None
+        content = read_json(found) if found else {}
+        if twin := transformers.open_clips_twin(content):
+            return f"is a SigLIP in the format of transformers; take open_clip's copy: {twin}"
+        model_type = content.get("model_type")
         reason = f"is for a model of type {one_line(model_type)!r}; it " if model_type else ""
         files = " nor ".join(each.hub_files for each in FORMATS.values() if each.hub_files)
         return (

@@ -59,6 +59,8 @@ VISION_FIELDS = {  # the same of the image tower
     "vision_mlp_width": "intermediate_size",
     "activation": "hidden_act",
 }
+SIGLIP_SIZES = {1024: "L", 1152: "SO400M", 1536: "gopt"}  # in open_clip's names, by width
+SIGLIP_VERSIONS = {250_000: "SigLIP-i18n", 256_000: "SigLIP2"}  # by vocabulary
 ENDS = (VOCABULARY - 1, 2)  # eos_token_id, in early files 2
 INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
@@ -187,6 +189,8 @@ def from_transformers(
     with description_of(f"a {model}'s"):
         if content.get("model_type") != model_type:
             found = quoted(content.get("model_type"))
+            if twin := open_clips_twin(content):
+                raise InputError(f"its model_type is {found}; take open_clip's copy: {twin}")
             raise InputError(
                 f"its model_type is {found}, not '{model_type}'; take a whole {model}, such as "
                 f"{example}"
@@ -198,6 +202,18 @@ def from_transformers(
         config = Config(**image | read_text(content, image["activation"]))
     check_config(config)
     return config
+
+
+def open_clips_twin(content: dict[str, Any]) -> str | None:
+    """open_clip's name of the SigLIP that the `content` of a config.json describes; None if it
+    describes another model. What a config.json leaves out is as in the smallest SigLIP."""
+    if content.get("model_type") != "siglip":
+        return None
+    vision, text = (content.get(f"{tower}_config") or {} for tower in ("vision", "text"))
+    size = SIGLIP_SIZES.get(vision.get("hidden_size"), "B")
+    version = SIGLIP_VERSIONS.get(text.get("vocab_size"), "SigLIP")
+    patch, side = vision.get("patch_size", 16), vision.get("image_size", 224)
+    return f"ViT-{size}-{patch}-{version}{'' if side == 224 else f'-{side}'}/webli"
 
 
 def _clip_text(content: dict[str, Any], activation: str) -> dict[str, Any]:
