@@ -206,7 +206,7 @@ WRONG = {
     ),
     # Other models
     "SigLIP": ("transformers", partial(another_model, model_type="siglip"),
-               r"config\.json: its model_type is 'siglip'; take .* ViT-B-16-SigLIP/webli"),
+               r"config\.json: its model_type is 'siglip'; take .* ViT-B-16-SigLIP-64/webli"),
     "BLIP": ("transformers", partial(another_model, model_type="blip"), "model_type is 'blip'"),
     "a vision tower": (
         "transformers", partial(another_model, model_type="clip_vision_model", tower="vision"),
