@@ -79,10 +79,14 @@ def test_features_tokens_and_preprocessing_are_open_clips(pair):
     torch.testing.assert_close(ours.preprocess(image), given(image), atol=1e-5, rtol=0)
 
 
-def test_a_step_has_the_gradients_of_open_clips_loss_without_dropout(pair):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_has_the_gradients_of_open_clips_loss_without_dropout(pair, checkpointing):
     """Also where training would drop something at random: ours trains, theirs evaluates. Batch
     norms, which take their statistics from the batch in training, evaluate in both."""
-    theirs, ours, _ = pair
+    theirs, _, folder = pair
+    ours, _ = load(folder, "cpu")
+    if checkpointing:
+        ours.enable_grad_checkpointing()
     images, tokens = inputs(ours)
     features = (
         theirs.encode_image(images, normalize=True),
@@ -103,9 +107,7 @@ def test_a_step_has_the_gradients_of_open_clips_loss_without_dropout(pair):
             assert parameter.grad is None
         else:
             assert (parameter.grad - expected).norm() <= 1e-4 * (expected.norm() + 1e-3), name
-    ours.zero_grad()
     theirs.zero_grad()
-    ours.eval()
 
 
 def test_written_in_open_clips_format_it_is_open_clips_model(pair, tmp_path):

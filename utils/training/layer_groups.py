@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from models.clip import CLIP
 from models.errors import InputError
 from models.lora import add_lora
+from models.open_clip_model import OpenClipModel
 from utils.data.image_files import refuse_unreadable
 from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
 from utils.machine.memory import explained
@@ -130,6 +131,11 @@ def whole_batch_norms(
     if grad_cache:
         raise InputError("--grad_cache: a ResNet's batch norm mixes the images of a batch, so that "
                          "chunks would change it; take a ViT, or --grad_checkpointing")  # fmt: skip
+    if isinstance(
+        model, OpenClipModel
+    ):  # torch would replace timm's, which are activations as well
+        raise InputError("the batch norms of this image tower of open_clip work in one process "
+                         "alone: start one, or take a ViT")  # fmt: skip
     if device.type != "cuda":
         raise InputError("a ResNet's batch norm works across processes on GPUs alone: train it "
                          "with one process, or take a ViT")  # fmt: skip

@@ -19,6 +19,7 @@ import torch
 from hub_server import COMMIT, running_hub
 from open_clip.pretrained import _PRETRAINED
 from open_clip_descriptions import DESCRIPTIONS, OWN
+from open_clip_folders import siglip
 from published import save_published
 from safetensors.torch import load_file, save_file
 from script_runs import ROOT, error_line, run_script
@@ -255,6 +256,17 @@ def test_the_model_is_that_of_the_folder_and_is_downloaded_once(
     offline(monkeypatch)
     assert_same(load(name, "cpu"), folder)
     assert not server.requests
+
+
+def test_a_model_that_open_clip_builds_comes_with_its_tokenizer(server, tmp_path, monkeypatch):
+    siglip(tmp_path / "folder")
+    server.add("timm/ViT-B-16-SigLIP", tmp_path / "folder")
+    expected = load(tmp_path / "folder", "cpu")[0].tokenize("a star")
+    for name in ("ViT-B-16-SigLIP/webli", "hf-hub:timm/ViT-B-16-SigLIP"):
+        assert load(name, "cpu")[0].tokenize("a star").equal(expected)
+        offline(monkeypatch)  # the second is in the cache
+    assert server.downloaded() == ["open_clip_config.json", "tokenizer_config.json",
+                                   "tokenizer.json", "open_clip_model.safetensors"]  # fmt: skip
 
 
 def test_pickles_are_taken_where_there_are_no_safetensors(server, tmp_path):
