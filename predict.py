@@ -90,7 +90,9 @@ def caption(args: argparse.Namespace) -> None:
     captions = list(dict.fromkeys(args.text or read_captions(args.captions_file, name)))
     weights, model, precision, drawn_into = load_for(args, name)
     captions = distinct(captions, model)
-    if len(captions) == 1:
+    if model.logit_bias is not None:
+        print("each caption has a probability of its own: they need not add up to 100%")
+    elif len(captions) == 1:
         print("a single caption has no rival, so that its probability is 100% whatever the image "
               "shows: look at its similarity")  # fmt: skip
     if args.text:
@@ -105,7 +107,7 @@ def caption(args: argparse.Namespace) -> None:
             image = open_image(file)
             with precision.autocast():
                 (own,) = encode_pixels(model, [model.preprocess.resize_and_crop(image)])
-            ranked = rank_captions(captions, text_features, own, model.logit_scale)[:TOP]
+            ranked = rank_captions(captions, text_features, own, model)[:TOP]
             output = args.output or new_picture(drawn_into, file)
             for place, (text, probability, similarity) in enumerate(ranked, 1):
                 print(f"{place}. {probability:7.2%}  similarity {similarity:.3f}  {text}")

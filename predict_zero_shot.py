@@ -46,18 +46,20 @@ def main() -> None:
             text_features = zero_shot_classifier(model, args.labels, templates)
             images = preprocess(image)[None].to(model.device)
             image_features = model.encode_image(images, normalize=True)
-        logits_per_image = model.logit_scale.exp() * image_features @ text_features.T
-        probs = logits_per_image.softmax(dim=-1).cpu().numpy()
+        similarities = image_features @ text_features.T
+        probs = model.probabilities(similarities).cpu().numpy()
 
     ranked = sorted(zip(args.labels, probs[0], strict=True), key=lambda pair: -pair[1])
     best_label, best_prob = ranked[0]
     print("Label probs:", probs)
     print(f"{best_label}: {best_prob.item()}")
     print(f"image 0: [{', '.join(f'({label!r}, {prob!s})' for label, prob in ranked)}]")
-    if len(args.labels) == 1:
-        similarity = (image_features @ text_features.T).item()
+    if model.logit_bias is not None:
+        print("each label has a probability of its own (sigmoid): they need not add up to 1, and "
+              "where all are low, none of the labels fits")  # fmt: skip
+    elif len(args.labels) == 1:
         print("a single label has no rival, so that its probability is 1 whatever the image shows; "
-              f"its similarity is {similarity:.3f}")  # fmt: skip
+              f"its similarity is {similarities.item():.3f}")  # fmt: skip
 
 
 def check_labels(labels: list[str], tokenizer) -> None:

@@ -40,6 +40,8 @@ class CLIP(nn.Module):
         projection = torch.empty(config.transformer_width, config.embed_dim)
         self.text_projection = nn.Parameter(projection)
         self.logit_scale = nn.Parameter(torch.empty(()))
+        self.logit_bias: nn.Parameter | None = None  # of models that open_clip builds, see there
+        self.projections: dict[str, nn.Module] = {}
 
     @property
     def embed_dim(self) -> int:
@@ -124,17 +126,31 @@ class CLIP(nn.Module):
         """Images `[n, 3, r, r]` and token ids `[m, <=context_length]` -> logits.
 
         `logits_per_image` `[n, m]` are the cosine similarities times `exp(logit_scale)` (Radford et
-        al. 2021, figure 3), `logits_per_text` `[m, n]` their transpose.
+        al. 2021, figure 3), plus the `logit_bias` if there is one, `logits_per_text` `[m, n]` their
+        transpose.
         """
         image_features = self.encode_image(images, normalize=True)
         text_features = self.encode_text(tokens, normalize=True)
         logits_per_image = self.logit_scale.exp() * image_features @ text_features.T
+        if self.logit_bias is not None:
+            logits_per_image = logits_per_image + self.logit_bias
         return logits_per_image, logits_per_image.T
+
+    def probabilities(self, similarities: Tensor) -> Tensor:
+        """Cosine similarities of images and labels, `[..., labels]` -> probabilities: the softmax
+        over the labels; with a `logit_bias` each label's own sigmoid (Zhai et al. 2023), so that
+        all may be low."""
+        logits = self.logit_scale.exp() * similarities
+        if self.logit_bias is None:
+            return logits.softmax(dim=-1)
+        return (logits + self.logit_bias).sigmoid()
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Lower `exp(logit_scale)` to 100 if it is larger (Radford et al. 2021, section 2.5)."""
-        self.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+        """Lower `exp(logit_scale)` to 100 if it is larger (Radford et al. 2021, section 2.5). A
+        model with a `logit_bias` has no such limit: published SigLIPs are above it."""
+        if self.logit_bias is None:
+            self.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
 
     def enable_grad_checkpointing(self) -> None:
         """Save memory in training: recompute the activations inside the blocks of transformers

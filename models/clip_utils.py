@@ -23,6 +23,7 @@ from models.device import pick_device
 from models.errors import InputError, listed, near_names
 from models.files import check_regular
 from models.host import run_script
+from models.open_clip_model import OpenClipConfig, OpenClipModel
 from models.preprocess import Preprocess
 from models.run_files import CHECKPOINT, run_weights, runs_in
 from models.scripts import ArgumentParser, from_here
@@ -39,6 +40,7 @@ from models.weights.formats import has_weights, read_weights
 from models.weights.registry import CONFIGS, SHA256, weights_filename
 
 MODELS_PTH = Path(__file__).with_name("models_pth")
+BY_OPEN_CLIP = "built by open_clip"
 HELP = """
 examples:
   python models/clip_utils.py --list
@@ -46,6 +48,9 @@ examples:
   python models/clip_utils.py --model ViT-B-32/laion2b_s34b_b79k            open_clip's name
   python models/clip_utils.py --model openai/clip-vit-base-patch32          any CLIP on the hub
   python models/clip_utils.py --model hf-hub:timm/resnet50_clip.openai      as open_clip writes it
+  python models/clip_utils.py --model ViT-B-16-SigLIP/webli                 built by open_clip
+
+What the list calls "built by open_clip" needs that library: pip install open_clip_torch
 
 All scripts take these names, and download missing weights: those on the hub to the cache of the
 library huggingface_hub. Its environment variables:
@@ -152,7 +157,9 @@ def read_model(path: Path, activation: str | None = None, input_shape: int | Non
 
 
 def build_model(
-    state_dict: dict[str, Tensor], config: Config | None = None, input_shape: int | None = None
+    state_dict: dict[str, Tensor],
+    config: Config | OpenClipConfig | None = None,
+    input_shape: int | None = None,
 ) -> CLIP:
     """A float32 CLIP in evaluation mode with these weights.
 
@@ -163,8 +170,10 @@ def build_model(
     infinity, or for an impossible resolution.
     """
     config = config or infer_config(state_dict)
-    check_config(config)
     weights = {key: t.float() if t.is_floating_point() else t for key, t in state_dict.items()}
+    if isinstance(config, OpenClipConfig):
+        return _build_through_open_clip(weights, config, input_shape)
+    check_config(config)
     with torch.device("meta"):  # parameters without memory, to be replaced by the weights
         model = CLIP(config)
     check_keys(weights, model.state_dict())
@@ -173,6 +182,20 @@ def build_model(
         weights = resize_positional_embedding(weights, config, input_shape)
         with torch.device("meta"):
             model = CLIP(replace(config, image_resolution=input_shape))
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+def _build_through_open_clip(
+    weights: dict[str, Tensor], config: OpenClipConfig, input_shape: int | None
+) -> OpenClipModel:
+    model = OpenClipModel(config)
+    side = model.visual.input_resolution
+    if input_shape not in (None, side):
+        raise InputError(f"--input_shape {input_shape}: this model of open_clip takes images of "
+                         f"{side} pixels; leave --input_shape out")  # fmt: skip
+    check_keys(weights, model.state_dict())
+    check_finite(weights)
     model.load_state_dict(weights, assign=True)
     return model.eval()
 
@@ -187,12 +210,12 @@ def tokenize(
 
 def list_models() -> None:
     """Print a table of all weights that have a name, with the path of those downloaded."""
-    row = "{:<44}  {:<19}  {:>12}  {:>6}  {}".format
+    row = "{:<51}  {:<19}  {:>12}  {:>6}  {}".format
     print(row("name", "trained on", "M parameters", "pixels", "activation"))
     for name in (*SHA256, *hub.HUB):
         weights = hub.HUB[name] if name in hub.HUB else hub.published_copy(name)
         print(row(name, weights.trained_on, weights.million_parameters, weights.resolution,
-                  weights.activation))  # fmt: skip
+                  weights.activation or BY_OPEN_CLIP))  # fmt: skip
         path = MODELS_PTH / weights_filename(name)
         if name not in SHA256 or not path.exists():
             path = hub.cached(weights.repository)

@@ -21,6 +21,7 @@ from models.clip_utils import find_weights, read_model
 from models.errors import InputError, listed, one_line
 from models.files import check_writable
 from models.host import run_script
+from models.open_clip_model import OpenClipModel
 from models.scripts import ArgumentParser, add_activation, path
 from models.weights.formats import FORMATS
 
@@ -32,6 +33,8 @@ def convert(model: CLIP, output: Path, to: str, half: bool = False) -> None:
     float16, or if the disk is full.
     """
     check_output(output, to)
+    if isinstance(model, OpenClipModel) and to != "open_clip":
+        raise InputError("a model that open_clip builds; take its own format, --format open_clip")
     floats = {key: t for key, t in model.state_dict().items() if t.is_floating_point()}
     too_large = [key for key, t in floats.items() if half and not t.half().isfinite().all()]
     if too_large:

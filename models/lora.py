@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.clip import CLIP
+from models.config import Config
 from models.errors import InputError, one_line
 from models.transformer import MultiheadAttention
 
@@ -44,8 +45,11 @@ def add_lora(model: CLIP, rank: int) -> None:
 
     At first the outputs stay the same, bit for bit. Norms, biases, embeddings and projections are
     frozen, as in the paper (section 4.2) and in CLIP-LoRA (Zanella & Ben Ayed 2024). Raises
-    `InputError` for a ResNet.
+    `InputError` for a ResNet, and for a model that open_clip builds.
     """
+    if not isinstance(model.config, Config):
+        raise InputError("--lora changes this project's own transformers, and this model is built "
+                         "by open_clip: leave --lora out, or try --lock_image N")  # fmt: skip
     if not model.config.is_vit:
         raise InputError("--lora changes transformers, and this image tower is a ResNet: take a "
                          "ViT, or leave --lora out")  # fmt: skip

@@ -67,6 +67,7 @@ class SimpleTokenizer:
         self.decoder = tokens
         self.start_of_text = self.encoder[START_OF_TEXT]
         self.end_of_text = self.encoder[END_OF_TEXT]
+        self.padding = 0
         self.words = range(self.start_of_text)
         self._merges = Tokenizer(BPE(self.encoder, merges, end_of_word_suffix=END_OF_WORD))
         self.encode_chunk = lru_cache(maxsize=2**16)(self._encode_chunk)

@@ -32,6 +32,7 @@ class WordPieceTokenizer:
         self.decoder = tokens
         self.start_of_text = self.encoder[START_OF_TEXT]
         self.end_of_text = self.encoder[END_OF_TEXT]
+        self.padding = 0
         self.words = range(self.encoder["!"], len(tokens))  # the special tokens come first
         self.fragments = [i for i, token in enumerate(tokens) if token.startswith(CONTINUES)]
         self.fragments.append(self.encoder[UNKNOWN])

@@ -61,3 +61,21 @@ def loss_by_definition(image_features, text_features, logit_scale, texts=None):
             total += F.cross_entropy(over_texts, torch.tensor([0]))
             total += F.cross_entropy(over_images, torch.tensor([0]))
     return total / (2 * n * k)
+
+
+def sigmoid_loss_by_definition(image_features, text_features, logit_scale, logit_bias, texts=None):
+    """Algorithm 1 of Zhai et al. 2023, in the precision of its input; with several captions an
+    image, the mean over them. A caption is a positive of each image among whose `texts` `[n, m]`
+    its text is."""
+    n, k = len(image_features), len(text_features) // len(image_features)
+    texts = torch.arange(n * k).view(n, k) if texts is None else texts
+    text = texts[:, :k].flatten().tolist()
+    image_features = image_features / image_features.norm(dim=1, keepdim=True)
+    text_features = text_features / text_features.norm(dim=1, keepdim=True)
+    logits = image_features @ text_features.T * logit_scale.exp() + logit_bias
+    total = 0
+    for i in range(n):
+        for caption in range(n * k):
+            sign = 1 if text[caption] in texts[i].tolist() else -1
+            total += torch.log1p((-sign * logits[i, caption]).exp())
+    return total / (n * k)

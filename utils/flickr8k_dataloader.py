@@ -23,7 +23,7 @@ from models.config import CONTEXT_LENGTH
 from models.device import upload
 from models.errors import InputError
 from models.preprocess import Preprocess
-from models.tokens import clip_tokenizer, token_rows
+from models.tokens import clip_tokenizer, fitting, token_rows
 from utils.data.annotations import (
     SPLITS,
     caption_file,
@@ -121,7 +121,8 @@ class Flickr8kDataset(Dataset):
     @cached_property
     def full(self) -> dict[int, tuple[int, ...]]:
         """{caption index: all its tokens, uncut}, for captions that fill their row of `tokens`."""
-        full = self.tokens[:, -1].nonzero().flatten().tolist()
+        # In the last place but one: the last may hold the end of the text, which can be padding.
+        full = (self.tokens[:, -2] != self.tokenizer.padding).nonzero().flatten().tolist()
         return {caption: tuple(self.tokenizer.encode(self.text[caption])) for caption in full}
 
     @cached_property
@@ -188,7 +189,8 @@ class Flickr8kDataset(Dataset):
 
     def count_cut_captions(self) -> int:
         """The number of captions longer than the text tower's context."""
-        return sum(len(tokens) + 2 > self.context_length for tokens in self.full.values())
+        fits = fitting(self.tokenizer, self.context_length)
+        return sum(len(tokens) > fits for tokens in self.full.values())
 
     def count_alike_captions(self) -> int:
         """The number of captions that equal a different text after cutting."""
@@ -352,7 +354,8 @@ class TrainLoader:
             k, length = self.captions_per_image, tokens.shape[1]
             draws = torch.from_numpy(random.random((self.batch_size, k, 2 * length + 1)))
             draws = draws[in_shard][local].flatten(0, 1)
-            tokens = reword(tokens, draws, self.dataset.tokenizer.words)
+            tokenizer = self.dataset.tokenizer
+            tokens = reword(tokens, draws, tokenizer.words, tokenizer.padding)
         crops = None if batch.crops is None else batch.crops[local]
         colours = upload(colours, self.device)
         return Batch(images, crops, tokens, colours=colours, cached=batch.cached)

@@ -1,4 +1,5 @@
-"""The contrastive loss (Radford et al. 2021, figure 3), with one or several captions an image."""
+"""The contrastive loss (Radford et al. 2021, figure 3) and the sigmoid loss (Zhai et al. 2023,
+algorithm 1), with one or several captions an image."""
 
 from collections import Counter
 
@@ -20,6 +21,7 @@ def contrastive_loss(
     logit_scale: Tensor,
     processes: Processes = ALONE,
     texts: Tensor | None = None,
+    logit_bias: Tensor | None = None,
 ) -> Tensor:
     """The mean of the two cross-entropies over the similarities of images and texts, a scalar.
 
@@ -28,11 +30,16 @@ def contrastive_loss(
     logit_scale     logarithm of the scale, as in `CLIP.logit_scale`
     texts           `[n, m]` on the CPU: ids of each image's positives, first of its k captions;
                     equal texts have equal ids in all processes, and ids may repeat
+    logit_bias      of a SigLIP, as in `CLIP.logit_bias`: the loss is then the sigmoid loss
 
     Each caption and its image are a pair. Other positives of the image, and other images that the
     caption is a positive of, are left out of the pair's cross-entropies; all else is a negative.
     Without `texts` the positives of an image are its k captions; the loss is the same, bit for bit,
     if the images of the batch share no text.
+
+    The sigmoid loss takes every image with every caption for a question of its own: whether the
+    caption is one of the image's positives. It is the sum of the cross-entropies of all answers,
+    divided by the number of captions.
 
     Each of several `processes` gives the features of its own images and captions and gets its part
     of the loss. Over the processes, the parts and the gradients add up to those of one process.
@@ -44,21 +51,24 @@ def contrastive_loss(
     k, rest = divmod(len(text_features), n)
     if rest or not k:
         raise InputError(f"{len(text_features)} texts for {n} images: each needs equally many")
+    if texts is not None and (len(texts) != n or texts.shape[1] < k):
+        raise InputError(f"texts {[*texts.shape]} should be [{n}, m], m being {k} at least")
     image_features = F.normalize(image_features.float(), dim=-1) * logit_scale.exp()
     text_features = F.normalize(text_features.float(), dim=-1)
     pairs = (image_features.repeat_interleave(k, dim=0) * text_features).sum(dim=1)
 
     shard = processes.shard_with(n)
     all_texts = shard.gather(text_features)
-    if texts is not None and (len(texts) != n or texts.shape[1] < k):
-        raise InputError(f"texts {[*texts.shape]} should be [{n}, m], m being {k} at least")
     shared = None if texts is None else _shared_texts(texts, k, shard, all_texts.device)
+    of_block, *others = (_negatives,) if logit_bias is None else (_cross_entropies, logit_bias)
     blocks = []
     for i in range(0, n, BLOCK):
         rows = slice(i, i + BLOCK)
         of_rows = shared and (shared[0][rows], shared[1])
-        inputs = image_features[rows], all_texts, shard.start + i, k, of_rows
-        blocks.append(recompute(_negatives, *inputs, use_reentrant=False))
+        inputs = image_features[rows], all_texts, shard.start + i, k, of_rows, *others
+        blocks.append(recompute(of_block, *inputs, use_reentrant=False))
+    if logit_bias is not None:
+        return torch.stack(blocks).sum() / (shard.total * k)
     negative_texts = torch.cat([of_images for of_images, _ in blocks]).repeat_interleave(k)
     negative_images = torch.stack([of_texts for _, of_texts in blocks]).logsumexp(dim=0)
     # Each process has the log-sum-exps over its own images, of all texts.
@@ -102,10 +112,34 @@ def _negatives(
     """
     with torch.autocast(images.device.type, enabled=False):
         logits = images @ texts.T
-    logits.unflatten(1, (-1, k)).diagonal(start).fill_(-torch.inf)  # of an image's own captions
+    _fill_positives(logits, -torch.inf, start, k, shared)
+    return logits.logsumexp(dim=1), logits.logsumexp(dim=0)
+
+
+def _cross_entropies(
+    images: Tensor,
+    texts: Tensor,
+    start: int,
+    k: int,
+    shared: tuple[Tensor, Tensor] | None,
+    logit_bias: Tensor,
+) -> Tensor:
+    """The sum of the sigmoid loss over all pairs of these images and texts; see `_negatives`."""
+    with torch.autocast(images.device.type, enabled=False):
+        logits = images @ texts.T + logit_bias
+    signs = torch.full_like(logits, -1)
+    _fill_positives(signs, 1, start, k, shared)
+    return -F.logsigmoid(signs * logits).sum()
+
+
+def _fill_positives(
+    pairs: Tensor, value: float, start: int, k: int, shared: tuple[Tensor, Tensor] | None
+) -> None:
+    """Set `pairs` `[b, n * k]` of images and texts to a value where the text is a positive of the
+    image; see `_negatives`."""
+    pairs.unflatten(1, (-1, k)).diagonal(start).fill_(value)  # an image's own captions
     if shared:
         positives, columns = shared
-        masked = torch.zeros(len(images), len(columns) + 1, dtype=torch.bool, device=images.device)
+        masked = torch.zeros(len(pairs), len(columns) + 1, dtype=torch.bool, device=pairs.device)
         masked.scatter_(1, positives, True)
-        logits.masked_fill_(masked[:, columns], -torch.inf)
-    return logits.logsumexp(dim=1), logits.logsumexp(dim=0)
+        pairs.masked_fill_(masked[:, columns], value)

@@ -11,6 +11,7 @@ from models.config import Config
 from models.errors import InputError, naming, one_line
 from models.files import read_json
 from models.lora import merged
+from models.open_clip_model import OpenClipConfig
 from models.weights import cn_clip, onnx, open_clip, peft, safetensors_file, transformers
 from models.weights.architecture import infer_config
 from models.weights.read import read_file, read_state_dict
@@ -31,7 +32,9 @@ UNTOLD = (
 )
 
 
-def read_weights(path: Path, activation: str | None = None) -> tuple[dict[str, Tensor], Config]:
+def read_weights(
+    path: Path, activation: str | None = None
+) -> tuple[dict[str, Tensor], Config | OpenClipConfig]:
     """The weights at `path` with our keys, and the description of their model.
 
     A folder holds weights of one of `FORMATS`, in one file or in several with an index, and their
@@ -48,12 +51,14 @@ def read_weights(path: Path, activation: str | None = None) -> tuple[dict[str, T
     weights = merged(weights)
     kind = next((f for f in FORMATS.values() if f.recognises(weights)), open_clip.FORMAT)
     weights = kind.to_ours(weights)
-    config = open_clip.from_open_clip(own) if own is not None else kind.description(folder)
+    config = open_clip.any_description(own, folder) if own is not None else kind.description(folder)
     if config is None:
         config = infer_config(weights)
         if activation is None and not cn_clip.is_of_authors(config):
             raise InputError(UNTOLD)
         config = replace(config, activation=activation or config.activation)
+    if isinstance(config, OpenClipConfig):
+        return open_clip.with_towers(weights), config
     _check_vocabulary(config)
     return weights, config
 

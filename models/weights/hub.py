@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 from models.errors import InputError, near_names, one_line
 from models.files import read_json
+from models.hf_tokenizer import FILES as TOKENIZER_FILES
+from models.open_clip_model import OpenClipConfig
 from models.weights import open_clip
 from models.weights.download import Unavailable, download
 from models.weights.formats import FORMATS, shards
@@ -36,7 +38,7 @@ class HubWeights(NamedTuple):
     trained_on: str
     million_parameters: float
     resolution: int  # pixels
-    activation: str  # in the training of the weights
+    activation: str  # in the training of the weights; empty for a model built by open_clip
 
 
 def _read_table() -> dict[str, HubWeights]:
@@ -148,8 +150,10 @@ def _download(repository: str) -> Path:
         for file in others[:-1]:
             with nullcontext() if file in names else suppress(errors.EntryNotFoundError):
                 hf_hub_download(name, file, revision=folder.name)  # the cache notes missing ones
-        kind.description(folder)  # refuses another model before a large download
-        hf_hub_download(name, weights, revision=folder.name)
+        about = kind.description(folder)  # refuses another model before a large download
+        tokenizer = names & {*TOKENIZER_FILES} if isinstance(about, OpenClipConfig) else set()
+        for file in [*sorted(tokenizer), weights]:
+            hf_hub_download(name, file, revision=folder.name)
         for file in _parts(folder / weights):
             hf_hub_download(name, file, revision=folder.name)
     return folder

@@ -1,4 +1,5 @@
-"""Folders of open_clip. Its keys are ours; open_clip_config.json describes the model.
+"""Folders of open_clip. Its keys are ours; open_clip_config.json describes the model. Models with
+other towers than ours are `OpenClipModel`s.
 
 For a model with BERT, which open_clip lacks in this form, `text_cfg` has two fields of our own:
 `tower` and `positions`.
@@ -14,6 +15,7 @@ from models.clip import CLIP
 from models.config import MAX_SIZE, VOCABULARY, Config, check_config, description_of
 from models.errors import InputError, naming, quoted
 from models.files import read_json, write_json
+from models.open_clip_model import OpenClipConfig, OpenClipModel, open_clip_config
 from models.weights.interface import Format, Weights, save_safetensors
 
 CONFIG_FILE = "open_clip_config.json"
@@ -57,22 +59,46 @@ def to_ours(weights: Weights) -> Weights:
     return weights | {"positional_embedding": torch.cat([kept, others[LONG_CLIP_KEPT:]])}
 
 
-def description(folder: Path) -> Config | None:
+class OtherTowers(InputError):
+    """A description has a feature that our towers lack."""
+
+
+def description(folder: Path) -> Config | OpenClipConfig | None:
     """The description in a folder; None if there is none."""
     content = read_json(folder / CONFIG_FILE)
     if content is None:
         return None
     with naming(CONFIG_FILE):
+        return any_description(content, folder)
+
+
+def any_description(content: dict[str, Any], folder: Path) -> Config | OpenClipConfig:
+    """The description of our own model or, if it has other towers, of open_clip's; the files of its
+    tokenizer may lie in `folder`."""
+    try:
         return from_open_clip(content)
+    except OtherTowers as found:
+        with description_of("that of a CLIP model"):
+            return open_clip_config(content, folder, str(found))
+
+
+def with_towers(weights: Weights) -> Weights:
+    """The weights with the keys of `OpenClipModel`: the text tower's start with `text.`"""
+    others = ("visual.", "text.", "logit_")
+    named = {k if k.startswith(others) else f"text.{k}": t for k, t in weights.items()}
+    named.pop("text.transformer.embeddings.position_ids", None)  # of transformers before 4.31
+    return named
 
 
 def write(model: CLIP, folder: Path, dtype: torch.dtype) -> None:
     """Write a folder for `open_clip.create_model_and_transforms("local-dir:FOLDER")`."""
-    if model.config.text_tower != "clip":
+    if model.text_tower.language == "Chinese":
         raise InputError("open_clip has no Chinese-CLIP; take --format transformers or cn_clip")
     folder.mkdir()
     write_json(folder / CONFIG_FILE, to_open_clip(model.config))
     save_safetensors(model.state_dict(), folder / WEIGHTS_FILES[0], dtype)
+    if isinstance(model, OpenClipModel):
+        model.save_tokenizer(folder)
 
 
 def from_open_clip(content: dict[str, Any]) -> Config:
@@ -84,7 +110,7 @@ def from_open_clip(content: dict[str, Any]) -> Config:
         text, text_ratio = _tower(model, "text_cfg", TEXT)
         for field in ("multimodal_cfg", "init_logit_bias"):
             if model.get(field) not in UNUSED:
-                raise InputError(f'its description has "{field}", which no model here has')
+                raise OtherTowers(f'its description has "{field}"')
         vision["image_resolution"] = _side(vision["image_resolution"])
         vision["vision_mlp_width"] = _mlp_width(vision["vision_width"], vision_ratio)
         if isinstance(vision["vision_layers"], tuple):  # a ResNet
@@ -101,8 +127,10 @@ def from_open_clip(content: dict[str, Any]) -> Config:
     return config
 
 
-def to_open_clip(config: Config) -> dict[str, Any]:
-    """The content of open_clip_config.json for a model of ours."""
+def to_open_clip(config: Config | OpenClipConfig) -> dict[str, Any]:
+    """The content of open_clip_config.json for a model."""
+    if isinstance(config, OpenClipConfig):
+        return config.content
     vision, text = (
         {theirs: getattr(config, ours) for ours, (theirs, _) in fields.items()}
         for fields in (VISION, TEXT)
@@ -123,17 +151,14 @@ def _tower(
     model: dict[str, Any], name: str, fields: dict[str, tuple[str, Any]]
 ) -> tuple[dict[str, Any], Any]:
     """The fields of `Config` on one tower, and the ratio of its MLPs' width to its own. Raises
-    `InputError` for a field that no tower of ours has."""
+    `OtherTowers` for a field that no tower of ours has."""
     tower = model[name]
     known = {"mlp_ratio", *(theirs for theirs, _ in fields.values())}
     for field, value in tower.items():
         neutral = NEUTRAL.get(field, ())  # None: any value
         if field in known or value in UNUSED or neutral is None or value in neutral:
             continue
-        raise InputError(
-            f"its {name} has {quoted(field)}: {quoted(value)}, which no tower here has; take a "
-            "model with its own ViT or ResNet and its own text tower, such as ViT-B-32"
-        )
+        raise OtherTowers(f"its {name} has {quoted(field)}: {quoted(value)}")
     found = {ours: _plain(tower.get(theirs, value)) for ours, (theirs, value) in fields.items()}
     return found, tower.get("mlp_ratio", 4.0)
 

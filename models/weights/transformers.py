@@ -59,6 +59,8 @@ PREPROCESSOR_ONLY = dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), (
 TEXT_TOWERS = {"clip": (CLIP_TEXT, CLIP_ONLY), "bert": (BERT_TEXT, BERT_ONLY)}
 MODEL_TYPES = {"clip": "clip", "chinese_clip": "bert"}  # `model_type` and our text tower
 INTERPOLATIONS = {3: "bicubic", 2: "bilinear"}  # Pillow's numbers
+SIGLIP_SIZES = {1024: "L", 1152: "SO400M", 1536: "gopt"}  # in open_clip's names, by width
+SIGLIP_VERSIONS = {250_000: "SigLIP-i18n", 256_000: "SigLIP2"}  # by vocabulary
 
 TOWERS = {"text_model": "", "vision_model": "visual."}
 TO_THEIRS = {  # names of ours within a tower, then within a block
@@ -167,6 +169,8 @@ def from_transformers(content: dict[str, Any], preprocessor: dict[str, Any]) -> 
     with description_of("that of a CLIPModel"):
         model_type = content.get("model_type")
         if model_type not in MODEL_TYPES:
+            if twin := open_clips_twin(content):
+                raise InputError(f"its model_type is 'siglip'; take open_clip's copy: {twin}")
             raise InputError(
                 f"its model_type is {quoted(model_type)}, not {' or '.join(MODEL_TYPES)}; take a "
                 "whole CLIPModel, such as openai/clip-vit-base-patch32, or a ChineseCLIPModel"
@@ -186,6 +190,18 @@ def from_transformers(content: dict[str, Any], preprocessor: dict[str, Any]) -> 
         )
     check_config(config)
     return config
+
+
+def open_clips_twin(content: dict[str, Any]) -> str | None:
+    """open_clip's name of the SigLIP that the `content` of a config.json describes; None if it
+    describes another model. What a config.json leaves out is as in the smallest SigLIP."""
+    if content.get("model_type") != "siglip":
+        return None
+    vision, text = (content.get(f"{tower}_config") or {} for tower in ("vision", "text"))
+    size = SIGLIP_SIZES.get(vision.get("hidden_size"), "B")
+    version = SIGLIP_VERSIONS.get(text.get("vocab_size"), "SigLIP")
+    patch, side = vision.get("patch_size", 16), vision.get("image_size", 224)
+    return f"ViT-{size}-{patch}-{version}{'' if side == 224 else f'-{side}'}/webli"
 
 
 def config_to_transformers(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -10,8 +10,10 @@ import signal
 import sys
 import time
 
+import open_clip
 import pytest
 import torch
+from open_clip_folders import siglip
 from PIL import Image
 from script_runs import error_line, run_script, start_script
 
@@ -140,6 +142,32 @@ def test_a_chinese_model_goes_on_bit_for_bit(data, tmp_path):
                  "--lock_text", 1, "--ema", 0.9]  # fmt: skip
     one, two = whole_and_stopped(arguments, tmp_path)
     assert_same_run(two, one)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a fork server")
+def test_a_siglip_goes_on_bit_for_bit_and_gives_each_label_a_probability_of_its_own(data, tmp_path):
+    """From a folder that is gone before it is used: a run has all that its weights need."""
+    siglip(tmp_path / "start")
+    arguments = ["--resume_training", "start", "--dataset_path", data, "--epochs", 2, "--lr", 1e-3,
+                 "--batch_size", 22, "--save_steps", 1, "--lock_image", 2, "--grad_cache", 8,
+                 "--layer_decay", 0.9, "--wise_ft", 0, 0.5, 1, "--ema", 0.9]  # fmt: skip
+    one, two = whole_and_stopped(arguments, tmp_path)
+    assert_same_run(two, one)
+    assert (two / "wise_ft.csv").read_bytes() == (one / "wise_ft.csv").read_bytes()
+    shutil.rmtree(tmp_path / "start")
+    run_script("models/convert.py", two, "out", "--format", "open_clip", cwd=tmp_path)
+    place, image = f"local-dir:{tmp_path / 'out'}", next((data / "images").iterdir())
+    labels = ["a red star", "two boats"]
+    done = run_script("predict_zero_shot.py", image, "--weights", two, "--labels", *labels,
+                      cwd=tmp_path)  # fmt: skip
+    model, transform = open_clip.create_model_from_pretrained(place)
+    tokens = open_clip.get_tokenizer(place)(labels)
+    with torch.no_grad():
+        logits, _ = model.eval().get_logits(transform(Image.open(image))[None], tokens)
+    printed = re.search(r"\[\[(.*)\]\]", done.stdout)[1].split()
+    assert [float(p) for p in printed] == pytest.approx(logits[0].sigmoid().tolist(), rel=1e-4)
+    assert "they need not add up to 1" in done.stdout
 
 
 @pytest.mark.slow

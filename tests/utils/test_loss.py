@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from definitions import loss_by_definition
+from definitions import loss_by_definition, sigmoid_loss_by_definition
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from open_clip.loss import ClipLoss
+from open_clip.loss import ClipLoss, SigLipLoss
 
 from models.errors import InputError
 from utils import contrastive_loss
@@ -98,6 +98,42 @@ def test_with_one_caption_an_image_it_is_open_clips_loss():
     normalized = [F.normalize(x, dim=-1) for x in (image_features, text_features)]
     expected = ClipLoss()(*normalized, scale.exp())
     found = contrastive_loss(image_features, text_features, scale)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 10),
+    k=st.integers(1, 3),
+    further=st.integers(0, 2),
+    different=st.integers(1, 60),
+    seed=st.integers(0, 2**31),
+    block=st.integers(1, 12),
+)
+def test_the_sigmoid_loss_and_its_gradients_equal_float64(n, k, further, different, seed, block):
+    """From one text for all, all pairs being positives, to texts that hardly ever repeat."""
+    numbers = torch.tensor([2.3, -10.0], dtype=torch.float64)  # the start of training, section 3.1
+    inputs = [*random_features(n, k, 8, seed), *numbers]
+    generator = torch.Generator().manual_seed(seed)
+    texts = 7 * torch.randint(0, different, (n, k + further), generator=generator)
+    expected = with_gradients(sigmoid_loss_by_definition, *inputs, texts=texts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "BLOCK", block)
+        found = with_gradients(sigmoid_loss, *(x.float() for x in inputs), texts=texts)
+    for a, b in zip(found, expected, strict=True):
+        assert (a.double() - b).norm() <= 1e-4 * (b.norm() + 1)
+
+
+def sigmoid_loss(images, texts, scale, bias, **others):
+    return contrastive_loss(images, texts, scale, logit_bias=bias, **others)
+
+
+def test_with_one_caption_an_image_the_sigmoid_loss_is_open_clips():
+    image_features, text_features = torch.randn(2, 3000, 32).unbind(0)
+    scale, bias = torch.tensor(3.0), torch.tensor(-10.0)
+    normalized = [F.normalize(x, dim=-1) for x in (image_features, text_features)]
+    expected = SigLipLoss()(*normalized, scale.exp(), bias)
+    found = sigmoid_loss(image_features, text_features, scale, bias)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 

@@ -73,7 +73,7 @@ def recolour(images: Tensor, colours: Tensor) -> Tensor:
     return torch.baddbmm(offsets, factors, images.flatten(2)).view_as(images)
 
 
-def reword(tokens: Tensor, draws: Tensor, words: range) -> Tensor:
+def reword(tokens: Tensor, draws: Tensor, words: range, padding: int = 0) -> Tensor:
     """Token ids `[n, l]`, in which random `words` replace tokens between the first and the last,
     with a probability for each text that is uniform from 0 to 1.
 
@@ -82,7 +82,8 @@ def reword(tokens: Tensor, draws: Tensor, words: range) -> Tensor:
     """
     length = tokens.shape[1]
     probability, draws, others = draws.split([1, length, length], dim=1)
-    after = tokens.flip(1).cumsum(1).flip(1) - tokens  # the sum of the following ids
+    used = (tokens != padding).int()
+    after = used.flip(1).cumsum(1).flip(1) - used  # the number of tokens that follow
     inside = (after > 0) & (torch.arange(length) > 0)
     others = (words.start + others * len(words)).to(tokens.dtype)
     return torch.where(inside & (draws < probability), others, tokens)

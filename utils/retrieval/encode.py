@@ -1,18 +1,20 @@
 """Features of images and texts. Functions without a `precision` compute in that of the surrounding
 `autocast`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from models.clip import CLIP
 from models.device import upload
 from models.progress_bar import progress_bar
-from models.tokens import first_alike
+from models.tokens import first_alike, fitting
 from utils.data.labelled_images import LabelledImages
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.machine.memory import explained
@@ -41,10 +43,14 @@ def encode_set(
     processes: Processes = ALONE,
     cached: Mapping[str, Tensor] | None = None,
 ) -> Features:
-    """Features of all images and captions, on the model's device. Those `cached`, by tower
-    (`"image"`, `"text"`), are not computed again."""
+    """Features of all images and captions, on the model's device. Those `cached` (see
+    `cache_features`), by tower (`"image"`, `"text"`), are not computed again."""
     images, texts = ((cached or {}).get(tower) for tower in ("image", "text"))
     with precision.autocast():
+        if images is not None:
+            images = projected(model, "image", images)
+        if texts is not None:
+            texts = projected(model, "text", texts)
         if images is None:
             images = encode_images(model, dataset, batch_size, num_workers, processes)
         if texts is None:
@@ -59,41 +65,72 @@ def encode_images(
     batch_size: int,
     num_workers: int,
     processes: Processes = ALONE,
+    *,
+    cache: bool = False,
 ) -> Tensor:
-    """Normalised float32 features `[n, d]` of all images, on the model's device. The processes
-    share the work, and each returns all. An unreadable labelled image has zeros; a captioned one
-    raises `InputError`."""
+    """Normalised float32 features `[n, d]` of all images, on the model's device; with `cache`, what
+    `projected` makes them of. The processes share the work, and each returns all. An unreadable
+    labelled image has zeros; a captioned one raises `InputError`."""
     model.eval()
-    features = torch.zeros(len(dataset), model.embed_dim, device=model.device)
+    encode, d = _encoder(model, "image", cache)
+    features = torch.zeros(len(dataset), d, device=model.device)
     own = torch.arange(len(dataset)).split(batch_size)[processes.rank :: processes.size]
     batches = dataset.batches([rows.tolist() for rows in own], num_workers)
     with _progress_bar(own, "encoding images", "img", processes) as bar:
         for rows, images in zip(own, batches, strict=True):
             images = model.preprocess.normalize(upload(images, model.device))
-            features[rows] = model.encode_image(images, normalize=True)
+            features[rows] = encode(images)
             bar.update(len(rows))
     features[list(dataset.unreadable)] = 0
     return processes.sum(features)
 
 
 @torch.inference_mode()
-def encode_texts(model: CLIP, tokens: Tensor, processes: Processes = ALONE) -> Tensor:
+def encode_texts(
+    model: CLIP, tokens: Tensor, processes: Processes = ALONE, *, cache: bool = False
+) -> Tensor:
     """Normalised float32 features `[n, d]` of `tokens` `[n, <=context_length]`, on the model's
-    device. The processes share the work, and each returns all."""
+    device; with `cache`, what `projected` makes them of. The processes share the work, and each
+    returns all."""
     model.eval()
-    features = torch.zeros(len(tokens), model.embed_dim, device=model.device)
+    encode, d = _encoder(model, "text", cache)
+    features = torch.zeros(len(tokens), d, device=model.device)
     own = torch.arange(len(tokens)).split(TEXT_BATCH)[processes.rank :: processes.size]
     with _progress_bar(own, "encoding captions", "caption", processes) as bar:
         for rows in own:
-            features[rows] = model.encode_text(tokens[rows], normalize=True)
+            features[rows] = encode(tokens[rows])
             bar.update(len(rows))
     return processes.sum(features)
+
+
+def projected(model: CLIP, tower: str, cached: Tensor) -> Tensor:
+    """The features of a frozen tower from what is cached of it: the features, or if its last
+    projection learns (`CLIP.projections`), the inputs of that."""
+    projection = model.projections.get(tower)
+    return cached if projection is None else F.normalize(projection(cached).float(), dim=-1)
+
+
+def _encoder(model: CLIP, tower: str, cache: bool) -> tuple[Callable[[Tensor], Tensor], int]:
+    """What encodes a batch of images or of token ids, and the number of channels."""
+    encode = model.encode_image if tower == "image" else model.encode_text
+    projection = model.projections.get(tower)
+    if not cache or projection is None:
+        return partial(encode, normalize=True), model.embed_dim
+
+    def before_projection(batch: Tensor) -> Tensor:
+        inputs: list[Tensor] = []
+        hook = projection.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+        encode(batch)
+        hook.remove()
+        return inputs[0].float()
+
+    return before_projection, next(projection.parameters()).shape[1]
 
 
 def distinct(captions: list[str], model: CLIP) -> list[str]:
     """The captions without those whose tokens, after cutting, are an earlier caption's. Prints how
     many are left out, and how many are cut."""
-    fits = model.context_length - 2  # without the tokens for the start and the end
+    fits = fitting(model.tokenizer, model.context_length)
     if cut := sum(len(model.tokenizer.encode(caption)) > fits for caption in captions):
         print(f"{cut} of the captions cut: the model reads {fits} tokens of each; shorten them, so "
               "that it reads how they differ")  # fmt: skip

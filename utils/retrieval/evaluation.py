@@ -59,7 +59,9 @@ class Evaluator:
         loss = 0.0
         for rows in torch.arange(len(dataset)).split(self.loader.batch_size):
             texts = features.texts[captions[rows, :k].flatten()]
-            of_batch = contrastive_loss(features.images[rows], texts, model.logit_scale,
-                                        texts=dataset.text_ids[captions[rows]])  # fmt: skip
+            of_batch = contrastive_loss(
+                features.images[rows], texts, model.logit_scale,
+                texts=dataset.text_ids[captions[rows]], logit_bias=model.logit_bias,
+            )  # fmt: skip
             loss += of_batch.item() * len(rows) / len(dataset)
         return self.processes.broadcast((scores, loss))

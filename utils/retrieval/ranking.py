@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.clip import CLIP
 from models.errors import InputError
 
 BLOCK_BYTES = 2**26  # of similarities in memory at once
@@ -18,18 +19,18 @@ Positives = Mapping[int, int | list[int]]  # {query: gallery indices of its posi
 
 class Ranked(NamedTuple):
     caption: str
-    probability: float  # softmax over all captions
+    probability: float  # of `CLIP.probabilities`
     similarity: float  # cosine
 
 
 @torch.inference_mode()
 def rank_captions(
-    captions: list[str], text_features: Tensor, image: Tensor, logit_scale: Tensor
+    captions: list[str], text_features: Tensor, image: Tensor, model: CLIP
 ) -> list[Ranked]:
-    """The captions, the most similar to an image first, from normalised features `text_features`
-    `[captions, d]` and `image` `[d]`, and the model's `logit_scale`."""
+    """The captions, the most similar to an image first, from the model's normalised features
+    `text_features` `[captions, d]` and `image` `[d]`."""
     similarity = (text_features @ image[:, None]).squeeze(1)
-    probability = (logit_scale.exp() * similarity).softmax(dim=0)
+    probability = model.probabilities(similarity)
     order = similarity.argsort(descending=True).tolist()
     return [Ranked(captions[i], probability[i].item(), similarity[i].item()) for i in order]
 

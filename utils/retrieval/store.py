@@ -144,7 +144,7 @@ def _made_with(model: CLIP, kind: Kind) -> str:
     tower = {
         name: tensor
         for name, tensor in model.state_dict().items()
-        if name.startswith("visual.") == (kind == "images") and name != "logit_scale"
+        if name.startswith("visual.") == (kind == "images") and not name.startswith("logit_")
     }
     with ThreadPoolExecutor() as threads:
         digests = list(threads.map(_tensor_digest, tower.values()))

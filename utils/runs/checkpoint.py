@@ -14,6 +14,7 @@ from models.clip import CLIP
 from models.errors import InputError, one_line
 from models.files import read_bytes
 from models.lora import merged
+from models.open_clip_model import OpenClipModel
 from models.weights.open_clip import CONFIG_FILE, to_open_clip
 from models.weights.read import read_content
 from utils.runs.files import atomic_write, writing
@@ -29,6 +30,9 @@ def save_weights(model: CLIP, path: Path) -> None:
         for key, tensor in merged(model.state_dict()).items()
     }
     write_json(path.with_name(CONFIG_FILE), to_open_clip(model.config))
+    if isinstance(model, OpenClipModel):
+        with writing(path):
+            model.save_tokenizer(path.parent)
     _save(weights, path)
 
 

@@ -9,6 +9,7 @@ from utils.flickr8k_dataloader import Batch
 from utils.loss import contrastive_loss, squared_distance
 from utils.machine.precision import Precision
 from utils.machine.processes import Processes
+from utils.retrieval.encode import projected
 from utils.training.distillation import Distillation
 from utils.training.layer_groups import TOWERS, trainable_towers
 
@@ -37,10 +38,16 @@ def accumulate_gradients(
         loss = _loss_by_chunks(model, batch, precision, processes, chunk)
     else:
         images, texts = (_encode(model, batch, tower, precision) for tower in TOWERS)
-        loss = contrastive_loss(images, texts, model.logit_scale, processes, batch.texts)
+        loss = _loss(model, images, texts, processes, batch)
         precision.backward(loss)
     _sum_gradients(model, processes)
     return loss.detach()
+
+
+def _loss(model: CLIP, images: Tensor, texts: Tensor, processes: Processes, batch: Batch) -> Tensor:
+    return contrastive_loss(
+        images, texts, model.logit_scale, processes, batch.texts, logit_bias=model.logit_bias
+    )
 
 
 def _loss_by_chunks(
@@ -55,7 +62,7 @@ def _loss_by_chunks(
         }
     for tower in towers:
         features[tower].requires_grad_()
-    loss = contrastive_loss(*features.values(), model.logit_scale, processes, batch.texts)
+    loss = _loss(model, *features.values(), processes, batch)
     precision.backward(loss)
     # One tower after the other, so that few gradients lie in memory beside the activations.
     for tower in towers:
@@ -107,7 +114,7 @@ def _encode(model: CLIP, batch: Batch, tower: str, precision: Precision) -> Tens
     inputs = batch.images if tower == "image" else batch.tokens
     with precision.autocast():
         if tower in batch.cached:
-            return upload(inputs, model.device)
+            return projected(model, tower, upload(inputs, model.device))
         if tower == "image":
             return model.encode_image(batch.augmented_images(model.preprocess))
         return model.encode_text(inputs)

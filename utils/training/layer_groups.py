@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from models.clip import CLIP
 from models.errors import InputError
 from models.lora import add_lora
+from models.open_clip_model import OpenClipModel
 from utils.data.image_files import refuse_unreadable
 from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
 from utils.machine.memory import explained
@@ -17,10 +18,20 @@ from utils.retrieval.encode import encode_images, encode_texts
 
 TOWERS = ("image", "text")
 
-LAYER = re.compile(r"(?:transformer\.resblocks\.|visual\.layer|bert\.encoder\.layer\.)(\d+)\.")
-HEAD = re.compile(
-    r"(?:visual\.)?(?:ln_post|ln_final|proj|text_projection|attnpool|logit_scale)(?:\.|$)"
+# Of our towers and open_clip's own, of timm's and of transformers'. The stages of a tower without
+# equal blocks are its layers.
+LAYER = re.compile(
+    r"(?:transformer\.resblocks\.|visual\.layer|bert\.encoder\.layer\."
+    r"|visual\.trunk\.(?:blocks|stages|layers)[._]"
+    r"|text\.transformer\.(?:encoder\.)?(?:layers?|block)\.)(\d+)\."
 )
+HEAD = re.compile(
+    r"(?:visual\.|text\.)?(?:trunk\.|transformer\.)?(?:ln_post|ln_final|proj|text_projection|attnpool"
+    r"|logit_scale|logit_bias|norm|fc_norm|attn_pool|head|final_conv|conv_head|bn2"
+    r"|final_layer_norm|layer_norm|pooler)(?:\.|$)"
+)
+# Of towers from timm and transformers (`CLIP.projections`): learns though the tower is frozen.
+PROJECTION = re.compile(r"visual\.head\.(?:proj|mlp)\.|text\.proj\.")
 
 
 def distance_from_end(model: CLIP) -> dict[str, int]:
@@ -52,14 +63,23 @@ def tower_of(name: str) -> str:
 def trainable_towers(model: CLIP) -> list[str]:
     """The towers with trainable parameters."""
     names = [name for name, p in model.named_parameters() if p.requires_grad]
-    return sorted({tower_of(name) for name in names if name != "logit_scale"})
+    return sorted({tower_of(name) for name in names if not name.startswith("logit_")})
+
+
+def frozen_towers(model: CLIP) -> list[str]:
+    """The towers without trainable parameters, but for the last projection of one from timm or
+    transformers."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    learn = {tower_of(name) for name in names if not re.match(f"{PROJECTION.pattern}|logit_", name)}
+    return [tower for tower in TOWERS if tower not in learn]
 
 
 def freeze(model: CLIP, tower: str, unlocked: int) -> None:
     """Freeze a tower except for its last `unlocked` blocks and what follows them; with 0, all of it
-    (Zhai et al. 2022, "LiT")."""
+    (Zhai et al. 2022, "LiT"), but not the last projection of a tower from timm or transformers."""
     distances = distance_from_end(model)
-    own = [name for name in distances if tower_of(name) == tower and name != "logit_scale"]
+    names = [name for name in distances if tower_of(name) == tower]
+    own = [name for name in names if not re.match(f"{PROJECTION.pattern}|logit_", name)]
     blocks = max(distances[name] for name in own) - 1
     if unlocked > blocks:
         raise InputError(
@@ -75,10 +95,13 @@ def freeze_and_adapt(
     model: CLIP, lock_image: int | None, lock_text: int | None, lora: int | None
 ) -> None:
     """`freeze` the towers with a number of blocks, and add low-rank changes of rank `lora`, unless
-    the model of a resumed run has them."""
+    the model of a resumed run has them. Raises `InputError` if nothing is left to train."""
     for tower, unlocked in (("image", lock_image), ("text", lock_text)):
         if unlocked is not None:
             freeze(model, tower, unlocked)
+    if not trainable_towers(model):
+        raise InputError("--lock_image and --lock_text together leave nothing to train: unlock "
+                         "some blocks of one, such as --lock_text 2")  # fmt: skip
     if lora and not any(".lora." in name for name, _ in model.named_parameters()):
         add_lora(model, lora)
 
@@ -102,6 +125,11 @@ def whole_batch_norms(
     if grad_cache:
         raise InputError("--grad_cache: a ResNet's batch norm mixes the images of a batch, so that "
                          "chunks would change it; take a ViT, or --grad_checkpointing")  # fmt: skip
+    if isinstance(
+        model, OpenClipModel
+    ):  # torch would replace timm's, which are activations as well
+        raise InputError("the batch norms of this image tower of open_clip work in one process "
+                         "alone: start one, or take a ViT")  # fmt: skip
     if device.type != "cuda":
         raise InputError("a ResNet's batch norm works across processes on GPUs alone: train it "
                          "with one process, or take a ViT")  # fmt: skip
@@ -112,20 +140,21 @@ def whole_batch_norms(
 def cache_features(
     model: CLIP, loader: TrainLoader, val_set: Flickr8kDataset, precision: Precision
 ) -> dict[str, Tensor]:
-    """Compute the frozen tower's features once, normalised, float32: `loader` takes those of the
-    training data; those of `val_set`, by tower, are returned. Images have to be the same in every
-    epoch. Raises `InputError` for unreadable training images, which no other can replace."""
+    """Compute the features of frozen towers once, normalised, float32; of a tower whose last
+    projection learns, the inputs of that. `loader` takes those of the training data; those of
+    `val_set`, by tower, are returned. Images have to be the same in every epoch. Raises
+    `InputError` for unreadable training images, which no other can replace."""
     of_val: dict[str, Tensor] = {}
-    processes, trained = loader.processes, trainable_towers(model)
-    for tower in (tower for tower in TOWERS if tower not in trained):
+    processes = loader.processes
+    for tower in frozen_towers(model):
         if tower == "image" and processes.is_rank_0:
             refuse_unreadable([loader.dataset], loader.num_workers)
         for dataset, features in ((loader.dataset, loader.features), (val_set, of_val)):
             sizes = loader.batch_size, loader.num_workers
             with precision.autocast():
                 if tower == "image":
-                    features[tower] = encode_images(model, dataset, *sizes, processes)
+                    features[tower] = encode_images(model, dataset, *sizes, processes, cache=True)
                 else:
-                    features[tower] = encode_texts(model, dataset.tokens, processes=processes)
+                    features[tower] = encode_texts(model, dataset.tokens, processes, cache=True)
         loader.features[tower] = loader.features[tower].cpu()
     return of_val

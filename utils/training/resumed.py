@@ -11,7 +11,7 @@ from models.clip import CLIP
 from models.clip_utils import build_model
 from models.errors import InputError, listed, one_line
 from models.weights.architecture import check_keys
-from models.weights.open_clip import from_open_clip
+from models.weights.open_clip import any_description
 from utils.runs.checkpoint import read_checkpoint
 from utils.training.layer_groups import freeze_and_adapt
 from utils.training.optimizer import parameter_groups
@@ -30,7 +30,7 @@ def read_resumed(path: str, parser: argparse.ArgumentParser) -> dict[str, Any] |
     try:
         _check_names("fields", state, FIELDS)
         _check_names("arguments", state["arguments"], vars(parser.parse_args([])))
-        state["model"] = _model(state["model"], state["config"], state["arguments"])
+        state["model"] = _model(state, Path(path).expanduser().parent)
         _check_average(state["average"], state["model"])
         _check_moments(state["optimizer"]["state"], state["model"], state["arguments"])
     except InputError as error:
@@ -45,11 +45,12 @@ def _check_names(what: str, found: dict[str, Any], expected: set[str] | dict[str
         raise InputError(f"{what} missing or unknown: {listed(sorted(wrong, key=str))}")
 
 
-def _model(weights: dict[str, Tensor], config: dict, arguments: dict[str, Any]) -> CLIP:
-    """The model of the run, frozen and adapted as there."""
+def _model(state: dict[str, Any], folder: Path) -> CLIP:
+    """The model of the run whose checkpoint lies in `folder`, frozen and adapted as there."""
+    weights, arguments = state["model"], state["arguments"]
     try:
         plain = {name: tensor for name, tensor in weights.items() if ".lora." not in name}
-        model = build_model(plain, from_open_clip(config))
+        model = build_model(plain, any_description(state["config"], folder))
         freeze_and_adapt(model, *(arguments[name] for name in ("lock_image", "lock_text", "lora")))
         check_keys(weights, model.state_dict())
     except InputError as error:

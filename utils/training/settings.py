@@ -204,9 +204,6 @@ def _contradictions(args: Namespace) -> Iterator[str]:
                    f"leave --{name} out")  # fmt: skip
     if from_scratch and args.activation:
         yield "--activation is that of weights: leave it out, since this run starts from scratch"
-    if args.lock_image == 0 and args.lock_text == 0:
-        yield ("--lock_image and --lock_text together leave nothing to train: unlock some blocks "
-               "of one, such as --lock_text 2")  # fmt: skip
     if args.cache_features and 0 not in (args.lock_image, args.lock_text):
         yield ("--cache_features is for a frozen tower: add --lock_image or --lock_text, without a "
                "number")  # fmt: skip

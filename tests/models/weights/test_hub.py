@@ -13,11 +13,13 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 from hub_server import COMMIT, running_hub
 from open_clip.pretrained import _PRETRAINED
 from open_clip_descriptions import DESCRIPTIONS, OWN
+from open_clip_folders import siglip
 from published import save_published
 from safetensors.torch import load_file, save_file
 from script_runs import ROOT, error_line, run_script
@@ -30,6 +32,7 @@ from models.weights import download, registry
 from models.weights.hub import HUB, OPEN_CLIP, fetch, published_copy, repository_of
 from models.weights.open_clip import from_open_clip
 from models.weights.registry import CONFIGS, SHA256
+from models.weights.transformers import open_clips_twin
 
 # Earlier versions copy their settings, so that a test cannot change them.
 huggingface_hub = pytest.importorskip("huggingface_hub", "1.0")
@@ -107,21 +110,67 @@ def assert_same(ours: tuple, folder: Path | str) -> None:
 
 
 class TestTable:
-    def test_it_has_every_tag_of_open_clip_that_our_models_fit(self):
-        theirs = {f"{a}/{tag}": c for a in OWN for tag, c in _PRETRAINED.get(a, {}).items()}
-        assert OPEN_CLIP.keys() == {name for name, c in theirs.items() if c["hf_hub"]}
+    def test_it_has_every_tag_of_open_clip_but_those_of_cocas_and_of_files_without_description(
+        self,
+    ):
+        theirs = {
+            f"{architecture}/{tag}": c
+            for architecture, tags in _PRETRAINED.items()
+            for tag, c in tags.items()
+            if "multimodal_cfg" not in DESCRIPTIONS[architecture]
+        }
+        served = {name for name, c in theirs.items() if c["hf_hub"].endswith("/")}
+        assert OPEN_CLIP.keys() == served
+        assert {name.partition("-")[0] for name in theirs.keys() - served} == {"ViTamin"}
         for name, row in OPEN_CLIP.items():
             assert f"{row.repository}/" == theirs[name]["hf_hub"]
 
+    def test_sizes_are_those_of_models_that_open_clip_builds(self):
+        """All resolutions, and the parameters of one model, since others take long to build."""
+        for architecture in {name.partition("/")[0] for name in OPEN_CLIP}:
+            description = DESCRIPTIONS[architecture]
+            rows = [row for name, row in OPEN_CLIP.items() if name.startswith(f"{architecture}/")]
+            assert {row.resolution for row in rows} == {description["vision_cfg"]["image_size"]}
+            if architecture == "ViT-B-16-SigLIP2":
+                fields = {k: value for k, value in description.items() if k != "custom_text"}
+                with torch.device("meta"):
+                    model = open_clip.model.CustomTextCLIP(**fields)
+                size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+                assert {row.million_parameters for row in rows} == {round(size, 1)}
+
     def test_activations_are_those_that_the_weights_were_trained_with(self):
         """open_clip's list tells them by tag. The names of its architectures tell them, too, where
-        they end in -quickgelu; else it builds GELU, and warns if the tag says otherwise."""
+        they end in -quickgelu; else it builds GELU, and warns if the tag says otherwise. Those of
+        other towers than ours are described with the weights."""
         for name, row in OPEN_CLIP.items():
             architecture, tag = name.split("/")
+            if architecture not in OWN:
+                assert row.activation == ""
+                continue
             told = _PRETRAINED[architecture][tag].get("quick_gelu", False)
             assert row.activation == ("quick_gelu" if told else "gelu")
             if DESCRIPTIONS[architecture].get("quick_gelu"):
                 assert row.activation == "quick_gelu"
+
+    @pytest.mark.parametrize(
+        ("vision", "text", "name"),  # of the config.json of google/siglip... on the hub
+        [
+            ({}, {}, "ViT-B-16-SigLIP"),
+            ({"image_size": 512}, {}, "ViT-B-16-SigLIP-512"),
+            ({"hidden_size": 1024, "image_size": 384}, {}, "ViT-L-16-SigLIP-384"),
+            ({"image_size": 256}, {"vocab_size": 250000}, "ViT-B-16-SigLIP-i18n-256"),
+            ({"hidden_size": 1152, "patch_size": 14, "image_size": 384}, {},
+             "ViT-SO400M-14-SigLIP-384"),
+            ({"patch_size": 32, "image_size": 256}, {"vocab_size": 256000},
+             "ViT-B-32-SigLIP2-256"),
+            ({"hidden_size": 1536, "image_size": 256}, {"vocab_size": 256000},
+             "ViT-gopt-16-SigLIP2-256"),
+        ],
+    )  # fmt: skip
+    def test_siglips_of_transformers_have_twins(self, vision, text, name):
+        content = {"model_type": "siglip", "vision_config": vision, "text_config": text}
+        assert open_clips_twin(content) == f"{name}/webli"
+        assert f"{name}/webli" in OPEN_CLIP
 
     def test_chinese_clips_are_as_large_as_cn_clips_models(self):
         """Which has BERT's pooler as well, whose weights are in no file."""
@@ -205,6 +254,17 @@ def test_the_model_is_that_of_the_folder_and_is_downloaded_once(
     offline(monkeypatch)
     assert_same(load(name, "cpu"), folder)
     assert not server.requests
+
+
+def test_a_model_that_open_clip_builds_comes_with_its_tokenizer(server, tmp_path, monkeypatch):
+    siglip(tmp_path / "folder")
+    server.add("timm/ViT-B-16-SigLIP", tmp_path / "folder")
+    expected = load(tmp_path / "folder", "cpu")[0].tokenize("a star")
+    for name in ("ViT-B-16-SigLIP/webli", "hf-hub:timm/ViT-B-16-SigLIP"):
+        assert load(name, "cpu")[0].tokenize("a star").equal(expected)
+        offline(monkeypatch)  # the second is in the cache
+    assert server.downloaded() == ["open_clip_config.json", "tokenizer_config.json",
+                                   "tokenizer.json", "open_clip_model.safetensors"]  # fmt: skip
 
 
 def test_pickles_are_taken_where_there_are_no_safetensors(server, tmp_path):
@@ -413,8 +473,9 @@ class TestRefusals:
             ({"config.json": b'{"architecture": "vit_base"}'}, "model_type is None, not clip"),
             ({"config.json": b'{"model_type": ["clip"]}'}, "not that of a CLIPModel"),
             ({"RemoteCLIP.pt": b"", "README.md": b""}, "no weights of a CLIP"),
-            ({"open_clip_config.json": json.dumps(DESCRIPTIONS["ViT-B-16-SigLIP"]).encode()},
-             "timm_model_name"),
+            ({"open_clip_config.json": json.dumps(DESCRIPTIONS["coca_ViT-B-32"]).encode()},
+             "a CoCa, which also writes captions"),
+            ({"config.json": b'{"model_type": "siglip"}'}, "ViT-B-16-SigLIP/webli"),
             ({"open_clip_config.json": b"[]"}, "should hold a description"),
         ],
     )  # fmt: skip

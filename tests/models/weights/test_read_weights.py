@@ -206,7 +206,7 @@ WRONG = {
     ),
     # Other models
     "SigLIP": ("transformers", partial(another_model, model_type="siglip"),
-               r"config\.json: its model_type is 'siglip', not clip or chinese_clip; take a whole"),
+               r"config\.json: its model_type is 'siglip'; take .* ViT-B-16-SigLIP-64/webli"),
     "BLIP": ("transformers", partial(another_model, model_type="blip"), "model_type is 'blip'"),
     "a vision tower": (
         "transformers", partial(another_model, model_type="clip_vision_model", tower="vision"),
@@ -216,14 +216,16 @@ WRONG = {
         "transformers", partial(another_model, model_type="clip_text_model", tower="text_"),
         "model_type is 'clip_text_model'",
     ),
-    "a timm tower": (
-        "open_clip", partial(put, field=f"{VISION}.timm_model_name", value="vit_base"),
-        r"open_clip_config\.json: its vision_cfg has 'timm_model_name'.*; take a model",
+    "an unknown timm tower": (
+        "open_clip", partial(put, field=f"{VISION}.timm_model_name", value="vit_of_nobody"),
+        r"open_clip cannot build it \(Unknown model \(vit_of_nobody\)\); take another model",
     ),
-    "a tokenizer by name": (
-        "open_clip", partial(put, field=f"{TEXT}.hf_tokenizer_name", value="google/mt5-base"),
-        "its text_cfg has 'hf_tokenizer_name': 'google/mt5-base'.*; take a model",
+    "an unknown field": (
+        "open_clip", partial(put, field=f"{VISION}.towers", value=3),
+        r"open_clip cannot build it \(.*unexpected keyword argument 'towers'\); take another",
     ),
+    "a CoCa": ("open_clip", partial(put, field="model_cfg.multimodal_cfg", value={"layers": 2}),
+               r"open_clip_config\.json: .*: a CoCa, which also writes captions; take another"),
     # Weights
     "two CLIPs": ("open_clip", two_clips,
                   r"model\.bin: holds 2 CLIP models \(ema, state_dict\.module\); save the one"),

@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -42,6 +43,9 @@ def test_shards_are_even_and_cover_all_rows_in_order(size):
         assert all(shard.total == n for shard in shards)
 
 
+BIASES = None, torch.tensor(-10.0)  # of the softmax and of the sigmoid loss
+
+
 def features_of(n, k, d):
     generator = torch.Generator().manual_seed(n * k)
     return torch.randn(n, d, generator=generator), torch.randn(n * k, d, generator=generator)
@@ -54,14 +58,14 @@ def text_ids(n, k):
 
 def shared_losses(processes):
     results = []
-    for n, k, d in CASES:
+    for (n, k, d), bias in product(CASES, BIASES):
         share = processes.shard(n)
         images, texts = features_of(n, k, d)
         images = images[share.start : share.stop].requires_grad_()
         texts = texts[share.start * k : share.stop * k].requires_grad_()
         scale = torch.tensor(2.0, requires_grad=True)
         ids = text_ids(n, k)[share.start : share.stop]
-        loss = contrastive_loss(images, texts, scale, processes, ids)
+        loss = contrastive_loss(images, texts, scale, processes, ids, bias)
         gradients = torch.autograd.grad(loss, [images, texts, scale])
         results.append([loss.detach(), *gradients])
     return [[tensor.numpy() for tensor in case] for case in results]
@@ -70,9 +74,9 @@ def shared_losses(processes):
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_parts_of_the_loss_and_their_gradients_are_those_of_one_process(size):
     parts = in_processes(size, shared_losses)
-    for case, (n, k, d) in enumerate(CASES):
+    for case, ((n, k, d), bias) in enumerate(product(CASES, BIASES)):
         inputs = [x.requires_grad_() for x in (*features_of(n, k, d), torch.tensor(2.0))]
-        loss = contrastive_loss(*inputs, texts=text_ids(n, k))
+        loss = contrastive_loss(*inputs, texts=text_ids(n, k), logit_bias=bias)
         images, texts, scale = torch.autograd.grad(loss, inputs)
         losses, of_images, of_texts, scales = zip(*(part[case] for part in parts), strict=True)
         assert sum(losses) == pytest.approx(loss.item(), rel=1e-6)

@@ -24,6 +24,7 @@ class Judge:
     def __init__(self, dataset):
         self.embed_dim, self.device = len(dataset), torch.device("cpu")
         self.logit_scale, self.preprocess = SCALE, preprocess.Preprocess(1)
+        self.logit_bias, self.projections = None, {}
         self.having = {}
         for image, captions in dataset.own_captions.items():
             for row in dataset.tokens[captions].numpy():

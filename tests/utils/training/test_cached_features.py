@@ -1,13 +1,15 @@
 """Cached features of frozen towers: the same training as without."""
 
+import copy
 import csv
 
 import pytest
 import torch
+from open_clip_folders import efficientnet_bert
 from script_runs import error_line, run_script
 
 from flickr8k.render_demo import render_demo
-from models.clip_utils import create_model
+from models.clip_utils import create_model, load
 from models.errors import InputError
 from utils import Flickr8kDataset
 from utils.flickr8k_dataloader import TrainLoader
@@ -15,6 +17,7 @@ from utils.machine.precision import Precision
 from utils.machine.processes import ALONE
 from utils.retrieval.evaluation import Evaluator
 from utils.runs.checkpoint import save_weights
+from utils.training.distillation import Distillation
 from utils.training.gradients import accumulate_gradients
 from utils.training.layer_groups import cache_features, freeze, train_mode
 
@@ -68,6 +71,37 @@ def test_they_stand_in_for_the_tower_in_steps_and_scores(root, tower, chunk, use
         assert (one - other).norm() <= tolerance * other.norm()
     metrics, loss = evaluator.score(model, val_set, cached=cached)
     assert metrics == scored[0] and loss == pytest.approx(scored[1], rel=tolerance)
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_of_towers_whose_last_projections_learn_the_inputs_of_these_are_kept(root, tmp_path, chunk):
+    efficientnet_bert(tmp_path / "model")
+    model, precision = load(tmp_path / "model", "cpu")[0], Precision(CPU, use_amp=False)
+    for tower in ("image", "text"):
+        freeze(model, tower, unlocked=0)
+    train_set, val_set = (Flickr8kDataset(root, model=model, split=s) for s in ("train", "val"))
+    loader = TrainLoader(train_set, 7, CPU, augment=False, captions_per_image=2, alter=True)
+    expected = gradients_of_an_epoch(model, loader, precision, chunk)
+    evaluator = Evaluator(loader, precision)
+    metrics, loss = evaluator.score(model, val_set)
+
+    cached = cache_features(model, loader, val_set, precision)
+    model.visual.trunk.forward = model.text.transformer.forward = never
+    found = gradients_of_an_epoch(model, loader, precision, chunk)
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()
+    found = evaluator.score(model, val_set, cached=cached)
+    assert found[0] == metrics and found[1] == pytest.approx(loss, rel=1e-5)
+    start = Distillation(copy.deepcopy(model), 1.0, ["image", "text"])  # itself, at no distance
+    (batch,) = list(loader.epoch(1))[:1]
+    accumulate_gradients(model, batch, precision, ALONE, chunk)
+    alone = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    accumulate_gradients(model, batch, precision, ALONE, chunk, start)
+    both = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(
+        torch.allclose(one, other, atol=1e-6) for one, other in zip(both, alone, strict=True)
+    )
 
 
 @pytest.mark.parametrize("cached", [False, True])
