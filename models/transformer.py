@@ -130,15 +130,16 @@ class BlockStack(nn.Module):
     """A stack of `blocks`. The output is that of the pooled token of each sequence, so that the
     last block computes only keys and values of the other tokens.
 
-    In mixed-precision training the residual stream has the low-precision type, to save memory; in
-    evaluation it is float32, for scores closer to those of float32."""
+    With mixed precision the residual stream has the low-precision type in training mode, with or
+    without gradients, to save memory; in evaluation mode it is float32, for scores closer to those
+    of float32."""
 
     grad_checkpointing = False  # recompute blocks in the backward pass (Chen et al. 2016)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """`[t, w]` -> `[n, w]`: the output of the pooled tokens."""
         device = x.device.type
-        if torch.is_autocast_enabled(device) and torch.is_grad_enabled():
+        if torch.is_autocast_enabled(device) and self.training:
             x = x.to(torch.get_autocast_dtype(device))
         *blocks, last = self.blocks
         for block in blocks:

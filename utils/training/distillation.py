@@ -6,7 +6,7 @@ from typing import NamedTuple
 from models.clip import CLIP
 from models.clip_utils import load
 from models.errors import InputError
-from utils.training.layer_groups import trainable_towers
+from utils.training.layer_groups import train_mode, trainable_towers
 
 
 class Distillation(NamedTuple):
@@ -38,4 +38,5 @@ def distill_from_start(model: CLIP, start_weights: Path, weight: float) -> Disti
         own = model.get_parameter(name)
         if not own.requires_grad:
             parameter.data = own.data
+    train_mode(start)  # computes like the model; its batch norms, all frozen, keep their statistics
     return Distillation(start, weight, trainable_towers(model))

@@ -48,7 +48,7 @@ def _loss_by_chunks(
 ) -> Tensor:
     """The loss of the whole batch; its gradients are added by gradient caching."""
     chunks, towers = batch.split(chunk), trainable_towers(model)
-    with torch.no_grad(), precision.autocast():
+    with torch.no_grad():
         features = {
             tower: torch.cat([_encode(model, part, tower, precision) for part in chunks])
             for tower in TOWERS
@@ -103,11 +103,13 @@ def _distill(
 
 
 def _encode(model: CLIP, batch: Batch, tower: str, precision: Precision) -> Tensor:
-    """The features of a batch's images `[n, d]` or of its captions `[n * k, d]`."""
-    inputs = batch.images if tower == "image" else batch.tokens
+    """The features of a batch's images `[n, d]` or of its captions `[n * k, d]`. Images are cropped
+    and recoloured in float32."""
+    if tower in batch.cached:
+        return upload(batch.images if tower == "image" else batch.tokens, model.device)
+    if tower == "image":
+        encode, inputs = model.encode_image, batch.augmented_images(model.preprocess)
+    else:
+        encode, inputs = model.encode_text, batch.tokens
     with precision.autocast():
-        if tower in batch.cached:
-            return upload(inputs, model.device)
-        if tower == "image":
-            return model.encode_image(batch.augmented_images(model.preprocess))
-        return model.encode_text(inputs)
+        return encode(inputs)

@@ -13,7 +13,7 @@ from utils.machine.processes import ALONE
 from utils.runs.checkpoint import save_weights
 from utils.training.distillation import Distillation, distill_from_start
 from utils.training.gradients import accumulate_gradients
-from utils.training.layer_groups import freeze
+from utils.training.layer_groups import freeze, train_mode
 
 CPU = torch.device("cpu")
 
@@ -182,3 +182,37 @@ def test_a_scaled_loss_scales_the_gradients_of_every_chunk():
     _, scaled = gradients(model, batch_of(6, 1), precision, 4)
     for name, gradient in expected.items():
         torch.testing.assert_close(scaled[name] / 2**10, gradient, rtol=1e-3, atol=1e-7)
+
+
+def test_mixed_precision_sees_the_same_images_as_float32(monkeypatch):
+    """Cropped, and for distillation recoloured: bfloat16 would round places and colours."""
+    model, seen = create_model("ViT-demo"), []
+    encode = model.encode_image
+    monkeypatch.setattr(model, "encode_image", lambda images: seen.append(images) or encode(images))
+    distillation = Distillation(model, 1.0, ["image", "text"])
+    for use_amp in (False, True):
+        gradients(model, batch_of(4, 1), Precision(CPU, use_amp), None, distillation)
+    for mixed, exact in zip(seen[len(seen) // 2 :], seen[: len(seen) // 2], strict=True):
+        assert torch.equal(mixed, exact)
+
+
+def test_mixed_precision_computes_the_same_features_with_and_without_gradients(monkeypatch):
+    """Or gradient caching would take the loss of one model and the gradients of another, and the
+    starting model would be at a distance from itself."""
+    torch.manual_seed(0)
+    model, features = create_model("ViT-demo"), []
+    train_mode(model)
+    for name in ("encode_image", "encode_text"):
+        encode = getattr(model, name)
+        monkeypatch.setattr(
+            model, name, lambda x, e=encode: features.append(e(x)) or features[-1]
+        )  # fmt: skip
+    mixed, batch = Precision(CPU, use_amp=True), batch_of(6, 2)
+    gradients(model, batch, mixed, 3)
+    first, second = features[:4], features[4:]  # images, then captions; two chunks of each
+    assert not first[0].requires_grad and second[0].requires_grad
+    for without, with_gradients in zip(first, second, strict=True):
+        assert torch.equal(without, with_gradients)
+    _, alone = gradients(model, batch, mixed, None)
+    _, found = gradients(model, batch, mixed, None, Distillation(model, 1e3, ["image", "text"]))
+    assert all(torch.equal(found[name], gradient) for name, gradient in alone.items())
