@@ -12,6 +12,10 @@ from torch import Tensor
 
 from models.device import upload
 
+# A grid's length is a multiple of this number. The attention of CUDA is faster at such lengths, and
+# fewer lengths occur.
+LENGTH_MULTIPLE = {"cuda": 8}
+
 
 class Layout(NamedTuple):
     """How n sequences are packed, and which token of each is pooled.
@@ -19,7 +23,7 @@ class Layout(NamedTuple):
     The grid has n rows of `length` cells, numbered row by row.
     """
 
-    length: int  # number of tokens in the longest sequence
+    length: int  # at least the number of tokens in the longest sequence
     pooled: Tensor  # [n] row of the token at which the feature of each sequence is read
     cells: Tensor | None = None  # [t] the cell of each token; None if all cells hold tokens
     causal: bool = False  # a token attends only to itself and to the tokens before it
@@ -66,13 +70,14 @@ def pack(
 
     What follows a row's last token is left out.
     """
-    length = int(ends.max()) + 1
-    cells = (torch.arange(length) <= ends[:, None]).flatten().nonzero().flatten()
-    ids = tokens[:, :length].flatten()[cells]
+    multiple = LENGTH_MULTIPLE.get(device.type, 1)
+    length = (int(ends.max()) // multiple + 1) * multiple
+    rows, positions = (torch.arange(tokens.shape[1]) <= ends[:, None]).nonzero(as_tuple=True)
     pooled = (ends + 1).cumsum(0) - 1
     if not causal:
         pooled = pooled - ends
     ids, positions, cells, pooled = (
-        upload(t, device) for t in (ids, cells % length, cells, pooled)
+        upload(t, device)
+        for t in (tokens[rows, positions], positions, rows * length + positions, pooled)
     )
     return ids, positions, Layout(length, pooled, cells, causal)
