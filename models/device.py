@@ -4,7 +4,7 @@
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.errors import InputError
 
@@ -33,6 +33,17 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
         raise InputError(f"--device {device}: there is none here, only {', '.join(here)}; use one "
                          f"of these{build}")  # fmt: skip
     return picked
+
+
+def moved(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model`, moved to the device. Raises `InputError` if its memory is full."""
+    try:
+        return model.to(device)
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        raise InputError(f"the memory of {device} is too full for the model: end other programs "
+                         "there, or take another --device or a smaller model") from error  # fmt: skip
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:

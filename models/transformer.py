@@ -41,16 +41,36 @@ ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer normalisation (Ba et al. 2016) in the type of its input; mean and variance are computed
-    in float32."""
+    """Layer normalisation (Ba et al. 2016), computed in float32; the output has the type of the
+    input."""
 
     def forward(self, x: Tensor) -> Tensor:
         """A tensor `[..., w]` -> the same shape and type."""
         if x.dtype == self.weight.dtype:
             return super().forward(x)
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        if x.device.type != "cpu":
+            return _LayerNorm.apply(x, self.weight, self.bias, self.eps)
+        with torch.autocast("cpu", enabled=False):  # the CPU's takes two types
+            return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class _LayerNorm(torch.autograd.Function):
+    """Of a low-precision tensor with a float32 gain and bias. Autograd alone would keep the input
+    in float32 for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        out, mean, rstd = torch.native_layer_norm(x.float(), weight.shape, weight, bias, eps)
+        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        return out.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, mean, rstd, weight, bias = ctx.saved_tensors
+        of_x, of_weight, of_bias = torch.ops.aten.native_layer_norm_backward(
+            gradient.float(), x.float(), weight.shape, mean, rstd, weight, bias, [True] * 3
+        )
+        return of_x.to(x.dtype), of_weight, of_bias, None
 
 
 def embedding(rows: int, width: int) -> nn.Embedding:

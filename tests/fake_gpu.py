@@ -34,6 +34,7 @@ class FakeGpu(FakeTensorMode):
         # What torch asks before it lets a GPU compute.
         monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
         monkeypatch.setattr(torch.autograd, "_engine_run_backward", run_backward)
 
     @contextmanager
@@ -100,6 +101,7 @@ def run_backward(outputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...], *_,
             continue
         results = getattr(node, "apply", node)(*slots)  # the first: of a torch.autograd.Function
         results = results if isinstance(results, tuple) else (results,)
-        for (following, number), result in zip(node.next_functions, results, strict=True):
+        # What is no tensor, such as the epsilon of a norm, comes last and has no gradient.
+        for (following, number), result in zip(node.next_functions, results, strict=False):
             if following is not None and result is not None:
                 arrive(following, number, result)

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from models.device import upload
 from models.errors import InputError
+from utils.machine.precision import tf32_products
 from utils.machine.processes import ALONE, Processes, Shard
 
 BLOCK = 1024  # rows of the similarity matrix that exist at once
@@ -100,7 +101,7 @@ def _negatives(
     `images` `[b, d]`, scaled, are those from `start` on; `texts` `[n * k, d]` are all. `shared` are
     the ids of each image's positives, `[b, m]`, and of all texts, `[n * k]`, from 0 to `n * k`.
     """
-    with torch.autocast(images.device.type, enabled=False):
+    with torch.autocast(images.device.type, enabled=False), tf32_products(False):
         logits = images @ texts.T
     logits.unflatten(1, (-1, k)).diagonal(start).fill_(-torch.inf)  # of an image's own captions
     if shared:

@@ -12,7 +12,7 @@ from models import build_model, tokenize
 from models.attention import attend
 from models.clip_utils import create_model
 from models.packing import LENGTH_MULTIPLE, pack
-from models.transformer import LayerNorm, QuickGELU
+from models.transformer import LayerNorm, QuickGELU, _LayerNorm
 from models.weights.open_clip import from_open_clip
 from utils import contrastive_loss
 
@@ -69,6 +69,28 @@ def test_layer_norm_keeps_the_type_and_computes_its_statistics_in_float32():
         found = norm(x)
     assert found.dtype is torch.bfloat16 and norm(x.float()).dtype is torch.float32
     assert relative(found, norm(x.float())) < ROUNDING
+
+
+@pytest.mark.parametrize("as_on_a_gpu", [False, True])
+def test_gain_and_bias_of_layer_normalisation_are_float32(as_on_a_gpu):
+    """A gain that bfloat16 cannot tell from 1 shows in features and in gradients: against torch's
+    own in float64."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 96, generator=generator).bfloat16().requires_grad_()
+    norm = LayerNorm(96)
+    torch.nn.init.constant_(norm.weight, 1 + 1e-3)
+    torch.nn.init.constant_(norm.bias, 1e-5)
+    found = _LayerNorm.apply(x, norm.weight, norm.bias, norm.eps) if as_on_a_gpu else norm(x)
+    exact = [t.detach().double().requires_grad_() for t in (x, norm.weight, norm.bias)]
+    expected = F.layer_norm(exact[0], (96,), *exact[1:], norm.eps)
+    assert found.dtype is torch.bfloat16
+    assert torch.equal(found, expected.bfloat16())
+    gradients = torch.randn(64, 96, generator=generator).bfloat16()
+    found = torch.autograd.grad(found, [x, norm.weight, norm.bias], gradients)
+    expected = torch.autograd.grad(expected, exact, gradients.double())
+    of_x, *others = (relative(*pair) for pair in zip(found, expected, strict=True))
+    assert of_x < ROUNDING
+    assert max(others) < (1e-5 if as_on_a_gpu else 4 * ROUNDING)  # the CPU adds in bfloat16
 
 
 def losses_and_gradients(model, loss, mixed):

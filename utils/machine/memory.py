@@ -13,6 +13,8 @@ CONTINUE = "a run of train.py goes on with --resume_training logs/RUN"
 IN_TRAINING = (
     "compute the batch in parts (--grad_cache 16), or add --use_amp or --grad_checkpointing, or "
 )
+# In the errors of the CPU; of GPUs; of cuBLAS and cuDNN.
+FULL = "can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED"
 SHARED_MEMORY = "/dev/shm"  # where Linux keeps the memory that processes share
 
 
@@ -25,8 +27,7 @@ def explained(remedies: str = "") -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        # The second text is that of `mps`.
-        if is_memory or any(t in str(error) for t in ("can't allocate memory", "out of memory")):
+        if is_memory or any(text in str(error) for text in FULL):
             raise InputError(
                 f"memory is full: {remedies}lower --batch_size or --num_workers; {CONTINUE}"
             ) from error

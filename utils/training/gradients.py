@@ -7,7 +7,7 @@ from models.clip import CLIP
 from models.device import upload
 from utils.flickr8k_dataloader import Batch
 from utils.loss import contrastive_loss, squared_distance
-from utils.machine.precision import Precision
+from utils.machine.precision import Precision, tf32_products
 from utils.machine.processes import Processes
 from utils.training.distillation import Distillation
 from utils.training.layer_groups import TOWERS, trainable_towers
@@ -31,14 +31,16 @@ def accumulate_gradients(
 
     The returned loss does not include `distillation`, so it compares with the validation loss.
     """
-    if distillation:
-        _distill(model, batch.altered, precision, processes, distillation=distillation, chunk=chunk)
-    if chunk and chunk < len(batch.images):
-        loss = _loss_by_chunks(model, batch, precision, processes, chunk)
-    else:
-        images, texts = (_encode(model, batch, tower, precision) for tower in TOWERS)
-        loss = contrastive_loss(images, texts, model.logit_scale, processes, batch.texts)
-        precision.backward(loss)
+    with tf32_products(True):
+        if distillation:
+            _distill(model, batch.altered, precision, processes, distillation=distillation,
+                     chunk=chunk)  # fmt: skip
+        if chunk and chunk < len(batch.images):
+            loss = _loss_by_chunks(model, batch, precision, processes, chunk)
+        else:
+            images, texts = (_encode(model, batch, tower, precision) for tower in TOWERS)
+            loss = contrastive_loss(images, texts, model.logit_scale, processes, batch.texts)
+            precision.backward(loss)
     _sum_gradients(model, processes)
     return loss.detach()
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.clip import CLIP
 from models.clip_utils import create_model, load
+from models.device import moved
 from models.run_files import ARGUMENTS, START, tuned_weights
 from utils.data.image_files import check_splits
 from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
@@ -111,7 +112,7 @@ def get_state(
     args: Namespace, resumed: Checkpoint | None, model: CLIP, device: torch.device, run: Run
 ) -> State:
     """What training starts with: the model on its device, its optimizer, the checkpoint's state."""
-    model.to(device)
+    moved(model, device)
     optimizer = get_optimizer(model, args.optimizer_type, args.lr)
     groups = parameter_groups(model, args.momentum, args.weight_decay, args.layer_decay)
     replace_groups(optimizer, groups)
