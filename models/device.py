@@ -3,6 +3,8 @@
 `mps` follows torch's documentation and its list of known faults; no Mac was available for a test.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -53,3 +55,18 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+def download(number: Tensor) -> Callable[[], float]:
+    """A function that returns the number, once its device has computed it. On CUDA, what is asked
+    of the GPU after `download` is not waited for."""
+    if number.device.type != "cuda":
+        return number.item
+    copy, is_there = number.to("cpu", non_blocking=True), torch.cuda.Event()
+    is_there.record()
+
+    def value() -> float:
+        is_there.synchronize()
+        return copy.item()
+
+    return value

@@ -42,8 +42,8 @@ def decode_once(
     images, in whose place other images stand.
 
     The pixels are in the file `<name>_<side>.pixels` in `folder` (by default `.cache` in the data
-    set's root), which all runs share; or on the device if they take at most a quarter of its free
-    memory. `dataset` has `root`, the paths `image` below it, `preprocess` and a `reader`. Raises
+    set's root), which all runs share; or on the device if they take, with those of other sets, at
+    most a quarter of the memory that is free before the model is there. `dataset` has `root`, the paths `image` below it, `preprocess` and a `reader`. Raises
     `InputError` if the file cannot be written.
     """
     root = dataset.root.resolve()
@@ -55,9 +55,11 @@ def decode_once(
     pixels, unreadable = cached_pixels(
         file, dataset.root, dataset.image, dataset.preprocess, batches
     )
-    is_gpu = torch.device(device).type == "cuda"
-    if is_gpu and pixels.nbytes <= torch.cuda.mem_get_info(device)[0] / 4:
-        pixels = pixels.to(device)
+    if torch.device(device).type == "cuda":
+        taken = torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0]
+        if taken + pixels.nbytes <= (taken + free) / 4:
+            pixels = pixels.to(device)
     return pixels, {row: _problem(dataset, row) for row in sorted(unreadable)}
 
 
@@ -179,7 +181,7 @@ def gather(pixels: Tensor, batches: list[list[int]]) -> Iterator[Tensor]:
 
 
 def _gather_pinned(pixels: Tensor, rows: Tensor) -> Tensor:
-    """A batch from the file; if there is a GPU, in pinned memory, to copy it without waiting."""
+    """A batch from the file; if a GPU is in use, in pinned memory, to copy it without waiting."""
     shape = (len(rows), *pixels.shape[1:])
-    images = torch.empty(shape, dtype=pixels.dtype, pin_memory=torch.cuda.is_available())
+    images = torch.empty(shape, dtype=pixels.dtype, pin_memory=torch.cuda.is_initialized())
     return torch.index_select(pixels, 0, rows, out=images)

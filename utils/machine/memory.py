@@ -43,9 +43,15 @@ def free_shared_memory() -> int | None:
     return status.f_bavail * status.f_frsize
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Let the peak count from here, on a GPU with CUDA."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory_mb(device: torch.device) -> float:
-    """The peak memory in MiB: the GPU's if `device` is one, else this process's. `mps` counts no
-    peak: there it is the memory that torch holds now."""
+    """The peak memory in MiB: the GPU's if `device` is one, since `reset_peak_memory`, else that of
+    this process. `mps` counts no peak: there it is the memory that torch holds now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if device.type == "mps":

@@ -6,7 +6,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models.clip import CLIP
 from models.weights.open_clip import to_open_clip
-from utils.machine.memory import peak_memory_mb
 from utils.machine.precision import Precision
 from utils.retrieval.scores import Scores
 from utils.training.distillation import Distillation
@@ -101,7 +100,6 @@ class State:
             **trained,
             **self._row(scores, val_loss),
             **retention,
-            "peak_memory_mb": peak_memory_mb(self.model.device),
         }
         self.epochs.append(row)
         self.losses = []
