@@ -44,8 +44,10 @@ def moved(model: nn.Module, device: torch.device) -> nn.Module:
     except RuntimeError as error:
         if "out of memory" not in str(error):
             raise
-        raise InputError(f"the memory of {device} is too full for the model: end other programs "
-                         "there, or take another --device or a smaller model") from error  # fmt: skip
+        raise InputError(
+            f"the memory of {device} is too full for the model: end other programs there, or take "
+            "another --device or a smaller model"
+        ) from error
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:

@@ -24,9 +24,10 @@ class FakeGpu(FakeTensorMode):
 
     Within `step()`, `HostWaitsError` is raised for a copy from the GPU that is not asynchronous and
     into new memory, which torch pins; for one to it that is not asynchronous and from pinned
-    memory; and for waiting for an event of the same step. What is copied from the GPU is zero. That a number is read, or decides about a shape, is an
-    error of the fake tensors' own; so are tensors on two devices in one operation, but torch lets
-    fake and true ones mix, which is an `AssertionError` here.
+    memory; and for waiting for an event of the same step. What is copied from the GPU is zero. That
+    a number is read, or decides about a shape, is an error of the fake tensors' own; so are tensors
+    on two devices in one operation, but torch lets fake and true ones mix, which is an
+    `AssertionError` here.
     """
 
     def __init__(self, monkeypatch):

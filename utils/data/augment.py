@@ -29,8 +29,7 @@ def draw_crops(n: int, random: np.random.Generator) -> Tensor:
 
 
 def crop(images: Tensor, crops: Tensor) -> Tensor:
-    """Cut `crops` `[n, 3]` out of float32 images `[n, 3, r, r]` and enlarge them to the same size.
-    """
+    """Cut `crops` `[n, 3]` out of float32 images `[n, 3, r, r]`, each enlarged to the same size."""
     n, r = len(images), images.shape[-1]
     side, x, y = crops[..., None, None].unbind(1)
     # No matrix product, as in `F.affine_grid`: in bfloat16 or TF32 it moves what is sampled.

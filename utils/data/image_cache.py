@@ -43,8 +43,9 @@ def decode_once(
 
     The pixels are in the file `<name>_<side>.pixels` in `folder` (by default `.cache` in the data
     set's root), which all runs share; or on the device if they take, with those of other sets, at
-    most a quarter of the memory that is free before the model is there. `dataset` has `root`, the paths `image` below it, `preprocess` and a `reader`. Raises
-    `InputError` if the file cannot be written.
+    most a quarter of the memory that is free before the model is there. `dataset` has `root`, the
+    paths `image` below it, `preprocess` and a `reader`. Raises `InputError` if the file cannot be
+    written.
     """
     root = dataset.root.resolve()
     folder = root / ".cache" if folder is None else Path(folder).expanduser()

@@ -102,6 +102,7 @@ def _distill(
             per_image = len(features) // len(part.images)
             distance = squared_distance(features, targets) / (total * per_image)
             precision.backward(distillation.weight * distance)
+    distillation.keep_unused_words(model)
 
 
 def _encode(model: CLIP, batch: Batch, tower: str, precision: Precision) -> Tensor:

@@ -86,13 +86,13 @@ def freeze_and_adapt(
         add_lora(model, lora)
 
 
-def train_mode(model: nn.Module) -> None:
-    """Put the model into training mode, but frozen batch norms into evaluation mode, so that they
-    keep their statistics."""
+def train_mode(model: nn.Module, is_from_scratch: bool = False) -> None:
+    """Put the model into training mode, but batch norms into evaluation mode, so that they keep the
+    statistics of the starting model; from scratch only frozen ones."""
     model.train()
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.weight.requires_grad:
-            module.eval()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train(is_from_scratch and module.weight.requires_grad)
 
 
 def whole_batch_norms(

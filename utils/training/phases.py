@@ -43,16 +43,19 @@ def get_model(
     """The model to train, on the CPU: from a checkpoint, from weights, or with random weights. All
     random choices follow from the seed from here on."""
     SeedEvery(args.seed)
+    is_from_scratch = resumed["start"] is None if resumed else args.resume_training == "none"
     with processes.rank_0_first():  # which downloads
         if resumed:
             model = resumed["model"]
-        elif args.resume_training == "none":
+        elif is_from_scratch:
             model = create_model(args.model, args.input_shape)
         else:
             model, _ = load(args.resume_training, "cpu", input_shape=args.input_shape,
                             activation=args.activation)  # fmt: skip
     freeze_and_adapt(model, args.lock_image, args.lock_text, args.lora)
-    return whole_batch_norms(model, device, processes, args.grad_cache)
+    if is_from_scratch:
+        model = whole_batch_norms(model, device, processes, args.grad_cache)
+    return model
 
 
 def get_loader(
@@ -109,9 +112,10 @@ def open_run(
 
 
 def get_state(
-    args: Namespace, resumed: Checkpoint | None, model: CLIP, device: torch.device, run: Run
+    args: Namespace, resumed: Checkpoint | None, model: CLIP, loader: TrainLoader, run: Run
 ) -> State:
     """What training starts with: the model on its device, its optimizer, the checkpoint's state."""
+    device = loader.device
     moved(model, device)
     optimizer = get_optimizer(model, args.optimizer_type, args.lr)
     groups = parameter_groups(model, args.momentum, args.weight_decay, args.layer_decay)
@@ -119,7 +123,7 @@ def get_state(
     distillation = None
     if args.distill:
         start = run.processes.broadcast(run.folder) / START
-        distillation = distill_from_start(model, start, args.distill)
+        distillation = distill_from_start(model, start, args.distill, loader.dataset.tokens)
     state = State(model, optimizer, Precision(device, args.use_amp), args.ema, distillation)
     if resumed:
         state.restore(resumed)

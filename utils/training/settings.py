@@ -41,7 +41,7 @@ FINE_TUNING = {"distill": 6.0, "wise_ft": [0.0, 0.25, 0.5, 0.75, 1.0], "max_forg
 # 128 to 384 and for several batch sizes; with 200 images a lower rate is 1.2 points better
 # (tests/benchmarks/learning_rate.py).
 RATE_TIMES_WIDTH = 0.115
-LORA_RATE = 3e-3
+LORA_RATE = 2e-4  # CLIP-LoRA (Zanella & Ben Ayed 2024)
 # Arguments that stay in the records of a run as it was started.
 OF_THE_START = ("demo", "model", "resume_training")
 # Arguments that the saved moments and the starting weights depend on.
@@ -234,7 +234,8 @@ def check_model(args: Namespace, device: torch.device, processes: Processes) -> 
     with torch.device("meta"):
         model = CLIP(config)
         freeze_and_adapt(model, args.lock_image, args.lock_text, args.lora)
-        whole_batch_norms(model, device, processes, args.grad_cache)
+        if args.resume_training == "none":
+            whole_batch_norms(model, device, processes, args.grad_cache)
 
 
 def get_data(

@@ -57,6 +57,11 @@ class State:
         return not self.epochs and not self.losses
 
     @property
+    def is_from_scratch(self) -> bool:
+        """Whether the starting weights were random."""
+        return self.start is None
+
+    @property
     def best_recall(self) -> float:
         """The mean recall of the best epoch."""
         return max(row["mean_recall"] for row in self.epochs)

@@ -47,7 +47,8 @@ def test_steps_have_tf32_products_but_logits_and_scores_have_none():
 
 
 @pytest.mark.parametrize(
-    "capability, dtype", [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
+    "capability, dtype",
+    [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)],
 )
 def test_mixed_precision_is_that_of_the_chosen_gpu(monkeypatch, capability, dtype):
     """Not of the first one. Tensor cores have bfloat16 from compute capability 8.0 on (CUDA C++

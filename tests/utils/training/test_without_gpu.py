@@ -95,10 +95,13 @@ def test_steps_stay_on_the_gpu_and_let_the_cpu_run_ahead(gpu, dataset, changed):
     if args.grad_checkpointing:
         model.enable_grad_checkpointing()
     start = CLIP(MODELS[args.model]).initialize().to(CUDA) if args.distill else None
-    distillation = Distillation(start, args.distill, ["image", "text"]) if args.distill else None
+    distillation = None
+    if args.distill:
+        unused = torch.arange(9).to(CUDA)
+        distillation = Distillation(start, args.distill, ["image", "text"], unused)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.9, 0.1), lr=1e-3)
     state = State(model, optimizer, Precision(CUDA, args.amp))
-    train_mode(model)
+    train_mode(model, is_from_scratch=True)
 
     loader = TrainLoader(dataset, 5, CUDA, captions_per_image=2, alter=bool(distillation))
     progress = Progress(loader, 1)
