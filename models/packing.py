@@ -27,13 +27,13 @@ class Layout(NamedTuple):
     pooled: Tensor  # [n] row of the token at which the feature of each sequence is read
     cells: Tensor | None = None  # [t] the cell of each token; None if all cells hold tokens
     causal: bool = False  # a token attends only to itself and to the tokens before it
-    filled: Tensor | None = None  # bool [n, length]: which cells hold no padding, if some do
+    filled: Tensor | None = None  # bool [n, length]: which cells hold tokens; None: all, or causal
 
     def grid(self, x: Tensor) -> Tensor:
         """`[t, c]` -> `[n, length, c]`, with zeros after the end of a sequence."""
         n, channels = self.pooled.shape[0], x.shape[-1]
         if self.cells is not None:
-            x = x.new_zeros(n * self.length, channels).index_copy(0, self.cells, x)
+            x = x.new_zeros(n * self.length, channels).index_copy_(0, self.cells, x)
         return x.view(n, self.length, channels)
 
     def mask(self) -> Tensor | None:
@@ -43,13 +43,9 @@ class Layout(NamedTuple):
             return self.filled[:, None, None]
         if self.cells is None:
             return None
-        if self.causal:
-            cells = self.pool(self.cells)
-            positions = torch.arange(self.length, device=cells.device)
-            return (positions <= cells[:, None] % self.length)[:, None, None]
-        n = len(self.pooled)
-        mask = torch.zeros(n * self.length, dtype=torch.bool, device=self.cells.device)
-        return mask.index_fill(0, self.cells, True).view(n, 1, 1, self.length)
+        cells = self.pool(self.cells)
+        positions = torch.arange(self.length, device=cells.device)
+        return (positions <= cells[:, None] % self.length)[:, None, None]
 
     def packed(self, x: Tensor) -> Tensor:
         """`[n, length, c]` -> `[t, c]`, the inverse of `grid`."""
@@ -72,7 +68,8 @@ def pack(
     """
     multiple = LENGTH_MULTIPLE.get(device.type, 1)
     length = (int(ends.max()) // multiple + 1) * multiple
-    rows, positions = (torch.arange(tokens.shape[1]) <= ends[:, None]).nonzero(as_tuple=True)
+    filled = torch.arange(length) <= ends[:, None]
+    rows, positions = filled.nonzero(as_tuple=True)
     pooled = (ends + 1).cumsum(0) - 1
     if not causal:
         pooled = pooled - ends
@@ -80,4 +77,5 @@ def pack(
         upload(t, device)
         for t in (tokens[rows, positions], positions, rows * length + positions, pooled)
     )
-    return ids, positions, Layout(length, pooled, cells, causal)
+    filled = None if causal else upload(filled, device)
+    return ids, positions, Layout(length, pooled, cells, causal, filled)

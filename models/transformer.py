@@ -164,7 +164,7 @@ class BlockStack(nn.Module):
         *blocks, last = self.blocks
         for block in blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = recompute(block, x, layout, use_reentrant=False)
+                x = recompute(block, x, layout, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, layout)
         return last.forward_pooled(x, layout)

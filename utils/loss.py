@@ -59,7 +59,7 @@ def contrastive_loss(
         rows = slice(i, i + BLOCK)
         of_rows = shared and (shared[0][rows], shared[1])
         inputs = image_features[rows], all_texts, shard.start + i, k, of_rows
-        blocks.append(recompute(_negatives, *inputs, use_reentrant=False))
+        blocks.append(recompute(_negatives, *inputs, use_reentrant=False, preserve_rng_state=False))
     negative_texts = torch.cat([of_images for of_images, _ in blocks]).repeat_interleave(k)
     negative_images = torch.stack([of_texts for _, of_texts in blocks]).logsumexp(dim=0)
     # Each process has the log-sum-exps over its own images, of all texts.

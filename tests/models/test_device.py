@@ -119,7 +119,7 @@ def test_a_model_that_no_memory_is_left_for_is_refused(monkeypatch):
 
     monkeypatch.setattr(torch.nn.Module, "to", fail)
     for _ in range(2):
-        with pytest.raises(InputError, match="^the memory of cpu is too full for the model"):
+        with pytest.raises(InputError, match=r"^the memory of cpu is too full for the model"):
             moved(torch.nn.Identity(), CPU)
     with pytest.raises(RuntimeError, match="a bug"):
         moved(torch.nn.Identity(), CPU)
