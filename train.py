@@ -62,7 +62,7 @@ def build_parser() -> ArgumentParser:
         help="images per step, on all GPUs together; take as many as fit (default: %(default)s)")
     add("--lr", type=positive,
         help="peak learning rate (default: 0.115 / the model's width, 1.5e-4 for ViT-B/32; with "
-        "--lora 3e-3; from scratch 5e-4)")
+        "--lora 2e-4; from scratch 5e-4)")
     add("--warmup_epochs", type=number(),
         help="epochs until the rate has risen to its peak; then it falls along a cosine (default: "
         "1, or a tenth of --epochs if that is less)")
@@ -147,7 +147,7 @@ def main() -> None:
 
     run = open_run(args, resumed, model, loader, sets["val"])
     with run.discarded_on_error():  # before its first step there is nothing to keep
-        state = get_state(args, resumed, model, device, run)
+        state = get_state(args, resumed, model, loader, run)
         del resumed  # a second copy of the moments
         announce(state, loader, sets, args.epochs, run.folder)
         evaluator = Evaluator(loader, state.precision, processes)
@@ -166,7 +166,7 @@ def main() -> None:
         if args.patience and state.epochs_since_best >= args.patience:
             print(f"no better mean recall in {args.patience} epochs (--patience): training ends")
             break
-        train_mode(model)
+        train_mode(model, state.is_from_scratch)
         done = len(state.losses)  # steps of an epoch that was interrupted
         with explained(IN_TRAINING), Progress(loader, epoch, done) as progress:
             first = (epoch - 1) * steps + done

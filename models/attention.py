@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# On recent GPUs torch prefers cuDNN's attention, which plans anew for every length of texts.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 def attend(
     qkv: tuple[Tensor, Tensor, Tensor], heads: int, mask: Tensor | None = None, causal: bool = False

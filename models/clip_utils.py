@@ -19,7 +19,7 @@ from torch import Tensor
 
 from models.clip import CLIP
 from models.config import CONTEXT_LENGTH, Config, check_config
-from models.device import pick_device
+from models.device import moved, pick_device
 from models.errors import InputError, listed, near_names
 from models.files import check_regular
 from models.host import run_script
@@ -144,8 +144,8 @@ def load(
     Raises `InputError` if the weights are not available, or not those of a CLIP model.
     """
     device = pick_device(device)
-    model = read_model(find_weights(name, download_root), activation, input_shape).to(device)
-    return model, model.preprocess
+    model = read_model(find_weights(name, download_root), activation, input_shape)
+    return moved(model, device), model.preprocess
 
 
 def read_model(path: Path, activation: str | None = None, input_shape: int | None = None) -> CLIP:

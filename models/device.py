@@ -3,8 +3,10 @@
 `mps` follows torch's documentation and its list of known faults; no Mac was available for a test.
 """
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.errors import InputError
 
@@ -35,6 +37,19 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     return picked
 
 
+def moved(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model`, moved to the device. Raises `InputError` if its memory is full."""
+    try:
+        return model.to(device)
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        raise InputError(
+            f"the memory of {device} is too full for the model: end other programs there, or take "
+            "another --device or a smaller model"
+        ) from error
+
+
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """`tensor` on the device. The CPU does not wait for a CUDA GPU, which reads pinned memory. It
     waits for `mps`, because torch could read the tensor after its memory was freed (pytorch issue
@@ -42,3 +57,18 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+def download(number: Tensor) -> Callable[[], float]:
+    """A function that returns the number, once its device has computed it. On CUDA, what is asked
+    of the GPU after `download` is not waited for."""
+    if number.device.type != "cuda":
+        return number.item
+    copy, is_there = number.to("cpu", non_blocking=True), torch.cuda.Event()
+    is_there.record()
+
+    def value() -> float:
+        is_there.synchronize()
+        return copy.item()
+
+    return value

@@ -50,9 +50,12 @@ def run_script(main: Callable[[], None]) -> None:
     except RuntimeError as error:
         if "home directory" in str(error):  # what `~` stands for
             _end(f"error: {error} Give paths without ~", 2)
-        is_peer = any(x in str(error) for x in ("closed by peer", "reset by peer", "NCCL"))
-        if is_peer and os.environ.get("WORLD_SIZE", "1") != "1":
-            _end("stopped: another process of this run has ended", 1)  # that one has the cause
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            ended = "another process of this run has ended"  # that one has the cause
+            if "closed by peer" in str(error) or "reset by peer" in str(error):
+                _end(f"stopped: {ended}", 1)
+            if "NCCL" in str(error):
+                _end(f"stopped: GPUs cannot exchange data, or {ended}: {error}", 1)
         raise
     finally:
         sys.stdout, sys.stderr = streams

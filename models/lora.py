@@ -40,12 +40,12 @@ class LowRank(nn.Module):
 
 
 def add_lora(model: CLIP, rank: int) -> None:
-    """Freeze all but `logit_scale`, and add a trainable change of this rank to every linear layer
-    of both transformers (attention and MLP) that was trainable.
+    """Freeze all parameters, and add a trainable change of this rank to every linear layer of both
+    transformers (attention and MLP) that was trainable.
 
-    At first the outputs stay the same, bit for bit. Norms, biases, embeddings and projections are
-    frozen, as in the paper (section 4.2) and in CLIP-LoRA (Zanella & Ben Ayed 2024). Raises
-    `InputError` for a ResNet, and for a model that open_clip builds.
+    At first the outputs stay the same, bit for bit. Norms, biases, embeddings, projections and the
+    logit scale are frozen, as in the paper (section 4.2) and in CLIP-LoRA (Zanella & Ben Ayed
+    2024). Raises `InputError` for a ResNet, and for a model that open_clip builds.
     """
     if not isinstance(model.config, Config):
         raise InputError("--lora changes this project's own transformers, and this model is built "
@@ -55,7 +55,6 @@ def add_lora(model: CLIP, rank: int) -> None:
                          "ViT, or leave --lora out")  # fmt: skip
     learned = {parameter for parameter in model.parameters() if parameter.requires_grad}
     model.requires_grad_(False)
-    model.logit_scale.requires_grad_(True)
     for module in list(model.modules()):
         if isinstance(module, MultiheadAttention) and module.in_proj_weight in learned:
             module.lora = LowRank(module.in_proj_weight, rank, parts=3)

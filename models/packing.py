@@ -12,6 +12,10 @@ from torch import Tensor
 
 from models.device import upload
 
+# A grid's length is a multiple of this number. The attention of CUDA is faster at such lengths, and
+# fewer lengths occur.
+LENGTH_MULTIPLE = {"cuda": 8}
+
 
 class Layout(NamedTuple):
     """How n sequences are packed, and which token of each is pooled.
@@ -19,17 +23,17 @@ class Layout(NamedTuple):
     The grid has n rows of `length` cells, numbered row by row.
     """
 
-    length: int  # number of tokens in the longest sequence
+    length: int  # at least the number of tokens in the longest sequence
     pooled: Tensor  # [n] row of the token at which the feature of each sequence is read
     cells: Tensor | None = None  # [t] the cell of each token; None if all cells hold tokens
     causal: bool = False  # a token attends only to itself and to the tokens before it
-    filled: Tensor | None = None  # bool [n, length]: which cells hold no padding, if some do
+    filled: Tensor | None = None  # bool [n, length]: which cells hold tokens; None: all, or causal
 
     def grid(self, x: Tensor) -> Tensor:
         """`[t, c]` -> `[n, length, c]`, with zeros after the end of a sequence."""
         n, channels = self.pooled.shape[0], x.shape[-1]
         if self.cells is not None:
-            x = x.new_zeros(n * self.length, channels).index_copy(0, self.cells, x)
+            x = x.new_zeros(n * self.length, channels).index_copy_(0, self.cells, x)
         return x.view(n, self.length, channels)
 
     def mask(self) -> Tensor | None:
@@ -39,13 +43,9 @@ class Layout(NamedTuple):
             return self.filled[:, None, None]
         if self.cells is None:
             return None
-        if self.causal:
-            cells = self.pool(self.cells)
-            positions = torch.arange(self.length, device=cells.device)
-            return (positions <= cells[:, None] % self.length)[:, None, None]
-        n = len(self.pooled)
-        mask = torch.zeros(n * self.length, dtype=torch.bool, device=self.cells.device)
-        return mask.index_fill(0, self.cells, True).view(n, 1, 1, self.length)
+        cells = self.pool(self.cells)
+        positions = torch.arange(self.length, device=cells.device)
+        return (positions <= cells[:, None] % self.length)[:, None, None]
 
     def packed(self, x: Tensor) -> Tensor:
         """`[n, length, c]` -> `[t, c]`, the inverse of `grid`."""
@@ -66,13 +66,16 @@ def pack(
 
     What follows a row's last token is left out.
     """
-    length = int(ends.max()) + 1
-    cells = (torch.arange(length) <= ends[:, None]).flatten().nonzero().flatten()
-    ids = tokens[:, :length].flatten()[cells]
+    multiple = LENGTH_MULTIPLE.get(device.type, 1)
+    length = (int(ends.max()) // multiple + 1) * multiple
+    filled = torch.arange(length) <= ends[:, None]
+    rows, positions = filled.nonzero(as_tuple=True)
     pooled = (ends + 1).cumsum(0) - 1
     if not causal:
         pooled = pooled - ends
     ids, positions, cells, pooled = (
-        upload(t, device) for t in (ids, cells % length, cells, pooled)
+        upload(t, device)
+        for t in (tokens[rows, positions], positions, rows * length + positions, pooled)
     )
-    return ids, positions, Layout(length, pooled, cells, causal)
+    filled = None if causal else upload(filled, device)
+    return ids, positions, Layout(length, pooled, cells, causal, filled)

@@ -41,16 +41,36 @@ ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer normalisation (Ba et al. 2016) in the type of its input; mean and variance are computed
-    in float32."""
+    """Layer normalisation (Ba et al. 2016), computed in float32; the output has the type of the
+    input."""
 
     def forward(self, x: Tensor) -> Tensor:
         """A tensor `[..., w]` -> the same shape and type."""
         if x.dtype == self.weight.dtype:
             return super().forward(x)
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        if x.device.type != "cpu":
+            return _LayerNorm.apply(x, self.weight, self.bias, self.eps)
+        with torch.autocast("cpu", enabled=False):  # the CPU's takes two types
+            return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class _LayerNorm(torch.autograd.Function):
+    """Of a low-precision tensor with a float32 gain and bias. Autograd alone would keep the input
+    in float32 for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        out, mean, rstd = torch.native_layer_norm(x.float(), weight.shape, weight, bias, eps)
+        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        return out.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, mean, rstd, weight, bias = ctx.saved_tensors
+        of_x, of_weight, of_bias = torch.ops.aten.native_layer_norm_backward(
+            gradient.float(), x.float(), weight.shape, mean, rstd, weight, bias, [True] * 3
+        )
+        return of_x.to(x.dtype), of_weight, of_bias, None
 
 
 def embedding(rows: int, width: int) -> nn.Embedding:
@@ -123,20 +143,21 @@ class BlockStack(nn.Module):
     """A stack of `blocks`. The output is that of the pooled token of each sequence, so that the
     last block computes only keys and values of the other tokens.
 
-    In mixed-precision training the residual stream has the low-precision type, to save memory; in
-    evaluation it is float32, for scores closer to those of float32."""
+    With mixed precision the residual stream has the low-precision type in training mode, with or
+    without gradients, to save memory; in evaluation mode it is float32, for scores closer to those
+    of float32."""
 
     grad_checkpointing = False  # recompute blocks in the backward pass (Chen et al. 2016)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """`[t, w]` -> `[n, w]`: the output of the pooled tokens."""
         device = x.device.type
-        if torch.is_autocast_enabled(device) and torch.is_grad_enabled():
+        if torch.is_autocast_enabled(device) and self.training:
             x = x.to(torch.get_autocast_dtype(device))
         *blocks, last = self.blocks
         for block in blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = recompute(block, x, layout, use_reentrant=False)
+                x = recompute(block, x, layout, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, layout)
         return last.forward_pooled(x, layout)

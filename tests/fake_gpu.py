@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,24 +22,31 @@ class FakeGpu(FakeTensorMode):
     """While entered, tensors on `cuda` are torch's fake tensors: they have a device, a shape and a
     type, but no numbers. What is on the CPU is computed.
 
-    Within `step()`, `HostWaitsError` is raised for a copy from the GPU, and for one to it that is
-    not asynchronous and from pinned memory. That a number is read, or decides about a shape, is an
-    error of the fake tensors' own; so are tensors on two devices in one operation, but torch lets
-    fake and true ones mix, which is an `AssertionError` here.
+    Within `step()`, `HostWaitsError` is raised for a copy from the GPU that is not asynchronous and
+    into new memory, which torch pins; for one to it that is not asynchronous and from pinned
+    memory; and for waiting for an event of the same step. What is copied from the GPU is zero. That
+    a number is read, or decides about a shape, is an error of the fake tensors' own; so are tensors
+    on two devices in one operation, but torch lets fake and true ones mix, which is an
+    `AssertionError` here.
     """
 
     def __init__(self, monkeypatch):
         super().__init__(allow_non_fake_inputs=True)
         self.in_step = False
+        self.steps = 0
         self.pinned: list[Tensor] = []
         # What torch asks before it lets a GPU compute.
         monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+        monkeypatch.setattr(torch.cuda, "Event", partial(FakeEvent, self))
         monkeypatch.setattr(torch.autograd, "_engine_run_backward", run_backward)
 
     @contextmanager
     def step(self) -> Iterator[None]:
         self.in_step = True
+        self.steps += 1
         yield
         self.in_step = False
 
@@ -50,6 +58,8 @@ class FakeGpu(FakeTensorMode):
         to_gpu = target is not None and torch.device(target).type == "cuda"
         if func in COPIES:
             self._check_copy(func, args, kwargs)
+            if func is aten._to_copy.default and any(on_gpu) and target and not to_gpu:
+                return torch.zeros(args[0].shape, dtype=args[0].dtype)
         elif any(on_gpu):
             shapes = [t.shape for t, is_on in zip(tensors, on_gpu, strict=True) if not is_on]
             assert not any(shapes), f"{func}: tensors of {shapes} on the CPU, others on the GPU"
@@ -73,8 +83,24 @@ class FakeGpu(FakeTensorMode):
         if not self.in_step or target.type == source.device.type:
             return
         pinned = any(tensor is source for tensor in self.pinned)
-        if isinstance(source, FakeTensor) or not (asynchronous and pinned):
+        if isinstance(source, FakeTensor):
+            pinned = func is aten._to_copy.default
+        if not (asynchronous and pinned):
             raise HostWaitsError(f"a copy from {source.device} to {target}: {list(source.shape)}")
+
+
+class FakeEvent:
+    """An event of CUDA."""
+
+    def __init__(self, gpu: FakeGpu):
+        self.gpu = gpu
+
+    def record(self) -> None:
+        self.step = self.gpu.steps
+
+    def synchronize(self) -> None:
+        if self.step == self.gpu.steps:
+            raise HostWaitsError("the step that the GPU is to do now is waited for")
 
 
 @torch.no_grad()
@@ -100,6 +126,7 @@ def run_backward(outputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...], *_,
             continue
         results = getattr(node, "apply", node)(*slots)  # the first: of a torch.autograd.Function
         results = results if isinstance(results, tuple) else (results,)
-        for (following, number), result in zip(node.next_functions, results, strict=True):
+        # What is no tensor, such as the epsilon of a norm, comes last and has no gradient.
+        for (following, number), result in zip(node.next_functions, results, strict=False):
             if following is not None and result is not None:
                 arrive(following, number, result)

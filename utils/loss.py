@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from models.device import upload
 from models.errors import InputError
+from utils.machine.precision import tf32_products
 from utils.machine.processes import ALONE, Processes, Shard
 
 BLOCK = 1024  # rows of the similarity matrix that exist at once
@@ -66,7 +67,7 @@ def contrastive_loss(
         rows = slice(i, i + BLOCK)
         of_rows = shared and (shared[0][rows], shared[1])
         inputs = image_features[rows], all_texts, shard.start + i, k, of_rows, *others
-        blocks.append(recompute(of_block, *inputs, use_reentrant=False))
+        blocks.append(recompute(of_block, *inputs, use_reentrant=False, preserve_rng_state=False))
     if logit_bias is not None:
         return torch.stack(blocks).sum() / (shard.total * k)
     negative_texts = torch.cat([of_images for of_images, _ in blocks]).repeat_interleave(k)
@@ -110,7 +111,7 @@ def _negatives(
     `images` `[b, d]`, scaled, are those from `start` on; `texts` `[n * k, d]` are all. `shared` are
     the ids of each image's positives, `[b, m]`, and of all texts, `[n * k]`, from 0 to `n * k`.
     """
-    with torch.autocast(images.device.type, enabled=False):
+    with torch.autocast(images.device.type, enabled=False), tf32_products(False):
         logits = images @ texts.T
     _fill_positives(logits, -torch.inf, start, k, shared)
     return logits.logsumexp(dim=1), logits.logsumexp(dim=0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models.clip_utils import create_model, load
-from models.device import pick_device, upload
+from models.device import moved, pick_device, upload
 from models.errors import InputError
 from utils.machine.memory import (
     IN_TRAINING,
@@ -109,6 +109,20 @@ def test_the_memory_of_a_macs_gpu_is_what_torch_has_reserved(monkeypatch):
     assert peak_memory_mb(MPS) == 5
     with pytest.raises(InputError, match="--grad_cache"), explained(IN_TRAINING):
         raise RuntimeError("MPS backend out of memory (MPS allocated: 18.04 GB, max allowed: ...)")
+
+
+def test_a_model_that_no_memory_is_left_for_is_refused(monkeypatch):
+    messages = ["CUDA error: out of memory", "CUDA out of memory. Tried to allocate", "a bug"]
+
+    def fail(*_):
+        raise RuntimeError(messages.pop(0))
+
+    monkeypatch.setattr(torch.nn.Module, "to", fail)
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"^the memory of cpu is too full for the model"):
+            moved(torch.nn.Identity(), CPU)
+    with pytest.raises(RuntimeError, match="a bug"):
+        moved(torch.nn.Identity(), CPU)
 
 
 @pytest.mark.parametrize("side", [10_016, 10**9])

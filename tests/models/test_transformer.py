@@ -10,7 +10,9 @@ from peers import small_open_clip
 
 from models import build_model, tokenize
 from models.attention import attend
-from models.transformer import LayerNorm, QuickGELU
+from models.clip_utils import create_model
+from models.packing import LENGTH_MULTIPLE, pack
+from models.transformer import LayerNorm, QuickGELU, _LayerNorm
 from models.weights.open_clip import from_open_clip
 from utils import contrastive_loss
 
@@ -70,6 +72,28 @@ def test_layer_norm_keeps_the_type_and_computes_its_statistics_in_float32():
     assert relative(found, norm(x.float())) < ROUNDING
 
 
+@pytest.mark.parametrize("as_on_a_gpu", [False, True])
+def test_gain_and_bias_of_layer_normalisation_are_float32(as_on_a_gpu):
+    """A gain that bfloat16 cannot tell from 1 shows in features and in gradients: against torch's
+    own in float64."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 96, generator=generator).bfloat16().requires_grad_()
+    norm = LayerNorm(96)
+    torch.nn.init.constant_(norm.weight, 1 + 1e-3)
+    torch.nn.init.constant_(norm.bias, 1e-5)
+    found = _LayerNorm.apply(x, norm.weight, norm.bias, norm.eps) if as_on_a_gpu else norm(x)
+    exact = [t.detach().double().requires_grad_() for t in (x, norm.weight, norm.bias)]
+    expected = F.layer_norm(exact[0], (96,), *exact[1:], norm.eps)
+    assert found.dtype is torch.bfloat16
+    assert torch.equal(found, expected.bfloat16())
+    gradients = torch.randn(64, 96, generator=generator).bfloat16()
+    found = torch.autograd.grad(found, [x, norm.weight, norm.bias], gradients)
+    expected = torch.autograd.grad(expected, exact, gradients.double())
+    of_x, *others = (relative(*pair) for pair in zip(found, expected, strict=True))
+    assert of_x < ROUNDING
+    assert max(others) < (1e-5 if as_on_a_gpu else 4 * ROUNDING)  # the CPU adds in bfloat16
+
+
 def losses_and_gradients(model, loss, mixed):
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
@@ -113,7 +137,7 @@ def test_loss_and_gradients_in_bfloat16_are_as_near_to_float32_as_those_of_open_
 
 
 def test_scores_in_mixed_precision_have_a_residual_stream_in_float32():
-    """Without gradients features are nearer to those of float32 than in a training step, in which
+    """In evaluation mode features are nearer to those of float32 than in training mode, in which
     each block rounds the stream once more."""
     theirs, description = small_open_clip(layers=12)
     model = build_model(theirs.state_dict(), from_open_clip(description))
@@ -121,8 +145,28 @@ def test_scores_in_mixed_precision_have_a_residual_stream_in_float32():
     with torch.no_grad():
         exact = model.encode_image(images)
     errors = []
-    for is_step in (True, False):
-        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(is_step):
+    for is_training in (True, False):
+        model.train(is_training)
+        with torch.autocast("cpu", torch.bfloat16):
             errors.append(relative(model.encode_image(images), exact))
-    in_step, scored = errors
-    assert scored < 0.8 * in_step
+    trained, scored = errors
+    assert scored < 0.8 * trained
+
+
+def test_attention_on_a_gpu_is_flash_or_memory_efficient():
+    """cuDNN's plans anew for every length."""
+    kernels = torch.backends.cuda
+    assert kernels.flash_sdp_enabled() and kernels.mem_efficient_sdp_enabled()
+    assert not kernels.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize("name", ["ViT-demo", "cn-demo"])
+def test_longer_grids_change_no_feature(monkeypatch, name):
+    """Those of CUDA, whose length is a multiple of 8: the added cells are padding."""
+    model = create_model(name)
+    tokens = model.tokenize(["a dog", "a red bird on a green tree", "一只鸟"])
+    expected = model.encode_text(tokens)
+    monkeypatch.setitem(LENGTH_MULTIPLE, "cpu", LENGTH_MULTIPLE["cuda"])
+    ends = torch.tensor([6, 7, 8])
+    assert pack(torch.ones(3, 9), ends, True, expected.device)[2].length == 16
+    torch.testing.assert_close(model.encode_text(tokens), expected, rtol=1e-4, atol=1e-5)

@@ -144,7 +144,10 @@ def test_memory_that_is_full_names_the_arguments_that_help():
         torch.empty(2**50)
     for argument in ("--batch_size", "--grad_cache", "--use_amp", "--resume_training"):
         assert argument in str(error.value)
-    for full in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
+    errors = [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")]
+    for status in ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"):
+        errors.append(RuntimeError(f"CUDA error: {status} when calling `create(handle)`"))
+    for full in errors:
         with pytest.raises(InputError, match="--grad_cache"), explained(IN_TRAINING):
             raise full
     with pytest.raises(RuntimeError, match="a bug"), explained():

@@ -83,8 +83,18 @@ def test_output_that_nobody_reads_any_more_is_no_error():
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
-@pytest.mark.parametrize("message", ["Connection closed by peer [127.0.0.1]", "NCCL error"])
-def test_only_the_process_that_fails_first_shows_a_traceback(message, monkeypatch, capsys):
+ENDED = "another process of this run has ended"
+NCCL = "NCCL error: unhandled system error\nLast error:\nError while creating /dev/shm/nccl-1"
+
+
+@pytest.mark.parametrize(
+    "message, line",
+    [
+        ("Connection closed by peer [127.0.0.1]", f"stopped: {ENDED}\n"),
+        (NCCL, f"stopped: GPUs cannot exchange data, or {ENDED}: {NCCL}\n"),
+    ],
+)
+def test_only_the_process_that_fails_first_shows_a_traceback(message, line, monkeypatch, capsys):
     def main() -> None:
         raise RuntimeError(message)
 
@@ -92,7 +102,7 @@ def test_only_the_process_that_fails_first_shows_a_traceback(message, monkeypatc
     with pytest.raises(SystemExit) as ended:
         host_module.run_script(main)
     assert ended.value.code == 1
-    assert capsys.readouterr().err == "stopped: another process of this run has ended\n"
+    assert capsys.readouterr().err == line
     monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(RuntimeError):
         host_module.run_script(main)

@@ -376,7 +376,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, work):
         (["--batch_size", "71"], "--batch_size 71 is more than the 70"),
         (["--lock_image", "13"], "this tower has 12 blocks"),
         (["--input_shape", "50"], "--input_shape 50"),
-        (["--resume_training", "RN50", "--grad_cache", "4"], "--grad_cache"),
         ([*SCRATCH, "--input_shape", "50"], "--input_shape"),
         ([*SCRATCH, "--log_dir", "a_file"], "--log_dir"),
     ],

@@ -43,9 +43,9 @@ def decode_once(
     images, which others replace.
 
     They are in the file `<name>_<side>.pixels` in `folder` (by default `.cache` in the data set's
-    root), which all runs share, or on a GPU if they take at most a quarter of its free memory.
-    `dataset` has `root`, the paths `image` below it, `preprocess` and a `reader`. Raises
-    `InputError` if the file cannot be written.
+    root), which all runs share, or on a GPU if they take, with those of other sets, at most a
+    quarter of its free memory. `dataset` has `root`, the paths `image` below it, `preprocess` and a
+    `reader`. Raises `InputError` if the file cannot be written.
     """
     folder = dataset.root.resolve() / ".cache" if folder is None else Path(folder).expanduser()
     file = folder / f"{name}_{dataset.preprocess.side}.pixels"
@@ -53,9 +53,11 @@ def decode_once(
     read = read_batches(dataset.reader, rows, num_workers, substitute=True)
     batches = ((loaded.images, loaded.problems) for loaded in read)
     pixels, reasons = cached_pixels(file, dataset, batches)
-    is_gpu = torch.device(device).type == "cuda"
-    if is_gpu and pixels.nbytes <= torch.cuda.mem_get_info(device)[0] / 4:
-        pixels = pixels.to(device)
+    if torch.device(device).type == "cuda":
+        taken = torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0]
+        if taken + pixels.nbytes <= (taken + free) / 4:
+            pixels = pixels.to(device)
     return pixels, {row: f"{dataset.image[row]}{reasons[row]}" for row in sorted(reasons)}
 
 
@@ -162,7 +164,7 @@ def gather(pixels: Tensor, batches: list[list[int]]) -> Iterator[Tensor]:
 
 
 def _gather_pinned(pixels: Tensor, rows: Tensor) -> Tensor:
-    """A batch from the file; for a GPU in pinned memory, which is copied without waiting."""
+    """A batch from the file; if a GPU is in use, in pinned memory, to copy it without waiting."""
     shape = (len(rows), *pixels.shape[1:])
-    images = torch.empty(shape, dtype=pixels.dtype, pin_memory=torch.cuda.is_available())
+    images = torch.empty(shape, dtype=pixels.dtype, pin_memory=torch.cuda.is_initialized())
     return torch.index_select(pixels, 0, rows, out=images)

@@ -69,7 +69,7 @@ def read_batches(
         batch_size=None,
         collate_fn=collate,
         num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_initialized(),  # not on a GPU that --device cpu leaves alone
         generator=torch.Generator(),  # leaves the global one as it is
         worker_init_fn=leave_signals_to_parent,
         timeout=LONGEST_WAIT if num_workers else 0,

@@ -13,6 +13,8 @@ CONTINUE = "a run of train.py goes on with --resume_training logs/RUN"
 IN_TRAINING = (
     "compute the batch in parts (--grad_cache 16), or add --use_amp or --grad_checkpointing, or "
 )
+# In the errors of the CPU; of GPUs; of cuBLAS and cuDNN.
+FULL = "can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED"
 SHARED_MEMORY = "/dev/shm"  # where Linux keeps the memory that processes share
 
 
@@ -25,8 +27,7 @@ def explained(remedies: str = "") -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        # The second text is that of `mps`.
-        if is_memory or any(t in str(error) for t in ("can't allocate memory", "out of memory")):
+        if is_memory or any(text in str(error) for text in FULL):
             raise InputError(
                 f"memory is full: {remedies}lower --batch_size or --num_workers; {CONTINUE}"
             ) from error
@@ -42,9 +43,15 @@ def free_shared_memory() -> int | None:
     return status.f_bavail * status.f_frsize
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Let the peak count from here, on a GPU with CUDA."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory_mb(device: torch.device) -> float:
-    """The peak memory in MiB: the GPU's if `device` is one, else this process's. `mps` counts no
-    peak: there it is the memory that torch holds now."""
+    """The peak memory in MiB: the GPU's if `device` is one, since `reset_peak_memory`, else that of
+    this process. `mps` counts no peak: there it is the memory that torch holds now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if device.type == "mps":

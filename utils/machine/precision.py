@@ -1,13 +1,30 @@
 """Number formats: float32, or mixed precision, whose weights are float32 as well."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
 from models.errors import InputError
 
 
+@contextmanager
+def tf32_products(are_allowed: bool) -> Iterator[None]:
+    """Within the block CUDA rounds the factors of float32 products to TF32, of 10 bits, or does
+    not."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = are_allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
 class Precision:
     """The number format of the forward pass, and the loss scale of backward pass and update.
+    Products in float32 are exact outside `tf32_products`.
 
     Mixed precision is bfloat16 if the device has it, else float16 with a loss scale that keeps
     small gradients from vanishing (Micikevicius et al. 2018, section 3.2). Not every torch has a
@@ -17,12 +34,14 @@ class Precision:
     def __init__(self, device: torch.device, use_amp: bool):
         has_bfloat16 = True
         if device.type == "cuda":
-            has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            has_bfloat16 = torch.cuda.get_device_capability(device)[0] >= 8  # NVIDIA Ampere, AMD
         elif device.type == "mps":
             has_bfloat16 = torch.backends.mps.is_macos_or_newer(14, 0)
             if use_amp and not has_bfloat16:
                 raise InputError("--use_amp: bfloat16 on a Mac's GPU needs macOS 14 or newer; "
                                  "leave --use_amp out")  # fmt: skip
+        # Other settings of a library, or torch's own for convolutions, end here.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         self.dtype = torch.bfloat16 if has_bfloat16 else torch.float16
         self.device = device
         self.use_amp = use_amp

@@ -3,10 +3,13 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+from torch import Tensor, nn
+
 from models.clip import CLIP
 from models.clip_utils import load
 from models.errors import InputError
-from utils.training.layer_groups import trainable_towers
+from utils.training.layer_groups import train_mode, trainable_towers
 
 
 class Distillation(NamedTuple):
@@ -20,16 +23,28 @@ class Distillation(NamedTuple):
     start   the starting model
     weight  of the mean squared distance between features, in the loss
     towers  those with trainable parameters; the features of the others cannot change
+    unused  the ids of words that no training caption has, on the device. Their embeddings stay as
+            they are: Adam would make a full step of their small gradients.
     """
 
     start: CLIP
     weight: float
     towers: list[str]
+    unused: Tensor
+
+    def keep_unused_words(self, model: CLIP) -> None:
+        """Set the gradients of the embeddings of unused words to zero."""
+        gradient = word_embedding(model).weight.grad
+        if gradient is not None:
+            gradient.index_fill_(0, self.unused, 0.0)
 
 
-def distill_from_start(model: CLIP, start_weights: Path, weight: float) -> Distillation:
+def distill_from_start(
+    model: CLIP, start_weights: Path, weight: float, captions: Tensor
+) -> Distillation:
     """Distillation from `start_weights`, the file of the starting model, which shares the frozen
-    parameters with `model`. Raises `InputError` if the file is missing."""
+    parameters with `model`, in training on `captions`, token ids of any shape. Raises `InputError`
+    if the file is missing."""
     if not start_weights.exists():
         raise InputError(f"{start_weights} is missing, whose features --distill keeps: put it back")
     start, _ = load(start_weights, model.device)
@@ -38,4 +53,13 @@ def distill_from_start(model: CLIP, start_weights: Path, weight: float) -> Disti
         own = model.get_parameter(name)
         if not own.requires_grad:
             parameter.data = own.data
-    return Distillation(start, weight, trainable_towers(model))
+    train_mode(start)  # computes like the model; its batch norms, all frozen, keep their statistics
+    words = torch.arange(word_embedding(model).num_embeddings)
+    unused = words[~torch.isin(words, captions)].to(model.device)
+    return Distillation(start, weight, trainable_towers(model), unused)
+
+
+def word_embedding(model: nn.Module) -> nn.Embedding:
+    """The largest embedding of a model."""
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    return max(embeddings, key=lambda module: module.num_embeddings)

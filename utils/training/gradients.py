@@ -1,5 +1,7 @@
 """The gradients of one batch: at once or chunk by chunk, by one process or by several."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,7 @@ from models.clip import CLIP
 from models.device import upload
 from utils.flickr8k_dataloader import Batch
 from utils.loss import contrastive_loss, squared_distance
-from utils.machine.precision import Precision
+from utils.machine.precision import Precision, tf32_products
 from utils.machine.processes import Processes
 from utils.retrieval.encode import projected
 from utils.training.distillation import Distillation
@@ -32,14 +34,16 @@ def accumulate_gradients(
 
     The returned loss does not include `distillation`, so it compares with the validation loss.
     """
-    if distillation:
-        _distill(model, batch.altered, precision, processes, distillation=distillation, chunk=chunk)
-    if chunk and chunk < len(batch.images):
-        loss = _loss_by_chunks(model, batch, precision, processes, chunk)
-    else:
-        images, texts = (_encode(model, batch, tower, precision) for tower in TOWERS)
-        loss = _loss(model, images, texts, processes, batch)
-        precision.backward(loss)
+    with tf32_products(True):
+        if distillation:
+            _distill(model, batch.altered, precision, processes, distillation=distillation,
+                     chunk=chunk)  # fmt: skip
+        if chunk and chunk < len(batch.images):
+            loss = _loss_by_chunks(model, batch, precision, processes, chunk)
+        else:
+            images, texts = (_encode(model, batch, tower, precision) for tower in TOWERS)
+            loss = _loss(model, images, texts, processes, batch)
+            precision.backward(loss)
     _sum_gradients(model, processes)
     return loss.detach()
 
@@ -55,7 +59,7 @@ def _loss_by_chunks(
 ) -> Tensor:
     """The loss of the whole batch; its gradients are added by gradient caching."""
     chunks, towers = batch.split(chunk), trainable_towers(model)
-    with torch.no_grad(), precision.autocast():
+    with torch.no_grad():
         features = {
             tower: torch.cat([_encode(model, part, tower, precision) for part in chunks])
             for tower in TOWERS
@@ -107,14 +111,18 @@ def _distill(
             per_image = len(features) // len(part.images)
             distance = squared_distance(features, targets) / (total * per_image)
             precision.backward(distillation.weight * distance)
+    distillation.keep_unused_words(model)
 
 
 def _encode(model: CLIP, batch: Batch, tower: str, precision: Precision) -> Tensor:
-    """The features of a batch's images `[n, d]` or of its captions `[n * k, d]`."""
-    inputs = batch.images if tower == "image" else batch.tokens
+    """The features of a batch's images `[n, d]` or of its captions `[n * k, d]`. Images are cropped
+    and recoloured in float32."""
+    if tower in batch.cached:
+        inputs = upload(batch.images if tower == "image" else batch.tokens, model.device)
+        encode = partial(projected, model, tower)
+    elif tower == "image":
+        encode, inputs = model.encode_image, batch.augmented_images(model.preprocess)
+    else:
+        encode, inputs = model.encode_text, batch.tokens
     with precision.autocast():
-        if tower in batch.cached:
-            return projected(model, tower, upload(inputs, model.device))
-        if tower == "image":
-            return model.encode_image(batch.augmented_images(model.preprocess))
-        return model.encode_text(inputs)
+        return encode(inputs)

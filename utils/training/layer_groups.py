@@ -106,12 +106,13 @@ def freeze_and_adapt(
         add_lora(model, lora)
 
 
-def train_mode(model: nn.Module) -> None:
-    """Put the model into training mode; frozen batch norms keep their statistics."""
+def train_mode(model: nn.Module, is_from_scratch: bool = False) -> None:
+    """Put the model into training mode, but batch norms into evaluation mode, so that they keep the
+    statistics of the starting model; from scratch only frozen ones."""
     model.train()
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.weight.requires_grad:
-            module.eval()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train(is_from_scratch and module.weight.requires_grad)
 
 
 def whole_batch_norms(
@@ -125,9 +126,7 @@ def whole_batch_norms(
     if grad_cache:
         raise InputError("--grad_cache: a ResNet's batch norm mixes the images of a batch, so that "
                          "chunks would change it; take a ViT, or --grad_checkpointing")  # fmt: skip
-    if isinstance(
-        model, OpenClipModel
-    ):  # torch would replace timm's, which are activations as well
+    if isinstance(model, OpenClipModel):  # torch would replace timm's, which are activations too
         raise InputError("the batch norms of this image tower of open_clip work in one process "
                          "alone: start one, or take a ViT")  # fmt: skip
     if device.type != "cuda":

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.clip import CLIP
 from models.clip_utils import create_model, load
+from models.device import moved
 from models.run_files import ARGUMENTS, START, tuned_weights
 from utils.data.image_files import check_splits
 from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
@@ -41,16 +42,19 @@ def get_model(
 ) -> CLIP:
     """The model to train, on the CPU: from a checkpoint, from weights, or random. Sets the seed."""
     SeedEvery(args.seed)
+    is_from_scratch = resumed["start"] is None if resumed else args.resume_training == "none"
     with processes.rank_0_first():  # rank 0 downloads
         if resumed:
             model = resumed["model"]
-        elif args.resume_training == "none":
+        elif is_from_scratch:
             model = create_model(args.model, args.input_shape)
         else:
             model, _ = load(args.resume_training, "cpu", input_shape=args.input_shape,
                             activation=args.activation)  # fmt: skip
     freeze_and_adapt(model, args.lock_image, args.lock_text, args.lora)
-    return whole_batch_norms(model, device, processes, args.grad_cache)
+    if is_from_scratch:
+        model = whole_batch_norms(model, device, processes, args.grad_cache)
+    return model
 
 
 def get_loader(
@@ -107,17 +111,18 @@ def open_run(
 
 
 def get_state(
-    args: Namespace, resumed: Checkpoint | None, model: CLIP, device: torch.device, run: Run
+    args: Namespace, resumed: Checkpoint | None, model: CLIP, loader: TrainLoader, run: Run
 ) -> State:
     """The model on its device, its optimizer, and the checkpoint's state."""
-    model.to(device)
+    device = loader.device
+    moved(model, device)
     optimizer = get_optimizer(model, args.optimizer_type, args.lr)
     groups = parameter_groups(model, args.momentum, args.weight_decay, args.layer_decay)
     replace_groups(optimizer, groups)
     distillation = None
     if args.distill:
         start = run.processes.broadcast(run.folder) / START
-        distillation = distill_from_start(model, start, args.distill)
+        distillation = distill_from_start(model, start, args.distill, loader.dataset.tokens)
     state = State(model, optimizer, Precision(device, args.use_amp), args.ema, distillation)
     if resumed:
         state.restore(resumed)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from models.clip import CLIP
+from models.device import download
 from models.errors import InputError
 from models.progress_bar import progress_bar
 from utils.data.annotations import SPLITS
 from utils.flickr8k_dataloader import ALIKE, Batch, Flickr8kDataset, TrainLoader
+from utils.machine.memory import peak_memory_mb, reset_peak_memory
 from utils.retrieval.evaluation import Evaluator
 from utils.retrieval.plots import plot_scores
 from utils.retrieval.report import write_report
@@ -174,10 +176,12 @@ def is_clearly_lower(recall: float, before: float, images: int) -> bool:
 
 
 class Progress(AbstractContextManager):
-    """The progress bar, speed and losses of an epoch, of which `done` steps were made by an earlier
-    program."""
+    """The progress bar, speed, peak memory and losses of an epoch, of which `done` steps were made
+    by an earlier program."""
 
     def __init__(self, loader: TrainLoader, epoch: int, done: int = 0):
+        self.device = loader.device
+        reset_peak_memory(self.device)
         self.batch_size = loader.batch_size
         self.bar = progress_bar(
             total=len(loader) * loader.batch_size,
@@ -189,7 +193,7 @@ class Progress(AbstractContextManager):
         self.steps = 0
         self.seconds_waited = 0.0
         self.started = time.perf_counter()
-        self._last: tuple[Tensor, float, int] | None = None
+        self._last: tuple[Callable[[], float], float, int] | None = None
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
@@ -206,12 +210,13 @@ class Progress(AbstractContextManager):
         """Count a step. Its loss is read one step later, so that the CPU does not wait for the GPU;
         a loss that is not finite raises `InputError` then."""
         self._show_last()
-        self._last = loss, rate, step
+        self._last = download(loss), rate, step
         self.steps += 1
         self.bar.update(self.batch_size)
 
     def summary(self, losses: list[Tensor], rate: float) -> dict[str, float]:
-        """Columns of a table: the mean of the `losses`, the `rate`, the speed, the waiting."""
+        """Columns of a table: the mean of the `losses`, the `rate`, the speed, the waiting, the
+        peak memory."""
         self._show_last()
         seconds = time.perf_counter() - self.started
         return {
@@ -219,13 +224,14 @@ class Progress(AbstractContextManager):
             "lr": rate,
             "images_per_second": self.steps * self.batch_size / seconds,
             "data_wait_percent": 100 * self.seconds_waited / seconds,
+            "peak_memory_mb": peak_memory_mb(self.device),
         }
 
     def _show_last(self) -> None:
         if self._last is None:
             return
         loss, rate, step = self._last
-        value = loss.item()
+        value = loss()
         if not math.isfinite(value):
             raise InputError(
                 f"the loss is {value} at step {step}, learning rate {rate:.3g}; lower --lr, raise "

@@ -39,7 +39,7 @@ FINE_TUNING = {"distill": 6.0, "wise_ft": [0.0, 0.25, 0.5, 0.75, 1.0], "max_forg
 # Adam's best rate falls as the width grows (Yang et al. 2021, "Tensor Programs V", table 3). This
 # is within a point of the best score at widths 128 to 384 (tests/benchmarks/learning_rate.py).
 RATE_TIMES_WIDTH = 0.115
-LORA_RATE = 3e-3
+LORA_RATE = 2e-4  # CLIP-LoRA (Zanella & Ben Ayed 2024)
 OF_THE_START = ("demo", "model", "resume_training")  # a run keeps its first values of these
 # Saved moments and the starting weights depend on these.
 FIXED = ("input_shape", "activation", "optimizer_type", "layer_decay", "lock_image", "lock_text",
@@ -226,7 +226,8 @@ def check_model(args: Namespace, device: torch.device, processes: Processes) -> 
     with torch.device("meta"):
         model = CLIP(config)
         freeze_and_adapt(model, args.lock_image, args.lock_text, args.lora)
-        whole_batch_norms(model, device, processes, args.grad_cache)
+        if args.resume_training == "none":
+            whole_batch_norms(model, device, processes, args.grad_cache)
 
 
 def get_data(

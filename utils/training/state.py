@@ -6,7 +6,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models.clip import CLIP
 from models.weights.open_clip import to_open_clip
-from utils.machine.memory import peak_memory_mb
 from utils.machine.precision import Precision
 from utils.retrieval.scores import Scores
 from utils.training.distillation import Distillation
@@ -58,6 +57,11 @@ class State:
         return not self.epochs and not self.losses
 
     @property
+    def is_from_scratch(self) -> bool:
+        """Whether the starting weights were random."""
+        return self.start is None
+
+    @property
     def best_recall(self) -> float:
         """The mean recall of the best epoch."""
         return max(row["mean_recall"] for row in self.epochs)
@@ -101,7 +105,6 @@ class State:
             **trained,
             **self._row(scores, val_loss),
             **retention,
-            "peak_memory_mb": peak_memory_mb(self.model.device),
         }
         self.epochs.append(row)
         self.losses = []

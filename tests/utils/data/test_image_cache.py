@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from fake_gpu import FakeGpu
 from hypothesis import given
 from hypothesis import strategies as st
 from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -111,12 +112,37 @@ def test_batches_on_a_gpu(root, monkeypatch, fits):
     batches = [[3, 1, 3], [10]]
     for images, batch in zip(dataset.batches(batches, 0), batches, strict=True):
         assert torch.equal(images.cpu(), decoded(dataset)[batch])
-        assert images.is_cuda or images.is_pinned()
     expected = TrainLoader(Flickr8kDataset(root, SIDE), 4, torch.device("cuda"))
     found = TrainLoader(dataset, 4, torch.device("cuda"))
     for batch, same in zip(expected.epoch(1), found.epoch(1), strict=True):
         assert batch.images.is_cuda and same.images.is_cuda
         assert torch.equal(batch.images, same.images) and torch.equal(batch.tokens, same.tokens)
+
+
+def test_all_sets_together_take_a_quarter_of_the_free_memory(root, monkeypatch):
+    """80 kB are free: 19 kB of training images go to the GPU, another 5 kB stay off it."""
+    on_gpu = []
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: sum(p.nbytes for p in on_gpu))
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", lambda d: (80_000 - torch.cuda.memory_allocated(d), 10**9)
+    )
+    with FakeGpu(monkeypatch):
+        for is_train in (True, False):
+            dataset = Flickr8kDataset(root, SIDE, is_train=is_train)
+            dataset.cache(device="cuda")
+            on_gpu += [dataset.cached] if dataset.cached.is_cuda else []
+            assert dataset.cached.is_cuda == is_train
+
+
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_without_a_model_on_the_gpu_nothing_is_pinned_for_it(root, monkeypatch, is_cached):
+    """--device cpu on a machine with a GPU, where pinning would open a context of its own."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    dataset = Flickr8kDataset(root, SIDE)
+    if is_cached:
+        dataset.cache()
+    for batch in TrainLoader(dataset, 4, CPU).epoch(1):
+        assert not batch.images.is_pinned()
 
 
 def test_a_transform_is_refused(root):

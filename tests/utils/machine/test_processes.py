@@ -93,7 +93,9 @@ def step_gradients(processes, data, chunk, rank=None):
     model, distillation = create_model("ViT-demo"), None
     if rank:
         add_lora(model, rank)
-        distillation = Distillation(create_model("ViT-demo"), 3.0, ["image", "text"])
+        distillation = Distillation(
+            create_model("ViT-demo"), 3.0, ["image", "text"], torch.arange(9)
+        )
     precision = Precision(CPU, use_amp=False)
     dataset = Flickr8kDataset(data, 64)
     loader = TrainLoader(dataset, 11, CPU, captions_per_image=2, processes=processes, alter=True)

@@ -13,7 +13,7 @@ from utils.machine.processes import ALONE
 from utils.runs.checkpoint import save_weights
 from utils.training.distillation import Distillation, distill_from_start
 from utils.training.gradients import accumulate_gradients
-from utils.training.layer_groups import freeze
+from utils.training.layer_groups import TOWERS, freeze, train_mode
 
 CPU = torch.device("cpu")
 
@@ -28,6 +28,11 @@ def batch_of(n, k):
     others = tokenize([f"a green tree {i}" for i in range(n // 2 * k)])
     altered = Batch(images[1::2], crops[1::2], others, colours=colours[1::2])
     return Batch(images, crops, tokens, ids.view(n, k), altered=altered)
+
+
+def distillation_from(start, weight, towers=TOWERS):
+    """Of all words."""
+    return Distillation(start, weight, towers, torch.tensor([], dtype=torch.int64))
 
 
 def gradients(model, batch, precision, chunk, distillation=None):
@@ -53,8 +58,8 @@ def test_chunks_bring_the_gradients_of_the_whole_batch(n, k, chunk, locked, weig
     for tower in locked:
         freeze(model, tower, unlocked=0)
     precision = Precision(CPU, use_amp=False)
-    learned = [tower for tower in ("image", "text") if tower not in locked]
-    distillation = Distillation(create_model("ViT-demo"), weight, learned) if weight else None
+    learned = [tower for tower in TOWERS if tower not in locked]
+    distillation = distillation_from(create_model("ViT-demo"), weight, learned) if weight else None
     loss, expected = gradients(model, batch_of(n, k), precision, None, distillation)
     chunked_loss, found = gradients(model, batch_of(n, k), precision, chunk, distillation)
     assert chunked_loss == pytest.approx(loss.item(), rel=1e-6)
@@ -101,9 +106,7 @@ def test_distillation_adds_the_mean_squared_distance_to_the_features_of_the_star
     batch = batch_of(5, k)
     precision = Precision(CPU, use_amp=False)
     loss, without = gradients(model, batch, precision, None)
-    distilled_loss, found = gradients(
-        model, batch, precision, None, Distillation(start, 7.0, ["image", "text"])
-    )
+    distilled_loss, found = gradients(model, batch, precision, None, distillation_from(start, 7.0))
     assert torch.equal(loss, distilled_loss)
 
     model.zero_grad()
@@ -125,14 +128,15 @@ def test_the_starting_model_shares_the_frozen_parameters_and_keeps_the_others(tm
     model = create_model("ViT-demo")
     freeze(model, "text", unlocked=1)
     file = tmp_path / "start_weights.pth"
+    captions = tokenize("a bird")
     with pytest.raises(InputError, match=r"start_weights\.pth is missing"):
-        distill_from_start(model, file, 1.0)
+        distill_from_start(model, file, 1.0, captions)
     save_weights(model, file)
     before = {name: tensor.half().float() for name, tensor in model.state_dict().items()}
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += parameter.requires_grad
-    distillation = distill_from_start(model, file, 1.0)
+    distillation = distill_from_start(model, file, 1.0, captions)
     assert distillation.towers == ["image", "text"]
     for name, parameter in distillation.start.named_parameters():
         own = model.get_parameter(name)
@@ -140,7 +144,25 @@ def test_the_starting_model_shares_the_frozen_parameters_and_keeps_the_others(tm
         assert (parameter.data_ptr() == own.data_ptr()) == (not own.requires_grad), name
         assert not own.requires_grad or torch.equal(parameter, before[name]), name
     freeze(model, "text", unlocked=0)
-    assert distill_from_start(model, file, 1.0).towers == ["image"]
+    assert distill_from_start(model, file, 1.0, captions).towers == ["image"]
+
+
+@pytest.mark.parametrize("name", ["ViT-demo", "cn-demo"])
+def test_distillation_moves_no_word_that_the_captions_do_not_have(name, tmp_path):
+    """It sees others, in place of the captions' own."""
+    torch.manual_seed(0)
+    model, file = create_model(name), tmp_path / "start_weights.pth"
+    save_weights(create_model(name), file)
+    captions = model.tokenize(["一只鸟", "a bird", "two birds"])
+    others = model.tokenize(["树 a", "鸟 tree", "three trees"])
+    batch = batch_of(3, 1)._replace(tokens=captions, texts=None)
+    batch = batch._replace(altered=batch._replace(tokens=others))
+    words = model.bert.embeddings.word_embeddings if name == "cn-demo" else model.token_embedding
+    for chunk in (None, 1):
+        distillation = distill_from_start(model, file, 1e3, captions)
+        gradients(model, batch, Precision(CPU, use_amp=False), chunk, distillation)
+        moved = words.weight.grad.any(dim=1).nonzero().flatten()
+        assert set(moved.tolist()) == set(captions.flatten().tolist()) - {0}
 
 
 @pytest.mark.parametrize("chunk", [None, 2])
@@ -182,3 +204,37 @@ def test_a_scaled_loss_scales_the_gradients_of_every_chunk():
     _, scaled = gradients(model, batch_of(6, 1), precision, 4)
     for name, gradient in expected.items():
         torch.testing.assert_close(scaled[name] / 2**10, gradient, rtol=1e-3, atol=1e-7)
+
+
+def test_mixed_precision_sees_the_same_images_as_float32(monkeypatch):
+    """Cropped, and for distillation recoloured: bfloat16 would round places and colours."""
+    model, seen = create_model("ViT-demo"), []
+    encode = model.encode_image
+    monkeypatch.setattr(model, "encode_image", lambda images: seen.append(images) or encode(images))
+    distillation = distillation_from(model, 1.0)
+    for use_amp in (False, True):
+        gradients(model, batch_of(4, 1), Precision(CPU, use_amp), None, distillation)
+    for mixed, exact in zip(seen[len(seen) // 2 :], seen[: len(seen) // 2], strict=True):
+        assert torch.equal(mixed, exact)
+
+
+def test_mixed_precision_computes_the_same_features_with_and_without_gradients(monkeypatch):
+    """Or gradient caching would take the loss of one model and the gradients of another, and the
+    starting model would be at a distance from itself."""
+    torch.manual_seed(0)
+    model, features = create_model("ViT-demo"), []
+    train_mode(model)
+    for name in ("encode_image", "encode_text"):
+        encode = getattr(model, name)
+        monkeypatch.setattr(
+            model, name, lambda x, e=encode: features.append(e(x)) or features[-1]
+        )  # fmt: skip
+    mixed, batch = Precision(CPU, use_amp=True), batch_of(6, 2)
+    gradients(model, batch, mixed, 3)
+    first, second = features[:4], features[4:]  # images, then captions; two chunks of each
+    assert not first[0].requires_grad and second[0].requires_grad
+    for without, with_gradients in zip(first, second, strict=True):
+        assert torch.equal(without, with_gradients)
+    _, alone = gradients(model, batch, mixed, None)
+    _, found = gradients(model, batch, mixed, None, distillation_from(model, 1e3))
+    assert all(torch.equal(found[name], gradient) for name, gradient in alone.items())

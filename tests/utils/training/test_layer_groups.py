@@ -141,16 +141,19 @@ def test_more_blocks_than_there_are_cannot_be_left_open():
         freeze(create_model("ViT-demo"), "text", 4)
 
 
-def test_batch_norms_of_a_locked_tower_keep_their_statistics():
+@pytest.mark.parametrize("is_from_scratch", [True, False])
+def test_only_batch_norms_that_learn_from_scratch_change_their_statistics(is_from_scratch):
     model = small_resnet()
     freeze(model, "image", 1)
-    train_mode(model)
+    train_mode(model, is_from_scratch)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model.visual(torch.randn(4, 3, 32, 32))
+    model.visual(torch.randn(4, 3, 32, 32)).sum().backward()
     moved = {
         name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])
     }
-    assert moved and all(name.startswith("visual.layer4.") for name in moved)
+    assert bool(moved) == is_from_scratch
+    assert all(name.startswith("visual.layer4.") for name in moved)
+    assert model.visual.layer4[0].bn3.weight.grad.norm() > 0  # which learns in either case
 
 
 def test_a_layers_rate_is_that_of_the_next_times_the_decay():

@@ -107,6 +107,8 @@ def test_chance_alone_is_seldom_told(capsys, share):
 
 
 class Loader(SimpleNamespace):
+    device = torch.device("cpu")
+
     def __len__(self):
         return 5
 
@@ -126,6 +128,18 @@ def test_an_epochs_loss_is_that_of_all_its_steps_and_its_speed_that_of_the_steps
     assert (row["train_loss"], row["lr"]) == (3, 1e-3)
     assert seconds == int(seconds) >= 3
     assert row["data_wait_percent"] == pytest.approx(100 * 2 / seconds)
+
+
+def test_the_peak_memory_is_that_of_the_epochs_steps(monkeypatch):
+    """Not of what came before, such as scoring."""
+    peak = [9 * 2**20]
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: peak.append(0))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: peak[-1])
+    loader = Loader(batch_size=8, processes=ALONE)
+    loader.device = torch.device("cuda", 0)
+    with Progress(loader, epoch=1) as progress:
+        peak[-1] = max(peak[-1], 5 * 2**20)
+        assert progress.summary([torch.tensor(1.0)], 1e-3)["peak_memory_mb"] == 5
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])

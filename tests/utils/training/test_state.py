@@ -127,7 +127,7 @@ def test_a_run_that_is_over_frees_weights_gradients_and_moments():
     parameters = list(model.parameters())
     weights = sum(parameter.nbytes for parameter in parameters)
     optimizer = torch.optim.AdamW(parameters)
-    distillation = Distillation(start, 1.0, ["image", "text"])
+    distillation = Distillation(start, 1.0, ["image", "text"], torch.arange(9))
     state = State(model, optimizer, Precision(CPU, use_amp=False), 0.9, distillation)
     sum(parameter.sum() for parameter in parameters).backward()
     state.update(torch.tensor(0.0))

@@ -14,6 +14,7 @@ from PIL import Image
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from models import CLIP
+from models.device import download
 from models.preprocess import _on_device
 from models.weights.registry import CONFIGS
 from utils import Flickr8kDataset
@@ -24,6 +25,7 @@ from utils.training.distillation import Distillation
 from utils.training.gradients import accumulate_gradients
 from utils.training.layer_groups import freeze_and_adapt, train_mode
 from utils.training.optimizer import parameter_groups
+from utils.training.progress import Progress
 from utils.training.state import State
 
 CUDA = torch.device("cuda", 0)
@@ -93,18 +95,23 @@ def test_steps_stay_on_the_gpu_and_let_the_cpu_run_ahead(gpu, dataset, changed):
     if args.grad_checkpointing:
         model.enable_grad_checkpointing()
     start = CLIP(MODELS[args.model]).initialize().to(CUDA) if args.distill else None
-    distillation = Distillation(start, args.distill, ["image", "text"]) if args.distill else None
+    distillation = None
+    if args.distill:
+        unused = torch.arange(9).to(CUDA)
+        distillation = Distillation(start, args.distill, ["image", "text"], unused)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.9, 0.1), lr=1e-3)
     state = State(model, optimizer, Precision(CUDA, args.amp))
-    train_mode(model)
+    train_mode(model, is_from_scratch=True)
 
     loader = TrainLoader(dataset, 5, CUDA, captions_per_image=2, alter=bool(distillation))
+    progress = Progress(loader, 1)
     for number, batch in enumerate(loader.epoch(1)):
         with gpu.step() if number else nullcontext():  # in the first, constants are copied
             loss = accumulate_gradients(
                 model, batch, state.precision, ALONE, args.grad_cache, distillation
             )
             state.update(ALONE.sum(loss))
+            progress.advance(state.losses[-1], 1e-3, number)
     assert (loss.device, loss.dtype, len(state.losses)) == (CUDA, torch.float32, 2)
     learned = {p for p in model.parameters() if p.requires_grad}
     assert optimizer.state.keys() == learned
@@ -121,6 +128,7 @@ WAITS = {
     "copies": lambda x: x.cpu(),
     "copies into": lambda x: torch.zeros(3).copy_(x, non_blocking=True),
     "copies from memory that is not pinned": lambda x: torch.ones(3).to(CUDA, non_blocking=True),
+    "waits for a number of this step": lambda x: download(x.sum())(),
     "waits for its copy": lambda x: torch.ones(3).pin_memory().to(CUDA),
     "sends a number": lambda x: torch.tensor([1.0], device=CUDA),
     "indexes from the CPU": lambda x: x[torch.tensor([0, 1])],
