@@ -58,6 +58,9 @@ def open_clip_config(content: dict[str, Any], folder: Path, reason: str) -> Open
     # All weights come from the file; none are downloaded for a tower alone.
     model["vision_cfg"]["timm_model_pretrained"] = False
     model["text_cfg"]["hf_model_pretrained"] = False
+    text_tower = model["text_cfg"].get("hf_model_name")
+    if text_tower and Path(text_tower).is_dir():
+        model["text_cfg"]["hf_model_name"] = str(Path(text_tower).resolve())
     return OpenClipConfig(content, folder)
 
 
@@ -128,6 +131,8 @@ class OpenClipModel(CLIP):
             self.tokenizer.save(folder)
 
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
+        if text := getattr(self.text, "config", None):  # of transformers, which masks padding
+            tokens = tokens[:, (tokens != text.pad_token_id).any(dim=0)]
         features = self.text(tokens.to(self.device, torch.int64))
         return F.normalize(features.float(), dim=-1) if normalize else features
 
