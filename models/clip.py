@@ -40,11 +40,9 @@ class CLIP(nn.Module):
         projection = torch.empty(config.transformer_width, config.embed_dim)
         self.text_projection = nn.Parameter(projection)
         self.logit_scale = nn.Parameter(torch.empty(()))
-        # Only models that open_clip builds have these.
-        self.logit_bias: nn.Parameter | None = None  # added to logits, which are then of a sigmoid
-        self.projections: dict[
-            str, nn.Module
-        ] = {}  # by tower, those that learn though it is frozen
+        # Only models that open_clip builds have these: see `OpenClipModel`.
+        self.logit_bias: nn.Parameter | None = None
+        self.projections: dict[str, nn.Module] = {}
 
     @property
     def embed_dim(self) -> int:
