@@ -40,7 +40,8 @@ class CLIP(nn.Module):
         projection = torch.empty(config.transformer_width, config.embed_dim)
         self.text_projection = nn.Parameter(projection)
         self.logit_scale = nn.Parameter(torch.empty(()))
-        self.logit_bias: nn.Parameter | None = None  # of models that open_clip builds, see there
+        # Only models that open_clip builds have these: see `OpenClipModel`.
+        self.logit_bias: nn.Parameter | None = None
         self.projections: dict[str, nn.Module] = {}
 
     @property

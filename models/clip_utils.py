@@ -135,7 +135,7 @@ def load(
       a repository of the Hugging Face hub (`"openai/clip-vit-base-patch32"`, also with `hf-hub:`);
       or, first of all, a path: a published TorchScript archive, a state dict (.pt, .pth or
       .safetensors), a checkpoint of `train.py` or open_clip, or a folder of open_clip or
-      transformers.
+      transformers. Other towers than ours are built by open_clip if that is installed.
     - `device`: see `pick_device`.
     - `download_root`: the folder for OpenAI's weights.
     - `input_shape`: another image resolution, in pixels.

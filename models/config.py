@@ -88,7 +88,7 @@ def check_config(config: Config) -> None:
     absent |= {"text_positions"} if config.text_tower == "clip" else set()
     for name, value in vars(config).items():  # not asdict: it copies what may be nested deep
         if name in ("mean", "std"):
-            fits = isinstance(value, tuple) and len(value) == 3 and all(map(_is_finite, value))
+            fits = is_colour(value)
         elif name in CHOICES:
             fits = value in CHOICES[name]
         elif value is None:
@@ -123,8 +123,10 @@ def description_of(whose: str) -> Iterator[None]:
         raise InputError(f"its description is not {whose} ({one_line(error)})") from None
 
 
-def _is_finite(number: object) -> bool:
-    return isinstance(number, int | float) and math.isfinite(number)
+def is_colour(value: object) -> bool:
+    """Whether this is a tuple of three finite numbers."""
+    is_triple = isinstance(value, tuple) and len(value) == 3
+    return is_triple and all(isinstance(x, int | float) and math.isfinite(x) for x in value)
 
 
 def _is_depth(number: object) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.clip import CLIP
 from models.clip_text import TextTower
-from models.config import CHOICES, CONTEXT_LENGTH
+from models.config import CHOICES, CONTEXT_LENGTH, MAX_SIZE, is_colour
 from models.errors import InputError, one_line, quoted
 from models.hf_tokenizer import HFTokenizer, hf_tokenizer
 from models.preprocess import Preprocess
@@ -58,6 +58,13 @@ def open_clip_config(content: dict[str, Any], folder: Path, reason: str) -> Open
     # All weights come from the file; none are downloaded for a tower alone.
     model["vision_cfg"]["timm_model_pretrained"] = False
     model["text_cfg"]["hf_model_pretrained"] = False
+    text_tower = model["text_cfg"].get("hf_model_name")
+    if text_tower and Path(text_tower).is_dir():
+        model["text_cfg"]["hf_model_name"] = str(Path(text_tower).resolve())
+    preprocess(content, side=1)  # errors are raised here, before weights are downloaded
+    context_length = model["text_cfg"].get("context_length", CONTEXT_LENGTH)
+    if type(context_length) is not int or not 2 < context_length <= MAX_SIZE:
+        raise InputError(f"its context_length would be {quoted(context_length)}")
     return OpenClipConfig(content, folder)
 
 
@@ -128,6 +135,8 @@ class OpenClipModel(CLIP):
             self.tokenizer.save(folder)
 
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
+        if text := getattr(self.text, "config", None):  # of transformers, which masks padding
+            tokens = tokens[:, (tokens != text.pad_token_id).any(dim=0)]
         features = self.text(tokens.to(self.device, torch.int64))
         return F.normalize(features.float(), dim=-1) if normalize else features
 
@@ -149,6 +158,8 @@ def preprocess(content: dict[str, Any], side: int) -> Preprocess:
         if name in CHOICES and value not in CHOICES[name]:
             known = " and ".join(CHOICES[name])
             raise InputError(f"its {name} is {quoted(value)}; {known} work; take another model")
+        if name not in CHOICES and not is_colour(value):
+            raise InputError(f"its {name} would be {quoted(value)}")
     return Preprocess(side, **fields)
 
 
@@ -165,11 +176,12 @@ def _build(description: dict[str, Any]) -> nn.Module:
                          "pip install -U open_clip_torch timm transformers") from None  # fmt: skip
 
 
-def _side(size: int | tuple[int, int]) -> int:
-    sides = {size} if isinstance(size, int) else set(size)
-    if len(sides) > 1:
-        raise InputError(f"it takes images of {size} pixels; only square ones work here")
-    return sides.pop()
+def _side(size: object) -> int:
+    """The side of images in pixels, from one number or from height and width."""
+    sides = size if isinstance(size, list | tuple) else [size]
+    if not all(type(side) is int for side in sides) or len(set(sides)) != 1:
+        raise InputError(f"it takes images of {quoted(size)} pixels; only square ones work here")
+    return sides[0]
 
 
 def _learns(module: nn.Module) -> bool:

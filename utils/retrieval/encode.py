@@ -47,14 +47,14 @@ def encode_set(
     `cache_features`), by tower (`"image"`, `"text"`), are not computed again."""
     images, texts = ((cached or {}).get(tower) for tower in ("image", "text"))
     with precision.autocast():
-        if images is not None:
-            images = projected(model, "image", images)
-        if texts is not None:
-            texts = projected(model, "text", texts)
         if images is None:
             images = encode_images(model, dataset, batch_size, num_workers, processes)
+        else:
+            images = projected(model, "image", images)
         if texts is None:
             texts = encode_texts(model, dataset.tokens, processes=processes)
+        else:
+            texts = projected(model, "text", texts)
     return Features(images, texts)
 
 

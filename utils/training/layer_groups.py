@@ -126,7 +126,7 @@ def whole_batch_norms(
     if grad_cache:
         raise InputError("--grad_cache: a ResNet's batch norm mixes the images of a batch, so that "
                          "chunks would change it; take a ViT, or --grad_checkpointing")  # fmt: skip
-    if isinstance(model, OpenClipModel):  # torch would replace timm's, which are activations too
+    if isinstance(model, OpenClipModel):  # torch would drop the activations in timm's
         raise InputError("the batch norms of this image tower of open_clip work in one process "
                          "alone: start one, or take a ViT")  # fmt: skip
     if device.type != "cuda":

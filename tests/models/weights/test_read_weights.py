@@ -116,6 +116,12 @@ def with_nan(found: dict) -> dict:
     return found
 
 
+def other_towers(folder: Path, **preprocessing: object) -> None:
+    """A description for open_clip, with this preprocessing."""
+    put(folder, f"{VISION}.no_ln_pre", True)
+    put(folder, "preprocess_cfg", preprocessing)
+
+
 VISION, TEXT = "model_cfg.vision_cfg", "model_cfg.text_cfg"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n"
 # The format of the folder that is changed, how, and what is said: the file, what is wrong with it,
@@ -223,6 +229,14 @@ WRONG = {
     "an unknown field": (
         "open_clip", partial(put, field=f"{VISION}.towers", value=3),
         r"open_clip cannot build it \(.*unexpected keyword argument 'towers'\); take another",
+    ),
+    "no colour": (
+        "open_clip", partial(other_towers, mean=[0.5, "0.5", 0.5]),
+        r"open_clip_config\.json: its mean would be \(0\.5, '0\.5', 0\.5\)",
+    ),
+    "padding around images": (
+        "open_clip", partial(other_towers, resize_mode="longest"),
+        "its resize_mode is 'longest'; shortest and squash work; take another model",
     ),
     "a CoCa": ("open_clip", partial(put, field="model_cfg.multimodal_cfg", value={"layers": 2}),
                r"open_clip_config\.json: .*: a CoCa, which also writes captions; take another"),
