@@ -58,8 +58,9 @@ def distill_from_start(
         if not own.requires_grad:
             parameter.data = own.data
     train_mode(start)  # computes like the model; its batch norms, all frozen, keep their statistics
-    words = torch.arange(word_embedding(model).num_embeddings)
-    unused = words[~torch.isin(words, captions)].to(model.device)
+    is_unused = torch.ones(word_embedding(model).num_embeddings, dtype=torch.bool)
+    is_unused[captions.long()] = False
+    unused = is_unused.nonzero().flatten().to(model.device)
     weight *= start.logit_scale.exp().item() / TUNED_SCALE
     return Distillation(start, weight, trainable_towers(model), unused)
 
