@@ -11,8 +11,8 @@ from models.errors import InputError
 
 @contextmanager
 def tf32_products(are_allowed: bool) -> Iterator[None]:
-    """Within the block CUDA rounds the factors of float32 products to TF32, of 10 bits, or does
-    not."""
+    """Within the block, CUDA rounds the factors of float32 products to TF32, of 10 bits, or does
+    not. Also decorates functions."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = are_allowed

@@ -11,6 +11,8 @@ from models.clip_utils import load
 from models.errors import InputError
 from utils.training.layer_groups import train_mode, trainable_towers
 
+TUNED_SCALE = 18.7  # of the starting models with which the default weight was chosen
+
 
 class Distillation(NamedTuple):
     """The teacher is the starting model. Its features are compared with the model's on images in
@@ -43,8 +45,10 @@ def distill_from_start(
     model: CLIP, start_weights: Path, weight: float, captions: Tensor
 ) -> Distillation:
     """Distillation from `start_weights`, the file of the starting model, which shares the frozen
-    parameters with `model`, in training on `captions`, token ids of any shape. Raises `InputError`
-    if the file is missing."""
+    parameters with `model`, in training on `captions`, token ids of any shape. `weight` counts at a
+    logit scale of `TUNED_SCALE`: half the squared distance is 1 minus the cosine, which makes a
+    difference to the logits in proportion to the scale. Raises `InputError` if the file is missing.
+    """
     if not start_weights.exists():
         raise InputError(f"{start_weights} is missing, whose features --distill keeps: put it back")
     start, _ = load(start_weights, model.device)
@@ -54,8 +58,10 @@ def distill_from_start(
         if not own.requires_grad:
             parameter.data = own.data
     train_mode(start)  # computes like the model; its batch norms, all frozen, keep their statistics
-    words = torch.arange(word_embedding(model).num_embeddings)
-    unused = words[~torch.isin(words, captions)].to(model.device)
+    is_unused = torch.ones(word_embedding(model).num_embeddings, dtype=torch.bool)
+    is_unused[captions.long()] = False
+    unused = is_unused.nonzero().flatten().to(model.device)
+    weight *= start.logit_scale.exp().item() / TUNED_SCALE
     return Distillation(start, weight, trainable_towers(model), unused)
 
 

@@ -16,6 +16,7 @@ from utils.training.distillation import Distillation
 from utils.training.layer_groups import TOWERS, trainable_towers
 
 
+@tf32_products(True)
 def accumulate_gradients(
     model: CLIP,
     batch: Batch,
@@ -34,16 +35,14 @@ def accumulate_gradients(
 
     The returned loss does not include `distillation`, so it compares with the validation loss.
     """
-    with tf32_products(True):
-        if distillation:
-            _distill(model, batch.altered, precision, processes, distillation=distillation,
-                     chunk=chunk)  # fmt: skip
-        if chunk and chunk < len(batch.images):
-            loss = _loss_by_chunks(model, batch, precision, processes, chunk)
-        else:
-            images, texts = (_encode(model, batch, tower, precision) for tower in TOWERS)
-            loss = _loss(model, images, texts, processes, batch)
-            precision.backward(loss)
+    if distillation:
+        _distill(model, batch.altered, precision, processes, distillation=distillation, chunk=chunk)
+    if chunk and chunk < len(batch.images):
+        loss = _loss_by_chunks(model, batch, precision, processes, chunk)
+    else:
+        images, texts = (_encode(model, batch, tower, precision) for tower in TOWERS)
+        loss = _loss(model, images, texts, processes, batch)
+        precision.backward(loss)
     _sum_gradients(model, processes)
     return loss.detach()
 

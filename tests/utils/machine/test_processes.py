@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
@@ -14,9 +15,11 @@ from script_runs import ROOT, run_script
 from spawned import in_processes
 
 from flickr8k.render_demo import render_demo
+from models.clip import CLIP
 from models.clip_utils import create_model
 from models.errors import InputError
 from models.lora import add_lora
+from models.weights.registry import CONFIGS
 from utils import Flickr8kDataset, contrastive_loss
 from utils.flickr8k_dataloader import TrainLoader
 from utils.machine.precision import Precision
@@ -24,6 +27,7 @@ from utils.machine.processes import ALONE, Processes, join_processes, torchrun_v
 from utils.retrieval.evaluation import Evaluator
 from utils.training.distillation import Distillation
 from utils.training.gradients import accumulate_gradients
+from utils.training.layer_groups import train_mode
 
 CPU = torch.device("cpu")
 CASES = [(7, 1, 5), (7, 2, 3), (8, 1, 16), (3, 4, 4)]  # images, captions of each, channels
@@ -118,6 +122,34 @@ def test_a_step_has_the_gradients_of_one_process_with_the_whole_batch(data, size
         for name, gradient in expected.items():
             bound = max(1e-5 * np.linalg.norm(gradient), 1e-7 * total)
             assert np.linalg.norm(found[name] - gradient) <= bound, name
+
+
+def resnet_gradients(processes, data):
+    """Those of fine-tuning in batches of two images, of which one is altered for distillation."""
+    torch.manual_seed(0)
+    config = replace(
+        CONFIGS["RN50"], image_resolution=32, vision_layers=(1, 1, 1, 1), vision_width=8,
+        transformer_layers=1,
+    )  # fmt: skip
+    model, start = CLIP(config).initialize(), CLIP(config).initialize().requires_grad_(False)
+    for each in (model, start):
+        train_mode(each)
+    loader = TrainLoader(Flickr8kDataset(data, 32), 2, CPU, processes=processes, alter=True)
+    distillation = Distillation(start, 3.0, ["image", "text"], torch.arange(9))
+    batch, precision = next(loader.epoch(1)), Precision(CPU, use_amp=False)
+    accumulate_gradients(model, batch, precision, processes, distillation=distillation)
+    return batch.altered is None, [p.grad.numpy() for p in model.visual.parameters()]
+
+
+def test_a_process_without_altered_images_fine_tunes_a_resnet_with_the_other(data):
+    _, expected = resnet_gradients(ALONE, data)
+    total = np.sqrt(sum(np.linalg.norm(gradient) ** 2 for gradient in expected))
+    has_none, parts = zip(*in_processes(2, resnet_gradients, data), strict=True)
+    assert sorted(has_none) == [False, True]
+    for found in parts:
+        for part, gradient in zip(found, expected, strict=True):
+            bound = max(1e-5 * np.linalg.norm(gradient), 1e-6 * total)
+            assert np.linalg.norm(part - gradient) <= bound
 
 
 def scores(processes, data):

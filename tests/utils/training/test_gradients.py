@@ -1,5 +1,7 @@
 """Gradients chunk by chunk against those of the whole batch at once."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from utils.flickr8k_dataloader import Batch
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE
 from utils.runs.checkpoint import save_weights
-from utils.training.distillation import Distillation, distill_from_start
+from utils.training.distillation import TUNED_SCALE, Distillation, distill_from_start
 from utils.training.gradients import accumulate_gradients
 from utils.training.layer_groups import TOWERS, freeze, train_mode
 
@@ -145,6 +147,18 @@ def test_the_starting_model_shares_the_frozen_parameters_and_keeps_the_others(tm
         assert not own.requires_grad or torch.equal(parameter, before[name]), name
     freeze(model, "text", unlocked=0)
     assert distill_from_start(model, file, 1.0, captions).towers == ["image"]
+
+
+def test_distillation_weighs_as_much_beside_the_loss_at_any_logit_scale(tmp_path):
+    """Between unit vectors, half the squared distance is 1 minus the cosine, and the scale times
+    that is what the distance can change in a logit."""
+    model, file = create_model("ViT-demo"), tmp_path / "start_weights.pth"
+    weights = []
+    for scale in (TUNED_SCALE, 10 * TUNED_SCALE):
+        torch.nn.init.constant_(model.logit_scale, math.log(scale))
+        save_weights(model, file)
+        weights.append(distill_from_start(model, file, 6.0, tokenize("a bird")).weight)
+    assert weights == pytest.approx([6.0, 60.0], rel=1e-2)
 
 
 @pytest.mark.parametrize("name", ["ViT-demo", "cn-demo"])
