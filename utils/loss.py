@@ -126,7 +126,7 @@ def _cross_entropies(
     logit_bias: Tensor,
 ) -> Tensor:
     """The sum of the sigmoid loss over all pairs of these images and texts; see `_negatives`."""
-    with torch.autocast(images.device.type, enabled=False):
+    with torch.autocast(images.device.type, enabled=False), tf32_products(False):
         logits = images @ texts.T + logit_bias
     signs = torch.full_like(logits, -1)
     _fill_positives(signs, 1, start, k, shared)

@@ -151,8 +151,8 @@ def _download(repository: str) -> Path:
             with nullcontext() if file in names else suppress(errors.EntryNotFoundError):
                 hf_hub_download(name, file, revision=folder.name)  # the cache notes missing ones
         about = kind.description(folder)  # refuses another model before a large download
-        tokenizer = names & {*TOKENIZER_FILES} if isinstance(about, OpenClipConfig) else set()
-        for file in [*sorted(tokenizer), weights]:
+        tokenizer = TOKENIZER_FILES if isinstance(about, OpenClipConfig) else ()
+        for file in [*(file for file in tokenizer if file in names), weights]:
             hf_hub_download(name, file, revision=folder.name)
         for file in _parts(folder / weights):
             hf_hub_download(name, file, revision=folder.name)

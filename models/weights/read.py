@@ -185,7 +185,8 @@ def unwrap(content: Any) -> dict[str, Any]:
     tensors = _tensors(content["model"] if _is_checkpoint(content) else content)
     images, texts = _prefixes(tensors, IMAGE_MARKS), _prefixes(tensors, TEXT_MARKS)
     texts |= {prefix.removesuffix(OWN_TEXT) for prefix in texts} & images
-    clips = images & texts or images | texts or {""}
+    # The logit scale marks a model with other towers, which open_clip builds.
+    clips = images & texts or _prefixes(tensors, ("logit_scale",)) or images | texts or {""}
     if len(clips) > 1:
         names = one_line(", ".join(sorted(p.rstrip(".") or "the file itself" for p in clips)))
         raise InputError(f"holds {len(clips)} CLIP models ({names}); save the one you want alone")
