@@ -88,8 +88,8 @@ def build_parser() -> ArgumentParser:
         help="train low-rank changes of the transformers' matrices, of RANK such as 8: less memory")
     add("--distill", type=number(), metavar="WEIGHT",
         help="weight of distillation: the distance of the features to those of the starting model, "
-        "on images in random colours and captions of random words, is added to the loss; 12 "
-        "forgets less, 0 is faster (default: 6)")
+        "on images in random colours and captions of random words, is added to the loss, in "
+        "proportion to the starting logit scale; 12 forgets less, 0 is faster (default: 6)")
     add("--ema", type=number(below=1), metavar="DECAY",
         help="score and save an exponential moving average of the weights, such as 0.999")
     add("--wise_ft", type=fraction, nargs="+", metavar="ALPHA",

@@ -9,7 +9,7 @@ The sources hold the images, and captions and splits in one of these formats:
 
 1. Flickr8k.token.txt (the official captions) or captions.txt (the Kaggle copy's), with the official
    splits of Flickr8k_text.zip, or else split at random, with a warning;
-2. dataset_flickr8k.json, Karpathy's file of captions and splits;
+2. dataset_flickr8k.json, Karpathy's file of captions and splits (or _flickr30k, _coco);
 3. your own captions as CSV, TSV, JSON lines, COCO or a list: one file, which is split by its column
    split (train, val, test) or at random, or a file for each, called train, val and test. Images in
    the output folder stay there, others are copied to images/.
@@ -41,6 +41,7 @@ from utils.data.annotations import (
     refuse_another_set,
     write_set,
 )
+from utils.data.caption_formats import SPLIT_WORDS
 
 Captions = dict[str, list[str]]  # name of an image -> its captions
 Splits = dict[str, list[str]]  # "train", "val" or "test" -> names of its images
@@ -56,7 +57,8 @@ SPLIT_LISTS = {
     "val": "Flickr_8k.devImages.txt",
     "test": "Flickr_8k.testImages.txt",
 }
-TOKENS, KAGGLE, KARPATHY = "Flickr8k.token.txt", "captions.txt", "dataset_flickr8k.json"
+TOKENS, KAGGLE = "Flickr8k.token.txt", "captions.txt"
+KARPATHY, *KARPATHYS_OTHERS = (f"dataset_{name}.json" for name in ("flickr8k", "flickr30k", "coco"))
 OFFICIAL_COUNTS = {"train": 6000, "val": 1000, "test": 1000}
 CAPTIONS_PER_IMAGE = 5
 
@@ -94,7 +96,7 @@ def read_karpathy(file: SourceFile) -> tuple[Captions, Splits]:
     try:
         for image in json.loads(text)["images"]:
             name = image["filename"].strip()
-            splits[image["split"]].append(name)
+            splits[SPLIT_WORDS[image["split"]]].append(name)  # COCO has "restval"
             captions[name] = [sentence["raw"].strip() for sentence in image["sentences"]]
     except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise InputError(
@@ -107,14 +109,18 @@ def read_karpathy(file: SourceFile) -> tuple[Captions, Splits]:
 CAPTION_READERS = {TOKENS: read_tokens, KAGGLE: read_kaggle}
 
 
+def karpathys_file(files: FileIndex) -> SourceFile | None:
+    return next(filter(None, map(files.named, (KARPATHY, *KARPATHYS_OTHERS))), None)
+
+
 def has_captions(files: FileIndex) -> bool:
-    return any(map(files.named, (KARPATHY, *CAPTION_READERS)))
+    return bool(karpathys_file(files)) or any(map(files.named, CAPTION_READERS))
 
 
 def has_official_splits(files: FileIndex) -> bool:
     """Whether the files hold captions and the splits of published scores."""
     listed = all(map(files.named, SPLIT_LISTS.values()))
-    return files.named(KARPATHY) is not None or (listed and has_captions(files))
+    return karpathys_file(files) is not None or (listed and has_captions(files))
 
 
 def read_source(files: FileIndex, present: Set[str]) -> tuple[Captions, Splits]:
@@ -123,8 +129,8 @@ def read_source(files: FileIndex, present: Set[str]) -> tuple[Captions, Splits]:
     or only some of the official split lists."""
     missing_lists = [name for name in SPLIT_LISTS.values() if not files.named(name)]
     captions_name = next(filter(files.named, CAPTION_READERS), None)
-    if files.named(KARPATHY) and (missing_lists or not captions_name):
-        return read_karpathy(files.named(KARPATHY))
+    if (karpathys := karpathys_file(files)) and (missing_lists or not captions_name):
+        return read_karpathy(karpathys)
     if not captions_name:
         raise InputError(
             f"there are no captions in the sources: none of {TOKENS}, {KAGGLE} and {KARPATHY}, and "
@@ -216,7 +222,8 @@ def prepare(
         }
         refuse_another_set(annotations)
         if not own:
-            warn_of_other_numbers(splits, captions)
+            if not any(map(files.named, KARPATHYS_OTHERS)):
+                warn_of_other_numbers(splits, captions)
             names = [*chain.from_iterable(splits.values())]
             if download and not all(name in present or files.named(name) for name in names):
                 files.add(zip_members(_download(IMAGES_ZIP, root), open_zips))

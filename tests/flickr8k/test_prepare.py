@@ -379,6 +379,18 @@ def test_images_that_are_left_out_are_counted(tmp_path, capsys):
     assert len(entries) == len(IMAGES) - 1
 
 
+@pytest.mark.parametrize("name", ["flickr30k", "coco"])
+def test_karpathys_other_sets_are_prepared_without_a_word_on_flickr8k(tmp_path, capsys, name):
+    """COCO calls those of its validation images that are trained on "restval"."""
+    (content,) = karpathy().values()
+    content = content.replace(b'"train"', b'"restval"')
+    files = {f"val2014/{image}": pixels for image, pixels in IMAGES.items()}
+    as_folder(tmp_path / "source", files | {f"dataset_{name}.json": content})
+    prepare(tmp_path / "out", [tmp_path / "source"])
+    check(tmp_path / "out")
+    assert "Flickr8k" not in capsys.readouterr().err
+
+
 def test_images_that_are_there_need_no_source(tmp_path):
     as_folder(tmp_path / "flickr8k" / "images", {name: IMAGES[name] for name in NAMES})
     source = as_folder(tmp_path / "json", karpathy())
@@ -514,8 +526,8 @@ UNUSABLE = {
         ["dataset_flickr8k.json", "UTF-8"],
     ),
     "an unknown split": (
-        changed(karpathy() | IMAGES, JSON, lambda c: c.replace(b'"val"', b'"restval"')),
-        ["dataset_flickr8k.json", "restval"],
+        changed(karpathy() | IMAGES, JSON, lambda c: c.replace(b'"val"', b'"vall"')),
+        ["dataset_flickr8k.json", "vall"],
     ),
     "a broken zip": (OFFICIAL | {"more.zip": b"PK\3\4 and no more"}, ["more.zip", "new copy"]),
 }
