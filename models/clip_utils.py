@@ -40,7 +40,7 @@ from models.weights.formats import has_weights, read_weights
 from models.weights.registry import CONFIGS, SHA256, weights_filename
 
 MODELS_PTH = Path(__file__).with_name("models_pth")
-BY_OPEN_CLIP = "built by open_clip"
+BY_OPEN_CLIP = "open_clip"
 HELP = """
 examples:
   python models/clip_utils.py --list
@@ -50,7 +50,8 @@ examples:
   python models/clip_utils.py --model hf-hub:timm/resnet50_clip.openai      as open_clip writes it
   python models/clip_utils.py --model ViT-B-16-SigLIP/webli                 built by open_clip
 
-What the list calls "built by open_clip" needs that library: pip install open_clip_torch
+Where the list says open_clip in place of the activation, that library builds the model: pip install
+open_clip_torch
 
 All scripts take these names, and download missing weights: those on the hub to the cache of the
 library huggingface_hub. Its environment variables:
@@ -210,8 +211,8 @@ def tokenize(
 
 def list_models() -> None:
     """Print a table of all weights that have a name, with the path of those downloaded."""
-    row = "{:<51}  {:<19}  {:>12}  {:>6}  {}".format
-    print(row("name", "trained on", "M parameters", "pixels", "activation"))
+    row = "{:<52} {:<19} {:>8} {:>6} {}".format
+    print(row("name", "trained on", "M params", "pixels", "activation"))
     for name in (*SHA256, *hub.HUB):
         weights = hub.HUB[name] if name in hub.HUB else hub.published_copy(name)
         print(row(name, weights.trained_on, weights.million_parameters, weights.resolution,

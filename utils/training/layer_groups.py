@@ -26,9 +26,10 @@ LAYER = re.compile(
     r"|text\.transformer\.(?:encoder\.)?(?:layers?|block)\.)(\d+)\."
 )
 HEAD = re.compile(
-    r"(?:visual\.|text\.)?(?:trunk\.|transformer\.)?(?:ln_post|ln_final|proj|text_projection|attnpool"
-    r"|logit_scale|logit_bias|norm|fc_norm|attn_pool|head|final_conv|conv_head|bn2"
-    r"|final_layer_norm|layer_norm|pooler)(?:\.|$)"
+    r"(?:(?:visual\.|text\.)?(?:ln_post|ln_final|proj|text_projection|attnpool)"
+    r"|logit_scale|logit_bias|visual\.head"
+    r"|visual\.trunk\.(?:norm|fc_norm|attn_pool|head|final_conv|conv_head|bn2)"
+    r"|text\.transformer\.(?:final_layer_norm|layer_norm|pooler))(?:\.|$)"
 )
 # Of towers from timm and transformers (`CLIP.projections`): learns though the tower is frozen.
 PROJECTION = re.compile(r"visual\.head\.(?:proj|mlp)\.|text\.proj\.")
