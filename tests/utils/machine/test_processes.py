@@ -294,7 +294,7 @@ def test_a_rank_that_dies_ends_the_job(data, tmp_path):
         "import os, signal\n"
         "if os.environ.get('RANK') == '1':\n"
         "    import utils.training.gradients\n"
-        "    def die(*_): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)\n"
         "    utils.training.gradients.contrastive_loss = die\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
