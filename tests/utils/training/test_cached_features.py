@@ -92,12 +92,13 @@ def test_of_towers_whose_last_projections_learn_the_inputs_of_these_are_kept(roo
         assert (one - other).norm() <= 1e-5 * other.norm()
     found = evaluator.score(model, val_set, cached=cached)
     assert found[0] == metrics and found[1] == pytest.approx(loss, rel=1e-5)
-    start = Distillation(copy.deepcopy(model), 1.0, ["image", "text"])  # itself, at no distance
+    unused = torch.tensor([], dtype=torch.int64)
+    itself = Distillation(copy.deepcopy(model), 1.0, ["image", "text"], unused)  # at no distance
     (batch,) = list(loader.epoch(1))[:1]
     accumulate_gradients(model, batch, precision, ALONE, chunk)
     alone = [p.grad.clone() for p in model.parameters() if p.requires_grad]
     model.zero_grad()
-    accumulate_gradients(model, batch, precision, ALONE, chunk, start)
+    accumulate_gradients(model, batch, precision, ALONE, chunk, itself)
     both = [p.grad for p in model.parameters() if p.requires_grad]
     assert all(
         torch.allclose(one, other, atol=1e-6) for one, other in zip(both, alone, strict=True)
