@@ -124,8 +124,8 @@ def test_the_sigmoid_loss_and_its_gradients_equal_float64(n, k, further, differe
         assert (a.double() - b).norm() <= 1e-4 * (b.norm() + 1)
 
 
-def sigmoid_loss(images, texts, scale, bias, **others):
-    return contrastive_loss(images, texts, scale, logit_bias=bias, **others)
+def sigmoid_loss(image_features, text_features, scale, bias, **others):
+    return contrastive_loss(image_features, text_features, scale, logit_bias=bias, **others)
 
 
 def test_with_one_caption_an_image_the_sigmoid_loss_is_open_clips():
