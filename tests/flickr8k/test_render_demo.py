@@ -147,7 +147,8 @@ def read_pixels(path):
     with Image.open(path) as image:
         assert image.size == (64, 64) and image.mode == "RGB"
         pixels = np.asarray(image).astype(int)
-    colours, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
+    codes, counts = np.unique(pixels @ [2**16, 2**8, 1], return_counts=True)
+    colours = np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=1)
     background = colours[counts.argmax()]
     share_of_light = colours / colours.sum(1, keepdims=True)
     own_hue = np.abs(share_of_light - background / background.sum()).sum(1) > 0.1  # no shadow
