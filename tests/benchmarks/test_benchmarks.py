@@ -13,7 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from flickr8k.render_demo import render_demo
 from models import build_model, tokenize
 from models.clip_utils import create_model
+from models.errors import InputError
 from models.weights.registry import CONFIGS
+from utils.data.annotations import read_annotations
 
 sys.path.append(str(ROOT / "tests" / "benchmarks"))
 
@@ -26,6 +28,7 @@ import locked_towers
 import loss
 import measure
 import memory
+import real_towers
 import start_up
 import text_encoding
 import tokenizing
@@ -155,6 +158,19 @@ def test_cold_start(tmp_path, data, capsys):
     printed = capsys.readouterr().out
     assert "ours and open_clip: probabilities differ" in printed
     assert first_cells(printed)[2:] == ["ours", "open_clip"]
+
+
+def test_real_towers_are_chosen_on_images_that_nothing_else_uses(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(real_towers, "CHOOSING", 5)
+    folder = real_towers.make_data(data, tmp_path / "data", 10)
+    train, val, test = (
+        {image for image, _ in read_annotations(folder / f"en_{split}.json")}
+        for split in ("train", "val", "test")
+    )
+    assert (len(train), len(val), len(test)) == (10, 5, 8)
+    assert len(train | val | test) == 10 + 5 + 8
+    with pytest.raises(InputError, match="--images 16: there are 20, of which 5 choose"):
+        real_towers.make_data(data, tmp_path / "data", 16)
 
 
 @pytest.mark.slow
