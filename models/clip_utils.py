@@ -172,14 +172,16 @@ def build_model(
     """
     config = config or infer_config(state_dict)
     weights = {key: t.float() if t.is_floating_point() else t for key, t in state_dict.items()}
-    if isinstance(config, OpenClipConfig):
-        return _build_through_open_clip(weights, config, input_shape)
-    check_config(config)
-    with torch.device("meta"):  # parameters without memory, to be replaced by the weights
-        model = CLIP(config)
+    is_own = not isinstance(config, OpenClipConfig)
+    if is_own:
+        check_config(config)
+        with torch.device("meta"):  # parameters without memory, to be replaced by the weights
+            model = CLIP(config)
+    else:
+        model = _build_through_open_clip(config, input_shape)
     check_keys(weights, model.state_dict())
     check_finite(weights)
-    if input_shape is not None and input_shape != config.image_resolution:
+    if is_own and input_shape is not None and input_shape != config.image_resolution:
         weights = resize_positional_embedding(weights, config, input_shape)
         with torch.device("meta"):
             model = CLIP(replace(config, image_resolution=input_shape))
@@ -187,18 +189,14 @@ def build_model(
     return model.eval()
 
 
-def _build_through_open_clip(
-    weights: dict[str, Tensor], config: OpenClipConfig, input_shape: int | None
-) -> OpenClipModel:
+def _build_through_open_clip(config: OpenClipConfig, input_shape: int | None) -> OpenClipModel:
+    """The model with random weights. Raises `InputError` for an `input_shape` that is not its."""
     model = OpenClipModel(config)
     side = model.visual.input_resolution
     if input_shape not in (None, side):
         raise InputError(f"--input_shape {input_shape}: this model of open_clip takes images of "
                          f"{side} pixels; leave --input_shape out")  # fmt: skip
-    check_keys(weights, model.state_dict())
-    check_finite(weights)
-    model.load_state_dict(weights, assign=True)
-    return model.eval()
+    return model
 
 
 def tokenize(

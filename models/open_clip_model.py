@@ -81,7 +81,7 @@ class OpenClipModel(CLIP):
         built = _build(config.model)
         self.visual, self.text = built.visual, built.text
         self.logit_scale, self.logit_bias = built.logit_scale, built.logit_bias
-        self.visual.input_resolution = _side(self.visual.image_size)
+        self.visual.input_resolution = square_side(self.visual.image_size)
         trunk = getattr(self.visual, "trunk", None)
         text = getattr(self.text, "config", None)
         self.config = replace(
@@ -176,7 +176,7 @@ def _build(description: dict[str, Any]) -> nn.Module:
                          "pip install -U open_clip_torch timm transformers") from None  # fmt: skip
 
 
-def _side(size: object) -> int:
+def square_side(size: object) -> int:
     """The side of images in pixels, from one number or from height and width."""
     sides = size if isinstance(size, list | tuple) else [size]
     if not all(type(side) is int for side in sides) or len(set(sides)) != 1:

@@ -31,6 +31,6 @@ NAMED = {
 }  # fmt: skip
 
 
-def tiny_clip() -> CLIP:
+def tiny_clip(config: Config = TINY) -> CLIP:
     """With random weights."""
-    return CLIP(TINY).initialize()
+    return CLIP(config).initialize()

@@ -15,7 +15,13 @@ from models.clip import CLIP
 from models.config import MAX_SIZE, VOCABULARY, Config, check_config, description_of
 from models.errors import InputError, naming, quoted
 from models.files import read_json, write_json
-from models.open_clip_model import OpenClipConfig, OpenClipModel, open_clip_config
+from models.open_clip_model import (
+    PREPROCESSING,
+    OpenClipConfig,
+    OpenClipModel,
+    open_clip_config,
+    square_side,
+)
 from models.weights.interface import Format, Weights, save_safetensors
 
 CONFIG_FILE = "open_clip_config.json"
@@ -39,7 +45,6 @@ TEXT = {
     "text_tower": ("tower", "clip"),
     "text_positions": ("positions", None),
 }
-PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 LONG_CLIP_KEPT = 20  # positions that Long-CLIP (Zhang et al. 2024, section 3.1) keeps as they were
 # Fields that change nothing about a loaded model, or that say what ours does anyway.
 NEUTRAL = {"patch_dropout": None, "output_tokens": None, "pool_type": ("tok", "argmax"),
@@ -111,7 +116,8 @@ def from_open_clip(content: dict[str, Any]) -> Config:
         for field in ("multimodal_cfg", "init_logit_bias"):
             if model.get(field) not in UNUSED:
                 raise OtherTowers(f'its description has "{field}"')
-        vision["image_resolution"] = _side(vision["image_resolution"])
+        if isinstance(vision["image_resolution"], tuple):
+            vision["image_resolution"] = square_side(list(vision["image_resolution"]))
         vision["vision_mlp_width"] = _mlp_width(vision["vision_width"], vision_ratio)
         if isinstance(vision["vision_layers"], tuple):  # a ResNet
             vision |= {"vision_patch_size": None, "vision_mlp_width": None}
@@ -165,15 +171,6 @@ def _tower(
 
 def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def _side(image_size: Any) -> Any:
-    if not isinstance(image_size, tuple):
-        return image_size
-    if not all(type(side) is int for side in image_size) or len(set(image_size)) != 1:
-        sides = quoted(list(image_size))
-        raise InputError(f"it takes images of {sides} pixels; only square ones work here")
-    return image_size[0]
 
 
 def _mlp_width(width: Any, ratio: Any) -> int:

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from peers import disturb
 from PIL import Image
 from script_runs import ROOT, error_line, printed_code, run_script
-from tiny import NAMED
+from tiny import NAMED, tiny_clip
 from transformers import CLIPModel, CLIPProcessor
 
-from models import CLIP, load, tokenize
+from models import load, tokenize
 from models.clip_utils import create_model
 from models.convert import convert
 from models.errors import InputError
@@ -32,15 +32,11 @@ TOWERS = {
 }
 
 
-def tiny(name):
-    return CLIP(NAMED[name]).initialize()
-
-
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("run") / "best_epoch_weights.pth"
-    save_weights(tiny("ViT-tiny"), path)
+    save_weights(tiny_clip(NAMED["ViT-tiny"]), path)
     return path
 
 
@@ -261,14 +257,14 @@ def small_disk():
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "onnx")) for name in FORMATS]
 )
 def test_a_full_disk_leaves_nothing(name, small_disk, tmp_path):
-    model = tiny("cn-tiny" if name == "cn_clip" else "ViT-tiny").eval()
+    model = tiny_clip(NAMED["cn-tiny" if name == "cn_clip" else "ViT-tiny"]).eval()
     with pytest.raises(InputError, match=r"out\.safetensors: cannot be written \(.*too large"):
         convert(model, tmp_path / "out.safetensors", name)
     assert not any(tmp_path.iterdir())
 
 
 def test_weights_beyond_float16_are_refused(tmp_path):
-    model = tiny("ViT-tiny")
+    model = tiny_clip(NAMED["ViT-tiny"])
     with torch.no_grad():
         model.ln_final.weight[0] = 1e5
     with pytest.raises(InputError, match=r"65,504, which ln_final\.weight exceed; omit --half"):
@@ -283,7 +279,7 @@ def test_onnx_files_that_compute_something_else_are_refused(tmp_path, monkeypatc
 
     monkeypatch.setattr(onnx.ImageEncoder, "forward", forward)
     with pytest.raises(InputError, match=r"other features from image\.onnx, by 0\.001 "):
-        convert(tiny("ViT-tiny").eval(), tmp_path / "out", "onnx")
+        convert(tiny_clip(NAMED["ViT-tiny"]).eval(), tmp_path / "out", "onnx")
     assert not any(tmp_path.iterdir())
 
 
@@ -293,5 +289,5 @@ def test_an_export_that_fails_leaves_nothing_and_names_a_remedy(tmp_path, monkey
 
     monkeypatch.setattr(torch.onnx, "export", export)
     with pytest.raises(InputError, match=r"image\.onnx .*no such operator.*pip install -U"):
-        convert(tiny("ViT-tiny").eval(), tmp_path / "new" / "out", "onnx")
+        convert(tiny_clip(NAMED["ViT-tiny"]).eval(), tmp_path / "new" / "out", "onnx")
     assert not any((tmp_path / "new").iterdir())

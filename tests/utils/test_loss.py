@@ -28,6 +28,16 @@ def random_features(n, k, d, seed):
     ]
 
 
+def assert_equals_float64(loss, definition, *inputs, block, **others):
+    """The value and the gradients of `loss` in float32, in blocks of so many rows."""
+    expected = with_gradients(definition, *inputs, **others)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "BLOCK", block)
+        found = with_gradients(loss, *(x.float() for x in inputs), **others)
+    for a, b in zip(found, expected, strict=True):
+        assert (a.double() - b).norm() <= 1e-4 * (b.norm() + 1)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     n=st.integers(1, 16),
@@ -39,12 +49,7 @@ def random_features(n, k, d, seed):
 def test_value_and_gradients_equal_float64(n, k, d, seed, block):
     features = random_features(n, k, d, seed)
     scale = torch.tensor(4.6, dtype=torch.float64)
-    expected = with_gradients(loss_by_definition, *features, scale)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "BLOCK", block)
-        found = with_gradients(contrastive_loss, *(x.float() for x in (*features, scale)))
-    for a, b in zip(found, expected, strict=True):
-        assert (a.double() - b).norm() <= 1e-4 * (b.norm() + 1)
+    assert_equals_float64(contrastive_loss, loss_by_definition, *features, scale, block=block)
 
 
 @settings(max_examples=100, deadline=None)
@@ -61,13 +66,9 @@ def test_positives_of_an_image_are_never_its_negatives(n, k, further, different,
     features, scale = random_features(n, k, 8, seed), torch.tensor(4.6, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     texts = 7 * torch.randint(0, different, (n, k + further), generator=generator)
-    expected = with_gradients(loss_by_definition, *features, scale, texts=texts)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "BLOCK", block)
-        inputs = [x.float() for x in (*features, scale)]
-        found = with_gradients(contrastive_loss, *inputs, texts=texts)
-    for a, b in zip(found, expected, strict=True):
-        assert (a.double() - b).norm() <= 1e-4 * (b.norm() + 1)
+    assert_equals_float64(
+        contrastive_loss, loss_by_definition, *features, scale, block=block, texts=texts
+    )
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -116,12 +117,9 @@ def test_the_sigmoid_loss_and_its_gradients_equal_float64(n, k, further, differe
     inputs = [*random_features(n, k, 8, seed), *numbers]
     generator = torch.Generator().manual_seed(seed)
     texts = 7 * torch.randint(0, different, (n, k + further), generator=generator)
-    expected = with_gradients(sigmoid_loss_by_definition, *inputs, texts=texts)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "BLOCK", block)
-        found = with_gradients(sigmoid_loss, *(x.float() for x in inputs), texts=texts)
-    for a, b in zip(found, expected, strict=True):
-        assert (a.double() - b).norm() <= 1e-4 * (b.norm() + 1)
+    assert_equals_float64(
+        sigmoid_loss, sigmoid_loss_by_definition, *inputs, block=block, texts=texts
+    )
 
 
 def sigmoid_loss(image_features, text_features, scale, bias, **others):

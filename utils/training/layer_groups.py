@@ -31,8 +31,9 @@ HEAD = re.compile(
     r"|visual\.trunk\.(?:norm|fc_norm|attn_pool|head|final_conv|conv_head|bn2)"
     r"|text\.transformer\.(?:final_layer_norm|layer_norm|pooler))(?:\.|$)"
 )
-# Of towers from timm and transformers (`CLIP.projections`): learns though the tower is frozen.
-PROJECTION = re.compile(r"visual\.head\.(?:proj|mlp)\.|text\.proj\.")
+# What learns though its tower is frozen: the last projections of towers from timm and transformers
+# (`CLIP.projections`), and what belongs to no tower.
+NEVER_FROZEN = re.compile(r"visual\.head\.(?:proj|mlp)\.|text\.proj\.|logit_")
 
 
 def distance_from_end(model: CLIP) -> dict[str, int]:
@@ -71,7 +72,7 @@ def frozen_towers(model: CLIP) -> list[str]:
     """The towers without trainable parameters, but for the last projection of one from timm or
     transformers."""
     names = [name for name, p in model.named_parameters() if p.requires_grad]
-    learn = {tower_of(name) for name in names if not re.match(f"{PROJECTION.pattern}|logit_", name)}
+    learn = {tower_of(name) for name in names if not NEVER_FROZEN.match(name)}
     return [tower for tower in TOWERS if tower not in learn]
 
 
@@ -79,8 +80,7 @@ def freeze(model: CLIP, tower: str, unlocked: int) -> None:
     """Freeze a tower except for its last `unlocked` blocks and what follows them; with 0, all of it
     (Zhai et al. 2022, "LiT"), but not the last projection of a tower from timm or transformers."""
     distances = distance_from_end(model)
-    names = [name for name in distances if tower_of(name) == tower]
-    own = [name for name in names if not re.match(f"{PROJECTION.pattern}|logit_", name)]
+    own = [n for n in distances if tower_of(n) == tower and not NEVER_FROZEN.match(n)]
     blocks = max(distances[name] for name in own) - 1
     if unlocked > blocks:
         raise InputError(
