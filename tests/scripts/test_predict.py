@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from published import save_published
-from script_runs import ROOT, error_line, run_script
+from script_runs import ROOT, error_line, run_script, set_variables
 
 import predict
 import predict_zero_shot
@@ -310,23 +311,21 @@ def test_captions_that_the_model_reads_alike_share_no_probability(work, photo):
 
 
 @pytest.mark.slow
-def test_predict_takes_any_path_and_the_home_folder(work, photo, monkeypatch):
+def test_predict_takes_any_path_and_the_home_folder(work, photo):
     """Here no shell replaces the tilde: it is quoted, or typed when the script asks."""
     home = work / "home 家"
     home.mkdir()
-    for variable in ("HOME", "USERPROFILE"):
-        monkeypatch.setenv(variable, str(home))
+    at_home = partial(set_variables, HOME=str(home), USERPROFILE=str(home))
     names = ["two words.png", "图片 一.png", "it's (1) [x] #5 100%.png"]
     for name in names:
         (home / name).write_bytes(photo.read_bytes())
     typed = [f"~/{names[0]}", *(f'"{home / name}"' for name in names[1:])]
     texts = ["--text", "a", "b"]
-    run_script("predict.py", *texts, cwd=work, stdin="\n".join(typed), fresh=True)
+    run_script("predict.py", *texts, cwd=work, stdin="\n".join(typed), prepare=at_home)
     predictions = work / "logs" / "a run" / "predictions"
     assert {*names} <= {file.name for file in predictions.iterdir()}
-    run_script(
-        "predict.py", f"~/{names[1]}", *texts, "--output", "~/ranking.png", cwd=work, fresh=True
-    )
+    run_script("predict.py", f"~/{names[1]}", *texts, "--output", "~/ranking.png", cwd=work,
+               prepare=at_home)  # fmt: skip
     assert (home / "ranking.png").is_file()
 
 
@@ -395,7 +394,7 @@ def test_mixed_precision_is_right_on_a_cpu_without_bfloat16(work, photo, monkeyp
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
     weights, labels = work / "logs/a run/weights/best_epoch_weights.pth", ["a dog", "a red circle"]
     start = "predict_zero_shot.py", photo, "--weights", weights, "--labels", *labels
-    done = (run_script(*start, *given, cwd=work, fresh=True) for given in ([], ["--use_amp"]))
+    done = run_script(*start, cwd=work), run_script(*start, "--use_amp", cwd=work, fresh=True)
     lines = (printed.stdout.splitlines()[3].removeprefix("image 0: ") for printed in done)
     exact, mixed = (dict(ast.literal_eval(line)) for line in lines)
     assert mixed == pytest.approx(exact, abs=0.05) and mixed != exact

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -14,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peers import disturb, transformers_model
 from PIL import Image
-from script_runs import ROOT
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
@@ -132,13 +130,6 @@ def test_built_in_templates_are_different_texts_around_the_label(name):
     assert len({clean(template) for template in templates}) == len(templates)
     if name.endswith("ensemble"):
         assert len(templates) >= 24
-
-
-def test_packages_that_take_seconds_are_not_imported():
-    """predict_zero_shot.py imports this module, too."""
-    code = "import sys, utils.classification; sys.exit(len({*sys.argv[1:]} & {*sys.modules}))"
-    packages = ["sklearn", "torchvision", "pandas", "matplotlib"]
-    subprocess.run([sys.executable, "-c", code, *packages], cwd=ROOT, check=True)
 
 
 # --- accuracy -------------------------------------------------------------------------------------
