@@ -49,6 +49,19 @@ def plot_scores(scores: Scores, path: Path) -> None:
     save_figure(figure, path)
 
 
+def plot_losses(training: Sequence[float], validation: Sequence[float], path: Path) -> None:
+    """Write a plot of the losses of each epoch, from 1."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name, losses, style in (("training", training, "o-"), ("validation", validation, "s--")):
+        axes.plot(range(1, len(losses) + 1), losses, style, label=name)
+    axes.set(title="Loss of each epoch", xlabel="epoch", ylabel="loss")
+    axes.locator_params(axis="x", integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_figure(figure, path)
+
+
 def chart_svg(curves: dict[str, dict[float, float]]) -> bytes:
     """An SVG with curves, {name: {x: y}} with whole numbers x; the legend has the last values."""
     figure = Figure(figsize=(4, 2.2), layout="constrained")

@@ -150,7 +150,7 @@ def _pictures(dataset: Flickr8kDataset, shown: list[int]) -> dict[int, str]:
     """JPEG in base64 of each of the images, cropped as the model sees it."""
     preprocess = replace(dataset.preprocess, side=SIDE)
     pictures = {}
-    for image in progress_bar(shown, desc="pictures for the report", unit="img", leave=False):
+    for image in progress_bar(shown, desc="pictures for the report", unit="img"):
         pixels = preprocess.resize_and_crop(open_image(dataset.image[image]))
         file = io.BytesIO()
         picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())

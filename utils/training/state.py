@@ -62,9 +62,9 @@ class State:
         return self.start is None
 
     @property
-    def best_recall(self) -> float:
-        """The mean recall of the best epoch."""
-        return max(row["mean_recall"] for row in self.epochs)
+    def best_epoch(self) -> dict[str, float]:
+        """The row of the epoch with the best mean recall; of equal ones, of the first."""
+        return max(self.epochs, key=lambda row: row["mean_recall"])
 
     @property
     def last_is_best(self) -> bool:
@@ -77,7 +77,7 @@ class State:
     def epochs_since_best(self) -> int:
         """How many epochs have passed since the one with the best mean recall."""
         recalls = [row["mean_recall"] for row in self.epochs]
-        return len(recalls) - 1 - recalls.index(self.best_recall) if recalls else 0
+        return len(recalls) - 1 - recalls.index(max(recalls)) if recalls else 0
 
     def update(self, loss: Tensor) -> None:
         """One step of the optimizer with the parameters' gradients; `loss` is the batch's."""
@@ -113,7 +113,6 @@ class State:
     def _row(self, scores: Scores, val_loss: float) -> dict[str, float]:
         return {
             "val_loss": val_loss,
-            "mean_recall": scores.mean_recall,
             **scores.columns(),
             "logit_scale": self.scored.logit_scale.exp().item(),
         }
