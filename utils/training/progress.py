@@ -105,7 +105,7 @@ class EpochTable:
     def __init__(self, state: State, epochs: int, steps: int):
         self.state = state
         self.epochs = epochs
-        self.trained = -len(state.losses) / steps  # epochs by this program, the parts of others less
+        self.trained = -len(state.losses) / steps  # epochs, without what others did
         self.has_header = False
         self.started = self.last = time.perf_counter()
 
