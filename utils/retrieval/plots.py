@@ -67,6 +67,7 @@ def chart_svg(curves: dict[str, dict[float, float]], chosen: float | None = None
     """An SVG with curves, {name: {x: y}} with whole numbers x, and a line at the `chosen` x; the
     legend has the last values."""
     figure = Figure(figsize=(5, 2.9), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.1)  # room for a number at the very top
     axes = figure.subplots()
     for style, (name, points) in zip(("o-", "s--"), curves.items(), strict=False):
         label = f"{name} {list(points.values())[-1]:.3g}".lstrip()
@@ -150,8 +151,8 @@ def plot_wise_ft(
 ) -> None:
     """Write a plot against alpha: mean recall and R@1 on the new data; in a second panel the scores
     on the sets of --retention, with a line where their mean is `max_forgetting` points lower. A
-    star stands at the chosen row `best`. Where several paths leave the start, the field `path` of a
-    row names its own."""
+    star stands at the chosen row `best`. Where the start is mixed with several epochs, rows have
+    the field `epoch`."""
     panels = {"new data: validation": {"mean recall": [row["mean_recall"] for row in rows]}}
     for way, title in TITLES.items():
         panels["new data: validation"][f"R@1, {title}"] = [row[f"{way}_R@1"] for row in rows]
@@ -182,16 +183,16 @@ def _draw_paths(
     axes: Axes, rows: list[dict[str, float]], curves: Mapping[str, Sequence[float]]
 ) -> None:
     """Draw scores of the `rows` against alpha: a colour for each of the `curves`, a style for each
-    path."""
-    paths = dict.fromkeys(row.get("path") for row in rows)
+    epoch. The start is the first point of all."""
+    epochs = dict.fromkeys(row.get("epoch") for row in rows if row["alpha"] or len(rows) == 1)
     for number, (name, scores) in enumerate(curves.items()):
-        for path, style in zip(paths, ("o-", "s--", "^:"), strict=False):
+        for epoch, style in zip(epochs, ("o-", "s--"), strict=False):
             points = sorted(
                 (row["alpha"], score)
                 for row, score in zip(rows, scores, strict=True)
-                if row.get("path") == path
+                if row["alpha"] == 0 or row.get("epoch") == epoch
             )
-            label = f"{name}, {path}" if len(paths) > 1 else name
+            label = f"{name}, epoch {epoch}" if len(epochs) > 1 else name
             axes.plot(*zip(*points, strict=True), style, color=f"C{number}", label=label)
 
 

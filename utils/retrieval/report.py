@@ -24,11 +24,11 @@ from models.run_files import (
     LAST,
     METRICS,
     MIXTURE,
+    MIXTURES,
     START,
     TEST_METRICS,
     run_folder,
     saved_arguments,
-    tuned_weights,
 )
 from utils.data.annotations import SPLITS
 from utils.flickr8k_dataloader import Flickr8kDataset
@@ -97,23 +97,22 @@ def _model(weights: str | Path, arguments: dict[str, object]) -> str:
     return f"fine-tuned from {start}" if start else str(weights)
 
 
-def _epoch(name: str, run: Path, epochs: list[dict[str, float]]) -> tuple[int | None, str]:
+def _epoch(name: str, run: Path, epochs: list[dict[str, float]]) -> tuple[float | None, str]:
     """The epoch that a run's weights file called `name` is of, if known, and words for it."""
-    recalls = {int(row["epoch"]): row.get("mean_recall", 0.0) for row in epochs if row.get("epoch")}
-    if not recalls:
-        return None, ""
-    if name == Path(MIXTURE).name:
-        epoch, words = _epoch(tuned_weights(run).name, run, epochs)
-        return epoch, f"mixture of the weights before training and those of epoch {words}"
-    saved = regex.match(r"ep(\d+)_", name)
-    of_file = {
-        Path(BEST).name: max(recalls, key=recalls.get),
-        Path(LAST).name: max(recalls),
-        Path(START).name: 0,
-        name: int(saved[1]) if saved else None,
-    }
-    epoch = of_file[name]
-    return epoch, "" if epoch is None else f"{epoch} of {max(recalls)}"
+    recalls = {row["epoch"]: row.get("mean_recall", 0.0) for row in epochs if row.get("epoch")}
+    if name == Path(MIXTURE).name and (run / MIXTURES).exists():
+        chosen = next((row for row in read_csv(run / MIXTURES) if row.get("chosen")), {})
+        mixed = f"mixed with the start, alpha {chosen.get('alpha', 0):g}"
+        epoch = chosen.get("epoch")
+        return epoch, mixed if epoch is None else f"{epoch:g}, {mixed}"
+    of_file = {Path(START).name: 0}
+    if recalls:
+        best = max(recalls, key=recalls.get)
+        of_file |= {Path(BEST).name: best, Path(LAST).name: max(recalls)}
+    if saved := regex.match(r"ep(\d+)_", name):
+        of_file[name] = int(saved[1])
+    epoch = of_file.get(name)
+    return epoch, "" if epoch is None else f"{epoch:g} of {max(recalls, default=0):g}"
 
 
 def _test_scores(run: Path) -> dict[str, list[float]]:

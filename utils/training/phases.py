@@ -153,7 +153,7 @@ def finish(
     """Choose the weights that count, and score them on validation, with `cached` features, and on
     the test split."""
     chosen, start = tuned_weights(folder), folder / START
-    best = state.best_epoch
+    best = state.epochs[state.best_epoch - 1]
     print(f"\nbest epoch: {best['epoch']}, mean recall {best['mean_recall']:.2f}")
     comment_on_epochs(state, len(sets["val"]))
     kept = state.epochs[-1] if chosen.name == Path(LAST).name else best

@@ -165,7 +165,7 @@ def comment_on_epochs(state: State, images: int) -> None:
         print(f"epoch {best_saved['epoch']} had a higher mean recall, "
               f"{best_saved['mean_recall']:.2f}, and is in best_epoch_weights.pth; with --distill "
               f"the last one counts, {last:.2f}")  # fmt: skip
-    best = state.best_epoch["mean_recall"]
+    best = state.best_recall
     if state.start and is_clearly_lower(best, state.start["mean_recall"], images):
         print(
             f"training made it worse, by more than chance: mean recall {best:.2f} in the best "

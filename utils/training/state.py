@@ -62,22 +62,26 @@ class State:
         return self.start is None
 
     @property
-    def best_epoch(self) -> dict[str, float]:
-        """The row of the epoch with the best mean recall; of equal ones, of the first."""
-        return max(self.epochs, key=lambda row: row["mean_recall"])
+    def best_recall(self) -> float:
+        """The mean recall of the best epoch."""
+        return max(row["mean_recall"] for row in self.epochs)
+
+    @property
+    def best_epoch(self) -> int:
+        """The number of the best epoch whose weights there are; of equal ones the first."""
+        rows = self.epochs[self.best_since :]
+        return max(rows, key=lambda row: row["mean_recall"])["epoch"]
 
     @property
     def last_is_best(self) -> bool:
-        """Whether the last epoch has the best weights that there are. Of equal epochs the first is
-        the best."""
-        *earlier, last = (row["mean_recall"] for row in self.epochs[self.best_since :])
-        return all(last > recall for recall in earlier)
+        """Whether the last epoch has the best weights that there are."""
+        return self.best_epoch == len(self.epochs)
 
     @property
     def epochs_since_best(self) -> int:
         """How many epochs have passed since the one with the best mean recall."""
         recalls = [row["mean_recall"] for row in self.epochs]
-        return len(recalls) - 1 - recalls.index(max(recalls)) if recalls else 0
+        return len(recalls) - 1 - recalls.index(self.best_recall) if recalls else 0
 
     def update(self, loss: Tensor) -> None:
         """One step of the optimizer with the parameters' gradients; `loss` is the batch's."""
