@@ -65,6 +65,17 @@ def test_a_run_leaves_its_files(trained):
     assert json.loads((run / "arguments.json").read_text())["batch_size"] == 16
 
 
+def test_tensorboard_reads_the_scores_of_each_epoch(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained[0])).Reload()
+    for name in ("mean_recall", "i2t_R@1", "t2i_mAP@10", "val_loss", "lr"):
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        rows = [(int(row["epoch"]), float(row[name])) for row in read_rows(trained[0])]
+        assert [step for step, _ in found] == [epoch for epoch, _ in rows]
+        assert [value for _, value in found] == pytest.approx([value for _, value in rows])
+
+
 def test_metrics_csv_has_a_row_an_epoch(trained):
     rows = read_rows(trained[0])
     assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]

@@ -27,7 +27,8 @@ from utils.retrieval.tables import format_change, format_table
 from utils.runs.checkpoint import write_json
 from utils.runs.commands import what_to_try
 from utils.runs.folder import Run, new_run_folder, reopen_run_folder
-from utils.runs.records import Log, Losses, Wandb
+from utils.runs.records import Log, Losses
+from utils.runs.wandb_run import Wandb
 from utils.training.distillation import distill_from_start
 from utils.training.layer_groups import freeze_and_adapt, whole_batch_norms
 from utils.training.optimizer import parameter_groups, replace_groups
