@@ -67,11 +67,15 @@ class State:
         return max(row["mean_recall"] for row in self.epochs)
 
     @property
+    def best_epoch(self) -> int:
+        """The number of the best epoch whose weights there are; of equal ones the first."""
+        rows = self.epochs[self.best_since :]
+        return max(rows, key=lambda row: row["mean_recall"])["epoch"]
+
+    @property
     def last_is_best(self) -> bool:
-        """Whether the last epoch has the best weights that there are. Of equal epochs the first is
-        the best."""
-        *earlier, last = (row["mean_recall"] for row in self.epochs[self.best_since :])
-        return all(last > recall for recall in earlier)
+        """Whether the last epoch has the best weights that there are."""
+        return self.best_epoch == len(self.epochs)
 
     @property
     def epochs_since_best(self) -> int:
@@ -113,7 +117,6 @@ class State:
     def _row(self, scores: Scores, val_loss: float) -> dict[str, float]:
         return {
             "val_loss": val_loss,
-            "mean_recall": scores.mean_recall,
             **scores.columns(),
             "logit_scale": self.scored.logit_scale.exp().item(),
         }

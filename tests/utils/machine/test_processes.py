@@ -192,7 +192,7 @@ def test_torchrun_trains_as_one_process_does(data, tmp_path):
         command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch 2/2") == 1 and "2 processes" in done.stdout
+    assert done.stdout.count(" 2/2 ") == 1 and "2 processes" in done.stdout
     run_script("train.py", *SCRATCH, data, *arguments, "--log_dir", "one", cwd=tmp_path)
     two, one = read_rows(tmp_path / "two"), read_rows(tmp_path / "one")
     for row, expected in zip(two, one, strict=True):
