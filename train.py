@@ -56,24 +56,26 @@ def build_parser() -> ArgumentParser:
         help="processes that read images (default: 4 with a GPU, 0 without)")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=integer(1), default=20,
-        help="passes over the training images; the rate ends at zero (default: %(default)s)")
+    add("--epochs", type=integer(1),
+        help="passes over the training images; the rate ends at zero (default: 10; from scratch "
+        "20)")
     add("--batch_size", type=integer(2), default=64,
         help="images per step, on all GPUs together; take as many as fit (default: %(default)s)")
     add("--lr", type=positive,
-        help="peak learning rate (default: 0.115 / the model's width, 1.5e-4 for ViT-B/32; with "
-        "--lora 2e-4; from scratch 5e-4)")
+        help="peak learning rate (default: 1e-5 x 768 / the model's width x the root of "
+        "--batch_size / 64, at most 5e-5; with --lora 2e-4; from scratch 5e-4)")
     add("--warmup_epochs", type=number(),
         help="epochs until the rate has risen to its peak; then it falls along a cosine (default: "
-        "1, or a tenth of --epochs if that is less)")
+        "a twentieth of the steps, but at least 50 steps, and at most a fifth)")
     add("--optimizer_type", choices=["adam", "adamw", "sgd"], default="adamw",
         help="adam and sgd add the weight decay to the gradient, adamw does not; sgd needs a far "
         "higher --lr (default: %(default)s)")
     add("--momentum", type=number(below=1), default=0.9,
         help="of SGD; beta1 of Adam and AdamW (default: %(default)s)")
     add("--weight_decay", type=number(), default=0.1, help="of matrices (default: %(default)s)")
-    add("--patience", type=integer(1), metavar="EPOCHS",
-        help="stop after EPOCHS epochs without a better mean recall")
+    add("--patience", type=integer(0), metavar="EPOCHS",
+        help="stop after EPOCHS epochs without a better mean recall (default: 3; from scratch, and "
+        "with 0, never)")
 
     add = parser.add_argument_group("against forgetting").add_argument
     add("--layer_decay", type=fraction, default=1.0, metavar="FACTOR",
@@ -161,7 +163,8 @@ def main() -> None:
         interrupt = Interrupt()
 
     steps = len(loader)
-    schedule = Schedule(args.lr, round(args.warmup_epochs * steps), args.epochs * steps)
+    warmup_steps = args.warmup_epochs and round(args.warmup_epochs * steps)
+    schedule = Schedule(args.lr, warmup_steps, args.epochs * steps)
     for epoch in range(len(state.epochs) + 1, args.epochs + 1):
         if args.patience and state.epochs_since_best >= args.patience:
             print(f"no better mean recall in {args.patience} epochs (--patience): training ends")

@@ -47,17 +47,23 @@ def restore_moments(optimizer: torch.optim.Optimizer, state: dict) -> None:
 
 
 class Schedule(NamedTuple):
-    """Linear warmup from zero to `peak`, then half a cosine to zero (Loshchilov & Hutter 2017)."""
+    """Linear warmup from zero to `peak`, then half a cosine to zero (Loshchilov & Hutter 2017).
+
+    `warmup_steps` None: a twentieth of the steps, but at least 50, and at most a fifth of them.
+    """
 
     peak: float
-    warmup_steps: int
+    warmup_steps: int | None
     total_steps: int
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
-        if step < self.warmup_steps:
-            return self.peak * (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        warmup_steps = self.warmup_steps
+        if warmup_steps is None:
+            warmup_steps = min(max(50, self.total_steps // 20), self.total_steps // 5)
+        if step < warmup_steps:
+            return self.peak * (step + 1) / warmup_steps
+        progress = (step - warmup_steps) / max(1, self.total_steps - warmup_steps)
         return self.peak * (1 + math.cos(math.pi * progress)) / 2
 
 
