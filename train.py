@@ -91,7 +91,11 @@ def build_parser() -> ArgumentParser:
     add("--distill", type=number(), metavar="WEIGHT",
         help="weight of distillation: the distance of the features to those of the starting model, "
         "on images in random colours and captions of random words, is added to the loss, in "
-        "proportion to the starting logit scale; 12 forgets less, 0 is faster (default: 6)")
+        "proportion to the starting logit scale; 6 for pictures that are foreign to the model "
+        "(drawings, scans, other sensors) and where old abilities must stay (default: 0, none)")
+    add("--distill_data", type=name_or_path, nargs="+", metavar="PATH",
+        help="distil on these images of any kind (a folder) and sentences (a text file with one a "
+        "line) instead; --distill is then 6 by default")
     add("--ema", type=number(below=1), metavar="DECAY",
         help="score and save an exponential moving average of the weights, such as 0.999")
     add("--wise_ft", type=fraction, nargs="+", metavar="ALPHA",
@@ -138,13 +142,13 @@ def main() -> None:
 
     args, resumed = resolve_arguments(parser, args)
     processes, device = join_processes(args.device)
-    sets, retention = get_data(args, device, processes)
+    sets, retention, unlabelled = get_data(args, device, processes)
     # pyzjr, which these import, takes seconds: after the checks.
     from utils.training.phases import finish, get_loader, get_model, get_state, open_run
 
     model = get_model(args, resumed, device, processes)
     args = resolve_rate(args, model.config)
-    loader = get_loader(args, sets, model, device, processes)
+    loader = get_loader(args, sets, model, device, processes, unlabelled=unlabelled)
     retention.prepare_for(model, loader, args.cache)
 
     run = open_run(args, resumed, model, loader, sets["val"])

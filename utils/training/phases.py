@@ -15,6 +15,7 @@ from models.clip_utils import create_model, load
 from models.device import moved
 from models.run_files import ARGUMENTS, START, tuned_weights
 from utils.data.image_files import check_splits
+from utils.data.unlabelled import Unlabelled
 from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
 from utils.machine.precision import Precision
 from utils.machine.processes import Processes
@@ -58,7 +59,12 @@ def get_model(
 
 
 def get_loader(
-    args: Namespace, sets: Splits, model: CLIP, device: torch.device, processes: Processes
+    args: Namespace,
+    sets: Splits,
+    model: CLIP,
+    device: torch.device,
+    processes: Processes,
+    unlabelled: Unlabelled,
 ) -> TrainLoader:
     """The batches to train on. Prepares all splits for the model."""
     by_default = 0 if device.type == "cpu" else 4
@@ -75,7 +81,7 @@ def get_loader(
     return TrainLoader(
         sets["train"], args.batch_size, device, args.seed, num_workers, augment=not args.no_augment,
         captions_per_image=args.captions_per_image, strict=args.strict, processes=processes,
-        alter=bool(args.distill))  # fmt: skip
+        alter=bool(args.distill), unlabelled=unlabelled)  # fmt: skip
 
 
 def open_run(

@@ -39,6 +39,13 @@ def test_fine_tuning_mixes_and_stops_unless_it_is_told_otherwise(monkeypatch):
     assert (args.distill, args.wise_ft, args.lr) == (6, [1.0], 1e-5)
 
 
+def test_data_to_distil_on_asks_for_distillation(monkeypatch):
+    assert settled(monkeypatch, "--distill_data", "scans").distill == 6
+    assert settled(monkeypatch, "--distill_data", "scans", "--distill", "2").distill == 2
+    with pytest.raises(InputError, match="--distill_data"):
+        check_arguments(settled(monkeypatch, "--distill_data", "scans", "--distill", "0"))
+
+
 def test_from_scratch_there_is_nothing_to_keep(monkeypatch):
     args = settled(monkeypatch, "--resume_training", "none", "--model", "ViT-B/32")
     assert (args.distill, args.wise_ft, args.lr) == (None, None, 5e-4)
