@@ -96,11 +96,14 @@ def build_parser() -> ArgumentParser:
     add("--distill_data", type=name_or_path, nargs="+", metavar="PATH",
         help="distil on these images of any kind (a folder) and sentences (a text file with one a "
         "line) instead; --distill is then 6 by default")
+    add("--no_guard", action="store_true",
+        help="for research: go on where mean recall has fallen clearly below the start; otherwise "
+        "the run goes back to the starting weights, with a third of the rate")
     add("--ema", type=number(below=1), metavar="DECAY",
         help="score and save an exponential moving average of the weights, such as 0.999")
     add("--wise_ft", type=fraction, nargs="+", metavar="ALPHA",
-        help="score mixtures of the start (0) and the trained weights (1) at each ALPHA, and save "
-        "the best (default: 0 0.25 0.5 0.75 1)")
+        help="score mixtures of the start (0) and the best and the last epoch (1) at each ALPHA, "
+        "and save the best (default: 0 0.1 ... 1)")
     add("--retention", type=name_or_path, nargs="+", metavar="DATA",
         help="after each epoch, also score DATA: a folder of class folders or a set of torchvision "
         "(zero-shot top-1), or a folder like --dataset_path (mean recall)")
@@ -135,6 +138,7 @@ def main() -> None:
         from utils.machine.processes import join_processes
         from utils.retrieval.evaluation import Evaluator
         from utils.training.gradients import accumulate_gradients
+        from utils.training.guard import Guard
         from utils.training.layer_groups import cache_features, train_mode
         from utils.training.optimizer import Schedule, set_learning_rate
         from utils.training.progress import Progress, announce, report_epoch, report_start
@@ -160,10 +164,13 @@ def main() -> None:
         cached = {}
         if args.cache_features:
             cached = cache_features(model, loader, sets["val"], state.precision)
+        guard = Guard(evaluator, sets["val"], run.start_weights(), cached)
         if state.is_at_start and args.resume_training != "none":
             scores, val_loss = evaluator.score(state.scored, sets["val"], cached=cached)
             state.note_start(scores, val_loss, retention.measure(state.scored, processes))
             report_start(state, scores)
+            if not args.no_guard:
+                guard.note_start(state, scores)
         interrupt = Interrupt()
 
     steps = len(loader)
@@ -178,7 +185,8 @@ def main() -> None:
         with explained(IN_TRAINING), Progress(loader, epoch, done) as progress:
             first = (epoch - 1) * steps + done
             for step, batch in enumerate(progress.timed(loader.epoch(epoch, done)), first):
-                rate = schedule.rate(step)
+                guard.before_step(state, step)
+                rate = schedule.rate(step, state.restarts)
                 set_learning_rate(state.optimizer, rate)
                 loss = accumulate_gradients(
                     model, batch, state.precision, processes,
@@ -192,10 +200,13 @@ def main() -> None:
                     run.save_checkpoint(state)
                     if stop:
                         raise run.stopped(interrupt)
-            trained = progress.summary(state.losses, schedule.rate(epoch * steps - 1))
+            trained = progress.summary(
+                state.losses, schedule.rate(epoch * steps - 1, state.restarts)
+            )
         scores, val_loss = evaluator.score(state.scored, sets["val"], cached=cached)
         state.finish_epoch(trained, scores, val_loss, retention.measure(state.scored, processes))
-        report_epoch(state, args.epochs, scores, len(sets["val"]), args.lr)
+        guard.after_epoch(state, scores)
+        report_epoch(state, args.epochs, scores)
         run.save_epoch(state, args.freq)
         if processes.any(interrupt.has_come()):
             raise run.stopped(interrupt)

@@ -5,9 +5,10 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import repeat
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -158,6 +159,22 @@ class Flickr8kDataset(Dataset):
     def txt_to_img(self) -> dict[int, int | list[int]]:
         images = {text: im if len(im) > 1 else im[0] for text, im in self._images_of.items()}
         return {caption: images[text] for caption, text in enumerate(self.text_ids.tolist())}
+
+    def subset(self, images: Sequence[int]) -> "Flickr8kDataset":
+        """A data set of these images alone."""
+        part, captions = copy(self), [self.own_captions[image] for image in images]
+        for name in ("full", "text_ids", "_images_of", "img_to_txt", "txt_to_img"):
+            vars(part).pop(name, None)
+        part.names, part.image = [self.names[i] for i in images], [self.image[i] for i in images]
+        part.text = [self.text[caption] for own in captions for caption in own]
+        part.tokens = self.tokens[list(chain.from_iterable(captions))]
+        numbers = iter(range(len(part.text)))
+        part.own_captions = {i: list(islice(numbers, len(own))) for i, own in enumerate(captions)}
+        part.cached = None if self.cached is None else self.cached[list(images)]
+        part.unreadable = {
+            i: self.unreadable[image] for i, image in enumerate(images) if image in self.unreadable
+        }
+        return part
 
     def cache(
         self,

@@ -283,6 +283,26 @@ def test_a_split_of_one_text_is_refused(tmp_path, texts):
     dataset.check_texts()
 
 
+def test_a_subset_is_the_data_set_of_a_list_with_these_images_alone(root, tmp_path):
+    """Also where the captions were read and shared, and the images cached, before."""
+    entries = json.loads((root / "en_train.json").read_text())
+    entries[6]["caption"] = entries[3]["caption"] = ["the same", "other"]
+    (root / "en_train.json").write_text(json.dumps(entries))
+    dataset = Flickr8kDataset(root, 32)
+    dataset.cache(tmp_path / "pixels")
+    assert dataset.count_shared_captions() == 4
+    part = dataset.subset([6, 8])
+    (root / "en_val.json").write_text(json.dumps([entries[6], entries[8]]))
+    expected = Flickr8kDataset(root, 32, split="val")
+    assert (part.image, part.text, part.names) == (expected.image, expected.text, expected.names)
+    for name in ("own_captions", "img_to_txt", "txt_to_img"):
+        assert getattr(part, name) == getattr(expected, name), name
+    assert torch.equal(part.tokens, expected.tokens) and part.count_shared_captions() == 0
+    pixels = [next(data.batches([[0, 1]], 0)) for data in (part, expected)]
+    assert torch.equal(*pixels)
+    assert len(dataset) == 11 and dataset.count_shared_captions() == 4
+
+
 def test_the_rest_of_an_epoch_is_what_it_would_have_been(root):
     loader = TrainLoader(Flickr8kDataset(root, 32), 3, CPU, seed=1, captions_per_image=2)
     assert equal(batches(loader, 2)[1:], batches(loader, 2, start=1))

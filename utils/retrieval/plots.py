@@ -133,8 +133,11 @@ def plot_wise_ft(
 ) -> None:
     """Write a plot of mean recall, R@1 and the scores on the sets of --retention against alpha,
     with a star at the chosen row `best`, and a line where the sets' mean is `max_forgetting` points
-    lower."""
+    lower. Of the epochs mixed with the start, those besides the chosen one have mean recall alone.
+    """
     rows = sorted(rows, key=lambda row: row["alpha"])
+    others = [row for row in rows if row["epoch"] != best["epoch"]]
+    rows = [row for row in rows if row["epoch"] == best["epoch"] or row["alpha"] == 0]
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     alphas = [row["alpha"] for row in rows]
@@ -143,6 +146,9 @@ def plot_wise_ft(
     }
     for label, name in curves.items():
         axes.plot(alphas, [row[name] for row in rows], "o-", label=label)
+    if others:
+        axes.plot([row["alpha"] for row in others], [row["mean_recall"] for row in others], "o:",
+                  color="C0", label="mean recall, the other epoch")  # fmt: skip
     by_set = {f"retention, {n}": [retained(row)[n] for row in rows] for n in retained(best)}
     for label, scores in by_set.items():
         axes.plot(alphas, scores, "s--", label=label)

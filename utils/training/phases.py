@@ -13,7 +13,7 @@ from torch import Tensor
 from models.clip import CLIP
 from models.clip_utils import create_model, load
 from models.device import moved
-from models.run_files import ARGUMENTS, START, tuned_weights
+from models.run_files import ARGUMENTS, BEST, LAST, START
 from utils.data.image_files import check_splits
 from utils.data.unlabelled import Unlabelled
 from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
@@ -28,11 +28,11 @@ from utils.runs.records import Log, Losses
 from utils.training.distillation import distill_from_start
 from utils.training.layer_groups import freeze_and_adapt, whole_batch_norms
 from utils.training.optimizer import parameter_groups, replace_groups
-from utils.training.progress import comment_on_epochs, report_chosen, report_test
+from utils.training.progress import report_chosen, report_test
 from utils.training.retention import Retention
 from utils.training.settings import as_saved, check_same_data, how_it_goes_on, without_effect
 from utils.training.state import State
-from utils.training.wise_ft import Mixtures
+from utils.training.wise_ft import Mixtures, weights_of
 
 Splits = dict[str, Flickr8kDataset]
 Checkpoint = dict[str, Any]
@@ -111,7 +111,7 @@ def open_run(
         for line in (*on, *without_effect(args, len(loader), loader.processes)):
             print(line)
         run.loss_history = Losses(run.folder, resumed["rows"] if resumed else [])
-        if args.wise_ft or args.distill:
+        if args.wise_ft:  # a run of fine-tuning
             run.save_start(model, is_new=not resumed)
     return run
 
@@ -127,11 +127,14 @@ def get_state(
     replace_groups(optimizer, groups)
     distillation = None
     if args.distill:
-        start = run.processes.broadcast(run.folder) / START
-        distillation = distill_from_start(model, start, args.distill, loader.dataset.tokens)
+        distillation = distill_from_start(
+            model, run.start_weights(), args.distill, loader.dataset.tokens
+        )
     state = State(model, optimizer, Precision(device, args.use_amp), args.ema, distillation)
     if resumed:
         state.restore(resumed)
+        if args.no_guard:
+            state.baseline, state.lost = {}, []
         run.replace_missing_best(state)
     if args.grad_checkpointing:
         model.enable_grad_checkpointing()
@@ -151,18 +154,18 @@ def finish(
 ) -> None:
     """Choose the weights that count, and score them on validation, with `cached` features, and on
     the test split."""
-    chosen, start = tuned_weights(folder), folder / START
-    comment_on_epochs(state, len(sets["val"]))
+    chosen, start = folder / BEST, folder / START
     state.release()
     model, _ = load(chosen, state.precision.device)
     if args.wise_ft and not start.exists():
         print(f"{start} is missing: no --wise_ft; put it back and run this again")
     elif args.wise_ft:
-        weights = load(start, "cpu")[0].state_dict()
-        mixtures = Mixtures(model, weights, folder, args.max_forgetting)
-        for alpha in mixtures.each(args.wise_ft):
-            found = evaluator.score(model, sets["val"], cached=cached)
-            mixtures.add(alpha, *found, retention.compare(model, state.start))
+        alphas = args.wise_ft if args.no_guard else sorted({0.0, *args.wise_ft})
+        mixtures = Mixtures(model, weights_of(start), folder, args.max_forgetting)
+        for epoch, file in {state.best_epoch: BEST, len(state.epochs): LAST}.items():
+            for _ in mixtures.each(epoch, weights_of(folder / file), alphas):
+                found = evaluator.score(model, sets["val"], cached=cached)
+                mixtures.add(*found, retention.compare(model, state.start))
         chosen = mixtures.choose()
     report_chosen(evaluator, model, chosen, sets["val"])
     if "test" in sets:

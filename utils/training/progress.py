@@ -98,9 +98,8 @@ def report_start(state: State, scores: Scores) -> None:
         print("retention:", ", ".join(f"{name} {score:.2f}" for name, score in sets.items()))
 
 
-def report_epoch(state: State, epochs: int, scores: Scores, images: int, rate: float) -> None:
-    """Print the scores of the last epoch, of `epochs` in all. If the first is clearly worse than
-    the start on so many validation `images`, suggest a learning rate below `rate`."""
+def report_epoch(state: State, epochs: int, scores: Scores) -> None:
+    """Print the scores of the last epoch, of `epochs` in all."""
     row, table = state.epochs[-1], format_table(scores, "val")
     print(
         f"epoch {row['epoch']}/{epochs}: train loss {row['train_loss']:.4f}, validation loss "
@@ -113,33 +112,6 @@ def report_epoch(state: State, epochs: int, scores: Scores, images: int, rate: f
             for name, score in sets.items()), end="; ")  # fmt: skip
         lost = points_lost(row, state.start)
         print(f"points {'gained' if lost < 0 else 'lost'}, on average: {abs(lost):.2f}")
-    if row["epoch"] > 1 or not state.start:
-        return
-    before, after = state.start["mean_recall"], row["mean_recall"]
-    if is_clearly_lower(after, before, images):
-        lower = rate / 3 if after > before / 2 else rate / 10
-        print(
-            f"the first epoch made it worse, by more than chance: mean recall {after:.2f}, "
-            f"{before:.2f} before training; rather start anew with --lr {lower:.0e}"
-        )
-
-
-def comment_on_epochs(state: State, images: int) -> None:
-    """Say if even the best epoch is clearly worse than the start on so many validation `images`,
-    and if the last epoch counts, with --distill, although another is better."""
-    saved, last = state.epochs[state.best_since :], state.epochs[-1]["mean_recall"]
-    best_saved = max(saved, key=lambda row: row["mean_recall"])
-    if state.distillation and best_saved["mean_recall"] > last:
-        print(f"epoch {best_saved['epoch']} had a higher mean recall, "
-              f"{best_saved['mean_recall']:.2f}, and is in best_epoch_weights.pth; with --distill "
-              f"the last one counts, {last:.2f}")  # fmt: skip
-    best = state.best_recall
-    if state.start and is_clearly_lower(best, state.start["mean_recall"], images):
-        print(
-            f"training made it worse, by more than chance: mean recall {best:.2f} in the best "
-            f"epoch, {state.start['mean_recall']:.2f} before training; lower --lr, to a tenth at "
-            "first"
-        )
 
 
 def report_chosen(
@@ -163,16 +135,6 @@ def report_test(scores: Scores, weights: Path) -> None:
     write_json(file, scores.as_dict())
     print(f"{weights.name} on the test images, which had no say in choosing it:\n"
           f"{format_table(scores, 'test')}\nscores: {file}")  # fmt: skip
-
-
-def is_clearly_lower(recall: float, before: float, images: int) -> bool:
-    """Whether a mean recall in percent is lower by more than two standard errors of the difference.
-
-    That of a share p of n queries is sqrt(p (1 - p) / n), and that of a mean of shares is at most
-    as large. n is the number of `images`, since the captions of an image are not independent.
-    """
-    p, q = recall / 100, before / 100
-    return q - p > 2 * math.sqrt((p * (1 - p) + q * (1 - q)) / images)
 
 
 class Progress(AbstractContextManager):

@@ -38,7 +38,7 @@ DEMO = {
 CHINESE_DEMO = {"model": "cn-demo", "epochs": 30}
 FROM_SCRATCH = {"epochs": 20, "lr": 5e-4}
 FINE_TUNING = {"epochs": 10, "patience": 3, "distill": 0.0,
-               "wise_ft": [0.0, 0.25, 0.5, 0.75, 1.0], "max_forgetting": 2.0}  # fmt: skip
+               "wise_ft": [step / 10 for step in range(11)], "max_forgetting": 2.0}  # fmt: skip
 DISTILL = 6.0  # with --distill_data
 # Published fine-tuning of CLIP, see `PUBLISHED` in tests/utils/training/test_settings.py.
 BASE_RATE = 1e-5  # for a width of 768 and 64 images a step

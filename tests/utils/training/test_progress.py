@@ -4,11 +4,9 @@ import itertools
 import math
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from definitions import equal_scores
-from torch import nn
 
 from flickr8k.render_demo import render_demo
 from models.clip_utils import create_model
@@ -16,54 +14,9 @@ from models.errors import InputError
 from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE
-from utils.training.progress import Progress, announce, comment_on_epochs, report_epoch
-from utils.training.state import State
+from utils.training.progress import Progress, announce, report_epoch
 
 SCORES = equal_scores(1.0)
-
-
-def printed(capsys, before, after, images, epoch=1, rate=1e-4):
-    row = {"epoch": epoch, "train_loss": 1.0, "val_loss": 1.0, "mean_recall": after}
-    start = None if before is None else {"mean_recall": before}
-    report_epoch(SimpleNamespace(start=start, epochs=[row]), 10, SCORES, images, rate)
-    return capsys.readouterr().out
-
-
-def after_epochs(*recalls, start=None, distillation=None):
-    state = State(nn.Linear(1, 1), optimizer=None, precision=None, distillation=distillation)
-    state.start = start
-    state.epochs = [{"epoch": n, "mean_recall": recall} for n, recall in enumerate(recalls, 1)]
-    return state
-
-
-def test_a_clear_fall_in_the_first_epoch_is_told_with_a_rate_to_try(capsys):
-    assert "--lr 3e-05" in printed(capsys, 80.0, 60.0, images=200)
-    assert "--lr 1e-05" in printed(capsys, 80.0, 30.0, images=200)  # most of it is lost
-    for before, after, epoch in ((60.0, 80.0, 1), (80.0, 60.0, 2), (None, 60.0, 1)):
-        line = printed(capsys, before, after, images=200, epoch=epoch)
-        assert f"epoch {epoch}/10" in line and "made it worse" not in line
-
-
-def test_a_best_epoch_that_is_clearly_below_the_start_is_told(capsys):
-    for best, is_told in ((60.0, True), (79.0, False), (85.0, False)):
-        comment_on_epochs(after_epochs(best, start={"mean_recall": 80.0}), 200)
-        assert ("training made it worse" in capsys.readouterr().out) == is_told
-    comment_on_epochs(after_epochs(1.0), 200)  # from scratch
-    assert not capsys.readouterr().out
-
-
-def test_a_best_epoch_that_does_not_count_is_told(capsys):
-    comment_on_epochs(after_epochs(7.0, 8.62, 7.5, distillation=True), 200)
-    assert "epoch 2 had a higher mean recall, 8.62" in capsys.readouterr().out
-    state = after_epochs(9.0, 8.0, 8.62, 7.5, distillation=True)
-    state.best_since = 1  # the weights of epoch 1 were lost
-    comment_on_epochs(state, 200)
-    assert "epoch 3 had a higher mean recall, 8.62" in capsys.readouterr().out
-    state.best_since = 3
-    comment_on_epochs(state, 200)
-    comment_on_epochs(after_epochs(7.0, 8.62, distillation=True), 200)
-    comment_on_epochs(after_epochs(7.0, 8.62, 7.5), 200)  # there the best one counts
-    assert not capsys.readouterr().out
 
 
 def test_points_that_are_gained_are_not_lost(capsys):
@@ -74,7 +27,7 @@ def test_points_that_are_gained_are_not_lost(capsys):
         row = {"epoch": 2, "train_loss": 1.0, "val_loss": 1.0, "mean_recall": 1.0}
         start = {"mean_recall": 1.0, "retention_a": 77.77}
         state = SimpleNamespace(start=start, epochs=[row | {"retention_a": score}])
-        report_epoch(state, 10, SCORES, 200, 1e-4)
+        report_epoch(state, 10, SCORES)
         assert words in capsys.readouterr().out
 
 
@@ -96,14 +49,6 @@ def test_bfloat16_is_recommended_where_the_processor_has_it(
     state = SimpleNamespace(model=model, precision=precision, epochs=[{}] * epochs)
     announce(state, TrainLoader(data, 4, cpu), {"train": data, "val": data}, 3, tmp_path)
     assert capsys.readouterr().out.count("hint: ") == hints
-
-
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
-def test_chance_alone_is_seldom_told(capsys, share):
-    """Of two samples with the same share, the second is lower by two standard errors once in 44."""
-    samples = np.random.default_rng(0).binomial(200, share, (400, 2)) / 2
-    told = sum("made it worse" in printed(capsys, *pair, images=200) for pair in samples)
-    assert told <= 400 * 0.045
 
 
 class Loader(SimpleNamespace):
