@@ -122,6 +122,9 @@ def build_parser() -> ArgumentParser:
         help="torch.compile both towers: a slow first step, then faster ones on a GPU; "
         "needs a C++ compiler on a CPU, Triton on a GPU")
     add("--device", help="cuda, cuda:1, mps (a Mac's GPU) or cpu (default: the first there is)")
+    add("--wandb", action="store_true",
+        help="also send losses and scores to wandb, into a project with the name of --log_dir's "
+        "folder (pip install wandb)")
     add("--freq", type=integer(1), default=5, metavar="EPOCHS",
         help="keep the weights of every EPOCHS-th epoch (default: %(default)s)")
     add("--save_steps", type=integer(1), metavar="N", help="also save the checkpoint each N steps")
@@ -141,7 +144,7 @@ def main() -> None:
         from utils.training.guard import Guard
         from utils.training.layer_groups import cache_features, train_mode
         from utils.training.optimizer import Schedule, set_learning_rate
-        from utils.training.progress import Progress, announce, report_epoch, report_start
+        from utils.training.progress import EpochTable, Progress, announce
         from utils.training.settings import get_data, resolve_arguments, resolve_rate
 
     args, resumed = resolve_arguments(parser, args)
@@ -155,11 +158,13 @@ def main() -> None:
     loader = get_loader(args, sets, model, device, processes, unlabelled=unlabelled)
     retention.prepare_for(model, loader, args.cache)
 
-    run = open_run(args, resumed, model, loader, sets["val"])
+    defaults, steps = build_parser().parse_args([]), len(loader)
+    run = open_run(args, resumed, model, loader, sets["val"], defaults=defaults)
     with run.discarded_on_error():  # before its first step there is nothing to keep
         state = get_state(args, resumed, model, loader, run)
         del resumed  # a second copy of the moments
-        announce(state, loader, sets, args.epochs, run.folder)
+        announce(run, state, loader, sets, args.epochs)
+        table = EpochTable(state, args.epochs, steps)
         evaluator = Evaluator(loader, state.precision, processes)
         cached = {}
         if args.cache_features:
@@ -168,12 +173,11 @@ def main() -> None:
         if state.is_at_start and args.resume_training != "none":
             scores, val_loss = evaluator.score(state.scored, sets["val"], cached=cached)
             state.note_start(scores, val_loss, retention.measure(state.scored, processes))
-            report_start(state, scores)
+            table.add_start()
             if not args.no_guard:
                 guard.note_start(state, scores)
         interrupt = Interrupt()
 
-    steps = len(loader)
     warmup_steps = args.warmup_epochs and round(args.warmup_epochs * steps)
     schedule = Schedule(args.lr, warmup_steps, args.epochs * steps)
     for epoch in range(len(state.epochs) + 1, args.epochs + 1):
@@ -199,6 +203,7 @@ def main() -> None:
                 if due and state.losses[-1].isfinite():  # a NaN ends the run in the next step
                     run.save_checkpoint(state)
                     if stop:
+                        progress.bar.close()
                         raise run.stopped(interrupt)
             trained = progress.summary(
                 state.losses, schedule.rate(epoch * steps - 1, state.restarts)
@@ -206,7 +211,7 @@ def main() -> None:
         scores, val_loss = evaluator.score(state.scored, sets["val"], cached=cached)
         state.finish_epoch(trained, scores, val_loss, retention.measure(state.scored, processes))
         guard.after_epoch(state, scores)
-        report_epoch(state, args.epochs, scores)
+        table.add_epoch()
         run.save_epoch(state, args.freq)
         if processes.any(interrupt.has_come()):
             raise run.stopped(interrupt)

@@ -11,6 +11,8 @@ from models.files import read_bytes
 # In the folder of a run, LOG_DIR/<time>.
 ARGUMENTS = "arguments.json"
 METRICS = "metrics.csv"
+MIXTURES = "wise_ft.csv"
+TEST_METRICS = "test_metrics.json"
 CHECKPOINT = "weights/checkpoint.pth"
 START = "weights/start_weights.pth"
 BEST = "weights/best_epoch_weights.pth"

@@ -144,7 +144,7 @@ def choose_c(features: np.ndarray, labels: np.ndarray) -> float:
     held = held_out(labels)
     found: dict[float, float] = {}  # {exponent of 10: accuracy}
     exponents: list[float] = [-6, -4, -2, 0, 2, 4, 6]
-    with progress_bar(total=15, desc="choosing C of the probe", leave=False) as bar:
+    with progress_bar(total=15, desc="choosing C of the probe") as bar:
         for step in (1, 1 / 2, 1 / 4, 1 / 8, 0):
             for exponent in exponents:
                 if abs(exponent) <= 6:

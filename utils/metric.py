@@ -143,7 +143,7 @@ def main() -> None:
         print(f"warning: {alike} captions are different texts, but {ALIKE}")
     print(format_table(scores, args.split))
     if args.json:
-        write_json(args.json, scores.as_dict())
+        write_json(args.json, scores.for_json())
         print(f"scores written to {args.json}")
     if plot:
         plot_scores(scores, plot)

@@ -159,6 +159,4 @@ def cached_caption_features(
 
 def _progress_bar(batches: tuple[Tensor, ...], title: str, unit: str, processes: Processes) -> tqdm:
     total = sum(map(len, batches))
-    return progress_bar(
-        total=total, desc=title, unit=unit, leave=False, disable=not processes.is_rank_0
-    )
+    return progress_bar(total=total, desc=title, unit=unit, disable=not processes.is_rank_0)

@@ -5,12 +5,13 @@ import math
 import textwrap
 import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib import font_manager
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -49,17 +50,34 @@ def plot_scores(scores: Scores, path: Path) -> None:
     save_figure(figure, path)
 
 
-def chart_svg(curves: dict[str, dict[float, float]]) -> bytes:
-    """An SVG with curves, {name: {x: y}} with whole numbers x; the legend has the last values."""
-    figure = Figure(figsize=(4, 2.2), layout="constrained")
+def plot_losses(training: Sequence[float], validation: Sequence[float], path: Path) -> None:
+    """Write a plot of the losses of each epoch, from 1."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name, losses, style in (("training", training, "o-"), ("validation", validation, "s--")):
+        axes.plot(range(1, len(losses) + 1), losses, style, label=name)
+    axes.set(title="Loss of each epoch", xlabel="epoch", ylabel="loss")
+    axes.locator_params(axis="x", integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_figure(figure, path)
+
+
+def chart_svg(curves: dict[str, dict[float, float]], chosen: float | None = None) -> bytes:
+    """An SVG with curves, {name: {x: y}} with whole numbers x, and a line at the `chosen` x; the
+    legend has the last values."""
+    figure = Figure(figsize=(5, 2.9), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.1)  # room for a number at the very top
     axes = figure.subplots()
     for style, (name, points) in zip(("o-", "s--"), curves.items(), strict=False):
         label = f"{name} {list(points.values())[-1]:.3g}".lstrip()
         axes.plot(list(points), list(points.values()), style, markersize=4, label=label)
+    if chosen is not None:
+        axes.axvline(chosen, color="0.4", linestyle=":", label=f"chosen: {chosen:g}", zorder=1)
     axes.locator_params(axis="x", integer=True)
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    figure.legend(loc="outside right center", frameon=False)
+    figure.legend(loc="outside lower center", frameon=False, ncols=3)
     file = io.BytesIO()
     with mpl.rc_context({"svg.fonttype": "none"}):  # letters stay text
         figure.savefig(file, format="svg", transparent=True)
@@ -131,44 +149,51 @@ def _filled(text: str, line: int) -> str:
 def plot_wise_ft(
     rows: list[dict[str, float]], best: dict[str, float], path: Path, max_forgetting: float
 ) -> None:
-    """Write a plot of mean recall, R@1 and the scores on the sets of --retention against alpha,
-    with a star at the chosen row `best`, and a line where the sets' mean is `max_forgetting` points
-    lower. Of the epochs mixed with the start, those besides the chosen one have mean recall alone.
-    """
-    rows = sorted(rows, key=lambda row: row["alpha"])
-    others = [row for row in rows if row["epoch"] != best["epoch"]]
-    rows = [row for row in rows if row["epoch"] == best["epoch"] or row["alpha"] == 0]
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.subplots()
-    alphas = [row["alpha"] for row in rows]
-    curves = {"mean recall": "mean_recall"} | {
-        f"R@1, {t}": f"{way}_R@1" for way, t in TITLES.items()
-    }
-    for label, name in curves.items():
-        axes.plot(alphas, [row[name] for row in rows], "o-", label=label)
-    if others:
-        axes.plot([row["alpha"] for row in others], [row["mean_recall"] for row in others], "o:",
-                  color="C0", label="mean recall, the other epoch")  # fmt: skip
-    by_set = {f"retention, {n}": [retained(row)[n] for row in rows] for n in retained(best)}
-    for label, scores in by_set.items():
-        axes.plot(alphas, scores, "s--", label=label)
-    if by_set:
-        means = [sum(scores) / len(scores) for scores in zip(*by_set.values(), strict=True)]
-        if len(by_set) > 1:
-            axes.plot(alphas, means, "k--", label="retention, mean")
-        limit = means[0] + rows[0]["points_lost"] - max_forgetting
-        axes.axhline(
-            limit, color="k", linestyle=":", label=f"at most {max_forgetting:g} points lost"
-        )
-    axes.plot(best["alpha"], best["mean_recall"], "k*", markersize=14, label="chosen", zorder=3)
-    axes.set(xlabel="alpha (0: the starting weights, 1: the tuned ones)", ylabel="percent")
-    axes.grid(alpha=0.3)
-    legend = figure.legend(
-        loc="outside lower center", ncols=3, prop={"family": fonts_for("".join(by_set))}
-    )
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # names may hold a $
+    """Write a plot against alpha: mean recall and R@1 on the new data; in a second panel the scores
+    on the sets of --retention, with a line where their mean is `max_forgetting` points lower. A
+    star stands at the chosen row `best`. Where the start is mixed with several epochs, rows have
+    the field `epoch`."""
+    panels = {"new data: validation": {"mean recall": [row["mean_recall"] for row in rows]}}
+    for way, title in TITLES.items():
+        panels["new data: validation"][f"R@1, {title}"] = [row[f"{way}_R@1"] for row in rows]
+    if sets := {name: [retained(row)[name] for row in rows] for name in retained(best)}:
+        means = [sum(scores) / len(scores) for scores in zip(*sets.values(), strict=True)]
+        panels["old data: --retention"] = ({"mean": means} if len(sets) > 1 else {}) | sets
+    figure = Figure(figsize=(5.6 * len(panels), 4.8), layout="constrained")
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, curves) in zip(all_axes, panels.items(), strict=True):
+        _draw_paths(axes, rows, curves)
+        if sets and axes is all_axes[1]:
+            lowest = means[0] + rows[0]["points_lost"] - max_forgetting
+            axes.axhline(lowest, color="k", ls=":", label=f"{max_forgetting:g} points lost")
+        chosen = best["alpha"], next(iter(curves.values()))[rows.index(best)]
+        axes.axvline(chosen[0], color="0.6", ls=":", zorder=1)
+        axes.plot(*chosen, "*", color="gold", markeredgecolor="k", markersize=18, zorder=3,
+                  label=f"chosen: alpha {best['alpha']:g}")  # fmt: skip
+        axes.set(title=title, xlabel="alpha (0: before training, 1: after)", ylabel="percent")
+        axes.grid(alpha=0.3)
+        fonts = {"family": fonts_for("".join(curves)), "size": 9}
+        legend = axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, prop=fonts)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # names may hold a $
     save_figure(figure, path)
+
+
+def _draw_paths(
+    axes: Axes, rows: list[dict[str, float]], curves: Mapping[str, Sequence[float]]
+) -> None:
+    """Draw scores of the `rows` against alpha: a colour for each of the `curves`, a style for each
+    epoch. The start is the first point of all."""
+    epochs = dict.fromkeys(row.get("epoch") for row in rows if row["alpha"] or len(rows) == 1)
+    for number, (name, scores) in enumerate(curves.items()):
+        for epoch, style in zip(epochs, ("o-", "s--"), strict=False):
+            points = sorted(
+                (row["alpha"], score)
+                for row, score in zip(rows, scores, strict=True)
+                if row["alpha"] == 0 or row.get("epoch") == epoch
+            )
+            label = f"{name}, epoch {epoch}" if len(epochs) > 1 else name
+            axes.plot(*zip(*points, strict=True), style, color=f"C{number}", label=label)
 
 
 def plot_confusion(confusions: dict[str, Tensor], classes: Sequence[str], path: Path) -> None:

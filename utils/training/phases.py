@@ -13,26 +13,30 @@ from torch import Tensor
 from models.clip import CLIP
 from models.clip_utils import create_model, load
 from models.device import moved
-from models.run_files import ARGUMENTS, BEST, LAST, START
+from models.run_files import ARGUMENTS, BEST, LAST, START, TEST_METRICS
 from utils.data.image_files import check_splits
 from utils.data.unlabelled import Unlabelled
 from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
 from utils.machine.precision import Precision
 from utils.machine.processes import Processes
-from utils.machine.pyzjr_parts import SeedEvery, get_optimizer, show_config
+from utils.machine.pyzjr_parts import SeedEvery, get_optimizer
 from utils.retrieval.evaluation import Evaluator
+from utils.retrieval.plots import plot_losses, plot_scores
+from utils.retrieval.report import write_report
+from utils.retrieval.scores import score_features
+from utils.retrieval.tables import format_change, format_table
 from utils.runs.checkpoint import write_json
 from utils.runs.commands import what_to_try
 from utils.runs.folder import Run, new_run_folder, reopen_run_folder
-from utils.runs.records import Log, Losses
+from utils.runs.records import Log, Losses, Wandb
 from utils.training.distillation import distill_from_start
 from utils.training.layer_groups import freeze_and_adapt, whole_batch_norms
 from utils.training.optimizer import parameter_groups, replace_groups
-from utils.training.progress import report_chosen, report_test
+from utils.training.progress import unlike_defaults
 from utils.training.retention import Retention
 from utils.training.settings import as_saved, check_same_data, how_it_goes_on, without_effect
 from utils.training.state import State
-from utils.training.wise_ft import Mixtures, weights_of
+from utils.training.wise_ft import Mixtures, best_row, weights_of
 
 Splits = dict[str, Flickr8kDataset]
 Checkpoint = dict[str, Any]
@@ -90,6 +94,7 @@ def open_run(
     model: CLIP,
     loader: TrainLoader,
     val_set: Flickr8kDataset,
+    defaults: Namespace,
 ) -> Run:
     """The run's folder with its arguments, console log and history of losses."""
     data = loader.dataset.fingerprint() + val_set.fingerprint()
@@ -105,12 +110,14 @@ def open_run(
         run.folder = new_run_folder(args.log_dir, started)
     with run.discarded_on_error():
         write_json(run.folder / ARGUMENTS, run.arguments)
-        sys.stdout = Log(run.folder / f"console_{started}.log")
-        show_config(args=args, color="bold")
+        sys.stdout = Log(run.folder / f"console_{started}.log", args)
+        print(unlike_defaults(args, defaults))
         on = how_it_goes_on(args, resumed) if resumed else ()
         for line in (*on, *without_effect(args, len(loader), loader.processes)):
             print(line)
-        run.loss_history = Losses(run.folder, resumed["rows"] if resumed else [])
+        wandb = Wandb(run.folder, run.arguments) if args.wandb else None
+        rows = resumed["rows"] if resumed else []
+        run.loss_history = Losses(run.folder, rows, plot_losses, wandb)
         if args.wise_ft:  # a run of fine-tuning
             run.save_start(model, is_new=not resumed)
     return run
@@ -155,6 +162,8 @@ def finish(
     """Choose the weights that count, and score them on validation, with `cached` features, and on
     the test split."""
     chosen, start = folder / BEST, folder / START
+    kept = state.epochs[state.best_epoch - 1]
+    print(f"\nbest epoch: {kept['epoch']}, mean recall {kept['mean_recall']:.2f}")
     state.release()
     model, _ = load(chosen, state.precision.device)
     if args.wise_ft and not start.exists():
@@ -167,8 +176,35 @@ def finish(
                 found = evaluator.score(model, sets["val"], cached=cached)
                 mixtures.add(*found, retention.compare(model, state.start))
         chosen = mixtures.choose()
-    report_chosen(evaluator, model, chosen, sets["val"])
+        kept = best_row(mixtures.rows, args.max_forgetting)
+    features = evaluator.encode(model, sets["val"])
+    positives = sets["val"].img_to_txt, sets["val"].txt_to_img
+    scores = score_features(*features, *positives, range(1, 11))
+    print(f"{chosen.name}:\n{format_table(scores, 'val')}")
+    if state.start:
+        print(format_change(state.start, kept | scores.columns()))
+    plot_scores(scores, folder / "R_mAP.png")
     if "test" in sets:
-        scores, _ = evaluator.score(model, sets["test"], k_values=range(1, 11))
-        report_test(scores, chosen)
+        score_on_test(evaluator, model, sets["test"], chosen)
     print(what_to_try(sets["val"].image[0], chosen, sets["val"].text))
+    report = folder / "report.html"
+    write_report(report, chosen, sets["val"], features, scores)
+    print(f"scores, curves, answers to every query, in a browser: {report.absolute().as_uri()}")
+
+
+def score_on_test(
+    evaluator: Evaluator, model: CLIP, test_set: Flickr8kDataset, chosen: Path
+) -> None:
+    """Score a run's `chosen` weights, which `model` has, and the starting ones on the test split;
+    print the scores, and write them to test_metrics.json."""
+    after, _ = evaluator.score(model, test_set, k_values=range(1, 11))
+    file, start = chosen.parents[1] / TEST_METRICS, chosen.with_name(Path(START).name)
+    content = after.for_json()
+    print(f"{chosen.name} on the test images, which had no say in choosing it:\n"
+          f"{format_table(after, 'test')}")  # fmt: skip
+    if start.exists():
+        model.load_state_dict(load(start, "cpu")[0].state_dict())
+        before, _ = evaluator.score(model, test_set, k_values=range(1, 11))
+        content["before"] = before.for_json()
+        print(format_change(before.columns(), after.columns()))
+    write_json(file, content)

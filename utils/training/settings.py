@@ -52,7 +52,7 @@ FIXED = ("input_shape", "activation", "optimizer_type", "layer_decay", "lock_ima
 FIXED_IN_AN_EPOCH = ("batch_size", "captions_per_image", "no_augment", "seed")
 # These do not change the result.
 FREE = {"cache", "dataset_path", "debug", "freq", "grad_checkpointing", "num_workers", "save_steps",
-        "strict"}  # fmt: skip
+        "strict", "wandb"}  # fmt: skip
 
 
 def resolve_arguments(

@@ -140,7 +140,6 @@ class State:
     def _row(self, scores: Scores, val_loss: float) -> dict[str, float]:
         return {
             "val_loss": val_loss,
-            "mean_recall": scores.mean_recall,
             **scores.columns(),
             "logit_scale": self.scored.logit_scale.exp().item(),
         }

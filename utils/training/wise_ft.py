@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from models.clip import CLIP
 from models.clip_utils import load
-from models.run_files import MIXTURE
+from models.run_files import MIXTURE, MIXTURES
 from utils.retrieval.plots import plot_wise_ft
 from utils.retrieval.scores import Scores
 from utils.runs.checkpoint import save_weights, write_csv
@@ -60,13 +60,15 @@ class Mixtures:
         self.rows.append({**row, **retention, **scores.columns()})
         if best_row(self.rows, self.max_forgetting) is self.rows[-1]:
             save_weights(self.model, self.run / MIXTURE)
-        write_csv(self.run / "wise_ft.csv", self.rows)
+        write_csv(self.run / MIXTURES, self.rows)
 
     def choose(self) -> Path:
         """Load the best mixture into the model, print and plot all scores; return its file."""
         best, chosen = best_row(self.rows, self.max_forgetting), self.run / MIXTURE
         plot = self.run / "wise_ft.png"
         plot_wise_ft(self.rows, best, plot, self.max_forgetting)
+        rows = [row | {"chosen": int(row is best)} for row in self.rows]
+        write_csv(self.run / MIXTURES, rows)
         self.model.load_state_dict(weights_of(chosen))
         for epoch in dict.fromkeys(row["epoch"] for row in self.rows):
             path = [row for row in self.rows if row["epoch"] == epoch]

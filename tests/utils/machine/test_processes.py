@@ -189,7 +189,7 @@ def test_torchrun_trains_as_one_process_does(data, tmp_path):
     arguments = ["--epochs", "2", "--save_steps", "1", "--grad_cache", "3"]
     done = train_with(data, tmp_path, 2, "--log_dir", "two", *arguments)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch 2/2") == 1 and "2 processes" in done.stdout
+    assert done.stdout.count(" 2/2 ") == 1 and "2 processes" in done.stdout
     run_script("train.py", "--dataset_path", data, "--resume_training", "none", "--model",
                "ViT-demo", "--batch_size", 11, "--lr", 1e-3, "--epochs", 2, "--log_dir", "one",
                cwd=tmp_path)  # fmt: skip

@@ -111,9 +111,12 @@ def test_the_mixture_is_the_best_that_keeps_enough_and_the_curves_are_shown(tune
     torch.testing.assert_close(mixed.float(), start.float().lerp(end.float(), chosen["alpha"]),
                                rtol=1e-3, atol=1e-6)  # fmt: skip
     after = read_rows(run / "metrics.csv")[2]
-    colours = [row["retention_colours"] for row in (after, before)]
-    line = "retention: colours {:.2f} ({:.2f} before training), 旧的$x^ ".format(*colours)
-    assert f"{line}{after['retention_旧的$x^']:.2f} (" in printed
+    mean = (after["retention_colours"] + after["retention_旧的$x^"]) / 2
+    (line,) = [line for line in printed.splitlines() if line.lstrip().startswith("2/2 ")]
+    assert float(line.split()[6]) == pytest.approx(mean, abs=0.006)
+    (line,) = [line for line in printed.splitlines() if line.startswith("before training ")]
+    shown = [before[name] for name in ("mean_recall", "i2t_R@1", "t2i_R@1", *names)]
+    assert line.split()[2:] == [f"{score:.2f}" for score in shown]
     report = (run / "report.html").read_text("utf-8")
     for name in ("colours", "旧的$x^"):
         assert f"{name} (retention) of the run by epoch" in report
@@ -135,7 +138,7 @@ def test_a_run_goes_on_with_its_sets_alone_wherever_they_lie(tuned, work, tmp_pa
     shutil.copytree(work / "旧的$x^", data / "旧的$x^")
     both = [moved, data / "旧的$x^"]
     done = run_script("train.py", *go_on, "--retention", *both, cwd=tmp_path)
-    assert "epoch 3/3" in done.stdout and "before training:" not in done.stdout
+    assert " 3/3 " in done.stdout and "\n   start" not in done.stdout
     for row in read_rows(run / "metrics.csv"):
         assert {"retention_colours", "retention_旧的$x^"} <= row.keys()
     shutil.rmtree(moved)
