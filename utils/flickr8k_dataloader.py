@@ -176,6 +176,12 @@ class Flickr8kDataset(Dataset):
         }
         return part
 
+    def plain(self) -> "Flickr8kDataset":
+        """The same data set with `plain_protocol`."""
+        part = self.subset(range(len(self)))
+        part.plain_protocol = True
+        return part
+
     def cache(
         self,
         folder: str | os.PathLike | None = None,

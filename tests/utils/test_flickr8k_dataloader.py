@@ -301,6 +301,8 @@ def test_a_subset_is_the_data_set_of_a_list_with_these_images_alone(root, tmp_pa
     pixels = [next(data.batches([[0, 1]], 0)) for data in (part, expected)]
     assert torch.equal(*pixels)
     assert len(dataset) == 11 and dataset.count_shared_captions() == 4
+    plain = Flickr8kDataset(root, 32, plain_protocol=True)
+    assert dataset.plain().img_to_txt == plain.img_to_txt != dataset.img_to_txt
 
 
 def test_the_rest_of_an_epoch_is_what_it_would_have_been(root):

@@ -20,6 +20,7 @@ from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
 from utils.machine.precision import Precision
 from utils.machine.processes import Processes
 from utils.machine.pyzjr_parts import SeedEvery, get_optimizer
+from utils.retrieval.bootstrap import Comparison
 from utils.retrieval.evaluation import Evaluator
 from utils.retrieval.plots import plot_losses, plot_scores
 from utils.retrieval.report import write_report
@@ -195,16 +196,21 @@ def finish(
 def score_on_test(
     evaluator: Evaluator, model: CLIP, test_set: Flickr8kDataset, chosen: Path
 ) -> None:
-    """Score a run's `chosen` weights, which `model` has, and the starting ones on the test split;
-    print the scores, and write them to test_metrics.json."""
-    after, _ = evaluator.score(model, test_set, k_values=range(1, 11))
+    """Score a run's `chosen` weights, which `model` has, and the starting ones on the test split,
+    by both protocols if they differ; print the scores, and write them to test_metrics.json."""
     file, start = chosen.parents[1] / TEST_METRICS, chosen.with_name(Path(START).name)
-    content = after.for_json()
-    print(f"{chosen.name} on the test images, which had no say in choosing it:\n"
-          f"{format_table(after, 'test')}")  # fmt: skip
+    features = {"after": evaluator.encode(model, test_set)}
     if start.exists():
-        model.load_state_dict(load(start, "cpu")[0].state_dict())
-        before, _ = evaluator.score(model, test_set, k_values=range(1, 11))
-        content["before"] = before.for_json()
-        print(format_change(before.columns(), after.columns()))
+        model.load_state_dict(weights_of(start))
+        features = {"before": evaluator.encode(model, test_set), **features}
+    found = Comparison(features, test_set)
+    print(f"{chosen.name} on the test images, which had no say in choosing it:\n"
+          f"{format_table(found.scores['after'], 'test')}")  # fmt: skip
+    content = found.for_json()
+    print("with 95% bootstrap intervals:", *found.lines(), sep="\n  ")
+    if test_set.count_shared_captions():
+        plain = Comparison(features, test_set.plain())
+        print("a caption being a positive of its own image alone (--plain_protocol of metric.py):",
+              *plain.lines(), sep="\n  ")  # fmt: skip
+        content["plain_protocol"] = plain.for_json()
     write_json(file, content)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.retrieval.bootstrap import RECALLS, SAMPLES, interval, resample
+from utils.retrieval.bootstrap import RECALLS, SAMPLES, Comparison, interval, resample
 from utils.retrieval.scores import score_features
 
 
@@ -69,3 +69,27 @@ def test_scores_have_the_rank_of_each_query():
     assert scores.i2t.ranks.tolist() == expected
     expected = [1 + (row > row[c // 2]).sum().item() for c, row in enumerate(similarity.T)]
     assert scores.t2i.ranks.tolist() == expected
+
+
+def test_a_comparison_has_the_scores_before_and_after_and_what_was_gained():
+    """Texts that are the features of their images, and images without the first channel, by which
+    one differs from another."""
+    torch.manual_seed(0)
+    data = a_set(30, 2)
+    data.img_to_txt, data.txt_to_img = data.own_captions, {c: c // 2 for c in range(60)}
+    images = torch.nn.functional.normalize(torch.randn(30, 3))
+    blurred = images * torch.tensor([0.0, 1.0, 1.0])
+    texts = images.repeat_interleave(2, dim=0)
+    found = Comparison({"before": (blurred, texts), "after": (images, texts)}, data)
+    before = score_features(blurred, texts, data.img_to_txt, data.txt_to_img)
+    content = found.for_json()
+    assert content["t2i"]["R@1"] == content["mean_recall"] == 100
+    assert content["before"]["i2t"]["R@5"] == before.i2t.recall[5] < 100
+    low, high = content["intervals"]["gained"]["i2t_R@1"]
+    assert 0 < low < 100 - before.i2t.recall[1] < high
+    assert content["intervals"]["after"]["mean_recall"] == (100, 100)
+    lines = list(found.lines())
+    assert [line.split(":")[0] for line in lines] == ["before", "after", "gained"]
+    assert "R@1 text to image 100.00 (100.00 to 100.00)" in lines[1]
+    alone = Comparison({"after": (images, texts)}, data)
+    assert list(alone.for_json()["intervals"]) == ["after"] and len(list(alone.lines())) == 1
