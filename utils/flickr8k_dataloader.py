@@ -5,9 +5,10 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import repeat
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ from utils.data.annotations import (
 from utils.data.augment import crop, draw_crops, draw_recolourings, recolour, reword
 from utils.data.image_cache import decode_once, gather
 from utils.data.image_reading import ImageReader, Loaded, read_batches, substitutes
+from utils.data.unlabelled import Unlabelled
 from utils.machine.processes import ALONE, Processes
 
 ALIKE = (  # the end of a warning
@@ -158,6 +160,28 @@ class Flickr8kDataset(Dataset):
         images = {text: im if len(im) > 1 else im[0] for text, im in self._images_of.items()}
         return {caption: images[text] for caption, text in enumerate(self.text_ids.tolist())}
 
+    def subset(self, images: Sequence[int]) -> "Flickr8kDataset":
+        """A data set of these images alone."""
+        part, captions = copy(self), [self.own_captions[image] for image in images]
+        for name in ("full", "text_ids", "_images_of", "img_to_txt", "txt_to_img"):
+            vars(part).pop(name, None)
+        part.names, part.image = [self.names[i] for i in images], [self.image[i] for i in images]
+        part.text = [self.text[caption] for own in captions for caption in own]
+        part.tokens = self.tokens[list(chain.from_iterable(captions))]
+        numbers = iter(range(len(part.text)))
+        part.own_captions = {i: list(islice(numbers, len(own))) for i, own in enumerate(captions)}
+        part.cached = None if self.cached is None else self.cached[list(images)]
+        part.unreadable = {
+            i: self.unreadable[image] for i, image in enumerate(images) if image in self.unreadable
+        }
+        return part
+
+    def plain(self) -> "Flickr8kDataset":
+        """The same data set with `plain_protocol`."""
+        part = self.subset(range(len(self)))
+        part.plain_protocol = True
+        return part
+
     def cache(
         self,
         folder: str | os.PathLike | None = None,
@@ -252,8 +276,8 @@ class Batch(NamedTuple):
     tokens: Tensor  # `[n * k, context_length]` on the CPU, image by image
     texts: Tensor | None = None  # `[n, m]`, for `contrastive_loss`
     colours: Tensor | None = None  # `[n, 3, 4]` of `draw_recolourings`, on the device
-    # The inputs of distillation: every other image of all processes' batch, with changed colours
-    # and words, if this process has it.
+    # The inputs of distillation, if this process has some: every other image of all processes'
+    # batch, with changed colours and words, or in their places what is `Unlabelled`.
     altered: "Batch | None" = None
     cached: frozenset[str] = frozenset()  # "image", "text"
 
@@ -293,7 +317,8 @@ def check_batch_size(batch_size: int, images: int, processes: Processes) -> None
 class TrainLoader:
     """Shuffled batches of images with `captions_per_image` of their captions (at most as many as
     any image has). Random choices follow from the seed and the epoch alone. Images after the last
-    whole batch sit out the epoch. With `alter`, batches have the inputs of distillation.
+    whole batch sit out the epoch. With `alter`, batches have the inputs of distillation; images and
+    sentences that are `unlabelled` take the place of altered ones.
 
     An unreadable image is reported once, and another takes its place; with `strict` it is an
     `InputError`.
@@ -309,13 +334,16 @@ class TrainLoader:
     strict: bool = False
     processes: Processes = ALONE
     alter: bool = False
+    unlabelled: Unlabelled = field(default_factory=Unlabelled)
 
     def __post_init__(self) -> None:
         check_batch_size(self.batch_size, len(self.dataset), self.processes)
         most = max(map(len, self.dataset.own_captions.values()))
         self.captions_per_image = min(self.captions_per_image, most)
-        self.reported: set[int] = set()
+        self.reported: set[str] = set()
         self.features: dict[str, Tensor] = {}  # cached, of frozen towers; see `cache_features`
+        tokenizer, length = self.dataset.tokenizer, self.dataset.context_length
+        self.sentences = token_rows(tokenizer, self.unlabelled.texts, length, truncate=True)
 
     def __len__(self) -> int:
         return len(self.dataset) // self.batch_size
@@ -328,6 +356,7 @@ class TrainLoader:
         captions = self._draw_captions(random)
         crops = draw_crops(len(self.dataset), random)
         texts = self.features.get("text", self.dataset.tokens)
+        others = self._load_unlabelled(random, start)
         for step, loaded in enumerate(self._load(batches), start):
             self._report(loaded.problems)
             batch = Batch(
@@ -337,28 +366,48 @@ class TrainLoader:
                 self.dataset.text_ids[captions[loaded.rows]],
                 cached=frozenset(self.features),
             )
-            yield batch._replace(altered=self._altered(batch, (self.seed, epoch, step)))
+            altered = self._altered(batch, (self.seed, epoch, step)) if self.alter else None
+            if altered and self.unlabelled.images:
+                other = next(others)
+                self._report(other.problems)
+                images, cached = upload(other.images, self.device), altered.cached - {"image"}
+                altered = altered._replace(images=images, colours=None, cached=cached)
+            yield batch._replace(altered=altered)
 
     def _altered(self, batch: Batch, seed: tuple[int, int, int]) -> Batch | None:
-        """The inputs of distillation. Random numbers are drawn for the whole batch, so that they do
-        not depend on the number of processes."""
+        """The inputs of distillation, but for unlabelled images. Random numbers are drawn for the
+        whole batch, so that they do not depend on the number of processes."""
         shard = self.processes.shard(self.batch_size)
         local, in_shard = slice(shard.start % 2, None, 2), slice(shard.start, shard.stop)
         images = batch.images[local]
-        if not (self.alter and len(images)):
+        if not len(images):
             return None
-        random = np.random.default_rng(seed)
+        random, cached = np.random.default_rng(seed), batch.cached
         colours = draw_recolourings(self.batch_size, random)[in_shard][local]
         tokens = batch.tokens.unflatten(0, (len(batch.images), -1))[local].flatten(0, 1)
-        if "text" not in batch.cached:
-            k, length = self.captions_per_image, tokens.shape[1]
+        k, length = self.captions_per_image, tokens.shape[1]
+        if len(self.sentences):
+            rows = random.integers(len(self.sentences), size=(self.batch_size, k))
+            tokens = self.sentences[rows[in_shard][local].flatten()]
+            cached -= {"text"}
+        elif "text" not in cached:
             draws = torch.from_numpy(random.random((self.batch_size, k, 2 * length + 1)))
             draws = draws[in_shard][local].flatten(0, 1)
             tokenizer = self.dataset.tokenizer
             tokens = reword(tokens, draws, tokenizer.words, tokenizer.padding)
         crops = None if batch.crops is None else batch.crops[local]
-        colours = upload(colours, self.device)
-        return Batch(images, crops, tokens, colours=colours, cached=batch.cached)
+        return Batch(images, crops, tokens, colours=upload(colours, self.device), cached=cached)
+
+    def _load_unlabelled(self, random: np.random.Generator, start: int) -> Iterator[Loaded]:
+        """This process's unlabelled images for each step of an epoch, from the `start`-th on: as
+        many as `_altered` has of the batch."""
+        paths, shard = self.unlabelled.images, self.processes.shard(self.batch_size)
+        if not (self.alter and paths):
+            return iter(())
+        rows = random.integers(len(paths), size=(len(self), self.batch_size))[start:].tolist()
+        part = slice(shard.start + shard.start % 2, shard.stop, 2)
+        reader = ImageReader(paths, self.dataset.preprocess.resize_and_crop)
+        return read_batches(reader, rows, self.num_workers, part, substitute=True)
 
     def _load(self, batches: list[list[int]]) -> Iterator[Loaded]:
         shard = self.processes.shard(self.batch_size)
@@ -382,10 +431,10 @@ class TrainLoader:
 
     def _report(self, problems: dict[int, str]) -> None:
         """Print the problems of images that were not reported yet."""
-        for row in problems.keys() - self.reported:
+        for problem in set(problems.values()) - self.reported:
             console = None if self.processes.is_rank_0 else sys.stderr
-            tqdm.write(f"{problems[row]}; another image takes its place", file=console)
-        self.reported |= problems.keys()
+            tqdm.write(f"{problem}; another image takes its place", file=console)
+        self.reported.update(problems.values())
 
     def _draw_captions(self, random: np.random.Generator) -> Tensor:
         """The caption indices of each image in random order, `[n, most]`; images with fewer than

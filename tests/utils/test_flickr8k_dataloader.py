@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from models.errors import InputError
 from models.preprocess import Preprocess, normalize
 from utils import Flickr8kDataset
 from utils.data.augment import recolour
+from utils.data.unlabelled import Unlabelled, find_unlabelled
 from utils.flickr8k_dataloader import TrainLoader, check_batch_size
 from utils.loss import contrastive_loss
 from utils.machine.processes import ALONE, Processes
@@ -281,6 +283,28 @@ def test_a_split_of_one_text_is_refused(tmp_path, texts):
     dataset.check_texts()
 
 
+def test_a_subset_is_the_data_set_of_a_list_with_these_images_alone(root, tmp_path):
+    """Also where the captions were read and shared, and the images cached, before."""
+    entries = json.loads((root / "en_train.json").read_text())
+    entries[6]["caption"] = entries[3]["caption"] = ["the same", "other"]
+    (root / "en_train.json").write_text(json.dumps(entries))
+    dataset = Flickr8kDataset(root, 32)
+    dataset.cache(tmp_path / "pixels")
+    assert dataset.count_shared_captions() == 4
+    part = dataset.subset([6, 8])
+    (root / "en_val.json").write_text(json.dumps([entries[6], entries[8]]))
+    expected = Flickr8kDataset(root, 32, split="val")
+    assert (part.image, part.text, part.names) == (expected.image, expected.text, expected.names)
+    for name in ("own_captions", "img_to_txt", "txt_to_img"):
+        assert getattr(part, name) == getattr(expected, name), name
+    assert torch.equal(part.tokens, expected.tokens) and part.count_shared_captions() == 0
+    pixels = [next(data.batches([[0, 1]], 0)) for data in (part, expected)]
+    assert torch.equal(*pixels)
+    assert len(dataset) == 11 and dataset.count_shared_captions() == 4
+    plain = Flickr8kDataset(root, 32, plain_protocol=True)
+    assert dataset.plain().img_to_txt == plain.img_to_txt != dataset.img_to_txt
+
+
 def test_the_rest_of_an_epoch_is_what_it_would_have_been(root):
     loader = TrainLoader(Flickr8kDataset(root, 32), 3, CPU, seed=1, captions_per_image=2)
     assert equal(batches(loader, 2)[1:], batches(loader, 2, start=1))
@@ -343,6 +367,61 @@ def test_a_batch_says_which_of_its_inputs_are_cached_features(root):
         assert all(one.cached == {"text"} for one in (batch, batch.altered, *batch.split(3)))
         assert torch.equal(batch.altered.tokens, batch.tokens[::2])
         assert torch.equal(batch.tokens, loader.features["text"][batch.texts[:, 0]])
+
+
+def test_unlabelled_images_and_sentences_take_the_place_of_altered_ones(root, tmp_path, capsys):
+    """Those of a step are the same for any number of processes; a broken file is passed over, and
+    the captions and images to train on stay as they were."""
+    dataset, folder = Flickr8kDataset(root, 32), tmp_path / "scans"
+    folder.mkdir()
+    for shade in range(20):
+        Image.new("RGB", (50, 40), (10 * shade, 0, 0)).save(folder / f"{shade:02}.png")
+    (folder / "20.png").write_bytes(b"no image")
+    (tmp_path / "sentences.txt").write_text("one\n\ntwo\nthree\n")
+    given = find_unlabelled([str(folder), str(tmp_path / "sentences.txt")])
+    sentences = tokenize(["one", "two", "three"]).tolist()
+
+    def steps(**options):
+        loader = TrainLoader(dataset, 5, CPU, captions_per_image=2, alter=True, **options)
+        loader.features["text"] = torch.randn(len(dataset.text), 7)  # of a frozen tower
+        return [*loader.epoch(1), *loader.epoch(2)]
+
+    whole, without = steps(unlabelled=given), steps()
+    shades = set()
+    for batch, plain in zip(whole, without, strict=True):
+        assert torch.equal(batch.images, plain.images) and torch.equal(batch.texts, plain.texts)
+        altered = batch.altered
+        assert altered.images.shape == (3, 3, 32, 32) and altered.colours is None
+        assert not altered.images[:, 1:].any() and not altered.cached
+        shades |= set((altered.images[:, 0, 0, 0] // 10).tolist())
+        assert len(altered.tokens) == 6 and all(row in sentences for row in altered.tokens.tolist())
+    assert len(shades) > 6
+    assert capsys.readouterr().out.count("20.png: ") <= 1
+    for size in (2, 5):
+        ranks = [steps(unlabelled=given, processes=Processes(rank, size)) for rank in range(size)]
+        for step, of_ranks in enumerate(zip(*ranks, strict=True)):
+            parts = [batch.altered for batch in of_ranks if batch.altered]
+            for name in ("images", "tokens"):
+                joined = torch.cat([getattr(part, name) for part in parts])
+                assert torch.equal(joined, getattr(whole[step].altered, name)), name
+
+
+def test_what_is_given_of_unlabelled_data_alone_is_replaced(root, tmp_path):
+    dataset = Flickr8kDataset(root, 32)
+    loader = partial(TrainLoader, dataset, 5, CPU, alter=True)
+    plain = next(loader().epoch(1)).altered
+    images = next(loader(unlabelled=Unlabelled(images=dataset.image[:2])).epoch(1)).altered
+    assert torch.equal(images.tokens, plain.tokens) and not torch.equal(images.images, plain.images)
+    texts = next(loader(unlabelled=Unlabelled(texts=["one"])).epoch(1)).altered
+    assert torch.equal(texts.images, plain.images) and torch.equal(texts.colours, plain.colours)
+    assert texts.tokens.tolist() == 3 * tokenize("one").tolist()
+
+
+@pytest.mark.parametrize("name, problem", [("gone", "no such file"), ("empty", "no images")])
+def test_unlabelled_data_that_is_not_there_is_refused(tmp_path, name, problem):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=f"--distill_data: .*{name}: .*{problem}"):
+        find_unlabelled([str(tmp_path / name)])
 
 
 def test_several_captions_of_an_image_are_different_while_it_has_enough(root):
