@@ -12,6 +12,7 @@ images for a text, or like another image:
 
 import argparse
 import io
+import re
 import sys
 from collections.abc import Iterator
 from itertools import chain, count
@@ -108,7 +109,7 @@ def caption(args: argparse.Namespace) -> None:
             with precision.autocast():
                 (own,) = encode_pixels(model, [model.preprocess.resize_and_crop(image)])
             ranked = rank_captions(captions, text_features, own, model)[:TOP]
-            output = args.output or new_picture(drawn_into, file)
+            output = args.output or new_picture(drawn_into, Path(file).stem)
             for place, (text, probability, similarity) in enumerate(ranked, 1):
                 print(f"{place}. {probability:7.2%}  similarity {similarity:.3f}  {text}")
             draw_ranking(image, ranked, output)
@@ -144,7 +145,8 @@ def search(args: argparse.Namespace, folder: Path) -> None:
         else:
             queries = encode_texts(model, model.tokenize(texts, truncate=True))
 
-    for title, query in zip(texts or [f"like {args.similar}"], queries, strict=True):
+    titles = [f"like {Path(args.similar).name}"] if args.similar else texts
+    for title, query in zip(titles, queries, strict=True):
         shown = [(image, "the query") for image in similar]
         found = [
             (images[i], similarity)
@@ -159,7 +161,8 @@ def search(args: argparse.Namespace, folder: Path) -> None:
             picture = open_image(folder / image)
             picture.thumbnail(THUMBNAIL)
             shown.append((picture, f"{place}. {similarity:.3f} {image}"))
-        output = args.output or new_picture(drawn_into, folder.resolve().name)
+        name = f"{folder.resolve().name[: NAME_LENGTH // 2]} {title}"
+        output = args.output or new_picture(drawn_into, re.sub(r"\W+", "_", name).strip("_"))
         draw_found(title, shown, output)
         print(f"picture: {output}")
 
@@ -199,9 +202,9 @@ def output_folder(weights: str | Path) -> Path:
     return folder
 
 
-def new_picture(folder: Path, image: str) -> Path:
-    """A new file in `folder` for the picture of `image`, named like it, with a number if needed."""
-    name = Path(image).stem[:NAME_LENGTH]
+def new_picture(folder: Path, name: str) -> Path:
+    """A new file in `folder` for a picture, with a number if there is one of this name."""
+    name = name[:NAME_LENGTH]
     names = chain([name], (f"{name}_{number}" for number in count(2)))
     return next(file for name in names if not (file := folder / f"{name}.png").exists())
 
