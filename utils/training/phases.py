@@ -162,4 +162,6 @@ def finish(
     if "test" in sets:
         scores, _ = evaluator.score(model, sets["test"], k_values=range(1, 11))
         report_test(scores, chosen)
-    print(what_to_try(sets["val"].image[0], chosen, sets["val"].text))
+    val = sets["val"]
+    captions = [[val.text[caption] for caption in own] for own in val.own_captions.values()]
+    print(what_to_try(val.image[0], chosen, captions))
