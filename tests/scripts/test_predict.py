@@ -1,6 +1,7 @@
 """predict.py and predict_zero_shot.py, run as a user runs them."""
 
 import ast
+import csv
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from open_clip_folders import siglip
 from PIL import Image
 from published import save_published
 from script_runs import ROOT, error_line, run_script
@@ -328,6 +330,92 @@ def test_predict_takes_any_path_and_the_home_folder(work, photo, monkeypatch):
         "predict.py", f"~/{names[1]}", *texts, "--output", "~/ranking.png", cwd=work, fresh=True
     )
     assert (home / "ranking.png").is_file()
+
+
+# Answers for a folder
+
+
+@pytest.fixture
+def answer(work, photo, monkeypatch, capsys):
+    """A function that runs predict_zero_shot.py on three images, one of them broken, with the
+    `weights`; it returns (the lines printed, rows by image, cosines of images and labels)."""
+    folder = work / "answered"
+    folder.mkdir(exist_ok=True)
+    (folder / "broken.png").write_text("no image")
+    for i, other in enumerate(sorted((work / "data" / "images").glob("*.png"))[:2]):
+        shutil.copy(other, folder / f"图 {i}.png")
+
+    def call(weights: Path, file: str, *arguments: object):
+        monkeypatch.chdir(work)
+        words = ["answered", "--weights", weights, "--labels", *THREE, "--csv", file, *arguments]
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, words)])
+        predict_zero_shot.main()
+        with (work / file).open(encoding="utf-8", newline="") as lines:
+            rows = list(map(json.loads, lines) if file.endswith("jsonl") else csv.DictReader(lines))
+        model, preprocess = load(weights, "cpu")
+        with torch.no_grad():
+            pixels = torch.stack([preprocess(open_image(folder / f"图 {i}.png")) for i in range(2)])
+            images, texts = model.encode_image(pixels), model.encode_text(model.tokenize(THREE))
+        cosines = torch.cosine_similarity(images[:, None].double(), texts[None].double(), dim=-1)
+        return capsys.readouterr().out, {Path(row["image"]).name: row for row in rows}, cosines
+
+    return call
+
+
+THREE = ["a dog", "a red, round circle", "星星"]
+
+
+def test_a_folder_is_answered_in_a_csv_and_in_json_lines(work, answer):
+    """Features are rounded to float16, of 11 bits: a logit by less than 1%."""
+    weights = work / "logs" / "a run" / "weights" / "best_epoch_weights.pth"
+    printed, rows, cosines = answer(weights, "out/a.csv")
+    _, same, _ = answer(weights, "a.jsonl")
+    assert "broken.png: not an image" in printed and "answers for 2 images written" in printed
+    probabilities = (load(weights, "cpu")[0].logit_scale.exp() * cosines).softmax(dim=1)
+    assert list(rows) == list(same) == ["图 0.png", "图 1.png"]
+    for i, (of_csv, of_json) in enumerate(zip(rows.values(), same.values(), strict=True)):
+        best = THREE[cosines[i].argmax()]
+        assert of_csv["labels"] == best and of_json["labels"] == [best]
+        for name, expected in (("similarity", cosines[i]), ("probability", probabilities[i])):
+            found = [float(of_csv[f"{name}: {label}"]) for label in THREE]
+            assert found == list(of_json[name].values())
+            assert found == pytest.approx(expected.tolist(), abs=2e-3)
+
+
+def test_labels_are_judged_each_on_its_own(work, answer, tmp_path):
+    """A CLIP's by their cosines; a SigLIP's by their own probabilities, a sigmoid. The threshold is
+    in the widest gap between scores, which rounding does not close."""
+    siglip(tmp_path / "siglip")
+    for weights in (work / "logs/a run/weights/best_epoch_weights.pth", tmp_path / "siglip"):
+        _, _, scores = answer(weights, "a.csv")
+        model, _ = load(weights, "cpu")
+        if model.logit_bias is not None:
+            scores = (model.logit_scale.exp() * scores + model.logit_bias).sigmoid()
+        ordered = scores.flatten().sort().values.detach()
+        widest = ordered.diff().argmax()
+        threshold = (ordered[widest : widest + 2].mean()).item()
+        _, rows, _ = answer(weights, "a.jsonl", "--threshold", threshold)
+        expected = [
+            [label for label, score in zip(THREE, row, strict=True) if score > threshold]
+            for row in scores.tolist()
+        ]
+        assert [row["labels"] for row in rows.values()] == expected
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["data"], "data: a folder; add --csv FILE"),
+        (["nowhere.png", "--csv", "a.csv"], "nowhere.png: no such image file"),
+        (["data", "--csv", "a.txt"], "a.txt: name a file that ends in .csv or .jsonl"),
+        (["data", "--csv", "data/en_val.json/a.csv"], "en_val.json is no folder"),
+        (["data", "--threshold", "30"], "--threshold: 30 is not a number from 0 to 1"),
+        (["empty", "--csv", "a.csv"], "empty: there are no images in it"),
+    ],
+)
+def test_answers_that_cannot_be_given_are_refused(work, error_of, arguments, message):
+    (work / "empty").mkdir(exist_ok=True)
+    assert message in error_of(predict_zero_shot.main, *arguments)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (10_000, 10), (10, 10_000)])
