@@ -12,8 +12,8 @@ from models.errors import InputError
 from models.host import run_script
 from models.scripts import ArgumentParser, from_here
 from utils.data.templates import TEMPLATE_SETS, read_templates
-from utils.runs.answers import answers_file, write_answers
-from utils.runs.arguments import add_loading, fraction, name_or_path
+from utils.runs.answers import write_answers
+from utils.runs.arguments import add_loading, answer_file, fraction, name_or_path
 from utils.runs.default_weights import add_weights, weights_to_use
 
 LABELS = ["two line charts", "a schematic diagram", "a landscape photo", "a oil painting"]
@@ -34,7 +34,7 @@ def build_parser() -> ArgumentParser:
         help="sentences around a label, whose features are averaged: "
         f"{', '.join(TEMPLATE_SETS)} (cn: Chinese), or a file with one a line and {{}} for the "
         "label (default: %(default)s, the label alone)")
-    add("--csv", type=answers_file, metavar="FILE",
+    add("--csv", type=answer_file, metavar="FILE",
         help="write a row an image, with the probability and the similarity of each label; as "
         "JSON lines if FILE ends in .jsonl")
     add("--threshold", type=fraction, metavar="T",

@@ -37,8 +37,8 @@ from utils.machine.memory import explained
 from utils.machine.processes import ALONE, Processes
 from utils.retrieval.encode import encode_images, encode_texts
 from utils.retrieval.tables import format_rows
-from utils.runs.answers import answers_file, write_answers
-from utils.runs.arguments import add_scoring, name_or_path, path, picture
+from utils.runs.answers import write_answers
+from utils.runs.arguments import add_scoring, answer_file, name_or_path, path, picture
 from utils.runs.default_weights import add_weights, weights_to_use
 
 WORST = 3  # classes that are printed
@@ -269,7 +269,7 @@ def build_parser() -> ArgumentParser:
     add_scoring(parser)
     add("--json", type=writable_file, metavar="FILE",
         help="write the scores, with those of each class")
-    add("--csv", type=answers_file, metavar="FILE",
+    add("--csv", type=answer_file, metavar="FILE",
         help="write a row an image: path, label, prediction, its probability; as JSON lines if "
         "FILE ends in .jsonl")
     add("--plot", type=picture, metavar="FILE", help="write a picture of the confusion matrix")

@@ -332,7 +332,52 @@ def test_predict_takes_any_path_and_the_home_folder(work, photo, monkeypatch):
     assert (home / "ranking.png").is_file()
 
 
-# Answers for a folder
+# Features and answers for other programs
+
+
+@pytest.fixture
+def printed(work, monkeypatch, capsys):
+    """A function that runs predict.py in the folder `work`; it returns what is printed."""
+
+    def call(*arguments: object) -> str:
+        monkeypatch.chdir(work)
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+        predict.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_features_of_a_folder_are_written_in_its_order(work, photo, printed, tmp_path):
+    """Those of the model itself, rounded to float16; the second time none is encoded."""
+    for name in ("b/2.png", "a/10.png", "c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(photo, tmp_path / name)
+    Image.open(photo).rotate(90).save(tmp_path / "a" / "10.png")
+    (tmp_path / "b" / "broken.png").write_text("no image")
+    first, second = (printed(tmp_path, "--features", "out/f.npy") for _ in range(2))
+    assert "broken.png: not an image" in first and "3 features written to " in first
+    assert "are cached in" in first and "are cached in" not in second
+    names = (work / "out" / "f.names.txt").read_text("utf-8").splitlines()
+    assert names == [str(tmp_path / name) for name in ("a/10.png", "b/2.png", "c.png")]
+    model, preprocess = load(work / "logs" / "a run" / "weights" / "best_epoch_weights.pth", "cpu")
+    with torch.no_grad():
+        pixels = torch.stack([preprocess(open_image(name)) for name in names])
+        own = torch.nn.functional.normalize(model.encode_image(pixels), dim=-1)
+    assert np.load(work / "out" / "f.npy") == pytest.approx(own.numpy(), abs=1e-3)
+
+
+def test_features_of_the_lines_of_a_file(work, printed):
+    """Also of a line that stands there twice, and of one that is cut."""
+    lines = ["a dog", "word " * 99 + "end", "一只狗", "a dog"]
+    (work / "lines.txt").write_text("\n\n".join(lines), "utf-8")
+    text = printed("--captions_file", "lines.txt", "--features", "lines.npy")
+    assert "1 of the captions cut: the model reads 75 tokens" in text
+    assert (work / "lines.names.txt").read_text("utf-8").splitlines() == lines
+    model, _ = load(work / "logs" / "a run" / "weights" / "best_epoch_weights.pth", "cpu")
+    with torch.no_grad():
+        own = model.encode_text(tokenize(lines, truncate=True), normalize=True)
+    assert np.load(work / "lines.npy") == pytest.approx(own.numpy(), abs=1e-3)
 
 
 @pytest.fixture
@@ -610,6 +655,12 @@ def test_a_folder_in_which_nothing_can_be_read_ends_in_one_line(work, tmp_path):
             ["data", "--captions_file", "gone.txt", "--weights", "ViT-B/32"],
             "gone.txt: no such file",
         ),
+        (["--captions_file", "gone.txt", "--features", "f.npy"], "gone.txt: no such file"),
+        (["--features", "f.npy"], "--features writes those of a FOLDER's images or those of the"),
+        (["data", "--text", "a", "--features", "f.npy"], "name one of them, and nothing else"),
+        (["data/en_val.json", "--features", "f.npy"], "en_val.json: is no folder; --features"),
+        (["gone", "--features", "f.npy"], "gone: no such folder; --features takes a folder"),
+        (["data", "--features", "f.npz"], "f.npz: name a file that ends in .npy or .parquet"),
     ],
 )
 def test_a_search_that_cannot_be_made_is_refused_before_weights_are_loaded(

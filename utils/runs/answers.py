@@ -1,21 +1,11 @@
 """Answers for other programs: a row an image, in a CSV or, by the file's ending, in JSON lines."""
 
-import argparse
 import csv
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from models.scripts import writable_file
 from utils.runs.files import atomic_write, writing
-
-
-def answers_file(text: str) -> Path:
-    """The path of a file of answers to write, checked before anything is computed for it."""
-    file = writable_file(text)
-    if file.suffix.lower() not in (".csv", ".jsonl"):
-        raise argparse.ArgumentTypeError(f"{text}: name a file that ends in .csv or .jsonl")
-    return file
 
 
 def write_answers(file: Path, rows: Iterable[Mapping[str, object]]) -> None:

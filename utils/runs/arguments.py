@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,31 @@ workers = integer(0, 256)  # processes that read images; more fill the memory wi
 def picture(text: str) -> Path:
     """The path of a picture to write, checked before anything is computed for it."""
     return checked(writable_file(text), picture_format)
+
+
+def _ending_in(*endings: str) -> Callable[[str], Path]:
+    """The type of the path of a file to write, checked before anything is computed for it."""
+
+    def parse(text: str) -> Path:
+        if (file := writable_file(text)).suffix.lower() in endings:
+            return file
+        raise argparse.ArgumentTypeError(
+            f"{text:.60}: name a file that ends in {' or '.join(endings)}"
+        )
+
+    return parse
+
+
+answer_file = _ending_in(".csv", ".jsonl")
+
+
+def feature_file(text: str) -> Path:
+    file = _ending_in(".npy", ".parquet")(text)
+    if file.suffix.lower() == ".parquet" and not find_spec("pyarrow"):
+        raise argparse.ArgumentTypeError(
+            f"{text:.60}: needs pyarrow (pip install pyarrow); or name a file that ends in .npy"
+        )
+    return file
 
 
 def name_or_path(text: str) -> str:
