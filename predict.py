@@ -1,9 +1,10 @@
-"""Rank captions by how well they describe an image, or search a folder of images; draw the result.
+"""Rank captions by how well they describe an image, or search a folder of images;
+draw the result.
 
 captions for an image:
   python predict.py photo.jpg --text "a dog runs" "a cat sleeps"
-  python predict.py photo.jpg      ranks the validation captions of the data set of the weights
-  python predict.py                asks for one image after another, until an empty line
+  python predict.py photo.jpg   ranks the validation captions of the run
+  python predict.py             asks for images, until an empty line
 
 images for a text, or like another image:
   python predict.py photos --text "two dogs in the snow" "a red car"

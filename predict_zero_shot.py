@@ -1,7 +1,8 @@
-"""Zero-shot prediction: probabilities of labels for images (Radford et al. 2021, section 3.1).
+"""Zero-shot prediction: probabilities of labels for images (Radford et al. 2021,
+section 3.1).
 
-python predict_zero_shot.py photo.jpg --labels "a dog" "a cat"
-python predict_zero_shot.py photos --labels "a dog" "a cat" --csv answers.csv
+  python predict_zero_shot.py photo.jpg --labels "a dog" "a cat"
+  python predict_zero_shot.py photos --labels "a dog" "a cat" --csv answers.csv
 """
 
 from collections import Counter
@@ -29,7 +30,7 @@ def build_parser() -> ArgumentParser:
         help="an image, or with --csv a folder of images, with all its subfolders (default: "
         "%(default)s)")
     add("--labels", nargs="+", default=LABELS, metavar="LABEL",
-        help="the labels to choose from (default: %(default)s)")
+        help=f"the labels to choose from (default: {', '.join(LABELS)})")
     add("--templates", type=name_or_path, default="none", metavar="SET_OR_FILE",
         help="sentences around a label, whose features are averaged: "
         f"{', '.join(TEMPLATE_SETS)} (cn: Chinese), or a file with one a line and {{}} for the "

@@ -1,10 +1,11 @@
-"""Accuracy of image classification: zero-shot, and with a linear probe on image features (Radford
-et al. 2021, sections 3.1 and 3.2).
+"""Accuracy of image classification: zero-shot, and with a linear probe on image
+features (Radford et al. 2021, sections 3.1 and 3.2).
 
-As a script, it scores weights on class folders, or on a data set of torchvision:
+As a script, it scores weights on class folders, or on a set of torchvision:
 
-    python utils/classification.py --weights ViT-B/32 --data cifar10 --templates ensemble
-    python utils/classification.py --data my_images --linear_probe
+  python utils/classification.py --data my_images --plot confusion.png
+  python utils/classification.py --data my_images --linear_probe --csv a.csv
+  python utils/classification.py --weights ViT-B/32 --data cifar10
 """
 
 import re
@@ -245,9 +246,7 @@ def worst_classes(found: Accuracy, classes: Sequence[str]) -> list[str]:
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        description="Score a CLIP on images of classes: top-1, top-5 and mean per-class accuracy."
-    )
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     # fmt: off
     add("--data", type=name_or_path, required=True, metavar="FOLDER_OR_NAME",

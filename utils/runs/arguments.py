@@ -104,6 +104,8 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
 
 def add_scoring(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of all scripts that score weights."""
-    parser.add_argument("--batch_size", type=integer(1), default=64, help="images at a time")
-    parser.add_argument("--num_workers", type=workers, default=0, help="processes that read images")
+    add = parser.add_argument
+    add("--batch_size", type=integer(1), default=64, help="images at a time (default: %(default)s)")
+    add("--num_workers", type=workers, default=0,
+        help="processes that read images (default: 0, this one reads them)")  # fmt: skip
     add_loading(parser)
