@@ -1,8 +1,9 @@
 """Fine-tune CLIP on captioned images, or train it from scratch.
 
-python train.py --demo                                    a small model, minutes on a CPU
-python train.py --resume_training ViT-B/32                the published weights, on flickr8k/
-python train.py --resume_training logs/RUN                go on with a run
+python train.py --demo                          a small model, minutes on a CPU
+python train.py --resume_training ViT-B/32      tune OpenAI's, on flickr8k/
+python train.py --dataset_path my_data          the same, on your own data
+python train.py --resume_training logs/RUN      go on with a run
 torchrun --standalone --nproc_per_node=2 train.py ...     on two GPUs
 """
 
@@ -31,16 +32,19 @@ def build_parser() -> ArgumentParser:
         help="what to start from: a model name (downloaded if needed), a weights file, a run's "
         "folder to continue that run with its own arguments and those given now, or none to train "
         "--model from scratch (default: %(default)s)")
-    add("--model", help="architecture to train from scratch, with --resume_training none")
+    add("--model", metavar="NAME",
+        help="architecture to train from scratch, such as ViT-demo or ViT-B/32; add "
+        "--resume_training none")
     add_activation(parser)
     add("--log_dir", type=path, default="logs", help="folder for the runs (default: %(default)s)")
-    add("--seed", type=integer(0, 2**32 - 1), default=0, help="for random choices (default: 0)")
+    add("--seed", type=integer(0, 2**32 - 1), default=0,
+        help="another number, other random choices (default: %(default)s)")
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset_path", type=path, default=from_here("flickr8k"),
         help="folder with images and {en,cn}_{train,val}.json, .csv, ... (default: %(default)s)")
     add("--language", choices=["en", "cn"], nargs="+", default=["en"],
-        help="of the captions in training and scoring; several languages are mixed (default: en)")
+        help="language of the captions in training and scoring; two are mixed (default: en)")
     add("--input_shape", type=integer(1, MAX_RESOLUTION), metavar="PIXELS",
         help="side of the images; the positional embedding is interpolated (default: the model's)")
     add("--captions_per_image", type=integer(1), default=2, metavar="K",
@@ -71,7 +75,8 @@ def build_parser() -> ArgumentParser:
         help="adam and sgd add the weight decay to the gradient, adamw does not; sgd needs a far "
         "higher --lr (default: %(default)s)")
     add("--momentum", type=number(below=1), default=0.9,
-        help="of SGD; beta1 of Adam and AdamW (default: %(default)s)")
+        help="how much of the earlier steps goes on in each step: the momentum of SGD, beta1 of "
+        "Adam and AdamW (default: %(default)s)")
     add("--weight_decay", type=number(), default=0.1, help="of matrices (default: %(default)s)")
     add("--patience", type=integer(0), metavar="EPOCHS",
         help="stop after EPOCHS epochs without a better mean recall (default: 3; from scratch, and "

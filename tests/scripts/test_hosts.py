@@ -138,12 +138,28 @@ def test_a_bar_leaves_nothing_and_a_file_has_none_within_30_seconds(stream, stat
 # Commands to paste
 
 
-def test_labels_to_try_are_the_shortest_caption_and_something_else():
-    captions = ["A dog  runs .", "a dog runs.", "A brown dog runs over a meadow", "--labels", "Two"]
+DOG = ["A brown dog runs .", "A dog is on the grass", "a dog in the snow", "A dog jumping"]
+MAN = ["a man in a red shirt", "A man with a ring .", "An old man on a bench ."]
+WOMAN = ["a woman with an umbrella", "a dog and a woman", "A young woman is outside"]
+
+
+@pytest.mark.parametrize(
+    "captions, labels",
+    [
+        ([DOG, WOMAN, MAN, MAN], ["a dog", "a man"]),
+        ([MAN, DOG, WOMAN, DOG], ["a man", "a dog"]),
+        ([["a brown ring ."] * 2, ["An owl in a tree", "a photo of an owl"]], ["a ring", "an owl"]),
+        ([["一只棕色的狗在草地上奔跑", "可爱的狗。"], ["戴帽子的女孩,在笑"]], ["狗", "女孩"]),
+        ([["狗"]], ["狗", "something else"]),
+        ([["Two children laugh loudly on the grass", "--labels"]],
+         ["two children laugh loudly on the", "something else"]),
+        ([["..."]], ["a photo", "something else"]),
+    ],
+)  # fmt: skip
+def test_labels_to_try_are_nouns_of_the_captions(captions, labels):
     printed = what_to_try("my images/1.jpg", Path("w.pth"), captions)
-    assert shlex.split(printed.splitlines()[-1])[-3:] == ["--labels", "two", "something else"]
+    assert shlex.split(printed.splitlines()[-1])[-3:] == ["--labels", *labels]
     assert shlex.split(printed.splitlines()[-2])[-3:] == ["my images/1.jpg", "--weights", "w.pth"]
-    assert shlex.split(what_to_try("1.jpg", Path("w.pth"), ["狗"]))[-2:] == ["狗", "something else"]
 
 
 NASTY = ["$(touch pwned)", "`touch pwned`"]

@@ -130,15 +130,20 @@ def _encoder(model: CLIP, tower: str, cache: bool) -> tuple[Callable[[Tensor], T
 def distinct(captions: list[str], model: CLIP) -> list[str]:
     """The captions without those whose tokens, after cutting, are an earlier caption's. Prints how
     many are left out, and how many are cut."""
-    fits = fitting(model.tokenizer, model.context_length)
-    if cut := sum(len(model.tokenizer.encode(caption)) > fits for caption in captions):
-        print(f"{cut} of the captions cut: the model reads {fits} tokens of each; shorten them, so "
-              "that it reads how they differ")  # fmt: skip
+    count_cut(captions, model)
     alike = first_alike(model.tokenizer, captions, model.context_length)
     found = [caption for i, caption in enumerate(captions) if alike[i] == i]
     if left_out := len(captions) - len(found):
         print(f"{left_out} of the captions left out: the model reads them like another one")
     return found
+
+
+def count_cut(captions: list[str], model: CLIP) -> None:
+    """Print how many captions the model reads in part, if any."""
+    fits = fitting(model.tokenizer, model.context_length)
+    if cut := sum(len(model.tokenizer.encode(caption)) > fits for caption in captions):
+        print(f"{cut} of the captions cut: the model reads {fits} tokens of each; shorten them, so "
+              "that it reads how they differ")  # fmt: skip
 
 
 def cached_caption_features(

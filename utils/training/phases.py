@@ -188,9 +188,11 @@ def finish(
     plot_scores(scores, folder / "R_mAP.png")
     if "test" in sets:
         score_on_test(evaluator, model, sets["test"], chosen)
-    print(what_to_try(sets["val"].image[0], chosen, sets["val"].text))
+    val = sets["val"]
+    captions = [[val.text[caption] for caption in own] for own in val.own_captions.values()]
+    print(what_to_try(val.image[0], chosen, captions))
     report = folder / "report.html"
-    write_report(report, chosen, sets["val"], features, scores)
+    write_report(report, chosen, val, features, scores)
     print(f"scores, curves, answers to every query, in a browser: {report.absolute().as_uri()}")
 
 
