@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import repeat
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -185,14 +185,17 @@ class Flickr8kDataset(Dataset):
     def fingerprint(self) -> str:
         """A digest of the images' names, the captions and their order."""
         image_of = np.repeat(np.arange(len(self)), np.diff(self.starts))
-        digest = hashlib.sha256(b"[")
-        for number, values in enumerate((self.names, image_of, self.text)):
-            digest.update(b", [" if number else b"[")
-            for start in range(0, len(values), PIECE):
-                piece = json.dumps(list(values[start : start + PIECE]), default=int)[1:-1]
-                digest.update(f"{', ' if start else ''}{piece}".encode())
-            digest.update(b"]")
-        digest.update(b"]")
+        digest = hashlib.sha256()
+        for before, values in (
+            ("[[", self.names),
+            ("], [", map(int, image_of)),
+            ("], [", self.text),
+        ):
+            values = iter(values)
+            while piece := json.dumps([*islice(values, PIECE)])[1:-1]:
+                digest.update(f"{before}{piece}".encode())
+                before = ", "
+        digest.update(b"]]")
         return digest.hexdigest()
 
     def count_cut_captions(self) -> int:

@@ -3,7 +3,9 @@ reading and writing them."""
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path, PureWindowsPath
 from tempfile import TemporaryDirectory
 
@@ -26,7 +28,7 @@ from utils.runs.files import atomic_write
 
 SPLITS = {"train": "training", "val": "validation", "test": "test"}  # in names of files; in words
 PROBLEMS_SHOWN = 10  # of one caption file
-NOTHING = ("", "nan", "none", "null", "<na>")  # in place of a caption
+NOTHING = {"", "nan", "none", "null", "<na>"}  # in place of a caption
 OTHERS_SHOWN = 5  # other caption files in the folder of a missing one
 PATH_LENGTH = 100  # characters shown of a path
 # A path that `image_path` leaves as it is, found faster.
@@ -85,7 +87,7 @@ def captions_by_split(
     `ValueError`. One `InputError` names all problems.
     """
     problems: list[str] = []
-    entries: dict[str, Entries] = {}
+    entries: dict[str, Entries] = defaultdict(Entries)
     listed = empty = 0
     try:
         for where, content, problem in read_records(text, Path(str(file)).suffix.lower()):
@@ -100,7 +102,7 @@ def captions_by_split(
             split = content.get(first_of(SPLIT_FIELDS, content))
             split = "" if _is_empty(split) else str(split).strip().lower()
             texts = [caption for caption in captions if not _is_empty(caption)]
-            entries.setdefault(split, Entries()).add(image, texts, hash(repr(content)))
+            entries[split].add(image, texts, _digest(content))
             empty += max(1, len(captions)) - len(texts)
     except UnknownFormat as error:
         raise InputError(f"{file}: {error}") from None
@@ -219,6 +221,15 @@ def _read_entry(entry: object, read_image: Callable[[object], str]) -> tuple[str
     return tuple(values)
 
 
+def _digest(entry: dict) -> int:
+    """A number that entries share which are equal in every field; others do not, in practice."""
+    if float not in map(type, entry.values()):  # nan does not equal itself
+        with suppress(TypeError):
+            values = (tuple(v) if isinstance(v, list) else v for v in entry.values())
+            return hash((*entry, *values))
+    return hash(repr(entry))
+
+
 def _name(entry: object) -> str:
     """The image of an entry, spelled as in the file, to search for it there."""
     image = entry.get(first_of(IMAGE_FIELDS, entry)) if isinstance(entry, dict) else None
@@ -267,9 +278,13 @@ def _refuse_lone_surrogates(text: str) -> None:
 def _captions(captions: object) -> list[str | float | None]:
     """The captions of an entry, with empty ones (`_is_empty`)."""
     captions = captions if isinstance(captions, list) else [captions]
-    if not all(isinstance(caption, str) or _is_empty(caption) for caption in captions):
-        raise ValueError("should be a string or a list of strings")
-    _refuse_lone_surrogates("".join(caption for caption in captions if isinstance(caption, str)))
+    try:
+        text = "".join(captions)
+    except TypeError:
+        if not all(isinstance(caption, str) or _is_empty(caption) for caption in captions):
+            raise ValueError("should be a string or a list of strings") from None
+        text = "".join(caption for caption in captions if isinstance(caption, str))
+    _refuse_lone_surrogates(text)
     return captions
 
 

@@ -251,4 +251,7 @@ def _not_a_table(text: str) -> str:
 
 def first_of(fields: Iterable[str], names: Iterable[str]) -> str | None:
     """The first of `fields` that is among `names`."""
-    return next((field for field in fields if field in names), None)
+    for field in fields:
+        if field in names:
+            return field
+    return None
