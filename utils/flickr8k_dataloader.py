@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice, repeat
@@ -80,11 +81,28 @@ class Flickr8kDataset(Dataset):
         self.transform = transform
         self.plain_protocol = plain_protocol
         self.cached: Tensor | None = None
+        self.cached_rows: np.ndarray | None = None  # of the images of a sample, in `cached`
         self.unreadable: dict[int, str] = {}  # {image index: problem}, found by `cache`
         languages = dict.fromkeys([language] if isinstance(language, str) else language)
         files = [caption_file(root, name, self.split) for name in languages]
         self._hold(join_parts(map(read_annotations, files)))
         self._check_images_exist()
+
+    def sample(self, images: int) -> "Flickr8kDataset":
+        """So many of the images, drawn at random, always in the same way, in their order; the set
+        itself if it has no more. To be called after `cache`."""
+        if images >= len(self):
+            return self
+        rows = np.sort(np.random.default_rng(0).permutation(len(self))[:images])
+        sample = copy(self)
+        for name in ("tokens", "text_ids", "_images_of", "_captions_of"):
+            vars(sample).pop(name, None)
+        sample._hold(CaptionLists(self.names, self.starts, self.text).take(rows))
+        sample.cached_rows = rows
+        sample.unreadable = {
+            i: self.unreadable[row] for i, row in enumerate(rows.tolist()) if row in self.unreadable
+        }
+        return sample
 
     def _hold(self, lists: CaptionLists) -> None:
         self.names = lists.images  # paths below the root, with slashes
@@ -180,6 +198,8 @@ class Flickr8kDataset(Dataset):
             return
         for problem in self.unreadable.values():
             raise InputError(problem)
+        if self.cached_rows is not None:
+            batches = [self.cached_rows[rows].tolist() for rows in batches]
         yield from gather(self.cached, batches)
 
     def fingerprint(self) -> str:

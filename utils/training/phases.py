@@ -134,19 +134,29 @@ def get_state(
     return state
 
 
+def get_scored(val_set: Flickr8kDataset, images: int) -> Flickr8kDataset:
+    """The validation images to score after each epoch: all, or a random sample of so many."""
+    sample = val_set.sample(images)
+    if sample is not val_set:
+        print(f"scores after each epoch are of {len(sample):,} of the {len(val_set):,} validation "
+              "images, drawn at random (--val_images); all are scored at the end")  # fmt: skip
+    return sample
+
+
 def finish(
     args: Namespace,
     folder: Path,
     sets: Splits,
     state: State,
     evaluator: Evaluator,
+    val: Flickr8kDataset,
     retention: Retention,
     cached: Mapping[str, Tensor],
 ) -> None:
-    """Choose the weights that count, and score them on validation, with `cached` features, and on
-    the test split."""
+    """Choose the weights that count on the validation images `val` of the epochs, with `cached`
+    features, and score them on all validation images and on the test split."""
     chosen, start = tuned_weights(folder), folder / START
-    comment_on_epochs(state, len(sets["val"]))
+    comment_on_epochs(state, len(val))
     state.release()
     model, _ = load(chosen, state.precision.device)
     if args.wise_ft and not start.exists():
@@ -155,7 +165,7 @@ def finish(
         weights = load(start, "cpu")[0].state_dict()
         mixtures = Mixtures(model, weights, folder, args.max_forgetting)
         for alpha in mixtures.each(args.wise_ft):
-            found = evaluator.score(model, sets["val"], cached=cached)
+            found = evaluator.score(model, val, cached=cached)
             mixtures.add(alpha, *found, retention.compare(model, state.start))
         chosen = mixtures.choose()
     report_chosen(evaluator, model, chosen, sets["val"])
