@@ -56,6 +56,9 @@ def build_parser() -> ArgumentParser:
         "otherwise another image takes the place of each")
     add("--cache", nargs="?", const="", metavar="FOLDER",
         help="decode images once, into FOLDER (default: .cache in the data), as --retention does")
+    add("--val_images", type=integer(1), default=5000, metavar="N",
+        help="of more validation images, score N drawn at random after each epoch, and all at the "
+        "end: the time grows with their square (default: %(default)s)")
     add("--num_workers", type=workers,
         help="processes that read images (default: 4 with a GPU, 0 without)")
 
@@ -156,7 +159,14 @@ def main() -> None:
     processes, device = join_processes(args.device)
     sets, retention, unlabelled = get_data(args, device, processes)
     # pyzjr, which these import, takes seconds: after the checks.
-    from utils.training.phases import finish, get_loader, get_model, get_state, open_run
+    from utils.training.phases import (
+        finish,
+        get_loader,
+        get_model,
+        get_scored,
+        get_state,
+        open_run,
+    )
 
     model = get_model(args, resumed, device, processes)
     args = resolve_rate(args, model.config)
@@ -168,15 +178,16 @@ def main() -> None:
     with run.discarded_on_error():  # before its first step there is nothing to keep
         state = get_state(args, resumed, model, loader, run)
         del resumed  # a second copy of the moments
+        val = get_scored(sets["val"], args.val_images)
         announce(run, state, loader, sets, args.epochs)
         table = EpochTable(state, args.epochs, steps)
         evaluator = Evaluator(loader, state.precision, processes)
         cached = {}
         if args.cache_features:
-            cached = cache_features(model, loader, sets["val"], state.precision)
-        guard = Guard(evaluator, sets["val"], run.start_weights(), cached)
+            cached = cache_features(model, loader, val, state.precision)
+        guard = Guard(evaluator, val, run.start_weights(), cached)
         if state.is_at_start and args.resume_training != "none":
-            scores, val_loss = evaluator.score(state.scored, sets["val"], cached=cached)
+            scores, val_loss = evaluator.score(state.scored, val, cached=cached)
             state.note_start(scores, val_loss, retention.measure(state.scored, processes))
             table.add_start()
             if not args.no_guard:
@@ -213,7 +224,7 @@ def main() -> None:
             trained = progress.summary(
                 state.losses, schedule.rate(epoch * steps - 1, state.restarts)
             )
-        scores, val_loss = evaluator.score(state.scored, sets["val"], cached=cached)
+        scores, val_loss = evaluator.score(state.scored, val, cached=cached)
         state.finish_epoch(trained, scores, val_loss, retention.measure(state.scored, processes))
         guard.after_epoch(state, scores)
         table.add_epoch()
@@ -223,7 +234,7 @@ def main() -> None:
     interrupt.release()
     run.close(state)
     if processes.is_rank_0:
-        finish(args, run.folder, sets, state, Evaluator(loader, state.precision),
+        finish(args, run.folder, sets, state, Evaluator(loader, state.precision), val=val,
                retention=retention, cached=cached)  # fmt: skip
 
 

@@ -42,11 +42,11 @@ from utils.data.annotations import (
     annotations_json,
     captions_by_split,
     image_path,
-    join_parts,
     refuse_another_set,
     write_set,
 )
 from utils.data.caption_formats import SPLIT_WORDS
+from utils.data.caption_lists import join_parts
 
 Captions = dict[str, list[str]]  # name of an image -> its captions
 Splits = dict[str, list[str]]  # "train", "val" or "test" -> names of its images

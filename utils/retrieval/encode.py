@@ -14,7 +14,7 @@ from tqdm import tqdm
 from models.clip import CLIP
 from models.device import upload
 from models.progress_bar import progress_bar
-from models.tokens import first_alike, fitting
+from models.tokens import TokenizedTexts, first_alike, fitting
 from utils.data.labelled_images import LabelledImages
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.machine.memory import explained
@@ -87,7 +87,11 @@ def encode_images(
 
 @torch.inference_mode()
 def encode_texts(
-    model: CLIP, tokens: Tensor, processes: Processes = ALONE, *, cache: bool = False
+    model: CLIP,
+    tokens: Tensor | TokenizedTexts,
+    processes: Processes = ALONE,
+    *,
+    cache: bool = False,
 ) -> Tensor:
     """Normalised float32 features `[n, d]` of `tokens` `[n, <=context_length]`, on the model's
     device; with `cache`, what `projected` makes them of. The processes share the work, and each

@@ -152,17 +152,27 @@ def get_state(
     return state
 
 
+def get_scored(val_set: Flickr8kDataset, images: int) -> Flickr8kDataset:
+    """The validation images to score after each epoch: all, or a random sample of so many."""
+    sample = val_set.sample(images)
+    if sample is not val_set:
+        print(f"scores after each epoch are of {len(sample):,} of the {len(val_set):,} validation "
+              "images, drawn at random (--val_images); all are scored at the end")  # fmt: skip
+    return sample
+
+
 def finish(
     args: Namespace,
     folder: Path,
     sets: Splits,
     state: State,
     evaluator: Evaluator,
+    val: Flickr8kDataset,
     retention: Retention,
     cached: Mapping[str, Tensor],
 ) -> None:
-    """Choose the weights that count, and score them on validation, with `cached` features, and on
-    the test split."""
+    """Choose the weights that count on the validation images `val` of the epochs, with `cached`
+    features, and score them on all validation images and on the test split."""
     chosen, start = folder / BEST, folder / START
     kept = state.epochs[state.best_epoch - 1]
     print(f"\nbest epoch: {kept['epoch']}, mean recall {kept['mean_recall']:.2f}")
@@ -175,24 +185,23 @@ def finish(
         mixtures = Mixtures(model, weights_of(start), folder, args.max_forgetting)
         for epoch, file in {state.best_epoch: BEST, len(state.epochs): LAST}.items():
             for _ in mixtures.each(epoch, weights_of(folder / file), alphas):
-                found = evaluator.score(model, sets["val"], cached=cached)
+                found = evaluator.score(model, val, cached=cached)
                 mixtures.add(*found, retention.compare(model, state.start))
         chosen = mixtures.choose()
         kept = best_row(mixtures.rows, args.max_forgetting)
-    features = evaluator.encode(model, sets["val"])
-    positives = sets["val"].img_to_txt, sets["val"].txt_to_img
-    scores = score_features(*features, *positives, range(1, 11))
+    whole = sets["val"]
+    features = evaluator.encode(model, whole)
+    scores = score_features(*features, whole.img_to_txt, whole.txt_to_img, range(1, 11))
     print(f"{chosen.name}:\n{format_table(scores, 'val')}")
     if state.start:
         print(format_change(state.start, kept | scores.columns()))
     plot_scores(scores, folder / "R_mAP.png")
     if "test" in sets:
         score_on_test(evaluator, model, sets["test"], chosen)
-    val = sets["val"]
-    captions = [[val.text[caption] for caption in own] for own in val.own_captions.values()]
-    print(what_to_try(val.image[0], chosen, captions))
+    captions = [[whole.text[caption] for caption in own] for own in whole.own_captions.values()]
+    print(what_to_try(whole.image[0], chosen, captions))
     report = folder / "report.html"
-    write_report(report, chosen, val, features, scores)
+    write_report(report, chosen, whole, features, scores)
     print(f"scores, curves, answers to every query, in a browser: {report.absolute().as_uri()}")
 
 
