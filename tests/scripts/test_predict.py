@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -51,12 +52,25 @@ def photo(work):
     return next((work / "data" / "images").glob("val_*.png"))
 
 
-def test_zero_shot_prints_the_probabilities_of_the_labels(work):
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """A function like `run_script` that calls the script's main() in this process."""
+
+    def call(script: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        {"predict.py": predict, "predict_zero_shot.py": predict_zero_shot}[script].main()
+        return subprocess.CompletedProcess(script, 0, *capsys.readouterr())
+
+    return call
+
+
+def test_zero_shot_prints_the_probabilities_of_the_labels(work, run):
     """It prints three lines in a format that must stay. The probabilities are the softmax of the
     logits, computed once more here."""
     weights = work / "logs" / "a run" / "weights" / "best_epoch_weights.pth"
     image = ROOT / "R_mAP.png"
-    done = run_script("predict_zero_shot.py", image, "--weights", weights, cwd=work)
+    done = run("predict_zero_shot.py", image, "--weights", weights, cwd=work)
     _, first, second, third = done.stdout.splitlines()
 
     model, preprocess = load(weights, "cpu")
@@ -79,12 +93,12 @@ def test_zero_shot_prints_the_probabilities_of_the_labels(work):
         assert f", {np.float32(p)!s})" in third
 
 
-def test_zero_shot_takes_a_published_archive_any_labels_and_any_file_name(work, photo):
+def test_zero_shot_takes_a_published_archive_any_labels_and_any_file_name(work, photo, run):
     torch.manual_seed(1)
     archive = save_published(create_model("ViT-demo").state_dict(), work / "published.pt")
     odd = work / "ein Bild 图片.png"
     odd.write_bytes(photo.read_bytes())
-    done = run_script(
+    done = run(
         "predict_zero_shot.py", odd.name, "--weights", archive, "--labels", "a dog", "一只猫",
         cwd=work,
     )  # fmt: skip
@@ -92,7 +106,7 @@ def test_zero_shot_takes_a_published_archive_any_labels_and_any_file_name(work, 
     assert len(done.stdout.splitlines()) == 4 and "一只猫" in done.stdout
 
 
-def test_a_template_stands_around_each_label(work, photo):
+def test_a_template_stands_around_each_label(work, photo, run):
     """One template does what writing the whole sentences does, to the last digit; of several, the
     normalised features are averaged, computed once more here."""
     weights = work / "logs" / "a run" / "weights" / "best_epoch_weights.pth"
@@ -100,9 +114,9 @@ def test_a_template_stands_around_each_label(work, photo):
     (work / "one.txt").write_text(templates[0], "utf-8")
     (work / "two.txt").write_text("\n".join(templates), "utf-8")
     start = "predict_zero_shot.py", photo, "--weights", weights, "--labels"
-    first = run_script(*start, *labels, "--templates", "one.txt", cwd=work).stdout.splitlines()[1]
+    first = run(*start, *labels, "--templates", "one.txt", cwd=work).stdout.splitlines()[1]
     sentences = [templates[0].replace("{}", label) for label in labels]
-    assert first == run_script(*start, *sentences, cwd=work).stdout.splitlines()[1]
+    assert first == run(*start, *sentences, cwd=work).stdout.splitlines()[1]
 
     model, preprocess = load(weights, "cpu")
     with torch.no_grad():
@@ -114,24 +128,24 @@ def test_a_template_stands_around_each_label(work, photo):
         image = model.encode_image(preprocess(open_image(photo))[None])[0]
         similarity = torch.stack([m @ image / (m.norm() * image.norm()) for m in means])
     expected = (model.logit_scale.exp() * similarity).softmax(0).tolist()
-    done = run_script(*start, *labels, "--templates", "two.txt", cwd=work)
+    done = run(*start, *labels, "--templates", "two.txt", cwd=work)
     printed = ast.literal_eval(done.stdout.splitlines()[3].removeprefix("image 0: "))
     assert dict(printed) == pytest.approx(dict(zip(labels, expected, strict=True)), rel=1e-4)
 
 
-def test_zero_shot_finds_its_picture_from_any_folder(work):
+def test_zero_shot_finds_its_picture_from_any_folder(work, run):
     weights = work / "logs" / "a run" / "weights" / "best_epoch_weights.pth"
     printed = [
-        run_script("predict_zero_shot.py", *image, "--weights", weights, cwd=work).stdout
+        run("predict_zero_shot.py", *image, "--weights", weights, cwd=work).stdout
         for image in ([], [ROOT / "R_mAP.png"])
     ]
     assert printed[0] == printed[1]
 
 
-def test_predict_ranks_the_captions_it_is_given(work, photo):
+def test_predict_ranks_the_captions_it_is_given(work, photo, run):
     """A caption that is given twice has one probability."""
     texts = ["a dog", "a cat", "an old tree"]
-    done = run_script("predict.py", photo, "--text", *texts, "a dog", cwd=work)
+    done = run("predict.py", photo, "--text", *texts, "a dog", cwd=work)
     lines = [line for line in done.stdout.splitlines() if re.match(r"\d\. ", line)]
     model, preprocess = load(work / "logs/a run/weights/best_epoch_weights.pth", "cpu")
     with torch.no_grad():
@@ -146,8 +160,8 @@ def test_predict_ranks_the_captions_it_is_given(work, photo):
     assert Image.open(picture).format == "PNG"
 
 
-def test_predict_chooses_among_the_validation_captions_of_its_data_set(work, photo):
-    done = run_script("predict.py", photo, "--output", "out/ranking.jpg", cwd=work)
+def test_predict_chooses_among_the_validation_captions_of_its_data_set(work, photo, run):
+    done = run("predict.py", photo, "--output", "out/ranking.jpg", cwd=work)
     captions = [
         line.split("  ")[-1] for line in done.stdout.splitlines() if re.match(r"\d\. ", line)
     ]
@@ -279,12 +293,10 @@ def test_the_remedy_for_a_long_label_is_one_that_the_script_has(work, photo, err
     assert error_of(predict_zero_shot.main, *words).endswith("...; shorten it")
 
 
-def test_one_label_has_no_rival(work, photo):
+def test_one_label_has_no_rival(work, photo, run):
     """Its probability is 1, whatever the model is; what it says is the cosine, computed here."""
     weights = work / "logs" / "a run" / "weights" / "best_epoch_weights.pth"
-    done = run_script(
-        "predict_zero_shot.py", photo, "--weights", weights, "--labels", "a dog", cwd=work
-    )
+    done = run("predict_zero_shot.py", photo, "--weights", weights, "--labels", "a dog", cwd=work)
     model, preprocess = load(weights, "cpu")
     with torch.no_grad():
         image = model.encode_image(preprocess(open_image(photo))[None])
@@ -293,22 +305,22 @@ def test_one_label_has_no_rival(work, photo):
     assert probability == "a dog: 1.0"
     assert said.startswith("a single label has no rival, ")
     assert float(said.rsplit(" ", 1)[1]) == pytest.approx(cosine.item(), abs=6e-4)
-    done = run_script("predict.py", photo, "--text", "a dog", cwd=work)
+    done = run("predict.py", photo, "--text", "a dog", cwd=work)
     assert "a single caption has no rival" in done.stdout and said.split()[-1] in done.stdout
 
 
-def test_captions_that_the_model_reads_alike_share_no_probability(work, photo):
+def test_captions_that_the_model_reads_alike_share_no_probability(work, photo, run):
     """The three long ones differ after the 75 tokens that fit, and "A  Dog" in nothing that the
     tokenizer keeps. Their rows of tokens are equal, and so would be their probabilities."""
     long = [("word " * 75 + end) for end in ("one", "two", "three")]
     texts = ["a dog", *long, "A  Dog"]
     assert len({*map(tuple, tokenize(texts, truncate=True).tolist())}) == 2
-    done = run_script("predict.py", photo, "--text", *texts, cwd=work)
+    done = run("predict.py", photo, "--text", *texts, cwd=work)
     assert "3 of the captions cut: the model reads 75 tokens of each" in done.stdout
     assert "3 of the captions left out: the model reads them like another one" in done.stdout
     shares = [float(share) for share in re.findall(r"\d\. +(\S+)%", done.stdout)]
     assert len(shares) == 2 and sum(shares) == pytest.approx(100, abs=0.02)
-    folder = run_script("predict.py", work / "data" / "images", "--text", *long, cwd=work)
+    folder = run("predict.py", work / "data" / "images", "--text", *long, cwd=work)
     assert len(lines_of(folder)) == 10 and "2 of the captions left out" in folder.stdout
 
 
@@ -334,27 +346,15 @@ def test_predict_takes_any_path_and_the_home_folder(work, photo):
 # Features and answers for other programs
 
 
-@pytest.fixture
-def printed(work, monkeypatch, capsys):
-    """A function that runs predict.py in the folder `work`; it returns what is printed."""
-
-    def call(*arguments: object) -> str:
-        monkeypatch.chdir(work)
-        monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
-        predict.main()
-        return capsys.readouterr().out
-
-    return call
-
-
-def test_features_of_a_folder_are_written_in_its_order(work, photo, printed, tmp_path):
+def test_features_of_a_folder_are_written_in_its_order(work, photo, run, tmp_path):
     """Those of the model itself, rounded to float16; the second time none is encoded."""
     for name in ("b/2.png", "a/10.png", "c.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(photo, tmp_path / name)
     Image.open(photo).rotate(90).save(tmp_path / "a" / "10.png")
     (tmp_path / "b" / "broken.png").write_text("no image")
-    first, second = (printed(tmp_path, "--features", "out/f.npy") for _ in range(2))
+    words = "predict.py", tmp_path, "--features", "out/f.npy"
+    first, second = (run(*words, cwd=work).stdout for _ in range(2))
     assert "broken.png: not an image" in first and "3 features written to " in first
     assert "are cached in" in first and "are cached in" not in second
     names = (work / "out" / "f.names.txt").read_text("utf-8").splitlines()
@@ -366,11 +366,12 @@ def test_features_of_a_folder_are_written_in_its_order(work, photo, printed, tmp
     assert np.load(work / "out" / "f.npy") == pytest.approx(own.numpy(), abs=1e-3)
 
 
-def test_features_of_the_lines_of_a_file(work, printed):
+def test_features_of_the_lines_of_a_file(work, run):
     """Also of a line that stands there twice, and of one that is cut."""
     lines = ["a dog", "word " * 99 + "end", "一只狗", "a dog"]
     (work / "lines.txt").write_text("\n\n".join(lines), "utf-8")
-    text = printed("--captions_file", "lines.txt", "--features", "lines.npy")
+    words = "--captions_file", "lines.txt", "--features", "lines.npy"
+    text = run("predict.py", *words, cwd=work).stdout
     assert "1 of the captions cut: the model reads 75 tokens" in text
     assert (work / "lines.names.txt").read_text("utf-8").splitlines() == lines
     model, _ = load(work / "logs" / "a run" / "weights" / "best_epoch_weights.pth", "cpu")
@@ -380,7 +381,7 @@ def test_features_of_the_lines_of_a_file(work, printed):
 
 
 @pytest.fixture
-def answer(work, photo, monkeypatch, capsys):
+def answer(work, photo, run):
     """A function that runs predict_zero_shot.py on three images, one of them broken, with the
     `weights`; it returns (the lines printed, rows by image, cosines of images and labels)."""
     folder = work / "answered"
@@ -390,10 +391,8 @@ def answer(work, photo, monkeypatch, capsys):
         shutil.copy(other, folder / f"图 {i}.png")
 
     def call(weights: Path, file: str, *arguments: object):
-        monkeypatch.chdir(work)
-        words = ["answered", "--weights", weights, "--labels", *THREE, "--csv", file, *arguments]
-        monkeypatch.setattr(sys, "argv", ["script", *map(str, words)])
-        predict_zero_shot.main()
+        words = "--weights", weights, "--labels", *THREE, "--csv", file, *arguments
+        done = run("predict_zero_shot.py", "answered", *words, cwd=work)
         with (work / file).open(encoding="utf-8", newline="") as lines:
             rows = list(map(json.loads, lines) if file.endswith("jsonl") else csv.DictReader(lines))
         model, preprocess = load(weights, "cpu")
@@ -401,7 +400,7 @@ def answer(work, photo, monkeypatch, capsys):
             pixels = torch.stack([preprocess(open_image(folder / f"图 {i}.png")) for i in range(2)])
             images, texts = model.encode_image(pixels), model.encode_text(model.tokenize(THREE))
         cosines = torch.cosine_similarity(images[:, None].double(), texts[None].double(), dim=-1)
-        return capsys.readouterr().out, {Path(row["image"]).name: row for row in rows}, cosines
+        return done.stdout, {Path(row["image"]).name: row for row in rows}, cosines
 
     return call
 
@@ -497,25 +496,25 @@ def in_bfloat16(work, photo):
     return texts, similarity.tolist(), probability.tolist()
 
 
-def test_zero_shot_in_mixed_precision_rounds_features_alone(work, photo, in_bfloat16):
+def test_zero_shot_in_mixed_precision_rounds_features_alone(work, photo, in_bfloat16, run):
     """Not their similarities and the probabilities, which 8 bits would round to 0.4%."""
     weights, (texts, _, expected) = work / "logs/a run/weights/best_epoch_weights.pth", in_bfloat16
-    done = run_script("predict_zero_shot.py", photo, "--weights", weights, "--labels", *texts,
+    done = run("predict_zero_shot.py", photo, "--weights", weights, "--labels", *texts,
                       "--use_amp", cwd=work)  # fmt: skip
     printed = ast.literal_eval(done.stdout.splitlines()[3].removeprefix("image 0: "))
     assert dict(printed) == pytest.approx(dict(zip(texts, expected, strict=True)), rel=1e-4)
 
 
-def test_captions_and_a_search_in_mixed_precision(work, photo, in_bfloat16, tmp_path):
+def test_captions_and_a_search_in_mixed_precision(work, photo, in_bfloat16, tmp_path, run):
     texts, similarity, probability = in_bfloat16
-    done = run_script("predict.py", photo, "--text", *texts, "--use_amp", cwd=work)
+    done = run("predict.py", photo, "--text", *texts, "--use_amp", cwd=work)
     printed = re.findall(r"\. +(\S+)%  similarity (\S+)  (.*)", done.stdout)
     assert {text: float(percent) for percent, _, text in printed} == pytest.approx(
         {text: 100 * p for text, p in zip(texts, probability, strict=True)}, abs=6e-3
     )
     (tmp_path / "one").mkdir()
     shutil.copy(photo, tmp_path / "one")
-    done = run_script("predict.py", tmp_path / "one", "--text", *texts, "--use_amp", cwd=work)
+    done = run("predict.py", tmp_path / "one", "--text", *texts, "--use_amp", cwd=work)
     assert "features of 1 images are cached in " in done.stdout
     assert [found for _, found, _ in lines_of(done)] == pytest.approx(similarity, abs=6e-4)
 
@@ -542,7 +541,7 @@ def lines_of(done) -> list[tuple[str, float, str]]:
     return [(place, float(similarity), image) for place, similarity, image in found]
 
 
-def test_a_folder_is_searched_for_each_text(work, tmp_path):
+def test_a_folder_is_searched_for_each_text(work, tmp_path, run):
     """The ranking is that of the model's own features; the second time none is computed. Pictures
     are named by the folder and the query, without what Windows has in no name."""
     weights = work / "logs" / "a run" / "weights" / "best_epoch_weights.pth"
@@ -550,7 +549,7 @@ def test_a_folder_is_searched_for_each_text(work, tmp_path):
     (tmp_path / "found 图" / "broken.png").write_text("no image")
     folder = tmp_path / "found 图"
     texts = ['a <red> "square"?', "两个蓝色的圆"]
-    first, second = (run_script("predict.py", folder, "--text", *texts, cwd=work) for _ in range(2))
+    first, second = (run("predict.py", folder, "--text", *texts, cwd=work) for _ in range(2))
     images = sorted(file for file in folder.iterdir() if file.name != "broken.png")
     model, preprocess = load(weights, "cpu")
     with torch.no_grad():
@@ -580,11 +579,11 @@ def test_a_folder_is_searched_for_each_text(work, tmp_path):
             assert Image.open(picture).format == "PNG" and picture.parent.name == "predictions"
 
 
-def test_images_like_another_are_found(work, photo, tmp_path):
+def test_images_like_another_are_found(work, photo, tmp_path, run):
     """A copy of it is the most similar; the image itself is no answer."""
     folder = shutil.copytree(work / "data" / "images", tmp_path / "images")
     copy = shutil.copy(photo, folder / "a copy.png")
-    done = run_script("predict.py", folder, "--similar", folder / photo.name, "--output",
+    done = run("predict.py", folder, "--similar", folder / photo.name, "--output",
                       tmp_path / "like.jpg", cwd=work)  # fmt: skip
     found = lines_of(done)
     assert found[0] == ("1", 1.0, str(copy)) and len(found) == 10
@@ -602,10 +601,10 @@ def test_a_folder_with_no_image_but_the_one_that_is_searched_for(work, photo, tm
 SCORED = r"\d\. +(\d+\.\d\d)%  similarity (-?\d\.\d{3})  (.*)"
 
 
-def test_captions_are_encoded_once(work, photo):
+def test_captions_are_encoded_once(work, photo, run):
     (work / "two.txt").write_text("a dog\na cat\n", encoding="utf-8")
     first, second, other = (
-        run_script("predict.py", photo, *given, cwd=work).stdout.splitlines()
+        run("predict.py", photo, *given, cwd=work).stdout.splitlines()
         for given in (["--captions_file", "two.txt"],) * 2 + (["--text", "a dog", "a cat"],)
     )
     assert first[0] == second[0]

@@ -25,6 +25,7 @@ def drawn(monkeypatch):
     """The figures that are written."""
     figures = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "fonts_for", lambda text: ["DejaVu Sans"])
     return figures
 
 
