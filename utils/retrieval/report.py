@@ -123,7 +123,7 @@ def _test_scores(run: Path) -> dict[str, list[float]]:
         return {}
     try:
         after = json.loads(read_bytes(file))
-        both = {"before training": after.get("before"), "after": after}
+        both = {"before training": after.get("before"), "after training": after}
         found = {}
         for title, scores in both.items():
             if scores:

@@ -42,7 +42,7 @@ def format_change(before: Mapping[str, float], after: Mapping[str, float]) -> st
     columns = {"mean recall": "mean_recall"}
     columns |= {f"R@1 {title}": f"{way}_R@1" for way, title in TITLES.items()}
     columns |= {name: RETENTION + name for name in retained(before)}
-    both = {"before training": before, "after": after}
+    both = {"before training": before, "after training": after}
     return format_rows(
         {title: {name: row[c] for name, c in columns.items()} for title, row in both.items()}
     )

@@ -327,7 +327,7 @@ def test_the_page_has_mean_recall_and_the_test_scores_of_its_run(tmp_path, twelv
     found = compute_metrics(scores, twelve.img_to_txt, scores.T, twelve.txt_to_img)
     mean = np.mean([found[way][f"R@{k}"] for way in found for k in (1, 5, 10)])
     assert f"Mean recall <b>{mean:.2f}</b>" in text
-    for title, row in (("before training", before), ("after", after)):
+    for title, row in (("before training", before), ("after training", after)):
         recalls = [row[way][k] for way in row for k in row[way]]
         cells = [np.mean(recalls), row["i2t"]["R@1"], row["t2i"]["R@1"]]
         written = "".join(f"<td>{cell:.2f}</td>" for cell in cells)
