@@ -11,7 +11,7 @@ from pathlib import Path, PureWindowsPath
 from flickr8k.sources import FileIndex, SourceFile, absolute
 from models.errors import InputError
 from models.files import probably_meant
-from utils.data.annotations import captions_by_split, join_parts
+from utils.data.annotations import captions_by_split
 from utils.data.caption_formats import (
     CAPTION_FIELDS,
     IMAGE_FIELDS,
@@ -21,6 +21,7 @@ from utils.data.caption_formats import (
     first_of,
     read_records,
 )
+from utils.data.caption_lists import join_parts
 
 OTHER_SUFFIXES = (".txt", ".xlsx")  # of caption files that are read only if the user names them
 RESULT = re.compile(r"(en|cn)_(train|val|test)\.json")  # a file that prepare.py writes

@@ -129,7 +129,8 @@ def test_a_run_that_has_gained_nothing_stands_for_its_start_and_says_so(spoiled,
     start, *epochs = (float(row["mean_recall"]) for row in read_rows(run))
     assert max(epochs) < start
     for printed in (first, second):
-        assert "the best, alpha 0:" in printed and "it has gained nothing" in printed
+        assert "at alpha 0:" in printed and "it has gained nothing" in printed
+    assert "back to the starting weights" in second and "back to" not in first
     assert "gained nothing" not in trained[1]
 
 

@@ -1,12 +1,11 @@
 """Caption files of a data set, `{language}_{train,val,test}.json` (or .jsonl, .csv, .tsv): finding,
 reading and writing them."""
 
-import hashlib
 import json
-import math
-from collections import Counter
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable
-from itertools import chain
+from contextlib import suppress
 from pathlib import Path, PureWindowsPath
 from tempfile import TemporaryDirectory
 
@@ -24,17 +23,16 @@ from utils.data.caption_formats import (
     first_of,
     read_records,
 )
+from utils.data.caption_lists import CaptionLists, Entries, join_parts
 from utils.runs.files import atomic_write
-
-Pairs = list[tuple[str, list[str]]]  # an image and its captions
-# {(split, image): the digest and the captions of each of its entries}
-Entries = dict[tuple[str, str], list[tuple[bytes, list[str]]]]
 
 SPLITS = {"train": "training", "val": "validation", "test": "test"}  # in names of files; in words
 PROBLEMS_SHOWN = 10  # of one caption file
-NOTHING = ("", "nan", "none", "null", "<na>")  # in place of a caption
+NOTHING = {"", "nan", "none", "null", "<na>"}  # in place of a caption
 OTHERS_SHOWN = 5  # other caption files in the folder of a missing one
 PATH_LENGTH = 100  # characters shown of a path
+# A path that `image_path` leaves as it is, found faster.
+PLAIN_PATH = re.compile(r"(?:\w[\w.-]*/)*\w[\w.-]*", re.ASCII)
 
 
 def missing_annotations(file: Path) -> str | None:
@@ -63,7 +61,7 @@ def caption_file(root: Path, language: str, split: str) -> Path:
     return found[0] if found else files[0]
 
 
-def read_annotations(path: Path) -> Pairs:
+def read_annotations(path: Path) -> CaptionLists:
     """The (image path relative to the root, captions) pairs of a caption file in any format of
     `read_records`. The split is that of the file's name, not of its entries. One `InputError` names
     all problems."""
@@ -79,7 +77,7 @@ def read_annotations(path: Path) -> Pairs:
 
 def captions_by_split(
     file: object, text: str, read_image: Callable[[object], str]
-) -> dict[str, Pairs]:
+) -> dict[str, CaptionLists]:
     """The (image, captions) pairs of a caption file with this content, by the split that entries
     name, in lower case, or else "". Entries of the same image are joined.
 
@@ -88,75 +86,51 @@ def captions_by_split(
     and counted in one line. `read_image` turns an entry's image into its name, or raises
     `ValueError`. One `InputError` names all problems.
     """
+    problems: list[str] = []
+    entries: dict[str, Entries] = defaultdict(Entries)
+    listed = empty = 0
     try:
-        records = read_records(text, Path(str(file)).suffix.lower())
+        for where, content, problem in read_records(text, Path(str(file)).suffix.lower()):
+            listed += 1
+            try:
+                if problem:
+                    raise ValueError(problem)
+                image, captions = _read_entry(content, read_image)
+            except ValueError as error:
+                problems.append(f"{where}{_name(content)}: {error}")
+                continue
+            split = content.get(first_of(SPLIT_FIELDS, content))
+            split = "" if _is_empty(split) else str(split).strip().lower()
+            texts = [caption for caption in captions if not _is_empty(caption)]
+            entries[split].add(image, texts, _digest(content))
+            empty += max(1, len(captions)) - len(texts)
     except UnknownFormat as error:
         raise InputError(f"{file}: {error}") from None
-    problems: list[str] = []
-    entries: Entries = {}
-    empty = 0
-    for where, content, problem in records:
-        try:
-            if problem:
-                raise ValueError(problem)
-            image, captions = _read_entry(content, read_image)
-        except ValueError as error:
-            problems.append(f"{where}{_name(content)}: {error}")
-            continue
-        split = content.get(first_of(SPLIT_FIELDS, content))
-        split = "" if _is_empty(split) else str(split).strip().lower()
-        texts = [caption for caption in captions if not _is_empty(caption)]
-        digest = hashlib.sha256(repr(content).encode(errors="surrogatepass")).digest()
-        entries.setdefault((split, image), []).extend([(digest, texts)] if texts else [])
-        empty += max(1, len(captions)) - len(texts)
     if problems:
         shown = "".join(f"\n  {problem}" for problem in problems[:PROBLEMS_SHOWN])
         others = len(problems) - PROBLEMS_SHOWN
         more = f"\n  ... and {others} more" if others > 0 else ""
-        count = f"{len(problems)} of {len(records)} entries cannot be used; mend or remove them:"
+        count = f"{len(problems)} of {listed} entries cannot be used; mend or remove them:"
         raise InputError(f"{file}: {count}{shown}{more}")
     return _join_entries(file, entries, empty)
 
 
-def _join_entries(file: object, entries: Entries, empty: int) -> dict[str, Pairs]:
+def _join_entries(file: object, entries: dict[str, Entries], empty: int) -> dict[str, CaptionLists]:
     """The pairs by split, after a warning that counts copies and `empty` captions."""
-    parts: dict[str, Pairs] = {}
-    copies = 0
-    for (split, image), listed in entries.items():
-        if listed:
-            once = _without_copies(listed)
-            copies += len(listed) - len(once)
-            parts.setdefault(split, []).append((image, list(chain.from_iterable(once))))
+    copies = {split: of_split.copies() for split, of_split in entries.items()}
+    parts = {split: of_split.pairs(copies[split]) for split, of_split in entries.items()}
+    parts = {split: pairs for split, pairs in parts.items() if pairs}
     if not parts:
         raise InputError(f"{file}: all its captions are empty; write some, or name another file")
+    images = sum(len(of_split.row_of) for of_split in entries.values())
     counts = {
-        "copied entries": copies,
+        "copied entries": sum(map(len, copies.values())),
         "empty captions": empty,
-        "images without captions": sum(not listed for listed in entries.values()),
+        "images without captions": images - sum(map(len, parts.values())),
     }
     if told := ", ".join(f"{what}: {count:,}" for what, count in counts.items() if count):
         print(f"warning: {file}: left out are {told}")
     return parts
-
-
-def _without_copies(entries: list[tuple[bytes, list[str]]]) -> list[list[str]]:
-    """The captions of an image's (digest, captions) entries, once each if all are copied."""
-    left = Counter(digest for digest, _ in entries)
-    copies = math.gcd(*left.values())
-    once = []
-    for digest, captions in entries:
-        if left[digest] % copies == 0:
-            once.append(captions)
-        left[digest] -= 1
-    return once
-
-
-def join_parts(parts: Iterable[Pairs]) -> Pairs:
-    """The pairs of several lists; those of the same image are joined."""
-    captions_of: dict[str, list[str]] = {}
-    for image, captions in chain.from_iterable(parts):
-        captions_of.setdefault(image, []).extend(captions)
-    return list(captions_of.items())
 
 
 def annotations_json(entries: Iterable[tuple[str, list[str]]]) -> bytes:
@@ -247,6 +221,15 @@ def _read_entry(entry: object, read_image: Callable[[object], str]) -> tuple[str
     return tuple(values)
 
 
+def _digest(entry: dict) -> int:
+    """A number that entries share which are equal in every field; others do not, in practice."""
+    if float not in map(type, entry.values()):  # nan does not equal itself
+        with suppress(TypeError):
+            values = (tuple(v) if isinstance(v, list) else v for v in entry.values())
+            return hash((*entry, *values))
+    return hash(repr(entry))
+
+
 def _name(entry: object) -> str:
     """The image of an entry, spelled as in the file, to search for it there."""
     image = entry.get(first_of(IMAGE_FIELDS, entry)) if isinstance(entry, dict) else None
@@ -259,6 +242,8 @@ def _as_json(text: str) -> str:
 
 def image_path(image: object) -> str:
     """A path as `root / path` takes it. Raises `ValueError` if it leaves the data folder."""
+    if isinstance(image, str) and PLAIN_PATH.fullmatch(image):
+        return image
     path = PureWindowsPath(image.strip() if isinstance(image, str) else "")  # takes both slashes
     # Joined to the root ".", a leading ~ would become the user's home.
     upwards = any(not part.strip(" .") for part in path.parts)  # Windows drops spaces at the end
@@ -293,9 +278,13 @@ def _refuse_lone_surrogates(text: str) -> None:
 def _captions(captions: object) -> list[str | float | None]:
     """The captions of an entry, with empty ones (`_is_empty`)."""
     captions = captions if isinstance(captions, list) else [captions]
-    if not all(isinstance(caption, str) or _is_empty(caption) for caption in captions):
-        raise ValueError("should be a string or a list of strings")
-    _refuse_lone_surrogates("".join(caption for caption in captions if isinstance(caption, str)))
+    try:
+        text = "".join(captions)
+    except TypeError:
+        if not all(isinstance(caption, str) or _is_empty(caption) for caption in captions):
+            raise ValueError("should be a string or a list of strings") from None
+        text = "".join(caption for caption in captions if isinstance(caption, str))
+    _refuse_lone_surrogates(text)
     return captions
 
 

@@ -1,7 +1,9 @@
 """Image files: finding them in a folder, and checking those of data sets before training."""
 
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from models.progress_bar import progress_bar
 from utils.data.annotations import SPLITS
 
 NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG"}  # formats that Pillow names but cannot read
+AT_A_TIME = 1024  # images that wait for a thread
 SHOWN = 3  # images that a warning names
 
 
@@ -59,6 +62,26 @@ def _warn(error: OSError) -> None:
     print(f"warning: {error.filename}: passed over, cannot be read ({error.strerror})")
 
 
+def missing_images(root: Path, names: Iterable[str]) -> list[str]:
+    """Those of `names`, paths below `root`, that are no files. Each folder is listed once, since on
+    a disk in the network a question about each file takes long."""
+    in_folder: dict[str, set[str]] = {}
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        in_folder.setdefault(folder, set()).add(file)
+    for folder, wanted in in_folder.items():
+        with suppress(OSError), os.scandir(root / folder) as files:
+            wanted.difference_update(file.name for file in files if file.is_file())
+    # A file system can take other spellings than those it lists.
+    missing = {
+        name
+        for folder, wanted in in_folder.items()
+        for name in (f"{folder}/{file}".lstrip("/") for file in wanted)
+        if not (root / name).is_file()
+    }
+    return [name for name in names if name in missing] if missing else []
+
+
 def check_splits(sets: dict[str, Dataset], num_workers: int, train_too: bool = False) -> None:
     """Warn of training images that are in other splits. Raise `InputError` with a list of the
     unreadable images of the other splits and, with `train_too`, of training. `sets` are by split.
@@ -99,12 +122,14 @@ def check_images(images: list[str], num_workers: int = 0) -> tuple[list[str], li
         ThreadPoolExecutor(max(1, num_workers)) as threads,
         progress_bar(total=size, desc="checking images", unit="img", disable=not size) as bar,
     ):
-        for path, read in zip(images, threads.map(_read, images), strict=True):
-            bar.update()
-            if isinstance(read, str):
-                problems.append(read)
-            elif read:
-                plain.append(path)
+        for start in range(0, size, AT_A_TIME):
+            paths = images[start : start + AT_A_TIME]
+            for path, read in zip(paths, threads.map(_read, paths), strict=True):
+                bar.update()
+                if isinstance(read, str):
+                    problems.append(read)
+                elif read:
+                    plain.append(path)
     return problems, plain
 
 

@@ -1,7 +1,7 @@
 """Retrieval scores: recall at K, mAP at K and ranks, images to texts and texts to images."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ class DirectionScores:
     map_at: dict[int, float]  # {K: percent}
     median_rank: float  # of the best-ranked positive, from 1
     mean_rank: float
+    ranks: Tensor = field(repr=False, compare=False)  # the same of each query, `[queries]`
 
     def named(self, k_values: Iterable[int] | None = None) -> dict[str, float]:
         """All scores by name, `R@1` and so on; with `k_values` for these K alone."""
@@ -89,4 +90,4 @@ def score_direction(
         recall[k] = 100 * (best <= k).double().mean().item()
         gained = (precision * (ranks <= k)).sum(dim=1)
         map_at[k] = 100 * (gained / is_positive.sum(dim=1).clamp(max=k)).mean().item()
-    return DirectionScores(recall, map_at, float(np.median(best)), best.mean().item())
+    return DirectionScores(recall, map_at, float(np.median(best)), best.mean().item(), best)

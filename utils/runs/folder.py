@@ -53,6 +53,10 @@ class Run:
             print(f"warning: {start} is missing, which --wise_ft mixes with: put it back before "
                   "the run ends, or it ends without")  # fmt: skip
 
+    def start_weights(self) -> Path:
+        """The file of `save_start`, in all processes."""
+        return self.processes.broadcast(self.folder) / START
+
     def save_checkpoint(self, state: State) -> None:
         """Write everything needed to go on."""
         if self.processes.is_rank_0:

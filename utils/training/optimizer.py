@@ -1,12 +1,15 @@
 """Parameter groups with their decay and learning rates, and the schedule of the learning rate."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from models.clip import CLIP
 from utils.training.layer_groups import distance_from_end
+
+RESTART_FACTOR = 3  # by which the rate falls
 
 
 def parameter_groups(
@@ -47,18 +50,26 @@ def restore_moments(optimizer: torch.optim.Optimizer, state: dict) -> None:
 
 
 class Schedule(NamedTuple):
-    """Linear warmup from zero to `peak`, then half a cosine to zero (Loshchilov & Hutter 2017)."""
+    """Linear warmup from zero to `peak`, then half a cosine to zero (Loshchilov & Hutter 2017). A
+    run that goes back to its starting weights begins a new one, with a third of the rate.
+
+    `warmup_steps` None: a twentieth of the steps, but at least 50, and at most a fifth of them.
+    """
 
     peak: float
-    warmup_steps: int
+    warmup_steps: int | None
     total_steps: int
 
-    def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
-        if step < self.warmup_steps:
-            return self.peak * (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        return self.peak * (1 + math.cos(math.pi * progress)) / 2
+    def rate(self, step: int, restarts: Sequence[int] = ()) -> float:
+        """The learning rate of a step, counted from 0 as are the steps of the `restarts`."""
+        peak, start = self.peak / RESTART_FACTOR ** len(restarts), max(restarts, default=0)
+        step, total_steps, warmup_steps = step - start, self.total_steps - start, self.warmup_steps
+        if warmup_steps is None:
+            warmup_steps = min(max(50, total_steps // 20), total_steps // 5)
+        if step < warmup_steps:
+            return peak * (step + 1) / warmup_steps
+        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        return peak * (1 + math.cos(math.pi * progress)) / 2
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -13,12 +13,14 @@ from torch import Tensor
 from models.clip import CLIP
 from models.clip_utils import create_model, load
 from models.device import moved
-from models.run_files import ARGUMENTS, LAST, START, TEST_METRICS, tuned_weights
+from models.run_files import ARGUMENTS, BEST, LAST, START, TEST_METRICS
 from utils.data.image_files import check_splits
+from utils.data.unlabelled import Unlabelled
 from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
 from utils.machine.precision import Precision
 from utils.machine.processes import Processes
 from utils.machine.pyzjr_parts import SeedEvery, get_optimizer
+from utils.retrieval.bootstrap import Comparison
 from utils.retrieval.evaluation import Evaluator
 from utils.retrieval.plots import plot_losses, plot_scores
 from utils.retrieval.report import write_report
@@ -32,11 +34,11 @@ from utils.runs.wandb_run import Wandb
 from utils.training.distillation import distill_from_start
 from utils.training.layer_groups import freeze_and_adapt, whole_batch_norms
 from utils.training.optimizer import parameter_groups, replace_groups
-from utils.training.progress import comment_on_epochs, unlike_defaults
+from utils.training.progress import unlike_defaults
 from utils.training.retention import Retention
 from utils.training.settings import as_saved, check_same_data, how_it_goes_on, without_effect
 from utils.training.state import State
-from utils.training.wise_ft import Mixtures, best_row
+from utils.training.wise_ft import Mixtures, best_row, weights_of
 
 Splits = dict[str, Flickr8kDataset]
 Checkpoint = dict[str, Any]
@@ -63,7 +65,12 @@ def get_model(
 
 
 def get_loader(
-    args: Namespace, sets: Splits, model: CLIP, device: torch.device, processes: Processes
+    args: Namespace,
+    sets: Splits,
+    model: CLIP,
+    device: torch.device,
+    processes: Processes,
+    unlabelled: Unlabelled,
 ) -> TrainLoader:
     """The batches to train on. Prepares all splits for the model."""
     by_default = 0 if device.type == "cpu" else 4
@@ -80,7 +87,7 @@ def get_loader(
     return TrainLoader(
         sets["train"], args.batch_size, device, args.seed, num_workers, augment=not args.no_augment,
         captions_per_image=args.captions_per_image, strict=args.strict, processes=processes,
-        alter=bool(args.distill))  # fmt: skip
+        alter=bool(args.distill), unlabelled=unlabelled)  # fmt: skip
 
 
 def open_run(
@@ -113,7 +120,7 @@ def open_run(
         wandb = Wandb(run.folder, run.arguments) if args.wandb else None
         rows = resumed["rows"] if resumed else []
         run.loss_history = Losses(run.folder, rows, plot_losses, wandb)
-        if args.wise_ft or args.distill:
+        if args.wise_ft:  # a run of fine-tuning
             run.save_start(model, is_new=not resumed)
     return run
 
@@ -129,11 +136,14 @@ def get_state(
     replace_groups(optimizer, groups)
     distillation = None
     if args.distill:
-        start = run.processes.broadcast(run.folder) / START
-        distillation = distill_from_start(model, start, args.distill, loader.dataset.tokens)
+        distillation = distill_from_start(
+            model, run.start_weights(), args.distill, loader.dataset.tokens
+        )
     state = State(model, optimizer, Precision(device, args.use_amp), args.ema, distillation)
     if resumed:
         state.restore(resumed)
+        if args.no_guard:
+            state.baseline, state.lost = {}, []
         run.replace_missing_best(state)
     if args.grad_checkpointing:
         model.enable_grad_checkpointing()
@@ -142,62 +152,77 @@ def get_state(
     return state
 
 
+def get_scored(val_set: Flickr8kDataset, images: int) -> Flickr8kDataset:
+    """The validation images to score after each epoch: all, or a random sample of so many."""
+    sample = val_set.sample(images)
+    if sample is not val_set:
+        print(f"scores after each epoch are of {len(sample):,} of the {len(val_set):,} validation "
+              "images, drawn at random (--val_images); all are scored at the end")  # fmt: skip
+    return sample
+
+
 def finish(
     args: Namespace,
     folder: Path,
     sets: Splits,
     state: State,
     evaluator: Evaluator,
+    val: Flickr8kDataset,
     retention: Retention,
     cached: Mapping[str, Tensor],
 ) -> None:
-    """Choose the weights that count, and score them on validation, with `cached` features, and on
-    the test split."""
-    chosen, start = tuned_weights(folder), folder / START
-    best = state.epochs[state.best_epoch - 1]
-    print(f"\nbest epoch: {best['epoch']}, mean recall {best['mean_recall']:.2f}")
-    comment_on_epochs(state, len(sets["val"]))
-    kept = state.epochs[-1] if chosen.name == Path(LAST).name else best
+    """Choose the weights that count on the validation images `val` of the epochs, with `cached`
+    features, and score them on all validation images and on the test split."""
+    chosen, start = folder / BEST, folder / START
+    kept = state.epochs[state.best_epoch - 1]
+    print(f"\nbest epoch: {kept['epoch']}, mean recall {kept['mean_recall']:.2f}")
     state.release()
     model, _ = load(chosen, state.precision.device)
     if args.wise_ft and not start.exists():
         print(f"{start} is missing: no --wise_ft; put it back and run this again")
     elif args.wise_ft:
-        weights = load(start, "cpu")[0].state_dict()
-        mixtures = Mixtures(model, weights, folder, args.max_forgetting)
-        for alpha in mixtures.each(args.wise_ft):
-            found = evaluator.score(model, sets["val"], cached=cached)
-            mixtures.add(alpha, *found, retention.compare(model, state.start))
+        alphas = args.wise_ft if args.no_guard else sorted({0.0, *args.wise_ft})
+        mixtures = Mixtures(model, weights_of(start), folder, args.max_forgetting)
+        for epoch, file in {state.best_epoch: BEST, len(state.epochs): LAST}.items():
+            for _ in mixtures.each(epoch, weights_of(folder / file), alphas):
+                found = evaluator.score(model, val, cached=cached)
+                mixtures.add(*found, retention.compare(model, state.start))
         chosen = mixtures.choose()
         kept = best_row(mixtures.rows, args.max_forgetting)
-    features = evaluator.encode(model, sets["val"])
-    positives = sets["val"].img_to_txt, sets["val"].txt_to_img
-    scores = score_features(*features, *positives, range(1, 11))
+    whole = sets["val"]
+    features = evaluator.encode(model, whole)
+    scores = score_features(*features, whole.img_to_txt, whole.txt_to_img, range(1, 11))
     print(f"{chosen.name}:\n{format_table(scores, 'val')}")
     if state.start:
         print(format_change(state.start, kept | scores.columns()))
     plot_scores(scores, folder / "R_mAP.png")
     if "test" in sets:
         score_on_test(evaluator, model, sets["test"], chosen)
-    print(what_to_try(sets["val"].image[0], chosen, sets["val"].text))
+    captions = [[whole.text[caption] for caption in own] for own in whole.own_captions.values()]
+    print(what_to_try(whole.image[0], chosen, captions))
     report = folder / "report.html"
-    write_report(report, chosen, sets["val"], features, scores)
+    write_report(report, chosen, whole, features, scores)
     print(f"scores, curves, answers to every query, in a browser: {report.absolute().as_uri()}")
 
 
 def score_on_test(
     evaluator: Evaluator, model: CLIP, test_set: Flickr8kDataset, chosen: Path
 ) -> None:
-    """Score a run's `chosen` weights, which `model` has, and the starting ones on the test split;
-    print the scores, and write them to test_metrics.json."""
-    after, _ = evaluator.score(model, test_set, k_values=range(1, 11))
+    """Score a run's `chosen` weights, which `model` has, and the starting ones on the test split,
+    by both protocols if they differ; print the scores, and write them to test_metrics.json."""
     file, start = chosen.parents[1] / TEST_METRICS, chosen.with_name(Path(START).name)
-    content = after.for_json()
-    print(f"{chosen.name} on the test images, which had no say in choosing it:\n"
-          f"{format_table(after, 'test')}")  # fmt: skip
+    features = {"after": evaluator.encode(model, test_set)}
     if start.exists():
-        model.load_state_dict(load(start, "cpu")[0].state_dict())
-        before, _ = evaluator.score(model, test_set, k_values=range(1, 11))
-        content["before"] = before.for_json()
-        print(format_change(before.columns(), after.columns()))
+        model.load_state_dict(weights_of(start))
+        features = {"before": evaluator.encode(model, test_set), **features}
+    found = Comparison(features, test_set)
+    print(f"{chosen.name} on the test images, which had no say in choosing it:\n"
+          f"{format_table(found.scores['after'], 'test')}")  # fmt: skip
+    content = found.for_json()
+    print("with 95% bootstrap intervals:", *found.lines(), sep="\n  ")
+    if test_set.count_shared_captions():
+        plain = Comparison(features, test_set.plain())
+        print("a caption being a positive of its own image alone (--plain_protocol of metric.py):",
+              *plain.lines(), sep="\n  ")  # fmt: skip
+        content["plain_protocol"] = plain.for_json()
     write_json(file, content)

@@ -114,11 +114,10 @@ class EpochTable:
         self._print(self.state.start, "start")
         self.started = self.last = time.perf_counter()
 
-    def add_epoch(self, images: int, rate: float) -> None:
-        """Print the line of the last epoch. If the first is clearly worse than the start on so many
-        validation `images`, suggest a learning rate below `rate`."""
-        row, start, now = self.state.epochs[-1], self.state.start, time.perf_counter()
-        epoch, after = row["epoch"], row["mean_recall"]
+    def add_epoch(self) -> None:
+        """Print the line of the last epoch."""
+        row, now = self.state.epochs[-1], time.perf_counter()
+        epoch = row["epoch"]
         self.trained += 1
         left = (now - self.started) / self.trained * (self.epochs - epoch)
         spent_and_left = (str(timedelta(seconds=round(s))) for s in (now - self.last, left))
@@ -126,13 +125,6 @@ class EpochTable:
         mark = "*" if self.state.last_is_best else ""
         self._print(row, f"{epoch}/{self.epochs}", *times, mark)
         self.last = now
-        if epoch == 1 and start and is_clearly_lower(after, start["mean_recall"], images):
-            lower = rate / 3 if after > start["mean_recall"] / 2 else rate / 10
-            print(
-                f"the first epoch made it worse, by more than chance: mean recall {after:.2f}, "
-                f"{start['mean_recall']:.2f} before training; rather start anew with "
-                f"--lr {lower:.0e}"
-            )
 
     def _print(
         self, row: Mapping[str, float], epoch: str, spent: str = "", left: str = "", mark: str = ""
@@ -154,34 +146,6 @@ class EpochTable:
         for line in (*header, cells.values()):
             print("".join(map(str.rjust, line, widths)).rstrip())
         self.has_header = True
-
-
-def comment_on_epochs(state: State, images: int) -> None:
-    """Say if even the best epoch is clearly worse than the start on so many validation `images`,
-    and if the last epoch counts, with --distill, although another is better."""
-    saved, last = state.epochs[state.best_since :], state.epochs[-1]["mean_recall"]
-    best_saved = max(saved, key=lambda row: row["mean_recall"])
-    if state.distillation and best_saved["mean_recall"] > last:
-        print(f"epoch {best_saved['epoch']} had a higher mean recall, "
-              f"{best_saved['mean_recall']:.2f}, and is in best_epoch_weights.pth; with --distill "
-              f"the last one counts, {last:.2f}")  # fmt: skip
-    best = state.best_recall
-    if state.start and is_clearly_lower(best, state.start["mean_recall"], images):
-        print(
-            f"training made it worse, by more than chance: mean recall {best:.2f} in the best "
-            f"epoch, {state.start['mean_recall']:.2f} before training; lower --lr, to a tenth at "
-            "first"
-        )
-
-
-def is_clearly_lower(recall: float, before: float, images: int) -> bool:
-    """Whether a mean recall in percent is lower by more than two standard errors of the difference.
-
-    That of a share p of n queries is sqrt(p (1 - p) / n), and that of a mean of shares is at most
-    as large. n is the number of `images`, since the captions of an image are not independent.
-    """
-    p, q = recall / 100, before / 100
-    return q - p > 2 * math.sqrt((p * (1 - p) + q * (1 - q)) / images)
 
 
 class Progress(AbstractContextManager):

@@ -65,3 +65,9 @@ def test_the_learning_rate_rises_then_falls_along_a_cosine():
     rates = [Schedule(2.0, 10, 110).rate(step) for step in range(110)]
     assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
     assert rates[10:] == pytest.approx([1 + math.cos(math.pi * i / 100) for i in range(100)])
+
+
+@pytest.mark.parametrize("steps, warmup", [(1860, 93), (930, 50), (200, 40), (10, 2), (4, 0)])
+def test_warmup_is_a_twentieth_but_at_least_50_steps_and_at_most_a_fifth(steps, warmup):
+    rates = [Schedule(1.0, None, steps).rate(step) for step in range(steps)]
+    assert rates == [Schedule(1.0, warmup, steps).rate(step) for step in range(steps)]
