@@ -52,7 +52,7 @@ def format_rows(rows: Mapping[str, Mapping[str, float]], corner: str = "") -> st
     """A table as lines of text, from {title: {column: score}}; `corner` heads the titles."""
     names = list(next(iter(rows.values())))
     first = max(map(len, [corner, *rows]))
-    widths = [max(13, len(name) + 2) for name in names]
+    widths = [max(8, len(name) + 2) for name in names]
     lines = [corner.ljust(first) + "".join(map(str.rjust, names, widths))]
     for title, row in rows.items():
         fields = (f"{row[name]:{width}.2f}" for name, width in zip(names, widths, strict=True))

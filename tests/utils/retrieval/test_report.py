@@ -320,7 +320,9 @@ def test_the_page_has_mean_recall_and_the_test_scores_of_its_run(tmp_path, twelv
         }
         for n in (2, 1)
     )
-    (tmp_path / "test_metrics.json").write_text(json.dumps(after | {"before": before}))
+    (tmp_path / "test_metrics.json").write_text(
+        json.dumps(after | {"before": before, "intervals": {"after": {"i2t_R@1": [9.96, 30.04]}}})
+    )
     features = random_features(twelve)
     text = report(tmp_path, twelve, features, weights).replace("\n", "")
     scores = features.images @ features.texts.T
@@ -331,6 +333,8 @@ def test_the_page_has_mean_recall_and_the_test_scores_of_its_run(tmp_path, twelv
         recalls = [row[way][k] for way in row for k in row[way]]
         cells = [np.mean(recalls), row["i2t"]["R@1"], row["t2i"]["R@1"]]
         written = "".join(f"<td>{cell:.2f}</td>" for cell in cells)
+        if row is after:
+            written = written.replace("20.00", "20.00 <small>10.0 to 30.0</small>")
         assert f'<th scope="row">{title}</th>{written}' in text
 
 
