@@ -203,9 +203,7 @@ def finish(
     print(what_to_try(whole.image[0], chosen, captions))
     report = folder / "report.html"
     write_report(report, chosen, whole, features, scores)
-    print(
-        f"scores, curves and the answers to every query, in a browser\n  {report.absolute().as_uri()}"
-    )
+    print(f"scores, curves, answers to every query, in a browser\n  {report.absolute().as_uri()}")
 
 
 def score_on_test(
