@@ -152,7 +152,7 @@ def test_what_users_wrote_is_text_and_the_page_runs_its_own_script_alone(tmp_pat
     features = random_features(twelve)
     harmless = Parsed(report(tmp_path, twelve, features, weights))
     _ = twelve.img_to_txt, twelve.txt_to_img  # of the harmless captions
-    twelve.text[:] = [HOSTILE[i % len(HOSTILE)] for i in range(len(twelve.text))]
+    twelve.text = [HOSTILE[i % len(HOSTILE)] for i in range(len(twelve.text))]
     (run / "arguments.json").write_text(json.dumps({HOSTILE[1]: HOSTILE[2], "model": HOSTILE[0]}))
     page = report(tmp_path, twelve, features, weights)
     hostile = Parsed(page)
@@ -348,7 +348,7 @@ def test_a_thousand_images_and_five_thousand_captions_are_below_15_mb(tmp_path):
     photograph = np.asarray(coarse.resize((224, 224), Image.Resampling.BICUBIC)).astype(int)
     photograph = (photograph + random.normal(0, 26, photograph.shape)).clip(0, 255)
     Image.fromarray(photograph.astype(np.uint8)).save(tmp_path / "photograph.jpg")
-    dataset.image[:] = [str(tmp_path / "photograph.jpg")] * 1000
+    dataset.image = [str(tmp_path / "photograph.jpg")] * 1000
     page = report(tmp_path, dataset, random_features(dataset))
     pictures = re.findall(r"jpeg;base64,(.*?)\"", page)
     assert len(pictures) == 1000 and len(pictures[0]) > 4 / 3 * 3100
