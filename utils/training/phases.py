@@ -194,15 +194,16 @@ def finish(
     scores = score_features(*features, whole.img_to_txt, whole.txt_to_img, range(1, 11))
     print(f"{chosen.name}:\n{format_table(scores, 'val')}")
     if state.start:
-        print(format_change(state.start, kept | scores.columns()))
+        print(format_change(state.start, kept))
     plot_scores(scores, folder / "R_mAP.png")
     if "test" in sets:
         score_on_test(evaluator, model, sets["test"], chosen)
     captions = [[whole.text[caption] for caption in own] for own in whole.own_captions.values()]
+    print()
     print(what_to_try(whole.image[0], chosen, captions))
     report = folder / "report.html"
     write_report(report, chosen, whole, features, scores)
-    print(f"scores, curves, answers to every query, in a browser: {report.absolute().as_uri()}")
+    print(f"scores, curves, answers to every query, in a browser\n  {report.absolute().as_uri()}")
 
 
 def score_on_test(
@@ -216,13 +217,13 @@ def score_on_test(
         model.load_state_dict(weights_of(start))
         features = {"before": evaluator.encode(model, test_set), **features}
     found = Comparison(features, test_set)
-    print(f"{chosen.name} on the test images, which had no say in choosing it:\n"
+    print(f"\n{chosen.name} on the test images, which had no say in choosing it:\n"
           f"{format_table(found.scores['after'], 'test')}")  # fmt: skip
     content = found.for_json()
-    print("with 95% bootstrap intervals:", *found.lines(), sep="\n  ")
+    print("with 95% bootstrap intervals", *found.lines(), sep="\n")
     if test_set.count_shared_captions():
         plain = Comparison(features, test_set.plain())
         print("a caption being a positive of its own image alone (--plain_protocol of metric.py):",
-              *plain.lines(), sep="\n  ")  # fmt: skip
+              *plain.lines(), sep="\n")  # fmt: skip
         content["plain_protocol"] = plain.for_json()
     write_json(file, content)
