@@ -51,10 +51,12 @@ def test_steps_are_those_of_torch_with_clips_settings(kind):
 
 def test_weight_decay_is_for_matrices_only():
     model = create_model("ViT-demo")
-    decayed, others, embeddings = parameter_groups(model, 0.9, 0.1)
+    embeddings, decayed, others = parameter_groups(model, 0.9, 0.1)
     assert decayed["weight_decay"] == embeddings["weight_decay"] == 0.1
-    assert others["weight_decay"] == 0 and embeddings["params"] == [model.token_embedding.weight]
-    assert len(decayed["params"]) + len(others["params"]) + 1 == len(list(model.parameters()))
+    assert others["weight_decay"] == 0
+    of_texts = {id(model.token_embedding.weight), id(model.positional_embedding)}
+    assert {id(p) for p in embeddings["params"]} == of_texts
+    assert len(decayed["params"]) + len(others["params"]) + 2 == len(list(model.parameters()))
     names = {id(p): name for name, p in model.named_parameters()}
     assert {names[id(p)] for p in others["params"]} == {
         name
