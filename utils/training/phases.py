@@ -49,7 +49,7 @@ def get_model(
 ) -> CLIP:
     """The model to train, on the CPU: from a checkpoint, from weights, or random. Sets the seed."""
     SeedEvery(args.seed)
-    is_from_scratch = resumed["start"] is None if resumed else args.resume_training == "none"
+    is_from_scratch = _is_from_scratch(args, resumed)
     with processes.rank_0_first():  # rank 0 downloads
         if resumed:
             model = resumed["model"]
@@ -62,6 +62,10 @@ def get_model(
     if is_from_scratch:
         model = whole_batch_norms(model, device, processes, args.grad_cache)
     return model
+
+
+def _is_from_scratch(args: Namespace, resumed: Checkpoint | None) -> bool:
+    return resumed["start"] is None if resumed else args.resume_training == "none"
 
 
 def get_loader(
@@ -120,7 +124,7 @@ def open_run(
         wandb = Wandb(run.folder, run.arguments) if args.wandb else None
         rows = resumed["rows"] if resumed else []
         run.loss_history = Losses(run.folder, rows, plot_losses, wandb)
-        if args.wise_ft:  # a run of fine-tuning
+        if not _is_from_scratch(args, resumed):
             run.save_start(model, is_new=not resumed)
     return run
 
@@ -132,7 +136,9 @@ def get_state(
     device = loader.device
     moved(model, device)
     optimizer = get_optimizer(model, args.optimizer_type, args.lr)
-    groups = parameter_groups(model, args.momentum, args.weight_decay, args.layer_decay)
+    groups = parameter_groups(
+        model, args.momentum, args.weight_decay, args.layer_decay, _is_from_scratch(args, resumed)
+    )
     replace_groups(optimizer, groups)
     distillation = None
     if args.distill:
