@@ -80,7 +80,9 @@ def build_parser() -> ArgumentParser:
     add("--momentum", type=number(below=1), default=0.9,
         help="how much of the earlier steps goes on in each step: the momentum of SGD, beta1 of "
         "Adam and AdamW (default: %(default)s)")
-    add("--weight_decay", type=number(), default=0.1, help="of matrices (default: %(default)s)")
+    add("--weight_decay", type=number(), default=0.1,
+        help="how fast matrices shrink towards zero; biases and gains do not (default: "
+        "%(default)s)")
     add("--patience", type=integer(0), metavar="EPOCHS",
         help="stop after EPOCHS epochs without a better mean recall (default: 3; from scratch, and "
         "with 0, never)")

@@ -6,7 +6,8 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 from models.scripts import from_here
@@ -38,18 +39,18 @@ def quoted(words: Iterable[object]) -> str:
     return join(map(str, words))
 
 
-def what_to_try(image: str, weights: Path, captions: Sequence[list[str]]) -> str:
+def what_to_try(image: str, weights: Path, captions: Iterable[list[str]]) -> str:
     """Two commands that use new weights on an image: with the `captions` of images, those of this
     one first, which give labels for it."""
     words = image, "--weights", weights
-    labels = labels_to_try(captions[:IMAGES])
+    labels = labels_to_try(list(islice(captions, IMAGES)))
     return (
         f"now try\n  {command('predict.py', *words)}\n"
         f"  {command('predict_zero_shot.py', *words, '--labels', *labels)}"
     )
 
 
-def labels_to_try(captions: Sequence[list[str]]) -> tuple[str, str]:
+def labels_to_try(captions: list[list[str]]) -> tuple[str, str]:
     """The noun that is said of the first image far more often than of all, and of those of the
     other images the most frequent one that the first image's captions lack. Without nouns: the
     start of the shortest caption."""

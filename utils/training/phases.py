@@ -204,7 +204,7 @@ def finish(
     plot_scores(scores, folder / "R_mAP.png")
     if "test" in sets:
         score_on_test(evaluator, model, sets["test"], chosen)
-    captions = [[whole.text[caption] for caption in own] for own in whole.own_captions.values()]
+    captions = ([whole.text[caption] for caption in own] for own in whole.own_captions.values())
     print()
     print(what_to_try(whole.image[0], chosen, captions))
     report = folder / "report.html"
