@@ -200,7 +200,7 @@ def prepare(
     with ExitStack() as open_zips:
         found = find_files(sources, open_zips)
         files = FileIndex((file for file in found if not file.below(root / "images")), root)
-        own = None if download or has_captions(files) else read_own(found, root, named=sources)
+        own = None if download or has_captions(files) else read_own(found, root, sources, language)
         if own and root.resolve() == Path(__file__).resolve().parent:
             raise InputError(
                 "your own captions need a folder of their own: add --output FOLDER; images "

@@ -13,10 +13,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from models.preprocess import open_image
 from models.progress_bar import progress_bar
 from models.run_files import METRICS, run_folder, saved_arguments
 from utils.data.annotations import SPLITS
+from utils.data.image_reading import read_image
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.retrieval.encode import Features
 from utils.retrieval.plots import chart_svg
@@ -151,7 +151,7 @@ def _pictures(dataset: Flickr8kDataset, shown: list[int]) -> dict[int, str]:
     preprocess = replace(dataset.preprocess, side=SIDE)
     pictures = {}
     for image in progress_bar(shown, desc="pictures for the report", unit="img", leave=False):
-        pixels = preprocess.resize_and_crop(open_image(dataset.image[image]))
+        pixels = preprocess.resize_and_crop(read_image(dataset.image[image]))
         file = io.BytesIO()
         picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
         picture.save(file, "JPEG", quality=QUALITY, optimize=True)
