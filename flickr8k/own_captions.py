@@ -85,14 +85,15 @@ def read_own(
 
 
 def _captioned_folder(files: list[SourceFile], named: list[Path]) -> Path | None:
-    """The only source, if it is a folder with captions in a form of `caption_folders`: tar shards,
-    beside which img2dataset writes tables of other things, or any form without a list."""
+    """The only source, if it is a folder with captions in a form of `caption_folders`: one with
+    containers, beside which programs write tables of other things, or any without a list."""
     folder = next(iter(named), Path())
     has_splits = any((folder / word).is_dir() for word in SPLIT_WORDS)
     if len(named) != 1 or has_splits or not folder.is_dir():
         return None
-    has_list = any(_suffix(file) in SUFFIXES for file in files)
-    return folder if any(folder.glob("*.tar")) or (not has_list and folder_form(folder)) else None
+    is_list = any(_suffix(file) in SUFFIXES for file in files)
+    is_list = is_list and not any((*folder.glob("*.tar"), *folder.glob("*.arrow")))
+    return folder if folder_form(folder) and not is_list else None
 
 
 def _records(file: SourceFile) -> Iterator[Record]:

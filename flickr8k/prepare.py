@@ -10,9 +10,11 @@ The sources hold the images, and captions and splits in one of these formats:
 1. Flickr8k.token.txt (the official captions) or captions.txt (the Kaggle copy's), with the official
    splits of Flickr8k_text.zip, or else split at random, with a warning;
 2. dataset_flickr8k.json, Karpathy's file of captions and splits (or _flickr30k, _coco);
-3. your own captions as CSV, TSV, JSON lines, COCO or a list: one file, which is split by its column
-   split (train, val, test) or at random, or a file for each, called train, val and test. Images in
-   the output folder stay there, others are copied to images/.
+3. your own captions as CSV, TSV, JSON lines, COCO, Parquet or a list: one file, which is split by
+   its column split (train, val, test) or at random, or a file for each, called train, val and test;
+   or without a list, split at random: a folder of tar shards (00000.tar, ... of img2dataset), of
+   images beside texts (1.jpg, 1.txt), of class folders, or of Hugging Face's datasets. Images and
+   shards in the output folder stay there, others are copied to images/.
 
 Flickr8k (Hodosh, Young, Hockenmaier 2013) is for non-commercial research and education.
 """
@@ -286,7 +288,7 @@ def main() -> None:
         help=f"folders, zips or files that hold Flickr8k: {IMAGES_ZIP} and {TEXT_ZIP} or what they "
              f"unpack to, the Kaggle copy (archive.zip: Images and {KAGGLE}; add {TEXT_ZIP} or "
              f"--download for the official splits), or Karpathy's {KARPATHY} and the images; or "
-             "your own images with captions as CSV, TSV, JSON lines, COCO or a list")
+             "your own images with captions (see 3 above)")
     add("--output", type=scripts.writable_folder, default=Path(__file__).resolve().parent,
         help="folder to write into (default: the folder of this script)")
     add("--language", choices=["en", "cn"], default="en", help="of the captions (default: en)")

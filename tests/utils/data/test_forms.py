@@ -112,13 +112,16 @@ def as_parquet(root, split):
 
 def as_datasets(root, split):
     """Images in the rows, as an Image feature has them."""
-    datasets = pytest.importorskip("datasets")
+    datasets, pyarrow = pytest.importorskip("datasets"), pytest.importorskip("pyarrow")
+    features = {"image": datasets.Image(), "caption": datasets.Sequence(datasets.Value("string"))}
+    features = datasets.Features(features)
     rows = [
         {"image": {"bytes": content, "path": None}, "caption": texts}
         for _, content, texts in samples(split)
     ]
-    features = {"image": datasets.Image(), "caption": datasets.Sequence(datasets.Value("string"))}
-    made = datasets.Dataset.from_list(rows, features=datasets.Features(features))
+    table = datasets.table.InMemoryTable(pyarrow.Table.from_pylist(rows, features.arrow_schema))
+    # With a fingerprint, since some versions of its parts cannot compute one together.
+    made = datasets.Dataset(table, datasets.DatasetInfo(features=features), fingerprint=split)
     made.save_to_disk(root / ("validation" if split == "val" else split))
 
 
