@@ -17,7 +17,6 @@ from PIL import Image
 
 from models.errors import InputError
 from models.files import read_bytes
-from models.preprocess import open_image
 from models.progress_bar import progress_bar
 from models.run_files import (
     BEST,
@@ -31,6 +30,7 @@ from models.run_files import (
     saved_arguments,
 )
 from utils.data.annotations import SPLITS
+from utils.data.image_reading import read_image
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.retrieval.encode import Features
 from utils.retrieval.plots import chart_svg
@@ -224,7 +224,7 @@ def _pictures(dataset: Flickr8kDataset, shown: list[int]) -> dict[int, str]:
     preprocess = replace(dataset.preprocess, side=SIDE)
     pictures = {}
     for image in progress_bar(shown, desc="pictures for the report", unit="img"):
-        pixels = preprocess.resize_and_crop(open_image(dataset.image[image]))
+        pixels = preprocess.resize_and_crop(read_image(dataset.image[image]))
         file = io.BytesIO()
         picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
         picture.save(file, "JPEG", quality=QUALITY, optimize=True)
