@@ -155,6 +155,8 @@ def get_state(
         model.enable_grad_checkpointing()
     if args.compile:
         model.compile_towers()
+        if distillation:
+            distillation.start.compile_towers()
     return state
 
 
