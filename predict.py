@@ -226,7 +226,7 @@ def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
                 f"{missing}, where the weights were trained; give captions to choose from with "
                 "--text or --captions_file"
             )
-        captions += [caption for _, texts in read_annotations(validation) for caption in texts]
+        captions += read_annotations(validation, "val", language).captions
     return captions
 
 

@@ -42,7 +42,9 @@ def build_parser() -> ArgumentParser:
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset_path", type=path, default=from_here("flickr8k"),
-        help="folder with images and {en,cn}_{train,val}.json, .csv, ... (default: %(default)s)")
+        help="folder with images and {en,cn}_{train,val}.json, .csv, ..., or one table with a "
+        "column split; or with folders train/ and val/ of tar shards, of images beside texts, of "
+        "class folders or of Hugging Face's datasets (default: %(default)s)")
     add("--language", choices=["en", "cn"], nargs="+", default=["en"],
         help="language of the captions in training and scoring; two are mixed (default: en)")
     add("--input_shape", type=integer(1, MAX_RESOLUTION), metavar="PIXELS",

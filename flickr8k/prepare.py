@@ -13,10 +13,12 @@ The sources hold the images, and captions and splits in one of these formats:
    random, with a warning;
 2. dataset_flickr8k.json, Karpathy's file of captions and splits (or _flickr30k,
    _coco);
-3. your own captions as CSV, TSV, JSON lines, COCO or a list: one file, which is
-   split by its column split (train, val, test) or at random, or a file for
-   each, called train, val and test. Images in the output folder stay there,
-   others are copied to images/.
+3. your own captions as CSV, TSV, JSON lines, COCO, Parquet or a list: one file,
+   which is split by its column split (train, val, test) or at random, or a file
+   for each, called train, val and test; or without a list, split at random: a
+   folder of tar shards (00000.tar, ... of img2dataset), of images beside texts
+   (1.jpg, 1.txt), of class folders, or of Hugging Face's datasets. Images and
+   shards in the output folder stay there, others are copied to images/.
 
 Flickr8k (Hodosh, Young, Hockenmaier 2013) is for non-commercial research and
 education.
@@ -205,7 +207,7 @@ def prepare(
     with ExitStack() as open_zips:
         found = find_files(sources, open_zips)
         files = FileIndex((file for file in found if not file.below(root / "images")), root)
-        own = None if download or has_captions(files) else read_own(found, root, named=sources)
+        own = None if download or has_captions(files) else read_own(found, root, sources, language)
         if own and root.resolve() == Path(__file__).resolve().parent:
             raise InputError(
                 "your own captions need a folder of their own: add --output FOLDER; images "
@@ -291,7 +293,7 @@ def main() -> None:
         help=f"folders, zips or files that hold Flickr8k: {IMAGES_ZIP} and {TEXT_ZIP} or what they "
              f"unpack to, the Kaggle copy (archive.zip: Images and {KAGGLE}; add {TEXT_ZIP} or "
              f"--download for the official splits), or Karpathy's {KARPATHY} and the images; or "
-             "your own images with captions as CSV, TSV, JSON lines, COCO or a list")
+             "your own images with captions (see 3 above)")
     add("--output", type=scripts.writable_folder, default=Path(__file__).resolve().parent,
         help="folder to write into (default: the folder of this script)")
     add("--language", choices=["en", "cn"], default="en",

@@ -79,7 +79,7 @@ class FileIndex:
         return [file for file, rank in zip(found, ranks, strict=True) if rank == best]
 
     def _add_longer(self, end: tuple[str, ...]) -> None:
-        """Sort the files with this end by one part more, once: most names need none."""
+        """Sort the files with this end by one part more, once: most differ in their names."""
         if end in self.longer:
             return
         self.longer.add(end)

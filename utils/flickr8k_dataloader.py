@@ -29,7 +29,7 @@ from utils.data.annotations import SPLITS, caption_file, read_annotations, why_m
 from utils.data.augment import crop, draw_crops, draw_recolourings, recolour, reword
 from utils.data.caption_lists import CaptionLists, join_parts
 from utils.data.image_cache import decode_once, gather
-from utils.data.image_files import missing_images
+from utils.data.image_files import locate
 from utils.data.image_reading import ImageReader, Loaded, Paths, read_batches, substitutes
 from utils.data.packed import PIECE, Computed, ranges, starts_of
 from utils.data.unlabelled import Unlabelled
@@ -86,8 +86,9 @@ class Flickr8kDataset(Dataset):
         self.unreadable: dict[int, str] = {}  # {image index: problem}, found by `cache`
         languages = dict.fromkeys([language] if isinstance(language, str) else language)
         files = [caption_file(root, name, self.split) for name in languages]
-        self._hold(join_parts(map(read_annotations, files)))
-        self._check_images_exist()
+        read = (read_annotations(f, self.split, la) for f, la in zip(files, languages, strict=True))
+        self._hold(join_parts(read))
+        self.places = self._check_images_exist()  # in containers
 
     def sample(self, images: int) -> "Flickr8kDataset":
         """So many of the images, drawn at random, always in the same way, in their order; the set
@@ -102,6 +103,7 @@ class Flickr8kDataset(Dataset):
         part = self._without("tokens", "text_ids", "_images_of", "_captions_of")
         part._hold(CaptionLists(self.names, self.starts, self.text).take(rows))
         part.cached_rows = rows if self.cached_rows is None else self.cached_rows[rows]
+        part.places = None if self.places is None else self.places[rows]
         part.unreadable = {
             i: self.unreadable[row] for i, row in enumerate(rows.tolist()) if row in self.unreadable
         }
@@ -135,7 +137,8 @@ class Flickr8kDataset(Dataset):
 
     @property
     def reader(self) -> ImageReader:
-        return ImageReader(self.image, self.transform or self.preprocess.resize_and_crop)
+        prepare = self.transform or self.preprocess.resize_and_crop
+        return ImageReader(self.image, prepare, self.places)
 
     @property
     def own_captions(self) -> Mapping[int, list[int]]:
@@ -267,16 +270,17 @@ class Flickr8kDataset(Dataset):
         """The number of captions that are positives of several images."""
         return int((np.diff(self._images_of[0])[self.text_ids.numpy()] > 1).sum())
 
-    def _check_images_exist(self) -> None:
-        """Raise `InputError` for missing images; in training, where others take their place, only
-        if all are missing."""
-        missing = missing_images(self.root, self.names)
+    def _check_images_exist(self) -> np.ndarray | None:
+        """The places of images in containers. Raises `InputError` for missing images; in training,
+        where others take their place, only if all are missing."""
+        missing, places = locate(self.root, self.names)
         if missing and (self.split != "train" or len(missing) == len(self.image)):
             raise InputError(
                 f"{self.root}: {len(missing)} of the {len(self.image)} {self.split} images are "
                 f"missing, the first is {why_missing(self.root / missing[0])}; put them there or "
                 "remove their entries"
             )
+        return places
 
 
 def _split(split: str | None, is_train: bool | None) -> str:

@@ -53,7 +53,7 @@ def _loop(settings: Settings, distill: bool, is_compiled: bool = False) -> Loop:
         model.compile_towers()
         if distillation:
             distillation.start.compile_towers()
-    loop.run(2 if settings.tiny else WARMUP)
+    loop.run(1 if settings.tiny else WARMUP)
     settings.synchronize()
     return loop
 
@@ -61,7 +61,7 @@ def _loop(settings: Settings, distill: bool, is_compiled: bool = False) -> Loop:
 def _time_loop(settings: Settings, distill: bool, is_compiled: bool) -> dict[str, object]:
     begun = time.perf_counter()
     loop = _loop(settings, distill, is_compiled)
-    waited, steps = loop.progress.seconds_waited, 2 if settings.tiny else STEPS
+    waited, steps = loop.progress.seconds_waited, 1 if settings.tiny else STEPS
     started = time.perf_counter()
     loop.run(steps)
     settings.synchronize()
@@ -81,7 +81,7 @@ def _profile_loop(settings: Settings, distill: bool) -> dict[str, object]:
     loop = _loop(settings, distill)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * settings.on_gpu
     with torch.profiler.profile(activities=activities) as profile:
-        loop.run(2 if settings.tiny else 5)
+        loop.run(1 if settings.tiny else 5)
         settings.synchronize()
     kind = DeviceType.CUDA if settings.on_gpu else DeviceType.CPU
     kernels = [e for e in profile.events() if e.device_type == kind and not e.is_user_annotation]
@@ -115,31 +115,31 @@ class Contest(NamedTuple):
     def steps(
         self, make: Callable[[], nn.Module], loss: Loss, is_compiled: bool
     ) -> dict[str, object]:
-        """Steps with the same images, and with captions in four lots, which take turns. TFLOP are
+        """Steps with the same images, and with captions in some lots, which take turns. TFLOP are
         those that the result cannot do without (see `training.step_flops`)."""
         settings = self.settings
-        device, n = settings.device, settings.batch
+        device, n, lots = settings.device, settings.batch, 1 if settings.tiny else WARMUP
         config = infer_config(self.weights)
         model = make().to(device).train()
         optimizer = adamw(model)
         autocast = torch.autocast(device.type, torch.bfloat16)
         torch.manual_seed(0)
         images = torch.randn(n, 3, *[config.image_resolution] * 2, device=device)
-        texts = [self.tokens[torch.randint(len(self.tokens), (n,))] for _ in range(WARMUP)]
+        texts = [self.tokens[torch.randint(len(self.tokens), (n,))] for _ in range(lots)]
         with torch.no_grad(), autocast:
             checked = loss(model, images[:CHECKED], texts[0][:CHECKED]).item()
         if is_compiled:
             torch.compiler.reset()
             model.compile_towers() if loss is our_loss else model.compile()
-        steps = texts + texts * (1 if settings.tiny else 4)
+        steps = texts * (2 if settings.tiny else 5)
         started = time.perf_counter()
         seconds = alternate(
             {"step": lambda texts: train(model, loss, optimizer, images, texts, autocast)},
             steps,
             settings.synchronize,
         )["step"]
-        step = median(seconds[WARMUP - 1 :])
-        flops = sum(step_flops(config, lot) for lot in texts) / WARMUP
+        step = median(seconds[lots - 1 :])
+        flops = sum(step_flops(config, lot) for lot in texts) / lots
         product = self._product()
         return {
             "images_per_s": n / step,

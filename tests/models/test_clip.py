@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 
 import open_clip
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from open_clip import get_tokenizer
 from open_clip.loss import ClipLoss
 from peers import TEXT, open_clip_model, to_transformers, transformers_model
+from tiny import tiny_clip
 from torch import nn
 
 from models import CLIP, available_models, build_model, load, tokenize
@@ -303,6 +305,37 @@ def test_a_third_text_tower_is_one_module_and_a_line_of_the_table(monkeypatch):
     model = CLIP(replace(CONFIGS["ViT-demo"], text_tower="words")).initialize()
     expected = model.text_projection.sum(dim=0).expand(len(CAPTIONS), -1)
     torch.testing.assert_close(model.encode_text(tokenize(CAPTIONS)), expected)
+
+
+@pytest.mark.slow  # torch's compiler takes long to import
+def test_training_compiles_a_graph_for_each_size_of_batch_and_one_for_all_texts(monkeypatch):
+    """Scoring, whose last batch is smaller, would make the size variable for good."""
+    graphs = []  # the shapes of the inputs that are no parameters
+
+    def note_shapes(graph, inputs):
+        examples = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
+        tensors = [e for e in examples if hasattr(e, "shape") and not isinstance(e, nn.Parameter)]
+        graphs.append([list(tensor.shape) for tensor in tensors])
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=note_shapes))
+    model = tiny_clip()
+    images = torch.randn(6, 3, 8, 8)
+    tokens = torch.tensor([[5, 1, 6, 0, 0], [5, 1, 2, 6, 0], [5, 6, 0, 0, 0]] * 2)
+    expected = model.encode_image(images), model.encode_text(tokens)
+    model.compile_towers()
+    for n in (6, 2):
+        model.eval().encode_image(images[:n])
+        model.encode_text(tokens[:n])
+    assert not graphs
+    for rows in (slice(6), slice(2), slice(6)):
+        found = model.train().encode_image(images[rows]), model.encode_text(tokens[rows])
+        for features, of_all in zip(found, expected, strict=True):
+            torch.testing.assert_close(features, of_all[rows])
+    of_images = [[[n, 3, 8, 8]] for n in (6, 2)]
+    assert [shapes for shapes in graphs if len(shapes) == 1] == of_images
+    (of_texts,) = (shapes for shapes in graphs if len(shapes) > 1)
+    assert isinstance(of_texts[0][0], torch.SymInt)
 
 
 def test_logit_scale_is_kept_below_a_hundred():

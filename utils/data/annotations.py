@@ -1,32 +1,36 @@
-"""Caption files of a data set, `{language}_{train,val,test}.json` (or .jsonl, .csv, .tsv): finding,
-reading and writing them."""
+"""The captions of a data set: finding, reading and writing them."""
 
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 from tempfile import TemporaryDirectory
 
 from models.errors import InputError, one_line
-from models.files import decoded, probably_meant, read_bytes
+from models.files import decoded, file_version, probably_meant, read_bytes
 from models.progress_bar import progress_bar
 from models.scripts import from_here
+from utils.data.caption_folders import folder_form, folder_records, table_records
 from utils.data.caption_formats import (
     CAPTION_FIELDS,
     IMAGE_FIELDS,
     SPLIT_FIELDS,
     SPLIT_WORDS,
+    SPLITS,
     SUFFIXES,
+    Record,
     UnknownFormat,
+    chinese_clip_records,
     first_of,
     read_records,
 )
 from utils.data.caption_lists import CaptionLists, Entries, join_parts
 from utils.runs.files import atomic_write
 
-SPLITS = {"train": "training", "val": "validation", "test": "test"}  # in names of files; in words
+CHINESE_CLIP = "_texts.jsonl"  # the end of its lists' names
 PROBLEMS_SHOWN = 10  # of one caption file
 NOTHING = {"", "nan", "none", "null", "<na>"}  # in place of a caption
 OTHERS_SHOWN = 5  # other caption files in the folder of a missing one
@@ -36,12 +40,12 @@ PLAIN_PATH = re.compile(r"(?:\w[\w.-]*/)*\w[\w.-]*", re.ASCII)
 
 
 def missing_annotations(file: Path) -> str | None:
-    """Why a caption file is not found, and which others are there, of its split if possible; None
-    if it is there."""
+    """Why the captions of `caption_file` are not found, and which other lists are there, of its
+    split if possible; None if they are there."""
     root = file.parent
     if not root.is_dir():
         return f"{root}: {'is not a folder' if root.exists() else 'no such folder'}"
-    if file.is_file():
+    if file.exists():
         return None
     lists = sorted(f for f in root.iterdir() if f.suffix in SUFFIXES and f.is_file())
     split = "_" + file.stem.rpartition("_")[2]
@@ -51,28 +55,77 @@ def missing_annotations(file: Path) -> str | None:
 
 
 def caption_file(root: Path, language: str, split: str) -> Path:
-    """The caption file of a language and a split in `root`; ending in .json if there is none.
-    Raises `InputError` for several files."""
-    files = [root / f"{language}_{split}{suffix}" for suffix in SUFFIXES]
-    found = [file for file in files if file.is_file()]
+    """The captions of a language and a split in `root`: a list, `{language}_{split}.json` or of
+    another suffix, or else in a form without a language: Chinese-CLIP's `{split}_texts.jsonl`, the
+    only table in `root`, by its column split, or the folder `{split}` in a form of
+    `caption_folders`. If there are none, the first list. Raises `InputError` for several lists."""
+    lists = [root / f"{language}_{split}{suffix}" for suffix in SUFFIXES]
+    found = [file for file in lists if file.is_file()]
     if len(found) > 1:
         names = ", ".join(file.name for file in found)
         raise InputError(f"{root}: {names} are of the same split; keep one of them")
-    return found[0] if found else files[0]
+    tables = [file for file in root.glob("*") if file.suffix in SUFFIXES]
+    if found or any(file.stem.rpartition("_")[2] in SPLITS for file in tables):
+        return found[0] if found else lists[0]
+    words = [word for word, meant in SPLIT_WORDS.items() if meant == split]
+    others = [root / f"{word}{CHINESE_CLIP}" for word in words]
+    if len(tables) == 1 and split in splits_in(tables[0]):
+        others.append(tables[0])
+    others += [folder for word in words if folder_form(folder := root / word)]
+    return next((other for other in others if other.exists()), lists[0])
 
 
-def read_annotations(path: Path) -> CaptionLists:
-    """The (image path relative to the root, captions) pairs of a caption file in any format of
-    `read_records`. The split is that of the file's name, not of its entries. One `InputError` names
-    all problems."""
-    parts = captions_by_split(path, _read_text(path), image_path)
-    split = path.stem.rpartition("_")[2]
-    if other := sorted(word for word in parts if SPLIT_WORDS.get(word, split) != split):
+def read_annotations(path: Path, split: str | None = None, language: str = "en") -> CaptionLists:
+    """The (image path relative to the folder of `path`, captions) pairs of the captions at `path`,
+    as `caption_file` names it: a list in any format of `read_records`, whose name tells the split,
+    a table with the column split, or a folder. One `InputError` names all problems."""
+    name = path.stem.rpartition("_")[2]
+    if path.is_dir():
+        return _pairs(path, _below(path.name, folder_records(path, language)))
+    if path.name.endswith(CHINESE_CLIP):
+        images = path.name.replace(CHINESE_CLIP, "_imgs.tsv")
+        return _pairs(path, chinese_clip_records(_read_text(path), images))
+    if split and name not in SPLITS:
+        parts = _table_parts(path, file_version(path))
+        return join_parts(part for word, part in parts.items() if SPLIT_WORDS.get(word) == split)
+    parts = _list_parts(path)
+    if other := sorted(word for word in parts if SPLIT_WORDS.get(word, name) != name):
         print(
-            f"warning: {path}: entries whose split is {', '.join(other)} count as {split}, as the "
+            f"warning: {path}: entries whose split is {', '.join(other)} count as {name}, as the "
             f"file's name says; python {from_here('flickr8k/prepare.py')} --source splits a file"
         )
     return join_parts(parts.values())
+
+
+def splits_in(table: Path) -> set[str | None]:
+    """The splits that the entries of a table name."""
+    try:
+        return set(map(SPLIT_WORDS.get, _table_parts(table, file_version(table))))
+    except InputError:
+        return set()  # some other file
+
+
+@lru_cache(maxsize=1)
+def _table_parts(path: Path, _: str) -> dict[str, CaptionLists]:
+    return _list_parts(path)
+
+
+def _list_parts(path: Path) -> dict[str, CaptionLists]:
+    if path.suffix == ".parquet":
+        return collect(path, table_records(path), image_path)
+    return captions_by_split(path, _read_text(path), image_path)
+
+
+def _pairs(path: Path, records: Iterable[Record]) -> CaptionLists:
+    return join_parts(collect(path, records, image_path).values())
+
+
+def _below(folder: str, records: Iterable[Record]) -> Iterator[Record]:
+    for record in records:
+        if record.problem is None:
+            image = f"{folder}/{record.content['image']}"
+            record = record._replace(content=record.content | {"image": image})
+        yield record
 
 
 def captions_by_split(
@@ -86,11 +139,22 @@ def captions_by_split(
     and counted in one line. `read_image` turns an entry's image into its name, or raises
     `ValueError`. One `InputError` names all problems.
     """
+    try:
+        records = read_records(text, Path(str(file)).suffix.lower())
+    except UnknownFormat as error:
+        raise InputError(f"{file}: {error}") from None
+    return collect(file, records, read_image)
+
+
+def collect(
+    file: object, records: Iterable[Record], read_image: Callable[[object], str]
+) -> dict[str, CaptionLists]:
+    """`captions_by_split` from the records of `file`."""
     problems: list[str] = []
     entries: dict[str, Entries] = defaultdict(Entries)
     listed = empty = 0
     try:
-        for where, content, problem in read_records(text, Path(str(file)).suffix.lower()):
+        for where, content, problem in records:
             listed += 1
             try:
                 if problem:

@@ -7,14 +7,16 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import chain
+from pathlib import PurePath
 from typing import NamedTuple
 
 from models.scripts import from_here
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 # Names of a column or a field; where a file has several of them, the first counts.
 IMAGE_FIELDS = ("image", "file_name", "filename", "filepath", "image_name")
 CAPTION_FIELDS = ("caption", "captions", "text", "title", "comment")
+SPLITS = {"train": "training", "val": "validation", "test": "test"}  # in names of files; in words
 SPLIT_FIELDS = ("split", "subset")
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training", "restval"), "train"),
@@ -47,6 +49,7 @@ def read_records(text: str, suffix: str = "") -> Iterator[Record]:
     """The records of a file with this content, in their order; `suffix` is that of its name.
 
     list        `[{"image": "1.jpg", "caption": ["...", ...]}, ...]`
+    object      `{"1.jpg": "...", "2.jpg": ["...", ...], ...}`
     JSON lines  such an object on every line
     COCO        `{"images": [{"id": 7, "file_name": "1.jpg"}, ...],
                 "annotations": [{"image_id": 7, "caption": "..."}, ...]}`
@@ -96,6 +99,9 @@ def _json_records(text: str, suffix: str) -> Iterator[Record]:
         )
     if first_of(IMAGE_FIELDS, content):
         return iter([Record("line 1", content)])
+    if content and all(PurePath(key).suffix for key in content):
+        pairs = content.items()
+        return (Record(f"image {key:.80}", {"image": key, "caption": text}) for key, text in pairs)
     return _list_records(content)
 
 
@@ -125,6 +131,23 @@ def _elements(text: str, start: int) -> Iterator[object]:
 def _lines(text: str) -> Iterator[str]:
     """The lines, which `io.StringIO` would give too, but with four bytes for each character."""
     return (line[0] for line in LINE.finditer(text))
+
+
+def chinese_clip_records(text: str, images: str) -> Iterator[Record]:
+    """The records of Chinese-CLIP's texts, a JSON object a line with a text and the ids of images,
+    which are in base64 in the table `images`."""
+    for number, line in enumerate(_lines(text), start=1):
+        if not line.strip():
+            continue
+        record = _line(number, line.rstrip("\r\n"))
+        entry = record.content
+        if not isinstance(entry, dict) or not isinstance(entry.get("image_ids"), list):
+            problem = record.problem or 'should be {"text": ..., "image_ids": [...]}'
+            yield record._replace(problem=problem)
+            continue
+        for image in entry["image_ids"]:
+            content = {"image": f"{images}/{image}", "caption": entry.get("text")}
+            yield record._replace(content=content)
 
 
 def _parsed(text: str, is_line: bool = False) -> object:

@@ -1,19 +1,22 @@
 """Image files: finding them in a folder, and checking those of data sets before training."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
 from models.errors import InputError
-from models.preprocess import DRAWN_BY_PROGRAMS, NEED_A_PACKAGE, is_one_colour, open_image
+from models.preprocess import DRAWN_BY_PROGRAMS, NEED_A_PACKAGE, is_one_colour
 from models.progress_bar import progress_bar
-from utils.data.annotations import SPLITS
+from utils.data.caption_formats import SPLITS
+from utils.data.containers import in_container, index_of
+from utils.data.image_reading import read_image
 
 NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG"}  # formats that Pillow names but cannot read
 AT_A_TIME = 1024  # images that wait for a thread
@@ -62,24 +65,35 @@ def _warn(error: OSError) -> None:
     print(f"warning: {error.filename}: passed over, cannot be read ({error.strerror})")
 
 
-def missing_images(root: Path, names: Iterable[str]) -> list[str]:
-    """Those of `names`, paths below `root`, that are no files. Each folder is listed once, since on
-    a disk in the network a question about each file takes long."""
+def locate(root: Path, names: Sequence[str]) -> tuple[list[str], np.ndarray | None]:
+    """Those of `names`, paths below `root`, that are not there; and the places of images that lie
+    in containers, `[n, 2]`, or None if none does. Each folder is listed once, since on a disk in
+    the network a question about each file takes long. Raises `InputError` for a broken container.
+    """
+    containers: dict[str, tuple[Path, str] | None] = {}
     in_folder: dict[str, set[str]] = {}
-    for name in names:
+    places, missing = None, set()
+    for row, name in enumerate(names):
         folder, _, file = name.rpartition("/")
-        in_folder.setdefault(folder, set()).add(file)
+        if folder not in containers:
+            containers[folder] = in_container(root / folder / "_")
+        if containers[folder] is None:
+            in_folder.setdefault(folder, set()).add(file)
+            continue
+        container, inner = containers[folder]
+        place = index_of(container).get(f"{inner[:-1]}{file}")
+        if place is None:
+            missing.add(name)
+        else:
+            places = np.full((len(names), 2), -1) if places is None else places
+            places[row] = place
     for folder, wanted in in_folder.items():
         with suppress(OSError), os.scandir(root / folder) as files:
             wanted.difference_update(file.name for file in files if file.is_file())
-    # A file system can take other spellings than those it lists.
-    missing = {
-        name
-        for folder, wanted in in_folder.items()
-        for name in (f"{folder}/{file}".lstrip("/") for file in wanted)
-        if not (root / name).is_file()
-    }
-    return [name for name in names if name in missing] if missing else []
+        # A file system can take other spellings than those it lists.
+        left = (f"{folder}/{file}" if folder else file for file in wanted)
+        missing.update(name for name in left if not (root / name).is_file())
+    return [name for name in names if name in missing] if missing else [], places
 
 
 def check_splits(sets: dict[str, Dataset], num_workers: int, train_too: bool = False) -> None:
@@ -136,6 +150,6 @@ def check_images(images: list[str], num_workers: int = 0) -> tuple[list[str], li
 def _read(path: str) -> str | bool:
     """The problem of the image at `path`, or else whether it is of one colour."""
     try:
-        return is_one_colour(open_image(path))
+        return is_one_colour(read_image(path))
     except InputError as error:
         return str(error)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from models.errors import InputError, one_line
 from models.preprocess import open_image, upright_rgb
+from utils.data.containers import Place, in_container, read_contained
 from utils.machine.interrupt import leave_signals_to_parent, signals_held_back
 from utils.machine.memory import CONTINUE, free_shared_memory
 
@@ -53,6 +54,7 @@ class ImageReader:
 
     paths: Sequence[str]
     prepare: Callable[[Image.Image], Tensor]  # makes a tensor of an RGB image
+    places: np.ndarray | None = None  # `[n, 2]`, in containers
     pictures: Dataset | None = None  # the set of torchvision that reads them; None for files
 
     def __len__(self) -> int:
@@ -60,7 +62,8 @@ class ImageReader:
 
     def __getitem__(self, index: int) -> Tensor:
         if self.pictures is None:
-            return self.prepare(open_image(self.paths[index]))
+            place = None if self.places is None else self.places[index].tolist()
+            return self.prepare(read_image(self.paths[index], place))
         try:
             picture = upright_rgb(self.pictures[index][0])
         except Exception as error:  # a broken file can make Pillow's decoders raise anything
@@ -68,6 +71,12 @@ class ImageReader:
                 f"{self.paths[index]}: not a readable image ({one_line(error)})"
             ) from None
         return self.prepare(picture)
+
+
+def read_image(path: str, place: Place | None = None) -> Image.Image:
+    """The image in a file, as by `open_image`, or in a container, at `place` if that is known."""
+    inside = in_container(path)
+    return open_image(path, read_contained(*inside, place) if inside else None)
 
 
 class Loaded(NamedTuple):

@@ -41,9 +41,7 @@ class Guard:
     ):
         self.evaluator = evaluator
         self.start = start  # file of the starting weights
-        steps = len(evaluator.loader)
-        self.every = max(EARLY_STEPS, steps // 4)
-        self.looks_early = self.every < steps
+        self.every = max(EARLY_STEPS, len(evaluator.loader) // 4)  # steps
         self.val_set = val_set
         self.cached = cached
 
@@ -59,7 +57,7 @@ class Guard:
     def note_start(self, state: State, scores: Scores) -> None:
         """Keep the recall of the starting weights, whose scores on validation these are."""
         state.baseline = {"val": _recall(scores, self.val_set)}
-        if self.looks_early:
+        if self.every < len(self.evaluator.loader):
             state.baseline["early"] = self._early_recall(state)
 
     def after_epoch(self, state: State, scores: Scores) -> None:
@@ -70,9 +68,9 @@ class Guard:
     def before_step(self, state: State, step: int) -> None:
         """Go back to the start if that is due before this step of the run; compare if it is due."""
         done = len(state.losses)
-        is_early = self.looks_early and done and len(state.epochs) < EARLY_EPOCHS
+        is_due = done and done % self.every == 0 and len(state.epochs) < EARLY_EPOCHS
         # A loss that is not finite ends the run in this step.
-        if state.baseline and is_early and done % self.every == 0 and state.losses[-1].isfinite():
+        if is_due and "early" in state.baseline and state.losses[-1].isfinite():
             self._compare(state, "early", self._early_recall(state))
             train_mode(state.model)
         if state.lost:

@@ -49,7 +49,7 @@ def get_model(
 ) -> CLIP:
     """The model to train, on the CPU: from a checkpoint, from weights, or random. Sets the seed."""
     SeedEvery(args.seed)
-    is_from_scratch = resumed["start"] is None if resumed else args.resume_training == "none"
+    is_from_scratch = _is_from_scratch(args, resumed)
     with processes.rank_0_first():  # rank 0 downloads
         if resumed:
             model = resumed["model"]
@@ -62,6 +62,10 @@ def get_model(
     if is_from_scratch:
         model = whole_batch_norms(model, device, processes, args.grad_cache)
     return model
+
+
+def _is_from_scratch(args: Namespace, resumed: Checkpoint | None) -> bool:
+    return resumed["start"] is None if resumed else args.resume_training == "none"
 
 
 def get_loader(
@@ -120,7 +124,7 @@ def open_run(
         wandb = Wandb(run.folder, run.arguments) if args.wandb else None
         rows = resumed["rows"] if resumed else []
         run.loss_history = Losses(run.folder, rows, plot_losses, wandb)
-        if args.wise_ft:  # a run of fine-tuning
+        if not _is_from_scratch(args, resumed):
             run.save_start(model, is_new=not resumed)
     return run
 
@@ -132,7 +136,9 @@ def get_state(
     device = loader.device
     moved(model, device)
     optimizer = get_optimizer(model, args.optimizer_type, args.lr)
-    groups = parameter_groups(model, args.momentum, args.weight_decay, args.layer_decay)
+    groups = parameter_groups(
+        model, args.momentum, args.weight_decay, args.layer_decay, _is_from_scratch(args, resumed)
+    )
     replace_groups(optimizer, groups)
     distillation = None
     if args.distill:
@@ -149,6 +155,8 @@ def get_state(
         model.enable_grad_checkpointing()
     if args.compile:
         model.compile_towers()
+        if distillation:
+            distillation.start.compile_towers()
     return state
 
 
@@ -194,15 +202,16 @@ def finish(
     scores = score_features(*features, whole.img_to_txt, whole.txt_to_img, range(1, 11))
     print(f"{chosen.name}:\n{format_table(scores, 'val')}")
     if state.start:
-        print(format_change(state.start, kept | scores.columns()))
+        print(format_change(state.start, kept))
     plot_scores(scores, folder / "R_mAP.png")
     if "test" in sets:
         score_on_test(evaluator, model, sets["test"], chosen)
     captions = ([whole.text[caption] for caption in own] for own in whole.own_captions.values())
+    print()
     print(what_to_try(whole.image[0], chosen, captions))
     report = folder / "report.html"
     write_report(report, chosen, whole, features, scores)
-    print(f"scores, curves, answers to every query, in a browser: {report.absolute().as_uri()}")
+    print(f"scores, curves, answers to every query, in a browser\n  {report.absolute().as_uri()}")
 
 
 def score_on_test(
@@ -216,13 +225,13 @@ def score_on_test(
         model.load_state_dict(weights_of(start))
         features = {"before": evaluator.encode(model, test_set), **features}
     found = Comparison(features, test_set)
-    print(f"{chosen.name} on the test images, which had no say in choosing it:\n"
+    print(f"\n{chosen.name} on the test images, which had no say in choosing it:\n"
           f"{format_table(found.scores['after'], 'test')}")  # fmt: skip
     content = found.for_json()
-    print("with 95% bootstrap intervals:", *found.lines(), sep="\n  ")
+    print("with 95% bootstrap intervals", *found.lines(), sep="\n")
     if test_set.count_shared_captions():
         plain = Comparison(features, test_set.plain())
         print("a caption being a positive of its own image alone (--plain_protocol of metric.py):",
-              *plain.lines(), sep="\n  ")  # fmt: skip
+              *plain.lines(), sep="\n")  # fmt: skip
         content["plain_protocol"] = plain.for_json()
     write_json(file, content)
