@@ -301,8 +301,8 @@ def test_fine_tuning_starts_from_weights_in_bfloat16_at_another_resolution(train
         "train.py", "--resume_training", weights, "--dataset_path", data, "--epochs", 1,
         "--warmup_epochs", 0.5, "--batch_size", 16, "--input_shape", 96, "--use_amp",
         "--optimizer_type", "sgd", "--lr", 1e-4, "--language", "cn", "--num_workers", 1,
-        "--grad_checkpointing", "--cache", "pixels", "--log_dir", "tuned", "--distill", 6, *compiling,
-        cwd=work, prepare=say_that_it_compiles,
+        "--grad_checkpointing", "--cache", "pixels", "--log_dir", "tuned", "--distill", 6,
+        *compiling, cwd=work, prepare=say_that_it_compiles,
     )  # fmt: skip
     if compiling:  # the model and the starting model of distillation
         assert done.stdout.count("compiled while training") == 2
