@@ -124,7 +124,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize("stream, states", [(io.StringIO, 0), (Terminal, 4)])
-def test_a_bar_leaves_nothing_and_a_file_has_none_within_30_seconds(stream, states, monkeypatch):
+def test_a_bar_leaves_nothing_and_a_file_has_none_within_a_minute(stream, states, monkeypatch):
     monkeypatch.setattr(sys, "stderr", stream())
     with bars.progress_bar(total=3) as bar:
         for _ in range(3):
