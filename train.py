@@ -1,8 +1,9 @@
 """Fine-tune CLIP on captioned images, or train it from scratch.
 
-python train.py --demo                                    a small model, minutes on a CPU
-python train.py --resume_training ViT-B/32                the published weights, on flickr8k/
-python train.py --resume_training logs/RUN                go on with a run
+python train.py --demo                          a small model, minutes on a CPU
+python train.py --resume_training ViT-B/32      tune OpenAI's, on flickr8k/
+python train.py --dataset_path my_data          the same, on your own data
+python train.py --resume_training logs/RUN      go on with a run
 torchrun --standalone --nproc_per_node=2 train.py ...     on two GPUs
 """
 
@@ -31,16 +32,21 @@ def build_parser() -> ArgumentParser:
         help="what to start from: a model name (downloaded if needed), a weights file, a run's "
         "folder to continue that run with its own arguments and those given now, or none to train "
         "--model from scratch (default: %(default)s)")
-    add("--model", help="architecture to train from scratch, with --resume_training none")
+    add("--model", metavar="NAME",
+        help="architecture to train from scratch, such as ViT-demo or ViT-B/32; add "
+        "--resume_training none")
     add_activation(parser)
     add("--log_dir", type=path, default="logs", help="folder for the runs (default: %(default)s)")
-    add("--seed", type=integer(0, 2**32 - 1), default=0, help="for random choices (default: 0)")
+    add("--seed", type=integer(0, 2**32 - 1), default=0,
+        help="another number, other random choices (default: %(default)s)")
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset_path", type=path, default=from_here("flickr8k"),
-        help="folder with images and {en,cn}_{train,val}.json, .csv, ... (default: %(default)s)")
+        help="folder with images and {en,cn}_{train,val}.json, .csv, ..., or one table with a "
+        "column split; or with folders train/ and val/ of tar shards, of images beside texts, of "
+        "class folders or of Hugging Face's datasets (default: %(default)s)")
     add("--language", choices=["en", "cn"], nargs="+", default=["en"],
-        help="of the captions in training and scoring; several languages are mixed (default: en)")
+        help="language of the captions in training and scoring; two are mixed (default: en)")
     add("--input_shape", type=integer(1, MAX_RESOLUTION), metavar="PIXELS",
         help="side of the images; the positional embedding is interpolated (default: the model's)")
     add("--captions_per_image", type=integer(1), default=2, metavar="K",
@@ -52,6 +58,9 @@ def build_parser() -> ArgumentParser:
         "otherwise another image takes the place of each")
     add("--cache", nargs="?", const="", metavar="FOLDER",
         help="decode images once, into FOLDER (default: .cache in the data), as --retention does")
+    add("--val_images", type=integer(1), default=5000, metavar="N",
+        help="of more validation images, score N drawn at random after each epoch, and all at the "
+        "end: the time grows with their square (default: %(default)s)")
     add("--num_workers", type=workers,
         help="processes that read images (default: 4 with a GPU, 0 without)")
 
@@ -71,8 +80,11 @@ def build_parser() -> ArgumentParser:
         help="adam and sgd add the weight decay to the gradient, adamw does not; sgd needs a far "
         "higher --lr (default: %(default)s)")
     add("--momentum", type=number(below=1), default=0.9,
-        help="of SGD; beta1 of Adam and AdamW (default: %(default)s)")
-    add("--weight_decay", type=number(), default=0.1, help="of matrices (default: %(default)s)")
+        help="how much of the earlier steps goes on in each step: the momentum of SGD, beta1 of "
+        "Adam and AdamW (default: %(default)s)")
+    add("--weight_decay", type=number(), default=0.1,
+        help="how fast matrices shrink towards zero; biases and gains do not (default: "
+        "%(default)s)")
     add("--patience", type=integer(0), metavar="EPOCHS",
         help="stop after EPOCHS epochs without a better mean recall (default: 3; from scratch, and "
         "with 0, never)")
@@ -151,7 +163,14 @@ def main() -> None:
     processes, device = join_processes(args.device)
     sets, retention, unlabelled = get_data(args, device, processes)
     # pyzjr, which these import, takes seconds: after the checks.
-    from utils.training.phases import finish, get_loader, get_model, get_state, open_run
+    from utils.training.phases import (
+        finish,
+        get_loader,
+        get_model,
+        get_scored,
+        get_state,
+        open_run,
+    )
 
     model = get_model(args, resumed, device, processes)
     args = resolve_rate(args, model.config)
@@ -163,15 +182,16 @@ def main() -> None:
     with run.discarded_on_error():  # before its first step there is nothing to keep
         state = get_state(args, resumed, model, loader, run)
         del resumed  # a second copy of the moments
+        val = get_scored(sets["val"], args.val_images)
         announce(run, state, loader, sets, args.epochs)
         table = EpochTable(state, args.epochs, steps)
         evaluator = Evaluator(loader, state.precision, processes)
         cached = {}
         if args.cache_features:
-            cached = cache_features(model, loader, sets["val"], state.precision)
-        guard = Guard(evaluator, sets["val"], run.start_weights(), cached)
+            cached = cache_features(model, loader, val, state.precision)
+        guard = Guard(evaluator, val, run.start_weights(), cached)
         if state.is_at_start and args.resume_training != "none":
-            scores, val_loss = evaluator.score(state.scored, sets["val"], cached=cached)
+            scores, val_loss = evaluator.score(state.scored, val, cached=cached)
             state.note_start(scores, val_loss, retention.measure(state.scored, processes))
             table.add_start()
             if not args.no_guard:
@@ -208,7 +228,7 @@ def main() -> None:
             trained = progress.summary(
                 state.losses, schedule.rate(epoch * steps - 1, state.restarts)
             )
-        scores, val_loss = evaluator.score(state.scored, sets["val"], cached=cached)
+        scores, val_loss = evaluator.score(state.scored, val, cached=cached)
         state.finish_epoch(trained, scores, val_loss, retention.measure(state.scored, processes))
         guard.after_epoch(state, scores)
         table.add_epoch()
@@ -218,7 +238,7 @@ def main() -> None:
     interrupt.release()
     run.close(state)
     if processes.is_rank_0:
-        finish(args, run.folder, sets, state, Evaluator(loader, state.precision),
+        finish(args, run.folder, sets, state, Evaluator(loader, state.precision), val=val,
                retention=retention, cached=cached)  # fmt: skip
 
 

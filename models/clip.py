@@ -25,6 +25,13 @@ def text_tower(config: Config) -> TextTower:
     return import_module(TEXT_TOWERS[config.text_tower]).TextTower()
 
 
+def compile_for_training(tower: nn.Module, dynamic: bool | None = None) -> None:
+    """Compile `tower` with `torch.compile` for training mode. Evaluation, whose batches have other
+    sizes, would make it compile anew, or once for all sizes, which is slower."""
+    as_it_is, compiled = tower.forward, torch.compile(tower.forward, dynamic=dynamic)
+    tower.forward = lambda *inputs: (compiled if tower.training else as_it_is)(*inputs)
+
+
 class CLIP(nn.Module):
     """The image tower `visual`, the text tower, and the logit scale.
 
@@ -161,9 +168,10 @@ class CLIP(nn.Module):
                 module.grad_checkpointing = True
 
     def compile_towers(self) -> None:
-        """Compile both towers with `torch.compile`, the text tower for any number of tokens."""
-        self.visual.compile()
-        self.text_tower.blocks(self).compile(dynamic=True)
+        """Compile both towers for training mode: the image tower for each size of batch, the text
+        tower for any number of tokens."""
+        compile_for_training(self.visual, dynamic=False)
+        compile_for_training(self.text_tower.blocks(self), dynamic=True)
 
     def initialize(self) -> "CLIP":
         """Draw random weights for training from scratch, and return the model."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.clip import CLIP
+from models.clip import CLIP, compile_for_training
 from models.clip_text import TextTower
 from models.config import CHOICES, CONTEXT_LENGTH, MAX_SIZE, is_colour
 from models.errors import InputError, one_line, quoted
@@ -146,7 +146,7 @@ class OpenClipModel(CLIP):
 
     def compile_towers(self) -> None:
         for tower in (self.visual, self.text):
-            tower.compile()
+            compile_for_training(tower)
 
 
 def preprocess(content: dict[str, Any], side: int) -> Preprocess:

@@ -61,6 +61,16 @@ def check(what: str, differences: Iterable[float], tolerance: float) -> None:
         raise ArithmeticError(f"{what} differ by {wrong[0]:.1e}, more than {tolerance:.0e}")
 
 
+def relative_differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[float]:
+    """The differences between gradients, each by the gradient's norm. A thousandth of the largest
+    norm is added to it: some gradients are zero but for rounding (that of a key's bias)."""
+    largest = max(gradient.norm().item() for gradient in theirs.values())
+    return [
+        ((ours[name] - gradient).norm() / (gradient.norm() + 1e-3 * largest)).item()
+        for name, gradient in theirs.items()
+    ]
+
+
 def matmul(side: int, dtype, device) -> Callable[[Any], object]:
     """A contestant that multiplies two square matrices: `2 * side**3` operations."""
     import torch

@@ -1,12 +1,14 @@
 """The benchmarks at tiny sizes: the checks inside them hold, and their tables are printed."""
 
+import json
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peers import open_clip_model
-from script_runs import ROOT
+from script_runs import ROOT, run_script
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -137,12 +139,12 @@ def test_locked_towers(rows, data):
 
 @pytest.mark.slow
 def test_start_up(tmp_path, data):
+    (tmp_path / "first_step.py").write_text(start_up.FIRST_STEP)
     scratch = ["--resume_training", "none", "--model", "ViT-demo", "--batch_size", 4]
-    seconds = start_up.cpu_seconds(
-        start_up.FIRST_STEP, *scratch, "--dataset_path", data, "--log_dir", tmp_path
-    )
-    assert seconds > 0
-    assert len(list(tmp_path.iterdir())) == 1  # the run that began
+    done = run_script(tmp_path / "first_step.py", *scratch, "--dataset_path", data, "--log_dir",
+                      tmp_path / "logs", cwd=ROOT)  # fmt: skip
+    assert float(done.stdout.rpartition("CPU seconds:")[2]) > 0
+    assert len(list((tmp_path / "logs").iterdir())) == 1  # the run that began
 
 
 @pytest.mark.slow
@@ -152,12 +154,20 @@ def test_cold_start(tmp_path, data, capsys):
     cold_start.make_archive(archive, "ViT-demo", 1)
     image = str(next((data / "images").glob("val_*.png")))
     commands = cold_start.commands(archive, image, clip_python=None)
-    runs = {name: [cold_start.run(commands[name])] for name in ("ours", "open_clip")}
+    (tmp_path / "open_clip.py").write_text(cold_start.OPEN_CLIP)
+    runs = {}
+    for name, (script, *arguments) in {
+        "ours": commands["ours"][1:],
+        "open_clip": [str(tmp_path / "open_clip.py"), *commands["open_clip"][3:]],
+    }.items():
+        done = run_script(script, *arguments, cwd=tmp_path)
+        runs[name] = [cold_start.Run(done.stdout, 2.0, 400.0)]
     cold_start.check_answers({name: taken[0].printed for name, taken in runs.items()})
     cold_start.print_results("ViT-demo", runs)
     printed = capsys.readouterr().out
     assert "ours and open_clip: probabilities differ" in printed
     assert first_cells(printed)[2:] == ["ours", "open_clip"]
+    assert cold_start.run([sys.executable, "-c", "print(1)"]).printed == "1\n"
 
 
 def test_real_towers_are_chosen_on_images_that_nothing_else_uses(data, tmp_path, monkeypatch):
@@ -174,9 +184,32 @@ def test_real_towers_are_chosen_on_images_that_nothing_else_uses(data, tmp_path,
 
 
 @pytest.mark.slow
-def test_gpu(rows, data):
-    small = ["--device", "cpu", "--tiny", "--models", "ViT-demo", "--no_compile", "--repeats", 2]
-    assert rows(gpu, "--data", data, *small)[2:] == ["ours", "open_clip"]
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a fork server")
+def test_gpu(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "run_in_time", gpu.run_part)
+    arguments = ["--device", "cpu", "--tiny", "--data", data, "--out", tmp_path]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *map(str, arguments)])
+    gpu.main()
+    written = (tmp_path / "results.jsonl").read_text("utf-8")
+    lines = [json.loads(line) for line in written.splitlines()]
+    assert {line["part"] for line in lines} == gpu.PARTS.keys()
+    assert not [line for line in lines if "error" in line or line.get("ok") is False]
+    assert set(written.splitlines()) <= set(capsys.readouterr().out.splitlines())
+
+
+def test_a_failed_contender_does_not_cost_those_after_it(tmp_path, monkeypatch, capsys):
+    def part(settings):
+        yield "divided", lambda: {"quotient": 1 / 0}
+        yield "multiplied", lambda: {"product": 2 / 3}
+
+    monkeypatch.setattr(gpu, "import_module", lambda name: SimpleNamespace(loop=part))
+    settings = gpu.Settings(torch.device("cpu"), tmp_path, tmp_path, batch=2, tiny=True)
+    gpu.run_part("loop", settings)
+    written = (tmp_path / "results.jsonl").read_text("utf-8").splitlines()
+    failed, good = map(json.loads, written)
+    assert failed["error"] == "ZeroDivisionError: division by zero"
+    assert good.items() >= {"part": "loop", "contender": "multiplied", "product": 0.6667}.items()
+    assert capsys.readouterr().out.splitlines() == written
 
 
 @pytest.mark.parametrize("wrong", [0.2, float("nan")])
@@ -195,13 +228,6 @@ def test_a_changed_weight_is_noticed(weight):
     tokens = tokenize(["a red ball", "two dogs", "a cat"])
     with pytest.raises(ArithmeticError):
         training.check_agreement(build_model(weights), peers, torch.randn(3, 3, 64, 64), tokens)
-
-
-@pytest.mark.parametrize("largest", [1, 3, 64, 100, 1000])
-@pytest.mark.parametrize("first", [1, 2, 64])
-def test_the_largest_batch_is_the_largest_power_of_two_that_fits(largest, first):
-    expected = max(2**n for n in range(9) if 2**n <= min(largest, 256))
-    assert gpu.largest_batch(lambda batch: batch <= largest, first, 256) == expected
 
 
 def test_step_flops_are_those_that_torch_counts():

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from measure import check
+from measure import check, relative_differences
 from open_clip.loss import ClipLoss
 from peers import chinese_clip_model, cn_clip_model, to_transformers
 from torch import Tensor, nn
@@ -197,16 +197,6 @@ def _loss_and_gradients(
     gradients = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
     return value.item(), gradients
-
-
-def relative_differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[float]:
-    """The differences between gradients, each by the gradient's norm. A thousandth of the largest
-    norm is added to it: some gradients are zero but for rounding (that of a key's bias)."""
-    largest = max(gradient.norm().item() for gradient in theirs.values())
-    return [
-        ((ours[name] - gradient).norm() / (gradient.norm() + 1e-3 * largest)).item()
-        for name, gradient in theirs.items()
-    ]
 
 
 def step_flops(config: Config, tokens: Tensor) -> float:

@@ -38,7 +38,7 @@ def trained(data, tmp_path_factory):
 def test_a_chinese_model_is_trained_and_used_by_every_script(trained, data, tmp_path):
     run, printed = trained
     assert "warning" not in printed and "were cut" not in printed
-    *_, label, other = shlex.split(printed.splitlines()[-2])  # what to try, before the page
+    *_, label, other = shlex.split(printed.splitlines()[-3])  # what to try, before the page
     labels = label, other
     assert re.fullmatch("[\u4e00-\u9fff，。]+", label)  # from the Chinese captions
     image = next((data / "images").glob("val_*.png"))

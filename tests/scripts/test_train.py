@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 from script_runs import ROOT, error_line, run_script
 
 from flickr8k.render_demo import render_demo
-from models import load
+from models import CLIP, load
 from models.errors import InputError
 from models.preprocess import open_image
 from models.scripts import from_here
@@ -63,6 +64,17 @@ def test_a_run_leaves_its_files(trained):
     (log,) = run.glob("console_*.log")
     assert "\n     4/4" in log.read_text("utf-8") and "\n     4/4" in printed
     assert json.loads((run / "arguments.json").read_text())["batch_size"] == 16
+
+
+def test_tensorboard_reads_the_scores_of_each_epoch(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained[0])).Reload()
+    for name in ("mean_recall", "i2t_R@1", "t2i_mAP@10", "val_loss", "lr"):
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        rows = [(int(row["epoch"]), float(row[name])) for row in read_rows(trained[0])]
+        assert [step for step, _ in found] == [epoch for epoch, _ in rows]
+        assert [value for _, value in found] == pytest.approx([value for _, value in rows])
 
 
 def test_metrics_csv_has_a_row_an_epoch(trained):
@@ -211,11 +223,12 @@ def test_the_weights_that_validation_chose_are_scored_on_the_test_split(trained,
             assert found["plain_protocol"][way][name] <= found[way][name]
     low, high = found["intervals"]["gained"]["mean_recall"]
     assert low <= found["mean_recall"] - found["before"]["mean_recall"] <= high
-    report = (run / "report.html").read_text("utf-8")
+    report = (run / "report.html").read_text("utf-8").replace("\n", "")
+    report = re.sub(r" <small>[\d.]+ to [\d.]+</small>", "", report)  # intervals
     for scores in (found, found["before"]):
         cells = [f"<td>{scores['mean_recall']:.2f}</td>"]
         cells += [f"<td>{scores[way]['R@1']:.2f}</td>" for way in ("i2t", "t2i")]
-        assert "".join(cells) in report.replace("\n", "")
+        assert "".join(cells) in report
     assert "6 validation images, 10 test images" in done.stdout
 
     done = run_script("utils/metric.py", "--split", "test", "--weights", run, "--json", "test.json",
@@ -281,14 +294,22 @@ def test_a_checkpoint_away_from_its_run_is_not_continued(trained, work):
     assert "RUN/weights/checkpoint.pth" in line
 
 
+def say_that_it_compiles():
+    CLIP.compile_towers = lambda model: print("compiled while training:", model.training)
+
+
 def test_fine_tuning_starts_from_weights_in_bfloat16_at_another_resolution(trained, data, work):
     weights = trained[0] / "weights" / "best_epoch_weights.pth"
+    compiling = [] if sys.platform == "win32" else ["--compile"]
     done = run_script(
         "train.py", "--resume_training", weights, "--dataset_path", data, "--epochs", 1,
         "--warmup_epochs", 0.5, "--batch_size", 16, "--input_shape", 96, "--use_amp",
         "--optimizer_type", "sgd", "--lr", 1e-4, "--language", "cn", "--num_workers", 1,
-        "--grad_checkpointing", "--cache", "pixels", "--log_dir", "tuned", cwd=work,
+        "--grad_checkpointing", "--cache", "pixels", "--log_dir", "tuned", "--distill", 6,
+        *compiling, cwd=work, prepare=say_that_it_compiles,
     )  # fmt: skip
+    if compiling:  # the model and the starting model of distillation
+        assert done.stdout.count("compiled while training") == 2
     assert "\n   start" in done.stdout and "mixed, bfloat16" in done.stdout
     (run,) = (work / "tuned").iterdir()
     model, _ = load(run / "weights" / "best_epoch_weights.pth", "cpu")

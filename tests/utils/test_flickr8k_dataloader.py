@@ -249,7 +249,7 @@ def test_long_captions_are_cut_and_counted(tmp_path):
     dataset = Flickr8kDataset(tmp_path, 8)
     assert dataset.count_cut_captions() == 1
     assert torch.equal(dataset.tokens[0], dataset.tokens[1])
-    assert torch.equal(dataset.tokens, tokenize(dataset.text, truncate=True))
+    assert torch.equal(dataset.tokens[:], tokenize([*dataset.text], truncate=True))
 
 
 @pytest.mark.parametrize("model, word", [("ViT-demo", "dog "), ("cn-demo", "狗")])
@@ -279,7 +279,8 @@ def test_a_split_of_one_text_is_refused(tmp_path, texts):
     dataset = Flickr8kDataset(tmp_path, 8, is_train=False)
     with pytest.raises(InputError, match="all 2 validation captions are one text"):
         dataset.check_texts()
-    dataset.tokens[1, 1] += 1
+    dataset.text = ["a dog", "a cat"]
+    del dataset.tokens
     dataset.check_texts()
 
 
@@ -581,3 +582,34 @@ def test_flickr8k(language, is_train, count):
     if not is_train:
         assert dataset.count_shared_captions() == {"en": 6, "cn": 707}[language]
     assert dataset[count - 1][0].shape == (3, 224, 224)
+
+
+def test_a_sample_is_the_same_images_with_their_own_captions(root, tmp_path):
+    dataset = Flickr8kDataset(root, 32)
+    dataset.cache(tmp_path / "cache")
+    assert dataset.sample(11) is dataset
+    sample = dataset.sample(5)
+    rows = [dataset.image.index(image) for image in sample.image]
+    assert rows == sorted(set(rows)) and len(rows) == 5
+    assert [sample[i][1] for i in range(5)] == [dataset[row][1] for row in rows]
+    (pixels,), (expected,) = (s.batches([r], 0) for s, r in ((sample, range(5)), (dataset, rows)))
+    assert torch.equal(pixels, expected)
+    assert torch.equal(pixels, torch.stack([dataset[row][0] for row in rows]))
+    assert [*sample.image] == [*dataset.sample(5).image]
+
+
+def test_an_image_with_many_captions_does_not_make_every_row_long(tmp_path):
+    """The draw of a row does not depend on which other rows are drawn."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    entries = [{"image": "a.png", "caption": [f"{i}" for i in range(1000)]}]
+    entries += [{"image": f"{i}.png", "caption": ["b", "c"]} for i in range(50)]
+    (tmp_path / "en_train.json").write_text(json.dumps(entries))
+    loader = TrainLoader(Flickr8kDataset(tmp_path, 8), 2, CPU, captions_per_image=2)
+    state = np.random.PCG64(3).state
+    drawn = np.random.Generator(np.random.PCG64(3)).random((51, 1000))
+    for rows in ([0], [7, 3], [50, 0, 50]):
+        own = [loader.dataset.own_captions[row] for row in rows]
+        found = loader._draw_captions(rows, state).tolist()
+        for row, captions, got in zip(rows, own, found, strict=True):
+            order = sorted(range(len(captions)), key=drawn[row].__getitem__)
+            assert got == [captions[order[i % len(order)]] for i in range(1000)]

@@ -68,12 +68,14 @@ class Comparison:
         return content | {name: self.scores[name].for_json() for name in others}
 
     def lines(self) -> Iterator[str]:
-        """Mean recall and R@1 with their intervals, a line each for the models and the gain."""
+        """A table of mean recall and R@1 with their intervals: a header, then a line each for the
+        models and the gain."""
         shown = {"mean recall": "mean_recall"}
         shown |= {f"R@1 {title}": f"{way}_R@1" for way, title in TITLES.items()}
+        yield " " * 6 + "".join(f"{name:>25}" for name in shown)
         for name, found in self.found.items():
-            words = (
-                "{} {:.2f} ({:.2f} to {:.2f})".format(word, found[r], *self.intervals[name][r])
-                for word, r in shown.items()
+            cells = (
+                "{:.2f} ({:.1f} to {:.1f})".format(found[r], *self.intervals[name][r])
+                for r in shown.values()
             )
-            yield f"{name}: {', '.join(words)}"
+            yield f"{name:6}" + "".join(f"{cell:>25}" for cell in cells)

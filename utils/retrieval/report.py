@@ -17,7 +17,6 @@ from PIL import Image
 
 from models.errors import InputError
 from models.files import read_bytes
-from models.preprocess import open_image
 from models.progress_bar import progress_bar
 from models.run_files import (
     BEST,
@@ -31,6 +30,7 @@ from models.run_files import (
     saved_arguments,
 )
 from utils.data.annotations import SPLITS
+from utils.data.image_reading import read_image
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.retrieval.encode import Features
 from utils.retrieval.plots import chart_svg
@@ -103,7 +103,7 @@ def _epoch(name: str, run: Path, epochs: list[dict[str, float]]) -> tuple[float 
     if name == Path(MIXTURE).name and (run / MIXTURES).exists():
         chosen = next((row for row in read_csv(run / MIXTURES) if row.get("chosen")), {})
         mixed = f"mixed with the start, alpha {chosen.get('alpha', 0):g}"
-        epoch = chosen.get("epoch")
+        epoch = chosen.get("epoch") if chosen.get("alpha") else 0
         return epoch, mixed if epoch is None else f"{epoch:g}, {mixed}"
     of_file = {Path(START).name: 0}
     if recalls:
@@ -115,23 +115,24 @@ def _epoch(name: str, run: Path, epochs: list[dict[str, float]]) -> tuple[float 
     return epoch, "" if epoch is None else f"{epoch:g} of {max(recalls, default=0):g}"
 
 
-def _test_scores(run: Path) -> dict[str, list[float]]:
-    """Mean recall and R@1 both ways on the test split of a run, before and after training, as far
-    as there are any."""
+def _test_scores(run: Path) -> dict[str, list[tuple[str, str]]]:
+    """Mean recall and R@1 both ways on the test split of a run, before and after training, each
+    with its interval, as far as there are any."""
     file = run / TEST_METRICS
     if not file.is_file():
         return {}
     try:
-        after = json.loads(read_bytes(file))
-        both = {"before training": after.get("before"), "after": after}
-        found = {}
-        for title, scores in both.items():
+        content, found = json.loads(read_bytes(file)), {}
+        for name, scores in {"before": content.get("before"), "after": content}.items():
             if scores:
-                recalls = {
-                    (way, k): float(scores[way][f"R@{k}"]) for way in TITLES for k in K_VALUES
-                }
-                mean = sum(recalls.values()) / len(recalls)
-                found[title] = [mean, *(recalls[way, 1] for way in TITLES)]
+                recalls = [scores[way][f"R@{k}"] for way in TITLES for k in K_VALUES]
+                row = {"mean_recall": sum(recalls) / len(recalls)}
+                row |= {f"{way}_R@1": scores[way]["R@1"] for way in TITLES}
+                intervals = content.get("intervals", {}).get(name, {})
+                found[f"{name} training"] = [
+                    (f"{score:.2f}", "{:.1f} to {:.1f}".format(*ends) if ends else "")
+                    for score, ends in ((score, intervals.get(r)) for r, score in row.items())
+                ]
         return found
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise InputError(
@@ -223,7 +224,7 @@ def _pictures(dataset: Flickr8kDataset, shown: list[int]) -> dict[int, str]:
     preprocess = replace(dataset.preprocess, side=SIDE)
     pictures = {}
     for image in progress_bar(shown, desc="pictures for the report", unit="img"):
-        pixels = preprocess.resize_and_crop(open_image(dataset.image[image]))
+        pixels = preprocess.resize_and_crop(read_image(dataset.image[image]))
         file = io.BytesIO()
         picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
         picture.save(file, "JPEG", quality=QUALITY, optimize=True)

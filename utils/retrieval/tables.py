@@ -42,7 +42,7 @@ def format_change(before: Mapping[str, float], after: Mapping[str, float]) -> st
     columns = {"mean recall": "mean_recall"}
     columns |= {f"R@1 {title}": f"{way}_R@1" for way, title in TITLES.items()}
     columns |= {name: RETENTION + name for name in retained(before)}
-    both = {"before training": before, "after": after}
+    both = {"before training": before, "after training": after}
     return format_rows(
         {title: {name: row[c] for name, c in columns.items()} for title, row in both.items()}
     )
@@ -52,7 +52,7 @@ def format_rows(rows: Mapping[str, Mapping[str, float]], corner: str = "") -> st
     """A table as lines of text, from {title: {column: score}}; `corner` heads the titles."""
     names = list(next(iter(rows.values())))
     first = max(map(len, [corner, *rows]))
-    widths = [max(13, len(name) + 2) for name in names]
+    widths = [max(8, len(name) + 2) for name in names]
     lines = [corner.ljust(first) + "".join(map(str.rjust, names, widths))]
     for title, row in rows.items():
         fields = (f"{row[name]:{width}.2f}" for name, width in zip(names, widths, strict=True))

@@ -9,9 +9,10 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from models.errors import InputError, one_line
+from models.errors import InputError
 from utils.machine.pyzjr_parts import ConsoleLogger, LossHistory, show_config
 from utils.runs.files import writing
+from utils.runs.wandb_run import Wandb
 
 
 class Log(ConsoleLogger):
@@ -47,7 +48,7 @@ class Losses(LossHistory):
         folder: Path,
         rows: list[dict[str, Any]],
         draw: Callable[[Sequence[float], Sequence[float], Path], None],
-        wandb: "Wandb | None" = None,
+        wandb: Wandb | None = None,
     ):
         self.draw, self.wandb = draw, wandb
         threading.excepthook = _leave_to_main_thread
@@ -77,39 +78,6 @@ class Losses(LossHistory):
             super().close()
         if self.wandb:
             self.wandb.finish()
-
-
-class Wandb:
-    """The run in `folder` as one of wandb's, in the project named after the folder of the runs.
-    Whatever fails there is told on a line, and the run goes on without it."""
-
-    def __init__(self, folder: Path, arguments: Mapping[str, Any]):
-        self.run: Any = None
-        self._try(lambda: self._start(folder.resolve(), arguments))
-
-    def log(self, row: Mapping[str, float]) -> None:
-        self._try(lambda: self.run and self.run.log(dict(row), step=row["epoch"]))
-
-    def finish(self) -> None:
-        self._try(lambda: self.run and self.run.finish())
-        self.run = None
-
-    def _start(self, folder: Path, arguments: Mapping[str, Any]) -> None:
-        import wandb
-
-        self.run = wandb.init(
-            project=folder.parent.name, id=folder.name, dir=folder, config=dict(arguments),
-            resume="allow", settings=wandb.Settings(console="off"),
-        )  # fmt: skip
-
-    def _try(self, action: Callable[[], object]) -> None:
-        try:
-            action()
-        except ImportError:
-            print("--wandb: the run goes on without it, since it is missing: pip install wandb")
-        except Exception as error:  # of the network, of an account, of its version
-            self.run = None
-            print(f"--wandb: the run goes on without it ({one_line(error)})")
 
 
 def _leave_to_main_thread(error: threading.ExceptHookArgs) -> None:

@@ -29,7 +29,8 @@ from utils.retrieval.tables import format_change, format_table
 from utils.runs.checkpoint import write_json
 from utils.runs.commands import what_to_try
 from utils.runs.folder import Run, new_run_folder, reopen_run_folder
-from utils.runs.records import Log, Losses, Wandb
+from utils.runs.records import Log, Losses
+from utils.runs.wandb_run import Wandb
 from utils.training.distillation import distill_from_start
 from utils.training.layer_groups import freeze_and_adapt, whole_batch_norms
 from utils.training.optimizer import parameter_groups, replace_groups
@@ -154,7 +155,18 @@ def get_state(
         model.enable_grad_checkpointing()
     if args.compile:
         model.compile_towers()
+        if distillation:
+            distillation.start.compile_towers()
     return state
+
+
+def get_scored(val_set: Flickr8kDataset, images: int) -> Flickr8kDataset:
+    """The validation images to score after each epoch: all, or a random sample of so many."""
+    sample = val_set.sample(images)
+    if sample is not val_set:
+        print(f"scores after each epoch are of {len(sample):,} of the {len(val_set):,} validation "
+              "images, drawn at random (--val_images); all are scored at the end")  # fmt: skip
+    return sample
 
 
 def finish(
@@ -163,11 +175,12 @@ def finish(
     sets: Splits,
     state: State,
     evaluator: Evaluator,
+    val: Flickr8kDataset,
     retention: Retention,
     cached: Mapping[str, Tensor],
 ) -> None:
-    """Choose the weights that count, and score them on validation, with `cached` features, and on
-    the test split."""
+    """Choose the weights that count on the validation images `val` of the epochs, with `cached`
+    features, and score them on all validation images and on the test split."""
     chosen, start = folder / BEST, folder / START
     kept = state.epochs[state.best_epoch - 1]
     print(f"\nbest epoch: {kept['epoch']}, mean recall {kept['mean_recall']:.2f}")
@@ -180,23 +193,25 @@ def finish(
         mixtures = Mixtures(model, weights_of(start), folder, args.max_forgetting)
         for epoch, file in {state.best_epoch: BEST, len(state.epochs): LAST}.items():
             for _ in mixtures.each(epoch, weights_of(folder / file), alphas):
-                found = evaluator.score(model, sets["val"], cached=cached)
+                found = evaluator.score(model, val, cached=cached)
                 mixtures.add(*found, retention.compare(model, state.start))
         chosen = mixtures.choose()
         kept = best_row(mixtures.rows, args.max_forgetting)
-    features = evaluator.encode(model, sets["val"])
-    positives = sets["val"].img_to_txt, sets["val"].txt_to_img
-    scores = score_features(*features, *positives, range(1, 11))
+    whole = sets["val"]
+    features = evaluator.encode(model, whole)
+    scores = score_features(*features, whole.img_to_txt, whole.txt_to_img, range(1, 11))
     print(f"{chosen.name}:\n{format_table(scores, 'val')}")
     if state.start:
-        print(format_change(state.start, kept | scores.columns()))
+        print(format_change(state.start, kept))
     plot_scores(scores, folder / "R_mAP.png")
     if "test" in sets:
         score_on_test(evaluator, model, sets["test"], chosen)
-    print(what_to_try(sets["val"].image[0], chosen, sets["val"].text))
+    captions = ([whole.text[caption] for caption in own] for own in whole.own_captions.values())
+    print()
+    print(what_to_try(whole.image[0], chosen, captions))
     report = folder / "report.html"
-    write_report(report, chosen, sets["val"], features, scores)
-    print(f"scores, curves, answers to every query, in a browser: {report.absolute().as_uri()}")
+    write_report(report, chosen, whole, features, scores)
+    print(f"scores, curves, answers to every query, in a browser\n  {report.absolute().as_uri()}")
 
 
 def score_on_test(
@@ -210,13 +225,13 @@ def score_on_test(
         model.load_state_dict(weights_of(start))
         features = {"before": evaluator.encode(model, test_set), **features}
     found = Comparison(features, test_set)
-    print(f"{chosen.name} on the test images, which had no say in choosing it:\n"
+    print(f"\n{chosen.name} on the test images, which had no say in choosing it:\n"
           f"{format_table(found.scores['after'], 'test')}")  # fmt: skip
     content = found.for_json()
-    print("with 95% bootstrap intervals:", *found.lines(), sep="\n  ")
+    print("with 95% bootstrap intervals", *found.lines(), sep="\n")
     if test_set.count_shared_captions():
         plain = Comparison(features, test_set.plain())
-        print("a caption being a positive of its own image alone (--plain_protocol of metric.py):",
-              *plain.lines(), sep="\n  ")  # fmt: skip
+        print("the same where a caption is a positive of its own image alone",
+              *plain.lines(), sep="\n")  # fmt: skip
         content["plain_protocol"] = plain.for_json()
     write_json(file, content)

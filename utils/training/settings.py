@@ -278,7 +278,7 @@ def read_data(
     """The data set by split: "train", "val" and, if all languages have a list, "test". Raises
     `InputError` for unusable lists, missing images, and a batch larger than the training split."""
     lists = [caption_file(folder, language, "test") for language in languages]
-    splits = ["train", "val", "test"] if all(map(Path.is_file, lists)) else ["train", "val"]
+    splits = ["train", "val", "test"] if all(map(Path.exists, lists)) else ["train", "val"]
     sets = {split: Flickr8kDataset(folder, language=languages, split=split) for split in splits}
     check_batch_size(batch_size, len(sets["train"]), processes)
     return sets

@@ -63,28 +63,22 @@ class Mixtures:
         write_csv(self.run / MIXTURES, self.rows)
 
     def choose(self) -> Path:
-        """Load the best mixture into the model, print and plot all scores; return its file."""
+        """Load the best mixture into the model, and print it; plot all scores; return its file."""
         best, chosen = best_row(self.rows, self.max_forgetting), self.run / MIXTURE
         plot = self.run / "wise_ft.png"
         plot_wise_ft(self.rows, best, plot, self.max_forgetting)
         rows = [row | {"chosen": int(row is best)} for row in self.rows]
         write_csv(self.run / MIXTURES, rows)
         self.model.load_state_dict(weights_of(chosen))
-        for epoch in dict.fromkeys(row["epoch"] for row in self.rows):
-            path = [row for row in self.rows if row["epoch"] == epoch]
-            print(f"WiSE-FT, start and epoch {epoch}, mean recall on validation at alpha:",
-                  _by_alpha(path, "mean_recall"))  # fmt: skip
-            if "points_lost" in best:
-                print("points lost on the sets of --retention, on average (below 0: gained):",
-                      _by_alpha(path, "points_lost"))  # fmt: skip
         which = "the best"
         if "points_lost" in best:
             limit = f"at most {self.max_forgetting:g} points (--max_forgetting)"
             which = f"the best that loses {limit}"
             if best["points_lost"] > self.max_forgetting:
-                print(f"none of them loses {limit}: smaller alphas lose less")
+                print(f"none of the mixtures loses {limit}: smaller alphas lose less")
                 which = "the one that loses least"
-        print(f"{which}, epoch {best['epoch']} at alpha {best['alpha']:g}: {chosen}; plot: {plot}")
+        print(f"WiSE-FT, mixtures with the start: {which}, epoch {best['epoch']} at alpha "
+              f"{best['alpha']:g}: {chosen}; all: {MIXTURES}, {plot.name}")  # fmt: skip
         if best["alpha"] == 0:
             print("alpha 0 is the weights that training started from: it has gained nothing")
         return chosen
@@ -97,7 +91,3 @@ def best_row(rows: list[dict[str, float]], max_forgetting: float) -> dict[str, f
     if allowed:
         return max(allowed, key=lambda row: row["mean_recall"])
     return min(rows, key=lambda row: row["points_lost"])
-
-
-def _by_alpha(rows: list[dict[str, float]], score: str) -> str:
-    return ", ".join(f"{row[score]:.2f} at {row['alpha']:g}" for row in rows)
