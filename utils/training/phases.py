@@ -231,7 +231,7 @@ def score_on_test(
     print("with 95% bootstrap intervals", *found.lines(), sep="\n")
     if test_set.count_shared_captions():
         plain = Comparison(features, test_set.plain())
-        print("a caption being a positive of its image alone, as by metric.py --plain_protocol:",
+        print("the same where a caption is a positive of its own image alone",
               *plain.lines(), sep="\n")  # fmt: skip
         content["plain_protocol"] = plain.for_json()
     write_json(file, content)
