@@ -5,7 +5,8 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path, PureWindowsPath
 from tempfile import TemporaryDirectory
 
@@ -25,12 +26,14 @@ from utils.data.caption_formats import (
     UnknownFormat,
     chinese_clip_records,
     first_of,
+    list_records,
     read_records,
 )
 from utils.data.caption_lists import CaptionLists, Entries, join_parts
 from utils.runs.files import atomic_write
 
 CHINESE_CLIP = "_texts.jsonl"  # the end of its lists' names
+PIECE = 2**20  # characters that are read at a time
 PROBLEMS_SHOWN = 10  # of one caption file
 NOTHING = {"", "nan", "none", "null", "<na>"}  # in place of a caption
 OTHERS_SHOWN = 5  # other caption files in the folder of a missing one
@@ -113,6 +116,13 @@ def _table_parts(path: Path, _: str) -> dict[str, CaptionLists]:
 def _list_parts(path: Path) -> dict[str, CaptionLists]:
     if path.suffix == ".parquet":
         return collect(path, table_records(path), image_path)
+    if path.suffix == ".json" and path.is_file():
+        with suppress(OSError, UnicodeDecodeError), path.open(encoding="utf-8-sig") as file:
+            pieces = iter(partial(file.read, PIECE), "")
+            first = next(pieces, "")
+            if first.lstrip().startswith("["):
+                records = list_records(chain([first], pieces), lambda: _read_text(path))
+                return collect(path, records, image_path)
     return captions_by_split(path, _read_text(path), image_path)
 
 
@@ -143,6 +153,7 @@ def captions_by_split(
         records = read_records(text, Path(str(file)).suffix.lower())
     except UnknownFormat as error:
         raise InputError(f"{file}: {error}") from None
+    del text  # long, and not needed any more when the captions are joined
     return collect(file, records, read_image)
 
 

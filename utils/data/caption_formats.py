@@ -4,7 +4,7 @@ import ast
 import csv
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import chain
 from pathlib import PurePath
@@ -29,7 +29,7 @@ LITERAL = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 LIST = re.compile(rf"\[\s*(?:(?:{LITERAL.pattern})[,\s]*)+\]", re.DOTALL)
 BLANK = re.compile(r"\s*")
 LINE = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+")
-SHOULD_HOLD = 'should hold [{"image": ..., "caption": ...}, ...]'
+LARGEST_ENTRY = 2**24  # characters
 SHOWN = 80  # characters of a line that a message quotes
 
 
@@ -58,20 +58,25 @@ def read_records(text: str, suffix: str = "") -> Iterator[Record]:
 
     Raises `UnknownFormat`, also between records.
     """
-    start = BLANK.match(text).end()
-    if start == len(text):
-        raise UnknownFormat("is empty; get a new copy, or write it anew")
-    if "\0" in text:
-        raise UnknownFormat("holds NUL bytes; save it as UTF-8")
-    if text[start] == "[" and suffix != ".jsonl":
-        return _list_records(_elements(text, start))
-    if text[start] in "[{":
+    start = checked(text)[BLANK.match(text).end()]
+    if start == "[" and suffix != ".jsonl":
+        return list_records([text], lambda: text)
+    if start in "[{":
         return _json_records(text, suffix)
     if (rows := _table(text)) is not None:
         return rows
     if suffix not in (".json", ".jsonl"):
         raise UnknownFormat(_not_a_table(text))
     return _list_records(_parsed(text))
+
+
+def checked(text: str) -> str:
+    """The text. Raises `UnknownFormat` if it is none."""
+    if not text.strip():
+        raise UnknownFormat("is empty; get a new copy, or write it anew")
+    if "\0" in text:
+        raise UnknownFormat("holds NUL bytes; save it as UTF-8")
+    return text
 
 
 def _json_records(text: str, suffix: str) -> Iterator[Record]:
@@ -105,27 +110,42 @@ def _json_records(text: str, suffix: str) -> Iterator[Record]:
     return _list_records(content)
 
 
-def _elements(text: str, start: int) -> Iterator[object]:
-    """The elements of a JSON list that starts there, one by one, which takes less memory than all
-    at once."""
-    decode = json.JSONDecoder().raw_decode
+def list_records(pieces: Iterable[str], whole: Callable[[], str]) -> Iterator[Record]:
+    """The records of a JSON list, entry by entry, which takes less memory than all at once.
+    `pieces` make the text; `whole` gives it to name a problem. Raises `UnknownFormat`."""
+    number = -1
     try:
-        place = BLANK.match(text, start + 1).end()
-        is_end = text.startswith("]", place)
-        while not is_end:
-            element, place = decode(text, place)
-            yield element
-            place = BLANK.match(text, place).end()
-            is_end = text.startswith("]", place)
-            if not is_end:
-                if not text.startswith(",", place):
-                    raise ValueError
-                place = BLANK.match(text, place + 1).end()
-        if BLANK.match(text, place + 1).end() < len(text):
-            raise ValueError
+        for number, entry in enumerate(_elements(iter(pieces))):
+            yield Record(f"entry {number}", entry)
     except (RecursionError, ValueError):
-        _parsed(text)  # raises an error that names the place
-        raise
+        content = _parsed(checked(whole()))  # raises an error that names the place, as a rule
+        if number >= 0:
+            raise UnknownFormat("lists something that is no object") from None
+        yield from _list_records(content)
+
+
+def _elements(pieces: Iterator[str]) -> Iterator[object]:
+    """The elements of a JSON list. Raises `ValueError` for an empty or a broken one."""
+    decode = json.JSONDecoder().raw_decode
+    text, place, before = next(pieces), 0, "["
+    while True:
+        place = BLANK.match(text, place).end()
+        if before == "," and text.startswith("]", place):
+            break
+        try:
+            if not text.startswith(before, place):
+                raise ValueError
+            element, end = decode(text, BLANK.match(text, place + 1).end())
+        except ValueError:
+            piece = next(pieces, "")
+            if not piece or len(text) - place > LARGEST_ENTRY:
+                raise
+            text, place = text[place:] + piece, 0
+            continue
+        yield element
+        place, before = end, ","
+    if text[place + 1 :].strip() or any(piece.strip() for piece in pieces):
+        raise ValueError
 
 
 def _lines(text: str) -> Iterator[str]:
@@ -175,13 +195,10 @@ def _line(number: int, line: str) -> Record:
 
 
 def _list_records(content: object) -> Iterator[Record]:
-    if not isinstance(content, list | Iterator):
-        raise UnknownFormat(f"is not a list; it {SHOULD_HOLD}")
-    number = -1
-    for number, entry in enumerate(content):
-        yield Record(f"entry {number}", entry)
-    if number < 0:
-        raise UnknownFormat(f"lists no images; it {SHOULD_HOLD}")
+    if not isinstance(content, list) or not content:
+        found = "lists no images" if content == [] else "is not a list"
+        raise UnknownFormat(f'{found}; it should hold [{{"image": ..., "caption": ...}}, ...]')
+    return (Record(f"entry {number}", entry) for number, entry in enumerate(content))
 
 
 def _coco_records(images: list, annotations: list) -> Iterator[Record]:
