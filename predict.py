@@ -1,28 +1,34 @@
-"""Rank captions by how well they describe an image, or search a folder of images; draw the result.
+"""Rank captions by how well they describe an image, or search a folder of images;
+draw the result.
 
 captions for an image:
   python predict.py photo.jpg --text "a dog runs" "a cat sleeps"
-  python predict.py photo.jpg      ranks the validation captions of the data set of the weights
-  python predict.py                asks for one image after another, until an empty line
+  python predict.py photo.jpg   ranks the validation captions of the run
+  python predict.py             asks for images, until an empty line
 
 images for a text, or like another image:
   python predict.py photos --text "two dogs in the snow" "a red car"
   python predict.py photos --similar photo.jpg
+
+features of images, or of texts, for other programs:
+  python predict.py photos --features photos.npy
+  python predict.py --captions_file texts.txt --features texts.npy
 """
 
 import argparse
 import io
+import re
 import sys
 from collections.abc import Iterator
 from itertools import chain, count
 from pathlib import Path
 
 from models.errors import InputError
-from models.files import check_writable_folder
+from models.files import check_writable_folder, read_lines
 from models.host import run_script
 from models.run_files import run_folder, trained_on
 from models.scripts import ArgumentParser
-from utils.runs.arguments import add_loading, path, picture
+from utils.runs.arguments import add_loading, feature_file, path, picture
 from utils.runs.default_weights import add_weights, weights_to_use
 
 TOP = 5  # captions printed and drawn
@@ -45,6 +51,9 @@ def main() -> None:
     add("--similar", metavar="IMAGE", help="with a folder, search for images like this one")
     parser.add_argument("--output", type=picture, metavar="FILE",
         help="picture of the result to write (default: in predictions/ in the run's folder)")
+    parser.add_argument("--features", type=feature_file, metavar="FILE",
+        help="write the features of a folder's images, or of the lines of --captions_file, in "
+        "this order: FILE.npy and the names in FILE.names.txt, or FILE.parquet")
     # fmt: on
     add_loading(parser)
     args = parser.parse_args()
@@ -54,7 +63,9 @@ def main() -> None:
     if not all(caption.strip() for caption in args.text or []):
         raise InputError("--text: one of the captions is empty")
     image = Path(args.image).expanduser() if args.image else None
-    if image and image.is_dir():
+    if args.features:
+        save_features(args, image)
+    elif image and image.is_dir():
         search(args, image)
     elif image and not image.exists():
         raise InputError(f"{args.image}: no such image file or folder")
@@ -66,14 +77,13 @@ def main() -> None:
 
 
 def load_for(args: argparse.Namespace, name: str | Path) -> tuple:
-    """The weights' file, their model, the precision, and the folder for pictures."""
+    """The weights' file, their model and the precision."""
     from models.clip_utils import find_weights, load
     from utils.machine.precision import Precision
 
     weights = find_weights(name)
-    folder = output_folder(weights)
     model, _ = load(weights, args.device, activation=args.activation)
-    return weights, model, Precision(model.device, args.use_amp), folder
+    return weights, model, Precision(model.device, args.use_amp)
 
 
 def caption(args: argparse.Namespace) -> None:
@@ -88,7 +98,8 @@ def caption(args: argparse.Namespace) -> None:
         open_image(args.image)  # to refuse a bad image before weights are loaded
     name = weights_to_use(args.weights)
     captions = list(dict.fromkeys(args.text or read_captions(args.captions_file, name)))
-    weights, model, precision, drawn_into = load_for(args, name)
+    drawn_into = output_folder(name)
+    weights, model, precision = load_for(args, name)
     captions = distinct(captions, model)
     if model.logit_bias is not None:
         print("each caption has a probability of its own: they need not add up to 100%")
@@ -108,7 +119,7 @@ def caption(args: argparse.Namespace) -> None:
             with precision.autocast():
                 (own,) = encode_pixels(model, [model.preprocess.resize_and_crop(image)])
             ranked = rank_captions(captions, text_features, own, model)[:TOP]
-            output = args.output or new_picture(drawn_into, file)
+            output = args.output or new_picture(drawn_into, Path(file).stem)
             for place, (text, probability, similarity) in enumerate(ranked, 1):
                 print(f"{place}. {probability:7.2%}  similarity {similarity:.3f}  {text}")
             draw_ranking(image, ranked, output)
@@ -135,7 +146,8 @@ def search(args: argparse.Namespace, folder: Path) -> None:
     texts = [] if args.similar else args.text or read_captions(args.captions_file, name)
     if args.output and len(texts) > 1:
         raise InputError("--output is for one picture; give one text to search for")
-    weights, model, precision, drawn_into = load_for(args, name)
+    drawn_into = output_folder(name)
+    weights, model, precision = load_for(args, name)
     texts = distinct(texts, model)
     images, features = image_features(model, weights, folder, images, precision)
     with precision.autocast():
@@ -144,7 +156,8 @@ def search(args: argparse.Namespace, folder: Path) -> None:
         else:
             queries = encode_texts(model, model.tokenize(texts, truncate=True))
 
-    for title, query in zip(texts or [f"like {args.similar}"], queries, strict=True):
+    titles = [f"like {Path(args.similar).name}"] if args.similar else texts
+    for title, query in zip(titles, queries, strict=True):
         shown = [(image, "the query") for image in similar]
         found = [
             (images[i], similarity)
@@ -159,15 +172,41 @@ def search(args: argparse.Namespace, folder: Path) -> None:
             picture = open_image(folder / image)
             picture.thumbnail(THUMBNAIL)
             shown.append((picture, f"{place}. {similarity:.3f} {image}"))
-        output = args.output or new_picture(drawn_into, folder.resolve().name)
+        name = f"{folder.resolve().name[: NAME_LENGTH // 2]} {title}"
+        output = args.output or new_picture(drawn_into, re.sub(r"\W+", "_", name).strip("_"))
         draw_found(title, shown, output)
         print(f"picture: {output}")
+
+
+def save_features(args: argparse.Namespace, folder: Path | None) -> None:
+    """Write the features of a folder's images, or of the lines of a file."""
+    from utils.data.image_files import find_images
+    from utils.retrieval.encode import cached_caption_features, count_cut
+    from utils.retrieval.feature_files import write_features
+    from utils.retrieval.search import image_features
+
+    if args.text or args.similar or args.output or bool(folder) == bool(args.captions_file):
+        raise InputError("--features writes those of a FOLDER's images or those of the lines of "
+                         "--captions_file: name one of them, and nothing else")  # fmt: skip
+    if folder and not folder.is_dir():
+        problem = "is no folder" if folder.exists() else "no such folder"
+        raise InputError(f"{args.image}: {problem}; --features takes a folder of images")
+    names = find_images(folder) if folder else read_lines(args.captions_file, "caption")
+    weights, model, precision = load_for(args, weights_to_use(args.weights))
+    if folder:
+        images, features = image_features(model, weights, folder, names, precision)
+        names = [str(folder / image) for image in images]
+    else:
+        count_cut(names, model)
+        source = str(args.captions_file.resolve())
+        features = cached_caption_features(model, weights, source, names, precision)
+    code = write_features(args.features, names, features)
+    print(f"{len(names):,} features written to {args.features}; to read them:\n{code}")
 
 
 def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
     """The lines of `captions_file`, or else the validation captions of the run of `weights`. Raises
     `InputError` if there are none."""
-    from models.files import read_lines
     from utils.data.annotations import caption_file, missing_annotations, read_annotations
 
     if captions_file:
@@ -187,7 +226,7 @@ def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
                 f"{missing}, where the weights were trained; give captions to choose from with "
                 "--text or --captions_file"
             )
-        captions += [caption for _, texts in read_annotations(validation) for caption in texts]
+        captions += read_annotations(validation, "val", language).captions
     return captions
 
 
@@ -199,9 +238,9 @@ def output_folder(weights: str | Path) -> Path:
     return folder
 
 
-def new_picture(folder: Path, image: str) -> Path:
-    """A new file in `folder` for the picture of `image`, named like it, with a number if needed."""
-    name = Path(image).stem[:NAME_LENGTH]
+def new_picture(folder: Path, name: str) -> Path:
+    """A new file in `folder` for a picture, with a number if there is one of this name."""
+    name = name[:NAME_LENGTH]
     names = chain([name], (f"{name}_{number}" for number in count(2)))
     return next(file for name in names if not (file := folder / f"{name}.png").exists())
 

@@ -1,8 +1,9 @@
 """Fine-tune CLIP on captioned images, or train it from scratch.
 
-python train.py --demo                                    a small model, minutes on a CPU
-python train.py --resume_training ViT-B/32                the published weights, on flickr8k/
-python train.py --resume_training logs/RUN                go on with a run
+python train.py --demo                          a small model, minutes on a CPU
+python train.py --resume_training ViT-B/32      tune OpenAI's, on flickr8k/
+python train.py --dataset_path my_data          the same, on your own data
+python train.py --resume_training logs/RUN      go on with a run
 torchrun --standalone --nproc_per_node=2 train.py ...     on two GPUs
 """
 
@@ -31,16 +32,21 @@ def build_parser() -> ArgumentParser:
         help="what to start from: a model name (downloaded if needed), a weights file, a run's "
         "folder to continue that run with its own arguments and those given now, or none to train "
         "--model from scratch (default: %(default)s)")
-    add("--model", help="architecture to train from scratch, with --resume_training none")
+    add("--model", metavar="NAME",
+        help="architecture to train from scratch, such as ViT-demo or ViT-B/32; add "
+        "--resume_training none")
     add_activation(parser)
     add("--log_dir", type=path, default="logs", help="folder for the runs (default: %(default)s)")
-    add("--seed", type=integer(0, 2**32 - 1), default=0, help="for random choices (default: 0)")
+    add("--seed", type=integer(0, 2**32 - 1), default=0,
+        help="another number, other random choices (default: %(default)s)")
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset_path", type=path, default=from_here("flickr8k"),
-        help="folder with images and {en,cn}_{train,val}.json, .csv, ... (default: %(default)s)")
+        help="folder with images and {en,cn}_{train,val}.json, .csv, ..., or one table with a "
+        "column split; or with folders train/ and val/ of tar shards, of images beside texts, of "
+        "class folders or of Hugging Face's datasets (default: %(default)s)")
     add("--language", choices=["en", "cn"], nargs="+", default=["en"],
-        help="of the captions in training and scoring; several languages are mixed (default: en)")
+        help="language of the captions in training and scoring; two are mixed (default: en)")
     add("--input_shape", type=integer(1, MAX_RESOLUTION), metavar="PIXELS",
         help="side of the images; the positional embedding is interpolated (default: the model's)")
     add("--captions_per_image", type=integer(1), default=2, metavar="K",
@@ -52,28 +58,36 @@ def build_parser() -> ArgumentParser:
         "otherwise another image takes the place of each")
     add("--cache", nargs="?", const="", metavar="FOLDER",
         help="decode images once, into FOLDER (default: .cache in the data), as --retention does")
+    add("--val_images", type=integer(1), default=5000, metavar="N",
+        help="of more validation images, score N drawn at random after each epoch, and all at the "
+        "end: the time grows with their square (default: %(default)s)")
     add("--num_workers", type=workers,
         help="processes that read images (default: 4 with a GPU, 0 without)")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=integer(1), default=20,
-        help="passes over the training images; the rate ends at zero (default: %(default)s)")
+    add("--epochs", type=integer(1),
+        help="passes over the training images; the rate ends at zero (default: 10; from scratch "
+        "20)")
     add("--batch_size", type=integer(2), default=64,
         help="images per step, on all GPUs together; take as many as fit (default: %(default)s)")
     add("--lr", type=positive,
-        help="peak learning rate (default: 0.115 / the model's width, 1.5e-4 for ViT-B/32; with "
-        "--lora 2e-4; from scratch 5e-4)")
+        help="peak learning rate (default: 1e-5 x 768 / the model's width x the root of "
+        "--batch_size / 64, at most 5e-5; with --lora 2e-4; from scratch 5e-4)")
     add("--warmup_epochs", type=number(),
         help="epochs until the rate has risen to its peak; then it falls along a cosine (default: "
-        "1, or a tenth of --epochs if that is less)")
+        "a twentieth of the steps, but at least 50 steps, and at most a fifth)")
     add("--optimizer_type", choices=["adam", "adamw", "sgd"], default="adamw",
         help="adam and sgd add the weight decay to the gradient, adamw does not; sgd needs a far "
         "higher --lr (default: %(default)s)")
     add("--momentum", type=number(below=1), default=0.9,
-        help="of SGD; beta1 of Adam and AdamW (default: %(default)s)")
-    add("--weight_decay", type=number(), default=0.1, help="of matrices (default: %(default)s)")
-    add("--patience", type=integer(1), metavar="EPOCHS",
-        help="stop after EPOCHS epochs without a better mean recall")
+        help="how much of the earlier steps goes on in each step: the momentum of SGD, beta1 of "
+        "Adam and AdamW (default: %(default)s)")
+    add("--weight_decay", type=number(), default=0.1,
+        help="how fast matrices shrink towards zero; biases and gains do not (default: "
+        "%(default)s)")
+    add("--patience", type=integer(0), metavar="EPOCHS",
+        help="stop after EPOCHS epochs without a better mean recall (default: 3; from scratch, and "
+        "with 0, never)")
 
     add = parser.add_argument_group("against forgetting").add_argument
     add("--layer_decay", type=fraction, default=1.0, metavar="FACTOR",
@@ -89,12 +103,19 @@ def build_parser() -> ArgumentParser:
     add("--distill", type=number(), metavar="WEIGHT",
         help="weight of distillation: the distance of the features to those of the starting model, "
         "on images in random colours and captions of random words, is added to the loss, in "
-        "proportion to the starting logit scale; 12 forgets less, 0 is faster (default: 6)")
+        "proportion to the starting logit scale; 6 for pictures that are foreign to the model "
+        "(drawings, scans, other sensors) and where old abilities must stay (default: 0, none)")
+    add("--distill_data", type=name_or_path, nargs="+", metavar="PATH",
+        help="distil on these images of any kind (a folder) and sentences (a text file with one a "
+        "line) instead; --distill is then 6 by default")
+    add("--no_guard", action="store_true",
+        help="for research: go on where mean recall has fallen clearly below the start; otherwise "
+        "the run goes back to the starting weights, with a third of the rate")
     add("--ema", type=number(below=1), metavar="DECAY",
         help="score and save an exponential moving average of the weights, such as 0.999")
     add("--wise_ft", type=fraction, nargs="+", metavar="ALPHA",
-        help="score mixtures of the start (0) and the trained weights (1) at each ALPHA, and save "
-        "the best (default: 0 0.25 0.5 0.75 1)")
+        help="score mixtures of the start (0) and the best and the last epoch (1) at each ALPHA, "
+        "and save the best (default: 0 0.1 ... 1)")
     add("--retention", type=name_or_path, nargs="+", metavar="DATA",
         help="after each epoch, also score DATA: a folder of class folders or a set of torchvision "
         "(zero-shot top-1), or a folder like --dataset_path (mean recall)")
@@ -113,6 +134,9 @@ def build_parser() -> ArgumentParser:
         help="torch.compile both towers: a slow first step, then faster ones on a GPU; "
         "needs a C++ compiler on a CPU, Triton on a GPU")
     add("--device", help="cuda, cuda:1, mps (a Mac's GPU) or cpu (default: the first there is)")
+    add("--wandb", action="store_true",
+        help="also send losses and scores to wandb, into a project with the name of --log_dir's "
+        "folder (pip install wandb)")
     add("--freq", type=integer(1), default=5, metavar="EPOCHS",
         help="keep the weights of every EPOCHS-th epoch (default: %(default)s)")
     add("--save_steps", type=integer(1), metavar="N", help="also save the checkpoint each N steps")
@@ -129,39 +153,53 @@ def main() -> None:
         from utils.machine.processes import join_processes
         from utils.retrieval.evaluation import Evaluator
         from utils.training.gradients import accumulate_gradients
+        from utils.training.guard import Guard
         from utils.training.layer_groups import cache_features, train_mode
         from utils.training.optimizer import Schedule, set_learning_rate
-        from utils.training.progress import Progress, announce, report_epoch, report_start
+        from utils.training.progress import EpochTable, Progress, announce
         from utils.training.settings import get_data, resolve_arguments, resolve_rate
 
     args, resumed = resolve_arguments(parser, args)
     processes, device = join_processes(args.device)
-    sets, retention = get_data(args, device, processes)
+    sets, retention, unlabelled = get_data(args, device, processes)
     # pyzjr, which these import, takes seconds: after the checks.
-    from utils.training.phases import finish, get_loader, get_model, get_state, open_run
+    from utils.training.phases import (
+        finish,
+        get_loader,
+        get_model,
+        get_scored,
+        get_state,
+        open_run,
+    )
 
     model = get_model(args, resumed, device, processes)
     args = resolve_rate(args, model.config)
-    loader = get_loader(args, sets, model, device, processes)
+    loader = get_loader(args, sets, model, device, processes, unlabelled=unlabelled)
     retention.prepare_for(model, loader, args.cache)
 
-    run = open_run(args, resumed, model, loader, sets["val"])
+    defaults, steps = build_parser().parse_args([]), len(loader)
+    run = open_run(args, resumed, model, loader, sets["val"], defaults=defaults)
     with run.discarded_on_error():  # before its first step there is nothing to keep
         state = get_state(args, resumed, model, loader, run)
         del resumed  # a second copy of the moments
-        announce(state, loader, sets, args.epochs, run.folder)
+        val = get_scored(sets["val"], args.val_images)
+        announce(run, state, loader, sets, args.epochs)
+        table = EpochTable(state, args.epochs, steps)
         evaluator = Evaluator(loader, state.precision, processes)
         cached = {}
         if args.cache_features:
-            cached = cache_features(model, loader, sets["val"], state.precision)
+            cached = cache_features(model, loader, val, state.precision)
+        guard = Guard(evaluator, val, run.start_weights(), cached)
         if state.is_at_start and args.resume_training != "none":
-            scores, val_loss = evaluator.score(state.scored, sets["val"], cached=cached)
+            scores, val_loss = evaluator.score(state.scored, val, cached=cached)
             state.note_start(scores, val_loss, retention.measure(state.scored, processes))
-            report_start(state, scores)
+            table.add_start()
+            if not args.no_guard:
+                guard.note_start(state, scores)
         interrupt = Interrupt()
 
-    steps = len(loader)
-    schedule = Schedule(args.lr, round(args.warmup_epochs * steps), args.epochs * steps)
+    warmup_steps = args.warmup_epochs and round(args.warmup_epochs * steps)
+    schedule = Schedule(args.lr, warmup_steps, args.epochs * steps)
     for epoch in range(len(state.epochs) + 1, args.epochs + 1):
         if args.patience and state.epochs_since_best >= args.patience:
             print(f"no better mean recall in {args.patience} epochs (--patience): training ends")
@@ -171,7 +209,8 @@ def main() -> None:
         with explained(IN_TRAINING), Progress(loader, epoch, done) as progress:
             first = (epoch - 1) * steps + done
             for step, batch in enumerate(progress.timed(loader.epoch(epoch, done)), first):
-                rate = schedule.rate(step)
+                guard.before_step(state, step)
+                rate = schedule.rate(step, state.restarts)
                 set_learning_rate(state.optimizer, rate)
                 loss = accumulate_gradients(
                     model, batch, state.precision, processes,
@@ -184,18 +223,22 @@ def main() -> None:
                 if due and state.losses[-1].isfinite():  # a NaN ends the run in the next step
                     run.save_checkpoint(state)
                     if stop:
+                        progress.bar.close()
                         raise run.stopped(interrupt)
-            trained = progress.summary(state.losses, schedule.rate(epoch * steps - 1))
-        scores, val_loss = evaluator.score(state.scored, sets["val"], cached=cached)
+            trained = progress.summary(
+                state.losses, schedule.rate(epoch * steps - 1, state.restarts)
+            )
+        scores, val_loss = evaluator.score(state.scored, val, cached=cached)
         state.finish_epoch(trained, scores, val_loss, retention.measure(state.scored, processes))
-        report_epoch(state, args.epochs, scores, len(sets["val"]), args.lr)
+        guard.after_epoch(state, scores)
+        table.add_epoch()
         run.save_epoch(state, args.freq)
         if processes.any(interrupt.has_come()):
             raise run.stopped(interrupt)
     interrupt.release()
     run.close(state)
     if processes.is_rank_0:
-        finish(args, run.folder, sets, state, Evaluator(loader, state.precision),
+        finish(args, run.folder, sets, state, Evaluator(loader, state.precision), val=val,
                retention=retention, cached=cached)  # fmt: skip
 
 

@@ -4,23 +4,28 @@ name by the ends of their paths."""
 import random
 import re
 import sys
-from collections.abc import Iterable, Set
+from collections.abc import Iterator, Set
 from itertools import chain
 from pathlib import Path, PureWindowsPath
+from typing import NamedTuple
 
 from flickr8k.sources import FileIndex, SourceFile, absolute
 from models.errors import InputError
 from models.files import probably_meant
-from utils.data.annotations import captions_by_split, join_parts
+from utils.data.annotations import collect
+from utils.data.caption_folders import folder_form, folder_records, table_records
 from utils.data.caption_formats import (
     CAPTION_FIELDS,
     IMAGE_FIELDS,
     SPLIT_WORDS,
     SUFFIXES,
+    Record,
     UnknownFormat,
     first_of,
     read_records,
 )
+from utils.data.caption_lists import join_parts
+from utils.data.containers import INSIDE, read_contained
 
 OTHER_SUFFIXES = (".txt", ".xlsx")  # of caption files that are read only if the user names them
 RESULT = re.compile(r"(en|cn)_(train|val|test)\.json")  # a file that prepare.py writes
@@ -30,7 +35,21 @@ SHOWN = 3  # files without captions that a message names
 CaptionedImages = tuple[dict[str, list[str]], dict[str, list[str]], dict[str, SourceFile]]
 
 
-def read_own(files: list[SourceFile], root: Path, named: Iterable[Path]) -> CaptionedImages | None:
+class ContainedFile(NamedTuple):
+    """An image in a tar shard or a table, as a file to copy."""
+
+    path: Path  # of the container
+    name: str
+    archive: None = None
+    size: int = -1  # unknown
+
+    def read_bytes(self) -> bytes:
+        return read_contained(self.path, self.name)
+
+
+def read_own(
+    files: list[SourceFile], root: Path, named: list[Path], language: str = "en"
+) -> CaptionedImages | None:
     """The captions of images, their splits, and the files to copy, by the images' paths below the
     folder `root`; images there are not copied. None if no file may hold captions.
 
@@ -38,10 +57,14 @@ def read_own(files: list[SourceFile], root: Path, named: Iterable[Path]) -> Capt
     entries or file names, the images are split at random. Raises `InputError` for unusable
     captions, and for images without a file or with several.
     """
-    holders = caption_files(files, root, {absolute(path) for path in named})
+    folder = _captioned_folder(files, named)
+    holders = [folder] if folder else caption_files(files, root, {*map(absolute, named)})
     if not holders:
         return None
-    parts = [captions_by_split(file, file.read_text(), _image_name) for file in holders]
+    if folder:
+        parts = [collect(folder, folder_records(folder, language), _image_name)]
+    else:
+        parts = [collect(file, _records(file), _image_name) for file in holders]
     if len(holders) == 1:
         pairs = _split_by_entries(holders[0], parts[0])
     else:
@@ -59,6 +82,27 @@ def read_own(files: list[SourceFile], root: Path, named: Iterable[Path]) -> Capt
             "for each, called so"
         )
     return captions, splits, copied
+
+
+def _captioned_folder(files: list[SourceFile], named: list[Path]) -> Path | None:
+    """The only source, if it is a folder with captions in a form of `caption_folders`: one with
+    containers, beside which programs write tables of other things, or any without a list."""
+    folder = next(iter(named), Path())
+    has_splits = any((folder / word).is_dir() for word in SPLIT_WORDS)
+    if len(named) != 1 or has_splits or not folder.is_dir():
+        return None
+    is_list = any(_suffix(file) in SUFFIXES for file in files)
+    is_list = is_list and not any((*folder.glob("*.tar"), *folder.glob("*.arrow")))
+    return folder if folder_form(folder) and not is_list else None
+
+
+def _records(file: SourceFile) -> Iterator[Record]:
+    if _suffix(file) == ".parquet" and not file.archive:
+        return table_records(file.path)
+    try:
+        return read_records(file.read_text(), _suffix(file))
+    except UnknownFormat as error:
+        raise InputError(f"{file}: {error}") from None
 
 
 def split_at_random(names: Set[str]) -> dict[str, list[str]]:
@@ -86,14 +130,15 @@ def caption_files(files: list[SourceFile], root: Path, named: set[Path]) -> list
     holders, reasons = [], []
     for file in given or others:
         try:
-            records = read_records(file.read_text(), _suffix(file))
+            records = _records(file)
             if not any(record.problem or _has_both(record.content) for record in records):
                 raise UnknownFormat("no entry has an image and a caption")
             holders.append(file)
-        except UnknownFormat as error:
-            reasons.append(f"\n  {file}: {error}")
+        except (InputError, UnknownFormat) as error:
+            told = str(error).removeprefix(f"{file}: ")
+            reasons.append(f"\n  {file}: {told}")
             if given:
-                raise InputError(f"{file}: {error}") from None
+                raise InputError(f"{file}: {told}") from None
     listed = "".join(reasons[:SHOWN]) + ("\n  ..." if len(reasons) > SHOWN else "")
     if reasons and not holders:
         raise InputError(f"no file of the sources holds captions:{listed}")
@@ -161,10 +206,10 @@ def _image_name(image: object) -> str:
 
 def _place(
     images: set[str], files: list[SourceFile], root: Path
-) -> tuple[dict[str, str], dict[str, SourceFile]]:
+) -> tuple[dict[str, str], dict[str, SourceFile | ContainedFile]]:
     """The path of each image below `root`, and the files to copy there."""
     index = FileIndex(files, root)
-    found = {image: index.find(_parts(image)) for image in sorted(images)}
+    found = {image: _find(image, index) for image in sorted(images)}
     if missing := [image for image, matches in found.items() if not matches]:
         depth = len(_parts(missing[0]))
         hint = probably_meant(missing[0], ("/".join(file.parts[-depth:]) for file in files))
@@ -181,10 +226,16 @@ def _place(
                 f"{image}: several files may be meant, {file} and {others[0]}; write more of the "
                 "path in the captions' file"
             )
-        target = file.below(root)
+        inside = INSIDE.fullmatch(image) if isinstance(file, ContainedFile) else None
+        target = SourceFile(file.path, 0).below(root)
         if target is None:
             target = f"images/{_relative(image)}"
+            if inside:  # the container's name without its ending, the image's with one
+                target = f"images/{Path(inside[1]).stem}/{inside[3]}"
+                target += "" if Path(target).suffix else ".jpg"
             copied[target] = file
+        elif inside:
+            target += f"/{file.name}"
         target_of[image] = target
         other = image_of.setdefault(target.casefold(), image)
         if other != image:
@@ -193,6 +244,13 @@ def _place(
                 "give different ones paths relative to one folder"
             )
     return target_of, copied
+
+
+def _find(image: str, index: FileIndex) -> list[SourceFile | ContainedFile]:
+    """The files that an image may be, or the containers that it may be in."""
+    inside = INSIDE.fullmatch(image)
+    holders = [file for file in index.find(_parts(inside[1])) if not file.archive] if inside else []
+    return [ContainedFile(file.path, inside[3]) for file in holders] or index.find(_parts(image))
 
 
 def _parts(image: str) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Turn Flickr8k, or your own captions, into the files that train.py reads:
-images/*.jpg and en_{train,val,test}.json. Files that are there already are not written again.
+images/*.jpg and en_{train,val,test}.json. Files that are there already are not
+written again.
 
     python flickr8k/prepare.py --download
     python flickr8k/prepare.py --source Flickr8k_Dataset.zip Flickr8k_text.zip
@@ -7,14 +8,20 @@ images/*.jpg and en_{train,val,test}.json. Files that are there already are not 
 
 The sources hold the images, and captions and splits in one of these formats:
 
-1. Flickr8k.token.txt (the official captions) or captions.txt (the Kaggle copy's), with the official
-   splits of Flickr8k_text.zip, or else split at random, with a warning;
-2. dataset_flickr8k.json, Karpathy's file of captions and splits (or _flickr30k, _coco);
-3. your own captions as CSV, TSV, JSON lines, COCO or a list: one file, which is split by its column
-   split (train, val, test) or at random, or a file for each, called train, val and test. Images in
-   the output folder stay there, others are copied to images/.
+1. Flickr8k.token.txt (the official captions) or captions.txt (the Kaggle
+   copy's), with the official splits of Flickr8k_text.zip, or else split at
+   random, with a warning;
+2. dataset_flickr8k.json, Karpathy's file of captions and splits (or _flickr30k,
+   _coco);
+3. your own captions as CSV, TSV, JSON lines, COCO, Parquet or a list: one file,
+   which is split by its column split (train, val, test) or at random, or a file
+   for each, called train, val and test; or without a list, split at random: a
+   folder of tar shards (00000.tar, ... of img2dataset), of images beside texts
+   (1.jpg, 1.txt), of class folders, or of Hugging Face's datasets. Images and
+   shards in the output folder stay there, others are copied to images/.
 
-Flickr8k (Hodosh, Young, Hockenmaier 2013) is for non-commercial research and education.
+Flickr8k (Hodosh, Young, Hockenmaier 2013) is for non-commercial research and
+education.
 """
 
 import json
@@ -37,11 +44,11 @@ from utils.data.annotations import (
     annotations_json,
     captions_by_split,
     image_path,
-    join_parts,
     refuse_another_set,
     write_set,
 )
 from utils.data.caption_formats import SPLIT_WORDS
+from utils.data.caption_lists import join_parts
 
 Captions = dict[str, list[str]]  # name of an image -> its captions
 Splits = dict[str, list[str]]  # "train", "val" or "test" -> names of its images
@@ -200,7 +207,7 @@ def prepare(
     with ExitStack() as open_zips:
         found = find_files(sources, open_zips)
         files = FileIndex((file for file in found if not file.below(root / "images")), root)
-        own = None if download or has_captions(files) else read_own(found, root, named=sources)
+        own = None if download or has_captions(files) else read_own(found, root, sources, language)
         if own and root.resolve() == Path(__file__).resolve().parent:
             raise InputError(
                 "your own captions need a folder of their own: add --output FOLDER; images "
@@ -286,10 +293,11 @@ def main() -> None:
         help=f"folders, zips or files that hold Flickr8k: {IMAGES_ZIP} and {TEXT_ZIP} or what they "
              f"unpack to, the Kaggle copy (archive.zip: Images and {KAGGLE}; add {TEXT_ZIP} or "
              f"--download for the official splits), or Karpathy's {KARPATHY} and the images; or "
-             "your own images with captions as CSV, TSV, JSON lines, COCO or a list")
+             "your own images with captions (see 3 above)")
     add("--output", type=scripts.writable_folder, default=Path(__file__).resolve().parent,
         help="folder to write into (default: the folder of this script)")
-    add("--language", choices=["en", "cn"], default="en", help="of the captions (default: en)")
+    add("--language", choices=["en", "cn"], default="en",
+        help="language of the captions (default: en)")
     # fmt: on
     args = parser.parse_args()
     if not (args.download or args.source):

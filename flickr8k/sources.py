@@ -51,24 +51,43 @@ class FileIndex:
     def __init__(self, files: Iterable[SourceFile], root: Path):
         self.root = root
         self.with_end: dict[tuple[str, ...], list[SourceFile]] = {}
+        self.longer: set[tuple[str, ...]] = set()  # ends of which `with_end` has the longer ones
         self.add(files)
 
     def add(self, files: Iterable[SourceFile]) -> None:
         for file in files:
-            parts = _folded(file.parts)
-            for start in range(len(parts)):
-                self.with_end.setdefault(parts[start:], []).append(file)
+            self.with_end.setdefault(_folded(file.parts[-1:]), []).append(file)
+        self.longer.clear()
 
     def find(self, parts: tuple[str, ...]) -> list[SourceFile]:
         """The files whose paths share the longest end with `parts`; among them, in this order,
         those spelled the same, below `root`, in no zip."""
-        ends = (_folded(parts[start:]) for start in range(len(parts)))
-        found = next((self.with_end[end] for end in ends if end in self.with_end), [])
+        folded = _folded(parts)
+        found: list[SourceFile] = []
+        for start in reversed(range(len(parts))):
+            longer = self.with_end.get(folded[start:])
+            if not longer:
+                break
+            found = longer
+            if len(found) > 1 and start:
+                self._add_longer(folded[start:])
         ranks = [
             (file.parts[-1] == parts[-1], file.below(self.root) is not None, not file.archive)
             for file in found
         ]
-        return [file for file, rank in zip(found, ranks, strict=True) if rank == max(ranks)]
+        best = max(ranks, default=None)
+        return [file for file, rank in zip(found, ranks, strict=True) if rank == best]
+
+    def _add_longer(self, end: tuple[str, ...]) -> None:
+        """Sort the files with this end by one part more, once: most differ in their names."""
+        if end in self.longer:
+            return
+        self.longer.add(end)
+        parts: dict[tuple[str, ...], list[SourceFile]] = {}
+        for file in self.with_end[end]:
+            if len(file.parts) > len(end):
+                parts.setdefault(_folded(file.parts[-len(end) - 1 :]), []).append(file)
+        self.with_end |= parts
 
     def named(self, name: str) -> SourceFile | None:
         """The first file of that name, or None."""

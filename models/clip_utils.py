@@ -44,17 +44,20 @@ BY_OPEN_CLIP = "open_clip"
 HELP = """
 examples:
   python models/clip_utils.py --list
-  python models/clip_utils.py --model ViT-B/16                              OpenAI's name
-  python models/clip_utils.py --model ViT-B-32/laion2b_s34b_b79k            open_clip's name
-  python models/clip_utils.py --model openai/clip-vit-base-patch32          any CLIP on the hub
-  python models/clip_utils.py --model hf-hub:timm/resnet50_clip.openai      as open_clip writes it
-  python models/clip_utils.py --model ViT-B-16-SigLIP/webli                 built by open_clip
+  python models/clip_utils.py --model ViT-B/16
 
-Where the list says open_clip in place of the activation, that library builds the model: pip install
-open_clip_torch
+kinds of names:
+  ViT-B/16                           OpenAI's name
+  ViT-B-32/laion2b_s34b_b79k         open_clip's name
+  openai/clip-vit-base-patch32       any CLIP on the hub
+  hf-hub:timm/resnet50_clip.openai   as open_clip writes it
+  ViT-B-16-SigLIP/webli              built by open_clip
 
-All scripts take these names, and download missing weights: those on the hub to the cache of the
-library huggingface_hub. Its environment variables:
+Where the list says open_clip in place of the activation, that library builds
+the model: pip install open_clip_torch
+
+All scripts take these names, and download missing weights: those on the hub to
+the cache of the library huggingface_hub. Its environment variables:
   HF_HOME             another folder for the cache
   HF_ENDPOINT         address of a mirror, such as https://<mirror>
   HF_HUB_DISABLE_XET  1: where a mirror has the small files alone
@@ -236,7 +239,7 @@ def _train(name: str) -> str:
 
 def main() -> None:
     parser = ArgumentParser(
-        description="Download the weights of a CLIP model and print their path, or list the "
+        description="Download the weights of a CLIP model and print their path, or list the\n"
         "weights that have a name.",
         epilog=HELP,
     )

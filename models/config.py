@@ -75,11 +75,15 @@ class Config:
         return self.vision_patch_size is not None
 
     @property
+    def last_width(self) -> int:
+        """The channels of the image tower's last layer; a ResNet's width grows 32-fold."""
+        return self.vision_width if self.is_vit else 32 * self.vision_width
+
+    @property
     def vision_heads(self) -> int:
         """The number of attention heads of the image tower: of a ViT's blocks, or of a ResNet's
-        attention pooling, whose input has 32 times `vision_width` channels."""
-        width = self.vision_width if self.is_vit else 32 * self.vision_width
-        return width // self.vision_head_width
+        attention pooling."""
+        return self.last_width // self.vision_head_width
 
 
 def check_config(config: Config) -> None:

@@ -1,7 +1,7 @@
 """Write weights in another format, for another program or to pass them on.
 
-python models/convert.py logs/<run> my_clip --format transformers
-python models/convert.py ViT-B/32 my_clip.safetensors --format safetensors --half
+python models/convert.py logs/RUN my_clip --format transformers
+python models/convert.py ViT-B/32 clip.safetensors --format safetensors --half
 """
 
 import sys
@@ -71,8 +71,8 @@ def description(name: str, path: object, text_tower: TextTower) -> str:
 
 
 def main() -> None:
-    formats = (description(name, "OUT", TextTower()) for name in FORMATS)
-    epilog = "\n".join(["formats, and what opens them in Python:", *formats])
+    purposes = (f"  {name}: {kind.purpose}" for name, kind in FORMATS.items())
+    epilog = "\n".join(["formats (the Python that opens one is printed in the end):", *purposes])
     parser = ArgumentParser(description=__doc__, epilog=epilog)
     add = parser.add_argument
     add("weights", metavar="WEIGHTS", help="weights file or folder, a run, or a model name")

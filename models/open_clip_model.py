@@ -37,7 +37,7 @@ class OpenClipConfig:
 
     content: dict[str, Any]
     folder: Path | None = field(default=None, repr=False, compare=False)
-    vision_width: int = 0  # known once the model is built
+    last_width: int = 0  # of the image tower, known once the model is built
     transformer_width: int = 0
 
     @property
@@ -86,7 +86,7 @@ class OpenClipModel(CLIP):
         text = getattr(self.text, "config", None)
         self.config = replace(
             config,
-            vision_width=trunk.num_features if trunk else self.visual.conv1.out_channels,
+            last_width=trunk.num_features if trunk else self.visual.conv1.out_channels,
             transformer_width=text.hidden_size if text else self.text.width,
         )
         for module, name in product(self.modules(), RANDOM):

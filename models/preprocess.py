@@ -1,6 +1,7 @@
 """Reading of image files, and CLIP's preprocessing: `resize_and_crop` gives the uint8 pixels of one
 image, `normalize` the input of the model for a batch, on any device."""
 
+import io
 import os
 import re
 from contextlib import suppress
@@ -31,17 +32,18 @@ with suppress(ImportError):
     register_heif_opener()
 
 
-def open_image(path: str | os.PathLike) -> Image.Image:
+def open_image(path: str | os.PathLike, content: bytes | None = None) -> Image.Image:
     """The image in a file, or the first frame of an animation, upright and in RGB. Raises
-    `InputError` for a file without a readable image."""
+    `InputError` for a file without a readable image. If a file at `path` is part of another one,
+    `content` is what it holds."""
     try:
         file = Path(path).expanduser()
-        if not file.is_file():  # opening a pipe could block
+        if content is None and not file.is_file():  # opening a pipe could block
             if file.exists():
                 raise InputError(f"{path}: is no file")
             beside = (other.name for other in file.parent.glob("*"))
             raise InputError(f"{path}: no such image file{probably_meant(file.name, beside)}")
-        with Image.open(file) as image:
+        with Image.open(file if content is None else io.BytesIO(content)) as image:
             if image.format in DRAWN_BY_PROGRAMS:
                 raise InputError(
                     f"{path}: {image.format} is not read: another program would draw it, and could "
@@ -51,8 +53,8 @@ def open_image(path: str | os.PathLike) -> Image.Image:
     except InputError:
         raise
     except UnidentifiedImageError:
-        what = f"but {describe(file)}"
-        if package := _missing_package(file):
+        what = f"but {describe(file) if content is None else f'{len(content):,} other bytes'}"
+        if content is None and (package := _missing_package(file)):
             what = f"which lacks its format: {package}, or save it as JPEG"
         raise InputError(f"{path}: not an image that Pillow can read, {what}") from None
     except Exception as error:  # a broken file can make Pillow's decoders raise anything

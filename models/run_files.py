@@ -2,7 +2,6 @@
 
 import json
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +11,8 @@ from models.files import read_bytes
 # In the folder of a run, LOG_DIR/<time>.
 ARGUMENTS = "arguments.json"
 METRICS = "metrics.csv"
+MIXTURES = "wise_ft.csv"
+TEST_METRICS = "test_metrics.json"
 CHECKPOINT = "weights/checkpoint.pth"
 START = "weights/start_weights.pth"
 BEST = "weights/best_epoch_weights.pth"
@@ -30,18 +31,8 @@ class TrainedOn(NamedTuple):
 
 def run_weights(run: Path) -> Path | None:
     """The weights of a run that count: the mixture that --wise_ft chose or, before that, those of
-    `tuned_weights`. None for another folder."""
-    files = run / MIXTURE, tuned_weights(run), run / BEST
-    return next((file for file in files if file.is_file()), None)
-
-
-def tuned_weights(run: Path) -> Path:
-    """The weights that training ends with: those of the best epoch; with --distill those of the
-    last one, which stay closer to the start."""
-    with suppress(InputError, OSError):
-        if saved_arguments(run).get("distill"):
-            return run / LAST
-    return run / BEST
+    the best epoch. None for another folder."""
+    return next((file for file in (run / MIXTURE, run / BEST) if file.is_file()), None)
 
 
 def runs_in(folder: Path) -> list[str]:

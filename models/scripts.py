@@ -83,5 +83,8 @@ def checked(output: Path, check: Callable[[Path], object]) -> Path:
 
 def add_activation(parser: argparse.ArgumentParser) -> None:
     """Add `--activation`, for a state dict without a description."""
-    activations, help_text = CHOICES["activation"], "of weights without a description"
-    parser.add_argument("--activation", choices=activations, help=help_text)
+    help_text = (
+        "activation of the MLPs, needed for weights that come without a description of their "
+        "model: quick_gelu for OpenAI's, MetaCLIP's and DFN's, gelu for most others"
+    )
+    parser.add_argument("--activation", choices=CHOICES["activation"], help=help_text)

@@ -7,8 +7,8 @@ is unknown.
 import gzip
 import html
 import re
-from functools import cached_property, lru_cache
-from itertools import chain
+from array import array
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ END_OF_TEXT = "<|endoftext|>"
 WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 # Printable ASCII without "&", and Chinese characters: text that neither ftfy nor HTML can change.
 PLAIN = re.compile("[ -%'-~\u4e00-\u9fff]*")
+REMEMBERED = 2**16  # texts without white space, since texts repeat words
 
 
 def byte_symbols() -> dict[int, str]:
@@ -40,12 +41,12 @@ def byte_symbols() -> dict[int, str]:
     return symbols | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
-def clean(text: str) -> str:
-    """Repair broken Unicode, unescape HTML twice, because text from the web is often escaped twice,
-    replace white space by single spaces, and lower the case."""
+def chunks(text: str) -> list[str]:
+    """The parts of `text` between white space, in lower case, after repairing broken Unicode and
+    unescaping HTML twice, because text from the web is often escaped twice."""
     if not PLAIN.fullmatch(text):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
+    return text.lower().split()
 
 
 class SimpleTokenizer:
@@ -70,7 +71,7 @@ class SimpleTokenizer:
         self.padding = 0
         self.words = range(self.start_of_text)
         self._merges = Tokenizer(BPE(self.encoder, merges, end_of_word_suffix=END_OF_WORD))
-        self.encode_chunk = lru_cache(maxsize=2**16)(self._encode_chunk)
+        self.of_chunk = _TokensOfChunk(self)
 
     @cached_property
     def fragments(self) -> list[int]:
@@ -79,7 +80,11 @@ class SimpleTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The token ids of `text`, without start-of-text and end-of-text token."""
-        return [*chain.from_iterable(map(self.encode_chunk, clean(text).split()))]
+        return [*memoryview(self.encoded(text)).cast("i")]
+
+    def encoded(self, text: str) -> bytes:
+        """`encode` as C integers, which are fast to join."""
+        return b"".join(map(self.of_chunk.__getitem__, chunks(text)))
 
     def transformers_files(self, context_length: int) -> dict[str, Any]:
         merges = map(" ".join, self.merges)
@@ -93,12 +98,22 @@ class SimpleTokenizer:
             "special_tokens_map.json": special,
         }
 
-    def _encode_chunk(self, chunk: str) -> tuple[int, ...]:
-        """The token ids of text without white space, cached because texts repeat words."""
-        return tuple(token for word in WORD.findall(chunk) for token in self._encode_word(word))
-
-    def _encode_word(self, word: str) -> list[int]:
+    def encode_word(self, word: str) -> list[int]:
         """The token ids of a word, whose symbols are merged in pairs: the pair first in the list of
         merges first, and of equal pairs the leftmost."""
         symbols = "".join(self.symbol_of_byte[byte] for byte in word.encode("utf-8"))
         return self._merges.encode(symbols, add_special_tokens=False).ids
+
+
+class _TokensOfChunk(dict[str, bytes]):
+    """The token ids, as C integers, of texts without white space."""
+
+    def __init__(self, tokenizer: SimpleTokenizer):
+        self.tokenizer = tokenizer
+
+    def __missing__(self, chunk: str) -> bytes:
+        if len(self) == REMEMBERED:
+            self.clear()
+        ids = (token for word in WORD.findall(chunk) for token in self.tokenizer.encode_word(word))
+        self[chunk] = encoded = array("i", ids).tobytes()
+        return encoded

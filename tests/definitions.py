@@ -10,7 +10,7 @@ from utils.retrieval.scores import K_VALUES, DirectionScores, Scores
 def equal_scores(percent):
     """Scores that are `percent` at every K, in both directions; ranks are 1."""
     at = dict.fromkeys(K_VALUES, percent)
-    direction = DirectionScores(at, at, median_rank=1.0, mean_rank=1.0)
+    direction = DirectionScores(at, at, 1.0, 1.0, ranks=torch.ones(1))
     return Scores(direction, direction)
 
 

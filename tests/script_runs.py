@@ -90,6 +90,11 @@ def start_script(
     return process
 
 
+def set_variables(**variables: str) -> None:
+    """For `prepare`: environment variables that only the script sees."""
+    os.environ.update(variables)
+
+
 def _run_forked(
     script: str,
     arguments: Sequence[object],

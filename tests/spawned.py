@@ -14,8 +14,7 @@ def in_processes(size: int, function: Callable, *arguments: object) -> list[Any]
     """What `function(processes, *arguments)` returns in each of `size` processes, first to last."""
     context = forks()
     results = context.Queue()
-    # The system picks a free port; the processes find this store there, as torchrun provides one.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = new_store()
     children = [
         context.Process(target=_run, args=(rank, size, store.port, results, function, arguments))
         for rank in range(size)
@@ -29,7 +28,19 @@ def in_processes(size: int, function: Callable, *arguments: object) -> list[Any]
     return [returned[rank] for rank in range(size)]
 
 
+def new_store() -> TCPStore:
+    """The store in which processes find each other, as torchrun provides one, at a free port."""
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
 def _run(rank, size, port, results, function, arguments) -> None:
+    as_rank(rank, size, port)
+    processes, _ = join_processes("cpu")
+    results.put((rank, function(processes, *arguments)))
+
+
+def as_rank(rank: int, size: int, port: int) -> None:
+    """What torchrun tells a process of this rank, whose store is at `port` of this machine."""
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
@@ -38,5 +49,3 @@ def _run(rank, size, port, results, function, arguments) -> None:
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(size),
     }
-    processes, _ = join_processes("cpu")
-    results.put((rank, function(processes, *arguments)))

@@ -1,16 +1,18 @@
-"""Accuracy of image classification: zero-shot, and with a linear probe on image features (Radford
-et al. 2021, sections 3.1 and 3.2).
+"""Accuracy of image classification: zero-shot, and with a linear probe on image
+features (Radford et al. 2021, sections 3.1 and 3.2).
 
-As a script, it scores weights on class folders, or on a data set of torchvision:
+As a script, it scores weights on class folders, or on a set of torchvision:
 
-    python utils/classification.py --weights ViT-B/32 --data cifar10 --templates ensemble
-    python utils/classification.py --data my_images --linear_probe
+  python utils/classification.py --data my_images --plot confusion.png
+  python utils/classification.py --data my_images --linear_probe --csv a.csv
+  python utils/classification.py --weights ViT-B/32 --data cifar10
 """
 
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import compress
 from math import isnan
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +38,8 @@ from utils.machine.memory import explained
 from utils.machine.processes import ALONE, Processes
 from utils.retrieval.encode import encode_images, encode_texts
 from utils.retrieval.tables import format_rows
-from utils.runs.arguments import add_scoring, name_or_path, path, picture
+from utils.runs.answers import write_answers
+from utils.runs.arguments import add_scoring, answer_file, name_or_path, path, picture
 from utils.runs.default_weights import add_weights, weights_to_use
 
 WORST = 3  # classes that are printed
@@ -64,6 +67,7 @@ class Features(NamedTuple):
 
     images: Tensor
     labels: Tensor
+    paths: Sequence[str] = ()  # of the images; needed for `answers`
 
 
 def zero_shot_classifier(
@@ -92,7 +96,8 @@ def readable_features(
     """The features of all readable images; a line names each of the others."""
     features = encode_images(model, images, batch_size, num_workers, processes)
     readable = features.any(dim=1)
-    return Features(features[readable], torch.tensor(images.label)[readable.cpu()])
+    paths = list(compress(images.image, readable.tolist()))
+    return Features(features[readable], torch.tensor(images.label)[readable.cpu()], paths)
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> Accuracy:
@@ -120,7 +125,7 @@ def accuracy(scores: Tensor, labels: Tensor) -> Accuracy:
 
 
 def linear_probe(train: Features, features: Tensor, classes: Sequence[str]) -> tuple[Tensor, float]:
-    """Train scikit-learn's logistic regression on `train`; return its scores `[n, c]` for
+    """Train scikit-learn's logistic regression on `train`; return its logits `[n, c]` for
     `features` `[n, d]`, and the `C` of `choose_c`. Raises `InputError` if a class has no training
     image, or if no class has two."""
     inputs, labels = train.images.cpu().numpy(), train.labels.numpy()
@@ -132,8 +137,8 @@ def linear_probe(train: Features, features: Tensor, classes: Sequence[str]) -> t
         )
     c = choose_c(inputs, labels)
     scores = _fitted(c, inputs, labels).decision_function(features.cpu().numpy())
-    if scores.ndim == 1:  # of two classes it returns the second one's alone
-        scores = np.stack([-scores, scores], axis=1)
+    if scores.ndim == 1:  # of two classes it returns the second one's logit alone
+        scores = np.stack([0 * scores, scores], axis=1)
     return torch.from_numpy(scores), c
 
 
@@ -144,7 +149,7 @@ def choose_c(features: np.ndarray, labels: np.ndarray) -> float:
     held = held_out(labels)
     found: dict[float, float] = {}  # {exponent of 10: accuracy}
     exponents: list[float] = [-6, -4, -2, 0, 2, 4, 6]
-    with progress_bar(total=15, desc="choosing C of the probe", leave=False) as bar:
+    with progress_bar(total=15, desc="choosing C of the probe") as bar:
         for step in (1, 1 / 2, 1 / 4, 1 / 8, 0):
             for exponent in exponents:
                 if abs(exponent) <= 6:
@@ -209,6 +214,21 @@ def as_json(found: dict[str, Accuracy], classes: Sequence[str]) -> dict[str, Any
     return content
 
 
+def answers(
+    scored: Features, probabilities: dict[str, Tensor], classes: Sequence[str]
+) -> Iterator[dict[str, object]]:
+    """A row for each image: its class, and for each method, by its `probabilities` `[n, c]`, the
+    prediction and its probability; of one method as columns without its name."""
+    best = {way: p.max(dim=1) for way, p in probabilities.items()}
+    for i, (file, label) in enumerate(zip(scored.paths, scored.labels.tolist(), strict=True)):
+        row: dict[str, object] = {"path": file, "label": classes[label]}
+        for way, (probability, prediction) in best.items():
+            end = f" of the {way}" if len(best) > 1 else ""
+            row[f"prediction{end}"] = classes[prediction[i]]
+            row[f"probability{end}"] = round(probability[i].item(), 6)
+        yield row
+
+
 def worst_classes(found: Accuracy, classes: Sequence[str]) -> list[str]:
     """Lines on the classes with the lowest accuracy, the worst first, and what their images are
     most often taken for."""
@@ -226,9 +246,7 @@ def worst_classes(found: Accuracy, classes: Sequence[str]) -> list[str]:
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        description="Score a CLIP on images of classes: top-1, top-5 and mean per-class accuracy."
-    )
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     # fmt: off
     add("--data", type=name_or_path, required=True, metavar="FOLDER_OR_NAME",
@@ -250,6 +268,9 @@ def build_parser() -> ArgumentParser:
     add_scoring(parser)
     add("--json", type=writable_file, metavar="FILE",
         help="write the scores, with those of each class")
+    add("--csv", type=answer_file, metavar="FILE",
+        help="write a row an image: path, label, prediction, its probability; as JSON lines if "
+        "FILE ends in .jsonl")
     add("--plot", type=picture, metavar="FILE", help="write a picture of the confusion matrix")
     # fmt: on
     return parser
@@ -287,7 +308,9 @@ def main() -> None:
     with precision.autocast():
         classifier = zero_shot_classifier(model, source.classes, templates)
         scored = readable_features(model, source, args.batch_size, args.num_workers)
-    found = {"zero-shot": accuracy(scored.images @ classifier.T, scored.labels)}
+    similarities = scored.images @ classifier.T
+    found = {"zero-shot": accuracy(similarities, scored.labels)}
+    probabilities = {"zero-shot": model.probabilities(similarities).cpu()}
     print(f"{source.name}: {len(scored.labels):,} images of {len(source.classes):,} classes, "
           f"templates: {len(templates)} (percent)")  # fmt: skip
     if train_source:
@@ -296,11 +319,15 @@ def main() -> None:
             train = readable_features(model, train_source, args.batch_size, args.num_workers)
         scores, c = linear_probe(train, scored.images, source.classes)
         found["linear probe"] = accuracy(scores, scored.labels)
+        probabilities["linear probe"] = scores.softmax(dim=1)
         print(f"linear probe: trained on {len(train.labels):,} images, C = {c:.3g}")
     print(as_text(found, source.classes))
     if args.json:
         write_json(args.json, as_json(found, source.classes))
         print(f"scores written to {args.json}")
+    if args.csv:
+        write_answers(args.csv, answers(scored, probabilities, source.classes))
+        print(f"answers for {len(scored.labels):,} images written to {args.csv}")
     if args.plot:
         plot_confusion({way: a.confusion for way, a in found.items()}, source.classes, args.plot)
         print(f"plot written to {args.plot}")

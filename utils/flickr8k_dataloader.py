@@ -4,12 +4,13 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import repeat
+from itertools import islice, repeat
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,17 +24,15 @@ from models.config import CONTEXT_LENGTH
 from models.device import upload
 from models.errors import InputError
 from models.preprocess import Preprocess
-from models.tokens import clip_tokenizer, fitting, token_rows
-from utils.data.annotations import (
-    SPLITS,
-    caption_file,
-    join_parts,
-    read_annotations,
-    why_missing,
-)
+from models.tokens import TokenizedTexts, clip_tokenizer
+from utils.data.annotations import SPLITS, caption_file, read_annotations, why_missing
 from utils.data.augment import crop, draw_crops, draw_recolourings, recolour, reword
+from utils.data.caption_lists import CaptionLists, join_parts
 from utils.data.image_cache import decode_once, gather
-from utils.data.image_reading import ImageReader, Loaded, read_batches, substitutes
+from utils.data.image_files import locate
+from utils.data.image_reading import ImageReader, Loaded, Paths, read_batches, substitutes
+from utils.data.packed import PIECE, Computed, ranges, starts_of
+from utils.data.unlabelled import Unlabelled
 from utils.machine.processes import ALONE, Processes
 
 ALIKE = (  # the end of a warning
@@ -83,18 +82,51 @@ class Flickr8kDataset(Dataset):
         self.transform = transform
         self.plain_protocol = plain_protocol
         self.cached: Tensor | None = None
+        self.cached_rows: np.ndarray | None = None  # of the images of a subset, in `cached`
         self.unreadable: dict[int, str] = {}  # {image index: problem}, found by `cache`
         languages = dict.fromkeys([language] if isinstance(language, str) else language)
         files = [caption_file(root, name, self.split) for name in languages]
-        captions_of = dict(join_parts(map(read_annotations, files)))
-        self.names = [*captions_of]  # of the images: their paths below the root, with slashes
-        self.image = [str(root / name) for name in self.names]
-        self.text: list[str] = []
-        self.own_captions: dict[int, list[int]] = {}
-        for i, captions in enumerate(captions_of.values()):
-            self.own_captions[i] = list(range(len(self.text), len(self.text) + len(captions)))
-            self.text += captions
-        self._check_images_exist()
+        read = (read_annotations(f, self.split, la) for f, la in zip(files, languages, strict=True))
+        self._hold(join_parts(read))
+        self.places = self._check_images_exist()  # in containers
+
+    def sample(self, images: int) -> "Flickr8kDataset":
+        """So many of the images, drawn at random, always in the same way, in their order; the set
+        itself if it has no more. To be called after `cache`."""
+        if images >= len(self):
+            return self
+        return self.subset(np.sort(np.random.default_rng(0).permutation(len(self))[:images]))
+
+    def subset(self, images: Sequence[int]) -> "Flickr8kDataset":
+        """These of the images with their captions. To be called after `cache`."""
+        rows = np.asarray(images)
+        part = self._without("tokens", "text_ids", "_images_of", "_captions_of")
+        part._hold(CaptionLists(self.names, self.starts, self.text).take(rows))
+        part.cached_rows = rows if self.cached_rows is None else self.cached_rows[rows]
+        part.places = None if self.places is None else self.places[rows]
+        part.unreadable = {
+            i: self.unreadable[row] for i, row in enumerate(rows.tolist()) if row in self.unreadable
+        }
+        return part
+
+    def plain(self) -> "Flickr8kDataset":
+        """The same data set with `plain_protocol`."""
+        part = self._without("text_ids", "_images_of", "_captions_of")
+        part.plain_protocol = True
+        return part
+
+    def _without(self, *computed: str) -> "Flickr8kDataset":
+        """A copy that computes these properties anew."""
+        part = copy(self)
+        for name in computed:
+            vars(part).pop(name, None)
+        return part
+
+    def _hold(self, lists: CaptionLists) -> None:
+        self.names = lists.images  # paths below the root, with slashes
+        self.image = Paths(self.root, lists.images)
+        self.text = lists.captions
+        self.starts = lists.starts  # captions of image i: from starts[i] to starts[i + 1]
 
     def __len__(self) -> int:
         return len(self.image)
@@ -105,7 +137,15 @@ class Flickr8kDataset(Dataset):
 
     @property
     def reader(self) -> ImageReader:
-        return ImageReader(self.image, self.transform or self.preprocess.resize_and_crop)
+        prepare = self.transform or self.preprocess.resize_and_crop
+        return ImageReader(self.image, prepare, self.places)
+
+    @property
+    def own_captions(self) -> Mapping[int, list[int]]:
+        return Computed(len(self), self._own_captions)
+
+    def _own_captions(self, image: int) -> list[int]:
+        return [*range(*self.starts[image : image + 2].tolist())]
 
     def prepare_for(self, model: CLIP) -> None:
         """Prepare images and captions for `model`; to be called before either is used."""
@@ -114,49 +154,47 @@ class Flickr8kDataset(Dataset):
         self.context_length = model.context_length
 
     @cached_property
-    def tokens(self) -> Tensor:
-        """All captions as IntTensor `[captions, context_length]`; long ones are cut."""
-        return token_rows(self.tokenizer, self.text, self.context_length, truncate=True)
-
-    @cached_property
-    def full(self) -> dict[int, tuple[int, ...]]:
-        """{caption index: all its tokens, uncut}, for captions that fill their row of `tokens`."""
-        # In the last place but one: the last may hold the end of the text, which can be padding.
-        full = (self.tokens[:, -2] != self.tokenizer.padding).nonzero().flatten().tolist()
-        return {caption: tuple(self.tokenizer.encode(self.text[caption])) for caption in full}
+    def tokens(self) -> TokenizedTexts:
+        """All captions as token ids; `tokens[rows]` is int32 `[len(rows), context_length]`."""
+        return TokenizedTexts(self.tokenizer, self.text, self.context_length)
 
     @cached_property
     def text_ids(self) -> Tensor:
         """For each caption the index of the first caption that is the same text, `[captions]`."""
-        if self.plain_protocol:
-            return torch.arange(len(self.text))
-        first: dict[object, int] = {}
-        rows = enumerate(self.tokens.numpy())
-        texts = ((caption, self.full.get(caption, row.tobytes())) for caption, row in rows)
-        return torch.tensor([first.setdefault(text, caption) for caption, text in texts])
+        return torch.arange(len(self.text)) if self.plain_protocol else self.tokens.first_equal
 
     @cached_property
-    def _images_of(self) -> dict[int, list[int]]:
-        """{text of `text_ids`: the images that have it}."""
-        ids = self.text_ids.tolist()
-        images_of: dict[int, list[int]] = {}
-        for image, captions in self.own_captions.items():
-            for text in {ids[caption] for caption in captions}:
-                images_of.setdefault(text, []).append(image)
-        return images_of
+    def _images_of(self) -> tuple[np.ndarray, np.ndarray]:
+        """The images that have text i of `text_ids`: of the second array, from place i of the
+        first to the next one."""
+        images = np.repeat(np.arange(len(self)), np.diff(self.starts))
+        texts, images = divmod(np.unique(self.text_ids.numpy() * len(self) + images), len(self))
+        return starts_of(np.bincount(texts, minlength=len(self.text))), images
 
     @cached_property
-    def img_to_txt(self) -> dict[int, list[int]]:
-        positives: dict[int, list[int]] = {image: [] for image in self.own_captions}
-        for caption, text in enumerate(self.text_ids.tolist()):
-            for image in self._images_of[text]:
-                positives[image].append(caption)
-        return positives
+    def _captions_of(self) -> tuple[np.ndarray, np.ndarray]:
+        """The captions that are text i of `text_ids`, as in `_images_of`."""
+        ids = self.text_ids.numpy()
+        return starts_of(np.bincount(ids, minlength=len(ids))), ids.argsort(kind="stable")
 
-    @cached_property
-    def txt_to_img(self) -> dict[int, int | list[int]]:
-        images = {text: im if len(im) > 1 else im[0] for text, im in self._images_of.items()}
-        return {caption: images[text] for caption, text in enumerate(self.text_ids.tolist())}
+    @property
+    def img_to_txt(self) -> Mapping[int, list[int]]:
+        return Computed(len(self), self._positives_of_image)
+
+    @property
+    def txt_to_img(self) -> Mapping[int, int | list[int]]:
+        return Computed(len(self.text), self._positives_of_caption)
+
+    def _positives_of_image(self, image: int) -> list[int]:
+        texts = np.unique(self.text_ids[self._own_captions(image)].numpy())
+        starts, captions = self._captions_of
+        return np.sort(captions[ranges(starts[texts], starts[texts + 1] - starts[texts])]).tolist()
+
+    def _positives_of_caption(self, caption: int) -> int | list[int]:
+        starts, images = self._images_of
+        text = self.text_ids[caption]
+        found = images[starts[text] : starts[text + 1]].tolist()
+        return found if len(found) > 1 else found[0]
 
     def cache(
         self,
@@ -179,29 +217,42 @@ class Flickr8kDataset(Dataset):
             return
         for problem in self.unreadable.values():
             raise InputError(problem)
+        if self.cached_rows is not None:
+            batches = [self.cached_rows[rows].tolist() for rows in batches]
         yield from gather(self.cached, batches)
 
     def fingerprint(self) -> str:
         """A digest of the images' names, the captions and their order."""
-        image_of = [i for i, captions in self.own_captions.items() for _ in captions]
-        content = json.dumps([self.names, image_of, self.text])
-        return hashlib.sha256(content.encode()).hexdigest()
+        image_of = np.repeat(np.arange(len(self)), np.diff(self.starts))
+        digest = hashlib.sha256()
+        for before, values in (
+            ("[[", self.names),
+            ("], [", map(int, image_of)),
+            ("], [", self.text),
+        ):
+            values = iter(values)
+            while piece := json.dumps([*islice(values, PIECE)])[1:-1]:
+                digest.update(f"{before}{piece}".encode())
+                before = ", "
+        digest.update(b"]]")
+        return digest.hexdigest()
 
     def count_cut_captions(self) -> int:
         """The number of captions longer than the text tower's context."""
-        fits = fitting(self.tokenizer, self.context_length)
-        return sum(len(tokens) > fits for tokens in self.full.values())
+        return int((self.tokens.lengths > self.context_length).sum())
 
     def count_alike_captions(self) -> int:
         """The number of captions that equal a different text after cutting."""
-        texts: dict[bytes, list[tuple[int, ...]]] = {}
-        for caption, tokens in self.full.items():
-            texts.setdefault(self.tokens[caption].numpy().tobytes(), []).append(tokens)
+        texts: dict[bytes, list[int]] = {}
+        for caption in np.flatnonzero(self.tokens.lengths >= self.context_length).tolist():
+            text = int(self.tokens.first_equal[caption])
+            texts.setdefault(self.tokens[caption].numpy().tobytes(), []).append(text)
         return sum(len(alike) for alike in texts.values() if len(set(alike)) > 1)
 
     def check_texts(self) -> None:
         """Raise `InputError` if all captions have the same tokens."""
-        if (self.tokens == self.tokens[0]).all():
+        pieces = (self.tokens[i : i + PIECE] for i in range(0, len(self.text), PIECE))
+        if all((piece == self.tokens[0]).all() for piece in pieces):
             raise InputError(
                 f"{self.root}: all {len(self.text)} {SPLITS[self.split]} captions are one text to "
                 f"the model, {self.text[0]:.60}...; captions should tell images apart within the "
@@ -210,25 +261,26 @@ class Flickr8kDataset(Dataset):
 
     def share_of_fragments(self) -> float:
         """The share of the captions' tokens that are parts of words, or unknown."""
-        tokens = self.tokens[self.tokens > 0]  # without padding
-        fragments = torch.tensor(self.tokenizer.fragments, dtype=tokens.dtype)
-        of_words = len(tokens) - 2 * len(self.text)  # without start and end
-        return torch.isin(tokens, fragments).sum().item() / max(1, of_words)
+        counts = self.tokens.counts(self.tokenizer.words.stop)
+        counts[self.tokenizer.padding] = 0
+        of_words = counts.sum() - 2 * len(self.text)  # without start and end
+        return float(counts[self.tokenizer.fragments].sum() / max(1, of_words))
 
     def count_shared_captions(self) -> int:
         """The number of captions that are positives of several images."""
-        return sum(isinstance(images, list) for images in self.txt_to_img.values())
+        return int((np.diff(self._images_of[0])[self.text_ids.numpy()] > 1).sum())
 
-    def _check_images_exist(self) -> None:
-        """Raise `InputError` for missing images; in training, where others take their place, only
-        if all are missing."""
-        missing = [image for image in self.image if not Path(image).is_file()]
+    def _check_images_exist(self) -> np.ndarray | None:
+        """The places of images in containers. Raises `InputError` for missing images; in training,
+        where others take their place, only if all are missing."""
+        missing, places = locate(self.root, self.names)
         if missing and (self.split != "train" or len(missing) == len(self.image)):
             raise InputError(
                 f"{self.root}: {len(missing)} of the {len(self.image)} {self.split} images are "
-                f"missing, the first is {why_missing(Path(missing[0]))}; put them there or remove "
-                "their entries"
+                f"missing, the first is {why_missing(self.root / missing[0])}; put them there or "
+                "remove their entries"
             )
+        return places
 
 
 def _split(split: str | None, is_train: bool | None) -> str:
@@ -252,8 +304,8 @@ class Batch(NamedTuple):
     tokens: Tensor  # `[n * k, context_length]` on the CPU, image by image
     texts: Tensor | None = None  # `[n, m]`, for `contrastive_loss`
     colours: Tensor | None = None  # `[n, 3, 4]` of `draw_recolourings`, on the device
-    # The inputs of distillation: every other image of all processes' batch, with changed colours
-    # and words, if this process has it.
+    # The inputs of distillation, if this process has some: every other image of all processes'
+    # batch, with changed colours and words, or in their places what is `Unlabelled`.
     altered: "Batch | None" = None
     cached: frozenset[str] = frozenset()  # "image", "text"
 
@@ -293,7 +345,8 @@ def check_batch_size(batch_size: int, images: int, processes: Processes) -> None
 class TrainLoader:
     """Shuffled batches of images with `captions_per_image` of their captions (at most as many as
     any image has). Random choices follow from the seed and the epoch alone. Images after the last
-    whole batch sit out the epoch. With `alter`, batches have the inputs of distillation.
+    whole batch sit out the epoch. With `alter`, batches have the inputs of distillation; images and
+    sentences that are `unlabelled` take the place of altered ones.
 
     An unreadable image is reported once, and another takes its place; with `strict` it is an
     `InputError`.
@@ -309,68 +362,97 @@ class TrainLoader:
     strict: bool = False
     processes: Processes = ALONE
     alter: bool = False
+    unlabelled: Unlabelled = field(default_factory=Unlabelled)
 
     def __post_init__(self) -> None:
         check_batch_size(self.batch_size, len(self.dataset), self.processes)
-        most = max(map(len, self.dataset.own_captions.values()))
-        self.captions_per_image = min(self.captions_per_image, most)
-        self.reported: set[int] = set()
+        self.most = int(np.diff(self.dataset.starts).max())  # captions of an image
+        self.captions_per_image = min(self.captions_per_image, self.most)
+        self.reported: set[str] = set()
         self.features: dict[str, Tensor] = {}  # cached, of frozen towers; see `cache_features`
+        tokenizer, length = self.dataset.tokenizer, self.dataset.context_length
+        self.sentences = TokenizedTexts(tokenizer, self.unlabelled.texts, length)
 
     def __len__(self) -> int:
         return len(self.dataset) // self.batch_size
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """This process's part of the epoch's batches, from the `start`-th on."""
-        random = np.random.default_rng((self.seed, epoch))
+        numbers = np.random.PCG64((self.seed, epoch))
+        random = np.random.Generator(numbers)
         order = random.permutation(len(self.dataset))
-        batches = order[: len(self) * self.batch_size].reshape(len(self), -1)[start:].tolist()
-        captions = self._draw_captions(random)
+        batches = order[: len(self) * self.batch_size].reshape(len(self), -1)[start:]
+        of_captions = numbers.state
+        numbers.advance(len(self.dataset) * self.most)
         crops = draw_crops(len(self.dataset), random)
         texts = self.features.get("text", self.dataset.tokens)
+        others = self._load_unlabelled(random, start)
         for step, loaded in enumerate(self._load(batches), start):
             self._report(loaded.problems)
+            captions = self._draw_captions(loaded.rows, of_captions)
             batch = Batch(
                 upload(loaded.images, self.device),
                 upload(crops[loaded.rows], self.device) if self.augment else None,
-                texts[captions[loaded.rows, : self.captions_per_image].flatten()],
-                self.dataset.text_ids[captions[loaded.rows]],
+                texts[captions[:, : self.captions_per_image].flatten()],
+                self.dataset.text_ids[captions],
                 cached=frozenset(self.features),
             )
-            yield batch._replace(altered=self._altered(batch, (self.seed, epoch, step)))
+            altered = self._altered(batch, (self.seed, epoch, step)) if self.alter else None
+            if altered and self.unlabelled.images:
+                other = next(others)
+                self._report(other.problems)
+                images, cached = upload(other.images, self.device), altered.cached - {"image"}
+                altered = altered._replace(images=images, colours=None, cached=cached)
+            yield batch._replace(altered=altered)
 
     def _altered(self, batch: Batch, seed: tuple[int, int, int]) -> Batch | None:
-        """The inputs of distillation. Random numbers are drawn for the whole batch, so that they do
-        not depend on the number of processes."""
+        """The inputs of distillation, but for unlabelled images. Random numbers are drawn for the
+        whole batch, so that they do not depend on the number of processes."""
         shard = self.processes.shard(self.batch_size)
         local, in_shard = slice(shard.start % 2, None, 2), slice(shard.start, shard.stop)
         images = batch.images[local]
-        if not (self.alter and len(images)):
+        if not len(images):
             return None
-        random = np.random.default_rng(seed)
+        random, cached = np.random.default_rng(seed), batch.cached
         colours = draw_recolourings(self.batch_size, random)[in_shard][local]
         tokens = batch.tokens.unflatten(0, (len(batch.images), -1))[local].flatten(0, 1)
-        if "text" not in batch.cached:
-            k, length = self.captions_per_image, tokens.shape[1]
+        k, length = self.captions_per_image, tokens.shape[1]
+        if len(self.sentences):
+            rows = random.integers(len(self.sentences), size=(self.batch_size, k))
+            tokens = self.sentences[rows[in_shard][local].flatten()]
+            cached -= {"text"}
+        elif "text" not in cached:
             draws = torch.from_numpy(random.random((self.batch_size, k, 2 * length + 1)))
             draws = draws[in_shard][local].flatten(0, 1)
             tokenizer = self.dataset.tokenizer
             tokens = reword(tokens, draws, tokenizer.words, tokenizer.padding)
         crops = None if batch.crops is None else batch.crops[local]
-        colours = upload(colours, self.device)
-        return Batch(images, crops, tokens, colours=colours, cached=batch.cached)
+        return Batch(images, crops, tokens, colours=upload(colours, self.device), cached=cached)
 
-    def _load(self, batches: list[list[int]]) -> Iterator[Loaded]:
+    def _load_unlabelled(self, random: np.random.Generator, start: int) -> Iterator[Loaded]:
+        """This process's unlabelled images for each step of an epoch, from the `start`-th on: as
+        many as `_altered` has of the batch."""
+        paths, shard = self.unlabelled.images, self.processes.shard(self.batch_size)
+        if not (self.alter and paths):
+            return iter(())
+        rows = random.integers(len(paths), size=(len(self), self.batch_size))[start:].tolist()
+        part = slice(shard.start + shard.start % 2, shard.stop, 2)
+        reader = ImageReader(paths, self.dataset.preprocess.resize_and_crop)
+        return read_batches(reader, rows, self.num_workers, part, substitute=True)
+
+    def _load(self, batches: np.ndarray) -> Iterator[Loaded]:
         shard = self.processes.shard(self.batch_size)
         part = slice(shard.start, shard.stop)
         cached = self.features.get("image", self.dataset.cached)
         unreadable = self.dataset.unreadable
         if cached is None:
-            reader = self.dataset.reader
-            return read_batches(reader, batches, self.num_workers, part, not self.strict)
+            rows = (batch.tolist() for batch in batches)
+            return read_batches(
+                self.dataset.reader, rows, self.num_workers, part, substitute=not self.strict
+            )
         for problem in unreadable.values() if self.strict else ():
             raise InputError(problem)
-        rows = [self._readable(batch, part) for batch in batches]
+        rows = [self._readable(batch, part) for batch in batches.tolist()]
         return map(Loaded, gather(cached, rows), rows, repeat(unreadable))
 
     def _readable(self, batch: list[int], part: slice) -> list[int]:
@@ -382,17 +464,24 @@ class TrainLoader:
 
     def _report(self, problems: dict[int, str]) -> None:
         """Print the problems of images that were not reported yet."""
-        for row in problems.keys() - self.reported:
+        for problem in set(problems.values()) - self.reported:
             console = None if self.processes.is_rank_0 else sys.stderr
-            tqdm.write(f"{problems[row]}; another image takes its place", file=console)
-        self.reported |= problems.keys()
+            tqdm.write(f"{problem}; another image takes its place", file=console)
+        self.reported.update(problems.values())
 
-    def _draw_captions(self, random: np.random.Generator) -> Tensor:
-        """The caption indices of each image in random order, `[n, most]`; images with fewer than
-        the `most` captions repeat theirs from the first on."""
-        captions = self.dataset.own_captions.values()
-        first, count = np.array([(own[0], len(own)) for own in captions]).T
-        drawn = random.random((len(count), count.max()))
-        drawn[np.arange(count.max()) >= count[:, None]] = 2  # missing captions are sorted last
-        nth = np.arange(count.max()) % count[:, None]
+    def _draw_captions(self, rows: list[int], numbers: dict[str, Any]) -> Tensor:
+        """The caption indices of these images in random order, `[n, most]`; images with fewer than
+        the `most` captions repeat theirs from the first on. Image i is drawn by the random numbers
+        from i * most on after those of the state `numbers`: a row costs as much as it has captions,
+        and not the whole set as much as the image with the most."""
+        source, at = np.random.PCG64(), 0
+        source.state = numbers
+        drawn = np.empty((len(rows), self.most))
+        for place in np.argsort(rows):
+            source.advance(rows[place] * self.most - at)
+            drawn[place] = np.random.Generator(source).random(self.most)
+            at = (rows[place] + 1) * self.most
+        first, count = self.dataset.starts[rows], np.diff(self.dataset.starts)[rows]
+        drawn[np.arange(self.most) >= count[:, None]] = 2  # missing captions are sorted last
+        nth = np.arange(self.most) % count[:, None]
         return torch.from_numpy(first[:, None] + np.take_along_axis(drawn.argsort(), nth, axis=1))

@@ -1,9 +1,10 @@
-"""Retrieval scores: recall at K, mAP at K and ranks, images to texts and texts to images.
+"""Retrieval scores: recall at K, mAP at K and ranks, images to texts and texts to
+images.
 
 As a script, it scores weights on validation or test images:
 
-    python utils/metric.py                        the newest run, on its own data
-    python utils/metric.py --weights ViT-B/32 --dataset_path flickr8k --split test
+  python utils/metric.py                    the newest run, on its own data
+  python utils/metric.py --weights ViT-B/32 --dataset_path flickr8k --split test
 """
 
 import argparse
@@ -79,16 +80,14 @@ def _floats(scores: Tensor | np.ndarray) -> Tensor:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser(
-        description="Score a CLIP on captioned images: Recall@K and mAP@K in both directions."
-    )
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     # fmt: off
     add("--dataset_path", type=path,
         help="folder of the data (default: what the weights' run was trained on, else flickr8k "
         "beside the scripts)")
     add("--language", nargs="+", choices=["en", "cn"],
-        help="of the captions, one or both (default: those of the weights' run, else en)")
+        help="language of the captions, one or both (default: those of the weights' run, else en)")
     add("--split", choices=["val", "test"], default="val", help="images to score (default: val)")
     add_weights(parser)
     add_scoring(parser)
@@ -143,7 +142,7 @@ def main() -> None:
         print(f"warning: {alike} captions are different texts, but {ALIKE}")
     print(format_table(scores, args.split))
     if args.json:
-        write_json(args.json, scores.as_dict())
+        write_json(args.json, scores.for_json())
         print(f"scores written to {args.json}")
     if plot:
         plot_scores(scores, plot)

@@ -6,8 +6,8 @@
 For each seed ViT-demo learns world A (`worlds.py`) with `train.py --demo`, and is then fine-tuned
 on 600 images of B, and on 600 of B2, by every setting in `SETTINGS`, by `train.py` or by
 open_clip's program. What it gains is its mean recall on the new world, what it keeps is that on A.
-The weights are those of the epoch that `train.py` chooses, and mixtures of them with the weights at
-the start (WiSE-FT); of open_clip those of the last epoch.
+The weights are those of the best epoch, and mixtures of them with the weights at the start
+(WiSE-FT); of open_clip those of the last epoch.
 
 A family of settings is a line from keeping to gaining. The point on it is chosen on validation
 images, one setting for both worlds; the scores are those of test images, which have no say in it.
@@ -49,15 +49,17 @@ WORLDS = {
     "B2": "B2: other shapes, other words",
 }
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
+RESEARCH = ("--patience", 0, "--no_guard")  # every setting has its time, however it ends
 TEN = "--epochs 10"
-ALONE = f"{TEN} --distill 0 --layer_decay 0.7"  # the settings of before `--distill`
+ALONE = f"{TEN} --layer_decay 0.7"  # the settings of before `--distill`
 SETTINGS = {  # of train.py; "open_clip": of its program
-    "--distill": ["--distill 2", "", "--distill 12"],
-    "--distill, 10 epochs": [f"{TEN} --distill 2", TEN, f"{TEN} --distill 12"],
+    "default": [""],
+    "--distill": [f"--epochs 20 --distill {weight}" for weight in (2, 6, 12)],
+    "--distill, 10 epochs": [f"{TEN} --distill {weight}" for weight in (2, 6, 12)],
     "training alone": [f"{ALONE} --lr {lr}" for lr in ("3e-5", "1e-4", "3e-4", "1e-3")],
     "open_clip": [f"--lr {lr}" for lr in ("3e-5", "1e-4", "3e-4", "1e-3")],
-    "--lora 8": [f"{TEN} --lora 8"],
-    "--ema 0.95": [f"{TEN} --ema 0.95"],
+    "--lora 8": [f"{TEN} --distill 6 --lora 8"],
+    "--ema 0.95": [f"{TEN} --distill 6 --ema 0.95"],
 }
 FLOORS = (90, 80)  # of what is kept of A
 GALLERY = 200  # images
@@ -141,10 +143,9 @@ def fine_tune(output: Path, which: tuple[str, str], seed: int, world: str) -> di
         run = train(
             folder,
             *("--resume_training", start, "--dataset_path", data[world], "--seed", seed),
-            *("--device", "cpu", "--cache", *setting.split()),
+            *("--device", "cpu", "--cache", *setting.split(), *RESEARCH),
         )
-        epoch = "best_epoch" if "--distill 0" in setting else "last_epoch"  # as train.py chooses
-        model, _ = load(run / "weights" / f"{epoch}_weights.pth", "cpu")
+        model, _ = load(run / "weights" / "best_epoch_weights.pth", "cpu")
         before = load(start, "cpu")[0].state_dict()
         after = {key: tensor.clone() for key, tensor in model.state_dict().items()}
         scores = {}

@@ -17,7 +17,7 @@ from statistics import mean
 from typing import NamedTuple
 
 import torch
-from fine_tuning import scores_of
+from fine_tuning import RESEARCH, scores_of
 from measure import print_table
 from photographs import share_images
 from runs import add_jobs, build_parser, jobs, over_seeds, scored, train
@@ -33,7 +33,7 @@ from utils.runs.checkpoint import save_weights, write_json
 
 PRODUCTS = (0.03, 0.06, 0.12, 0.24, 0.48)  # of rate and width
 PRETRAINING = 0.096  # the same, that of `train.py --demo`
-TUNING = ("--epochs", 10, "--wise_ft", 1)
+TUNING = ("--epochs", 10, "--distill", 6, "--wise_ft", 1, *RESEARCH)
 FEW = 200  # images
 
 
@@ -87,7 +87,7 @@ def pretrain(output: Path, width: int, seed: int) -> Path:
     run = train(
         folder,
         *("--resume_training", start, "--dataset_path", data, "--seed", seed, "--device", "cpu"),
-        *("--cache", "--lr", f"{PRETRAINING / width:.2e}", "--distill", 0, "--wise_ft", 1),
+        *("--cache", "--lr", f"{PRETRAINING / width:.2e}", "--wise_ft", 1, *RESEARCH),
         *("--epochs", 28, "--batch_size", 50),
     )
     return run / "weights" / "last_epoch_weights.pth"

@@ -6,7 +6,7 @@ In miniature, since it needs no published weights: five sixths of the training i
 ViT-demo with `train.py`, once a seed; the others then fine-tune it, ten times each, by
 
 ours        `train.py` with its defaults
-alone       the same without `--distill`, at the rate and layer decay that it had before
+alone       the same at the rate and layer decay that it had before `--distill`
 followed    the recipe of the project that this one follows: images letterboxed on grey, divided by
             255 and not normalised; Adam at 2e-5, constant for half of the run, then along a cosine
             to 1% of it; batches of 8 images, each with one of its captions; best by validation loss

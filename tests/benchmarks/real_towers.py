@@ -35,7 +35,8 @@ EMBED_DIM, SIDE = 512, 160
 CHOOSING = 500  # images
 TRAINING = [
     "--lock_image", "--lock_text", "--cache_features", "--no_augment", "--captions_per_image", 5,
-    "--batch_size", 256, "--lr", 2e-3, "--distill", 0, "--wise_ft", 1, "--freq", 1000,
+    "--batch_size", 256, "--lr", 2e-3, "--wise_ft", 1, "--patience", 0, "--no_guard",
+    "--freq", 1000,
 ]  # fmt: skip
 
 

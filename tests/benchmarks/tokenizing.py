@@ -38,7 +38,7 @@ def main() -> None:
     untouched = dict(reference.cache)
 
     def ours(_):
-        clip_tokenizer().encode_chunk.cache_clear()
+        clip_tokenizer().of_chunk.clear()
         ids["ours"] = tokenize(texts, truncate=True)
 
     def theirs(_):

@@ -34,14 +34,20 @@ CAPTIONS = [
     "and a child on a bicycle looks at them from the other side of the fountain in the old square",
 ]
 CASES = {
-    "ViT-B/32": {},
     "ViT-B/16": {"vision_layers": 2, "text_layers": 2},
     "ViT-L/14@336px": {"vision_layers": 2, "text_layers": 2},
     "RN50": {"vision_layers": (1, 2, 1, 1), "text_layers": 2},
 }
 
 
-LARGE = {"ViT-B/32", "ViT-L/14@336px"}
+LARGE = {"ViT-L/14@336px"}
+
+
+def inputs(model):
+    side = model.visual.input_resolution
+    captions = CAPTIONS[-2:] if side > 224 else CAPTIONS
+    images = torch.randn(len(captions), 3, side, side, generator=torch.Generator().manual_seed(1))
+    return images, tokenize(captions)
 
 
 @pytest.fixture(
@@ -52,10 +58,16 @@ def pair(request):
     """(our model, open_clip's model, images, tokens) of a case."""
     theirs = open_clip_model(request.param, **CASES[request.param])
     ours = build_model({k: v.clone() for k, v in theirs.state_dict().items()})
-    side = ours.visual.input_resolution
-    captions = CAPTIONS[-2:] if side > 224 else CAPTIONS
-    images = torch.randn(len(captions), 3, side, side, generator=torch.Generator().manual_seed(1))
-    return ours, theirs, images, tokenize(captions)
+    return ours, theirs, *inputs(ours)
+
+
+@pytest.fixture(scope="module")
+def learned(pair):
+    """(our features, loss and gradients)"""
+    ours, _, images, tokens = pair
+    features = ours.encode_image(images), ours.encode_text(tokens)
+    loss = contrastive_loss(*features, ours.logit_scale)
+    return features, loss, {name: g.clone() for name, g in gradients(ours, loss).items()}
 
 
 def gradients(model, loss):
@@ -72,6 +84,19 @@ def assert_gradients_equal(ours, theirs):
     for name, gradient in theirs.items():
         error = (ours[name] - gradient).norm()
         assert error <= 1e-4 * gradient.norm() + 1e-7 * largest, (name, error, gradient.norm())
+
+
+@pytest.mark.slow
+def test_features_of_a_whole_model_equal_open_clip():
+    theirs = open_clip_model("ViT-B/32")
+    ours = build_model(theirs.state_dict())
+    images, tokens = inputs(ours)
+    with torch.no_grad():
+        for found, expected in (
+            (ours.encode_image(images), theirs.encode_image(images)),
+            (ours.encode_text(tokens), theirs.encode_text(tokens)),
+        ):
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_features_and_logits_equal_open_clip(pair):
@@ -102,16 +127,16 @@ def test_normalized_features_of_mixed_precision_are_float32():
     torch.testing.assert_close(features.norm(dim=1), torch.ones(len(CAPTIONS)))
 
 
-def test_loss_and_gradients_equal_open_clip(pair):
-    ours, theirs, images, tokens = pair
-    loss = contrastive_loss(ours.encode_image(images), ours.encode_text(tokens), ours.logit_scale)
+def test_loss_and_gradients_equal_open_clip(pair, learned):
+    _, theirs, images, tokens = pair
+    _, loss, found = learned
     image_features, text_features, scale = theirs(images, tokens)[:3]
     their_loss = ClipLoss()(image_features, text_features, scale)
     torch.testing.assert_close(loss, their_loss, atol=1e-4, rtol=1e-4)
-    assert_gradients_equal(gradients(ours, loss), gradients(theirs, their_loss))
+    assert_gradients_equal(found, gradients(theirs, their_loss))
 
 
-def test_features_loss_and_gradients_equal_transformers(pair):
+def test_features_loss_and_gradients_equal_transformers(pair, learned):
     ours, _, images, tokens = pair
     if "visual.proj" not in ours.state_dict():
         pytest.skip("transformers has no CLIP with a ResNet")
@@ -120,8 +145,7 @@ def test_features_loss_and_gradients_equal_transformers(pair):
         input_ids=tokens.long(), pixel_values=images, return_loss=True,
         attention_mask=torch.ones_like(tokens),
     )  # fmt: skip
-    image_features, text_features = ours.encode_image(images), ours.encode_text(tokens)
-    loss = contrastive_loss(image_features, text_features, ours.logit_scale)
+    (image_features, text_features), loss, found = learned
     for a, b in [
         (F.normalize(image_features, dim=-1), output.image_embeds),
         (F.normalize(text_features, dim=-1), output.text_embeds),
@@ -129,8 +153,7 @@ def test_features_loss_and_gradients_equal_transformers(pair):
         (loss, output.loss),
     ]:
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-    mine = to_transformers(gradients(ours, loss))
-    assert_gradients_equal(mine, gradients(theirs, output.loss))
+    assert_gradients_equal(to_transformers(found), gradients(theirs, output.loss))
 
 
 def test_padding_length_does_not_matter(pair):
@@ -170,21 +193,16 @@ def test_gradients_are_the_same_bits_every_time():
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_gradient_checkpointing_changes_no_gradient(pair):
+def test_gradient_checkpointing_changes_no_gradient(pair, learned):
     ours, _, images, tokens = pair
-
-    def loss():
-        image_features, text_features = ours.encode_image(images), ours.encode_text(tokens)
-        return contrastive_loss(image_features, text_features, ours.logit_scale)
-
     passes = []
     block = ours.transformer.resblocks[0]
     hook = block.register_forward_pre_hook(lambda *_: passes.append(1))
-    plain = {name: g.clone() for name, g in gradients(ours, loss()).items()}
-    assert len(passes) == 1
     ours.enable_grad_checkpointing()
-    assert_gradients_equal(gradients(ours, loss()), plain)
-    assert len(passes) == 3  # two more: in the forward pass, and again in the backward pass
+    features = ours.encode_image(images), ours.encode_text(tokens)
+    loss = contrastive_loss(*features, ours.logit_scale)
+    assert_gradients_equal(gradients(ours, loss), learned[-1])
+    assert len(passes) == 2  # in the forward pass, and again in the backward pass
     hook.remove()
     for module in ours.modules():
         if hasattr(module, "grad_checkpointing"):

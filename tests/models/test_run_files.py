@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.errors import InputError
-from models.run_files import TrainedOn, run_folder, run_weights, trained_on, tuned_weights
+from models.run_files import TrainedOn, run_folder, run_weights, trained_on
 
 
 @pytest.fixture
@@ -65,26 +65,14 @@ def test_any_values_of_a_run_are_taken_or_named(tmp_path_factory, dataset_path, 
 
 
 @pytest.mark.parametrize(
-    "arguments, files, tuned, counting",
-    [
-        ({"distill": None}, ["best", "last"], "best", "best"),
-        ({"distill": 0.0}, ["best", "last"], "best", "best"),
-        ({"distill": 6.0}, ["best", "last"], "last", "last"),  # the best may be far from the start
-        ({"distill": 6.0}, ["best"], "last", "best"),
-        ({"distill": 6.0}, ["best", "last", "wise_ft"], "last", "wise_ft"),
-        ("damaged", ["best", "last"], "best", "best"),
-        (None, ["start"], "best", None),
-    ],
+    "files, counting",
+    [(["best", "last"], "best"), (["best", "last", "wise_ft"], "wise_ft"), (["start"], None)],
 )
-def test_the_weights_that_count(tmp_path, arguments, files, tuned, counting):
-    """The mixture that --wise_ft chose, else the last with --distill, else the best."""
+def test_the_weights_that_count(tmp_path, files, counting):
+    """The mixture that --wise_ft chose, else the best."""
     names = {name: f"{name}{'' if name in ('start', 'wise_ft') else '_epoch'}_weights.pth"
              for name in ("start", "best", "last", "wise_ft")}  # fmt: skip
     (tmp_path / "weights").mkdir()
     for name in files:
         (tmp_path / "weights" / names[name]).touch()
-    if arguments:
-        (tmp_path / "arguments.json").write_text(json.dumps(arguments))
-    assert tuned_weights(tmp_path) == tmp_path / "weights" / names[tuned]
-    expected = tmp_path / "weights" / names[counting] if counting else None
-    assert run_weights(tmp_path) == expected
+    assert run_weights(tmp_path) == (counting and tmp_path / "weights" / names[counting])

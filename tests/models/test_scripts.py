@@ -1,6 +1,7 @@
 """The parser that all scripts share, and what it takes for files to write."""
 
 import os
+from importlib import import_module
 
 import pytest
 
@@ -45,6 +46,22 @@ def test_help_comes_first_and_values_are_no_options(capsys):
     assert parser.parse_args(["--data", "x", "--", "--odd"]).image == "--odd"
     with pytest.raises(InputError, match=r"did you mean --data\?"):  # not: --data is required
         parser.parse_args(["--dat", "x"])
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["train", "predict", "predict_zero_shot", "utils.metric", "utils.classification",
+     "models.clip_utils", "models.convert", "flickr8k.prepare"],
+)  # fmt: skip
+def test_help_has_an_example_and_fits_a_terminal(script, monkeypatch, capsys):
+    """Of 80 columns, as most are."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.argv", ["script", "--help"])
+    with pytest.raises(SystemExit):
+        import_module(script).main()
+    lines = capsys.readouterr().out.splitlines()
+    assert any(f"python {script.replace('.', '/')}.py " in line for line in lines)
+    assert [line for line in lines if len(line) > 80] == []
 
 
 def outputs():

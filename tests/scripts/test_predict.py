@@ -1,20 +1,23 @@
 """predict.py and predict_zero_shot.py, run as a user runs them."""
 
 import ast
+import csv
 import json
 import os
 import re
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from open_clip_folders import siglip
 from PIL import Image
 from published import save_published
-from script_runs import ROOT, error_line, run_script
+from script_runs import ROOT, error_line, run_script, set_variables
 
 import predict
 import predict_zero_shot
@@ -310,24 +313,153 @@ def test_captions_that_the_model_reads_alike_share_no_probability(work, photo):
 
 
 @pytest.mark.slow
-def test_predict_takes_any_path_and_the_home_folder(work, photo, monkeypatch):
+def test_predict_takes_any_path_and_the_home_folder(work, photo):
     """Here no shell replaces the tilde: it is quoted, or typed when the script asks."""
     home = work / "home 家"
     home.mkdir()
-    for variable in ("HOME", "USERPROFILE"):
-        monkeypatch.setenv(variable, str(home))
+    at_home = partial(set_variables, HOME=str(home), USERPROFILE=str(home))
     names = ["two words.png", "图片 一.png", "it's (1) [x] #5 100%.png"]
     for name in names:
         (home / name).write_bytes(photo.read_bytes())
     typed = [f"~/{names[0]}", *(f'"{home / name}"' for name in names[1:])]
     texts = ["--text", "a", "b"]
-    run_script("predict.py", *texts, cwd=work, stdin="\n".join(typed), fresh=True)
+    run_script("predict.py", *texts, cwd=work, stdin="\n".join(typed), prepare=at_home)
     predictions = work / "logs" / "a run" / "predictions"
     assert {*names} <= {file.name for file in predictions.iterdir()}
-    run_script(
-        "predict.py", f"~/{names[1]}", *texts, "--output", "~/ranking.png", cwd=work, fresh=True
-    )
+    run_script("predict.py", f"~/{names[1]}", *texts, "--output", "~/ranking.png", cwd=work,
+               prepare=at_home)  # fmt: skip
     assert (home / "ranking.png").is_file()
+
+
+# Features and answers for other programs
+
+
+@pytest.fixture
+def printed(work, monkeypatch, capsys):
+    """A function that runs predict.py in the folder `work`; it returns what is printed."""
+
+    def call(*arguments: object) -> str:
+        monkeypatch.chdir(work)
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+        predict.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_features_of_a_folder_are_written_in_its_order(work, photo, printed, tmp_path):
+    """Those of the model itself, rounded to float16; the second time none is encoded."""
+    for name in ("b/2.png", "a/10.png", "c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(photo, tmp_path / name)
+    Image.open(photo).rotate(90).save(tmp_path / "a" / "10.png")
+    (tmp_path / "b" / "broken.png").write_text("no image")
+    first, second = (printed(tmp_path, "--features", "out/f.npy") for _ in range(2))
+    assert "broken.png: not an image" in first and "3 features written to " in first
+    assert "are cached in" in first and "are cached in" not in second
+    names = (work / "out" / "f.names.txt").read_text("utf-8").splitlines()
+    assert names == [str(tmp_path / name) for name in ("a/10.png", "b/2.png", "c.png")]
+    model, preprocess = load(work / "logs" / "a run" / "weights" / "best_epoch_weights.pth", "cpu")
+    with torch.no_grad():
+        pixels = torch.stack([preprocess(open_image(name)) for name in names])
+        own = torch.nn.functional.normalize(model.encode_image(pixels), dim=-1)
+    assert np.load(work / "out" / "f.npy") == pytest.approx(own.numpy(), abs=1e-3)
+
+
+def test_features_of_the_lines_of_a_file(work, printed):
+    """Also of a line that stands there twice, and of one that is cut."""
+    lines = ["a dog", "word " * 99 + "end", "一只狗", "a dog"]
+    (work / "lines.txt").write_text("\n\n".join(lines), "utf-8")
+    text = printed("--captions_file", "lines.txt", "--features", "lines.npy")
+    assert "1 of the captions cut: the model reads 75 tokens" in text
+    assert (work / "lines.names.txt").read_text("utf-8").splitlines() == lines
+    model, _ = load(work / "logs" / "a run" / "weights" / "best_epoch_weights.pth", "cpu")
+    with torch.no_grad():
+        own = model.encode_text(tokenize(lines, truncate=True), normalize=True)
+    assert np.load(work / "lines.npy") == pytest.approx(own.numpy(), abs=1e-3)
+
+
+@pytest.fixture
+def answer(work, photo, monkeypatch, capsys):
+    """A function that runs predict_zero_shot.py on three images, one of them broken, with the
+    `weights`; it returns (the lines printed, rows by image, cosines of images and labels)."""
+    folder = work / "answered"
+    folder.mkdir(exist_ok=True)
+    (folder / "broken.png").write_text("no image")
+    for i, other in enumerate(sorted((work / "data" / "images").glob("*.png"))[:2]):
+        shutil.copy(other, folder / f"图 {i}.png")
+
+    def call(weights: Path, file: str, *arguments: object):
+        monkeypatch.chdir(work)
+        words = ["answered", "--weights", weights, "--labels", *THREE, "--csv", file, *arguments]
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, words)])
+        predict_zero_shot.main()
+        with (work / file).open(encoding="utf-8", newline="") as lines:
+            rows = list(map(json.loads, lines) if file.endswith("jsonl") else csv.DictReader(lines))
+        model, preprocess = load(weights, "cpu")
+        with torch.no_grad():
+            pixels = torch.stack([preprocess(open_image(folder / f"图 {i}.png")) for i in range(2)])
+            images, texts = model.encode_image(pixels), model.encode_text(model.tokenize(THREE))
+        cosines = torch.cosine_similarity(images[:, None].double(), texts[None].double(), dim=-1)
+        return capsys.readouterr().out, {Path(row["image"]).name: row for row in rows}, cosines
+
+    return call
+
+
+THREE = ["a dog", "a red, round circle", "星星"]
+
+
+def test_a_folder_is_answered_in_a_csv_and_in_json_lines(work, answer):
+    """Features are rounded to float16, of 11 bits: a logit by less than 1%."""
+    weights = work / "logs" / "a run" / "weights" / "best_epoch_weights.pth"
+    printed, rows, cosines = answer(weights, "out/a.csv")
+    _, same, _ = answer(weights, "a.jsonl")
+    assert "broken.png: not an image" in printed and "answers for 2 images written" in printed
+    probabilities = (load(weights, "cpu")[0].logit_scale.exp() * cosines).softmax(dim=1)
+    assert list(rows) == list(same) == ["图 0.png", "图 1.png"]
+    for i, (of_csv, of_json) in enumerate(zip(rows.values(), same.values(), strict=True)):
+        best = THREE[cosines[i].argmax()]
+        assert of_csv["labels"] == best and of_json["labels"] == [best]
+        for name, expected in (("similarity", cosines[i]), ("probability", probabilities[i])):
+            found = [float(of_csv[f"{name}: {label}"]) for label in THREE]
+            assert found == list(of_json[name].values())
+            assert found == pytest.approx(expected.tolist(), abs=2e-3)
+
+
+def test_labels_are_judged_each_on_its_own(work, answer, tmp_path):
+    """A CLIP's by their cosines; a SigLIP's by their own probabilities, a sigmoid. The threshold is
+    in the widest gap between scores, which rounding does not close."""
+    siglip(tmp_path / "siglip")
+    for weights in (work / "logs/a run/weights/best_epoch_weights.pth", tmp_path / "siglip"):
+        _, _, scores = answer(weights, "a.csv")
+        model, _ = load(weights, "cpu")
+        if model.logit_bias is not None:
+            scores = (model.logit_scale.exp() * scores + model.logit_bias).sigmoid()
+        ordered = scores.flatten().sort().values.detach()
+        widest = ordered.diff().argmax()
+        threshold = (ordered[widest : widest + 2].mean()).item()
+        _, rows, _ = answer(weights, "a.jsonl", "--threshold", threshold)
+        expected = [
+            [label for label, score in zip(THREE, row, strict=True) if score > threshold]
+            for row in scores.tolist()
+        ]
+        assert [row["labels"] for row in rows.values()] == expected
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["data"], "data: a folder; add --csv FILE"),
+        (["nowhere.png", "--csv", "a.csv"], "nowhere.png: no such image file"),
+        (["data", "--csv", "a.txt"], "a.txt: name a file that ends in .csv or .jsonl"),
+        (["data", "--csv", "data/en_val.json/a.csv"], "en_val.json is no folder"),
+        (["data", "--threshold", "30"], "--threshold: 30 is not a number from 0 to 1"),
+        (["empty", "--csv", "a.csv"], "empty: there are no images in it"),
+    ],
+)
+def test_answers_that_cannot_be_given_are_refused(work, error_of, arguments, message):
+    (work / "empty").mkdir(exist_ok=True)
+    assert message in error_of(predict_zero_shot.main, *arguments)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (10_000, 10), (10, 10_000)])
@@ -395,7 +527,7 @@ def test_mixed_precision_is_right_on_a_cpu_without_bfloat16(work, photo, monkeyp
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
     weights, labels = work / "logs/a run/weights/best_epoch_weights.pth", ["a dog", "a red circle"]
     start = "predict_zero_shot.py", photo, "--weights", weights, "--labels", *labels
-    done = (run_script(*start, *given, cwd=work, fresh=True) for given in ([], ["--use_amp"]))
+    done = run_script(*start, cwd=work), run_script(*start, "--use_amp", cwd=work, fresh=True)
     lines = (printed.stdout.splitlines()[3].removeprefix("image 0: ") for printed in done)
     exact, mixed = (dict(ast.literal_eval(line)) for line in lines)
     assert mixed == pytest.approx(exact, abs=0.05) and mixed != exact
@@ -411,12 +543,13 @@ def lines_of(done) -> list[tuple[str, float, str]]:
 
 
 def test_a_folder_is_searched_for_each_text(work, tmp_path):
-    """The ranking is that of the model's own features; the second time none is computed."""
+    """The ranking is that of the model's own features; the second time none is computed. Pictures
+    are named by the folder and the query, without what Windows has in no name."""
     weights = work / "logs" / "a run" / "weights" / "best_epoch_weights.pth"
     shutil.copytree(work / "data" / "images", tmp_path / "found 图")
     (tmp_path / "found 图" / "broken.png").write_text("no image")
     folder = tmp_path / "found 图"
-    texts = ["a red square", "两个蓝色的圆"]
+    texts = ['a <red> "square"?', "两个蓝色的圆"]
     first, second = (run_script("predict.py", folder, "--text", *texts, cwd=work) for _ in range(2))
     images = sorted(file for file in folder.iterdir() if file.name != "broken.png")
     model, preprocess = load(weights, "cpu")
@@ -435,13 +568,16 @@ def test_a_folder_is_searched_for_each_text(work, tmp_path):
         assert [s for _, s, _ in found] == pytest.approx([own[f] for _, _, f in found], abs=1e-3)
         worst, others = found[-1][1], own.keys() - {image for _, _, image in found}
         assert all(own[image] <= worst + 1e-3 for image in others)
-    for done, kept in ((first, True), (second, False)):
-        assert ("features of 12 images are cached in " in done.stdout) == kept
+    for done, end in ((first, ""), (second, "_2")):
+        assert ("features of 12 images are cached in " in done.stdout) == (not end)
         (line,) = [line for line in done.stdout.splitlines() if "broken.png" in line]
         assert "not an image" in line
-        for picture in re.findall("picture: (.*)", done.stdout):
-            assert Image.open(picture).format == "PNG"
-            assert Path(picture).parent.name == "predictions"
+        pictures = [Path(picture) for picture in re.findall("picture: (.*)", done.stdout)]
+        assert [picture.name for picture in pictures] == [
+            f"found_图_a_red_square{end}.png", f"found_图_两个蓝色的圆{end}.png"
+        ]  # fmt: skip
+        for picture in pictures:
+            assert Image.open(picture).format == "PNG" and picture.parent.name == "predictions"
 
 
 def test_images_like_another_are_found(work, photo, tmp_path):
@@ -518,6 +654,12 @@ def test_a_folder_in_which_nothing_can_be_read_ends_in_one_line(work, tmp_path):
             ["data", "--captions_file", "gone.txt", "--weights", "ViT-B/32"],
             "gone.txt: no such file",
         ),
+        (["--captions_file", "gone.txt", "--features", "f.npy"], "gone.txt: no such file"),
+        (["--features", "f.npy"], "--features writes those of a FOLDER's images or those of the"),
+        (["data", "--text", "a", "--features", "f.npy"], "name one of them, and nothing else"),
+        (["data/en_val.json", "--features", "f.npy"], "en_val.json: is no folder; --features"),
+        (["gone", "--features", "f.npy"], "gone: no such folder; --features takes a folder"),
+        (["data", "--features", "f.npz"], "f.npz: name a file that ends in .npy or .parquet"),
     ],
 )
 def test_a_search_that_cannot_be_made_is_refused_before_weights_are_loaded(

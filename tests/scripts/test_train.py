@@ -60,10 +60,21 @@ def test_a_run_leaves_its_files(trained):
         Image.open(run / picture).verify()
     report = (run / "report.html").read_text("utf-8")
     assert report.count("<article") == 16 + 80 and "loss of the run by epoch" in report
-    assert str(Path("logs", run.name, "report.html")) in printed
+    assert printed.endswith(f" {(run / 'report.html').as_uri()}\n")
     (log,) = run.glob("console_*.log")
-    assert "epoch 4/4" in log.read_text("utf-8") and "epoch 4/4" in printed
+    assert "\n     4/4" in log.read_text("utf-8") and "\n     4/4" in printed
     assert json.loads((run / "arguments.json").read_text())["batch_size"] == 16
+
+
+def test_tensorboard_reads_the_scores_of_each_epoch(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained[0])).Reload()
+    for name in ("mean_recall", "i2t_R@1", "t2i_mAP@10", "val_loss", "lr"):
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        rows = [(int(row["epoch"]), float(row[name])) for row in read_rows(trained[0])]
+        assert [step for step, _ in found] == [epoch for epoch, _ in rows]
+        assert [value for _, value in found] == pytest.approx([value for _, value in rows])
 
 
 def test_metrics_csv_has_a_row_an_epoch(trained):
@@ -108,7 +119,7 @@ def test_the_scores_before_training_are_a_row_and_no_epoch(spoiled, trained):
     best = max(read_rows(trained[0]), key=lambda row: float(row["mean_recall"]))
     for name in ("val_loss", "logit_scale"):
         assert float(start[name]) == pytest.approx(float(best[name]), rel=1e-3)
-    assert "epoch 1/1" in first and "epoch 2/2" in second and "before training:" not in second
+    assert " 1/1 " in first and " 2/2 " in second and "\n   start" not in second
     losses = (run / "epoch_loss.txt").read_text().splitlines()
     assert [line.split(":")[0] for line in losses] == ["Epoch 1", "Epoch 2"]
 
@@ -119,7 +130,8 @@ def test_a_run_that_has_gained_nothing_stands_for_its_start_and_says_so(spoiled,
     start, *epochs = (float(row["mean_recall"]) for row in read_rows(run))
     assert max(epochs) < start
     for printed in (first, second):
-        assert "the best, alpha 0:" in printed and "it has gained nothing" in printed
+        assert "at alpha 0:" in printed and "it has gained nothing" in printed
+    assert "back to the starting weights" in second and "back to" not in first
     assert "gained nothing" not in trained[1]
 
 
@@ -202,7 +214,17 @@ def test_the_weights_that_validation_chose_are_scored_on_the_test_split(trained,
     for way in ("i2t", "t2i"):
         assert found[way] == pytest.approx(expected[way])
     assert done.stdout.count("\ntest ") == 1 and "wise_ft_weights.pth on the test" in done.stdout
-    assert done.stdout.count("\nvalidation ") == 3  # before training, its epoch, the chosen weights
+    assert done.stdout.count("\nvalidation ") == 1  # of the chosen weights; epochs have a line each
+    start = run / "weights" / "start_weights.pth"
+    before = scores_by_definition(start, tested, entries[6:])
+    for way in ("i2t", "t2i"):
+        assert found["before"][way] == pytest.approx(before[way])
+    report = (run / "report.html").read_text("utf-8").replace("\n", "")
+    report = re.sub(r" <small>[\d.]+ to [\d.]+</small>", "", report)  # intervals
+    for scores in (found, found["before"]):
+        cells = [f"<td>{scores['mean_recall']:.2f}</td>"]
+        cells += [f"<td>{scores[way]['R@1']:.2f}</td>" for way in ("i2t", "t2i")]
+        assert "".join(cells) in report
     assert "6 validation images, 10 test images" in done.stdout
 
     done = run_script("utils/metric.py", "--split", "test", "--weights", run, "--json", "test.json",
@@ -279,12 +301,12 @@ def test_fine_tuning_starts_from_weights_in_bfloat16_at_another_resolution(train
         "train.py", "--resume_training", weights, "--dataset_path", data, "--epochs", 1,
         "--warmup_epochs", 0.5, "--batch_size", 16, "--input_shape", 96, "--use_amp",
         "--optimizer_type", "sgd", "--lr", 1e-4, "--language", "cn", "--num_workers", 1,
-        "--grad_checkpointing", "--cache", "pixels", "--log_dir", "tuned", *compiling, cwd=work,
-        prepare=say_that_it_compiles,
+        "--grad_checkpointing", "--cache", "pixels", "--log_dir", "tuned", "--distill", 6,
+        *compiling, cwd=work, prepare=say_that_it_compiles,
     )  # fmt: skip
     if compiling:  # the model and the starting model of distillation
         assert done.stdout.count("compiled while training") == 2
-    assert "before training" in done.stdout and "mixed, bfloat16" in done.stdout
+    assert "\n   start" in done.stdout and "mixed, bfloat16" in done.stdout
     (run,) = (work / "tuned").iterdir()
     model, _ = load(run / "weights" / "best_epoch_weights.pth", "cpu")
     assert model.visual.input_resolution == 96

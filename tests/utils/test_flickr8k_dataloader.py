@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from models.errors import InputError
 from models.preprocess import Preprocess, normalize
 from utils import Flickr8kDataset
 from utils.data.augment import recolour
+from utils.data.unlabelled import Unlabelled, find_unlabelled
 from utils.flickr8k_dataloader import TrainLoader, check_batch_size
 from utils.loss import contrastive_loss
 from utils.machine.processes import ALONE, Processes
@@ -247,7 +249,7 @@ def test_long_captions_are_cut_and_counted(tmp_path):
     dataset = Flickr8kDataset(tmp_path, 8)
     assert dataset.count_cut_captions() == 1
     assert torch.equal(dataset.tokens[0], dataset.tokens[1])
-    assert torch.equal(dataset.tokens, tokenize(dataset.text, truncate=True))
+    assert torch.equal(dataset.tokens[:], tokenize([*dataset.text], truncate=True))
 
 
 @pytest.mark.parametrize("model, word", [("ViT-demo", "dog "), ("cn-demo", "狗")])
@@ -277,8 +279,31 @@ def test_a_split_of_one_text_is_refused(tmp_path, texts):
     dataset = Flickr8kDataset(tmp_path, 8, is_train=False)
     with pytest.raises(InputError, match="all 2 validation captions are one text"):
         dataset.check_texts()
-    dataset.tokens[1, 1] += 1
+    dataset.text = ["a dog", "a cat"]
+    del dataset.tokens
     dataset.check_texts()
+
+
+def test_a_subset_is_the_data_set_of_a_list_with_these_images_alone(root, tmp_path):
+    """Also where the captions were read and shared, and the images cached, before."""
+    entries = json.loads((root / "en_train.json").read_text())
+    entries[6]["caption"] = entries[3]["caption"] = ["the same", "other"]
+    (root / "en_train.json").write_text(json.dumps(entries))
+    dataset = Flickr8kDataset(root, 32)
+    dataset.cache(tmp_path / "pixels")
+    assert dataset.count_shared_captions() == 4
+    part = dataset.subset([6, 8])
+    (root / "en_val.json").write_text(json.dumps([entries[6], entries[8]]))
+    expected = Flickr8kDataset(root, 32, split="val")
+    assert (part.image, part.text, part.names) == (expected.image, expected.text, expected.names)
+    for name in ("own_captions", "img_to_txt", "txt_to_img"):
+        assert getattr(part, name) == getattr(expected, name), name
+    assert torch.equal(part.tokens, expected.tokens) and part.count_shared_captions() == 0
+    pixels = [next(data.batches([[0, 1]], 0)) for data in (part, expected)]
+    assert torch.equal(*pixels)
+    assert len(dataset) == 11 and dataset.count_shared_captions() == 4
+    plain = Flickr8kDataset(root, 32, plain_protocol=True)
+    assert dataset.plain().img_to_txt == plain.img_to_txt != dataset.img_to_txt
 
 
 def test_the_rest_of_an_epoch_is_what_it_would_have_been(root):
@@ -343,6 +368,61 @@ def test_a_batch_says_which_of_its_inputs_are_cached_features(root):
         assert all(one.cached == {"text"} for one in (batch, batch.altered, *batch.split(3)))
         assert torch.equal(batch.altered.tokens, batch.tokens[::2])
         assert torch.equal(batch.tokens, loader.features["text"][batch.texts[:, 0]])
+
+
+def test_unlabelled_images_and_sentences_take_the_place_of_altered_ones(root, tmp_path, capsys):
+    """Those of a step are the same for any number of processes; a broken file is passed over, and
+    the captions and images to train on stay as they were."""
+    dataset, folder = Flickr8kDataset(root, 32), tmp_path / "scans"
+    folder.mkdir()
+    for shade in range(20):
+        Image.new("RGB", (50, 40), (10 * shade, 0, 0)).save(folder / f"{shade:02}.png")
+    (folder / "20.png").write_bytes(b"no image")
+    (tmp_path / "sentences.txt").write_text("one\n\ntwo\nthree\n")
+    given = find_unlabelled([str(folder), str(tmp_path / "sentences.txt")])
+    sentences = tokenize(["one", "two", "three"]).tolist()
+
+    def steps(**options):
+        loader = TrainLoader(dataset, 5, CPU, captions_per_image=2, alter=True, **options)
+        loader.features["text"] = torch.randn(len(dataset.text), 7)  # of a frozen tower
+        return [*loader.epoch(1), *loader.epoch(2)]
+
+    whole, without = steps(unlabelled=given), steps()
+    shades = set()
+    for batch, plain in zip(whole, without, strict=True):
+        assert torch.equal(batch.images, plain.images) and torch.equal(batch.texts, plain.texts)
+        altered = batch.altered
+        assert altered.images.shape == (3, 3, 32, 32) and altered.colours is None
+        assert not altered.images[:, 1:].any() and not altered.cached
+        shades |= set((altered.images[:, 0, 0, 0] // 10).tolist())
+        assert len(altered.tokens) == 6 and all(row in sentences for row in altered.tokens.tolist())
+    assert len(shades) > 6
+    assert capsys.readouterr().out.count("20.png: ") <= 1
+    for size in (2, 5):
+        ranks = [steps(unlabelled=given, processes=Processes(rank, size)) for rank in range(size)]
+        for step, of_ranks in enumerate(zip(*ranks, strict=True)):
+            parts = [batch.altered for batch in of_ranks if batch.altered]
+            for name in ("images", "tokens"):
+                joined = torch.cat([getattr(part, name) for part in parts])
+                assert torch.equal(joined, getattr(whole[step].altered, name)), name
+
+
+def test_what_is_given_of_unlabelled_data_alone_is_replaced(root, tmp_path):
+    dataset = Flickr8kDataset(root, 32)
+    loader = partial(TrainLoader, dataset, 5, CPU, alter=True)
+    plain = next(loader().epoch(1)).altered
+    images = next(loader(unlabelled=Unlabelled(images=dataset.image[:2])).epoch(1)).altered
+    assert torch.equal(images.tokens, plain.tokens) and not torch.equal(images.images, plain.images)
+    texts = next(loader(unlabelled=Unlabelled(texts=["one"])).epoch(1)).altered
+    assert torch.equal(texts.images, plain.images) and torch.equal(texts.colours, plain.colours)
+    assert texts.tokens.tolist() == 3 * tokenize("one").tolist()
+
+
+@pytest.mark.parametrize("name, problem", [("gone", "no such file"), ("empty", "no images")])
+def test_unlabelled_data_that_is_not_there_is_refused(tmp_path, name, problem):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=f"--distill_data: .*{name}: .*{problem}"):
+        find_unlabelled([str(tmp_path / name)])
 
 
 def test_several_captions_of_an_image_are_different_while_it_has_enough(root):
@@ -502,3 +582,34 @@ def test_flickr8k(language, is_train, count):
     if not is_train:
         assert dataset.count_shared_captions() == {"en": 6, "cn": 707}[language]
     assert dataset[count - 1][0].shape == (3, 224, 224)
+
+
+def test_a_sample_is_the_same_images_with_their_own_captions(root, tmp_path):
+    dataset = Flickr8kDataset(root, 32)
+    dataset.cache(tmp_path / "cache")
+    assert dataset.sample(11) is dataset
+    sample = dataset.sample(5)
+    rows = [dataset.image.index(image) for image in sample.image]
+    assert rows == sorted(set(rows)) and len(rows) == 5
+    assert [sample[i][1] for i in range(5)] == [dataset[row][1] for row in rows]
+    (pixels,), (expected,) = (s.batches([r], 0) for s, r in ((sample, range(5)), (dataset, rows)))
+    assert torch.equal(pixels, expected)
+    assert torch.equal(pixels, torch.stack([dataset[row][0] for row in rows]))
+    assert [*sample.image] == [*dataset.sample(5).image]
+
+
+def test_an_image_with_many_captions_does_not_make_every_row_long(tmp_path):
+    """The draw of a row does not depend on which other rows are drawn."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    entries = [{"image": "a.png", "caption": [f"{i}" for i in range(1000)]}]
+    entries += [{"image": f"{i}.png", "caption": ["b", "c"]} for i in range(50)]
+    (tmp_path / "en_train.json").write_text(json.dumps(entries))
+    loader = TrainLoader(Flickr8kDataset(tmp_path, 8), 2, CPU, captions_per_image=2)
+    state = np.random.PCG64(3).state
+    drawn = np.random.Generator(np.random.PCG64(3)).random((51, 1000))
+    for rows in ([0], [7, 3], [50, 0, 50]):
+        own = [loader.dataset.own_captions[row] for row in rows]
+        found = loader._draw_captions(rows, state).tolist()
+        for row, captions, got in zip(rows, own, found, strict=True):
+            order = sorted(range(len(captions)), key=drawn[row].__getitem__)
+            assert got == [captions[order[i % len(order)]] for i in range(1000)]

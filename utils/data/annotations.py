@@ -1,49 +1,51 @@
-"""Caption files of a data set, `{language}_{train,val,test}.json` (or .jsonl, .csv, .tsv): finding,
-reading and writing them."""
+"""The captions of a data set: finding, reading and writing them."""
 
-import hashlib
 import json
-import math
-from collections import Counter
-from collections.abc import Callable, Iterable
-from itertools import chain
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 from tempfile import TemporaryDirectory
 
 from models.errors import InputError, one_line
-from models.files import decoded, probably_meant, read_bytes
+from models.files import decoded, file_version, probably_meant, read_bytes
 from models.progress_bar import progress_bar
 from models.scripts import from_here
+from utils.data.caption_folders import folder_form, folder_records, table_records
 from utils.data.caption_formats import (
     CAPTION_FIELDS,
     IMAGE_FIELDS,
     SPLIT_FIELDS,
     SPLIT_WORDS,
+    SPLITS,
     SUFFIXES,
+    Record,
     UnknownFormat,
+    chinese_clip_records,
     first_of,
     read_records,
 )
+from utils.data.caption_lists import CaptionLists, Entries, join_parts
 from utils.runs.files import atomic_write
 
-Pairs = list[tuple[str, list[str]]]  # an image and its captions
-# {(split, image): the digest and the captions of each of its entries}
-Entries = dict[tuple[str, str], list[tuple[bytes, list[str]]]]
-
-SPLITS = {"train": "training", "val": "validation", "test": "test"}  # in names of files; in words
+CHINESE_CLIP = "_texts.jsonl"  # the end of its lists' names
 PROBLEMS_SHOWN = 10  # of one caption file
-NOTHING = ("", "nan", "none", "null", "<na>")  # in place of a caption
+NOTHING = {"", "nan", "none", "null", "<na>"}  # in place of a caption
 OTHERS_SHOWN = 5  # other caption files in the folder of a missing one
 PATH_LENGTH = 100  # characters shown of a path
+# A path that `image_path` leaves as it is, found faster.
+PLAIN_PATH = re.compile(r"(?:\w[\w.-]*/)*\w[\w.-]*", re.ASCII)
 
 
 def missing_annotations(file: Path) -> str | None:
-    """Why a caption file is not found, and which others are there, of its split if possible; None
-    if it is there."""
+    """Why the captions of `caption_file` are not found, and which other lists are there, of its
+    split if possible; None if they are there."""
     root = file.parent
     if not root.is_dir():
         return f"{root}: {'is not a folder' if root.exists() else 'no such folder'}"
-    if file.is_file():
+    if file.exists():
         return None
     lists = sorted(f for f in root.iterdir() if f.suffix in SUFFIXES and f.is_file())
     split = "_" + file.stem.rpartition("_")[2]
@@ -53,33 +55,82 @@ def missing_annotations(file: Path) -> str | None:
 
 
 def caption_file(root: Path, language: str, split: str) -> Path:
-    """The caption file of a language and a split in `root`; ending in .json if there is none.
-    Raises `InputError` for several files."""
-    files = [root / f"{language}_{split}{suffix}" for suffix in SUFFIXES]
-    found = [file for file in files if file.is_file()]
+    """The captions of a language and a split in `root`: a list, `{language}_{split}.json` or of
+    another suffix, or else in a form without a language: Chinese-CLIP's `{split}_texts.jsonl`, the
+    only table in `root`, by its column split, or the folder `{split}` in a form of
+    `caption_folders`. If there are none, the first list. Raises `InputError` for several lists."""
+    lists = [root / f"{language}_{split}{suffix}" for suffix in SUFFIXES]
+    found = [file for file in lists if file.is_file()]
     if len(found) > 1:
         names = ", ".join(file.name for file in found)
         raise InputError(f"{root}: {names} are of the same split; keep one of them")
-    return found[0] if found else files[0]
+    tables = [file for file in root.glob("*") if file.suffix in SUFFIXES]
+    if found or any(file.stem.rpartition("_")[2] in SPLITS for file in tables):
+        return found[0] if found else lists[0]
+    words = [word for word, meant in SPLIT_WORDS.items() if meant == split]
+    others = [root / f"{word}{CHINESE_CLIP}" for word in words]
+    if len(tables) == 1 and split in splits_in(tables[0]):
+        others.append(tables[0])
+    others += [folder for word in words if folder_form(folder := root / word)]
+    return next((other for other in others if other.exists()), lists[0])
 
 
-def read_annotations(path: Path) -> Pairs:
-    """The (image path relative to the root, captions) pairs of a caption file in any format of
-    `read_records`. The split is that of the file's name, not of its entries. One `InputError` names
-    all problems."""
-    parts = captions_by_split(path, _read_text(path), image_path)
-    split = path.stem.rpartition("_")[2]
-    if other := sorted(word for word in parts if SPLIT_WORDS.get(word, split) != split):
+def read_annotations(path: Path, split: str | None = None, language: str = "en") -> CaptionLists:
+    """The (image path relative to the folder of `path`, captions) pairs of the captions at `path`,
+    as `caption_file` names it: a list in any format of `read_records`, whose name tells the split,
+    a table with the column split, or a folder. One `InputError` names all problems."""
+    name = path.stem.rpartition("_")[2]
+    if path.is_dir():
+        return _pairs(path, _below(path.name, folder_records(path, language)))
+    if path.name.endswith(CHINESE_CLIP):
+        images = path.name.replace(CHINESE_CLIP, "_imgs.tsv")
+        return _pairs(path, chinese_clip_records(_read_text(path), images))
+    if split and name not in SPLITS:
+        parts = _table_parts(path, file_version(path))
+        return join_parts(part for word, part in parts.items() if SPLIT_WORDS.get(word) == split)
+    parts = _list_parts(path)
+    if other := sorted(word for word in parts if SPLIT_WORDS.get(word, name) != name):
         print(
-            f"warning: {path}: entries whose split is {', '.join(other)} count as {split}, as the "
+            f"warning: {path}: entries whose split is {', '.join(other)} count as {name}, as the "
             f"file's name says; python {from_here('flickr8k/prepare.py')} --source splits a file"
         )
     return join_parts(parts.values())
 
 
+def splits_in(table: Path) -> set[str | None]:
+    """The splits that the entries of a table name."""
+    try:
+        return set(map(SPLIT_WORDS.get, _table_parts(table, file_version(table))))
+    except InputError:
+        return set()  # some other file
+
+
+@lru_cache(maxsize=1)
+def _table_parts(path: Path, _: str) -> dict[str, CaptionLists]:
+    return _list_parts(path)
+
+
+def _list_parts(path: Path) -> dict[str, CaptionLists]:
+    if path.suffix == ".parquet":
+        return collect(path, table_records(path), image_path)
+    return captions_by_split(path, _read_text(path), image_path)
+
+
+def _pairs(path: Path, records: Iterable[Record]) -> CaptionLists:
+    return join_parts(collect(path, records, image_path).values())
+
+
+def _below(folder: str, records: Iterable[Record]) -> Iterator[Record]:
+    for record in records:
+        if record.problem is None:
+            image = f"{folder}/{record.content['image']}"
+            record = record._replace(content=record.content | {"image": image})
+        yield record
+
+
 def captions_by_split(
     file: object, text: str, read_image: Callable[[object], str]
-) -> dict[str, Pairs]:
+) -> dict[str, CaptionLists]:
     """The (image, captions) pairs of a caption file with this content, by the split that entries
     name, in lower case, or else "". Entries of the same image are joined.
 
@@ -92,71 +143,58 @@ def captions_by_split(
         records = read_records(text, Path(str(file)).suffix.lower())
     except UnknownFormat as error:
         raise InputError(f"{file}: {error}") from None
+    return collect(file, records, read_image)
+
+
+def collect(
+    file: object, records: Iterable[Record], read_image: Callable[[object], str]
+) -> dict[str, CaptionLists]:
+    """`captions_by_split` from the records of `file`."""
     problems: list[str] = []
-    entries: Entries = {}
-    empty = 0
-    for where, content, problem in records:
-        try:
-            if problem:
-                raise ValueError(problem)
-            image, captions = _read_entry(content, read_image)
-        except ValueError as error:
-            problems.append(f"{where}{_name(content)}: {error}")
-            continue
-        split = content.get(first_of(SPLIT_FIELDS, content))
-        split = "" if _is_empty(split) else str(split).strip().lower()
-        texts = [caption for caption in captions if not _is_empty(caption)]
-        digest = hashlib.sha256(repr(content).encode(errors="surrogatepass")).digest()
-        entries.setdefault((split, image), []).extend([(digest, texts)] if texts else [])
-        empty += max(1, len(captions)) - len(texts)
+    entries: dict[str, Entries] = defaultdict(Entries)
+    listed = empty = 0
+    try:
+        for where, content, problem in records:
+            listed += 1
+            try:
+                if problem:
+                    raise ValueError(problem)
+                image, captions = _read_entry(content, read_image)
+            except ValueError as error:
+                problems.append(f"{where}{_name(content)}: {error}")
+                continue
+            split = content.get(first_of(SPLIT_FIELDS, content))
+            split = "" if _is_empty(split) else str(split).strip().lower()
+            texts = [caption for caption in captions if not _is_empty(caption)]
+            entries[split].add(image, texts, _digest(content))
+            empty += max(1, len(captions)) - len(texts)
+    except UnknownFormat as error:
+        raise InputError(f"{file}: {error}") from None
     if problems:
         shown = "".join(f"\n  {problem}" for problem in problems[:PROBLEMS_SHOWN])
         others = len(problems) - PROBLEMS_SHOWN
         more = f"\n  ... and {others} more" if others > 0 else ""
-        count = f"{len(problems)} of {len(records)} entries cannot be used; mend or remove them:"
+        count = f"{len(problems)} of {listed} entries cannot be used; mend or remove them:"
         raise InputError(f"{file}: {count}{shown}{more}")
     return _join_entries(file, entries, empty)
 
 
-def _join_entries(file: object, entries: Entries, empty: int) -> dict[str, Pairs]:
+def _join_entries(file: object, entries: dict[str, Entries], empty: int) -> dict[str, CaptionLists]:
     """The pairs by split, after a warning that counts copies and `empty` captions."""
-    parts: dict[str, Pairs] = {}
-    copies = 0
-    for (split, image), listed in entries.items():
-        if listed:
-            once = _without_copies(listed)
-            copies += len(listed) - len(once)
-            parts.setdefault(split, []).append((image, list(chain.from_iterable(once))))
+    copies = {split: of_split.copies() for split, of_split in entries.items()}
+    parts = {split: of_split.pairs(copies[split]) for split, of_split in entries.items()}
+    parts = {split: pairs for split, pairs in parts.items() if pairs}
     if not parts:
         raise InputError(f"{file}: all its captions are empty; write some, or name another file")
+    images = sum(len(of_split.row_of) for of_split in entries.values())
     counts = {
-        "copied entries": copies,
+        "copied entries": sum(map(len, copies.values())),
         "empty captions": empty,
-        "images without captions": sum(not listed for listed in entries.values()),
+        "images without captions": images - sum(map(len, parts.values())),
     }
     if told := ", ".join(f"{what}: {count:,}" for what, count in counts.items() if count):
         print(f"warning: {file}: left out are {told}")
     return parts
-
-
-def _without_copies(entries: list[tuple[bytes, list[str]]]) -> list[list[str]]:
-    """The captions of an image's (digest, captions) entries, once each if all are copied."""
-    left = Counter(digest for digest, _ in entries)
-    copies = math.gcd(*left.values())
-    once = []
-    for digest, captions in entries:
-        if left[digest] % copies == 0:
-            once.append(captions)
-        left[digest] -= 1
-    return once
-
-
-def join_parts(parts: Iterable[Pairs]) -> Pairs:
-    """The pairs of several lists; those of the same image are joined."""
-    captions_of: dict[str, list[str]] = {}
-    for image, captions in chain.from_iterable(parts):
-        captions_of.setdefault(image, []).extend(captions)
-    return list(captions_of.items())
 
 
 def annotations_json(entries: Iterable[tuple[str, list[str]]]) -> bytes:
@@ -247,6 +285,15 @@ def _read_entry(entry: object, read_image: Callable[[object], str]) -> tuple[str
     return tuple(values)
 
 
+def _digest(entry: dict) -> int:
+    """A number that entries share which are equal in every field; others do not, in practice."""
+    if float not in map(type, entry.values()):  # nan does not equal itself
+        with suppress(TypeError):
+            values = (tuple(v) if isinstance(v, list) else v for v in entry.values())
+            return hash((*entry, *values))
+    return hash(repr(entry))
+
+
 def _name(entry: object) -> str:
     """The image of an entry, spelled as in the file, to search for it there."""
     image = entry.get(first_of(IMAGE_FIELDS, entry)) if isinstance(entry, dict) else None
@@ -259,6 +306,8 @@ def _as_json(text: str) -> str:
 
 def image_path(image: object) -> str:
     """A path as `root / path` takes it. Raises `ValueError` if it leaves the data folder."""
+    if isinstance(image, str) and PLAIN_PATH.fullmatch(image):
+        return image
     path = PureWindowsPath(image.strip() if isinstance(image, str) else "")  # takes both slashes
     # Joined to the root ".", a leading ~ would become the user's home.
     upwards = any(not part.strip(" .") for part in path.parts)  # Windows drops spaces at the end
@@ -293,9 +342,13 @@ def _refuse_lone_surrogates(text: str) -> None:
 def _captions(captions: object) -> list[str | float | None]:
     """The captions of an entry, with empty ones (`_is_empty`)."""
     captions = captions if isinstance(captions, list) else [captions]
-    if not all(isinstance(caption, str) or _is_empty(caption) for caption in captions):
-        raise ValueError("should be a string or a list of strings")
-    _refuse_lone_surrogates("".join(caption for caption in captions if isinstance(caption, str)))
+    try:
+        text = "".join(captions)
+    except TypeError:
+        if not all(isinstance(caption, str) or _is_empty(caption) for caption in captions):
+            raise ValueError("should be a string or a list of strings") from None
+        text = "".join(caption for caption in captions if isinstance(caption, str))
+    _refuse_lone_surrogates(text)
     return captions
 
 

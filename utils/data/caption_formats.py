@@ -2,19 +2,21 @@
 
 import ast
 import csv
-import io
 import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from itertools import chain
+from pathlib import PurePath
 from typing import NamedTuple
 
 from models.scripts import from_here
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 # Names of a column or a field; where a file has several of them, the first counts.
 IMAGE_FIELDS = ("image", "file_name", "filename", "filepath", "image_name")
 CAPTION_FIELDS = ("caption", "captions", "text", "title", "comment")
+SPLITS = {"train": "training", "val": "validation", "test": "test"}  # in names of files; in words
 SPLIT_FIELDS = ("split", "subset")
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training", "restval"), "train"),
@@ -25,6 +27,9 @@ SEPARATORS = "\t,;|"
 FULL_WIDTH = "“”‘’＂，：；｛｝［］【】"
 LITERAL = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 LIST = re.compile(rf"\[\s*(?:(?:{LITERAL.pattern})[,\s]*)+\]", re.DOTALL)
+BLANK = re.compile(r"\s*")
+LINE = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+")
+SHOULD_HOLD = 'should hold [{"image": ..., "caption": ...}, ...]'
 SHOWN = 80  # characters of a line that a message quotes
 
 
@@ -40,41 +45,48 @@ class UnknownFormat(ValueError):
     """A file is broken, or of another format; the message says what it looks like."""
 
 
-def read_records(text: str, suffix: str = "") -> list[Record]:
+def read_records(text: str, suffix: str = "") -> Iterator[Record]:
     """The records of a file with this content, in their order; `suffix` is that of its name.
 
     list        `[{"image": "1.jpg", "caption": ["...", ...]}, ...]`
+    object      `{"1.jpg": "...", "2.jpg": ["...", ...], ...}`
     JSON lines  such an object on every line
     COCO        `{"images": [{"id": 7, "file_name": "1.jpg"}, ...],
                 "annotations": [{"image_id": 7, "caption": "..."}, ...]}`
     table       CSV or TSV: the first line names the columns; a row has a caption, or a list of them
                 as Python, JSON or numpy writes it. Commas, tabs, semicolons or bars separate fields
 
-    Raises `UnknownFormat`.
+    Raises `UnknownFormat`, also between records.
     """
-    if not text.strip():
+    start = BLANK.match(text).end()
+    if start == len(text):
         raise UnknownFormat("is empty; get a new copy, or write it anew")
     if "\0" in text:
         raise UnknownFormat("holds NUL bytes; save it as UTF-8")
-    if text.lstrip()[0] in "[{":
+    if text[start] == "[" and suffix != ".jsonl":
+        return _list_records(_elements(text, start))
+    if text[start] in "[{":
         return _json_records(text, suffix)
     if (rows := _table(text)) is not None:
-        if records := list(rows):
-            return records
-        raise UnknownFormat("has no captions below the first line")
+        return rows
     if suffix not in (".json", ".jsonl"):
         raise UnknownFormat(_not_a_table(text))
     return _list_records(_parsed(text))
 
 
-def _json_records(text: str, suffix: str) -> list[Record]:
+def _json_records(text: str, suffix: str) -> Iterator[Record]:
     try:
         content = _parsed(text)
     except UnknownFormat:
-        lines = [_line(*line) for line in enumerate(text.split("\n"), start=1) if line[1].strip()]
-        if suffix != ".jsonl" and not isinstance(lines[0].content, dict):
+        lines = (
+            _line(n, line.rstrip("\r\n"))
+            for n, line in enumerate(_lines(text), start=1)
+            if line.strip()
+        )
+        first = next(lines)
+        if suffix != ".jsonl" and not isinstance(first.content, dict):
             raise
-        return lines
+        return chain([first], lines)
     if not isinstance(content, dict):
         return _list_records(content)
     images, annotations = content.get("images"), content.get("annotations")
@@ -86,8 +98,56 @@ def _json_records(text: str, suffix: str) -> list[Record]:
             f"{from_here('flickr8k/prepare.py')} --source FOLDER"
         )
     if first_of(IMAGE_FIELDS, content):
-        return [Record("line 1", content)]
+        return iter([Record("line 1", content)])
+    if content and all(PurePath(key).suffix for key in content):
+        pairs = content.items()
+        return (Record(f"image {key:.80}", {"image": key, "caption": text}) for key, text in pairs)
     return _list_records(content)
+
+
+def _elements(text: str, start: int) -> Iterator[object]:
+    """The elements of a JSON list that starts there, one by one, which takes less memory than all
+    at once."""
+    decode = json.JSONDecoder().raw_decode
+    try:
+        place = BLANK.match(text, start + 1).end()
+        is_end = text.startswith("]", place)
+        while not is_end:
+            element, place = decode(text, place)
+            yield element
+            place = BLANK.match(text, place).end()
+            is_end = text.startswith("]", place)
+            if not is_end:
+                if not text.startswith(",", place):
+                    raise ValueError
+                place = BLANK.match(text, place + 1).end()
+        if BLANK.match(text, place + 1).end() < len(text):
+            raise ValueError
+    except (RecursionError, ValueError):
+        _parsed(text)  # raises an error that names the place
+        raise
+
+
+def _lines(text: str) -> Iterator[str]:
+    """The lines, which `io.StringIO` would give too, but with four bytes for each character."""
+    return (line[0] for line in LINE.finditer(text))
+
+
+def chinese_clip_records(text: str, images: str) -> Iterator[Record]:
+    """The records of Chinese-CLIP's texts, a JSON object a line with a text and the ids of images,
+    which are in base64 in the table `images`."""
+    for number, line in enumerate(_lines(text), start=1):
+        if not line.strip():
+            continue
+        record = _line(number, line.rstrip("\r\n"))
+        entry = record.content
+        if not isinstance(entry, dict) or not isinstance(entry.get("image_ids"), list):
+            problem = record.problem or 'should be {"text": ..., "image_ids": [...]}'
+            yield record._replace(problem=problem)
+            continue
+        for image in entry["image_ids"]:
+            content = {"image": f"{images}/{image}", "caption": entry.get("text")}
+            yield record._replace(content=content)
 
 
 def _parsed(text: str, is_line: bool = False) -> object:
@@ -114,14 +174,17 @@ def _line(number: int, line: str) -> Record:
         return Record(f"line {number}", None, str(error))
 
 
-def _list_records(content: object) -> list[Record]:
-    if not isinstance(content, list) or not content:
-        found = "lists no images" if content == [] else "is not a list"
-        raise UnknownFormat(f'{found}; it should hold [{{"image": ..., "caption": ...}}, ...]')
-    return [Record(f"entry {number}", entry) for number, entry in enumerate(content)]
+def _list_records(content: object) -> Iterator[Record]:
+    if not isinstance(content, list | Iterator):
+        raise UnknownFormat(f"is not a list; it {SHOULD_HOLD}")
+    number = -1
+    for number, entry in enumerate(content):
+        yield Record(f"entry {number}", entry)
+    if number < 0:
+        raise UnknownFormat(f"lists no images; it {SHOULD_HOLD}")
 
 
-def _coco_records(images: list, annotations: list) -> list[Record]:
+def _coco_records(images: list, annotations: list) -> Iterator[Record]:
     if not any(isinstance(entry, dict) and "caption" in entry for entry in annotations):
         raise UnknownFormat(
             "looks like COCO's boxes or persons, since no annotation has a caption; take the file "
@@ -139,15 +202,13 @@ def _coco_records(images: list, annotations: list) -> list[Record]:
         else:
             problem = '"image_id" is that of none of the images'
             records.append(Record(f"annotation {number}", entry, problem))
-    return records
+    return iter(records)
 
 
 def _table(text: str) -> Iterator[Record] | None:
     """The rows of a table; None if no separator gives its first line both columns."""
     for separator in SEPARATORS:
-        rows = csv.reader(
-            io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True
-        )
+        rows = csv.reader(_lines(text), delimiter=separator, skipinitialspace=True, strict=True)
         try:
             names = [name.strip().casefold() for name in next(filter(None, rows), [])]
         except csv.Error:
@@ -160,6 +221,7 @@ def _table(text: str) -> Iterator[Record] | None:
 
 def _rows(rows, names: list[str], caption: str) -> Iterator[Record]:
     """The records of the other rows of a `csv.reader` with columns `names`."""
+    is_empty = True
     while True:
         where = f"line {rows.line_num + 1}"
         try:
@@ -168,8 +230,11 @@ def _rows(rows, names: list[str], caption: str) -> Iterator[Record]:
             raise UnknownFormat(
                 f"broken table from {where} on ({error}); within quotes, write a quote twice"
             ) from None
+        if row is None and is_empty:
+            raise UnknownFormat("has no captions below the first line")
         if row is None:
             return
+        is_empty = is_empty and not any(row)
         row = [field.strip() for field in row]
         if len(row) == len(names) and any(row):
             content = dict(zip(names, row, strict=True))
@@ -209,4 +274,7 @@ def _not_a_table(text: str) -> str:
 
 def first_of(fields: Iterable[str], names: Iterable[str]) -> str | None:
     """The first of `fields` that is among `names`."""
-    return next((field for field in fields if field in names), None)
+    for field in fields:
+        if field in names:
+            return field
+    return None

@@ -25,6 +25,7 @@ from models.errors import InputError
 from models.files import file_version
 from models.preprocess import Preprocess
 from models.progress_bar import progress_bar
+from utils.data.containers import in_container
 from utils.data.image_reading import read_batches
 from utils.runs.files import atomic_write
 
@@ -102,7 +103,8 @@ def _fingerprint(root: Path, images: list[str], preprocess: Preprocess) -> bytes
     digest = hashlib.sha256(f"{FORMAT} {PIL.__version__} {how}\n".encode())
     for image in images:
         path = Path(image)
-        digest.update(f"{file_version(path)} {path.relative_to(root).as_posix()}\n".encode())
+        file, _ = in_container(path) or (path, "")
+        digest.update(f"{file_version(file)} {path.relative_to(root).as_posix()}\n".encode())
     return digest.digest()
 
 

@@ -1,19 +1,25 @@
 """Image files: finding them in a folder, and checking those of data sets before training."""
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
 from models.errors import InputError
-from models.preprocess import DRAWN_BY_PROGRAMS, NEED_A_PACKAGE, is_one_colour, open_image
+from models.preprocess import DRAWN_BY_PROGRAMS, NEED_A_PACKAGE, is_one_colour
 from models.progress_bar import progress_bar
-from utils.data.annotations import SPLITS
+from utils.data.caption_formats import SPLITS
+from utils.data.containers import in_container, index_of
+from utils.data.image_reading import read_image
 
 NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG"}  # formats that Pillow names but cannot read
+AT_A_TIME = 1024  # images that wait for a thread
 SHOWN = 3  # images that a warning names
 
 
@@ -59,6 +65,37 @@ def _warn(error: OSError) -> None:
     print(f"warning: {error.filename}: passed over, cannot be read ({error.strerror})")
 
 
+def locate(root: Path, names: Sequence[str]) -> tuple[list[str], np.ndarray | None]:
+    """Those of `names`, paths below `root`, that are not there; and the places of images that lie
+    in containers, `[n, 2]`, or None if none does. Each folder is listed once, since on a disk in
+    the network a question about each file takes long. Raises `InputError` for a broken container.
+    """
+    containers: dict[str, tuple[Path, str] | None] = {}
+    in_folder: dict[str, set[str]] = {}
+    places, missing = None, set()
+    for row, name in enumerate(names):
+        folder, _, file = name.rpartition("/")
+        if folder not in containers:
+            containers[folder] = in_container(root / folder / "_")
+        if containers[folder] is None:
+            in_folder.setdefault(folder, set()).add(file)
+            continue
+        container, inner = containers[folder]
+        place = index_of(container).get(f"{inner[:-1]}{file}")
+        if place is None:
+            missing.add(name)
+        else:
+            places = np.full((len(names), 2), -1) if places is None else places
+            places[row] = place
+    for folder, wanted in in_folder.items():
+        with suppress(OSError), os.scandir(root / folder) as files:
+            wanted.difference_update(file.name for file in files if file.is_file())
+        # A file system can take other spellings than those it lists.
+        left = (f"{folder}/{file}" if folder else file for file in wanted)
+        missing.update(name for name in left if not (root / name).is_file())
+    return [name for name in names if name in missing] if missing else [], places
+
+
 def check_splits(sets: dict[str, Dataset], num_workers: int, train_too: bool = False) -> None:
     """Warn of training images that are in other splits. Raise `InputError` with a list of the
     unreadable images of the other splits and, with `train_too`, of training. `sets` are by split.
@@ -99,18 +136,20 @@ def check_images(images: list[str], num_workers: int = 0) -> tuple[list[str], li
         ThreadPoolExecutor(max(1, num_workers)) as threads,
         progress_bar(total=size, desc="checking images", unit="img", disable=not size) as bar,
     ):
-        for path, read in zip(images, threads.map(_read, images), strict=True):
-            bar.update()
-            if isinstance(read, str):
-                problems.append(read)
-            elif read:
-                plain.append(path)
+        for start in range(0, size, AT_A_TIME):
+            paths = images[start : start + AT_A_TIME]
+            for path, read in zip(paths, threads.map(_read, paths), strict=True):
+                bar.update()
+                if isinstance(read, str):
+                    problems.append(read)
+                elif read:
+                    plain.append(path)
     return problems, plain
 
 
 def _read(path: str) -> str | bool:
     """The problem of the image at `path`, or else whether it is of one colour."""
     try:
-        return is_one_colour(open_image(path))
+        return is_one_colour(read_image(path))
     except InputError as error:
         return str(error)

@@ -1,9 +1,11 @@
 """Batches of decoded images, read by worker processes."""
 
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +17,7 @@ from tqdm import tqdm
 
 from models.errors import InputError, one_line
 from models.preprocess import open_image, upright_rgb
+from utils.data.containers import Place, in_container, read_contained
 from utils.machine.interrupt import leave_signals_to_parent, signals_held_back
 from utils.machine.memory import CONTINUE, free_shared_memory
 
@@ -22,12 +25,36 @@ LONGEST_WAIT = 600  # seconds for a batch; a disk in the network can be slow to 
 
 
 @dataclass(frozen=True)
+class Paths(Sequence[str]):
+    """The paths of images by their `names` below `root`, with slashes."""
+
+    root: Path
+    names: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        return str(self.root / self.names[index])
+
+    def __iter__(self) -> Iterator[str]:
+        before = str(self.root / "_")[:-1]  # joining paths takes ten times as long
+        return (before + name.replace("/", os.sep) for name in self.names)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and [*self] == [*other]
+
+
+@dataclass(frozen=True)
 class ImageReader:
     """Reads the images of a data set: all that worker processes get of it. `reader[i]` raises
     `InputError` for an unreadable image."""
 
-    paths: list[str]
+    paths: Sequence[str]
     prepare: Callable[[Image.Image], Tensor]  # makes a tensor of an RGB image
+    places: np.ndarray | None = None  # `[n, 2]`, in containers
     pictures: Dataset | None = None  # the set of torchvision that reads them; None for files
 
     def __len__(self) -> int:
@@ -35,7 +62,8 @@ class ImageReader:
 
     def __getitem__(self, index: int) -> Tensor:
         if self.pictures is None:
-            return self.prepare(open_image(self.paths[index]))
+            place = None if self.places is None else self.places[index].tolist()
+            return self.prepare(read_image(self.paths[index], place))
         try:
             picture = upright_rgb(self.pictures[index][0])
         except Exception as error:  # a broken file can make Pillow's decoders raise anything
@@ -43,6 +71,12 @@ class ImageReader:
                 f"{self.paths[index]}: not a readable image ({one_line(error)})"
             ) from None
         return self.prepare(picture)
+
+
+def read_image(path: str, place: Place | None = None) -> Image.Image:
+    """The image in a file, as by `open_image`, or in a container, at `place` if that is known."""
+    inside = in_container(path)
+    return open_image(path, read_contained(*inside, place) if inside else None)
 
 
 class Loaded(NamedTuple):
@@ -55,7 +89,7 @@ class Loaded(NamedTuple):
 
 def read_batches(
     reader: Sequence[Tensor],
-    batches: list[list[int]],
+    batches: Iterable[list[int]],
     num_workers: int,
     part: slice = slice(None),
     substitute: bool = False,
@@ -155,5 +189,7 @@ class _Batches(Dataset):
 def substitutes(row: int, n: int, *taken: list[int]) -> Iterator[int]:
     """`row`, then the other indices of n images that may replace it, the `taken` ones last."""
     yield row
-    others = [other % n for other in range(row + 1, row + n)]
-    yield from sorted(others, key=set().union(*taken).__contains__)
+    others = (other % n for other in range(row + 1, row + n))
+    last = set().union(*taken)
+    yield from (other for other in others if other not in last)
+    yield from (other % n for other in range(row + 1, row + n) if other % n in last)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from models.errors import InputError, listed, near_names
 from models.files import read_lines
 from models.preprocess import Preprocess
 from models.scripts import from_here
+from utils.data.class_folders import class_folders, words_of
 from utils.data.image_cache import decode_once, gather
 from utils.data.image_files import find_images
 from utils.data.image_reading import ImageReader, read_batches
@@ -26,7 +26,6 @@ from utils.data.torchvision_sets import (
     open_torchvision_set,
 )
 
-LEADING_NUMBER = re.compile(r"^n?\d+([\W_]+(?=.*[^\W\d_])|(?=[A-Z][a-z]))")  # of a folder's name
 SCORED = ("val", "valid", "test")  # folders of images to score on: the first that exists
 
 
@@ -46,7 +45,7 @@ class LabelledImages(Dataset):
 
     @property
     def reader(self) -> ImageReader:
-        return ImageReader(self.image, self.preprocess.resize_and_crop, self.pictures)
+        return ImageReader(self.image, self.preprocess.resize_and_crop, pictures=self.pictures)
 
     def __len__(self) -> int:
         return len(self.image)
@@ -117,11 +116,11 @@ def find_labelled_images(
 
 
 def _class_folders(root: Path, is_train: bool) -> LabelledImages:
-    scored = next((root / name for name in SCORED if _folders(root / name)), None)
+    scored = next((root / name for name in SCORED if class_folders(root / name)), None)
     if is_train:
         _check_both_splits(root / "train", scored or root / SCORED[0])
     split = root / "train" if is_train else scored or root
-    folders = _folders(split)
+    folders = class_folders(split)
     if len(folders) < 2:
         found = f"only one class folder in it, {folders[0].name}" if folders else "no class folders"
         raise InputError(
@@ -138,7 +137,7 @@ def _class_folders(root: Path, is_train: bool) -> LabelledImages:
 
 def _check_both_splits(train: Path, scored: Path) -> None:
     """Raise `InputError` unless both have the same class folders."""
-    names = [{folder.name for folder in _folders(split)} for split in (train, scored)]
+    names = [{folder.name for folder in class_folders(split)} for split in (train, scored)]
     unpaired = sorted(names[0] ^ names[1])
     if unpaired or not names[0]:
         found = f"only one of them has {listed(unpaired)}" if unpaired else "neither has any"
@@ -148,21 +147,10 @@ def _check_both_splits(train: Path, scored: Path) -> None:
         )
 
 
-def _folders(root: Path) -> list[Path]:
-    """The folders in `root` without hidden ones, sorted by name with 2 before 10, if any."""
-
-    def key(folder: Path) -> tuple[list, str]:
-        parts = re.split(r"(\d+)", folder.name)  # text and numbers in turn
-        return [int(part) if part.isdecimal() else part for part in parts], folder.name
-
-    files = root.iterdir() if root.is_dir() else ()
-    return sorted((file for file in files if file.name[0] != "." and file.is_dir()), key=key)
-
-
 def _named(keys: list[str], file: Path | None) -> list[str]:
     """The names of the classes with these folders (or torchvision's names)."""
     if file is None:
-        return _words(keys)
+        return words_of(keys)
     lines = read_lines(file, "class name")
     is_json = file.suffix.lower() == ".json"
     names = _names_in_json("\n".join(lines), file) if is_json else _names_by_key(lines, keys)
@@ -179,16 +167,6 @@ def _named(keys: list[str], file: Path | None) -> list[str]:
             f"({keys[0]} to {keys[-1]}); write one on each line, in this order"
         )
     return lines
-
-
-def _words(keys: list[str]) -> list[str]:
-    """Folders' names as words: `big_cat` as "big cat", `BigCat` as "Big Cat", and `001.cat` as
-    "cat", if all start with a number and the rests differ."""
-    rests = [LEADING_NUMBER.sub("", key) for key in keys]
-    if all(map(str.__ne__, rests, keys)) and len({*rests}) == len(keys):
-        keys = rests
-    spaced = (re.sub("(?<=[a-z])(?=[A-Z])", " ", key) if key.isalpha() else key for key in keys)
-    return [key.replace("_", " ").strip() or key for key in spaced]
 
 
 def _names_by_key(lines: list[str], keys: list[str]) -> dict[str, str]:

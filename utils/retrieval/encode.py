@@ -14,7 +14,7 @@ from tqdm import tqdm
 from models.clip import CLIP
 from models.device import upload
 from models.progress_bar import progress_bar
-from models.tokens import first_alike, fitting
+from models.tokens import TokenizedTexts, first_alike, fitting
 from utils.data.labelled_images import LabelledImages
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.machine.memory import explained
@@ -88,7 +88,11 @@ def encode_images(
 
 @torch.inference_mode()
 def encode_texts(
-    model: CLIP, tokens: Tensor, processes: Processes = ALONE, *, cache: bool = False
+    model: CLIP,
+    tokens: Tensor | TokenizedTexts,
+    processes: Processes = ALONE,
+    *,
+    cache: bool = False,
 ) -> Tensor:
     """Normalised float32 features `[n, d]` of `tokens` `[n, <=context_length]`, on the model's
     device; with `cache`, what `projected` makes them of. The processes share the work, and each
@@ -137,15 +141,20 @@ def _encoder(model: CLIP, tower: str, cache: bool) -> tuple[Callable[[Tensor], T
 def distinct(captions: list[str], model: CLIP) -> list[str]:
     """The captions without those whose tokens, after cutting, are an earlier caption's. Prints how
     many are left out, and how many are cut."""
-    fits = fitting(model.tokenizer, model.context_length)
-    if cut := sum(len(model.tokenizer.encode(caption)) > fits for caption in captions):
-        print(f"{cut} of the captions cut: the model reads {fits} tokens of each; shorten them, so "
-              "that it reads how they differ")  # fmt: skip
+    count_cut(captions, model)
     alike = first_alike(model.tokenizer, captions, model.context_length)
     found = [caption for i, caption in enumerate(captions) if alike[i] == i]
     if left_out := len(captions) - len(found):
         print(f"{left_out} of the captions left out: the model reads them like another one")
     return found
+
+
+def count_cut(captions: list[str], model: CLIP) -> None:
+    """Print how many captions the model reads in part, if any."""
+    fits = fitting(model.tokenizer, model.context_length)
+    if cut := sum(len(model.tokenizer.encode(caption)) > fits for caption in captions):
+        print(f"{cut} of the captions cut: the model reads {fits} tokens of each; shorten them, so "
+              "that it reads how they differ")  # fmt: skip
 
 
 def cached_caption_features(
@@ -166,6 +175,4 @@ def cached_caption_features(
 
 def _progress_bar(batches: list[range], title: str, unit: str, processes: Processes) -> tqdm:
     total = sum(map(len, batches))
-    return progress_bar(
-        total=total, desc=title, unit=unit, leave=False, disable=not processes.is_rank_0
-    )
+    return progress_bar(total=total, desc=title, unit=unit, disable=not processes.is_rank_0)

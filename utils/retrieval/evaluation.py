@@ -53,15 +53,15 @@ class Evaluator:
             return self.processes.broadcast(None)
         scores = score_features(*features, dataset.img_to_txt, dataset.txt_to_img, k_values)
         k = self.loader.captions_per_image
-        captions_of = dataset.own_captions.values()
-        width = max(k, *map(len, captions_of))
-        captions = torch.tensor([[c[i % len(c)] for i in range(width)] for c in captions_of])
         loss = 0.0
         for rows in torch.arange(len(dataset)).split(self.loader.batch_size):
-            texts = features.texts[captions[rows, :k].flatten()]
+            own = [dataset.own_captions[row] for row in rows.tolist()]
+            width = max(k, *map(len, own))
+            captions = torch.tensor([[c[i % len(c)] for i in range(width)] for c in own])
+            texts = features.texts[captions[:, :k].flatten()]
             of_batch = contrastive_loss(
                 features.images[rows], texts, model.logit_scale,
-                texts=dataset.text_ids[captions[rows]], logit_bias=model.logit_bias,
+                texts=dataset.text_ids[captions], logit_bias=model.logit_bias,
             )  # fmt: skip
             loss += of_batch.item() * len(rows) / len(dataset)
         return self.processes.broadcast((scores, loss))

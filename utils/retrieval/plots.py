@@ -5,12 +5,13 @@ import math
 import textwrap
 import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib import font_manager
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -21,11 +22,12 @@ from utils.retrieval.scores import K_VALUES, TITLES, Scores
 from utils.retrieval.tables import retained
 from utils.runs.files import atomic_write, picture_format, writing
 
-LINE = 68  # letters in a line of a caption; half as many Chinese characters
+LETTERS = 105  # capitals in a line of an inch, at a font size of one point
+LINES = 3  # of a caption, at most
 NAMED_CLASSES = 50  # in a confusion matrix: more names would be too small to read
 NAME_LENGTH = 30  # characters of a class's name
-COLUMNS = 4  # of found images
-NARROW_LINE = 36  # letters in a line above a found image
+NUMBERED_CLASSES = 20  # with more, numbers would not fit into the cells
+COLUMNS = 6  # of found images at most
 CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "PingFang SC",
                  "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "WenQuanYi Zen Hei")  # fmt: skip
 
@@ -49,17 +51,34 @@ def plot_scores(scores: Scores, path: Path) -> None:
     save_figure(figure, path)
 
 
-def chart_svg(curves: dict[str, dict[float, float]]) -> bytes:
-    """An SVG with curves, {name: {x: y}} with whole numbers x; the legend has the last values."""
-    figure = Figure(figsize=(4, 2.2), layout="constrained")
+def plot_losses(training: Sequence[float], validation: Sequence[float], path: Path) -> None:
+    """Write a plot of the losses of each epoch, from 1."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name, losses, style in (("training", training, "o-"), ("validation", validation, "s--")):
+        axes.plot(range(1, len(losses) + 1), losses, style, label=name)
+    axes.set(title="Loss of each epoch", xlabel="epoch", ylabel="loss")
+    axes.locator_params(axis="x", integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_figure(figure, path)
+
+
+def chart_svg(curves: dict[str, dict[float, float]], chosen: float | None = None) -> bytes:
+    """An SVG with curves, {name: {x: y}} with whole numbers x, and a line at the `chosen` x; the
+    legend has the last values."""
+    figure = Figure(figsize=(5, 2.9), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.1)  # room for a number at the very top
     axes = figure.subplots()
     for style, (name, points) in zip(("o-", "s--"), curves.items(), strict=False):
         label = f"{name} {list(points.values())[-1]:.3g}".lstrip()
         axes.plot(list(points), list(points.values()), style, markersize=4, label=label)
+    if chosen is not None:
+        axes.axvline(chosen, color="0.4", linestyle=":", label=f"chosen: {chosen:g}", zorder=1)
     axes.locator_params(axis="x", integer=True)
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    figure.legend(loc="outside right center", frameon=False)
+    figure.legend(loc="outside lower center", frameon=False, ncols=3)
     file = io.BytesIO()
     with mpl.rc_context({"svg.fonttype": "none"}):  # letters stay text
         figure.savefig(file, format="svg", transparent=True)
@@ -86,91 +105,138 @@ def fonts_for(text: str) -> list[str]:
 
 
 def draw_ranking(image: Image.Image, ranked: list[Ranked], path: Path) -> None:
-    """Write a picture: the image, and beside it the captions with their probabilities."""
-    captions = [one_line(r.caption) for r in ranked]  # no control characters, no whole pages
+    """Write a picture: the image, and beside it the probability of each caption as a bar (the
+    highest is the longest), its similarity, and the caption."""
+    captions = [_filled(one_line(r.caption), 4.3, 10) for r in ranked]  # no control characters
     fonts = fonts_for("".join(captions))
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    picture, chart = figure.subplots(1, 2, width_ratios=[1, 1.4])
-    picture.imshow(image)
-    picture.axis("off")
-    rows = range(len(ranked))
-    chart.barh(rows, [r.probability for r in ranked], height=0.3, color="tab:blue", alpha=0.6)
-    for row, (_, probability, similarity) in enumerate(ranked):
-        caption = f"{captions[row]}  ({probability:.1%}, similarity {similarity:.3f})"
-        chart.text(0, row - 0.22, _filled(caption, LINE), va="bottom", fontfamily=fonts, fontsize=9,
-                   parse_math=False)  # fmt: skip
-    chart.set(xlim=(0, 1), ylim=(len(ranked) - 0.5, -0.9), yticks=[], xlabel="probability")
-    chart.spines[["top", "right", "left"]].set_visible(False)
+    heights = [0.25 + 0.19 * (1 + caption.count("\n")) for caption in captions]
+    height = max(3.0, sum(heights) + 0.8)
+    figure, page = _page(12.2, height)
+    _put_image(page, image, (0.2, 0.2, 4, height - 0.4))
+    middle = (height - sum(heights)) / 2
+    heading = {"fontsize": 8, "color": "dimgrey", "ha": "right", "va": "center"}
+    page.text(5.2, middle - 0.1, "probability", **heading)
+    page.text(7.5, middle - 0.1, "similarity", **heading)
+    highest = max(r.probability for r in ranked) or 1
+    for caption, (_, probability, similarity), space in zip(captions, ranked, heights, strict=True):
+        middle += space / 2
+        number = {"fontsize": 9, "ha": "right", "va": "center"}
+        page.text(5.2, middle, f"{100 * probability:.3g}%", **number)
+        page.barh(middle, 1.5 * probability / highest, 0.2, left=5.3, color="tab:blue")
+        page.text(7.5, middle, f"{similarity:.3f}", **number)
+        page.text(7.7, middle, caption, fontfamily=fonts, fontsize=10, va="center",
+                  parse_math=False)  # fmt: skip
+        middle += space / 2
     save_figure(figure, path)
 
 
 def draw_found(query: str, found: list[tuple[Image.Image, str]], path: Path) -> None:
-    """Write a picture: the query, and below it the images with their captions."""
-    query, captions = one_line(query), [one_line(caption) for _, caption in found]
-    fonts = fonts_for(query + "".join(captions))
-    columns = min(COLUMNS, len(found))
-    rows = math.ceil(len(found) / columns)
-    figure = Figure(figsize=(3 * columns, 0.6 + 3 * rows), layout="constrained")
-    figure.suptitle(_filled(query, 30 * columns), fontfamily=fonts, parse_math=False)
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    for panel in panels:
-        panel.axis("off")
-    for panel, (image, _), caption in zip(panels, found, captions, strict=False):
-        panel.imshow(image)
-        panel.set_title(_filled(caption, NARROW_LINE), fontfamily=fonts, fontsize=8,
-                        parse_math=False)  # fmt: skip
+    """Write a picture: the query, and below it the images, of equal heights, with their captions.
+    Panoramas are lower: none is wider than a landscape photograph."""
+    rows = math.ceil(len(found) / COLUMNS)
+    columns = math.ceil(len(found) / rows)
+    widest = max(image.width / image.height for image, _ in found)
+    height, width = 2.0, 2.0 * min(max(widest, 0.9), 1.6)
+    page_width = max(6.0, columns * (width + 0.2) + 0.2)
+    heading = _filled(one_line(query), page_width - 0.4, 13)
+    captions = [_filled(one_line(caption), width, 8) for _, caption in found]
+    fonts = fonts_for("".join([heading, *captions]))
+    top = 0.4 + 0.25 * (1 + heading.count("\n"))
+    row_height = height + 0.25 + 0.15 * (1 + max(caption.count("\n") for caption in captions))
+    figure, page = _page(page_width, top + rows * row_height)
+    style = {"fontfamily": fonts, "parse_math": False, "va": "top"}
+    page.text(0.2, 0.2, heading, fontsize=13, **style)
+    for place, ((image, _), caption) in enumerate(zip(found, captions, strict=True)):
+        row, column = divmod(place, columns)
+        left, upper = 0.2 + column * (width + 0.2), top + row * row_height
+        _put_image(page, image, (left, upper, width, height))
+        page.text(left + width / 2, upper + height + 0.06, caption, fontsize=8, ha="center",
+                  **style)  # fmt: skip
     save_figure(figure, path)
 
 
-def _filled(text: str, line: int) -> str:
-    """A text wrapped at `line` letters, or half as many Chinese characters."""
-    width = sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-    return textwrap.fill(text, max(1, line * len(text) // max(1, width)))
+def _page(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure, and axes that cover it, in inches from its left upper corner."""
+    figure = Figure(figsize=(width, height))
+    page = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+    page.axis("off")
+    return figure, page
+
+
+def _put_image(page: Axes, image: Image.Image, box: tuple[float, float, float, float]) -> None:
+    """Draw an image, as large as fits, in the middle of the box (left, top, width, height)."""
+    left, top, width, height = box
+    scale = min(width / image.width, height / image.height)
+    x, y = left + width / 2, top + height / 2
+    across, down = scale * image.width / 2, scale * image.height / 2
+    page.imshow(image, extent=(x - across, x + across, y + down, y - down), aspect="auto")
+
+
+def _filled(text: str, inches: float, size: float) -> str:
+    """A text wrapped at a width, for a font size in points; Chinese characters take two letters."""
+    wide = "".join(c + "\0" * (unicodedata.east_asian_width(c) in "WF") for c in text)
+    lines = textwrap.wrap(wide, int(LETTERS * inches / size))
+    rest = " ..." if len(lines) > LINES else ""
+    return "\n".join(lines[:LINES]).replace("\0", "") + rest
 
 
 def plot_wise_ft(
     rows: list[dict[str, float]], best: dict[str, float], path: Path, max_forgetting: float
 ) -> None:
-    """Write a plot of mean recall, R@1 and the scores on the sets of --retention against alpha,
-    with a star at the chosen row `best`, and a line where the sets' mean is `max_forgetting` points
-    lower."""
-    rows = sorted(rows, key=lambda row: row["alpha"])
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.subplots()
-    alphas = [row["alpha"] for row in rows]
-    curves = {"mean recall": "mean_recall"} | {
-        f"R@1, {t}": f"{way}_R@1" for way, t in TITLES.items()
-    }
-    for label, name in curves.items():
-        axes.plot(alphas, [row[name] for row in rows], "o-", label=label)
-    by_set = {f"retention, {n}": [retained(row)[n] for row in rows] for n in retained(best)}
-    for label, scores in by_set.items():
-        axes.plot(alphas, scores, "s--", label=label)
-    if by_set:
-        means = [sum(scores) / len(scores) for scores in zip(*by_set.values(), strict=True)]
-        if len(by_set) > 1:
-            axes.plot(alphas, means, "k--", label="retention, mean")
-        limit = means[0] + rows[0]["points_lost"] - max_forgetting
-        axes.axhline(
-            limit, color="k", linestyle=":", label=f"at most {max_forgetting:g} points lost"
-        )
-    axes.plot(best["alpha"], best["mean_recall"], "k*", markersize=14, label="chosen", zorder=3)
-    axes.set(xlabel="alpha (0: the starting weights, 1: the tuned ones)", ylabel="percent")
-    axes.grid(alpha=0.3)
-    legend = figure.legend(
-        loc="outside lower center", ncols=3, prop={"family": fonts_for("".join(by_set))}
-    )
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # names may hold a $
+    """Write a plot against alpha: mean recall and R@1 on the new data; in a second panel the scores
+    on the sets of --retention, with a line where their mean is `max_forgetting` points lower. A
+    star stands at the chosen row `best`. Where the start is mixed with several epochs, rows have
+    the field `epoch`."""
+    panels = {"new data: validation": {"mean recall": [row["mean_recall"] for row in rows]}}
+    for way, title in TITLES.items():
+        panels["new data: validation"][f"R@1, {title}"] = [row[f"{way}_R@1"] for row in rows]
+    if sets := {name: [retained(row)[name] for row in rows] for name in retained(best)}:
+        means = [sum(scores) / len(scores) for scores in zip(*sets.values(), strict=True)]
+        panels["old data: --retention"] = ({"mean": means} if len(sets) > 1 else {}) | sets
+    figure = Figure(figsize=(5.6 * len(panels), 4.8), layout="constrained")
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, curves) in zip(all_axes, panels.items(), strict=True):
+        _draw_paths(axes, rows, curves)
+        if sets and axes is all_axes[1]:
+            lowest = means[0] + rows[0]["points_lost"] - max_forgetting
+            axes.axhline(lowest, color="k", ls=":", label=f"{max_forgetting:g} points lost")
+        chosen = best["alpha"], next(iter(curves.values()))[rows.index(best)]
+        axes.axvline(chosen[0], color="0.6", ls=":", zorder=1)
+        axes.plot(*chosen, "*", color="gold", markeredgecolor="k", markersize=18, zorder=3,
+                  label=f"chosen: alpha {best['alpha']:g}")  # fmt: skip
+        axes.set(title=title, xlabel="alpha (0: before training, 1: after)", ylabel="percent")
+        axes.grid(alpha=0.3)
+        fonts = {"family": fonts_for("".join(curves)), "size": 9}
+        legend = axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, prop=fonts)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # names may hold a $
     save_figure(figure, path)
+
+
+def _draw_paths(
+    axes: Axes, rows: list[dict[str, float]], curves: Mapping[str, Sequence[float]]
+) -> None:
+    """Draw scores of the `rows` against alpha: a colour for each of the `curves`, a style for each
+    epoch. The start is the first point of all."""
+    epochs = dict.fromkeys(row.get("epoch") for row in rows if row["alpha"] or len(rows) == 1)
+    for number, (name, scores) in enumerate(curves.items()):
+        for epoch, style in zip(epochs, ("o-", "s--"), strict=False):
+            points = sorted(
+                (row["alpha"], score)
+                for row, score in zip(rows, scores, strict=True)
+                if row["alpha"] == 0 or row.get("epoch") == epoch
+            )
+            label = f"{name}, epoch {epoch}" if len(epochs) > 1 else name
+            axes.plot(*zip(*points, strict=True), style, color=f"C{number}", label=label)
 
 
 def plot_confusion(confusions: dict[str, Tensor], classes: Sequence[str], path: Path) -> None:
     """Write a plot of confusion matrices `[c, c]` in images, a panel for each title. The colour is
-    the share of the row's images; few classes are named."""
+    the share of the row's images; few classes are named, and fewer have numbers in the cells."""
     names = [one_line(name)[:NAME_LENGTH] for name in classes]
     names = names if len(names) <= NAMED_CLASSES else []
-    side = 3 + 0.22 * min(len(classes), NAMED_CLASSES)
+    numbered = len(classes) <= NUMBERED_CLASSES
+    side = 3 + (0.4 if numbered else 0.22) * min(len(classes), NAMED_CLASSES)
     figure = Figure(figsize=(side * len(confusions) + 1.5, side), layout="constrained")
     panels = figure.subplots(1, len(confusions), sharey=True, squeeze=False)[0]
     style = {"fontfamily": fonts_for("".join(names)), "fontsize": 8, "parse_math": False}
@@ -178,6 +244,10 @@ def plot_confusion(confusions: dict[str, Tensor], classes: Sequence[str], path: 
         share = 100 * confusion.double() / confusion.sum(dim=1, keepdim=True)
         colours = panel.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=100)
         panel.set(title=title, xlabel="taken for")
+        for row, column in confusion.nonzero().tolist() if numbered else ():
+            panel.text(column, row, int(confusion[row, column]), ha="center", va="center",
+                       fontsize=12 - len(classes) // 4,
+                       color="w" if share[row, column] > 50 else "k")  # fmt: skip
         if names:
             panel.set_xticks(range(len(names)), names, rotation=90, **style)
             panel.set_yticks(range(len(names)), names, **style)

@@ -3,7 +3,9 @@
 import base64
 import hashlib
 import io
+import json
 from dataclasses import replace
+from datetime import datetime
 from math import inf, isfinite
 from pathlib import Path
 from typing import NamedTuple
@@ -13,15 +15,27 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from models.preprocess import open_image
+from models.errors import InputError
+from models.files import read_bytes
 from models.progress_bar import progress_bar
-from models.run_files import METRICS, run_folder, saved_arguments
+from models.run_files import (
+    BEST,
+    LAST,
+    METRICS,
+    MIXTURE,
+    MIXTURES,
+    START,
+    TEST_METRICS,
+    run_folder,
+    saved_arguments,
+)
 from utils.data.annotations import SPLITS
+from utils.data.image_reading import read_image
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.retrieval.encode import Features
 from utils.retrieval.plots import chart_svg
 from utils.retrieval.ranking import Answers, both_ways, first_answers
-from utils.retrieval.scores import TITLES, Scores
+from utils.retrieval.scores import K_VALUES, TITLES, Scores
 from utils.retrieval.tables import RETENTION, retained, score_table
 from utils.runs.checkpoint import read_csv
 from utils.runs.files import atomic_write, writing
@@ -45,19 +59,27 @@ def write_report(
 ) -> None:
     """Write one HTML file, which loads no other file, about `weights` on `dataset`: the `scores` (K
     from 1 to 10), the arguments and epochs of the weights' run, and the first answers to the
-    queries, hardest first. Raises `InputError` for an unreadable image, arguments.json or
-    metrics.csv, and if the file cannot be written."""
+    queries, hardest first. Raises `InputError` for an unreadable image, arguments.json, metrics.csv
+    or test_metrics.json, and if the file cannot be written."""
     run = run_folder(weights)
     table = run / METRICS if run else None
     epochs = read_csv(table) if table and table.exists() else []
+    arguments = saved_arguments(run) if run else {}
+    epoch, of_epoch = _epoch(Path(weights).name, run, epochs) if run else (None, "")
     directions, shown = _directions(dataset, features)
     page = _render(
         weights=weights,
+        model=_model(weights, arguments),
+        epoch=epoch,
+        of_epoch=of_epoch,
+        date=f"{datetime.now():%Y-%m-%d %H:%M}",
         dataset=dataset,
         split=SPLITS[dataset.split],
         table=score_table(scores),
+        mean_recall=scores.mean_recall,
+        test_scores=_test_scores(run) if run else {},
         charts=_curves(scores, epochs),
-        arguments=saved_arguments(run) if run else {},
+        arguments=arguments,
         directions=directions,
         first_captions=[dataset.text[own[0]] for own in dataset.own_captions.values()],
         names=[Path(image).relative_to(dataset.root).as_posix() for image in dataset.image],
@@ -65,6 +87,57 @@ def write_report(
     )
     with writing(path), atomic_write(path) as temporary:
         temporary.write_bytes(page.encode("utf-8", "backslashreplace"))  # for lone surrogates
+
+
+def _model(weights: str | Path, arguments: dict[str, object]) -> str:
+    """The model, and what its run started from."""
+    start = arguments.get("resume_training")
+    if start == "none":
+        return f"{arguments.get('model')}, trained from scratch"
+    return f"fine-tuned from {start}" if start else str(weights)
+
+
+def _epoch(name: str, run: Path, epochs: list[dict[str, float]]) -> tuple[float | None, str]:
+    """The epoch that a run's weights file called `name` is of, if known, and words for it."""
+    recalls = {row["epoch"]: row.get("mean_recall", 0.0) for row in epochs if row.get("epoch")}
+    if name == Path(MIXTURE).name and (run / MIXTURES).exists():
+        chosen = next((row for row in read_csv(run / MIXTURES) if row.get("chosen")), {})
+        mixed = f"mixed with the start, alpha {chosen.get('alpha', 0):g}"
+        epoch = chosen.get("epoch") if chosen.get("alpha") else 0
+        return epoch, mixed if epoch is None else f"{epoch:g}, {mixed}"
+    of_file = {Path(START).name: 0}
+    if recalls:
+        best = max(recalls, key=recalls.get)
+        of_file |= {Path(BEST).name: best, Path(LAST).name: max(recalls)}
+    if saved := regex.match(r"ep(\d+)_", name):
+        of_file[name] = int(saved[1])
+    epoch = of_file.get(name)
+    return epoch, "" if epoch is None else f"{epoch:g} of {max(recalls, default=0):g}"
+
+
+def _test_scores(run: Path) -> dict[str, list[tuple[str, str]]]:
+    """Mean recall and R@1 both ways on the test split of a run, before and after training, each
+    with its interval, as far as there are any."""
+    file = run / TEST_METRICS
+    if not file.is_file():
+        return {}
+    try:
+        content, found = json.loads(read_bytes(file)), {}
+        for name, scores in {"before": content.get("before"), "after": content}.items():
+            if scores:
+                recalls = [scores[way][f"R@{k}"] for way in TITLES for k in K_VALUES]
+                row = {"mean_recall": sum(recalls) / len(recalls)}
+                row |= {f"{way}_R@1": scores[way]["R@1"] for way in TITLES}
+                intervals = content.get("intervals", {}).get(name, {})
+                found[f"{name} training"] = [
+                    (f"{score:.2f}", "{:.1f} to {:.1f}".format(*ends) if ends else "")
+                    for score, ends in ((score, intervals.get(r)) for r, score in row.items())
+                ]
+        return found
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise InputError(
+            f"{file}: should hold scores on test images; mend it or remove it"
+        ) from None
 
 
 class Answer(NamedTuple):
@@ -150,8 +223,8 @@ def _pictures(dataset: Flickr8kDataset, shown: list[int]) -> dict[int, str]:
     """JPEG in base64 of each of the images, cropped as the model sees it."""
     preprocess = replace(dataset.preprocess, side=SIDE)
     pictures = {}
-    for image in progress_bar(shown, desc="pictures for the report", unit="img", leave=False):
-        pixels = preprocess.resize_and_crop(open_image(dataset.image[image]))
+    for image in progress_bar(shown, desc="pictures for the report", unit="img"):
+        pixels = preprocess.resize_and_crop(read_image(dataset.image[image]))
         file = io.BytesIO()
         picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
         picture.save(file, "JPEG", quality=QUALITY, optimize=True)
@@ -172,7 +245,7 @@ def _render(pictures: dict[int, str], **content: object) -> str:
         finalize=_printable,
     )
     environment.tests["chinese"] = CHINESE.search
-    environment.filters["svg"] = lambda curves: _base64(chart_svg(curves))
+    environment.filters["svg"] = lambda curves, chosen: _base64(chart_svg(curves, chosen))
     style = (here / "report.css").read_text("utf-8") + "".join(
         f'.i{image}{{background-image:url("data:image/jpeg;base64,{data}")}}\n'
         for image, data in pictures.items()

@@ -1,7 +1,7 @@
 """Retrieval scores: recall at K, mAP at K and ranks, images to texts and texts to images."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ class DirectionScores:
     map_at: dict[int, float]  # {K: percent}
     median_rank: float  # of the best-ranked positive, from 1
     mean_rank: float
+    ranks: Tensor = field(repr=False, compare=False)  # the same of each query, `[queries]`
 
     def named(self, k_values: Iterable[int] | None = None) -> dict[str, float]:
         """All scores by name, `R@1` and so on; with `k_values` for these K alone."""
@@ -42,21 +43,26 @@ class Scores:
 
     @property
     def mean_recall(self) -> float:
-        """The mean of the recalls at all K in both directions; it decides which epoch is best."""
-        return float(np.mean([*self.i2t.recall.values(), *self.t2i.recall.values()]))
+        """The mean of R@1, R@5 and R@10 in both directions; it decides which epoch is best."""
+        return float(np.mean([way.recall[k] for way in (self.i2t, self.t2i) for k in K_VALUES]))
 
     def by_title(self) -> dict[str, DirectionScores]:
         """Both directions, by their titles."""
         return {title: getattr(self, way) for way, title in TITLES.items()}
 
     def as_dict(self) -> dict[str, dict[str, float]]:
-        """What `compute_metrics` returns, and JSON files hold."""
+        """What `compute_metrics` returns."""
         return {"i2t": self.i2t.named(), "t2i": self.t2i.named()}
 
+    def for_json(self) -> dict[str, dict[str, float] | float]:
+        """What JSON files hold: `as_dict` and the mean recall."""
+        return {"mean_recall": self.mean_recall, **self.as_dict()}
+
     def columns(self) -> dict[str, float]:
-        """The fields of a row of a CSV, `i2t_R@1` and so on."""
+        """The fields of a row of a CSV: `mean_recall`, `i2t_R@1` and so on."""
         both = self.as_dict()
-        return {f"{way}_{name}": value for way in both for name, value in both[way].items()}
+        by_name = {f"{way}_{name}": value for way in both for name, value in both[way].items()}
+        return {"mean_recall": self.mean_recall, **by_name}
 
 
 def score_features(
@@ -84,4 +90,4 @@ def score_direction(
         recall[k] = 100 * (best <= k).double().mean().item()
         gained = (precision * (ranks <= k)).sum(dim=1)
         map_at[k] = 100 * (gained / is_positive.sum(dim=1).clamp(max=k)).mean().item()
-    return DirectionScores(recall, map_at, float(np.median(best)), best.mean().item())
+    return DirectionScores(recall, map_at, float(np.median(best)), best.mean().item(), best)

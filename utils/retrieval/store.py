@@ -81,9 +81,7 @@ class Store:
         unit = self.kind.removesuffix("s")
         saved = time.monotonic()
         try:
-            with progress_bar(
-                total=len(missing), desc=f"encoding {self.kind}", unit=unit, leave=False
-            ) as bar:
+            with progress_bar(total=len(missing), desc=f"encoding {self.kind}", unit=unit) as bar:
                 for start in range(0, len(missing), batch_size):
                     batch = missing[start : start + batch_size]
                     done, features = encode(batch)

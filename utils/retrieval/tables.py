@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from utils.data.annotations import SPLITS
-from utils.retrieval.scores import K_VALUES, Scores
+from utils.retrieval.scores import K_VALUES, TITLES, Scores
 
 RETENTION = "retention_"  # begins the column of a set of --retention; the set's name follows
 
@@ -30,15 +30,29 @@ def score_table(scores: Scores) -> dict[str, dict[str, float]]:
 
 
 def format_table(scores: Scores, split: str) -> str:
-    """The scores on a split ("val", "test") as lines of text, a line a direction."""
-    return format_rows(score_table(scores), corner=SPLITS[split])
+    """The scores on a split ("val", "test") as lines of text: a line a direction, and the mean
+    recall."""
+    table = format_rows(score_table(scores), corner=SPLITS[split])
+    return f"{table}\nmean recall {scores.mean_recall:.2f} (R@1, R@5, R@10, both ways)"
+
+
+def format_change(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    """Rows of a table, before and after training, as lines of text: mean recall, R@1, and the sets
+    of --retention."""
+    columns = {"mean recall": "mean_recall"}
+    columns |= {f"R@1 {title}": f"{way}_R@1" for way, title in TITLES.items()}
+    columns |= {name: RETENTION + name for name in retained(before)}
+    both = {"before training": before, "after training": after}
+    return format_rows(
+        {title: {name: row[c] for name, c in columns.items()} for title, row in both.items()}
+    )
 
 
 def format_rows(rows: Mapping[str, Mapping[str, float]], corner: str = "") -> str:
     """A table as lines of text, from {title: {column: score}}; `corner` heads the titles."""
     names = list(next(iter(rows.values())))
     first = max(map(len, [corner, *rows]))
-    widths = [max(13, len(name) + 2) for name in names]
+    widths = [max(8, len(name) + 2) for name in names]
     lines = [corner.ljust(first) + "".join(map(str.rjust, names, widths))]
     for title, row in rows.items():
         fields = (f"{row[name]:{width}.2f}" for name, width in zip(names, widths, strict=True))

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,31 @@ def picture(text: str) -> Path:
     return checked(writable_file(text), picture_format)
 
 
+def _ending_in(*endings: str) -> Callable[[str], Path]:
+    """The type of the path of a file to write, checked before anything is computed for it."""
+
+    def parse(text: str) -> Path:
+        if (file := writable_file(text)).suffix.lower() in endings:
+            return file
+        raise argparse.ArgumentTypeError(
+            f"{text:.60}: name a file that ends in {' or '.join(endings)}"
+        )
+
+    return parse
+
+
+answer_file = _ending_in(".csv", ".jsonl")
+
+
+def feature_file(text: str) -> Path:
+    file = _ending_in(".npy", ".parquet")(text)
+    if file.suffix.lower() == ".parquet" and not find_spec("pyarrow"):
+        raise argparse.ArgumentTypeError(
+            f"{text:.60}: needs pyarrow (pip install pyarrow); or name a file that ends in .npy"
+        )
+    return file
+
+
 def name_or_path(text: str) -> str:
     """A model's name as it is, or a path, `~` being the user's home."""
     expanded = path(text)
@@ -78,6 +104,8 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
 
 def add_scoring(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of all scripts that score weights."""
-    parser.add_argument("--batch_size", type=integer(1), default=64, help="images at a time")
-    parser.add_argument("--num_workers", type=workers, default=0, help="processes that read images")
+    add = parser.add_argument
+    add("--batch_size", type=integer(1), default=64, help="images at a time (default: %(default)s)")
+    add("--num_workers", type=workers, default=0,
+        help="processes that read images (default: 0, this one reads them)")  # fmt: skip
     add_loading(parser)

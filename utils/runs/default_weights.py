@@ -82,6 +82,6 @@ def runs_having(split: str) -> str:
         with suppress(InputError):
             root, languages = trained_on(run) or (Path(), [])
             files = [caption_file(root, language, split) for language in languages]
-            having += [str(run)] if files and all(map(Path.is_file, files)) else []
+            having += [str(run)] if files and all(map(Path.exists, files)) else []
     shown = " or ".join(having[:RUNS_SHOWN])
     return f"; with {split} captions: --weights {shown}" if having else ""

@@ -53,6 +53,10 @@ class Run:
             print(f"warning: {start} is missing, which --wise_ft mixes with: put it back before "
                   "the run ends, or it ends without")  # fmt: skip
 
+    def start_weights(self) -> Path:
+        """The file of `save_start`, in all processes."""
+        return self.processes.broadcast(self.folder) / START
+
     def save_checkpoint(self, state: State) -> None:
         """Write everything needed to go on."""
         if self.processes.is_rank_0:
@@ -64,17 +68,19 @@ class Run:
         if not self.processes.is_rank_0:
             return
         row = state.epochs[-1]
-        losses = row["train_loss"], row["val_loss"]
         if state.last_is_best:
             save_weights(state.scored, self.folder / BEST)
         if row["epoch"] % keep_every == 0:
-            name = "ep{:03}_loss{:.3f}_val_loss{:.3f}.pth".format(row["epoch"], *losses)
+            losses = f"loss{row['train_loss']:.3f}_val_loss{row['val_loss']:.3f}"
+            name = f"ep{row['epoch']:03}_{losses}.pth"
             save_weights(state.scored, self.folder / "weights" / name)
         save_weights(state.scored, self.folder / LAST)
         self.save_checkpoint(state)
         (self.folder / MIXTURE).unlink(missing_ok=True)  # of earlier epochs
         _write_metrics(self.folder, state.start, state.epochs)
-        self.loss_history.append_loss(row["epoch"], *losses)
+        first = [state.start] if state.start and row["epoch"] == 1 else []
+        for new in (*first, row):
+            self.loss_history.append(new)
 
     def replace_missing_best(self, state: State) -> None:
         """If the best weights are missing, those of the last epoch take their place; in the middle
@@ -100,6 +106,7 @@ class Run:
     def stopped(self, interrupt: Interrupt) -> SystemExit:
         """Print how to go on after a signal; return what ends the program."""
         if self.processes.is_rank_0:
+            self.loss_history.close()
             arguments = "--resume_training", self.folder
             size = self.processes.size
             if size > int(os.environ.get("LOCAL_WORLD_SIZE", 1)):  # by srun, or on many machines

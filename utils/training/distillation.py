@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from models.clip import CLIP
 from models.clip_utils import load
 from models.errors import InputError
+from models.tokens import TokenizedTexts
 from utils.training.layer_groups import train_mode, trainable_towers
 
 TUNED_SCALE = 18.7  # of the starting models with which the default weight was chosen
@@ -42,10 +44,10 @@ class Distillation(NamedTuple):
 
 
 def distill_from_start(
-    model: CLIP, start_weights: Path, weight: float, captions: Tensor
+    model: CLIP, start_weights: Path, weight: float, captions: TokenizedTexts
 ) -> Distillation:
     """Distillation from `start_weights`, the file of the starting model, which shares the frozen
-    parameters with `model`, in training on `captions`, token ids of any shape. `weight` counts at a
+    parameters with `model`, in training on `captions`. `weight` counts at a
     logit scale of `TUNED_SCALE`: half the squared distance is 1 minus the cosine, which makes a
     difference to the logits in proportion to the scale. Raises `InputError` if the file is missing.
     """
@@ -58,9 +60,8 @@ def distill_from_start(
         if not own.requires_grad:
             parameter.data = own.data
     train_mode(start)  # computes like the model; its batch norms, all frozen, keep their statistics
-    is_unused = torch.ones(word_embedding(model).num_embeddings, dtype=torch.bool)
-    is_unused[captions.long()] = False
-    unused = is_unused.nonzero().flatten().to(model.device)
+    counts = captions.counts(word_embedding(model).num_embeddings)
+    unused = torch.from_numpy(np.flatnonzero(counts == 0)).to(model.device)
     weight *= start.logit_scale.exp().item() / TUNED_SCALE
     return Distillation(start, weight, trainable_towers(model), unused)
 

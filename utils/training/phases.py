@@ -13,25 +13,32 @@ from torch import Tensor
 from models.clip import CLIP
 from models.clip_utils import create_model, load
 from models.device import moved
-from models.run_files import ARGUMENTS, START, tuned_weights
+from models.run_files import ARGUMENTS, BEST, LAST, START, TEST_METRICS
 from utils.data.image_files import check_splits
+from utils.data.unlabelled import Unlabelled
 from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
 from utils.machine.precision import Precision
 from utils.machine.processes import Processes
-from utils.machine.pyzjr_parts import SeedEvery, get_optimizer, show_config
+from utils.machine.pyzjr_parts import SeedEvery, get_optimizer
+from utils.retrieval.bootstrap import Comparison
 from utils.retrieval.evaluation import Evaluator
+from utils.retrieval.plots import plot_losses, plot_scores
+from utils.retrieval.report import write_report
+from utils.retrieval.scores import score_features
+from utils.retrieval.tables import format_change, format_table
 from utils.runs.checkpoint import write_json
 from utils.runs.commands import what_to_try
 from utils.runs.folder import Run, new_run_folder, reopen_run_folder
 from utils.runs.records import Log, Losses
+from utils.runs.wandb_run import Wandb
 from utils.training.distillation import distill_from_start
 from utils.training.layer_groups import freeze_and_adapt, whole_batch_norms
 from utils.training.optimizer import parameter_groups, replace_groups
-from utils.training.progress import comment_on_epochs, report_chosen, report_test
+from utils.training.progress import unlike_defaults
 from utils.training.retention import Retention
 from utils.training.settings import as_saved, check_same_data, how_it_goes_on, without_effect
 from utils.training.state import State
-from utils.training.wise_ft import Mixtures
+from utils.training.wise_ft import Mixtures, best_row, weights_of
 
 Splits = dict[str, Flickr8kDataset]
 Checkpoint = dict[str, Any]
@@ -42,7 +49,7 @@ def get_model(
 ) -> CLIP:
     """The model to train, on the CPU: from a checkpoint, from weights, or random. Sets the seed."""
     SeedEvery(args.seed)
-    is_from_scratch = resumed["start"] is None if resumed else args.resume_training == "none"
+    is_from_scratch = _is_from_scratch(args, resumed)
     with processes.rank_0_first():  # rank 0 downloads
         if resumed:
             model = resumed["model"]
@@ -57,8 +64,17 @@ def get_model(
     return model
 
 
+def _is_from_scratch(args: Namespace, resumed: Checkpoint | None) -> bool:
+    return resumed["start"] is None if resumed else args.resume_training == "none"
+
+
 def get_loader(
-    args: Namespace, sets: Splits, model: CLIP, device: torch.device, processes: Processes
+    args: Namespace,
+    sets: Splits,
+    model: CLIP,
+    device: torch.device,
+    processes: Processes,
+    unlabelled: Unlabelled,
 ) -> TrainLoader:
     """The batches to train on. Prepares all splits for the model."""
     by_default = 0 if device.type == "cpu" else 4
@@ -75,7 +91,7 @@ def get_loader(
     return TrainLoader(
         sets["train"], args.batch_size, device, args.seed, num_workers, augment=not args.no_augment,
         captions_per_image=args.captions_per_image, strict=args.strict, processes=processes,
-        alter=bool(args.distill))  # fmt: skip
+        alter=bool(args.distill), unlabelled=unlabelled)  # fmt: skip
 
 
 def open_run(
@@ -84,6 +100,7 @@ def open_run(
     model: CLIP,
     loader: TrainLoader,
     val_set: Flickr8kDataset,
+    defaults: Namespace,
 ) -> Run:
     """The run's folder with its arguments, console log and history of losses."""
     data = loader.dataset.fingerprint() + val_set.fingerprint()
@@ -99,13 +116,15 @@ def open_run(
         run.folder = new_run_folder(args.log_dir, started)
     with run.discarded_on_error():
         write_json(run.folder / ARGUMENTS, run.arguments)
-        sys.stdout = Log(run.folder / f"console_{started}.log")
-        show_config(args=args, color="bold")
+        sys.stdout = Log(run.folder / f"console_{started}.log", args)
+        print(unlike_defaults(args, defaults))
         on = how_it_goes_on(args, resumed) if resumed else ()
         for line in (*on, *without_effect(args, len(loader), loader.processes)):
             print(line)
-        run.loss_history = Losses(run.folder, resumed["rows"] if resumed else [])
-        if args.wise_ft or args.distill:
+        wandb = Wandb(run.folder, run.arguments) if args.wandb else None
+        rows = resumed["rows"] if resumed else []
+        run.loss_history = Losses(run.folder, rows, plot_losses, wandb)
+        if not _is_from_scratch(args, resumed):
             run.save_start(model, is_new=not resumed)
     return run
 
@@ -117,15 +136,20 @@ def get_state(
     device = loader.device
     moved(model, device)
     optimizer = get_optimizer(model, args.optimizer_type, args.lr)
-    groups = parameter_groups(model, args.momentum, args.weight_decay, args.layer_decay)
+    groups = parameter_groups(
+        model, args.momentum, args.weight_decay, args.layer_decay, _is_from_scratch(args, resumed)
+    )
     replace_groups(optimizer, groups)
     distillation = None
     if args.distill:
-        start = run.processes.broadcast(run.folder) / START
-        distillation = distill_from_start(model, start, args.distill, loader.dataset.tokens)
+        distillation = distill_from_start(
+            model, run.start_weights(), args.distill, loader.dataset.tokens
+        )
     state = State(model, optimizer, Precision(device, args.use_amp), args.ema, distillation)
     if resumed:
         state.restore(resumed)
+        if args.no_guard:
+            state.baseline, state.lost = {}, []
         run.replace_missing_best(state)
     if args.grad_checkpointing:
         model.enable_grad_checkpointing()
@@ -136,32 +160,78 @@ def get_state(
     return state
 
 
+def get_scored(val_set: Flickr8kDataset, images: int) -> Flickr8kDataset:
+    """The validation images to score after each epoch: all, or a random sample of so many."""
+    sample = val_set.sample(images)
+    if sample is not val_set:
+        print(f"scores after each epoch are of {len(sample):,} of the {len(val_set):,} validation "
+              "images, drawn at random (--val_images); all are scored at the end")  # fmt: skip
+    return sample
+
+
 def finish(
     args: Namespace,
     folder: Path,
     sets: Splits,
     state: State,
     evaluator: Evaluator,
+    val: Flickr8kDataset,
     retention: Retention,
     cached: Mapping[str, Tensor],
 ) -> None:
-    """Choose the weights that count, and score them on validation, with `cached` features, and on
-    the test split."""
-    chosen, start = tuned_weights(folder), folder / START
-    comment_on_epochs(state, len(sets["val"]))
+    """Choose the weights that count on the validation images `val` of the epochs, with `cached`
+    features, and score them on all validation images and on the test split."""
+    chosen, start = folder / BEST, folder / START
+    kept = state.epochs[state.best_epoch - 1]
+    print(f"\nbest epoch: {kept['epoch']}, mean recall {kept['mean_recall']:.2f}")
     state.release()
     model, _ = load(chosen, state.precision.device)
     if args.wise_ft and not start.exists():
         print(f"{start} is missing: no --wise_ft; put it back and run this again")
     elif args.wise_ft:
-        weights = load(start, "cpu")[0].state_dict()
-        mixtures = Mixtures(model, weights, folder, args.max_forgetting)
-        for alpha in mixtures.each(args.wise_ft):
-            found = evaluator.score(model, sets["val"], cached=cached)
-            mixtures.add(alpha, *found, retention.compare(model, state.start))
+        alphas = args.wise_ft if args.no_guard else sorted({0.0, *args.wise_ft})
+        mixtures = Mixtures(model, weights_of(start), folder, args.max_forgetting)
+        for epoch, file in {state.best_epoch: BEST, len(state.epochs): LAST}.items():
+            for _ in mixtures.each(epoch, weights_of(folder / file), alphas):
+                found = evaluator.score(model, val, cached=cached)
+                mixtures.add(*found, retention.compare(model, state.start))
         chosen = mixtures.choose()
-    report_chosen(evaluator, model, chosen, sets["val"])
+        kept = best_row(mixtures.rows, args.max_forgetting)
+    whole = sets["val"]
+    features = evaluator.encode(model, whole)
+    scores = score_features(*features, whole.img_to_txt, whole.txt_to_img, range(1, 11))
+    print(f"{chosen.name}:\n{format_table(scores, 'val')}")
+    if state.start:
+        print(format_change(state.start, kept))
+    plot_scores(scores, folder / "R_mAP.png")
     if "test" in sets:
-        scores, _ = evaluator.score(model, sets["test"], k_values=range(1, 11))
-        report_test(scores, chosen)
-    print(what_to_try(sets["val"].image[0], chosen, sets["val"].text))
+        score_on_test(evaluator, model, sets["test"], chosen)
+    captions = ([whole.text[caption] for caption in own] for own in whole.own_captions.values())
+    print()
+    print(what_to_try(whole.image[0], chosen, captions))
+    report = folder / "report.html"
+    write_report(report, chosen, whole, features, scores)
+    print(f"scores, curves, answers to every query, in a browser\n  {report.absolute().as_uri()}")
+
+
+def score_on_test(
+    evaluator: Evaluator, model: CLIP, test_set: Flickr8kDataset, chosen: Path
+) -> None:
+    """Score a run's `chosen` weights, which `model` has, and the starting ones on the test split,
+    by both protocols if they differ; print the scores, and write them to test_metrics.json."""
+    file, start = chosen.parents[1] / TEST_METRICS, chosen.with_name(Path(START).name)
+    features = {"after": evaluator.encode(model, test_set)}
+    if start.exists():
+        model.load_state_dict(weights_of(start))
+        features = {"before": evaluator.encode(model, test_set), **features}
+    found = Comparison(features, test_set)
+    print(f"\n{chosen.name} on the test images, which had no say in choosing it:\n"
+          f"{format_table(found.scores['after'], 'test')}")  # fmt: skip
+    content = found.for_json()
+    print("with 95% bootstrap intervals", *found.lines(), sep="\n")
+    if test_set.count_shared_captions():
+        plain = Comparison(features, test_set.plain())
+        print("a caption being a positive of its own image alone (--plain_protocol of metric.py):",
+              *plain.lines(), sep="\n")  # fmt: skip
+        content["plain_protocol"] = plain.for_json()
+    write_json(file, content)

@@ -1,27 +1,25 @@
 """What a run prints: what it trains, the progress bar of an epoch, the scores."""
 
 import math
+import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
+from datetime import timedelta
 
 import torch
 from torch import Tensor
 
-from models.clip import CLIP
 from models.device import download
 from models.errors import InputError
 from models.progress_bar import progress_bar
+from models.run_files import ARGUMENTS
 from utils.data.annotations import SPLITS
 from utils.flickr8k_dataloader import ALIKE, Batch, Flickr8kDataset, TrainLoader
 from utils.machine.memory import peak_memory_mb, reset_peak_memory
-from utils.retrieval.evaluation import Evaluator
-from utils.retrieval.plots import plot_scores
-from utils.retrieval.report import write_report
-from utils.retrieval.scores import Scores, score_features
-from utils.retrieval.tables import format_table, points_lost, retained
-from utils.runs.checkpoint import write_json
+from utils.retrieval.tables import retained
+from utils.runs.folder import Run
 from utils.training.state import State
 
 # Share of tokens that are parts of words. In Flickr8k: CLIP's tokenizer 2% of English and 90% of
@@ -29,26 +27,37 @@ from utils.training.state import State
 MANY_FRAGMENTS = 0.25
 
 
+def unlike_defaults(args: Namespace, defaults: Namespace) -> str:
+    """The arguments that are not the `defaults`, as lines of text."""
+    given = []
+    for name, value in vars(args).items():
+        if value != getattr(defaults, name):
+            words = value if isinstance(value, list) else [] if value is True else [value]
+            given.append(" ".join(map(str, [f"--{name}", *words])))
+    words = f"arguments: {'  '.join(given) or 'none'} (else the defaults; all: {ARGUMENTS})"
+    return textwrap.fill(words, 100, subsequent_indent=" " * 11, break_long_words=False,
+                         break_on_hyphens=False)  # fmt: skip
+
+
 def announce(
-    state: State,
-    loader: TrainLoader,
-    sets: dict[str, Flickr8kDataset],
-    epochs: int,
-    folder: Path | None,
+    run: Run, state: State, loader: TrainLoader, sets: dict[str, Flickr8kDataset], epochs: int
 ) -> None:
-    """Print what is trained, on what data, and the run's folder, with warnings and hints."""
+    """Print the data, the model and the folder of the run, with warnings and hints."""
+    start, data = run.arguments["resume_training"], run.arguments["dataset_path"]
+    name = f"{run.arguments['model']} from scratch" if start == "none" else start
     count = sum(p.numel() for p in state.model.parameters())
     trainable = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     which = f", of which {trainable / 1e6:.2f} M learn" if trainable < count else ""
     size = loader.processes.size
     processes = f"{size} processes, " if size > 1 else ""
     images = ", ".join(f"{len(dataset)} {SPLITS[split]} images" for split, dataset in sets.items())
-    print(f"{images}, {processes}{loader.device}, {state.precision}, "
-          f"{count / 1e6:.1f} M parameters{which}")  # fmt: skip
+    print(f"data: {images}, {data}")
+    print(f"model: {name}, {count / 1e6:.1f} M parameters{which}; {processes}{loader.device}, "
+          f"{state.precision}")  # fmt: skip
     is_chinese = state.model.text_tower.language == "Chinese"
     for line in caption_warnings(sets["train"], sets["val"], is_chinese):
         print(line)
-    print(f"results in {folder}")
+    print(f"results in {run.folder}")
     if len(state.epochs) == epochs:
         print(f"this run is finished, with all {epochs} epochs behind it: nothing is trained; more "
               "--epochs go on with it")  # fmt: skip
@@ -90,89 +99,53 @@ def tokenizer_warning(dataset: Flickr8kDataset, is_chinese: bool) -> str | None:
     )
 
 
-def report_start(state: State, scores: Scores) -> None:
-    """Print the scores of the weights that training starts from."""
-    print(f"before training: validation loss {state.start['val_loss']:.4f}, mean recall "
-          f"{state.start['mean_recall']:.2f}\n{format_table(scores, 'val')}")  # fmt: skip
-    if sets := retained(state.start):
-        print("retention:", ", ".join(f"{name} {score:.2f}" for name, score in sets.items()))
+class EpochTable:
+    """The table that a run of `epochs` epochs with `steps` steps each prints, a line an epoch."""
 
+    def __init__(self, state: State, epochs: int, steps: int):
+        self.state = state
+        self.epochs = epochs
+        self.trained = -len(state.losses) / steps  # epochs, without what others did
+        self.has_header = False
+        self.started = self.last = time.perf_counter()
 
-def report_epoch(state: State, epochs: int, scores: Scores, images: int, rate: float) -> None:
-    """Print the scores of the last epoch, of `epochs` in all. If the first is clearly worse than
-    the start on so many validation `images`, suggest a learning rate below `rate`."""
-    row, table = state.epochs[-1], format_table(scores, "val")
-    print(
-        f"epoch {row['epoch']}/{epochs}: train loss {row['train_loss']:.4f}, validation loss "
-        f"{row['val_loss']:.4f}, mean recall {row['mean_recall']:.2f}\n{table}"
-    )
-    if sets := retained(row):
-        was = retained(state.start)
-        print("retention:", ", ".join(
-            f"{name} {score:.2f} ({was[name]:.2f} before training)"
-            for name, score in sets.items()), end="; ")  # fmt: skip
-        lost = points_lost(row, state.start)
-        print(f"points {'gained' if lost < 0 else 'lost'}, on average: {abs(lost):.2f}")
-    if row["epoch"] > 1 or not state.start:
-        return
-    before, after = state.start["mean_recall"], row["mean_recall"]
-    if is_clearly_lower(after, before, images):
-        lower = rate / 3 if after > before / 2 else rate / 10
-        print(
-            f"the first epoch made it worse, by more than chance: mean recall {after:.2f}, "
-            f"{before:.2f} before training; rather start anew with --lr {lower:.0e}"
-        )
+    def add_start(self) -> None:
+        """Print the line of the weights that training starts from."""
+        self._print(self.state.start, "start")
+        self.started = self.last = time.perf_counter()
 
+    def add_epoch(self) -> None:
+        """Print the line of the last epoch."""
+        row, now = self.state.epochs[-1], time.perf_counter()
+        epoch = row["epoch"]
+        self.trained += 1
+        left = (now - self.started) / self.trained * (self.epochs - epoch)
+        spent_and_left = (str(timedelta(seconds=round(s))) for s in (now - self.last, left))
+        times = (time.removeprefix("0:") for time in spent_and_left)
+        mark = "*" if self.state.last_is_best else ""
+        self._print(row, f"{epoch}/{self.epochs}", *times, mark)
+        self.last = now
 
-def comment_on_epochs(state: State, images: int) -> None:
-    """Say if even the best epoch is clearly worse than the start on so many validation `images`,
-    and if the last epoch counts, with --distill, although another is better."""
-    saved, last = state.epochs[state.best_since :], state.epochs[-1]["mean_recall"]
-    best_saved = max(saved, key=lambda row: row["mean_recall"])
-    if state.distillation and best_saved["mean_recall"] > last:
-        print(f"epoch {best_saved['epoch']} had a higher mean recall, "
-              f"{best_saved['mean_recall']:.2f}, and is in best_epoch_weights.pth; with --distill "
-              f"the last one counts, {last:.2f}")  # fmt: skip
-    best = state.best_recall
-    if state.start and is_clearly_lower(best, state.start["mean_recall"], images):
-        print(
-            f"training made it worse, by more than chance: mean recall {best:.2f} in the best "
-            f"epoch, {state.start['mean_recall']:.2f} before training; lower --lr, to a tenth at "
-            "first"
-        )
-
-
-def report_chosen(
-    evaluator: Evaluator, model: CLIP, weights: Path, val_set: Flickr8kDataset
-) -> None:
-    """Score a run's chosen `weights`, which `model` has; print the scores, and write a plot and a
-    page into the run's folder."""
-    features = evaluator.encode(model, val_set)
-    scores = score_features(*features, val_set.img_to_txt, val_set.txt_to_img, range(1, 11))
-    folder = weights.parent.parent
-    plot, report = folder / "R_mAP.png", folder / "report.html"
-    print(f"{weights.name}:\n{format_table(scores, 'val')}")
-    plot_scores(scores, plot)
-    write_report(report, weights, val_set, features, scores)
-    print(f"plot: {plot}\nreport, with the answers to every query, for a browser: {report}")
-
-
-def report_test(scores: Scores, weights: Path) -> None:
-    """Print the test scores of the chosen `weights`, and write them to test_metrics.json."""
-    file = weights.parent.parent / "test_metrics.json"
-    write_json(file, scores.as_dict())
-    print(f"{weights.name} on the test images, which had no say in choosing it:\n"
-          f"{format_table(scores, 'test')}\nscores: {file}")  # fmt: skip
-
-
-def is_clearly_lower(recall: float, before: float, images: int) -> bool:
-    """Whether a mean recall in percent is lower by more than two standard errors of the difference.
-
-    That of a share p of n queries is sqrt(p (1 - p) / n), and that of a mean of shares is at most
-    as large. n is the number of `images`, since the captions of an image are not independent.
-    """
-    p, q = recall / 100, before / 100
-    return q - p > 2 * math.sqrt((p * (1 - p) + q * (1 - q)) / images)
+    def _print(
+        self, row: Mapping[str, float], epoch: str, spent: str = "", left: str = "", mark: str = ""
+    ) -> None:
+        cells = {
+            "\nepoch": epoch,
+            "\nloss": f"{row['train_loss']:.4f}" if "train_loss" in row else "",
+            "\nval loss": f"{row['val_loss']:.4f}",
+            "mean\nrecall": f"{row['mean_recall']:.2f}",
+            "R@1 image\nto text": f"{row['i2t_R@1']:.2f}",
+            "R@1 text\nto image": f"{row['t2i_R@1']:.2f}",
+        }
+        if kept := retained(row).values():
+            cells["\nretention"] = f"{sum(kept) / len(kept):.2f}"
+        cells |= {"\ntime": spent, "\nleft": left, "\nbest": mark}
+        names = [name.split("\n") for name in cells]
+        widths = [max(6, *map(len, name)) + 2 for name in names]
+        header = [] if self.has_header else [(), *zip(*names, strict=True)]
+        for line in (*header, cells.values()):
+            print("".join(map(str.rjust, line, widths)).rstrip())
+        self.has_header = True
 
 
 class Progress(AbstractContextManager):

@@ -17,8 +17,8 @@ from utils.training.layer_groups import freeze_and_adapt
 from utils.training.optimizer import parameter_groups
 
 REMEDY = "take an earlier copy of the run, or start a new one from its weights"
-FIELDS = {"format", "arguments", "data", "start", "rows", "best_since", "losses", "config", "model",
-          "average", "optimizer", "scaler"}  # fmt: skip
+FIELDS = {"format", "arguments", "data", "start", "rows", "best_since", "losses", "baseline",
+          "lost", "restarts", "config", "model", "average", "optimizer", "scaler"}  # fmt: skip
 
 
 def read_resumed(path: str, parser: argparse.ArgumentParser) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """The arguments of train.py, resolved and checked, and the data that they name."""
 
+import math
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from itertools import product
@@ -19,6 +20,7 @@ from models.scripts import from_here
 from models.weights.architecture import check_resolution
 from models.weights.registry import CONFIGS
 from utils.data.annotations import caption_file, missing_annotations
+from utils.data.unlabelled import Unlabelled, find_unlabelled
 from utils.flickr8k_dataloader import Flickr8kDataset, check_batch_size
 from utils.machine.processes import ALONE, Processes
 from utils.retrieval.tables import retained
@@ -34,11 +36,13 @@ DEMO = {
     "batch_size": 50,
 }
 CHINESE_DEMO = {"model": "cn-demo", "epochs": 30}
-FROM_SCRATCH = {"lr": 5e-4}
-FINE_TUNING = {"distill": 6.0, "wise_ft": [0.0, 0.25, 0.5, 0.75, 1.0], "max_forgetting": 2.0}
-# Adam's best rate falls as the width grows (Yang et al. 2021, "Tensor Programs V", table 3). This
-# is within a point of the best score at widths 128 to 384 (tests/benchmarks/learning_rate.py).
-RATE_TIMES_WIDTH = 0.115
+FROM_SCRATCH = {"epochs": 20, "lr": 5e-4}
+FINE_TUNING = {"epochs": 10, "patience": 3, "distill": 0.0,
+               "wise_ft": [step / 10 for step in range(11)], "max_forgetting": 2.0}  # fmt: skip
+DISTILL = 6.0  # with --distill_data
+# Published fine-tuning of CLIP, see `PUBLISHED` in tests/utils/training/test_settings.py.
+BASE_RATE = 1e-5  # for a width of 768 and 64 images a step
+LARGEST_RATE = 5e-5
 LORA_RATE = 2e-4  # CLIP-LoRA (Zanella & Ben Ayed 2024)
 OF_THE_START = ("demo", "model", "resume_training")  # a run keeps its first values of these
 # Saved moments and the starting weights depend on these.
@@ -48,7 +52,7 @@ FIXED = ("input_shape", "activation", "optimizer_type", "layer_decay", "lock_ima
 FIXED_IN_AN_EPOCH = ("batch_size", "captions_per_image", "no_augment", "seed")
 # These do not change the result.
 FREE = {"cache", "dataset_path", "debug", "freq", "grad_checkpointing", "num_workers", "save_steps",
-        "strict"}  # fmt: skip
+        "strict", "wandb"}  # fmt: skip
 
 
 def resolve_arguments(
@@ -81,7 +85,8 @@ def resolve_arguments(
     except InputError as error:
         raise InputError(f"--log_dir {error}") from None
     recipe = FROM_SCRATCH if args.resume_training == "none" else FINE_TUNING
-    recipe = recipe | {"warmup_epochs": min(1.0, args.epochs / 10)}
+    if args.distill_data and recipe is FINE_TUNING:
+        recipe = recipe | {"distill": DISTILL}
     given = {name: value for name, value in vars(args).items() if value is not None}
     return Namespace(**vars(args) | recipe | given), None
 
@@ -108,21 +113,28 @@ def _check_continued(args: Namespace, saved: dict[str, Any], resumed: dict[str, 
 
 def resolve_rate(args: Namespace, config: Config) -> Namespace:
     """The arguments with the peak learning rate; the default depends on the model's width."""
-    return Namespace(**vars(args) | {"lr": args.lr or fine_tuning_rate(config, args.lora)})
+    rate = args.lr or (LORA_RATE if args.lora else fine_tuning_rate(config, args.batch_size))
+    return Namespace(**vars(args) | {"lr": rate})
 
 
-def fine_tuning_rate(config: Config, lora: int | None) -> float:
-    """The default peak learning rate for a model, rounded to two digits."""
-    width = max(config.vision_width, config.transformer_width)
-    return LORA_RATE if lora else float(f"{RATE_TIMES_WIDTH / width:.1e}")
+def fine_tuning_rate(config: Config, batch_size: int) -> float:
+    """The default peak learning rate, rounded to two digits.
+
+    Adam's best rate falls as the inverse of the widest tower's width (Yang et al. 2021, "Tensor
+    Programs V", table 3), and rises as the root of the batch (Malladi et al. 2022).
+    """
+    width = max(config.last_width, config.transformer_width)
+    rate = BASE_RATE * (768 / width) * math.sqrt(batch_size / 64)
+    return min(float(f"{rate:.1e}"), LARGEST_RATE)
 
 
 def as_saved(args: Namespace, resumed: dict[str, Any] | None) -> dict[str, Any]:
     """The arguments as arguments.json and the checkpoint have them."""
     given = vars(args) | {"dataset_path": args.dataset_path.resolve()}
-    if args.retention:
-        paths = map(Path, args.retention)
-        given["retention"] = [str(path.resolve() if path.exists() else path) for path in paths]
+    for name in ("retention", "distill_data"):
+        if given[name]:
+            paths = map(Path, given[name])
+            given[name] = [str(path.resolve() if path.exists() else path) for path in paths]
     arguments = {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
     if resumed:
         arguments |= {name: resumed["arguments"][name] for name in OF_THE_START}
@@ -198,10 +210,12 @@ def _contradictions(args: Namespace) -> Iterator[str]:
     if args.model and not from_scratch:
         yield ("--model is for training from scratch: add --resume_training none, or leave --model "
                "out, since weights bring their architecture")  # fmt: skip
-    for name in ("retention", "wise_ft", "lora", "distill"):
+    for name in ("retention", "wise_ft", "lora", "distill", "distill_data"):
         if from_scratch and getattr(args, name):
             yield (f"--{name} needs weights to start from: give --resume_training WEIGHTS, or "
                    f"leave --{name} out")  # fmt: skip
+    if args.distill_data and args.distill == 0:
+        yield "--distill_data is for distillation: leave --distill 0 out, or --distill_data"
     if from_scratch and args.activation:
         yield "--activation is that of weights: leave it out, since this run starts from scratch"
     if args.cache_features and 0 not in (args.lock_image, args.lock_text):
@@ -210,7 +224,7 @@ def _contradictions(args: Namespace) -> Iterator[str]:
     if args.cache_features and args.lock_image == 0 and not args.no_augment:
         yield ("--cache_features with --lock_image needs the same images in every epoch: add "
                "--no_augment")  # fmt: skip
-    if args.warmup_epochs >= args.epochs:
+    if args.warmup_epochs is not None and args.warmup_epochs >= args.epochs:
         yield (f"--warmup_epochs {args.warmup_epochs:g} should be less than --epochs "
                f"{args.epochs}")  # fmt: skip
 
@@ -232,16 +246,17 @@ def check_model(args: Namespace, device: torch.device, processes: Processes) -> 
 
 def get_data(
     args: Namespace, device: torch.device, processes: Processes
-) -> tuple[dict[str, Flickr8kDataset], Retention]:
-    """The data by split, and that of --retention, after checks of the arguments. Renders the demo's
-    images."""
+) -> tuple[dict[str, Flickr8kDataset], Retention, Unlabelled]:
+    """The data by split, that of --retention and that of --distill_data, after checks of the
+    arguments. Renders the demo's images."""
     with processes.rank_0_first():  # rank 0 renders
         if args.demo and lacks_demo_set(args.dataset_path, args.language):
             render_demo(args.dataset_path)
     check_arguments(args)
     check_model(args, device, processes)
+    unlabelled = find_unlabelled(args.distill_data or [])
     sets = read_data(args.dataset_path, args.language, args.batch_size, processes)
-    return sets, Retention(args.retention or [], args.language, processes)
+    return sets, Retention(args.retention or [], args.language, processes), unlabelled
 
 
 def lacks_demo_set(folder: Path, languages: list[str]) -> bool:
@@ -263,7 +278,7 @@ def read_data(
     """The data set by split: "train", "val" and, if all languages have a list, "test". Raises
     `InputError` for unusable lists, missing images, and a batch larger than the training split."""
     lists = [caption_file(folder, language, "test") for language in languages]
-    splits = ["train", "val", "test"] if all(map(Path.is_file, lists)) else ["train", "val"]
+    splits = ["train", "val", "test"] if all(map(Path.exists, lists)) else ["train", "val"]
     sets = {split: Flickr8kDataset(folder, language=languages, split=split) for split in splits}
     check_batch_size(batch_size, len(sets["train"]), processes)
     return sets

@@ -1,5 +1,7 @@
 """The state of a run: weights, moments, averages, losses, scores."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -26,6 +28,9 @@ class State:
     epochs        a row of losses and scores for each finished epoch
     best_since    the number of the first epochs whose weights are lost: the best comes after them
     losses        of the steps of the unfinished epoch, on the model's device
+    baseline      recall of the starting weights, for `Guard`; empty without one
+    lost          points of recall, at least and at most, if it fell clearly below; else empty
+    restarts      the steps before which the run went back to the starting weights
     """
 
     def __init__(
@@ -45,6 +50,9 @@ class State:
         self.epochs: list[dict[str, float]] = []
         self.best_since = 0
         self.losses: list[Tensor] = []
+        self.baseline: dict[str, list[float]] = {}
+        self.lost: list[float] = []
+        self.restarts: list[int] = []
 
     @property
     def scored(self) -> CLIP:
@@ -67,11 +75,15 @@ class State:
         return max(row["mean_recall"] for row in self.epochs)
 
     @property
+    def best_epoch(self) -> int:
+        """The number of the best epoch whose weights there are; of equal ones the first."""
+        rows = self.epochs[self.best_since :]
+        return max(rows, key=lambda row: row["mean_recall"])["epoch"]
+
+    @property
     def last_is_best(self) -> bool:
-        """Whether the last epoch has the best weights that there are. Of equal epochs the first is
-        the best."""
-        *earlier, last = (row["mean_recall"] for row in self.epochs[self.best_since :])
-        return all(last > recall for recall in earlier)
+        """Whether the last epoch has the best weights that there are."""
+        return self.best_epoch == len(self.epochs)
 
     @property
     def epochs_since_best(self) -> int:
@@ -86,6 +98,21 @@ class State:
         if self.average:
             self.average.update_parameters(self.model)
         self.losses.append(loss)
+
+    @torch.no_grad()
+    def restart(self, start: Mapping[str, Tensor], step: int) -> None:
+        """Go back to the weights `start` before this step of the run, with no moments and a new
+        average."""
+        for name, parameter in self.model.named_parameters():
+            if name.endswith(".lora.b"):
+                parameter.zero_()
+            elif parameter.requires_grad and name in start:
+                parameter.copy_(start[name])
+        if self.average:
+            self.average.n_averaged.zero_()  # the next step begins it
+        self.optimizer.state.clear()
+        self.lost = []
+        self.restarts.append(step)
 
     def note_start(self, scores: Scores, val_loss: float, retention: dict[str, float]) -> None:
         """Keep the scores before the first step; `retention` comes from `Retention.measure`."""
@@ -113,7 +140,6 @@ class State:
     def _row(self, scores: Scores, val_loss: float) -> dict[str, float]:
         return {
             "val_loss": val_loss,
-            "mean_recall": scores.mean_recall,
             **scores.columns(),
             "logit_scale": self.scored.logit_scale.exp().item(),
         }
@@ -134,6 +160,9 @@ class State:
             "rows": self.epochs,
             "best_since": self.best_since,
             "losses": [loss.item() for loss in self.losses],
+            "baseline": self.baseline,
+            "lost": self.lost,
+            "restarts": self.restarts,
             "config": to_open_clip(self.model.config),
             "model": self.model.state_dict(),
             "average": self.average.state_dict() if self.average else None,
@@ -151,3 +180,5 @@ class State:
         self.start = saved["start"]
         self.epochs, self.best_since = saved["rows"], saved["best_since"]
         self.losses = list(torch.tensor(saved["losses"], device=self.model.device))
+        self.baseline, self.lost = saved["baseline"], saved["lost"]
+        self.restarts = saved["restarts"]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from models.clip import CLIP
 from models.clip_utils import load
-from models.run_files import MIXTURE
+from models.run_files import MIXTURE, MIXTURES
 from utils.retrieval.plots import plot_wise_ft
 from utils.retrieval.scores import Scores
 from utils.runs.checkpoint import save_weights, write_csv
@@ -23,53 +23,62 @@ def mix_into(
             tensor.copy_(start[key].lerp(tuned[key], alpha))
 
 
+def weights_of(file: Path) -> dict[str, Tensor]:
+    """The weights in a file, float32."""
+    return load(file, "cpu")[0].state_dict()
+
+
 class Mixtures:
-    """Mixtures of the weights `start` (alpha 0) and those that `model` has (1), in the folder
-    `run`. The chosen one loses at most `max_forgetting` points on the sets of --retention, if one
-    does."""
+    """Mixtures of the weights `start` (alpha 0) and those of some epochs (1), in the folder `run`.
+    `model` takes the weights of each. The chosen one loses at most `max_forgetting` points on the
+    sets of --retention, if one does."""
 
     def __init__(self, model: CLIP, start: Mapping[str, Tensor], run: Path, max_forgetting: float):
         self.model = model
         self.start = start
         self.run = run
         self.max_forgetting = max_forgetting
-        self.tuned = {key: t.to("cpu", copy=True) for key, t in model.state_dict().items()}
+        self.point = {"epoch": 0, "alpha": 0.0}  # that the model is at
         self.rows: list[dict[str, float]] = []
 
-    def each(self, alphas: Sequence[float]) -> Iterator[float]:
-        """The alphas; the model has the weights of each mixture in turn."""
+    def each(
+        self, epoch: int, tuned: Mapping[str, Tensor], alphas: Sequence[float]
+    ) -> Iterator[None]:
+        """The model is at each alpha in turn, on the way to the weights `tuned` of an epoch. The
+        start, where all ways begin, comes once."""
         for alpha in alphas:
-            mix_into(self.model, self.start, self.tuned, alpha)
-            yield alpha
+            if alpha == 0 and any(row["alpha"] == 0 for row in self.rows):
+                continue
+            mix_into(self.model, self.start, tuned, alpha)
+            self.point = {"epoch": epoch, "alpha": alpha}
+            yield
 
-    def add(
-        self, alpha: float, scores: Scores, val_loss: float, retention: Mapping[str, float]
-    ) -> None:
+    def add(self, scores: Scores, val_loss: float, retention: Mapping[str, float]) -> None:
         """Add a row of the present mixture's scores, and of `Retention.compare`, to wise_ft.csv;
         save its weights if they are the best so far."""
-        row = {"alpha": alpha, "mean_recall": scores.mean_recall, "val_loss": val_loss}
+        row = {**self.point, "mean_recall": scores.mean_recall, "val_loss": val_loss}
         self.rows.append({**row, **retention, **scores.columns()})
         if best_row(self.rows, self.max_forgetting) is self.rows[-1]:
             save_weights(self.model, self.run / MIXTURE)
-        write_csv(self.run / "wise_ft.csv", self.rows)
+        write_csv(self.run / MIXTURES, self.rows)
 
     def choose(self) -> Path:
-        """Load the best mixture into the model, print and plot all scores; return its file."""
+        """Load the best mixture into the model, and print it; plot all scores; return its file."""
         best, chosen = best_row(self.rows, self.max_forgetting), self.run / MIXTURE
         plot = self.run / "wise_ft.png"
         plot_wise_ft(self.rows, best, plot, self.max_forgetting)
-        self.model.load_state_dict(load(chosen, "cpu")[0].state_dict())
-        print("WiSE-FT, mean recall on validation at alpha:", _by_alpha(self.rows, "mean_recall"))
+        rows = [row | {"chosen": int(row is best)} for row in self.rows]
+        write_csv(self.run / MIXTURES, rows)
+        self.model.load_state_dict(weights_of(chosen))
         which = "the best"
         if "points_lost" in best:
-            print("points lost on the sets of --retention, on average (below 0: gained):",
-                  _by_alpha(self.rows, "points_lost"))  # fmt: skip
             limit = f"at most {self.max_forgetting:g} points (--max_forgetting)"
             which = f"the best that loses {limit}"
             if best["points_lost"] > self.max_forgetting:
-                print(f"none of them loses {limit}: smaller alphas lose less")
+                print(f"none of the mixtures loses {limit}: smaller alphas lose less")
                 which = "the one that loses least"
-        print(f"{which}, alpha {best['alpha']:g}: {chosen}; plot: {plot}")
+        print(f"WiSE-FT, mixtures with the start: {which}, epoch {best['epoch']} at alpha "
+              f"{best['alpha']:g}: {chosen}; all: {MIXTURES}, {plot.name}")  # fmt: skip
         if best["alpha"] == 0:
             print("alpha 0 is the weights that training started from: it has gained nothing")
         return chosen
@@ -82,7 +91,3 @@ def best_row(rows: list[dict[str, float]], max_forgetting: float) -> dict[str, f
     if allowed:
         return max(allowed, key=lambda row: row["mean_recall"])
     return min(rows, key=lambda row: row["points_lost"])
-
-
-def _by_alpha(rows: list[dict[str, float]], score: str) -> str:
-    return ", ".join(f"{row[score]:.2f} at {row['alpha']:g}" for row in rows)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import open_clip
@@ -22,7 +23,7 @@ from open_clip_descriptions import DESCRIPTIONS, OWN
 from open_clip_folders import siglip
 from published import save_published
 from safetensors.torch import load_file, save_file
-from script_runs import ROOT, error_line, run_script
+from script_runs import ROOT, error_line, run_script, set_variables
 
 from models import CLIP, clip_utils, load
 from models.config import Config
@@ -518,14 +519,14 @@ def test_the_list_tells_where_downloaded_weights_are(server, tmp_path, monkeypat
 
 
 @pytest.mark.slow
-def test_predict_puts_its_picture_into_the_working_folder(server, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", server.root)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+def test_predict_puts_its_picture_into_the_working_folder(server, tmp_path):
+    places = partial(set_variables, HF_ENDPOINT=server.root, HF_HOME=str(tmp_path / "home"))
     server.add(LAION, written(tmp_path / "folder"))
     run = tmp_path / "run"
     run.mkdir()
     picture = shutil.copy(ROOT / "R_mAP.png", run / "photo.png")
-    run_script("predict.py", picture, "--weights", NAME, "--text", "a", "b", cwd=run, fresh=True)
+    run_script("predict.py", picture, "--weights", NAME, "--text", "a", "b", cwd=run,
+               prepare=places)  # fmt: skip
     assert {file.name for file in run.iterdir()} == {"photo.png", "predictions"}
     assert not list((tmp_path / "home").rglob("predictions"))
 
@@ -553,11 +554,13 @@ def test_every_script_refuses_a_near_miss_by_the_names_that_are_near(script, arg
 
 
 @pytest.mark.slow
-def test_a_local_file_needs_none_of_the_packages_of_the_network(tmp_path):
+def test_packages_that_take_seconds_are_not_imported_for_a_local_file(tmp_path):
     folder = written(tmp_path / "folder")
+    packages = {"huggingface_hub", "requests", "httpx", "httpx2", "sklearn", "torchvision",
+                "pandas", "matplotlib", "pyzjr"}  # fmt: skip
     code = (
         "import runpy, sys; runpy.run_path('predict_zero_shot.py', run_name='__main__');"
-        "sys.exit(bool({'huggingface_hub', 'requests', 'httpx', 'httpx2'} & sys.modules.keys()))"
+        f"sys.exit(bool({packages} & sys.modules.keys()))"
     )
     command = [sys.executable, "-c", code, "--weights", str(folder)]
     assert subprocess.run(command, cwd=ROOT, check=False, capture_output=True).returncode == 0

@@ -4,7 +4,6 @@ import copy
 import json
 import pickle
 import re
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -24,7 +23,7 @@ from hypothesis import strategies as st
 from peers import disturb
 from published import save_published
 from safetensors.torch import save_file
-from script_runs import ROOT
+from script_runs import forks
 
 from models import load as load_model
 from models.clip_utils import create_model
@@ -443,32 +442,32 @@ def bombs(tmp_path_factory, archive):
     }  # fmt: skip
 
 
+def messages_and_growth(paths, results):
+    """The message for each path, and by how much the peak memory grew, in units of the system."""
+    import resource
+
+    def say(path):
+        try:
+            return str(load_model(path, "cpu"))
+        except InputError as error:
+            return str(error)
+
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    before = peak()
+    results.put(([say(path) for path in paths], peak() - before))
+
+
 def test_a_file_that_asks_for_more_than_it_holds_gets_nothing(bombs):
     """In a process of its own, whose peak memory is theirs alone; a hang ends the test."""
-    code = """if True:
-        import resource, sys
-        from pathlib import Path
-        from models import load
-        from models.errors import InputError
-        import models.clip_utils, safetensors.torch
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        for path in sys.argv[1:]:
-            try:
-                load(path, "cpu")
-                print("loaded")
-            except InputError as error:
-                print(error)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    """
     pytest.importorskip("resource")
-    command = [sys.executable, "-c", code, *map(str, bombs)]
-    result = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
-    )
-    *messages, grown = result.stdout.splitlines()
+    results = forks().Queue()
+    forks().Process(target=messages_and_growth, args=(list(bombs), results)).start()
+    messages, grown = results.get(timeout=120)
     for (path, said), message in zip(bombs.items(), messages, strict=True):
         assert message.startswith(str(path)) and said in message
-    assert int(grown) < 200 * (1 if sys.platform == "darwin" else 2**10) * 2**10 / 2**10
+    assert grown < 200 * (1 if sys.platform == "darwin" else 2**10) * 2**10 / 2**10
 
 
 # --- Weights of another model, or of a broken one -------------------------------------------------

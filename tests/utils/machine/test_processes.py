@@ -2,17 +2,20 @@
 
 import csv
 import os
+import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from script_runs import ROOT, run_script
-from spawned import in_processes
+from script_runs import ROOT, forks, run_script, start_script
+from spawned import as_rank, in_processes, new_store
 
 from flickr8k.render_demo import render_demo
 from models.clip import CLIP
@@ -25,6 +28,7 @@ from utils.flickr8k_dataloader import TrainLoader
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE, Processes, join_processes, torchrun_variables
 from utils.retrieval.evaluation import Evaluator
+from utils.training import gradients
 from utils.training.distillation import Distillation
 from utils.training.gradients import accumulate_gradients
 from utils.training.layer_groups import train_mode
@@ -168,31 +172,28 @@ def test_sharded_evaluation_has_the_metrics_of_one_process(data):
         assert loss == pytest.approx(expected_loss, rel=1e-6)
 
 
-def train_with(data, cwd, size, *arguments, environment=None):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={size}",
-               "--standalone", str(ROOT / "train.py"), "--dataset_path", str(data),
-               "--resume_training", "none", "--model", "ViT-demo", "--batch_size", "11",
-               "--lr", "1e-3", "--device", "cpu", *arguments]  # fmt: skip
-    return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
-
-
 def read_rows(folder):
     (file,) = folder.glob("*/metrics.csv")
     with file.open(newline="") as stream:
         return list(csv.DictReader(stream))
 
 
+SCRATCH = ("--resume_training", "none", "--model", "ViT-tiny", "--batch_size", "11", "--lr", "1e-3",
+           "--device", "cpu", "--dataset_path")  # fmt: skip
+
+
 @pytest.mark.slow
 def test_torchrun_trains_as_one_process_does(data, tmp_path):
-    arguments = ["--epochs", "2", "--save_steps", "1", "--grad_cache", "3"]
-    done = train_with(data, tmp_path, 2, "--log_dir", "two", *arguments)
+    arguments = "--model", "ViT-demo", "--epochs", "2"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+               str(ROOT / "train.py"), *SCRATCH, str(data), *arguments, "--log_dir", "two",
+               "--save_steps", "1", "--grad_cache", "3"]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch 2/2") == 1 and "2 processes" in done.stdout
-    run_script("train.py", "--dataset_path", data, "--resume_training", "none", "--model",
-               "ViT-demo", "--batch_size", 11, "--lr", 1e-3, "--epochs", 2, "--log_dir", "one",
-               cwd=tmp_path)  # fmt: skip
+    assert done.stdout.count(" 2/2 ") == 1 and "2 processes" in done.stdout
+    run_script("train.py", *SCRATCH, data, *arguments, "--log_dir", "one", cwd=tmp_path)
     two, one = read_rows(tmp_path / "two"), read_rows(tmp_path / "one")
     for row, expected in zip(two, one, strict=True):
         for name in ("train_loss", "val_loss"):
@@ -252,52 +253,59 @@ def test_processes_of_mpirun_are_refused(monkeypatch, by):
     assert join_processes("cpu") == (ALONE, CPU)
 
 
-JOIN = """
-import sys
-sys.path.insert(0, {root!r})
-import torch
-from utils.machine.processes import join_processes
-processes, device = join_processes(None)
-print(processes.sum(torch.tensor(processes.rank + 1)).item(), device, file=sys.stderr)
-"""
+def join_as_srun(variables, results):
+    os.environ |= variables
+    processes, device = join_processes(None)
+    results.put((processes.sum(torch.tensor(processes.rank + 1)).item(), device.type))
 
 
 @pytest.mark.slow
 def test_two_processes_of_an_srun_compute_together():
     step = STEP | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost",
                    "SLURM_JOB_ID": str(os.getpid()), "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+    results = forks().Queue()
+    for rank in "01":
+        variables = step | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}
+        forks().Process(target=join_as_srun, args=(variables, results)).start()
+    assert [results.get(timeout=120) for _ in "01"] == [(3, "cpu")] * 2
+
+
+def train_as_rank(rank, port, dies):
+    """With `dies`, the process kills itself in its first step, as a machine that runs out of memory
+    does to it."""
+    as_rank(rank, 2, port)
+    if dies:
+        gradients.contrastive_loss = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_in_two_processes(cwd, *arguments, dies=None):
+    """The exit code of each rank of train.py, and what it has written to standard error."""
+    store = new_store()
+    errors = [cwd / f"{rank}.txt" for rank in range(2)]
     started = [
-        subprocess.Popen(
-            [sys.executable, "-c", JOIN.format(root=str(ROOT))], stderr=subprocess.PIPE, text=True,
-            env=os.environ | step | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank},
+        start_script(
+            "train.py", *arguments, cwd=cwd, streams=(os.devnull, os.devnull, file),
+            prepare=partial(train_as_rank, rank, store.port, rank == dies),
         )
-        for rank in "01"
+        for rank, file in enumerate(errors)
     ]  # fmt: skip
-    errors = [process.communicate(timeout=120)[1] for process in started]
-    assert all(printed.splitlines()[-1] == "3 cpu" for printed in errors), errors
+    for process in started:
+        process.join(120)
+    return [
+        (process.exitcode, file.read_text()) for process, file in zip(started, errors, strict=True)
+    ]
 
 
 @pytest.mark.slow
 def test_an_error_on_every_rank_ends_the_job_with_its_line(data, tmp_path):
-    done = train_with(data, tmp_path, 2, "--language", "cn", "--input_shape", "50")
-    assert done.returncode != 0
-    assert "--input_shape 50 is not a multiple of 16" in done.stderr
-    assert 'train.py", line' not in done.stderr
+    for code, printed in train_in_two_processes(tmp_path, *SCRATCH, data, "--input_shape", "50"):
+        assert code == 2
+        assert re.fullmatch(r"error: --input_shape 50 is not a multiple of 16.*\n", printed)
 
 
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_job(data, tmp_path):
-    """The second process kills itself in its first step, as a machine that runs out of memory does
-    to it."""
-    killer = tmp_path / "sitecustomize.py"
-    killer.write_text(
-        "import os, signal\n"
-        "if os.environ.get('RANK') == '1':\n"
-        "    import utils.training.gradients\n"
-        "    def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    utils.training.gradients.contrastive_loss = die\n"
-    )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-    done = train_with(data, tmp_path, 2, environment=environment)
-    assert done.returncode != 0
-    assert "rank      : 1" in done.stderr and "SIGKILL" in done.stderr
+    (code, printed), (killed, _) = train_in_two_processes(tmp_path, *SCRATCH, data, dies=1)
+    assert killed == -signal.SIGKILL
+    assert code == 1
+    assert printed.splitlines()[-1] == "stopped: another process of this run has ended"

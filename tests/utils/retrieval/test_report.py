@@ -152,7 +152,7 @@ def test_what_users_wrote_is_text_and_the_page_runs_its_own_script_alone(tmp_pat
     features = random_features(twelve)
     harmless = Parsed(report(tmp_path, twelve, features, weights))
     _ = twelve.img_to_txt, twelve.txt_to_img  # of the harmless captions
-    twelve.text[:] = [HOSTILE[i % len(HOSTILE)] for i in range(len(twelve.text))]
+    twelve.text = [HOSTILE[i % len(HOSTILE)] for i in range(len(twelve.text))]
     (run / "arguments.json").write_text(json.dumps({HOSTILE[1]: HOSTILE[2], "model": HOSTILE[0]}))
     page = report(tmp_path, twelve, features, weights)
     hostile = Parsed(page)
@@ -227,6 +227,8 @@ def test_filters_count_what_the_scores_count(tmp_path, twelve):
         ("metrics.csv", "epoch,train_loss\n1,much\n", "metrics.csv: should be a table of numbers"),
         ("metrics.csv", "epoch\n1,2,3\n", "metrics.csv: should be a table of numbers"),
         ("metrics.csv", b"\xff\xfe\0", "metrics.csv: should be a table of numbers"),
+        ("test_metrics.json", '{"i2t": {}}', "test_metrics.json: should hold scores on test"),
+        ("test_metrics.json", "[", "test_metrics.json: should hold scores on test images"),
         ("3.png", "no picture", "3.png: not an image"),
     ],
 )
@@ -273,6 +275,69 @@ def test_curves_of_a_run_are_those_of_its_table(tmp_path, twelve):
             assert drawn[:, axis] == pytest.approx(start + slope * table[:, axis], abs=1e-3)
 
 
+MIXED = "alpha,epoch,chosen\n0,1,0\n0.5,1,1\n1,1,0\n"
+
+
+@pytest.mark.parametrize(
+    "name, epoch, words",
+    [
+        ("best_epoch_weights.pth", 1, "1 of 2"),
+        ("last_epoch_weights.pth", 2, "2 of 2"),
+        ("ep002_loss1.0_val_loss2.0.pth", 2, "2 of 2"),
+        ("start_weights.pth", 0, "0 of 2"),
+        ("wise_ft_weights.pth", 1, "1, mixed with the start, alpha 0.5"),
+        ("mine.pth", None, None),
+    ],
+)
+def test_the_page_names_model_and_epoch_and_marks_it_in_the_curves(
+    tmp_path, twelve, name, epoch, words
+):
+    (tmp_path / "weights").mkdir()
+    weights = tmp_path / "weights" / name
+    weights.touch()
+    (tmp_path / "arguments.json").write_text('{"resume_training": "ViT-B/32"}')
+    (tmp_path / "metrics.csv").write_text("epoch,mean_recall\n0,10\n1,40\n2,30\n")
+    (tmp_path / "wise_ft.csv").write_text(MIXED)
+    text = report(tmp_path, twelve, random_features(twelve), weights)
+    assert "<dd>fine-tuned from ViT-B/32</dd>" in text
+    assert ("<dt>epoch</dt>" in text) == bool(words)
+    assert not words or f"<dt>epoch</dt><dd>{words}</dd>" in text
+    *_, recalls = re.findall(r"svg\+xml;base64,(.*?)\"", text)
+    chart = base64.b64decode(recalls).decode()
+    assert re.findall(r"chosen: (\d)", chart) == ([] if epoch is None else [str(epoch)])
+
+
+def test_the_page_has_mean_recall_and_the_test_scores_of_its_run(tmp_path, twelve):
+    """Each the mean of R@1, R@5 and R@10 in both directions, by numpy."""
+    (tmp_path / "weights").mkdir()
+    weights = tmp_path / "weights" / "best_epoch_weights.pth"
+    weights.touch()
+    (tmp_path / "arguments.json").write_text("{}")
+    after, before = (
+        {
+            way: {"R@1": 10 * n + i, "R@5": 50 + i, "R@10": 90 + i}
+            for i, way in enumerate(("i2t", "t2i"))
+        }
+        for n in (2, 1)
+    )
+    (tmp_path / "test_metrics.json").write_text(
+        json.dumps(after | {"before": before, "intervals": {"after": {"i2t_R@1": [9.96, 30.04]}}})
+    )
+    features = random_features(twelve)
+    text = report(tmp_path, twelve, features, weights).replace("\n", "")
+    scores = features.images @ features.texts.T
+    found = compute_metrics(scores, twelve.img_to_txt, scores.T, twelve.txt_to_img)
+    mean = np.mean([found[way][f"R@{k}"] for way in found for k in (1, 5, 10)])
+    assert f"Mean recall <b>{mean:.2f}</b>" in text
+    for title, row in (("before training", before), ("after training", after)):
+        recalls = [row[way][k] for way in row for k in row[way]]
+        cells = [np.mean(recalls), row["i2t"]["R@1"], row["t2i"]["R@1"]]
+        written = "".join(f"<td>{cell:.2f}</td>" for cell in cells)
+        if row is after:
+            written = written.replace("20.00", "20.00 <small>10.0 to 30.0</small>")
+        assert f'<th scope="row">{title}</th>{written}' in text
+
+
 @pytest.mark.slow
 def test_a_thousand_images_and_five_thousand_captions_are_below_15_mb(tmp_path):
     """One made photograph stands for all: its picture is larger than those of Flickr8k are on
@@ -283,7 +348,7 @@ def test_a_thousand_images_and_five_thousand_captions_are_below_15_mb(tmp_path):
     photograph = np.asarray(coarse.resize((224, 224), Image.Resampling.BICUBIC)).astype(int)
     photograph = (photograph + random.normal(0, 26, photograph.shape)).clip(0, 255)
     Image.fromarray(photograph.astype(np.uint8)).save(tmp_path / "photograph.jpg")
-    dataset.image[:] = [str(tmp_path / "photograph.jpg")] * 1000
+    dataset.image = [str(tmp_path / "photograph.jpg")] * 1000
     page = report(tmp_path, dataset, random_features(dataset))
     pictures = re.findall(r"jpeg;base64,(.*?)\"", page)
     assert len(pictures) == 1000 and len(pictures[0]) > 4 / 3 * 3100

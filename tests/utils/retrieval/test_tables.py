@@ -29,8 +29,10 @@ def test_table_plot_and_json_hold_the_scores(tmp_path):
             assert f"{metrics[direction][name]:.2f}" in table
             assert scores.columns()[f"{direction}_{name}"] == metrics[direction][name]
     assert scores.mean_recall == pytest.approx(
-        np.mean([metrics[d][f"R@{k}"] for d in metrics for k in range(1, 11)])
+        np.mean([metrics[d][f"R@{k}"] for d in metrics for k in (1, 5, 10)])
     )
+    assert f"\nmean recall {scores.mean_recall:.2f}" in table
+    assert scores.for_json() == {"mean_recall": scores.mean_recall, **metrics}
     plot_scores(scores, tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as image:
         assert image.format == "PNG" and min(image.size) > 300

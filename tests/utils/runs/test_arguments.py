@@ -7,7 +7,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from utils.runs import arguments
 from utils.runs.arguments import (
+    answer_file,
+    feature_file,
     integer,
     name_or_path,
     number,
@@ -75,6 +78,23 @@ def test_numbers_are_taken_within_their_range_alone(text, minimum, below):
 def test_a_refusal_says_the_range(parse, text, wanted):
     with pytest.raises(argparse.ArgumentTypeError, match=f"^{text} is not {wanted}$"):
         parse(text)
+
+
+@pytest.mark.parametrize(
+    "parse, name, message",
+    [
+        (answer_file, "a.xlsx", r"a.xlsx: name a file that ends in .csv or .jsonl"),
+        (feature_file, "a", r"a: name a file that ends in .npy or .parquet"),
+        (feature_file, "a.parquet", r"a.parquet: needs pyarrow \(pip install pyarrow\); or name"),
+        (feature_file, "folder.npy", r"folder.npy: is a folder"),
+    ],
+)
+def test_a_file_in_no_format_to_write_is_refused(tmp_path, monkeypatch, parse, name, message):
+    monkeypatch.setattr(arguments, "find_spec", lambda name: None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.npy").mkdir()
+    with pytest.raises(argparse.ArgumentTypeError, match=message):
+        parse(name)
 
 
 def test_paths_of_the_home_folder_and_paths_that_are_none(tmp_path, monkeypatch):

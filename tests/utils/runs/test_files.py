@@ -4,7 +4,9 @@ import contextlib
 import csv
 import io
 import json
+import re
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from models.errors import InputError
-from utils.retrieval.plots import save_figure
+from utils.retrieval.plots import plot_losses, save_figure
 from utils.runs.checkpoint import read_checkpoint, save_checkpoint, write_csv, write_json
 from utils.runs.files import TEMPORARY, atomic_write
 
@@ -121,12 +123,15 @@ def test_a_table_has_the_columns_of_all_its_rows(tmp_path_factory, rows):
 def test_records_of_a_full_disk_are_one_line(tmp_path):
     from utils.runs import records  # which takes seconds
 
-    losses = records.Losses(tmp_path, [])
+    losses = records.Losses(tmp_path, [], plot_losses)
+    row = {"epoch": 1, "train_loss": 1.0, "val_loss": 2.0}
     for room in (0, 1000):  # for a line of text; for that line, but not for the plot
         with pytest.raises(InputError, match="cannot be written"), room_for(room):
-            losses.append_loss(1, 1.0, 2.0)
-    log = records.Log(tmp_path / "console.log")
+            losses.append(row)
+    log = records.Log(tmp_path / "console.log", Namespace(patience=None))
+    table = (tmp_path / "console.log").read_text()
+    assert re.search(r"patience \|\s+None", table)
     log.write("before\n")
     with pytest.raises(InputError, match=r"console\.log: cannot be written"), room_for(0):
         log.write("after\n")
-    assert (tmp_path / "console.log").read_text() == "before\n"
+    assert (tmp_path / "console.log").read_text() == f"{table}before\n"

@@ -8,6 +8,7 @@ import torch
 
 from models.clip_utils import create_model, tokenize
 from models.errors import InputError
+from models.tokens import TokenizedTexts
 from utils.data.augment import draw_recolourings
 from utils.flickr8k_dataloader import Batch
 from utils.machine.precision import Precision
@@ -130,7 +131,7 @@ def test_the_starting_model_shares_the_frozen_parameters_and_keeps_the_others(tm
     model = create_model("ViT-demo")
     freeze(model, "text", unlocked=1)
     file = tmp_path / "start_weights.pth"
-    captions = tokenize("a bird")
+    captions = TokenizedTexts(model.tokenizer, ["a bird"], model.context_length)
     with pytest.raises(InputError, match=r"start_weights\.pth is missing"):
         distill_from_start(model, file, 1.0, captions)
     save_weights(model, file)
@@ -157,7 +158,8 @@ def test_distillation_weighs_as_much_beside_the_loss_at_any_logit_scale(tmp_path
     for scale in (TUNED_SCALE, 10 * TUNED_SCALE):
         torch.nn.init.constant_(model.logit_scale, math.log(scale))
         save_weights(model, file)
-        weights.append(distill_from_start(model, file, 6.0, tokenize("a bird")).weight)
+        captions = TokenizedTexts(model.tokenizer, ["a bird"], model.context_length)
+        weights.append(distill_from_start(model, file, 6.0, captions).weight)
     assert weights == pytest.approx([6.0, 60.0], rel=1e-2)
 
 
@@ -167,13 +169,14 @@ def test_distillation_moves_no_word_that_the_captions_do_not_have(name, tmp_path
     torch.manual_seed(0)
     model, file = create_model(name), tmp_path / "start_weights.pth"
     save_weights(create_model(name), file)
-    captions = model.tokenize(["一只鸟", "a bird", "two birds"])
+    texts = TokenizedTexts(model.tokenizer, ["一只鸟", "a bird", "two birds"], model.context_length)
+    captions = texts[:]
     others = model.tokenize(["树 a", "鸟 tree", "three trees"])
     batch = batch_of(3, 1)._replace(tokens=captions, texts=None)
     batch = batch._replace(altered=batch._replace(tokens=others))
     words = model.bert.embeddings.word_embeddings if name == "cn-demo" else model.token_embedding
     for chunk in (None, 1):
-        distillation = distill_from_start(model, file, 1e3, captions)
+        distillation = distill_from_start(model, file, 1e3, texts)
         gradients(model, batch, Precision(CPU, use_amp=False), chunk, distillation)
         moved = words.weight.grad.any(dim=1).nonzero().flatten()
         assert set(moved.tolist()) == set(captions.flatten().tolist()) - {0}

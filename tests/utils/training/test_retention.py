@@ -57,7 +57,7 @@ def tuned(work):
     done = run_script("train.py", "--resume_training", weights, "--dataset_path", "data", "--lr",
                       1e-2, "--batch_size", BATCH, "--epochs", 2, "--log_dir", "tuned",
                       "--retention", "colours", "旧的$x^", "--max_forgetting", 0.5,
-                      cwd=work)  # fmt: skip
+                      "--wise_ft", 0, 0.25, 0.5, 0.75, 1, "--no_guard", cwd=work)  # fmt: skip
     return weights, next((work / "tuned").iterdir()), done.stdout
 
 
@@ -92,23 +92,31 @@ def test_the_mixture_is_the_best_that_keeps_enough_and_the_curves_are_shown(tune
     _, run, printed = tuned
     before = read_rows(run / "metrics.csv")[0]
     path = read_rows(run / "wise_ft.csv")
-    assert [row["alpha"] for row in path] == [0, 0.25, 0.5, 0.75, 1]
+    best = max((1, 2), key=lambda epoch: read_rows(run / "metrics.csv")[epoch]["mean_recall"])
+    points = [(row["epoch"], row["alpha"]) for row in path]
+    assert points[:5] == [(best, alpha) for alpha in (0, 0.25, 0.5, 0.75, 1)]
+    assert points[5:] == ([(2, alpha) for alpha in (0.25, 0.5, 0.75, 1)] if best == 1 else [])
     names = [name for name in before if name.startswith("retention_")]
     for row in path:
         lost = sum(before[name] - row[name] for name in names) / 2
         assert row["points_lost"] == pytest.approx(lost, abs=1e-5)
     chosen = max((r for r in path if r["points_lost"] <= 0.5), key=lambda r: r["mean_recall"])
-    assert f"at most 0.5 points (--max_forgetting), alpha {chosen['alpha']:g}:" in printed
-    start, best, mixed = (
+    assert f"at most 0.5 points (--max_forgetting), epoch {chosen['epoch']:g} at" in printed
+    assert f"at alpha {chosen['alpha']:g}:" in printed
+    tuned = "best_epoch" if chosen["epoch"] == best else "last_epoch"
+    start, end, mixed = (
         torch.load(run / "weights" / f"{name}_weights.pth", weights_only=True)["visual.proj"]
-        for name in ("start", "best_epoch", "wise_ft")
+        for name in ("start", tuned, "wise_ft")
     )
-    torch.testing.assert_close(mixed.float(), start.float().lerp(best.float(), chosen["alpha"]),
+    torch.testing.assert_close(mixed.float(), start.float().lerp(end.float(), chosen["alpha"]),
                                rtol=1e-3, atol=1e-6)  # fmt: skip
     after = read_rows(run / "metrics.csv")[2]
-    colours = [row["retention_colours"] for row in (after, before)]
-    line = "retention: colours {:.2f} ({:.2f} before training), 旧的$x^ ".format(*colours)
-    assert f"{line}{after['retention_旧的$x^']:.2f} (" in printed
+    mean = (after["retention_colours"] + after["retention_旧的$x^"]) / 2
+    (line,) = [line for line in printed.splitlines() if line.lstrip().startswith("2/2 ")]
+    assert float(line.split()[6]) == pytest.approx(mean, abs=0.006)
+    (line,) = [line for line in printed.splitlines() if line.startswith("before training ")]
+    shown = [before[name] for name in ("mean_recall", "i2t_R@1", "t2i_R@1", *names)]
+    assert line.split()[2:] == [f"{score:.2f}" for score in shown]
     report = (run / "report.html").read_text("utf-8")
     for name in ("colours", "旧的$x^"):
         assert f"{name} (retention) of the run by epoch" in report
@@ -130,7 +138,7 @@ def test_a_run_goes_on_with_its_sets_alone_wherever_they_lie(tuned, work, tmp_pa
     shutil.copytree(work / "旧的$x^", data / "旧的$x^")
     both = [moved, data / "旧的$x^"]
     done = run_script("train.py", *go_on, "--retention", *both, cwd=tmp_path)
-    assert "epoch 3/3" in done.stdout and "before training:" not in done.stdout
+    assert " 3/3 " in done.stdout and "\n   start" not in done.stdout
     for row in read_rows(run / "metrics.csv"):
         assert {"retention_colours", "retention_旧的$x^"} <= row.keys()
     shutil.rmtree(moved)

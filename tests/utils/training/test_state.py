@@ -74,8 +74,11 @@ def test_of_equal_epochs_the_first_is_the_best():
     """As for the file of the best weights, see test_folder.py: patience counts from it."""
     for recalls, since in [([], 0), ([5.0], 0), ([5.0, 5.0, 4.0], 2), ([4.0, 5.0, 5.0, 5.0], 2)]:
         state = state_of()
-        state.epochs = [{"mean_recall": recall} for recall in recalls]
+        state.epochs = [{"epoch": n, "mean_recall": r} for n, r in enumerate(recalls, 1)]
         assert state.epochs_since_best == since, recalls
+        assert not recalls or state.best_epoch == len(recalls) - since
+    state.best_since = 2  # the weights of the first two are lost
+    assert state.best_epoch == 3
 
 
 def test_a_run_goes_on_with_its_moments_and_scores_and_with_the_settings_of_now():

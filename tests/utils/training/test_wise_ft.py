@@ -43,9 +43,9 @@ def mixed(tmp_path, alphas, scores_at, max_forgetting=2.0):
     start = {key: torch.zeros_like(tensor) for key, tensor in tuned.items()}
     (tmp_path / "weights").mkdir()
     mixtures = Mixtures(model, start, tmp_path, max_forgetting)
-    for alpha in mixtures.each(alphas):
+    for _ in mixtures.each(3, tuned, alphas):
         recall, retention = scores_at(alpha_of(model, tuned))
-        mixtures.add(alpha, equal_scores(recall), 0.0, retention)
+        mixtures.add(equal_scores(recall), 0.0, retention)
     chosen = mixtures.choose()
     saved = torch.load(chosen, weights_only=True)
     for key, tensor in model.state_dict().items():
@@ -65,11 +65,31 @@ def test_the_best_point_of_the_path_is_chosen(tmp_path):
         assert [float(row["alpha"]) for row in csv.DictReader(file)] == [1, 0.5, 0]
 
 
+def test_the_best_point_of_the_ways_to_two_epochs_is_chosen(tmp_path, capsys):
+    """The weights of the last epoch are twice those of the best one, and the score is highest at
+    0.8 of these: the point 0.4 on the way to the last. Both ways begin at one point."""
+    model = create_model("ViT-demo")
+    best = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    last = {key: 2 * tensor for key, tensor in best.items()}
+    start = {key: torch.zeros_like(tensor) for key, tensor in best.items()}
+    (tmp_path / "weights").mkdir()
+    mixtures = Mixtures(model, start, tmp_path, 2.0)
+    for epoch, tuned in ((3, best), (7, last)):
+        for _ in mixtures.each(epoch, tuned, (0.0, 0.4, 0.7, 1.0)):
+            mixtures.add(equal_scores(100 - abs(alpha_of(model, best) - 0.8)), 0.0, {})
+    points = [(row["epoch"], row["alpha"]) for row in mixtures.rows]
+    assert points == [(3, 0), (3, 0.4), (3, 0.7), (3, 1), (7, 0.4), (7, 0.7), (7, 1)]
+    mixtures.choose()
+    assert alpha_of(model, best) == pytest.approx(0.8, rel=2e-3)
+    assert "the best, epoch 7 at alpha 0.4: " in capsys.readouterr().out
+    Image.open(tmp_path / "wise_ft.png").verify()
+
+
 @pytest.mark.parametrize(
     "max_forgetting, expected, said",
     [
-        (6, 0.5, "the best that loses at most 6 points (--max_forgetting), alpha 0.5:"),
-        (2, 0.25, "none of them loses at most 2 points (--max_forgetting)"),
+        (6, 0.5, "the best that loses at most 6 points (--max_forgetting)"),
+        (2, 0.25, "none of the mixtures loses at most 2 points (--max_forgetting)"),
     ],
 )
 def test_the_best_of_the_mixtures_that_lose_little_is_chosen(
@@ -83,8 +103,13 @@ def test_the_best_of_the_mixtures_that_lose_little_is_chosen(
     chosen, _, alpha = mixed(tmp_path, [1.0, 0.5, 0.25], scores_at, max_forgetting)
     assert alpha == pytest.approx(expected, rel=2e-3)
     printed = capsys.readouterr().out
-    assert said in printed and "10.00 at 1, 5.00 at 0.5, 2.50 at 0.25" in printed
-    assert f"alpha {expected:g}: {chosen}" in printed
+    assert said in printed
+    with (tmp_path / "wise_ft.csv").open(newline="", encoding="utf-8") as file:
+        rows = [(row["alpha"], float(row["points_lost"]), row["chosen"] == "1")
+                for row in csv.DictReader(file)]  # fmt: skip
+    assert [alpha for alpha, _, is_chosen in rows if is_chosen] == [f"{expected}"]
+    assert [lost for _, lost, _ in rows] == pytest.approx([10, 5, 2.5], rel=2e-3)
+    assert f"epoch 3 at alpha {expected:g}: {chosen}" in printed
     Image.open(tmp_path / "wise_ft.png").verify()
 
 
@@ -117,8 +142,8 @@ def test_the_best_row_is_that_of_a_search_and_stays_when_others_follow(rows, mos
 
 @pytest.mark.slow
 def test_fine_tuning_with_all_that_keeps_old_abilities(tmp_path):
-    """Layer decay, locked blocks, an average of weights, patience, a path of weights: the path ends
-    at the scores of the last epoch and starts at those before training."""
+    """Layer decay, locked blocks, an average of weights, patience, paths of weights: they end at
+    the scores of the best and of the last epoch, and start at those before training."""
     data = render_demo(tmp_path / "data", n_train=48, n_val=16)
     run_script("train.py", *SCRATCH, "--dataset_path", data, "--epochs", 3, "--log_dir", "first",
                cwd=tmp_path)  # fmt: skip
@@ -135,15 +160,20 @@ def test_fine_tuning_with_all_that_keeps_old_abilities(tmp_path):
     assert torch.equal(start["token_embedding.weight"], tuned["token_embedding.weight"])
     assert not torch.equal(start["text_projection"], tuned["text_projection"])
     with (run / "wise_ft.csv").open(newline="") as file:
-        curve = {float(row["alpha"]): float(row["mean_recall"]) for row in csv.DictReader(file)}
+        curves = {
+            (float(row["epoch"]), float(row["alpha"])): float(row["mean_recall"])
+            for row in csv.DictReader(file)
+        }
     with (run / "metrics.csv").open(newline="") as file:
         start, *epochs = (float(row["mean_recall"]) for row in csv.DictReader(file))
     # The rate is so low that recall hardly moves: the first epoch that is no better is the last.
     assert len(epochs) < 6 and "(--patience): training ends" in done.stdout
     assert epochs[-1] <= epochs[-2] and epochs[:-1] == sorted(set(epochs[:-1]))
-    assert list(curve) == [0, 0.5, 1]
-    assert curve[0] == pytest.approx(start, abs=3)
-    assert curve[1] == pytest.approx(epochs[-1], abs=3)  # float16 weights can move a close call
+    best, last = epochs.index(max(epochs)) + 1, len(epochs)
+    assert list(curves) == [(best, 0), (best, 0.5), (best, 1), (last, 0.5), (last, 1)]
+    assert curves[best, 0] == pytest.approx(start, abs=3)
+    for epoch in (best, last):  # float16 weights can move a close call
+        assert curves[epoch, 1] == pytest.approx(epochs[epoch - 1], abs=3)
     Image.open(run / "wise_ft.png").verify()
     assert "wise_ft_weights.pth" in done.stdout
 

@@ -1,0 +1,140 @@
+"""Folders that hold images with their captions, without a list: a table of their forms.
+
+tar shards       `00000.tar` with `0001.jpg` beside `0001.txt`, or `0001.json` with a caption, as
+                 img2dataset and webdataset write them
+datasets         what `save_to_disk` of Hugging Face's `datasets` writes
+texts            `1.jpg` beside `1.txt`, whose lines are captions
+class folders    a folder of images for each class; templates make the captions
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from models.errors import InputError
+from models.files import decoded, read_bytes
+from utils.data.caption_formats import CAPTION_FIELDS, SPLIT_WORDS, Record, first_of
+from utils.data.class_folders import class_folders, words_of
+from utils.data.containers import arrow_table, image_column, index_of, read_contained
+from utils.data.templates import TEMPLATE_SETS
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp")  # of images beside a text
+# More templates hardly tell a model more, and a million images would have 38 million captions.
+TEMPLATES = {"en": TEMPLATE_SETS["ensemble"][:5], "cn": TEMPLATE_SETS["cn_ensemble"][:5]}
+
+
+class Form(NamedTuple):
+    """How captions are kept in a folder."""
+
+    is_in: Callable[[Path], bool]  # whether a folder has this form
+    records: Callable[[Path, str], Iterator[Record]]  # of a folder and a language; images below it
+
+
+def folder_form(folder: Path) -> Form | None:
+    """The form of a folder, or None if it holds no images with captions."""
+    return next((form for form in FORMS if folder.is_dir() and form.is_in(folder)), None)
+
+
+def folder_records(folder: Path, language: str) -> Iterator[Record]:
+    """The records of a folder. Raises `InputError` if it has no known form."""
+    form = folder_form(folder)
+    if form is None:
+        raise InputError(
+            f"{folder}: holds no images with captions: neither tar shards, nor 1.txt beside 1.jpg, "
+            "nor a folder of images for each class"
+        )
+    return form.records(folder, language)
+
+
+def _of_shards(folder: Path, _: str) -> Iterator[Record]:
+    for shard in sorted(folder.glob("*.tar")):
+        yield from _of_shard(shard)
+
+
+def _of_shard(shard: Path) -> Iterator[Record]:
+    samples: dict[str, dict[str, str]] = {}  # {key: {ending: member}}
+    for member in index_of(shard):
+        path = PurePosixPath(member)
+        key, _, ending = path.name.partition(".")
+        samples.setdefault(str(path.with_name(key)), {})[f".{ending}".lower()] = member
+    for key, members in samples.items():
+        where = f"{shard.name}/{key}"
+        image = first_of(ENDINGS, members)
+        if ending := first_of((".txt", ".json"), members):
+            text = decoded(read_contained(shard, members[ending]), f"{shard}/{members[ending]}")
+        if not (image and ending):
+            has = ", ".join(members.values())
+            yield Record(where, None, f"should be an image beside a .txt or a .json; it is {has}")
+        elif ending == ".txt":
+            yield Record(where, {"image": f"{shard.name}/{members[image]}", "caption": text})
+        else:
+            yield _of_json(where, f"{shard.name}/{members[image]}", text)
+
+
+def _of_json(where: str, image: str, text: str) -> Record:
+    try:
+        content = json.loads(text)
+        return Record(
+            where, {"image": image, "caption": content[first_of(CAPTION_FIELDS, content)]}
+        )
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return Record(where, None, 'its .json should hold {"caption": ...}')
+
+
+def _of_datasets(folder: Path, _: str) -> Iterator[Record]:
+    for file in sorted(folder.glob("*.arrow")):
+        yield from table_records(file)
+
+
+def table_records(file: Path) -> Iterator[Record]:
+    """The records of an Arrow or a Parquet file, of which some hold the images themselves."""
+    table = arrow_table(file)
+    contained = image_column(table)
+    rows = table.drop_columns([contained]) if contained else table
+    number = 0
+    for batch in rows.to_batches():
+        for row in batch.to_pylist():
+            image = {"image": f"{file.name}/{number}"} if contained else {}
+            yield Record(f"row {number}", row | image)
+            number += 1
+
+
+def _of_texts(folder: Path, _: str) -> Iterator[Record]:
+    from utils.data.image_files import find_images  # torch takes seconds
+
+    for image in find_images(folder):
+        text = (folder / image).with_suffix(".txt")
+        if text.is_file():
+            captions = decoded(read_bytes(text), text).splitlines()
+            yield Record(str(image), {"image": image.as_posix(), "caption": captions})
+        else:
+            yield Record(str(image), None, f"no {text.name} beside it")
+
+
+def _has_texts(folder: Path) -> bool:
+    return any(text.with_suffix(end).is_file() for text in folder.rglob("*.txt") for end in ENDINGS)
+
+
+def _has_classes(folder: Path) -> bool:
+    names = {found.name.lower() for found in class_folders(folder)}
+    return len(names) > 1 and not names <= SPLIT_WORDS.keys()
+
+
+def _of_classes(folder: Path, language: str) -> Iterator[Record]:
+    from utils.data.image_files import find_images
+
+    folders = class_folders(folder)
+    for found, name in zip(folders, words_of([f.name for f in folders]), strict=True):
+        captions = [template.format(name) for template in TEMPLATES[language]]
+        for image in find_images(found):
+            path = f"{found.name}/{image.as_posix()}"
+            yield Record(path, {"image": path, "caption": captions})
+
+
+FORMS = (
+    Form(lambda folder: any(folder.glob("*.tar")), _of_shards),
+    Form(lambda folder: any(folder.glob("*.arrow")), _of_datasets),
+    Form(_has_texts, _of_texts),
+    Form(_has_classes, _of_classes),
+)

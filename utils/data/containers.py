@@ -1,0 +1,134 @@
+"""Images inside other files, read by random access: `00000.tar/000000012.jpg` is the member of a
+tar, `train_imgs.tsv/1000002` the line of a table in base64, `data.arrow/17` a row.
+
+A container is indexed once, by the process that looks for the images; worker processes get the
+places of the images with their names.
+"""
+
+import base64
+import binascii
+import re
+import tarfile
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from models.errors import InputError, one_line
+
+Place = tuple[int, int]  # where an image starts in its container, and its size in bytes
+
+
+class Container(NamedTuple):
+    """How images are found and read in a kind of file."""
+
+    index: Callable[[Path], dict[str, Place]]  # {name: place} of all that is in it
+    read: Callable[[Path, int, int], bytes]  # the image file at a place
+
+
+def in_container(path: str | Path) -> tuple[Path, str] | None:
+    """The container of an image with this path, and the image's name in it; None for a file."""
+    found = INSIDE.fullmatch(str(path))
+    if found and (file := Path(found[1])).is_file():
+        return file, found[3].replace("\\", "/")
+    return None
+
+
+@lru_cache(maxsize=64)
+def index_of(file: Path) -> dict[str, Place]:
+    """The places of all images in a container. Raises `InputError` if it cannot be read."""
+    try:
+        return CONTAINERS[file.suffix.lower()].index(file)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror})") from None
+
+
+def read_contained(file: Path, name: str, place: Place | None = None) -> bytes:
+    """The image file of this name in a container. Raises `InputError` if it cannot be read."""
+    if place is None and (place := index_of(file).get(name)) is None:
+        raise InputError(f"{file}/{name}: {file.name} has no such image")
+    try:
+        return CONTAINERS[file.suffix.lower()].read(file, *place)
+    except OSError as error:
+        raise InputError(f"{file}/{name}: cannot be read ({error.strerror})") from None
+    except binascii.Error as error:
+        raise InputError(f"{file}/{name}: is no picture in base64 ({error})") from None
+
+
+def _tar_members(file: Path) -> dict[str, Place]:
+    try:
+        with tarfile.open(file, "r:") as tar:
+            return {m.name.removeprefix("./"): (m.offset_data, m.size) for m in tar if m.isfile()}
+    except tarfile.TarError as error:
+        raise InputError(
+            f"{file}: is no tar, or is cut short ({one_line(error)}); get a new copy"
+        ) from None
+
+
+def _bytes_at(file: Path, start: int, size: int) -> bytes:
+    with file.open("rb") as stream:
+        stream.seek(start)
+        return stream.read(size)
+
+
+def _table_rows(file: Path) -> dict[str, Place]:
+    """Chinese-CLIP's table of images: a line holds an id, a tab, and the file in base64."""
+    places, start = {}, 0
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            name, tab, image = line.partition(b"\t")
+            if not tab:
+                raise InputError(f"{file}: line {number} is not id<TAB>image in base64")
+            places[name.decode(errors="replace").strip()] = start + len(name) + 1, len(image)
+            start += len(line)
+    return places
+
+
+def _base64_at(file: Path, start: int, size: int) -> bytes:
+    text = _bytes_at(file, start, size).strip()
+    return base64.b64decode(text.translate(bytes.maketrans(b"-_", b"+/")), validate=True)
+
+
+def _arrow_rows(file: Path) -> dict[str, Place]:
+    return {str(row): (row, 0) for row in range(len(arrow_table(file)))}
+
+
+def _arrow_image(file: Path, row: int, _: int) -> bytes:
+    table = arrow_table(file)
+    image = table.column(image_column(table))[row].as_py()
+    return image["bytes"] or Path(image["path"]).read_bytes()
+
+
+@lru_cache(maxsize=256)
+def arrow_table(file: Path) -> Any:
+    """The table of Arrow that a file of Hugging Face's `datasets` (a stream) or a Parquet file
+    holds; the former is mapped into memory. Raises `InputError`, also without `pyarrow`."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError(f"{file}: reading it needs pyarrow; pip install pyarrow") from None
+    try:
+        if file.suffix.lower() == ".parquet":
+            return pyarrow.parquet.read_table(file)
+        return pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(f"{file}: cannot be read ({one_line(error)}); get a new copy") from None
+
+
+def image_column(table: Any) -> str | None:
+    """The column of a table whose rows hold image files, as `datasets` writes them."""
+    for field in table.schema:
+        names = [field.type.field(i).name for i in range(field.type.num_fields)]
+        if {"bytes", "path"} <= set(names):
+            return field.name
+    return None
+
+
+CONTAINERS = {
+    ".tar": Container(_tar_members, _bytes_at),
+    ".tsv": Container(_table_rows, _base64_at),
+    ".arrow": Container(_arrow_rows, _arrow_image),
+    ".parquet": Container(_arrow_rows, _arrow_image),
+}
+INSIDE = re.compile(r"(.+?\.(tar|tsv|arrow|parquet))[\\/](.+)", re.IGNORECASE | re.DOTALL)
