@@ -99,6 +99,8 @@ class ModifiedResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Preprocessed images `[n, 3, r, r]` -> features `[n, output_dim]`."""
+        if images.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+            images = images.contiguous(memory_format=torch.channels_last)  # for tensor cores
         x = F.relu(self.bn1(self.conv1(images)))
         x = F.relu(self.bn2(self.conv2(x)))
         x = F.relu(self.bn3(self.conv3(x)))

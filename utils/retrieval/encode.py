@@ -74,14 +74,15 @@ def encode_images(
     model.eval()
     encode, d = _encoder(model, "image", cache)
     features = torch.zeros(len(dataset), d, device=model.device)
-    own = torch.arange(len(dataset)).split(batch_size)[processes.rank :: processes.size]
-    batches = dataset.batches([rows.tolist() for rows in own], num_workers)
+    own = _own_batches(len(dataset), batch_size, processes)
+    batches = dataset.batches([list(rows) for rows in own], num_workers)
     with _progress_bar(own, "encoding images", "img", processes) as bar:
         for rows, images in zip(own, batches, strict=True):
             images = model.preprocess.normalize(upload(images, model.device))
-            features[rows] = encode(images)
+            features[rows.start : rows.stop] = encode(images)
             bar.update(len(rows))
-    features[list(dataset.unreadable)] = 0
+    for row in dataset.unreadable:
+        features[row] = 0
     return processes.sum(features)
 
 
@@ -99,12 +100,18 @@ def encode_texts(
     model.eval()
     encode, d = _encoder(model, "text", cache)
     features = torch.zeros(len(tokens), d, device=model.device)
-    own = torch.arange(len(tokens)).split(TEXT_BATCH)[processes.rank :: processes.size]
+    own = _own_batches(len(tokens), TEXT_BATCH, processes)
     with _progress_bar(own, "encoding captions", "caption", processes) as bar:
         for rows in own:
-            features[rows] = encode(tokens[rows])
+            features[rows.start : rows.stop] = encode(tokens[rows.start : rows.stop])
             bar.update(len(rows))
     return processes.sum(features)
+
+
+def _own_batches(n: int, size: int, processes: Processes) -> list[range]:
+    """The batches, of n rows in all, that this process encodes."""
+    starts = range(processes.rank * size, n, processes.size * size)
+    return [range(start, min(start + size, n)) for start in starts]
 
 
 def projected(model: CLIP, tower: str, cached: Tensor) -> Tensor:
@@ -166,6 +173,6 @@ def cached_caption_features(
     return features.to(model.device).float()
 
 
-def _progress_bar(batches: tuple[Tensor, ...], title: str, unit: str, processes: Processes) -> tqdm:
+def _progress_bar(batches: list[range], title: str, unit: str, processes: Processes) -> tqdm:
     total = sum(map(len, batches))
     return progress_bar(total=total, desc=title, unit=unit, disable=not processes.is_rank_0)

@@ -21,6 +21,7 @@ from utils import Flickr8kDataset
 from utils.flickr8k_dataloader import TrainLoader
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE
+from utils.retrieval import encode
 from utils.training.distillation import Distillation
 from utils.training.gradients import accumulate_gradients
 from utils.training.layer_groups import freeze_and_adapt, train_mode
@@ -117,6 +118,30 @@ def test_steps_stay_on_the_gpu_and_let_the_cpu_run_ahead(gpu, dataset, changed):
     assert optimizer.state.keys() == learned
     moments = [t for of_parameter in optimizer.state.values() for t in of_parameter.values()]
     assert {(t.device, t.dtype) for t in [*learned, *moments]} == {(CUDA, torch.float32)}
+
+
+def test_scoring_lets_the_cpu_run_ahead(gpu, dataset, monkeypatch):
+    model = CLIP(MODELS["ViT"]).initialize().to(CUDA)
+    dataset.prepare_for(model)
+    vars(dataset).pop("tokens", None)
+    dataset.cached = torch.zeros(len(dataset), 3, 64, 64, dtype=torch.uint8)
+    monkeypatch.setattr(encode, "TEXT_BATCH", 8)
+    for step in (nullcontext(), gpu.step()):
+        with step, torch.no_grad():  # not in inference mode, which fake tensors do not know
+            images = encode.encode_images.__wrapped__(model, dataset, 4, num_workers=0)
+            texts = encode.encode_texts.__wrapped__(model, dataset.tokens)
+    assert (images.device, images.shape, texts.shape) == (CUDA, (10, 256), (20, 256))
+
+
+def test_the_channels_of_a_resnet_lie_together_where_tensor_cores_compute(gpu):
+    model = CLIP(MODELS["ResNet"]).initialize().to(CUDA)
+    given = []
+    model.visual.conv1.register_forward_pre_hook(lambda _, inputs: given.extend(inputs))
+    for amp in (True, False):
+        with Precision(CUDA, amp).autocast():
+            model.encode_image(torch.zeros(2, 3, 64, 64).to(CUDA))
+    channels_last = [images.is_contiguous(memory_format=torch.channels_last) for images in given]
+    assert channels_last == [True, False]
 
 
 WAITS = {
