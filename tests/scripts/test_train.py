@@ -219,8 +219,7 @@ def test_the_weights_that_validation_chose_are_scored_on_the_test_split(trained,
     before = scores_by_definition(start, tested, entries[6:])
     for way in ("i2t", "t2i"):
         assert found["before"][way] == pytest.approx(before[way])
-        for name in ("R@1", "R@5", "R@10"):  # captions of several images are positives of fewer
-            assert found["plain_protocol"][way][name] <= found[way][name]
+    assert "plain_protocol" not in found  # no caption is shared
     low, high = found["intervals"]["gained"]["mean_recall"]
     assert low <= found["mean_recall"] - found["before"]["mean_recall"] <= high
     report = (run / "report.html").read_text("utf-8").replace("\n", "")
