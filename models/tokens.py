@@ -69,11 +69,11 @@ class TokenizedTexts:
             # Of 64 bits: two different ones of ten million texts are equal once in 300,000 sets.
             digests.append(np.fromiter(map(hash, piece), np.int64, len(piece)))
         self.ids = np.concatenate(parts)
+        del parts  # as large as all tokens
         self.starts = np.cumsum(np.concatenate([[0], *lengths]))
-        _, first, which = np.unique(
-            np.concatenate([np.empty(0, np.int64), *digests]),
-            return_index=True, return_inverse=True,
-        )  # fmt: skip
+        digest = np.concatenate([np.empty(0, np.int64), *digests])
+        del lengths, digests
+        _, first, which = np.unique(digest, return_index=True, return_inverse=True)
         self.first_equal = torch.from_numpy(first[which])
 
     def __len__(self) -> int:

@@ -169,7 +169,7 @@ def test_distillation_moves_no_word_that_the_captions_do_not_have(name, tmp_path
     torch.manual_seed(0)
     model, file = create_model(name), tmp_path / "start_weights.pth"
     save_weights(create_model(name), file)
-    texts = TokenizedTexts(model.tokenizer, ["一只鸟", "a bird", "two birds"], 77)
+    texts = TokenizedTexts(model.tokenizer, ["一只鸟", "a bird", "two birds"], model.context_length)
     captions = texts[:]
     others = model.tokenize(["树 a", "鸟 tree", "three trees"])
     batch = batch_of(3, 1)._replace(tokens=captions, texts=None)
