@@ -69,11 +69,11 @@ class TokenizedTexts:
             # Of 64 bits: two different ones of ten million texts are equal once in 300,000 sets.
             digests.append(np.fromiter(map(hash, piece), np.int64, len(piece)))
         self.ids = np.concatenate(parts)
+        del parts  # as large as all tokens
         self.starts = np.cumsum(np.concatenate([[0], *lengths]))
-        _, first, which = np.unique(
-            np.concatenate([np.empty(0, np.int64), *digests]),
-            return_index=True, return_inverse=True,
-        )  # fmt: skip
+        digest = np.concatenate([np.empty(0, np.int64), *digests])
+        del lengths, digests
+        _, first, which = np.unique(digest, return_index=True, return_inverse=True)
         self.first_equal = torch.from_numpy(first[which])
 
     def __len__(self) -> int:
@@ -95,8 +95,10 @@ class TokenizedTexts:
         return np.diff(self.starts)
 
     def counts(self, size: int) -> np.ndarray:
-        """How often each id below `size` is in `tokens[:]`, with padding: `[size]`."""
-        counts = np.bincount(self.ids, minlength=size)
+        """How often each id is in `tokens[:]`, with padding: `[size]`, or longer if an id is."""
+        counts = np.zeros(max(size, int(self.ids.max(initial=0)) + 1), np.int64)
+        for start in range(0, len(self.ids), PIECE):  # numpy makes 64 bits of each
+            counts += np.bincount(self.ids[start : start + PIECE], minlength=len(counts))
         counts[self.tokenizer.padding] += np.maximum(self.context_length - self.lengths, 0).sum()
         for text in np.flatnonzero(self.lengths > self.context_length):
             cut = slice(self.starts[text] + self.context_length - 1, self.starts[text + 1] - 1)
