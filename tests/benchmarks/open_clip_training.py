@@ -73,7 +73,7 @@ def longest_caption(data: Path) -> int:
     """Tokens of the longest English caption of any split, start and end included."""
     lists = {split: caption_file(data, "en", split) for split in ("train", "val", "test")}
     sets = (Flickr8kDataset(data, split=split) for split, file in lists.items() if file.is_file())
-    return max(int(dataset.tokens.argmax(dim=1).max()) + 1 for dataset in sets)
+    return max(int(dataset.tokens[:].argmax(dim=1).max()) + 1 for dataset in sets)
 
 
 def write_model_config(file: Path, context_length: int) -> Path:

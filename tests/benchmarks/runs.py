@@ -105,7 +105,7 @@ def score_in_parts(
     model: torch.nn.Module, dataset: Flickr8kDataset, size: int
 ) -> Iterable[Metrics]:
     """The same over so many images at a time, and their captions."""
-    tokens = dataset.tokens[:, : model.context_length]  # the models compared cut no caption
+    tokens = dataset.tokens[:][:, : model.context_length]  # the models compared cut no caption
     images = encode_images(model, dataset, EVALUATION_BATCH, num_workers=0)
     texts = encode_texts(model, tokens)
     for rows in torch.arange(len(dataset)).split(size):

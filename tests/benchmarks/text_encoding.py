@@ -58,7 +58,7 @@ def main() -> None:
         return lambda tokens: features[name].append(F.normalize(encoders[name](tokens), dim=-1))
 
     language = "cn" if ours.config.text_tower == "bert" else "en"
-    tokens = Flickr8kDataset(args.data, language=language, is_train=False, model=ours).tokens
+    tokens = Flickr8kDataset(args.data, language=language, is_train=False, model=ours).tokens[:]
     batches = tokens.split(args.batch_size)
     seconds = alternate(
         {name: encode(name) for name in encoders},
