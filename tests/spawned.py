@@ -1,6 +1,7 @@
 """Several processes that compute together, as torchrun would start them."""
 
 import os
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ def in_processes(size: int, function: Callable, *arguments: object) -> list[Any]
     ]
     for child in children:
         child.start()
-    returned = dict(results.get(timeout=120) for _ in children)
+    returned = dict(pickle.loads(results.get(timeout=120)) for _ in children)
     for child in children:
         child.join()
         assert child.exitcode == 0
@@ -36,7 +37,8 @@ def new_store() -> TCPStore:
 def _run(rank, size, port, results, function, arguments) -> None:
     as_rank(rank, size, port)
     processes, _ = join_processes("cpu")
-    results.put((rank, function(processes, *arguments)))
+    # Not as tensors, whose memory would have to be fetched before this process ends.
+    results.put(pickle.dumps((rank, function(processes, *arguments))))
 
 
 def as_rank(rank: int, size: int, port: int) -> None:

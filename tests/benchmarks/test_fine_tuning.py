@@ -146,7 +146,7 @@ def test_open_clip_has_the_same_model_with_a_shorter_context(tmp_path):
 
 def test_scores_in_parts_are_those_of_the_parts(tmp_path):
     data = render_demo(tmp_path / "data", n_train=4, n_val=10)
-    entries = read_annotations(data / "en_val.json")
+    entries = [*read_annotations(data / "en_val.json")]
     entries[7] = (entries[7][0], entries[1][1][:2])  # texts of another part
     entries[3] = (entries[3][0], entries[2][1])  # and of the same one
     torch.manual_seed(0)

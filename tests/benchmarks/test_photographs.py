@@ -43,7 +43,7 @@ def test_splits_are_data_sets_that_share_images(data, tmp_path, monkeypatch, lin
     for _ in range(2):  # the second time all is there
         photographs.make_splits(data, tmp_path)
     sets = {
-        (name, is_train): read_annotations(tmp_path / name / f"en_{split}.json")
+        (name, is_train): [*read_annotations(tmp_path / name / f"en_{split}.json")]
         for name in ("pretrain", "finetune", "retention")
         for split, is_train in (("train", True), ("val", False))
     }

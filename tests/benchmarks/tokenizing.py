@@ -32,7 +32,7 @@ def main() -> None:
     add("--language", choices=["en", "cn"], default="en", help="default: %(default)s")
     add("--rounds", type=int, default=7, help="default: %(default)s")
     args = parser.parse_args()
-    texts = Flickr8kDataset(args.data, language=args.language).text
+    texts = list(Flickr8kDataset(args.data, language=args.language).text)
     ids = {}
     reference = open_clip.SimpleTokenizer()
     untouched = dict(reference.cache)

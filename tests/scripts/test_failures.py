@@ -1,7 +1,6 @@
 """What ends a run though nothing is wrong with it: full disks, full memory, killed processes."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -157,10 +156,10 @@ def test_memory_that_is_full_names_the_arguments_that_help():
 def kill_workers():
     """When they read an image."""
 
-    def open_image(path):
-        if multiprocessing.parent_process():
+    def open_image(*image):
+        if image_reading.get_worker_info():
             os.kill(os.getpid(), signal.SIGKILL)
-        return read(path)
+        return read(*image)
 
     read, image_reading.open_image = image_reading.open_image, open_image
 

@@ -282,7 +282,7 @@ def test_a_run_goes_on_with_its_own_data_alone_wherever_they_lie(data, whole, tm
     shutil.copytree(whole, run)
     moved = tmp_path / "moved"
     shutil.copytree(data, moved)
-    arguments = ["--resume_training", run, "--epochs", 7]
+    arguments = ["--resume_training", run, "--epochs", 7, "--patience", 9]
     for changed in (["--language", "cn"], ["--language", "en", "cn"]):
         line = error_line("train.py", *arguments, *changed, cwd=tmp_path)
         assert "--language" in line and "best_epoch_weights.pth" in line
