@@ -105,9 +105,8 @@ def test_transformers_computes_the_scores_of_what_was_tuned_from_its_model(data,
     found, _ = scored(weights, data, tmp_path)
     dataset = Flickr8kDataset(data, is_train=False)
     for features in (by_transformers, by_open_clip):
-        assert_scores(
-            found, *features(weights, tmp_path, dataset.image, list(dataset.text)), dataset
-        )
+        theirs = features(weights, tmp_path, dataset.image, list(dataset.text))
+        assert_scores(found, *theirs, dataset)
 
 
 def test_a_model_that_reads_248_tokens_reads_captions_whole(long_data, tmp_path):
