@@ -42,7 +42,8 @@ def plot_scores(scores: Scores, path: Path) -> None:
         for label, points, style, above in curves:
             (line,) = panel.plot(list(points), list(points.values()), style, label=label)
             for k in K_VALUES:
-                panel.annotate(f"{points[k]:.1f}", (k, points[k]), (0, above), ha="center",
+                beside = "right" if k == 1 and above > 0 else "center"  # of a curve that rises
+                panel.annotate(f"{points[k]:.1f}", (k, points[k]), (0, above), ha=beside,
                                textcoords="offset points", color=line.get_color())  # fmt: skip
         panel.set(title=title.capitalize(), xlabel="K", xticks=list(points), xlim=(0.5, 10.5))
         panel.grid(alpha=0.3)

@@ -17,7 +17,8 @@ IMAGES = 200  # whose captions are searched for labels
 # A noun: in English at most three words after an article and before one of these words, in Chinese
 # between 的 and 在 or a punctuation mark.
 AFTER_ARTICLE = re.compile(
-    r"\ban? (?:[a-z-]+ ){0,3}?([a-z]{3,}(?<![a-z]{3}ing))"
+    r"\ban? (?:[a-z-]+ ){0,3}?((?!(?:each|her|him|one|other|that|them|this)\b)"
+    r"[a-z]{3,}(?<![a-z]{3}ing))"
     r"(?=\s*(?:\.|$)| (?:at|from|in|is|near|of|on|that|who|with|[a-z]{3,}ing)\b)"
 )
 BEFORE_PLACE = re.compile(r"的([^\W\da-z的在是和]{1,4})(?=在|\W|$)")

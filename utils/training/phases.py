@@ -36,7 +36,14 @@ from utils.training.layer_groups import freeze_and_adapt, whole_batch_norms
 from utils.training.optimizer import parameter_groups, replace_groups
 from utils.training.progress import unlike_defaults
 from utils.training.retention import Retention
-from utils.training.settings import as_saved, check_same_data, how_it_goes_on, without_effect
+from utils.training.settings import (
+    FINE_TUNING,
+    FROM_SCRATCH,
+    as_saved,
+    check_same_data,
+    how_it_goes_on,
+    without_effect,
+)
 from utils.training.state import State
 from utils.training.wise_ft import Mixtures, best_row, weights_of
 
@@ -117,7 +124,8 @@ def open_run(
     with run.discarded_on_error():
         write_json(run.folder / ARGUMENTS, run.arguments)
         sys.stdout = Log(run.folder / f"console_{started}.log", args)
-        print(unlike_defaults(args, defaults))
+        recipe = FROM_SCRATCH if _is_from_scratch(args, resumed) else FINE_TUNING
+        print(unlike_defaults(args, Namespace(**vars(defaults) | recipe)))
         on = how_it_goes_on(args, resumed) if resumed else ()
         for line in (*on, *without_effect(args, len(loader), loader.processes)):
             print(line)
