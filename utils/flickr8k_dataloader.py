@@ -132,8 +132,8 @@ class Flickr8kDataset(Dataset):
         return len(self.image)
 
     def __getitem__(self, index: int) -> tuple[Tensor, list[str]]:
-        captions = [self.text[caption] for caption in self.own_captions[index]]
-        return self.reader[index], captions
+        index = range(len(self))[index]  # an IndexError ends a loop
+        return self.reader[index], [self.text[caption] for caption in self.own_captions[index]]
 
     @property
     def reader(self) -> ImageReader:

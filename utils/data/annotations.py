@@ -90,6 +90,12 @@ def read_annotations(path: Path, split: str | None = None, language: str = "en")
         return _pairs(path, chinese_clip_records(_read_text(path), images))
     if split and name not in SPLITS:
         parts = _table_parts(path, file_version(path))
+        others = {word: len(part) for word, part in parts.items() if word not in SPLIT_WORDS}
+        if others and split == "train":  # once
+            print(
+                f"warning: {path}: {sum(others.values())} images are left out, whose split is "
+                f"{', '.join(word or 'empty' for word in others)}; splits are train, val and test"
+            )
         return join_parts(part for word, part in parts.items() if SPLIT_WORDS.get(word) == split)
     parts = _list_parts(path)
     if other := sorted(word for word in parts if SPLIT_WORDS.get(word, name) != name):

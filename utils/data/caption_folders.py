@@ -47,8 +47,12 @@ def folder_records(folder: Path, language: str) -> Iterator[Record]:
     return form.records(folder, language)
 
 
+def _shards(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob("*.tar") if file.is_file())
+
+
 def _of_shards(folder: Path, _: str) -> Iterator[Record]:
-    for shard in sorted(folder.glob("*.tar")):
+    for shard in _shards(folder):
         yield from _of_shard(shard)
 
 
@@ -56,6 +60,8 @@ def _of_shard(shard: Path) -> Iterator[Record]:
     samples: dict[str, dict[str, str]] = {}  # {key: {ending: member}}
     for member in index_of(shard):
         path = PurePosixPath(member)
+        if path.name.startswith("."):  # a Mac's notes on a file
+            continue
         key, _, ending = path.name.partition(".")
         samples.setdefault(str(path.with_name(key)), {})[f".{ending}".lower()] = member
     for key, members in samples.items():
@@ -113,7 +119,8 @@ def _of_texts(folder: Path, _: str) -> Iterator[Record]:
 
 
 def _has_texts(folder: Path) -> bool:
-    return any(text.with_suffix(end).is_file() for text in folder.rglob("*.txt") for end in ENDINGS)
+    endings = (*ENDINGS, *map(str.upper, ENDINGS))  # cameras write the latter
+    return any(text.with_suffix(end).is_file() for text in folder.rglob("*.txt") for end in endings)
 
 
 def _has_classes(folder: Path) -> bool:
@@ -133,7 +140,7 @@ def _of_classes(folder: Path, language: str) -> Iterator[Record]:
 
 
 FORMS = (
-    Form(lambda folder: any(folder.glob("*.tar")), _of_shards),
+    Form(lambda folder: bool(_shards(folder)), _of_shards),
     Form(lambda folder: any(folder.glob("*.arrow")), _of_datasets),
     Form(_has_texts, _of_texts),
     Form(_has_classes, _of_classes),

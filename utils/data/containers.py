@@ -45,7 +45,8 @@ def index_of(file: Path) -> dict[str, Place]:
 
 def read_contained(file: Path, name: str, place: Place | None = None) -> bytes:
     """The image file of this name in a container. Raises `InputError` if it cannot be read."""
-    if place is None and (place := index_of(file).get(name)) is None:
+    is_known = place is not None and place[0] >= 0
+    if not is_known and (place := index_of(file).get(name)) is None:
         raise InputError(f"{file}/{name}: {file.name} has no such image")
     try:
         return CONTAINERS[file.suffix.lower()].read(file, *place)
@@ -58,7 +59,14 @@ def read_contained(file: Path, name: str, place: Place | None = None) -> bytes:
 def _tar_members(file: Path) -> dict[str, Place]:
     try:
         with tarfile.open(file, "r:") as tar:
-            return {m.name.removeprefix("./"): (m.offset_data, m.size) for m in tar if m.isfile()}
+            places = {
+                m.name.replace("\\", "/").removeprefix("./").lstrip("/"): (m.offset_data, m.size)
+                for m in tar if m.isfile()
+            }  # fmt: skip
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("it does not end as a tar does")
+            return places
     except tarfile.TarError as error:
         raise InputError(
             f"{file}: is no tar, or is cut short ({one_line(error)}); get a new copy"
@@ -77,9 +85,10 @@ def _table_rows(file: Path) -> dict[str, Place]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             name, tab, image = line.partition(b"\t")
-            if not tab:
+            if tab:
+                places[name.decode(errors="replace").strip()] = start + len(name) + 1, len(image)
+            elif line.strip():
                 raise InputError(f"{file}: line {number} is not id<TAB>image in base64")
-            places[name.decode(errors="replace").strip()] = start + len(name) + 1, len(image)
             start += len(line)
     return places
 
@@ -95,8 +104,11 @@ def _arrow_rows(file: Path) -> dict[str, Place]:
 
 def _arrow_image(file: Path, row: int, _: int) -> bytes:
     table = arrow_table(file)
-    image = table.column(image_column(table))[row].as_py()
-    return image["bytes"] or Path(image["path"]).read_bytes()
+    image = table.column(image_column(table))[row].as_py() or {}
+    content, path = image.get("bytes"), image.get("path")
+    if not (isinstance(content, bytes) or path):
+        raise InputError(f"{file}/{row}: the row holds no image")
+    return content or Path(path).read_bytes()
 
 
 @lru_cache(maxsize=256)

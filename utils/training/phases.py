@@ -209,7 +209,7 @@ def finish(
     features = evaluator.encode(model, whole)
     scores = score_features(*features, whole.img_to_txt, whole.txt_to_img, range(1, 11))
     print(f"{chosen.name}:\n{format_table(scores, 'val')}")
-    if state.start:
+    if state.start and val is whole:
         print(format_change(state.start, kept))
     plot_scores(scores, folder / "R_mAP.png")
     if "test" in sets:

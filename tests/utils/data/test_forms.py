@@ -228,11 +228,44 @@ def test_what_is_wrong_with_a_form_is_told_in_one_line(tmp_path):
     write_tar(shards / "00002.tar", {"7.png": encoded(7), "8.png": encoded(8), "8.txt": b"x"})
     with pytest.raises(InputError, match=r"00002\.tar/7: should be an image beside a \.txt"):
         Flickr8kDataset(tmp_path)
+    (shards / "00002.tar").unlink()
+    with tarfile.open(shards / "00001.tar") as tar:
+        second = tar.getmembers()[1].offset
+    broken = bytearray((shards / "00001.tar").read_bytes())
+    broken[second : second + tarfile.BLOCKSIZE] = b"?" * tarfile.BLOCKSIZE
+    (shards / "00003.tar").write_bytes(broken)
+    with pytest.raises(InputError, match=r"00003\.tar: is no tar, or is cut short"):
+        Flickr8kDataset(tmp_path)
     texts = tmp_path / "texts"
     as_texts(texts, "train")
     (texts / "train/images/000003.txt").unlink()
     with pytest.raises(InputError, match=r"images/000003\.png: no 000003\.txt beside it"):
         Flickr8kDataset(texts)
+
+
+def test_names_in_shards_are_read_as_those_of_files(tmp_path):
+    """With Windows' slashes and from a root; a Mac's notes on files are none of them."""
+    notes = {"._1.png": b"\0", "._1.txt": b"\0"}
+    members = {
+        "a\\1.png": encoded(1),
+        "a\\1.txt": b"one",
+        "/b/2.png": encoded(2),
+        "/b/2.txt": b"two",
+    }
+    (tmp_path / "train").mkdir()
+    write_tar(tmp_path / "train" / "0.tar", notes | members)
+    dataset = Flickr8kDataset(tmp_path)
+    assert [captions for _, captions in dataset] == [["one"], ["two"]]  # a loop ends
+    assert dataset[-1][1] == ["two"]
+
+
+def test_a_table_tells_of_rows_without_a_split(tmp_path, capsys):
+    for split in SPLITS:
+        as_one_table(tmp_path, split)
+    table = tmp_path / "captions.csv"
+    table.write_text(table.read_text("utf-8") + "images/7.png,x,\nimages/8.png,y,banana\n", "utf-8")
+    read_data(tmp_path, ["en"], 2, TrainLoader.processes)
+    assert "2 images are left out, whose split is empty, banana;" in capsys.readouterr().out
 
 
 def test_a_row_that_is_no_picture_is_named(tmp_path):
