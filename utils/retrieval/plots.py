@@ -45,7 +45,7 @@ def plot_scores(scores: Scores, path: Path) -> None:
                 beside = "right" if k == 1 and above > 0 else "center"  # of a curve that rises
                 panel.annotate(f"{points[k]:.1f}", (k, points[k]), (0, above), ha=beside,
                                textcoords="offset points", color=line.get_color())  # fmt: skip
-        panel.set(title=title.capitalize(), xlabel="K", xticks=list(points), xlim=(0.5, 10.5))
+        panel.set(title=title.capitalize(), xlabel="K", xticks=list(points), xlim=(0.2, 10.5))
         panel.grid(alpha=0.3)
         panel.legend(loc="lower right" if way.map_at[1] > top / 2 else "upper left")
     panels[0].set(ylabel="percent", ylim=(0, min(1.15 * top, 108)))
