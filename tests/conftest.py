@@ -14,11 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 SOURCES = {".css", ".gz", ".j2", ".js", ".md", ".png", ".py", ".toml", ".tsv", ".txt"}
 # Variables that move what belongs in the home, or say how libraries use it.
 MOVING = ("HF_", "HUGGINGFACE_", "MPLCONFIGDIR", "TORCH_HOME", "TRANSFORMERS_", "XDG_")
+
+# On a busy machine an example may take its time.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -97,7 +97,7 @@ words = st.text(st.characters(codec="utf-8", categories=("L", "N")), min_size=1,
 paths = st.lists(words.map("x{}".format), min_size=1, max_size=3).map("/".join).map("{}.jpg".format)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     images=st.lists(paths, min_size=3, max_size=8, unique_by=str.casefold),
     turned=st.booleans(),

@@ -66,7 +66,7 @@ def test_mutated_files(tmp_path, name):
             raise AssertionError(f"{name}: {data!r}") from error
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.text(), max_size=4), st.integers(2, 77))
 def test_any_texts_are_tokens_between_start_and_end(texts, length):
     bpe = clip_tokenizer()
@@ -108,7 +108,7 @@ def is_usable(scores: np.ndarray, truth: dict) -> bool:
     return in_range and not np.isnan(scores).any()
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(retrieval_problems())
 def test_any_scores_are_measured_by_definition_or_refused(problem):
     k_values = (1, 2, 50)

@@ -425,7 +425,7 @@ def damaged_weights(draw):
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(damaged_weights(), st.sampled_from([None, 64, 96]))
 def test_damaged_weights_give_a_working_model_or_a_one_line_error(weights, side):
     try:

@@ -51,7 +51,7 @@ def encoded(image: Image.Image, format: str, **options) -> bytes:
 sizes = st.integers(1, 700)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(width=sizes, height=sizes, side=st.sampled_from([31, 64, 224]))
 @example(width=500, height=375, side=224)
 @example(width=224, height=224, side=224)
@@ -66,7 +66,7 @@ def test_pixels_equal_torchvision(width, height, side):
     assert torch.equal(Preprocess(side).resize_and_crop(image), torchvision_pixels(side)(image))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(width=sizes, height=sizes, mode=st.sampled_from(["RGB", "L"]))
 def test_preprocess_equals_open_clip(width, height, mode):
     image = Image.fromarray(noise(width, height)).convert(mode)
@@ -401,9 +401,7 @@ UNDAMAGED = {
 }
 
 
-@settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
 @given(
     format=st.sampled_from(sorted(UNDAMAGED)),
     share=st.floats(0, 1),

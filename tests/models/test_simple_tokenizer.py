@@ -78,7 +78,7 @@ texts = st.lists(unusual | st.text(max_size=6) | st.characters(categories=None),
 texts = texts.map("".join)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(text=texts)
 @example(text="")
 @example(text="A photo of 2 dogs, isn't it?")
@@ -91,14 +91,13 @@ def test_encode_equals_open_clip_on_any_text(ours, reference, text):
 plain = st.text([*map(chr, range(32, 127)), "一", "鿿", "狗"]) | st.text("AaEe'\"`^~,;#x19 狗")
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(text=plain.filter(PLAIN.fullmatch))
 @example(text="".join(map(chr, range(0x4E00, 0xA000))))
 def test_text_that_is_not_mended_needs_none(text):
     assert html.unescape(html.unescape(ftfy.fix_text(text))) == text
 
 
-@settings(deadline=None)
 @given(text=st.text(alphabet="abeinost'éß狗的", min_size=100, max_size=1000))
 def test_encode_equals_open_clip_on_long_words(ours, reference, text):
     assert ours.encode(text) == reference.encode(text)

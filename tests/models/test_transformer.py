@@ -23,7 +23,7 @@ def relative(found, expected):
     return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(1, 3), st.integers(1, 3), st.integers(1, 40), st.sampled_from([8, 64, 80]),
     st.sampled_from(["all", "causal", "masked", "pooled"]), st.integers(0, 2**16),

@@ -137,7 +137,7 @@ def test_built_in_templates_are_different_texts_around_the_label(name):
 # --- accuracy -------------------------------------------------------------------------------------
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(0, 2**31), st.integers(2, 9), st.integers(1, 12), st.integers(1, 4))
 def test_accuracy_is_its_definition(seed, classes, n, levels):
     """With few different scores, so that many tie; by sorting and counting image by image."""
@@ -161,7 +161,7 @@ def test_accuracy_is_its_definition(seed, classes, n, levels):
     assert np.array_equal(found.confusion, confusion)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 2**31), st.integers(6, 20), st.integers(1, 50))
 @pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
 @pytest.mark.filterwarnings("ignore:A single label was found")

@@ -77,7 +77,7 @@ def six_files(tmp_path_factory):
 CAPTIONS = ["a dog", "A  Dog", " a dog ", "a cat", "cat a", "狗", "dog " * 75, "dog " * 99]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.lists(st.sampled_from(CAPTIONS), min_size=1, max_size=4), min_size=1, max_size=6)
 )

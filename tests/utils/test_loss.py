@@ -38,7 +38,7 @@ def assert_equals_float64(loss, definition, *inputs, block, **others):
         assert (a.double() - b).norm() <= 1e-4 * (b.norm() + 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     n=st.integers(1, 16),
     k=st.integers(1, 4),
@@ -52,7 +52,7 @@ def test_value_and_gradients_equal_float64(n, k, d, seed, block):
     assert_equals_float64(contrastive_loss, loss_by_definition, *features, scale, block=block)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     n=st.integers(1, 12),
     k=st.integers(1, 3),
@@ -102,7 +102,7 @@ def test_with_one_caption_an_image_it_is_open_clips_loss():
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     n=st.integers(1, 10),
     k=st.integers(1, 3),

@@ -40,7 +40,7 @@ def retrieval_problems(draw):
     return scores, img2txt, other, txt2img
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(retrieval_problems(), st.integers(0, 6))
 def test_compute_metrics_is_the_definition(problem, many_positives):
     scores_i2t, img2txt, scores_t2i, txt2img = problem
@@ -51,7 +51,7 @@ def test_compute_metrics_is_the_definition(problem, many_positives):
     assert metrics["t2i"] == pytest.approx(by_definition(scores_t2i, txt2img, K_VALUES))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(retrieval_problems(), st.integers(1, 200))
 def test_scores_of_features_are_the_same(problem, block_bytes):
     """Small whole numbers: products are exact, so ties tie; blocks of any size."""
@@ -99,7 +99,7 @@ def test_minus_infinity_is_a_score_like_any_other(many_positives, monkeypatch):
     assert metrics["i2t"] == pytest.approx(by_definition(scores, img2txt, (1, 2, 3)))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(retrieval_problems(), st.integers(0, 9))
 def test_a_k_beyond_the_gallery_takes_all_of_it(problem, beyond):
     scores_i2t, img2txt, *_ = problem

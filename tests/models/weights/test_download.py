@@ -394,7 +394,7 @@ answers = st.one_of(
 parts = st.one_of(st.none(), st.builds(lambda end: PAYLOAD[:end], offsets), st.binary(max_size=100))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.lists(answers, min_size=1, max_size=6), parts)
 def test_whatever_the_server_does_the_file_is_right_or_absent(answers, part):
     with tempfile.TemporaryDirectory() as folder, running(answers=answers) as server:

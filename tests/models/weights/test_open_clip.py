@@ -6,7 +6,7 @@ from dataclasses import replace
 import open_clip
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from open_clip_descriptions import DESCRIPTIONS, OTHER, OWN
 
@@ -59,7 +59,6 @@ def test_other_models_are_refused_by_the_name_of_what_is_missing(name):
         from_open_clip(DESCRIPTIONS[name])
 
 
-@settings(deadline=None)
 @given(
     width=st.integers(1, 60).map(lambda heads: 64 * heads),
     mlp_width=st.integers(1, 20_000),

@@ -283,7 +283,7 @@ def tensors(draw):
     return tensor if draw(st.booleans()) else torch.nn.Parameter(tensor, requires_grad=False)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.dictionaries(st.text(min_size=1, max_size=5), tensors(), max_size=4), st.booleans())
 def test_tensors_are_those_that_torch_load_reads(weights, is_zip):
     with tempfile.TemporaryDirectory() as folder:

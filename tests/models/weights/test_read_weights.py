@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from script_runs import error_line
@@ -352,7 +352,6 @@ PARTS = ["module", "_orig_mod", "model", "clip_model", "image_encoder", "net", "
          "ema_model", "_fsdp_wrapped_module"]  # fmt: skip
 
 
-@settings(deadline=None)
 @given(
     prefix=st.lists(st.sampled_from(PARTS) | st.from_regex(r"[a-z_]{1,9}", fullmatch=True)),
     wrappers=st.lists(

@@ -263,7 +263,7 @@ anything = st.recursive(
 )
 images = st.text(alphabet="ab./\\: ", max_size=6) | anything
 entries = st.fixed_dictionaries({"image": images, "caption": anything}) | anything
-reuse = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+reuse = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @reuse

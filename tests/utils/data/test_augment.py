@@ -36,7 +36,7 @@ def random_images(n: int, r: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(n, 3, r, r, generator=torch.Generator().manual_seed(seed))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 2**32), r=st.integers(2, 80), n=st.integers(1, 4))
 def test_crop_is_that_of_pillow(seed, r, n):
     images = random_images(n, r)
@@ -61,7 +61,6 @@ def test_whole_image_comes_back():
     torch.testing.assert_close(crop(images, whole), images, atol=1e-3, rtol=0)
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 2**32), n=st.integers(0, 300))
 def test_crops_are_large_and_within_the_image(seed, n):
     crops = draw_crops(n, np.random.default_rng(seed))
@@ -136,7 +135,7 @@ def test_recolour_mixes_channels():
     torch.testing.assert_close(recolour(images, colours), mixed)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(texts=st.lists(st.text(max_size=30), min_size=1, max_size=4), seed=st.integers(0, 2**32))
 @pytest.mark.parametrize("tokenizer", [clip_tokenizer(), chinese_tokenizer()])
 def test_other_words_stand_between_the_first_and_the_last_token(tokenizer, texts, seed):

@@ -202,7 +202,7 @@ images = st.builds("{}/{}.jpg".format, names, names)
 pairs = st.lists(st.tuples(images, captions), min_size=1, max_size=4, unique_by=lambda p: p[0])
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @pytest.mark.parametrize("name", FORMATS)
 @given(pairs=pairs)
 def test_any_captions_survive_every_format(tmp_path, name, pairs):
@@ -212,7 +212,7 @@ def test_any_captions_survive_every_format(tmp_path, name, pairs):
     assert read_annotations(file) == pairs
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.text(alphabet='{}[]:,;|\t"\r\n image,caption', max_size=60), data=st.data())
 def test_any_table_is_taken_or_refused(tmp_path, content, data):
     suffix = data.draw(st.sampled_from([".json", ".jsonl", ".csv", ".tsv"]))

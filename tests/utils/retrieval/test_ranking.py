@@ -24,7 +24,7 @@ def queries(draw):
     return scores, {query: np.flatnonzero(row).tolist() for query, row in enumerate(right)}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(queries(), st.integers(1, 7), st.integers(1, 200))
 def test_first_answers_are_those_of_a_sort(problem, k, block_bytes):
     scores, truth = problem

@@ -23,7 +23,7 @@ def collections(draw):
     return features, (query / np.linalg.norm(query)).astype(np.float32)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(collections(), st.integers(1, 70), st.sampled_from([1, 7, 2048]))
 def test_the_ranking_is_that_of_all_similarities(collection, count, block):
     """Features whose similarities differ by less than float32's rounding may change places."""
