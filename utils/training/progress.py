@@ -99,6 +99,11 @@ def tokenizer_warning(dataset: Flickr8kDataset, is_chinese: bool) -> str | None:
     )
 
 
+def _duration(seconds: float) -> str:
+    """As 01:30, or 2:01:30."""
+    return str(timedelta(seconds=round(seconds))).removeprefix("0:")
+
+
 class EpochTable:
     """The table that a run of `epochs` epochs with `steps` steps each prints, a line an epoch."""
 
@@ -119,11 +124,11 @@ class EpochTable:
         row, now = self.state.epochs[-1], time.perf_counter()
         epoch = row["epoch"]
         self.trained += 1
-        left = (now - self.started) / self.trained * (self.epochs - epoch)
-        spent_and_left = (str(timedelta(seconds=round(s))) for s in (now - self.last, left))
-        times = (time.removeprefix("0:") for time in spent_and_left)
+        left = ""  # after an epoch of which only the scores were missing
+        if self.trained:
+            left = _duration((now - self.started) / self.trained * (self.epochs - epoch))
         mark = "*" if self.state.last_is_best else ""
-        self._print(row, f"{epoch}/{self.epochs}", *times, mark)
+        self._print(row, f"{epoch}/{self.epochs}", _duration(now - self.last), left, mark)
         self.last = now
 
     def _print(

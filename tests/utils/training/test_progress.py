@@ -32,6 +32,16 @@ def after_epochs(*recalls):
     return state
 
 
+def test_a_run_that_goes_on_after_the_last_step_of_an_epoch_cannot_tell_the_time_left(capsys):
+    state = after_epochs(20.0)
+    state.losses = [torch.tensor(1.0)] * 4
+    table = EpochTable(state, epochs=4, steps=4)
+    state.epochs.append(row_of(2, 30.0))
+    table.add_epoch()
+    cells = capsys.readouterr().out.splitlines()[-1].split()
+    assert cells == ["2/4", "1.0000", "1.0000", "30.00", "1.00", "2.00", "00:00", "*"]
+
+
 def test_an_epoch_is_a_line_in_the_columns_of_the_header(capsys, monkeypatch):
     """A program that goes on in the middle of the second of four epochs, at 10 seconds an epoch."""
     seconds = iter([0.0, 5.0, 15.0])
