@@ -155,40 +155,30 @@ def main() -> None:
         from utils.training.gradients import accumulate_gradients
         from utils.training.guard import Guard
         from utils.training.layer_groups import cache_features, train_mode
-        from utils.training.optimizer import Schedule, set_learning_rate
-        from utils.training.progress import EpochTable, Progress, announce
+        from utils.training.optimizer import set_learning_rate
+        from utils.training.progress import EpochTable, Progress, announce, epochs_left
         from utils.training.settings import get_data, resolve_arguments, resolve_rate
 
     args, resumed = resolve_arguments(parser, args)
     processes, device = join_processes(args.device)
     sets, retention, unlabelled = get_data(args, device, processes)
-    # pyzjr, which these import, takes seconds: after the checks.
-    from utils.training.phases import (
-        finish,
-        get_loader,
-        get_model,
-        get_scored,
-        get_state,
-        open_run,
-    )
+    from utils.training import phases  # pyzjr, which it imports, takes seconds: after the checks
 
-    model = get_model(args, resumed, device, processes)
+    model = phases.get_model(args, resumed, device, processes)
     args = resolve_rate(args, model.config)
-    loader = get_loader(args, sets, model, device, processes, unlabelled=unlabelled)
+    loader = phases.get_loader(args, sets, model, device, processes, unlabelled=unlabelled)
     retention.prepare_for(model, loader, args.cache)
 
     defaults, steps = build_parser().parse_args([]), len(loader)
-    run = open_run(args, resumed, model, loader, sets["val"], defaults=defaults)
+    run = phases.open_run(args, resumed, model, loader, sets["val"], defaults=defaults)
     with run.discarded_on_error():  # before its first step there is nothing to keep
-        state = get_state(args, resumed, model, loader, run)
+        state = phases.get_state(args, resumed, model, loader, run)
         del resumed  # a second copy of the moments
-        val = get_scored(sets["val"], args.val_images)
+        val = phases.get_scored(sets["val"], args.val_images)
         announce(run, state, loader, sets, args.epochs)
         table = EpochTable(state, args.epochs, steps)
         evaluator = Evaluator(loader, state.precision, processes)
-        cached = {}
-        if args.cache_features:
-            cached = cache_features(model, loader, val, state.precision)
+        cached = cache_features(model, loader, val, state.precision) if args.cache_features else {}
         guard = Guard(evaluator, val, run.start_weights(), cached)
         if state.is_at_start and args.resume_training != "none":
             scores, val_loss = evaluator.score(state.scored, val, cached=cached)
@@ -198,12 +188,8 @@ def main() -> None:
                 guard.note_start(state, scores)
         interrupt = Interrupt()
 
-    warmup_steps = args.warmup_epochs and round(args.warmup_epochs * steps)
-    schedule = Schedule(args.lr, warmup_steps, args.epochs * steps)
-    for epoch in range(len(state.epochs) + 1, args.epochs + 1):
-        if args.patience and state.epochs_since_best >= args.patience:
-            print(f"no better mean recall in {args.patience} epochs (--patience): training ends")
-            break
+    schedule = phases.get_schedule(args, steps)
+    for epoch in epochs_left(state, args.epochs, args.patience):
         train_mode(model, state.is_from_scratch)
         done = len(state.losses)  # steps of an epoch that was interrupted
         with explained(IN_TRAINING), Progress(loader, epoch, done) as progress:
@@ -225,9 +211,8 @@ def main() -> None:
                     if stop:
                         progress.bar.close()
                         raise run.stopped(interrupt)
-            trained = progress.summary(
-                state.losses, schedule.rate(epoch * steps - 1, state.restarts)
-            )
+            last_rate = schedule.rate(epoch * steps - 1, state.restarts)
+            trained = progress.summary(state.losses, last_rate)
         scores, val_loss = evaluator.score(state.scored, val, cached=cached)
         state.finish_epoch(trained, scores, val_loss, retention.measure(state.scored, processes))
         guard.after_epoch(state, scores)
@@ -238,8 +223,7 @@ def main() -> None:
     interrupt.release()
     run.close(state)
     if processes.is_rank_0:
-        finish(args, run.folder, sets, state, Evaluator(loader, state.precision), val=val,
-               retention=retention, cached=cached)  # fmt: skip
+        phases.finish(args, run, sets, state, loader, val=val, retention=retention, cached=cached)
 
 
 if __name__ == "__main__":

@@ -90,6 +90,11 @@ class TokenizedTexts:
         return torch.from_numpy(tokens)
 
     @property
+    def is_cut(self) -> np.ndarray:
+        """Whether a text does not fit into its row: `[n]`."""
+        return self.lengths > self.context_length
+
+    @property
     def lengths(self) -> np.ndarray:
         """The number of tokens of each text, uncut, with start and end: `[n]`."""
         return np.diff(self.starts)
@@ -100,7 +105,7 @@ class TokenizedTexts:
         for start in range(0, len(self.ids), PIECE):  # numpy makes 64 bits of each
             counts += np.bincount(self.ids[start : start + PIECE], minlength=len(counts))
         counts[self.tokenizer.padding] += np.maximum(self.context_length - self.lengths, 0).sum()
-        for text in np.flatnonzero(self.lengths > self.context_length):
+        for text in np.flatnonzero(self.is_cut):
             cut = slice(self.starts[text] + self.context_length - 1, self.starts[text + 1] - 1)
             np.subtract.at(counts, self.ids[cut], 1)
         return counts
@@ -127,8 +132,8 @@ def token_rows(
         if not isinstance(text, str):
             raise InputError(f"text {i} is {type(text).__name__}, not a string: {quoted(text)}")
     tokens = TokenizedTexts(tokenizer, texts, context_length)
-    if not truncate and (tokens.lengths > context_length).any():
-        i = int((tokens.lengths > context_length).argmax())
+    if not truncate and tokens.is_cut.any():
+        i = int(tokens.is_cut.argmax())
         raise InputError(
             f"text {i} has {tokens.lengths[i]} tokens, where {context_length} fit: "
             f"{texts[i][:60]!r}{'...' if len(texts[i]) > 60 else ''}; shorten it"

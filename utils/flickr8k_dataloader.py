@@ -239,7 +239,7 @@ class Flickr8kDataset(Dataset):
 
     def count_cut_captions(self) -> int:
         """The number of captions longer than the text tower's context."""
-        return int((self.tokens.lengths > self.context_length).sum())
+        return int(self.tokens.is_cut.sum())
 
     def count_alike_captions(self) -> int:
         """The number of captions that equal a different text after cutting."""

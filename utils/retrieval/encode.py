@@ -151,8 +151,9 @@ def distinct(captions: list[str], model: CLIP) -> list[str]:
 
 def count_cut(captions: list[str], model: CLIP) -> None:
     """Print how many captions the model reads in part, if any."""
-    fits = fitting(model.tokenizer, model.context_length)
-    if cut := sum(len(model.tokenizer.encode(caption)) > fits for caption in captions):
+    tokens = TokenizedTexts(model.tokenizer, captions, model.context_length)
+    if cut := int(tokens.is_cut.sum()):
+        fits = fitting(model.tokenizer, model.context_length)
         print(f"{cut} of the captions cut: the model reads {fits} tokens of each; shorten them, so "
               "that it reads how they differ")  # fmt: skip
 

@@ -47,9 +47,9 @@ def distill_from_start(
     model: CLIP, start_weights: Path, weight: float, captions: TokenizedTexts
 ) -> Distillation:
     """Distillation from `start_weights`, the file of the starting model, which shares the frozen
-    parameters with `model`, in training on `captions`. `weight` counts at a
-    logit scale of `TUNED_SCALE`: half the squared distance is 1 minus the cosine, which makes a
-    difference to the logits in proportion to the scale. Raises `InputError` if the file is missing.
+    parameters with `model`, in training on `captions`. `weight` counts at a logit scale of
+    `TUNED_SCALE`: half the squared distance is 1 minus the cosine, which makes a difference to the
+    logits in proportion to the scale. Raises `InputError` if the file is missing.
     """
     if not start_weights.exists():
         raise InputError(f"{start_weights} is missing, whose features --distill keeps: put it back")

@@ -33,7 +33,7 @@ from utils.runs.records import Log, Losses
 from utils.runs.wandb_run import Wandb
 from utils.training.distillation import distill_from_start
 from utils.training.layer_groups import freeze_and_adapt, whole_batch_norms
-from utils.training.optimizer import parameter_groups, replace_groups
+from utils.training.optimizer import Schedule, parameter_groups, replace_groups
 from utils.training.progress import unlike_defaults
 from utils.training.retention import Retention
 from utils.training.settings import (
@@ -177,18 +177,25 @@ def get_scored(val_set: Flickr8kDataset, images: int) -> Flickr8kDataset:
     return sample
 
 
+def get_schedule(args: Namespace, steps: int) -> Schedule:
+    """The learning rate of each step of a run with `steps` an epoch."""
+    warmup_steps = args.warmup_epochs and round(args.warmup_epochs * steps)
+    return Schedule(args.lr, warmup_steps, args.epochs * steps)
+
+
 def finish(
     args: Namespace,
-    folder: Path,
+    run: Run,
     sets: Splits,
     state: State,
-    evaluator: Evaluator,
+    loader: TrainLoader,
     val: Flickr8kDataset,
     retention: Retention,
     cached: Mapping[str, Tensor],
 ) -> None:
     """Choose the weights that count on the validation images `val` of the epochs, with `cached`
     features, and score them on all validation images and on the test split."""
+    folder, evaluator = run.folder, Evaluator(loader, state.precision)  # of rank 0 alone
     chosen, start = folder / BEST, folder / START
     kept = state.epochs[state.best_epoch - 1]
     print(f"\nbest epoch: {kept['epoch']}, mean recall {kept['mean_recall']:.2f}")

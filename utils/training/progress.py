@@ -99,6 +99,16 @@ def tokenizer_warning(dataset: Flickr8kDataset, is_chinese: bool) -> str | None:
     )
 
 
+def epochs_left(state: State, epochs: int, patience: int | None) -> Iterator[int]:
+    """The numbers of the epochs that a run of `epochs` has still to train, until the best mean
+    recall is `patience` epochs old."""
+    for epoch in range(len(state.epochs) + 1, epochs + 1):
+        if patience and state.epochs_since_best >= patience:
+            print(f"no better mean recall in {patience} epochs (--patience): training ends")
+            return
+        yield epoch
+
+
 def _duration(seconds: float) -> str:
     """As 01:30, or 2:01:30."""
     return str(timedelta(seconds=round(seconds))).removeprefix("0:")
