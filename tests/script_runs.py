@@ -13,8 +13,11 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from multiprocessing.context import BaseContext
 from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 import pytest
+from matplotlib.figure import Figure
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,12 +31,13 @@ def run_script(
     fresh: bool = sys.platform == "win32",
     start_method: str | None = None,
     prepare: Callable[[], object] | None = None,
+    draws: bool = False,
 ) -> subprocess.CompletedProcess:
     """Run a script of the repository in folder `cwd`; check its exit code.
 
     The script runs in a fork of a process that has imported its packages, or, if `fresh`, in a new
     process with this one's environment. A fork starts its workers by `start_method`, by default as
-    a new process would.
+    a new process would; train.py `draws` in it only if told.
     """
     if fresh:
         command = [sys.executable, str(ROOT / script), *map(str, arguments)]
@@ -41,7 +45,8 @@ def run_script(
             command, cwd=cwd, input=stdin, capture_output=True, encoding="utf-8", check=False
         )
     else:
-        done = _run_forked(script, arguments, cwd, stdin, start_method, prepare)
+        how = {"start_method": start_method, "prepare": prepare, "draws": draws}
+        done = _run_forked(script, arguments, cwd, stdin, how)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
@@ -81,8 +86,11 @@ def start_script(
     streams: Sequence[Path | str] = (os.devnull,) * 3,
     start_method: str | None = None,
     prepare: Callable[[], object] | None = None,
+    draws: bool = False,
 ) -> multiprocessing.Process:
     """Start a script in a fork; `streams` are the files of standard input, output and error."""
+    if script == "train.py" and not draws:
+        prepare = Undrawn(prepare)
     process = forks().Process(
         target=_script, args=(script, arguments, cwd, streams, start_method, prepare)
     )
@@ -95,22 +103,32 @@ def set_variables(**variables: str) -> None:
     os.environ.update(variables)
 
 
+class Undrawn(NamedTuple):
+    """For `prepare`: writes empty plots, since drawing takes longer than a small run itself."""
+
+    prepare: Callable[[], object] | None
+
+    def __call__(self) -> None:
+        Figure.savefig = _save_empty
+        if self.prepare:
+            self.prepare()
+
+
+def _save_empty(figure: Figure, file: Path | IO[bytes], *, format: str, **style: object) -> None:
+    if format == "svg":
+        file.write(b"<svg/>")
+    else:
+        Image.new("L", (1, 1)).save(file, format)
+
+
 def _run_forked(
-    script: str,
-    arguments: Sequence[object],
-    cwd: Path,
-    stdin: str,
-    start_method: str | None,
-    prepare: Callable[[], object] | None,
+    script: str, arguments: Sequence[object], cwd: Path, stdin: str, how: dict[str, Any]
 ) -> subprocess.CompletedProcess:
     with tempfile.TemporaryDirectory() as folder:
         given, printed, errors = (Path(folder) / name for name in ("in", "out", "err"))
         given.write_text(stdin, "utf-8", "surrogateescape")
         streams = given, printed, errors
-        process = start_script(
-            script, *arguments, cwd=cwd, streams=streams, start_method=start_method,
-            prepare=prepare,
-        )  # fmt: skip
+        process = start_script(script, *arguments, cwd=cwd, streams=streams, **how)
         process.join()
         texts = [file.read_text("utf-8") for file in (printed, errors)]
     return subprocess.CompletedProcess(script, process.exitcode, *texts)

@@ -39,7 +39,7 @@ def work(tmp_path_factory):
 def trained(data, work):
     """(run folder, what was printed) of four epochs from scratch."""
     arguments = ["--dataset_path", data, "--epochs", 4, "--freq", 2, "--log_dir", "logs"]
-    done = run_script("train.py", *SCRATCH, *arguments, cwd=work)
+    done = run_script("train.py", *SCRATCH, *arguments, cwd=work, draws=True)
     (run,) = (work / "logs").iterdir()
     return run, done.stdout
 

@@ -57,7 +57,8 @@ def tuned(work):
     done = run_script("train.py", "--resume_training", weights, "--dataset_path", "data", "--lr",
                       1e-2, "--batch_size", BATCH, "--epochs", 2, "--log_dir", "tuned",
                       "--retention", "colours", "旧的$x^", "--max_forgetting", 0.5,
-                      "--wise_ft", 0, 0.25, 0.5, 0.75, 1, "--no_guard", cwd=work)  # fmt: skip
+                      "--wise_ft", 0, 0.25, 0.5, 0.75, 1, "--no_guard", cwd=work,
+                      draws=True)  # fmt: skip
     return weights, next((work / "tuned").iterdir()), done.stdout
 
 

@@ -152,7 +152,7 @@ def test_fine_tuning_with_all_that_keeps_old_abilities(tmp_path):
         "train.py", "--resume_training", weights, "--dataset_path", data, "--epochs", 6,
         "--batch_size", 16, "--lr", 1e-6, "--layer_decay", 0.8, "--lock_text", 1, "--ema", 0.5,
         "--captions_per_image", 3, "--patience", 1, "--wise_ft", 0, 0.5, 1, "--log_dir", "tuned",
-        cwd=tmp_path,
+        cwd=tmp_path, draws=True,
     )  # fmt: skip
     (run,) = (tmp_path / "tuned").iterdir()
     start = torch.load(run / "weights" / "start_weights.pth", weights_only=True)
