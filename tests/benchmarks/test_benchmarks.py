@@ -30,6 +30,7 @@ import locked_towers
 import loss
 import measure
 import memory
+import model_needs
 import real_towers
 import start_up
 import text_encoding
@@ -102,6 +103,15 @@ def test_chinese_models(rows, data):
 def test_evaluation(rows):
     printed = rows(evaluation, "--compared", 40, "--images", 60, "--rounds", 1)
     assert "a sort a query" in printed and "60 images, 300 captions" in printed
+
+
+def test_model_needs(monkeypatch):
+    """An exponential keeps its result, a product both factors: weights count as parameters."""
+    monkeypatch.setattr(model_needs, "features", lambda model, n: model(torch.ones(n, 6)).exp())
+    model = torch.nn.Linear(6, 4)
+    assert model_needs.kept(model, 5) == 4 * (5 * 6 + 5 * 4)
+    monkeypatch.setattr(model_needs, "features", lambda model, n: model(torch.ones(n, 6)).sum())
+    assert model_needs.operations(model) == 2 * 2 * 6 * 4  # forward, and the weight's gradient
 
 
 @pytest.mark.slow

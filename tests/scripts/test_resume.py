@@ -21,7 +21,7 @@ from flickr8k.render_demo import render_demo
 from models import progress_bar
 from utils.machine.interrupt import Interrupt
 
-KILLS = 24
+KILLS = 12
 TIMES = {"images_per_second", "data_wait_percent", "peak_memory_mb"}  # what no two runs share
 ARGUMENTS = ["--resume_training", "none", "--model", "ViT-tiny", "--lr", "1e-3", "--epochs", "6",
              "--batch_size", "4", "--captions_per_image", "2", "--ema", "0.9", "--patience", "5",
