@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from argparse import Namespace
 
 import pytest
 import torch
@@ -81,15 +82,16 @@ def test_a_chinese_model_is_fine_tuned_with_what_keeps_and_saves(trained, data, 
     assert "visual.conv1.weight" in moved and "text_projection" in moved
 
 
-def test_the_demo_in_chinese_takes_the_chinese_model(monkeypatch):
+def test_the_demo_in_chinese_takes_the_chinese_model():
     for words, model in [
         (["--language", "cn"], "cn-demo"),
         (["--language", "en", "cn"], "ViT-demo"),
         (["--language", "cn", "--model", "ViT-demo"], "ViT-demo"),
     ]:
-        monkeypatch.setattr("sys.argv", ["train.py", "--demo", *words])
         parser = build_parser()
-        args, _ = resolve_arguments(parser, parser.parse_args())
+        defaults = parser.parse_args([])
+        given = parser.parse_args(["--demo", *words], Namespace(**dict.fromkeys(vars(defaults))))
+        args, _ = resolve_arguments(given, defaults)
         assert (args.model, args.resume_training, args.lr) == (model, "none", 5e-4)
 
 

@@ -193,9 +193,6 @@ def test_low_rank_changes_near_the_start_go_on_bit_for_bit_and_are_saved_plain(
     changed = {name for name in plain if not torch.equal(best[name], plain[name])}
     assert {name.split(".")[-2] for name in changed} <= {"attn", "out_proj", "c_fc", "c_proj"}
     assert len(changed) == 2 * 2 * 4  # in two blocks of two towers
-    (two / "weights" / "start_weights.pth").unlink()
-    line = error_line("train.py", "--resume_training", two, "--epochs", 3, cwd=tmp_path)
-    assert "start_weights.pth is missing" in line and "--distill" in line
 
 
 @pytest.mark.slow

@@ -1,9 +1,7 @@
 """What a run prints: what it trains, the progress bar of an epoch, the scores."""
 
 import math
-import textwrap
 import time
-from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -14,7 +12,6 @@ from torch import Tensor
 from models.device import download
 from models.errors import InputError
 from models.progress_bar import progress_bar
-from models.run_files import ARGUMENTS
 from utils.data.annotations import SPLITS
 from utils.flickr8k_dataloader import ALIKE, Batch, Flickr8kDataset, TrainLoader
 from utils.machine.memory import peak_memory_mb, reset_peak_memory
@@ -25,18 +22,6 @@ from utils.training.state import State
 # Share of tokens that are parts of words. In Flickr8k: CLIP's tokenizer 2% of English and 90% of
 # Chinese captions; BERT's Chinese one 33% of English and 0% of Chinese, 22% of both together.
 MANY_FRAGMENTS = 0.25
-
-
-def unlike_defaults(args: Namespace, defaults: Namespace) -> str:
-    """The arguments that are not the `defaults`, as lines of text."""
-    given = []
-    for name, value in vars(args).items():
-        if value != getattr(defaults, name):
-            words = value if isinstance(value, list) else [] if value is True else [value]
-            given.append(" ".join(map(str, [f"--{name}", *words])))
-    words = f"arguments: {'  '.join(given) or 'none'} (else the defaults; all: {ARGUMENTS})"
-    return textwrap.fill(words, 100, subsequent_indent=" " * 11, break_long_words=False,
-                         break_on_hyphens=False)  # fmt: skip
 
 
 def announce(
@@ -137,7 +122,7 @@ class EpochTable:
         left = ""  # after an epoch of which only the scores were missing
         if self.trained:
             left = _duration((now - self.started) / self.trained * (self.epochs - epoch))
-        mark = "*" if self.state.last_is_best else ""
+        mark = "*" if self.state.best_epoch == epoch else ""
         self._print(row, f"{epoch}/{self.epochs}", _duration(now - self.last), left, mark)
         self.last = now
 

@@ -26,7 +26,6 @@ class State:
     precision     number formats; holds the loss scale of float16
     start         a row of the scores of the starting weights, epoch 0; None if they are random
     epochs        a row of losses and scores for each finished epoch
-    best_since    the number of the first epochs whose weights are lost: the best comes after them
     losses        of the steps of the unfinished epoch, on the model's device
     baseline      recall of the starting weights, for `Guard`; empty without one
     lost          points of recall, at least and at most, if it fell clearly below; else empty
@@ -48,7 +47,6 @@ class State:
         self.distillation = distillation
         self.start: dict[str, float] | None = None
         self.epochs: list[dict[str, float]] = []
-        self.best_since = 0
         self.losses: list[Tensor] = []
         self.baseline: dict[str, list[float]] = {}
         self.lost: list[float] = []
@@ -70,26 +68,14 @@ class State:
         return self.start is None
 
     @property
-    def best_recall(self) -> float:
-        """The mean recall of the best epoch."""
-        return max(row["mean_recall"] for row in self.epochs)
-
-    @property
     def best_epoch(self) -> int:
-        """The number of the best epoch whose weights there are; of equal ones the first."""
-        rows = self.epochs[self.best_since :]
-        return max(rows, key=lambda row: row["mean_recall"])["epoch"]
-
-    @property
-    def last_is_best(self) -> bool:
-        """Whether the last epoch has the best weights that there are."""
-        return self.best_epoch == len(self.epochs)
+        """The number of the epoch with the best mean recall; of equal ones the first."""
+        return max(self.epochs, key=lambda row: row["mean_recall"])["epoch"]
 
     @property
     def epochs_since_best(self) -> int:
-        """How many epochs have passed since the one with the best mean recall."""
-        recalls = [row["mean_recall"] for row in self.epochs]
-        return len(recalls) - 1 - recalls.index(self.best_recall) if recalls else 0
+        """How many epochs have passed since the best one."""
+        return len(self.epochs) - self.best_epoch if self.epochs else 0
 
     def update(self, loss: Tensor) -> None:
         """One step of the optimizer with the parameters' gradients; `loss` is the batch's."""
@@ -124,25 +110,16 @@ class State:
         scores: Scores,
         val_loss: float,
         retention: dict[str, float],
-    ) -> dict[str, float]:
-        """Add the row of the epoch that has ended, and return it. `trained` comes from
-        `Progress.summary`, `retention` from `Retention.measure`."""
-        row = {
-            "epoch": len(self.epochs) + 1,
-            **trained,
-            **self._row(scores, val_loss),
-            **retention,
-        }
-        self.epochs.append(row)
+    ) -> None:
+        """Add the row of the epoch that has ended. `trained` comes from `Progress.summary`,
+        `retention` from `Retention.measure`."""
+        epoch = {"epoch": len(self.epochs) + 1, **trained}
+        self.epochs.append({**epoch, **self._row(scores, val_loss), **retention})
         self.losses = []
-        return row
 
     def _row(self, scores: Scores, val_loss: float) -> dict[str, float]:
-        return {
-            "val_loss": val_loss,
-            **scores.columns(),
-            "logit_scale": self.scored.logit_scale.exp().item(),
-        }
+        scale = self.scored.logit_scale.exp().item()
+        return {"val_loss": val_loss, **scores.columns(), "logit_scale": scale}
 
     def release(self) -> None:
         """Free the memory of weights, gradients and moments, even if others refer to them: the
@@ -158,7 +135,6 @@ class State:
         return {
             "start": self.start,
             "rows": self.epochs,
-            "best_since": self.best_since,
             "losses": [loss.item() for loss in self.losses],
             "baseline": self.baseline,
             "lost": self.lost,
@@ -178,7 +154,7 @@ class State:
         if self.average and saved["average"]:
             self.average.load_state_dict(saved["average"])
         self.start = saved["start"]
-        self.epochs, self.best_since = saved["rows"], saved["best_since"]
+        self.epochs = saved["rows"]
         self.losses = list(torch.tensor(saved["losses"], device=self.model.device))
         self.baseline, self.lost = saved["baseline"], saved["lost"]
         self.restarts = saved["restarts"]

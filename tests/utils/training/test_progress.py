@@ -2,8 +2,6 @@
 
 import itertools
 import math
-from argparse import Namespace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +15,7 @@ from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE
 from utils.runs.folder import Run
-from utils.training.progress import EpochTable, Progress, announce, unlike_defaults
+from utils.training.progress import EpochTable, Progress, announce
 from utils.training.state import State
 
 
@@ -72,16 +70,6 @@ def test_an_epoch_is_a_line_in_the_columns_of_the_header(capsys, monkeypatch):
     ):
         assert line.split() == [cell for cell in cells if cell]
         assert all(line[:end].endswith(cell) for end, cell in zip(ends, cells, strict=True))
-
-
-def test_the_arguments_unlike_the_defaults_are_told():
-    defaults = Namespace(demo=False, epochs=20, language=["en"], lr=None, log_dir=Path("logs"))
-    given = Namespace(demo=True, epochs=20, language=["en", "cn"], lr=1e-3, log_dir=Path("a" * 99))
-    told = unlike_defaults(given, defaults)
-    assert told.split("(")[0].split() == [
-        "arguments:", "--demo", "--language", "en", "cn", "--lr", "0.001", "--log_dir", "a" * 99,
-    ]  # fmt: skip
-    assert "none" in unlike_defaults(defaults, defaults)
 
 
 @pytest.mark.parametrize(
