@@ -29,7 +29,7 @@ from utils.data.annotations import caption_file, missing_annotations
 from utils.retrieval.ranking import Positives, Similarities
 from utils.retrieval.scores import K_VALUES, Scores, score_direction
 from utils.runs.arguments import add_scoring, path, picture
-from utils.runs.default_weights import add_weights, runs_having, weights_to_use
+from utils.runs.default_weights import add_weights, weights_to_use
 
 
 def compute_metrics(
@@ -162,9 +162,8 @@ def data_to_score_on(args: argparse.Namespace, weights: str | Path) -> TrainedOn
     for language in languages:
         missing = missing_annotations(caption_file(dataset_path, language, args.split))
         if missing:
-            having = "" if args.dataset_path else runs_having(args.split)
             raise InputError(
-                f"{missing}{having}; name the data to score on with --dataset_path and --language"
+                f"{missing}; name the data to score on with --dataset_path and --language"
             )
     return TrainedOn(dataset_path, languages)
 

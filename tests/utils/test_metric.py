@@ -1,7 +1,6 @@
 """Retrieval scores against their definition, written out query by query."""
 
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -324,18 +323,6 @@ def test_without_arguments_the_newest_run_is_scored_on_its_own_data(
     assert f"plot written to {Path('logs') / 'run' / 'R_mAP_val.png'}" in printed
     Image.open(run / "R_mAP_val.png").verify()
     assert (run / "R_mAP.png").read_text() == "of the training"
-
-
-def test_script_names_the_runs_whose_data_has_the_split(trained, score, tmp_path):
-    (tmp_path / "en_test.json").touch()
-    other = trained.parents[2] / "other"
-    write_json(other / "arguments.json", {"dataset_path": str(tmp_path), "language": "en"})
-    (other / "weights").mkdir()
-    (other / "weights" / "best_epoch_weights.pth").touch()
-    message = f"; with test captions: --weights {Path('logs/other')}; name the data to score on"
-    with pytest.raises(InputError, match=re.escape(message)):
-        score("--split", "test", run={"dataset_path": "data", "language": "en"})
-    shutil.rmtree(other)
 
 
 def test_script_writes_a_report_of_the_run(trained, score):

@@ -1,7 +1,6 @@
 """The files that a run writes: weights, the checkpoint to go on from, tables and arguments."""
 
 import csv
-import io
 import os
 import reprlib
 from pathlib import Path
@@ -11,8 +10,7 @@ import torch
 
 from models import files
 from models.clip import CLIP
-from models.errors import InputError, one_line
-from models.files import read_bytes
+from models.errors import InputError
 from models.lora import merged
 from models.open_clip_model import OpenClipModel
 from models.weights.open_clip import CONFIG_FILE, to_open_clip
@@ -94,14 +92,10 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read_csv(path: Path) -> list[dict[str, float]]:
-    """The rows of `write_csv`, without empty fields. Raises `InputError` for text."""
-    try:
-        rows = csv.DictReader(io.StringIO(read_bytes(path).decode()))
+    """The rows of `write_csv`, without empty fields."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file)
         return [{name: float(value) for name, value in row.items() if value} for row in rows]
-    except (ValueError, TypeError, csv.Error) as error:
-        raise InputError(
-            f"{path}: should be a table of numbers ({one_line(error)}); mend it or remove it"
-        ) from None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """Retention: scores on data sets of other images, to see what fine-tuning forgets."""
 
 from collections.abc import Mapping, Sequence
-from itertools import chain, count
 from pathlib import Path
 
 from models.clip import CLIP
@@ -70,12 +69,10 @@ class Retention:
 
 
 def names_of(data: Sequence[str]) -> list[str]:
-    """The names of the sets' folders, or torchvision's; equal ones are numbered."""
-    names: list[str] = []
-    for path in data:
-        name = one_line(Path(path).resolve().name)
-        numbered = (f"{name} ({number})" for number in count(2))
-        names.append(next(n for n in chain([name], numbered) if n not in names))
+    """The names of the sets' folders, or torchvision's. Raises `InputError` for equal ones."""
+    names = [one_line(Path(path).resolve().name) for path in data]
+    if len(set(names)) < len(names):
+        raise InputError("--retention: two sets have the same name; rename a folder")
     return names
 
 
