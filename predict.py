@@ -159,8 +159,6 @@ def search(args: argparse.Namespace, folder: Path) -> None:
             for i, similarity in most_similar(features, query, FIRST + len(similar))
             if not (args.similar and Path(args.similar).expanduser().samefile(folder / images[i]))
         ]
-        if not found:
-            raise InputError(f"{folder}: has no image but {args.similar} itself")
         print(title)
         for place, (image, similarity) in enumerate(found[:FIRST], 1):
             print(f"{place:2}. similarity {similarity:.3f}  {folder / image}")

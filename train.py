@@ -159,7 +159,7 @@ def main() -> None:
         from utils.training.gradients import accumulate_gradients
         from utils.training.guard import Guard
         from utils.training.layer_groups import cache_features, train_mode
-        from utils.training.optimizer import set_learning_rate
+        from utils.training.optimizer import Schedule, set_learning_rate
         from utils.training.progress import EpochTable, Progress, announce, epochs_left
         from utils.training.settings import default_rate, get_data, resolve_arguments
 
@@ -173,24 +173,24 @@ def main() -> None:
     loader = phases.get_loader(args, sets, model, device, processes, unlabelled=unlabelled)
     retention.prepare_for(model, loader, args.cache)
     run, steps = phases.open_run(args, resumed, model, loader, sets), len(loader)
-    with run.discarded_on_error():  # before its first step there is nothing to keep
-        state = phases.get_state(args, resumed, model, loader, run)
-        del resumed  # a second copy of the moments
-        val = phases.get_scored(sets["val"], args.val_images)
-        announce(run, state, loader, sets, args.epochs)
-        table = EpochTable(state, args.epochs, steps)
-        evaluator = Evaluator(loader, state.precision, processes)
-        cached = cache_features(model, loader, val, state.precision) if args.cache_features else {}
-        guard = Guard(evaluator, val, run.start_weights(), cached)
-        if state.is_at_start and args.resume_training != "none":
-            scores, val_loss = evaluator.score(state.scored, val, cached=cached)
-            state.note_start(scores, val_loss, retention.measure(state.scored, processes))
-            table.add_start()
-            if not args.no_guard:
-                guard.note_start(state, scores)
-        interrupt = Interrupt()
+    state = phases.get_state(args, resumed, model, loader, run)
+    del resumed  # a second copy of the moments
+    val = phases.get_scored(sets["val"], args.val_images)
+    announce(run, state, loader, sets, args.epochs)
+    table = EpochTable(state, args.epochs, steps)
+    evaluator = Evaluator(loader, state.precision, processes)
+    cached = cache_features(model, loader, val, state.precision) if args.cache_features else {}
+    guard = Guard(evaluator, val, run.start_weights(), cached)
+    if state.is_at_start and args.resume_training != "none":
+        scores, val_loss = evaluator.score(state.scored, val, cached=cached)
+        state.note_start(scores, val_loss, retention.measure(state.scored, processes))
+        table.add_start()
+        if not args.no_guard:
+            guard.note_start(state, scores)
+    interrupt = Interrupt()
 
-    schedule = phases.get_schedule(args, steps)
+    warmup_steps = args.warmup_epochs and round(args.warmup_epochs * steps)
+    schedule = Schedule(args.lr, warmup_steps, args.epochs * steps)
     for epoch in epochs_left(state, args.epochs, args.patience):
         train_mode(model, state.is_from_scratch)
         done = len(state.losses)  # steps of an epoch that was interrupted

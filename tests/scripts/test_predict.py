@@ -588,13 +588,6 @@ def test_images_like_another_are_found(work, photo, tmp_path, run):
     assert Image.open(tmp_path / "like.jpg").format == "JPEG"
 
 
-def test_a_folder_with_no_image_but_the_one_that_is_searched_for(work, photo, tmp_path):
-    (tmp_path / "one").mkdir()
-    image = shutil.copy(photo, tmp_path / "one")
-    line = error_line("predict.py", tmp_path / "one", "--similar", image, cwd=work)
-    assert f"{tmp_path / 'one'}: has no image but {image} itself" in line
-
-
 SCORED = r"\d\. +(\d+\.\d\d)%  similarity (-?\d\.\d{3})  (.*)"
 
 

@@ -46,8 +46,7 @@ def write_report(
     queries, hardest first. Raises `InputError` for an unreadable image and if the file cannot be
     written."""
     run = run_folder(weights)
-    table = run / METRICS if run else None
-    epochs = read_csv(table) if table and table.exists() else []
+    epochs = read_csv(run / METRICS) if run and (run / METRICS).exists() else []
     arguments = saved_arguments(run) if run else {}
     directions, shown = _directions(dataset, features)
     page = _render(

@@ -2,7 +2,6 @@
 
 import csv
 import os
-import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any] | None:
         raise InputError(f"{path}: {error}") from None
     if state and state["format"] != FORMAT:
         raise InputError(
-            f"{path}: a checkpoint of format {reprlib.repr(state['format'])}, where this program "
+            f"{path}: a checkpoint of format {state['format']}, where this program "
             f"reads {FORMAT}; continue it with the version that wrote it, or start anew from its "
             "weights"
         )
@@ -72,10 +71,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def _is_checkpoint(content: object) -> bool:
-    """Whether this is the content of a checkpoint, of any format and perhaps damaged."""
-    if not isinstance(content, dict) or "format" not in content:
-        return False
-    return "arguments" in content or "optimizer" in content
+    """Whether this is the content of a checkpoint, of any format."""
+    return isinstance(content, dict) and {"format", "arguments"} <= content.keys()
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

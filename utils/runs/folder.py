@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +13,7 @@ from utils.machine.interrupt import Interrupt
 from utils.machine.processes import Processes
 from utils.runs.checkpoint import save_checkpoint, save_weights, write_csv
 from utils.runs.commands import command
-from utils.runs.files import TEMPORARY, atomic_write, writing
+from utils.runs.files import TEMPORARY, writing
 
 if TYPE_CHECKING:
     from utils.training.state import State
@@ -30,18 +28,6 @@ class Run:
         self.data = data  # fingerprint of the data set
         self.folder: Path | None = None  # None on other ranks
         self.loss_history: Any = None  # pyzjr's, on rank 0
-
-    @contextmanager
-    def discarded_on_error(self) -> Iterator[None]:
-        """Remove the folder of a new run if an error or Ctrl-C ends the block."""
-        try:
-            yield
-        except BaseException:
-            if self.folder and not (self.folder / CHECKPOINT).exists():
-                if self.loss_history:
-                    self.loss_history.close()  # Windows removes no open file
-                shutil.rmtree(self.folder, ignore_errors=True)
-            raise
 
     def start_weights(self) -> Path:
         """The file of the weights that the run starts from, in all processes."""
@@ -110,12 +96,9 @@ def reopen_run_folder(checkpoint: str | os.PathLike, state: dict[str, Any]) -> P
     rows = state["rows"]
     history = [f"Epoch {r['epoch']}: train: {r['train_loss']} val: {r['val_loss']}\n" for r in rows]
     with writing(run):
-        for folder in (run, weights):
-            for left in folder.glob(f"{TEMPORARY}*"):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-    text = run / "epoch_loss.txt"
-    with writing(text), atomic_write(text) as temporary:
-        temporary.write_text("".join(history))
+        for left in (*run.glob(f"{TEMPORARY}*"), *weights.glob(f"{TEMPORARY}*")):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        (run / "epoch_loss.txt").write_text("".join(history))
     if rows:
         _write_metrics(run, state["start"], rows)
     return run

@@ -34,7 +34,7 @@ from utils.runs.records import Log, Losses
 from utils.runs.wandb_run import Wandb
 from utils.training.distillation import distill_from_start
 from utils.training.layer_groups import check_batch_norms, freeze_and_adapt
-from utils.training.optimizer import Schedule, parameter_groups, replace_groups
+from utils.training.optimizer import parameter_groups, replace_groups
 from utils.training.retention import Retention
 from utils.training.settings import as_saved, how_it_goes_on
 from utils.training.state import State
@@ -102,7 +102,7 @@ def open_run(
         raise InputError(
             f"--dataset_path {args.dataset_path}: its images or captions are not those of the run "
             "(or --language is not); to train on others, start a new run: --resume_training "
-            f"{Path(args.resume_training).parents[1] / BEST}"
+            f"{Path(args.resume_training).with_name(Path(BEST).name)}"
         )
     if not loader.processes.is_rank_0:
         return run
@@ -111,22 +111,21 @@ def open_run(
         run.folder = reopen_run_folder(args.resume_training, resumed)
     else:
         run.folder = new_run_folder(args.log_dir, started)
-    with run.discarded_on_error():
-        write_json(run.folder / ARGUMENTS, run.arguments)
-        sys.stdout = Log(run.folder / f"console_{started}.log", args)
-        print(f"arguments: {' '.join(sys.argv[1:]) or 'none'} (learning rate {args.lr:g}; all: "
-              f"{ARGUMENTS})")  # fmt: skip
-        for line in how_it_goes_on(args, resumed) if resumed else ():
-            print(line)
-        averaged, steps = 1 / (1 - (args.ema or 0)), len(loader) * args.epochs
-        if averaged > steps:
-            print(f"--ema {args.ema:g} averages over about {averaged:,.0f} steps, and this run has "
-                  f"{steps:,}: it stays near the start; lower --ema")  # fmt: skip
-        wandb = Wandb(run.folder, run.arguments) if args.wandb else None
-        rows = resumed["rows"] if resumed else []
-        run.loss_history = Losses(run.folder, rows, plot_losses, wandb)
-        if not resumed and args.resume_training != "none":
-            save_weights(model, run.folder / START)
+    write_json(run.folder / ARGUMENTS, run.arguments)
+    sys.stdout = Log(run.folder / f"console_{started}.log", args)
+    print(f"arguments: {' '.join(sys.argv[1:]) or 'none'} (learning rate {args.lr:g}; all: "
+          f"{ARGUMENTS})")  # fmt: skip
+    for line in how_it_goes_on(args, resumed) if resumed else ():
+        print(line)
+    averaged, steps = 1 / (1 - (args.ema or 0)), len(loader) * args.epochs
+    if averaged > steps:
+        print(f"--ema {args.ema:g} averages over about {averaged:,.0f} steps, and this run has "
+              f"{steps:,}: it stays near the start; lower --ema")  # fmt: skip
+    wandb = Wandb(run.folder, run.arguments) if args.wandb else None
+    rows = resumed["rows"] if resumed else []
+    run.loss_history = Losses(run.folder, rows, plot_losses, wandb)
+    if not resumed and args.resume_training != "none":
+        save_weights(model, run.folder / START)
     return run
 
 
@@ -167,12 +166,6 @@ def get_scored(val_set: Flickr8kDataset, images: int) -> Flickr8kDataset:
         print(f"scores after each epoch are of {len(sample):,} of the {len(val_set):,} validation "
               "images, drawn at random (--val_images); all are scored at the end")  # fmt: skip
     return sample
-
-
-def get_schedule(args: Namespace, steps: int) -> Schedule:
-    """The learning rate of each step of a run with `steps` an epoch."""
-    warmup_steps = args.warmup_epochs and round(args.warmup_epochs * steps)
-    return Schedule(args.lr, warmup_steps, args.epochs * steps)
 
 
 def finish(

@@ -57,6 +57,7 @@ def resolve_arguments(
     if resumed:
         saved = {k: v for k, v in resumed["arguments"].items() if k not in OF_THE_START}
         args |= saved | of_line
+        args["dataset_path"] = Path(args["dataset_path"])
         _check_continued(args, resumed)
     else:
         is_from_scratch = args["resume_training"] == "none"
@@ -71,6 +72,8 @@ def resolve_arguments(
     if given.max_forgetting is not None and not args["retention"]:
         raise InputError("--max_forgetting is about the sets of --retention: add it, or leave both "
                          "out")  # fmt: skip
+    for contradiction in _contradictions(Namespace(**args)):
+        raise InputError(contradiction)
     return Namespace(**args), resumed
 
 
@@ -132,9 +135,7 @@ def how_it_goes_on(args: Namespace, resumed: dict[str, Any]) -> Iterator[str]:
 
 
 def check_arguments(args: Namespace) -> None:
-    """Raise `InputError` for contradictions and for missing data."""
-    for contradiction in _contradictions(args):
-        raise InputError(contradiction)
+    """Raise `InputError` for an unknown model and for missing data."""
     if args.resume_training != "none":
         check_name(args.resume_training)
     if args.cache:

@@ -11,7 +11,6 @@ from models.weights.open_clip import to_open_clip
 from utils.machine.precision import Precision
 from utils.retrieval.scores import Scores
 from utils.training.distillation import Distillation
-from utils.training.optimizer import restore_moments
 
 MAX_GRAD_NORM = 1.0
 
@@ -148,7 +147,8 @@ class State:
 
     def restore(self, saved: dict) -> None:
         """Go on from a `state_dict`. The model has its weights already."""
-        restore_moments(self.optimizer, saved["optimizer"])
+        moments = {"state": saved["optimizer"]["state"]}  # the settings are those of now
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | moments)
         if saved["scaler"]:  # empty where no loss scale was needed
             self.precision.scaler.load_state_dict(saved["scaler"])
         if self.average and saved["average"]:
