@@ -67,8 +67,7 @@ def main() -> None:
     elif image and not image.exists():
         raise InputError(f"{args.image}: no such image file or folder")
     elif args.similar:
-        what = f"{args.image} is not a folder" if args.image else "name the folder as well"
-        raise InputError(f"--similar searches a folder of images: {what}")
+        raise InputError("--similar searches a folder of images: name the folder")
     else:
         caption(args)
 

@@ -96,20 +96,18 @@ def test_the_demo_in_chinese_takes_the_chinese_model():
 
 
 @pytest.mark.parametrize(
-    ("model", "language", "advice"),
+    ("model", "language", "is_told"),
     [
-        ("cn-demo", "cn", None),
-        ("cn-demo", ["en", "cn"], None),
-        ("ViT-demo", "en", None),
-        ("ViT-demo", "cn", f"for Chinese captions take a model such as {MODEL}"),
-        ("ViT-demo", ["en", "cn"], f"for Chinese captions take a model such as {MODEL}"),
+        ("cn-demo", "cn", False),
+        ("cn-demo", ["en", "cn"], False),
+        ("ViT-demo", "en", False),
+        ("ViT-demo", "cn", True),
+        ("ViT-demo", ["en", "cn"], True),
     ],
 )
-def test_captions_that_the_tokenizer_takes_to_pieces_are_told(data, model, language, advice):
-    model = create_model(model)
-    dataset = Flickr8kDataset(data, language=language, model=model)
-    warning = tokenizer_warning(dataset, model.text_tower.language == "Chinese")
-    assert (warning is None) if advice is None else (advice in warning)
+def test_captions_that_the_tokenizer_takes_to_pieces_are_told(data, model, language, is_told):
+    warning = tokenizer_warning(Flickr8kDataset(data, language=language, model=create_model(model)))
+    assert (f"for Chinese {MODEL}" in warning) if is_told else (warning is None)
 
 
 def test_a_chinese_tokenizer_does_not_fit_photographs_in_english(data):
@@ -117,10 +115,10 @@ def test_a_chinese_tokenizer_does_not_fit_photographs_in_english(data):
     model = create_model("cn-demo")
     dataset = Flickr8kDataset(data, model=model)
     dataset.text = ["Kids splash in the muddy puddles .", "A motorcyclist wearing sunglasses ."]
-    assert "for English captions take a model such as ViT-B/32" in tokenizer_warning(dataset, True)
+    assert "for English ViT-B/32" in tokenizer_warning(dataset)
     other = Flickr8kDataset(data, model=model)
     other.text = ["ᚠᚡᚢ ᚠᚢᚡ ᚡᚢ"]  # runes, none of which its vocabulary has
-    assert "100% of the tokens are parts of words or unknown" in tokenizer_warning(other, True)
+    assert "100% of the captions' tokens are parts of words or unk" in tokenizer_warning(other)
 
 
 @pytest.mark.parametrize("labels", [["一只狗", "一只 狗"], ["A dog", "a  DOG"]])

@@ -39,8 +39,7 @@ def announce(
     print(f"data: {images}, {data}")
     print(f"model: {name}, {count / 1e6:.1f} M parameters{which}; {processes}{loader.device}, "
           f"{state.precision}")  # fmt: skip
-    is_chinese = state.model.text_tower.language == "Chinese"
-    for line in caption_warnings(sets["train"], sets["val"], is_chinese):
+    for line in caption_warnings(sets["train"], sets["val"]):
         print(line)
     print(f"results in {run.folder}")
     if len(state.epochs) == epochs:
@@ -48,9 +47,7 @@ def announce(
               "--epochs go on with it")  # fmt: skip
 
 
-def caption_warnings(
-    train_set: Flickr8kDataset, val_set: Flickr8kDataset, is_chinese: bool
-) -> Iterator[str]:
+def caption_warnings(train_set: Flickr8kDataset, val_set: Flickr8kDataset) -> Iterator[str]:
     """Lines on captions that are cut, alike, in another language, or shared."""
     texts = len(train_set.text) + len(val_set.text)
     if cut := train_set.count_cut_captions() + val_set.count_cut_captions():
@@ -58,27 +55,22 @@ def caption_warnings(
                f"{train_set.context_length} tokens that the model reads, and were cut")  # fmt: skip
     if alike := train_set.count_alike_captions() + val_set.count_alike_captions():
         yield f"warning: {alike} captions are different texts, but {ALIKE}"
-    if warning := tokenizer_warning(train_set, is_chinese):
+    if warning := tokenizer_warning(train_set):
         yield warning
     if shared := train_set.count_shared_captions() + val_set.count_shared_captions():
         yield (f"{shared} captions ({shared / texts:.2%}) belong to several images, and are "
                "positives of each of them")  # fmt: skip
 
 
-def tokenizer_warning(dataset: Flickr8kDataset, is_chinese: bool) -> str | None:
-    """A warning if the tokenizer, for Chinese or for English, breaks many words, or None."""
+def tokenizer_warning(dataset: Flickr8kDataset) -> str | None:
+    """A warning if the tokenizer breaks many words, or None."""
     share = dataset.share_of_fragments()
     if share < MANY_FRAGMENTS:
         return None
-    made_for, other, instead = (
-        ("Chinese", "English", "ViT-B/32, from scratch ViT-demo")
-        if is_chinese
-        else ("English", "Chinese", "OFA-Sys/chinese-clip-vit-base-patch16, from scratch cn-demo")
-    )
     return (
-        f"warning: the model's tokenizer was made for {made_for}, and of these captions "
-        f"{share:.0%} of the tokens are parts of words or unknown; for {other} captions take a "
-        f"model such as {instead}"
+        f"warning: {share:.0%} of the captions' tokens are parts of words or unknown: take a model "
+        "whose tokenizer has their language, for Chinese OFA-Sys/chinese-clip-vit-base-patch16 "
+        "(from scratch cn-demo), for English ViT-B/32 (from scratch ViT-demo)"
     )
 
 

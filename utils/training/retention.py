@@ -80,14 +80,7 @@ def _find(data: str, languages: Sequence[str]) -> LabelledImages | Flickr8kDatas
     """The set, with captions in those of `languages` that it has, or else in all that it has."""
     root = Path(data)
     having = [name for name in ("en", "cn") if caption_file(root, name, "val").is_file()]
-    if having:
-        wanted = [name for name in having if name in languages]
-        return Flickr8kDataset(root, language=wanted or having, split="val")
-    try:
+    if not having:
         return find_labelled_images(data, option="--retention")
-    except InputError as error:
-        if not root.is_dir():
-            raise
-        raise InputError(
-            f"--retention: {error}; captioned images need en_val.json or cn_val.json there"
-        ) from None
+    wanted = [name for name in having if name in languages]
+    return Flickr8kDataset(root, language=wanted or having, split="val")

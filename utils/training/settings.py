@@ -50,13 +50,15 @@ def resolve_arguments(
     then from the recipe for training from scratch or for fine-tuning, then from the `defaults`.
     Raises `InputError` for contradictions and for a damaged checkpoint.
     """
-    of_line = {name: value for name, value in vars(given).items() if value is not None}
-    demo = DEMO | (CHINESE_DEMO if given.language == ["cn"] else {}) if given.demo else {}
-    args = vars(defaults) | demo | of_line
+    typed = {name: value for name, value in vars(given).items() if value is not None}
+    demo = DEMO if given.demo else {}
+    if demo and given.language == ["cn"]:
+        demo = DEMO | CHINESE_DEMO
+    args = vars(defaults) | demo | typed
     resumed = None if given.demo else read_resumed(args["resume_training"], set(args))
     if resumed:
         saved = {k: v for k, v in resumed["arguments"].items() if k not in OF_THE_START}
-        args |= saved | of_line
+        args |= saved | typed
         args["dataset_path"] = Path(args["dataset_path"])
         _check_continued(args, resumed)
     else:
