@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 from script_runs import ROOT, run_script, set_variables
 
-import predict
 from flickr8k.render_demo import render_demo
 from models import host as host_module
 from models import progress_bar as bars
@@ -107,12 +106,6 @@ def test_only_the_process_that_fails_first_shows_a_traceback(message, line, monk
     monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(RuntimeError):
         host_module.run_script(main)
-
-
-def test_without_an_input_to_ask_on_an_image_is_to_be_named(monkeypatch):
-    monkeypatch.setattr(sys, "stdin", None)
-    with pytest.raises(InputError, match="name an IMAGE"):
-        next(predict.ask_for_images())
 
 
 # Progress bars
