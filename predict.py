@@ -16,15 +16,14 @@ features of images, or of texts, for other programs:
 """
 
 import argparse
-import io
 import re
-import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import chain, count
 from pathlib import Path
 
 from models.errors import InputError
-from models.files import check_writable_folder, read_lines
+from models.files import read_lines
 from models.host import run_script
 from models.run_files import run_folder, trained_on
 from models.scripts import ArgumentParser
@@ -60,8 +59,6 @@ def main() -> None:
 
     if args.output and not args.image:
         raise InputError("--output is for one picture; name the IMAGE as well")
-    if not all(caption.strip() for caption in args.text or []):
-        raise InputError("--text: one of the captions is empty")
     image = Path(args.image).expanduser() if args.image else None
     if args.features:
         save_features(args, image)
@@ -70,8 +67,7 @@ def main() -> None:
     elif image and not image.exists():
         raise InputError(f"{args.image}: no such image file or folder")
     elif args.similar:
-        what = f"{args.image} is not a folder" if args.image else "name the folder as well"
-        raise InputError(f"--similar searches a folder of images: {what}")
+        raise InputError("--similar searches a folder of images: name the folder")
     else:
         caption(args)
 
@@ -98,7 +94,6 @@ def caption(args: argparse.Namespace) -> None:
         open_image(args.image)  # to refuse a bad image before weights are loaded
     name = weights_to_use(args.weights)
     captions = list(dict.fromkeys(args.text or read_captions(args.captions_file, name)))
-    drawn_into = output_folder(name)
     weights, model, precision = load_for(args, name)
     captions = distinct(captions, model)
     if model.logit_bias is not None:
@@ -119,7 +114,7 @@ def caption(args: argparse.Namespace) -> None:
             with precision.autocast():
                 (own,) = encode_pixels(model, [model.preprocess.resize_and_crop(image)])
             ranked = rank_captions(captions, text_features, own, model)[:TOP]
-            output = args.output or new_picture(drawn_into, Path(file).stem)
+            output = args.output or new_picture(name, Path(file).stem)
             for place, (text, probability, similarity) in enumerate(ranked, 1):
                 print(f"{place}. {probability:7.2%}  similarity {similarity:.3f}  {text}")
             draw_ranking(image, ranked, output)
@@ -146,7 +141,6 @@ def search(args: argparse.Namespace, folder: Path) -> None:
     texts = [] if args.similar else args.text or read_captions(args.captions_file, name)
     if args.output and len(texts) > 1:
         raise InputError("--output is for one picture; give one text to search for")
-    drawn_into = output_folder(name)
     weights, model, precision = load_for(args, name)
     texts = distinct(texts, model)
     images, features = image_features(model, weights, folder, images, precision)
@@ -164,16 +158,14 @@ def search(args: argparse.Namespace, folder: Path) -> None:
             for i, similarity in most_similar(features, query, FIRST + len(similar))
             if not (args.similar and Path(args.similar).expanduser().samefile(folder / images[i]))
         ]
-        if not found:
-            raise InputError(f"{folder}: has no image but {args.similar} itself")
         print(title)
         for place, (image, similarity) in enumerate(found[:FIRST], 1):
             print(f"{place:2}. similarity {similarity:.3f}  {folder / image}")
             picture = open_image(folder / image)
             picture.thumbnail(THUMBNAIL)
             shown.append((picture, f"{place}. {similarity:.3f} {image}"))
-        name = f"{folder.resolve().name[: NAME_LENGTH // 2]} {title}"
-        output = args.output or new_picture(drawn_into, re.sub(r"\W+", "_", name).strip("_"))
+        words = f"{folder.resolve().name[: NAME_LENGTH // 2]} {title}"
+        output = args.output or new_picture(name, re.sub(r"\W+", "_", words).strip("_"))
         draw_found(title, shown, output)
         print(f"picture: {output}")
 
@@ -189,8 +181,7 @@ def save_features(args: argparse.Namespace, folder: Path | None) -> None:
         raise InputError("--features writes those of a FOLDER's images or those of the lines of "
                          "--captions_file: name one of them, and nothing else")  # fmt: skip
     if folder and not folder.is_dir():
-        problem = "is no folder" if folder.exists() else "no such folder"
-        raise InputError(f"{args.image}: {problem}; --features takes a folder of images")
+        raise InputError(f"{args.image}: no such folder; --features takes a folder of images")
     names = find_images(folder) if folder else read_lines(args.captions_file, "caption")
     weights, model, precision = load_for(args, weights_to_use(args.weights))
     if folder:
@@ -230,35 +221,19 @@ def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
     return captions
 
 
-def output_folder(weights: str | Path) -> Path:
-    """`predictions/` in the folder of the weights' run, or else in the current folder. Raises
-    `InputError` if it cannot be written."""
-    folder = (run_folder(weights) or Path.cwd()) / "predictions"
-    check_writable_folder(folder)
-    return folder
-
-
-def new_picture(folder: Path, name: str) -> Path:
-    """A new file in `folder` for a picture, with a number if there is one of this name."""
-    name = name[:NAME_LENGTH]
+def new_picture(weights: str | Path, name: str) -> Path:
+    """A new file for a picture, with a number if there is one of this name, in `predictions/` in
+    the folder of the weights' run, or else in the current folder."""
+    folder, name = (run_folder(weights) or Path.cwd()) / "predictions", name[:NAME_LENGTH]
     names = chain([name], (f"{name}_{number}" for number in count(2)))
     return next(file for name in names if not (file := folder / f"{name}.png").exists())
 
 
 def ask_for_images() -> Iterator[str]:
     """The paths that the user types, until an empty line or the end of the input."""
-    if sys.stdin is None:
-        raise InputError("there is no input to ask on: name an IMAGE")
-    if isinstance(sys.stdin, io.TextIOWrapper):  # a notebook has another
-        sys.stdin.reconfigure(errors="surrogateescape")  # file names need not be valid UTF-8
-    while True:
-        try:
-            path = input("image path (empty to stop): ").strip().strip("'\"")
-        except EOFError:
-            return
-        if not path:
-            return
-        yield path
+    with suppress(EOFError):
+        while path := input("image path (empty to stop): ").strip().strip("'\""):
+            yield path
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ def main() -> None:
 
     from models.clip_utils import find_weights, load
     from models.preprocess import open_image
+    from models.tokens import first_alike
     from utils.classification import zero_shot_classifier
     from utils.data.image_files import find_images
     from utils.machine.precision import Precision
@@ -68,7 +69,10 @@ def main() -> None:
     image = None if folder.is_dir() else open_image(args.image)
     weights = find_weights(weights_to_use(args.weights))
     model, preprocess = load(weights, args.device, activation=args.activation)
-    check_labels(args.labels, model.tokenizer)
+    for i, first in enumerate(first_alike(model.tokenizer, args.labels, model.context_length)):
+        if first < i:  # they would share one probability
+            labels = f"{args.labels[i]!r} repeats {args.labels[first]!r}"
+            raise InputError(f"--labels: {labels}; leave one of them out")
     precision = Precision(model.device, args.use_amp)
     with torch.inference_mode():
         with precision.autocast():
@@ -131,19 +135,6 @@ def show(labels: list[str], probs) -> None:
     print("Label probs:", probs)
     print(f"{best_label}: {best_prob.item()}")
     print(f"image 0: [{', '.join(f'({label!r}, {prob!s})' for label, prob in ranked)}]")
-
-
-def check_labels(labels: list[str], tokenizer) -> None:
-    """Raise `InputError` for an empty label, and for two labels with the same tokens: they would
-    share one probability."""
-    same: dict[tuple[int, ...], str] = {}
-    for label in labels:
-        tokens = tuple(tokenizer.encode(label))
-        if not tokens:
-            raise InputError("--labels: one of the labels is empty")
-        if tokens in same:
-            raise InputError(f"--labels: {label!r} repeats {same[tokens]!r}; leave one of them out")
-        same[tokens] = label
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ python train.py --resume_training logs/RUN      go on with a run
 torchrun --standalone --nproc_per_node=2 train.py ...     on two GPUs
 """
 
+from argparse import Namespace
+
 from models.config import MAX_RESOLUTION
 from models.host import garbage_unsearched, run_script
 from models.scripts import ArgumentParser, add_activation, from_here
@@ -146,7 +148,9 @@ def build_parser() -> ArgumentParser:
 
 def main() -> None:
     parser = build_parser()
-    args = parser.parse_args()  # --help and mistyped options answer before torch is imported
+    defaults = parser.parse_args([])
+    given = Namespace(**dict.fromkeys(vars(defaults)))  # None is what the command line leaves open
+    parser.parse_args(namespace=given)  # --help answers before torch is imported
     with garbage_unsearched():
         from utils.machine.interrupt import Interrupt
         from utils.machine.memory import IN_TRAINING, explained
@@ -155,40 +159,38 @@ def main() -> None:
         from utils.training.gradients import accumulate_gradients
         from utils.training.guard import Guard
         from utils.training.layer_groups import cache_features, train_mode
-        from utils.training.optimizer import set_learning_rate
+        from utils.training.optimizer import Schedule, set_learning_rate
         from utils.training.progress import EpochTable, Progress, announce, epochs_left
-        from utils.training.settings import get_data, resolve_arguments, resolve_rate
+        from utils.training.settings import default_rate, get_data, resolve_arguments
 
-    args, resumed = resolve_arguments(parser, args)
+    args, resumed = resolve_arguments(given, defaults)
     processes, device = join_processes(args.device)
-    sets, retention, unlabelled = get_data(args, device, processes)
+    sets, retention, unlabelled = get_data(args, processes)
     from utils.training import phases  # pyzjr, which it imports, takes seconds: after the checks
 
-    model = phases.get_model(args, resumed, device, processes)
-    args = resolve_rate(args, model.config)
+    model = phases.get_model(args, resumed, processes)
+    args.lr = args.lr or default_rate(model.config, args.batch_size, args.lora)
     loader = phases.get_loader(args, sets, model, device, processes, unlabelled=unlabelled)
     retention.prepare_for(model, loader, args.cache)
+    run, steps = phases.open_run(args, resumed, model, loader, sets), len(loader)
+    state = phases.get_state(args, resumed, model, loader, run)
+    del resumed  # a second copy of the moments
+    val = phases.get_scored(sets["val"], args.val_images)
+    announce(run, state, loader, sets, args.epochs)
+    table = EpochTable(state, args.epochs, steps)
+    evaluator = Evaluator(loader, state.precision, processes)
+    cached = cache_features(model, loader, val, state.precision) if args.cache_features else {}
+    guard = Guard(evaluator, val, run.start_weights(), cached)
+    if state.is_at_start and args.resume_training != "none":
+        scores, val_loss = evaluator.score(state.scored, val, cached=cached)
+        state.note_start(scores, val_loss, retention.measure(state.scored, processes))
+        table.add_start()
+        if not args.no_guard:
+            guard.note_start(state, scores)
+    interrupt = Interrupt()
 
-    defaults, steps = build_parser().parse_args([]), len(loader)
-    run = phases.open_run(args, resumed, model, loader, sets["val"], defaults=defaults)
-    with run.discarded_on_error():  # before its first step there is nothing to keep
-        state = phases.get_state(args, resumed, model, loader, run)
-        del resumed  # a second copy of the moments
-        val = phases.get_scored(sets["val"], args.val_images)
-        announce(run, state, loader, sets, args.epochs)
-        table = EpochTable(state, args.epochs, steps)
-        evaluator = Evaluator(loader, state.precision, processes)
-        cached = cache_features(model, loader, val, state.precision) if args.cache_features else {}
-        guard = Guard(evaluator, val, run.start_weights(), cached)
-        if state.is_at_start and args.resume_training != "none":
-            scores, val_loss = evaluator.score(state.scored, val, cached=cached)
-            state.note_start(scores, val_loss, retention.measure(state.scored, processes))
-            table.add_start()
-            if not args.no_guard:
-                guard.note_start(state, scores)
-        interrupt = Interrupt()
-
-    schedule = phases.get_schedule(args, steps)
+    warmup_steps = args.warmup_epochs and round(args.warmup_epochs * steps)
+    schedule = Schedule(args.lr, warmup_steps, args.epochs * steps)
     for epoch in epochs_left(state, args.epochs, args.patience):
         train_mode(model, state.is_from_scratch)
         done = len(state.losses)  # steps of an epoch that was interrupted
@@ -221,7 +223,6 @@ def main() -> None:
         if processes.any(interrupt.has_come()):
             raise run.stopped(interrupt)
     interrupt.release()
-    run.close(state)
     if processes.is_rank_0:
         phases.finish(args, run, sets, state, loader, val=val, retention=retention, cached=cached)
 

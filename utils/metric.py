@@ -21,15 +21,14 @@ import torch
 from torch import Tensor
 
 from models.errors import InputError
-from models.files import check_writable
 from models.host import run_script
-from models.run_files import TrainedOn, run_folder, trained_on
+from models.run_files import TrainedOn, trained_on
 from models.scripts import ArgumentParser, from_here, writable_file
 from utils.data.annotations import caption_file, missing_annotations
 from utils.retrieval.ranking import Positives, Similarities
 from utils.retrieval.scores import K_VALUES, Scores, score_direction
 from utils.runs.arguments import add_scoring, path, picture
-from utils.runs.default_weights import add_weights, runs_having, weights_to_use
+from utils.runs.default_weights import add_weights, weights_to_use
 
 
 def compute_metrics(
@@ -93,8 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_scoring(parser)
     add("--json", type=writable_file, metavar="FILE", help="write the scores, K from 1 to 10")
     add("--plot", type=picture, metavar="FILE",
-        help="plot recall and mAP against K, e.g. R_mAP.png (default: R_mAP_<split>.png in the "
-        "newest run, if --weights is left out)")
+        help="plot recall and mAP against K, e.g. R_mAP.png")
     add("--report", type=writable_file, metavar="FILE",
         help="write a page for a browser: scores, curves and the first answers to each query, e.g. "
         "report.html")
@@ -120,10 +118,6 @@ def main() -> None:
 
     weights = weights_to_use(args.weights)
     dataset_path, languages = data_to_score_on(args, weights)
-    plot = args.plot
-    if not (plot or args.weights) and run_folder(weights):
-        plot = weights.parents[1] / f"R_mAP_{args.split}.png"
-        check_writable(plot)
     dataset = Flickr8kDataset(
         dataset_path, language=languages, plain_protocol=args.plain_protocol, split=args.split
     )
@@ -144,9 +138,9 @@ def main() -> None:
     if args.json:
         write_json(args.json, scores.for_json())
         print(f"scores written to {args.json}")
-    if plot:
-        plot_scores(scores, plot)
-        print(f"plot written to {plot}")
+    if args.plot:
+        plot_scores(scores, args.plot)
+        print(f"plot written to {args.plot}")
     if args.report:
         write_report(args.report, weights, dataset, features, scores)
         print(f"report written to {args.report}: open it in a browser")
@@ -162,9 +156,8 @@ def data_to_score_on(args: argparse.Namespace, weights: str | Path) -> TrainedOn
     for language in languages:
         missing = missing_annotations(caption_file(dataset_path, language, args.split))
         if missing:
-            having = "" if args.dataset_path else runs_having(args.split)
             raise InputError(
-                f"{missing}{having}; name the data to score on with --dataset_path and --language"
+                f"{missing}; name the data to score on with --dataset_path and --language"
             )
     return TrainedOn(dataset_path, languages)
 

@@ -92,7 +92,7 @@ def start_training(root: Path, method: str) -> list[float]:
     for dataset in sets.values():
         dataset.fingerprint()
     tell("fingerprint")
-    for line in caption_warnings(sets["train"], sets["val"], is_chinese=False):
+    for line in caption_warnings(sets["train"], sets["val"]):
         print(line)
     tell("warnings")
     sets["train"].tokens.counts(model.config.vocab_size)

@@ -114,7 +114,8 @@ def pretrain(output: Path, seed: int) -> Path:
     data = render_world(output / str(seed) / "A", "A", seed)
     run = train(
         output / str(seed) / "pretrained",
-        *("--demo", "--dataset_path", data, "--seed", seed, "--device", "cpu", "--cache"),
+        *("--resume_training", "none", "--model", "ViT-demo", "--epochs", 28, "--batch_size", 50),
+        *("--dataset_path", data, "--seed", seed, "--device", "cpu", "--cache"),
     )
     return run / "weights" / "last_epoch_weights.pth"
 

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from argparse import Namespace
 
 import pytest
 import torch
@@ -81,33 +82,32 @@ def test_a_chinese_model_is_fine_tuned_with_what_keeps_and_saves(trained, data, 
     assert "visual.conv1.weight" in moved and "text_projection" in moved
 
 
-def test_the_demo_in_chinese_takes_the_chinese_model(monkeypatch):
+def test_the_demo_in_chinese_takes_the_chinese_model():
     for words, model in [
         (["--language", "cn"], "cn-demo"),
         (["--language", "en", "cn"], "ViT-demo"),
         (["--language", "cn", "--model", "ViT-demo"], "ViT-demo"),
     ]:
-        monkeypatch.setattr("sys.argv", ["train.py", "--demo", *words])
         parser = build_parser()
-        args, _ = resolve_arguments(parser, parser.parse_args())
+        defaults = parser.parse_args([])
+        given = parser.parse_args(["--demo", *words], Namespace(**dict.fromkeys(vars(defaults))))
+        args, _ = resolve_arguments(given, defaults)
         assert (args.model, args.resume_training, args.lr) == (model, "none", 5e-4)
 
 
 @pytest.mark.parametrize(
-    ("model", "language", "advice"),
+    ("model", "language", "is_told"),
     [
-        ("cn-demo", "cn", None),
-        ("cn-demo", ["en", "cn"], None),
-        ("ViT-demo", "en", None),
-        ("ViT-demo", "cn", f"for Chinese captions take a model such as {MODEL}"),
-        ("ViT-demo", ["en", "cn"], f"for Chinese captions take a model such as {MODEL}"),
+        ("cn-demo", "cn", False),
+        ("cn-demo", ["en", "cn"], False),
+        ("ViT-demo", "en", False),
+        ("ViT-demo", "cn", True),
+        ("ViT-demo", ["en", "cn"], True),
     ],
 )
-def test_captions_that_the_tokenizer_takes_to_pieces_are_told(data, model, language, advice):
-    model = create_model(model)
-    dataset = Flickr8kDataset(data, language=language, model=model)
-    warning = tokenizer_warning(dataset, model.text_tower.language == "Chinese")
-    assert (warning is None) if advice is None else (advice in warning)
+def test_captions_that_the_tokenizer_takes_to_pieces_are_told(data, model, language, is_told):
+    warning = tokenizer_warning(Flickr8kDataset(data, language=language, model=create_model(model)))
+    assert (f"for Chinese {MODEL}" in warning) if is_told else (warning is None)
 
 
 def test_a_chinese_tokenizer_does_not_fit_photographs_in_english(data):
@@ -115,10 +115,10 @@ def test_a_chinese_tokenizer_does_not_fit_photographs_in_english(data):
     model = create_model("cn-demo")
     dataset = Flickr8kDataset(data, model=model)
     dataset.text = ["Kids splash in the muddy puddles .", "A motorcyclist wearing sunglasses ."]
-    assert "for English captions take a model such as ViT-B/32" in tokenizer_warning(dataset, True)
+    assert "for English ViT-B/32" in tokenizer_warning(dataset)
     other = Flickr8kDataset(data, model=model)
     other.text = ["ᚠᚡᚢ ᚠᚢᚡ ᚡᚢ"]  # runes, none of which its vocabulary has
-    assert "100% of the tokens are parts of words or unknown" in tokenizer_warning(other, True)
+    assert "100% of the captions' tokens are parts of words or unk" in tokenizer_warning(other)
 
 
 @pytest.mark.parametrize("labels", [["一只狗", "一只 狗"], ["A dog", "a  DOG"]])

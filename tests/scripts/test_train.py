@@ -375,9 +375,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, work):
     [
         (["--resume_training", "none"], "--model"),
         (["--model", "ViT-demo"], "--resume_training none"),
-        (["--epochs", "2", "--warmup_epochs", "2"], "--warmup_epochs"),
         (["--batch_size", "1"], "--batch_size"),
-        (["--lock_image", "--lock_text"], "--lock_text 2"),
+        ([*SCRATCH, "--lock_image", "--lock_text"], "--lock_text 2"),
         ([*SCRATCH, "--lock_image", "4"], "this tower has 3 blocks"),
         ([*SCRATCH, "--grad_cache", "4", "--model", "RN50", "--input_shape", "32"], "--grad_cache"),
         (["--wise_ft", "2"], "from 0 to 1"),
@@ -386,7 +385,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, work):
         ([*SCRATCH, "--retention", "gone"], "--retention needs weights to start from"),
         (["--retention", "gone"], "--retention gone: no such folder, and no data set of"),
         (["--retention", "a_file"], "--retention a_file: is not a folder, and no data set of"),
-        (["--retention", "a_folder"], "captioned images need en_val.json or cn_val.json there"),
+        (["--retention", "a_folder"], "a_folder: "),
         (["--retention", " "], "--retention: the path is empty"),
         (["--max_forgetting", "-1"], "at least 0"),
         (["--lora", "0"], "from 1 to 1,024"),
@@ -406,12 +405,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, work):
         ([*SCRATCH[:3], "ViT-B"], "ViT-demo"),
         (["--resume_training", "nothing.pth"], "nothing.pth"),
         ([*SCRATCH, "--batch_size", "71"], "--batch_size"),
-        # Of OpenAI's models, whose weights would be downloaded next.
         (["--batch_size", "71"], "--batch_size 71 is more than the 70"),
-        (["--lock_image", "13"], "this tower has 12 blocks"),
-        (["--input_shape", "50"], "--input_shape 50"),
         ([*SCRATCH, "--input_shape", "50"], "--input_shape"),
-        ([*SCRATCH, "--log_dir", "a_file"], "--log_dir"),
+        ([*SCRATCH, "--log_dir", "a_file"], "a_file: cannot be written"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused(arguments, named, data, work):

@@ -92,48 +92,30 @@ ALONE = Processes()
 def join_processes(device: str | None) -> tuple[Processes, torch.device]:
     """This process's place among those that torchrun or srun has started, or `ALONE`; and its
     device: with CUDA, each process of a machine takes a GPU of its own."""
-    if "LOCAL_RANK" not in os.environ:
-        _join_without_torchrun()
+    if "LOCAL_RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        os.environ.update(torchrun_variables(os.environ))
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1 or "LOCAL_RANK" not in os.environ:
         return ALONE, pick_device(device)
     local = int(os.environ["LOCAL_RANK"])
-    if device is None and not torch.cuda.is_available():
-        device = "cpu"  # several processes cannot share a Mac's GPU
-    if device in (None, "cuda"):
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cuda", "cpu"):
+        raise InputError(f"--device {device}: leave it out, each process takes a GPU of its own; "
+                         "without CUDA, start one process alone or add --device cpu")  # fmt: skip
+    backend = "gloo"
+    if device == "cuda":
         if local >= torch.cuda.device_count():
             raise InputError(
                 f"{local + 1} processes or more, where this one finds {torch.cuda.device_count()} "
                 "GPUs: start one a GPU (torchrun --nproc_per_node), or add --device cpu"
             )
-        device = f"cuda:{local}"
+        device, backend = f"cuda:{local}", "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(local)
-    picked = pick_device(device)
-    if picked.type == "mps":
-        raise InputError("--device mps: several processes cannot share a Mac's GPU; start one "
-                         "process alone, or add --device cpu")  # fmt: skip
-    if picked.type == "cuda" and picked.index != local:
-        raise InputError(f"--device {device}: leave it out, each process takes a GPU of its own")
-    backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=LONGEST_WAIT)
     processes = Processes(dist.get_rank(), size)
     if not processes.is_rank_0:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - for as long as the process lives
-    return processes, picked
-
-
-def _join_without_torchrun() -> None:
-    """Set the variables of torchrun in a process of `srun`. Raises `InputError` for several
-    processes of mpirun."""
-    by_mpi = int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or 1)
-    by_slurm = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
-    if by_mpi not in (1, by_slurm):  # srun can tell both; mpirun uses srun for one a machine
-        raise InputError(
-            f"mpirun has started {by_mpi} processes, which would train a model each: start them "
-            "with torchrun or srun, so that they train one together"
-        )
-    if by_slurm > 1:
-        os.environ.update(torchrun_variables(os.environ))
+    return processes, torch.device(device)
 
 
 def torchrun_variables(slurm: Mapping[str, str]) -> dict[str, str]:

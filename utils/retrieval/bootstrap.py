@@ -7,7 +7,7 @@ import numpy as np
 
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.retrieval.encode import Features
-from utils.retrieval.scores import K_VALUES, TITLES, Scores, score_features
+from utils.retrieval.scores import K_VALUES, MAIN, TITLES, Scores, score_features
 
 SAMPLES = 1000
 RECALLS = [f"{way}_R@{k}" for way in TITLES for k in K_VALUES] + ["mean_recall"]
@@ -70,12 +70,10 @@ class Comparison:
     def lines(self) -> Iterator[str]:
         """A table of mean recall and R@1 with their intervals: a header, then a line each for the
         models and the gain."""
-        shown = {"mean recall": "mean_recall"}
-        shown |= {f"R@1 {title}": f"{way}_R@1" for way, title in TITLES.items()}
-        yield " " * 6 + "".join(f"{name:>25}" for name in shown)
+        yield " " * 6 + "".join(f"{name:>25}" for name in MAIN)
         for name, found in self.found.items():
             cells = (
                 "{:.2f} ({:.1f} to {:.1f})".format(found[r], *self.intervals[name][r])
-                for r in shown.values()
+                for r in MAIN.values()
             )
             yield f"{name:6}" + "".join(f"{cell:>25}" for cell in cells)

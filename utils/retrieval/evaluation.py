@@ -1,6 +1,6 @@
 """Evaluation of a model on captioned images: retrieval scores and the validation loss."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from utils.machine.memory import explained
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE, Processes
 from utils.retrieval.encode import Features, encode_set
-from utils.retrieval.scores import K_VALUES, Scores, score_features
+from utils.retrieval.scores import Scores, score_features
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,7 @@ class Evaluator:
     @explained()
     @torch.inference_mode()
     def score(
-        self,
-        model: CLIP,
-        dataset: Flickr8kDataset,
-        k_values: Iterable[int] = K_VALUES,
-        cached: Mapping[str, Tensor] | None = None,
+        self, model: CLIP, dataset: Flickr8kDataset, cached: Mapping[str, Tensor] | None = None
     ) -> tuple[Scores, float]:
         """Retrieval scores on the whole set, and its loss.
 
@@ -51,7 +47,7 @@ class Evaluator:
         features = self.encode(model, dataset, cached)
         if not self.processes.is_rank_0:
             return self.processes.broadcast(None)
-        scores = score_features(*features, dataset.img_to_txt, dataset.txt_to_img, k_values)
+        scores = score_features(*features, dataset.img_to_txt, dataset.txt_to_img)
         k = self.loader.captions_per_image
         loss = 0.0
         for rows in torch.arange(len(dataset)).split(self.loader.batch_size):

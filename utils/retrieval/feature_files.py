@@ -1,6 +1,6 @@
 """Files of features for other programs: `.npy` with the names in a text file, or `.parquet`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from utils.runs.files import atomic_write, writing
-
-BLOCK = 2**14  # features that are float32 at a time
 
 READ_NPY = """\
   import numpy as np
@@ -26,40 +24,23 @@ def write_features(file: Path, names: Sequence[str], features: Tensor) -> str:
     `.npy` and a `.names.txt`. Return the lines of Python that read them. Ends of lines in a name
     become blanks; bytes that are not UTF-8 are escaped."""
     names = [" ".join(n.encode(errors="backslashreplace").decode().splitlines()) for n in names]
-    n, d = features.shape
+    rows = F.normalize(features.float(), dim=-1).cpu().numpy()
+    n, d = rows.shape
     with writing(file), atomic_write(file) as temporary:
         if file.suffix.lower() == ".parquet":
-            _write_parquet(temporary, names, features)
+            _write_parquet(temporary, names, rows)
             return READ_PARQUET.format(file=str(file), n=n, d=d)
-        _write_npy(temporary, features)
+        with temporary.open("wb") as stream:  # given a path, numpy would add an ending
+            np.save(stream, rows)
     names_file = file.with_suffix(".names.txt")
     with writing(names_file), atomic_write(names_file) as temporary:
         temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
     return READ_NPY.format(file=str(file), names=str(names_file), n=n, d=d)
 
 
-def _blocks(features: Tensor) -> Iterator[np.ndarray]:
-    for block in features.split(BLOCK):
-        yield F.normalize(block.float(), dim=-1).cpu().numpy()
-
-
-def _write_npy(file: Path, features: Tensor) -> None:
-    header = {"descr": "<f4", "fortran_order": False, "shape": tuple(features.shape)}
-    with file.open("wb") as stream:
-        np.lib.format.write_array_header_1_0(stream, header)
-        for block in _blocks(features):
-            stream.write(block.tobytes())
-
-
-def _write_parquet(file: Path, names: list[str], features: Tensor) -> None:
+def _write_parquet(file: Path, names: list[str], rows: np.ndarray) -> None:
     import pyarrow
-    from pyarrow.parquet import ParquetWriter
+    from pyarrow.parquet import write_table
 
-    d = features.shape[1]
-    types = {"name": pyarrow.string(), "feature": pyarrow.list_(pyarrow.float32(), d)}
-    schema = pyarrow.schema(types.items())
-    with ParquetWriter(file, schema) as writer:
-        for number, block in enumerate(_blocks(features)):
-            own = names[number * BLOCK : (number + 1) * BLOCK]
-            lists = pyarrow.FixedSizeListArray.from_arrays(block.ravel(), d)
-            writer.write_table(pyarrow.table([own, lists], schema=schema))
+    lists = pyarrow.FixedSizeListArray.from_arrays(rows.ravel(), rows.shape[1])
+    write_table(pyarrow.table({"name": names, "feature": lists}), file)

@@ -65,17 +65,14 @@ def plot_losses(training: Sequence[float], validation: Sequence[float], path: Pa
     save_figure(figure, path)
 
 
-def chart_svg(curves: dict[str, dict[float, float]], chosen: float | None = None) -> bytes:
-    """An SVG with curves, {name: {x: y}} with whole numbers x, and a line at the `chosen` x; the
-    legend has the last values."""
+def chart_svg(curves: dict[str, dict[float, float]]) -> bytes:
+    """An SVG with curves, {name: {x: y}} with whole numbers x; the legend has the last values."""
     figure = Figure(figsize=(5, 2.9), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.1)  # room for a number at the very top
     axes = figure.subplots()
     for style, (name, points) in zip(("o-", "s--"), curves.items(), strict=False):
         label = f"{name} {list(points.values())[-1]:.3g}".lstrip()
         axes.plot(list(points), list(points.values()), style, markersize=4, label=label)
-    if chosen is not None:
-        axes.axvline(chosen, color="0.4", linestyle=":", label=f"chosen: {chosen:g}", zorder=1)
     axes.locator_params(axis="x", integer=True)
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -186,8 +183,7 @@ def plot_wise_ft(
 ) -> None:
     """Write a plot against alpha: mean recall and R@1 on the new data; in a second panel the scores
     on the sets of --retention, with a line where their mean is `max_forgetting` points lower. A
-    star stands at the chosen row `best`. Where the start is mixed with several epochs, rows have
-    the field `epoch`."""
+    star stands at the chosen row `best`."""
     panels = {"new data: validation": {"mean recall": [row["mean_recall"] for row in rows]}}
     for way, title in TITLES.items():
         panels["new data: validation"][f"R@1, {title}"] = [row[f"{way}_R@1"] for row in rows]
@@ -219,13 +215,13 @@ def _draw_paths(
 ) -> None:
     """Draw scores of the `rows` against alpha: a colour for each of the `curves`, a style for each
     epoch. The start is the first point of all."""
-    epochs = dict.fromkeys(row.get("epoch") for row in rows if row["alpha"] or len(rows) == 1)
+    epochs = dict.fromkeys(row["epoch"] for row in rows)
     for number, (name, scores) in enumerate(curves.items()):
         for epoch, style in zip(epochs, ("o-", "s--"), strict=False):
             points = sorted(
                 (row["alpha"], score)
                 for row, score in zip(rows, scores, strict=True)
-                if row["alpha"] == 0 or row.get("epoch") == epoch
+                if row["alpha"] == 0 or row["epoch"] == epoch
             )
             label = f"{name}, epoch {epoch}" if len(epochs) > 1 else name
             axes.plot(*zip(*points, strict=True), style, color=f"C{number}", label=label)

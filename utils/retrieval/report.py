@@ -1,12 +1,9 @@
 """The report: one HTML page with scores, curves and the first answers to each query."""
 
 import base64
-import hashlib
 import io
-import json
 from dataclasses import replace
 from datetime import datetime
-from math import inf, isfinite
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,27 +12,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from models.errors import InputError
-from models.files import read_bytes
+from models.files import read_json
 from models.progress_bar import progress_bar
-from models.run_files import (
-    BEST,
-    LAST,
-    METRICS,
-    MIXTURE,
-    MIXTURES,
-    START,
-    TEST_METRICS,
-    run_folder,
-    saved_arguments,
-)
+from models.run_files import METRICS, TEST_METRICS, run_folder, saved_arguments
 from utils.data.annotations import SPLITS
 from utils.data.image_reading import read_image
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.retrieval.encode import Features
 from utils.retrieval.plots import chart_svg
 from utils.retrieval.ranking import Answers, both_ways, first_answers
-from utils.retrieval.scores import K_VALUES, TITLES, Scores
+from utils.retrieval.scores import TITLES, Scores
 from utils.retrieval.tables import RETENTION, retained, score_table
 from utils.runs.checkpoint import read_csv
 from utils.runs.files import atomic_write, writing
@@ -50,8 +36,6 @@ EPOCH_CHARTS = {
     "mean recall": {"mean_recall": ""},
 }
 CHINESE = regex.compile(r"\p{Han}")
-# HTML has no control characters; Unicode has pictures of them.
-CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
 
 
 def write_report(
@@ -59,19 +43,15 @@ def write_report(
 ) -> None:
     """Write one HTML file, which loads no other file, about `weights` on `dataset`: the `scores` (K
     from 1 to 10), the arguments and epochs of the weights' run, and the first answers to the
-    queries, hardest first. Raises `InputError` for an unreadable image, arguments.json, metrics.csv
-    or test_metrics.json, and if the file cannot be written."""
+    queries, hardest first. Raises `InputError` for an unreadable image and if the file cannot be
+    written."""
     run = run_folder(weights)
-    table = run / METRICS if run else None
-    epochs = read_csv(table) if table and table.exists() else []
+    epochs = read_csv(run / METRICS) if run and (run / METRICS).exists() else []
     arguments = saved_arguments(run) if run else {}
-    epoch, of_epoch = _epoch(Path(weights).name, run, epochs) if run else (None, "")
     directions, shown = _directions(dataset, features)
     page = _render(
         weights=weights,
         model=_model(weights, arguments),
-        epoch=epoch,
-        of_epoch=of_epoch,
         date=f"{datetime.now():%Y-%m-%d %H:%M}",
         dataset=dataset,
         split=SPLITS[dataset.split],
@@ -82,7 +62,7 @@ def write_report(
         arguments=arguments,
         directions=directions,
         first_captions=[dataset.text[own[0]] for own in dataset.own_captions.values()],
-        names=[Path(image).relative_to(dataset.root).as_posix() for image in dataset.image],
+        names=dataset.names,
         pictures=_pictures(dataset, shown),
     )
     with writing(path), atomic_write(path) as temporary:
@@ -97,47 +77,20 @@ def _model(weights: str | Path, arguments: dict[str, object]) -> str:
     return f"fine-tuned from {start}" if start else str(weights)
 
 
-def _epoch(name: str, run: Path, epochs: list[dict[str, float]]) -> tuple[float | None, str]:
-    """The epoch that a run's weights file called `name` is of, if known, and words for it."""
-    recalls = {row["epoch"]: row.get("mean_recall", 0.0) for row in epochs if row.get("epoch")}
-    if name == Path(MIXTURE).name and (run / MIXTURES).exists():
-        chosen = next((row for row in read_csv(run / MIXTURES) if row.get("chosen")), {})
-        mixed = f"mixed with the start, alpha {chosen.get('alpha', 0):g}"
-        epoch = chosen.get("epoch") if chosen.get("alpha") else 0
-        return epoch, mixed if epoch is None else f"{epoch:g}, {mixed}"
-    of_file = {Path(START).name: 0}
-    if recalls:
-        best = max(recalls, key=recalls.get)
-        of_file |= {Path(BEST).name: best, Path(LAST).name: max(recalls)}
-    if saved := regex.match(r"ep(\d+)_", name):
-        of_file[name] = int(saved[1])
-    epoch = of_file.get(name)
-    return epoch, "" if epoch is None else f"{epoch:g} of {max(recalls, default=0):g}"
-
-
 def _test_scores(run: Path) -> dict[str, list[tuple[str, str]]]:
     """Mean recall and R@1 both ways on the test split of a run, before and after training, each
     with its interval, as far as there are any."""
-    file = run / TEST_METRICS
-    if not file.is_file():
-        return {}
-    try:
-        content, found = json.loads(read_bytes(file)), {}
-        for name, scores in {"before": content.get("before"), "after": content}.items():
-            if scores:
-                recalls = [scores[way][f"R@{k}"] for way in TITLES for k in K_VALUES]
-                row = {"mean_recall": sum(recalls) / len(recalls)}
-                row |= {f"{way}_R@1": scores[way]["R@1"] for way in TITLES}
-                intervals = content.get("intervals", {}).get(name, {})
-                found[f"{name} training"] = [
-                    (f"{score:.2f}", "{:.1f} to {:.1f}".format(*ends) if ends else "")
-                    for score, ends in ((score, intervals.get(r)) for r, score in row.items())
-                ]
-        return found
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise InputError(
-            f"{file}: should hold scores on test images; mend it or remove it"
-        ) from None
+    content = read_json(run / TEST_METRICS) or {}
+    found = {}
+    for name, scores in {"before": content.get("before"), "after": content}.items():
+        if scores:
+            row = {"mean_recall": scores["mean_recall"]}
+            row |= {f"{way}_R@1": scores[way]["R@1"] for way in TITLES}
+            ends = content["intervals"][name]
+            found[f"{name} training"] = [
+                (f"{score:.2f}", "{:.1f} to {:.1f}".format(*ends[r])) for r, score in row.items()
+            ]
+    return found
 
 
 class Answer(NamedTuple):
@@ -208,11 +161,7 @@ def _curves(
     by_epoch = EPOCH_CHARTS | {f"{name} (retention)": {RETENTION + name: ""} for name in sets}
     for title, columns in by_epoch.items():
         curves = {
-            name: {
-                row["epoch"]: row[column]
-                for row in epochs
-                if "epoch" in row and isfinite(row.get(column, inf))
-            }
+            name: {row["epoch"]: row[column] for row in epochs if column in row}
             for column, name in columns.items()
         }
         charts[f"{title} of the run by epoch"] = {n: curve for n, curve in curves.items() if curve}
@@ -233,8 +182,7 @@ def _pictures(dataset: Flickr8kDataset, shown: list[int]) -> dict[int, str]:
 
 
 def _render(pictures: dict[int, str], **content: object) -> str:
-    """The page. All content is escaped. The policy names the digests of the page's script and
-    style: the browser runs no others, and loads nothing."""
+    """The page. All content is escaped."""
     here = Path(__file__).parent
     environment = Environment(
         loader=FileSystemLoader(here),
@@ -242,34 +190,20 @@ def _render(pictures: dict[int, str], **content: object) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=_printable,
     )
     environment.tests["chinese"] = CHINESE.search
-    environment.filters["svg"] = lambda curves, chosen: _base64(chart_svg(curves, chosen))
+    environment.filters["svg"] = lambda curves: _base64(chart_svg(curves))
     style = (here / "report.css").read_text("utf-8") + "".join(
         f'.i{image}{{background-image:url("data:image/jpeg;base64,{data}")}}\n'
         for image, data in pictures.items()
     )
-    script = (here / "report.js").read_text("utf-8")
     return environment.get_template("report.html.j2").render(
         style=Markup(style),
-        script=Markup(script),
-        policy=f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; "
-        f"script-src '{_digest(script)}'; base-uri 'none'; form-action 'none'",
+        script=Markup((here / "report.js").read_text("utf-8")),
         titles=TITLES,
         filters={"all": 0, "wrong at 1": 1, f"wrong at {FIRST}": FIRST},
         **content,
     )
-
-
-def _printable(value: object) -> str:
-    """A value without control characters; HTML has been through here already."""
-    return value if hasattr(value, "__html__") else str(value).translate(CONTROL)
-
-
-def _digest(text: str) -> str:
-    """The name of an inline script or style in a Content-Security-Policy."""
-    return "sha256-" + _base64(hashlib.sha256(text.encode()).digest())
 
 
 def _base64(content: bytes) -> str:

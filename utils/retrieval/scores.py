@@ -11,6 +11,8 @@ from utils.retrieval.ranking import Positives, Similarities, both_ways, positive
 
 K_VALUES = (1, 5, 10)
 TITLES = {"i2t": "image to text", "t2i": "text to image"}
+# The scores that are shown before and after training, {title: column}.
+MAIN = {"mean recall": "mean_recall"} | {f"R@1 {TITLES[way]}": f"{way}_R@1" for way in TITLES}
 
 
 @dataclass(frozen=True)

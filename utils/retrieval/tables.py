@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from utils.data.annotations import SPLITS
-from utils.retrieval.scores import K_VALUES, TITLES, Scores
+from utils.retrieval.scores import K_VALUES, MAIN, Scores
 
 RETENTION = "retention_"  # begins the column of a set of --retention; the set's name follows
 
@@ -39,9 +39,7 @@ def format_table(scores: Scores, split: str) -> str:
 def format_change(before: Mapping[str, float], after: Mapping[str, float]) -> str:
     """Rows of a table, before and after training, as lines of text: mean recall, R@1, and the sets
     of --retention."""
-    columns = {"mean recall": "mean_recall"}
-    columns |= {f"R@1 {title}": f"{way}_R@1" for way, title in TITLES.items()}
-    columns |= {name: RETENTION + name for name in retained(before)}
+    columns = MAIN | {name: RETENTION + name for name in retained(before)}
     both = {"before training": before, "after training": after}
     return format_rows(
         {title: {name: row[c] for name, c in columns.items()} for title, row in both.items()}

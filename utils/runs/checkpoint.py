@@ -1,9 +1,7 @@
 """The files that a run writes: weights, the checkpoint to go on from, tables and arguments."""
 
 import csv
-import io
 import os
-import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +9,14 @@ import torch
 
 from models import files
 from models.clip import CLIP
-from models.errors import InputError, one_line
-from models.files import read_bytes
+from models.errors import InputError
 from models.lora import merged
 from models.open_clip_model import OpenClipModel
 from models.weights.open_clip import CONFIG_FILE, to_open_clip
 from models.weights.read import read_content
 from utils.runs.files import atomic_write, writing
 
-FORMAT = 9  # of checkpoint.pth; raised whenever its fields change
+FORMAT = 10  # of checkpoint.pth; raised whenever its fields change
 
 
 def save_weights(model: CLIP, path: Path) -> None:
@@ -66,7 +63,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any] | None:
         raise InputError(f"{path}: {error}") from None
     if state and state["format"] != FORMAT:
         raise InputError(
-            f"{path}: a checkpoint of format {reprlib.repr(state['format'])}, where this program "
+            f"{path}: a checkpoint of format {state['format']}, where this program "
             f"reads {FORMAT}; continue it with the version that wrote it, or start anew from its "
             "weights"
         )
@@ -74,10 +71,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def _is_checkpoint(content: object) -> bool:
-    """Whether this is the content of a checkpoint, of any format and perhaps damaged."""
-    if not isinstance(content, dict) or "format" not in content:
-        return False
-    return "arguments" in content or "optimizer" in content
+    """Whether this is the content of a checkpoint, of any format."""
+    return isinstance(content, dict) and {"format", "arguments"} <= content.keys()
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -94,14 +89,10 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read_csv(path: Path) -> list[dict[str, float]]:
-    """The rows of `write_csv`, without empty fields. Raises `InputError` for text."""
-    try:
-        rows = csv.DictReader(io.StringIO(read_bytes(path).decode()))
+    """The rows of `write_csv`, without empty fields."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file)
         return [{name: float(value) for name, value in row.items() if value} for row in rows]
-    except (ValueError, TypeError, csv.Error) as error:
-        raise InputError(
-            f"{path}: should be a table of numbers ({one_line(error)}); mend it or remove it"
-        ) from None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,19 +1,15 @@
 """The weights of a script: those of `--weights`, else the newest run's, else published ones."""
 
 import argparse
-import csv
 from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 
 from models.errors import InputError, one_line
-from models.run_files import BEST, METRICS, run_folder, run_weights, trained_on
+from models.run_files import BEST, run_folder, run_weights, trained_on
 from models.scripts import SCRIPTS
-from utils.data.annotations import caption_file
 from utils.runs.arguments import trained_weights
 
 PUBLISHED = "ViT-B/32"
-RUNS_SHOWN = 3
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
@@ -50,38 +46,10 @@ def weights_to_use(named: str | None) -> str | Path:
     else:
         weights, whose = PUBLISHED, "published: no run in logs/ has weights yet"
     check_name(weights)
-    print("weights:", ", ".join(filter(None, [str(weights), whose, *_facts(weights)])))
-    return weights
-
-
-def _facts(weights: str | Path) -> list[str]:
-    """Date, data and best score of the weights' run, as far as its files tell."""
-    run = run_folder(weights)
-    if run is None:
-        return []
-    ended = datetime.fromtimestamp(Path(weights).expanduser().stat().st_mtime)
-    facts = [f"of {ended:%Y-%m-%d %H:%M}"]
+    data = ""
     with suppress(InputError):
-        data = trained_on(weights)
-        languages = " and ".join(data.languages)
-        facts.append(one_line(f"trained on {data.dataset_path} ({languages})"))
-    with (
-        suppress(OSError, ValueError, LookupError, TypeError, csv.Error),
-        (run / METRICS).open(encoding="utf-8", newline="") as file,
-    ):
-        epochs = [row for row in csv.DictReader(file) if float(row["epoch"]) > 0]
-        recall = max(float(row["mean_recall"]) for row in epochs)
-        facts.append(f"mean recall of its best epoch {recall:.2f}")
-    return facts
-
-
-def runs_having(split: str) -> str:
-    """The end of a message on missing captions: the newest runs whose data has this split."""
-    having = []
-    for run in finished_runs():
-        with suppress(InputError):
-            root, languages = trained_on(run) or (Path(), [])
-            files = [caption_file(root, language, split) for language in languages]
-            having += [str(run)] if files and all(map(Path.exists, files)) else []
-    shown = " or ".join(having[:RUNS_SHOWN])
-    return f"; with {split} captions: --weights {shown}" if having else ""
+        if found := trained_on(weights):
+            languages = " and ".join(found.languages)
+            data = one_line(f"trained on {found.dataset_path} ({languages})")
+    print("weights:", ", ".join(filter(None, [str(weights), whose, data])))
+    return weights

@@ -1,7 +1,7 @@
 """Atomic writes: a file appears under its final name whole, or not at all."""
 
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,14 +17,11 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     renamed to `path`; if the block raises, it is deleted."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY)  # short, however long `path`
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(TEMPORARY + secrets.token_hex(4))  # short, however long `path`
     try:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -53,9 +50,3 @@ def picture_format(path: Path) -> str:
     if kind not in known:
         raise InputError(f"{path}: no format for pictures; those are {', '.join(sorted(known))}")
     return kind
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

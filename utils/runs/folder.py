@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.clip import CLIP
 from models.errors import InputError
 from models.run_files import BEST, CHECKPOINT, LAST, METRICS, MIXTURE, START
 from utils.machine.interrupt import Interrupt
 from utils.machine.processes import Processes
 from utils.runs.checkpoint import save_checkpoint, save_weights, write_csv
-from utils.runs.commands import command, quoted
-from utils.runs.files import TEMPORARY, atomic_write, writing
+from utils.runs.commands import command
+from utils.runs.files import TEMPORARY, writing
 
 if TYPE_CHECKING:
     from utils.training.state import State
@@ -32,29 +29,8 @@ class Run:
         self.folder: Path | None = None  # None on other ranks
         self.loss_history: Any = None  # pyzjr's, on rank 0
 
-    @contextmanager
-    def discarded_on_error(self) -> Iterator[None]:
-        """Remove the folder of a new run if an error or Ctrl-C ends the block."""
-        try:
-            yield
-        except BaseException:
-            if self.folder and not (self.folder / CHECKPOINT).exists():
-                if self.loss_history:
-                    self.loss_history.close()  # Windows removes no open file
-                shutil.rmtree(self.folder, ignore_errors=True)
-            raise
-
-    def save_start(self, model: CLIP, is_new: bool) -> None:
-        """Write the weights that a new run starts from; warn if a continued run has lost them."""
-        start = self.folder / START
-        if is_new:
-            save_weights(model, start)
-        elif not start.exists() and not self.arguments["distill"]:  # --distill needs it at once
-            print(f"warning: {start} is missing, which --wise_ft mixes with: put it back before "
-                  "the run ends, or it ends without")  # fmt: skip
-
     def start_weights(self) -> Path:
-        """The file of `save_start`, in all processes."""
+        """The file of the weights that the run starts from, in all processes."""
         return self.processes.broadcast(self.folder) / START
 
     def save_checkpoint(self, state: State) -> None:
@@ -68,7 +44,7 @@ class Run:
         if not self.processes.is_rank_0:
             return
         row = state.epochs[-1]
-        if state.last_is_best:
+        if state.best_epoch == row["epoch"]:
             save_weights(state.scored, self.folder / BEST)
         if row["epoch"] % keep_every == 0:
             losses = f"loss{row['train_loss']:.3f}_val_loss{row['val_loss']:.3f}"
@@ -82,37 +58,12 @@ class Run:
         for new in (*first, row):
             self.loss_history.append(new)
 
-    def replace_missing_best(self, state: State) -> None:
-        """If the best weights are missing, those of the last epoch take their place; in the middle
-        of an epoch, those of the best one from here on."""
-        if not self.processes.is_rank_0 or not state.epochs or (self.folder / BEST).exists():
-            return
-        in_epoch = bool(state.losses)
-        state.best_since = len(state.epochs) - (not in_epoch)
-        self.save_checkpoint(state)  # first: a run killed in between comes here again
-        if in_epoch:
-            instead = "the best epoch from here on takes"
-        else:
-            save_weights(state.scored, self.folder / BEST)
-            instead = "those of the last epoch take"
-        print(f"{self.folder / BEST}: was missing; {instead} its place")
-
-    def close(self, state: State) -> None:
-        """End the run, with its best weights in place."""
-        if self.processes.is_rank_0:
-            self.loss_history.close()
-            self.replace_missing_best(state)
-
     def stopped(self, interrupt: Interrupt) -> SystemExit:
         """Print how to go on after a signal; return what ends the program."""
         if self.processes.is_rank_0:
             self.loss_history.close()
             arguments = "--resume_training", self.folder
-            size = self.processes.size
-            if size > int(os.environ.get("LOCAL_WORLD_SIZE", 1)):  # by srun, or on many machines
-                line = f"[torchrun or srun, as before] train.py {quoted(arguments)}"
-            else:
-                line = command("train.py", *arguments, processes=size)
+            line = command("train.py", *arguments, processes=self.processes.size)
             print(f"\nstopped by a signal; to go on:\n  {line}")
         return interrupt.exit()
 
@@ -145,12 +96,9 @@ def reopen_run_folder(checkpoint: str | os.PathLike, state: dict[str, Any]) -> P
     rows = state["rows"]
     history = [f"Epoch {r['epoch']}: train: {r['train_loss']} val: {r['val_loss']}\n" for r in rows]
     with writing(run):
-        for folder in (run, weights):
-            for left in folder.glob(f"{TEMPORARY}*"):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-    text = run / "epoch_loss.txt"
-    with writing(text), atomic_write(text) as temporary:
-        temporary.write_text("".join(history))
+        for left in (*run.glob(f"{TEMPORARY}*"), *weights.glob(f"{TEMPORARY}*")):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        (run / "epoch_loss.txt").write_text("".join(history))
     if rows:
         _write_metrics(run, state["start"], rows)
     return run

@@ -2,14 +2,12 @@
 TensorBoard and wandb. Errors of writing name the file."""
 
 import io
-import threading
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from models.errors import InputError
 from utils.machine.pyzjr_parts import ConsoleLogger, LossHistory, show_config
 from utils.runs.files import writing
 from utils.runs.wandb_run import Wandb
@@ -27,16 +25,8 @@ class Log(ConsoleLogger):
 
     def write(self, message: str) -> None:
         # File names can hold lone surrogates; the log cannot.
-        message = message.encode(errors="replace").decode()
-        if not self.terminal.isatty():
-            message = self.remove_ansi_colors(message)
-        try:
-            with writing(self.log_file):
-                super().write(message)
-        except InputError as error:
-            if isinstance(error.__cause__, BrokenPipeError):  # nobody reads the output any more
-                raise error.__cause__ from None
-            raise
+        with writing(self.log_file):
+            super().write(message.encode(errors="replace").decode())
 
 
 class Losses(LossHistory):
@@ -51,7 +41,6 @@ class Losses(LossHistory):
         wandb: Wandb | None = None,
     ):
         self.draw, self.wandb = draw, wandb
-        threading.excepthook = _leave_to_main_thread
         with writing(folder):
             # Without a model pyzjr draws no graph: it can draw models of images alone.
             super().__init__(str(folder), model=None, input_shape=(1, 1))
@@ -78,9 +67,3 @@ class Losses(LossHistory):
             super().close()
         if self.wandb:
             self.wandb.finish()
-
-
-def _leave_to_main_thread(error: threading.ExceptHookArgs) -> None:
-    """TensorBoard writes in a thread; it raises the thread's error again at the next record."""
-    if not issubclass(error.exc_type, OSError):
-        threading.__excepthook__(error)

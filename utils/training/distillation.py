@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from models.clip import CLIP
 from models.clip_utils import load
-from models.errors import InputError
 from models.tokens import TokenizedTexts
 from utils.training.layer_groups import train_mode, trainable_towers
 
@@ -49,10 +48,8 @@ def distill_from_start(
     """Distillation from `start_weights`, the file of the starting model, which shares the frozen
     parameters with `model`, in training on `captions`. `weight` counts at a logit scale of
     `TUNED_SCALE`: half the squared distance is 1 minus the cosine, which makes a difference to the
-    logits in proportion to the scale. Raises `InputError` if the file is missing.
+    logits in proportion to the scale.
     """
-    if not start_weights.exists():
-        raise InputError(f"{start_weights} is missing, whose features --distill keeps: put it back")
     start, _ = load(start_weights, model.device)
     start.requires_grad_(False)
     for name, parameter in start.named_parameters():

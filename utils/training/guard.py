@@ -9,7 +9,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.clip_utils import load
-from models.errors import InputError
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.retrieval.bootstrap import interval, resample
 from utils.retrieval.evaluation import Evaluator
@@ -87,9 +86,6 @@ class Guard:
         state.lost = [-high, -low] if high < 0 else []
 
     def _go_back(self, state: State, step: int) -> None:
-        if not self.start.exists():
-            raise InputError(f"{self.start} is missing, to which the run goes back: put it back, "
-                             "or add --no_guard")  # fmt: skip
         least, most = state.lost
         tqdm.write(
             f"mean recall on validation is {least:.2f} to {most:.2f} points below the start (95% "

@@ -65,11 +65,6 @@ def replace_groups(optimizer: torch.optim.Optimizer, groups: list[dict]) -> None
         optimizer.add_param_group(group)
 
 
-def restore_moments(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load the saved moments of an optimizer, but keep its present settings."""
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state["state"]})
-
-
 class Schedule(NamedTuple):
     """Linear warmup from zero to `peak`, then half a cosine to zero (Loshchilov & Hutter 2017). A
     run that goes back to its starting weights begins a new one, with a third of the rate.

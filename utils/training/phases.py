@@ -13,6 +13,7 @@ from torch import Tensor
 from models.clip import CLIP
 from models.clip_utils import create_model, load
 from models.device import moved
+from models.errors import InputError, one_line
 from models.run_files import ARGUMENTS, BEST, LAST, START, TEST_METRICS
 from utils.data.image_files import check_splits
 from utils.data.unlabelled import Unlabelled
@@ -26,24 +27,16 @@ from utils.retrieval.plots import plot_losses, plot_scores
 from utils.retrieval.report import write_report
 from utils.retrieval.scores import score_features
 from utils.retrieval.tables import format_change, format_table
-from utils.runs.checkpoint import write_json
+from utils.runs.checkpoint import save_weights, write_json
 from utils.runs.commands import what_to_try
 from utils.runs.folder import Run, new_run_folder, reopen_run_folder
 from utils.runs.records import Log, Losses
 from utils.runs.wandb_run import Wandb
 from utils.training.distillation import distill_from_start
-from utils.training.layer_groups import freeze_and_adapt, whole_batch_norms
-from utils.training.optimizer import Schedule, parameter_groups, replace_groups
-from utils.training.progress import unlike_defaults
+from utils.training.layer_groups import check_batch_norms, freeze_and_adapt
+from utils.training.optimizer import parameter_groups, replace_groups
 from utils.training.retention import Retention
-from utils.training.settings import (
-    FINE_TUNING,
-    FROM_SCRATCH,
-    as_saved,
-    check_same_data,
-    how_it_goes_on,
-    without_effect,
-)
+from utils.training.settings import as_saved, how_it_goes_on
 from utils.training.state import State
 from utils.training.wise_ft import Mixtures, best_row, weights_of
 
@@ -51,23 +44,20 @@ Splits = dict[str, Flickr8kDataset]
 Checkpoint = dict[str, Any]
 
 
-def get_model(
-    args: Namespace, resumed: Checkpoint | None, device: torch.device, processes: Processes
-) -> CLIP:
+def get_model(args: Namespace, resumed: Checkpoint | None, processes: Processes) -> CLIP:
     """The model to train, on the CPU: from a checkpoint, from weights, or random. Sets the seed."""
     SeedEvery(args.seed)
-    is_from_scratch = _is_from_scratch(args, resumed)
     with processes.rank_0_first():  # rank 0 downloads
         if resumed:
             model = resumed["model"]
-        elif is_from_scratch:
+        elif args.resume_training == "none":
             model = create_model(args.model, args.input_shape)
         else:
             model, _ = load(args.resume_training, "cpu", input_shape=args.input_shape,
                             activation=args.activation)  # fmt: skip
     freeze_and_adapt(model, args.lock_image, args.lock_text, args.lora)
-    if is_from_scratch:
-        model = whole_batch_norms(model, device, processes, args.grad_cache)
+    if _is_from_scratch(args, resumed):
+        check_batch_norms(model, processes, args.grad_cache)
     return model
 
 
@@ -102,18 +92,18 @@ def get_loader(
 
 
 def open_run(
-    args: Namespace,
-    resumed: Checkpoint | None,
-    model: CLIP,
-    loader: TrainLoader,
-    val_set: Flickr8kDataset,
-    defaults: Namespace,
+    args: Namespace, resumed: Checkpoint | None, model: CLIP, loader: TrainLoader, sets: Splits
 ) -> Run:
-    """The run's folder with its arguments, console log and history of losses."""
-    data = loader.dataset.fingerprint() + val_set.fingerprint()
-    if resumed:
-        check_same_data(data, resumed, args.resume_training, args.dataset_path)
+    """The run's folder with its arguments, console log and history of losses. Raises `InputError`
+    for other data than those of the `resumed` run."""
+    data = sets["train"].fingerprint() + sets["val"].fingerprint()
     run = Run(loader.processes, as_saved(args, resumed), data)
+    if resumed and data != resumed["data"]:
+        raise InputError(
+            f"--dataset_path {args.dataset_path}: its images or captions are not those of the run "
+            "(or --language is not); to train on others, start a new run: --resume_training "
+            f"{Path(args.resume_training).with_name(Path(BEST).name)}"
+        )
     if not loader.processes.is_rank_0:
         return run
     started = time.strftime("%Y-%m-%d_%H-%M-%S")
@@ -121,19 +111,21 @@ def open_run(
         run.folder = reopen_run_folder(args.resume_training, resumed)
     else:
         run.folder = new_run_folder(args.log_dir, started)
-    with run.discarded_on_error():
-        write_json(run.folder / ARGUMENTS, run.arguments)
-        sys.stdout = Log(run.folder / f"console_{started}.log", args)
-        recipe = FROM_SCRATCH if _is_from_scratch(args, resumed) else FINE_TUNING
-        print(unlike_defaults(args, Namespace(**vars(defaults) | recipe)))
-        on = how_it_goes_on(args, resumed) if resumed else ()
-        for line in (*on, *without_effect(args, len(loader), loader.processes)):
-            print(line)
-        wandb = Wandb(run.folder, run.arguments) if args.wandb else None
-        rows = resumed["rows"] if resumed else []
-        run.loss_history = Losses(run.folder, rows, plot_losses, wandb)
-        if not _is_from_scratch(args, resumed):
-            run.save_start(model, is_new=not resumed)
+    write_json(run.folder / ARGUMENTS, run.arguments)
+    sys.stdout = Log(run.folder / f"console_{started}.log", args)
+    print(f"arguments: {' '.join(sys.argv[1:]) or 'none'} (learning rate {args.lr:g}; all: "
+          f"{ARGUMENTS})")  # fmt: skip
+    for line in how_it_goes_on(args, resumed) if resumed else ():
+        print(line)
+    averaged, steps = 1 / (1 - (args.ema or 0)), len(loader) * args.epochs
+    if averaged > steps:
+        print(f"--ema {args.ema:g} averages over about {averaged:,.0f} steps, and this run has "
+              f"{steps:,}: it stays near the start; lower --ema")  # fmt: skip
+    wandb = Wandb(run.folder, run.arguments) if args.wandb else None
+    rows = resumed["rows"] if resumed else []
+    run.loss_history = Losses(run.folder, rows, plot_losses, wandb)
+    if not resumed and args.resume_training != "none":
+        save_weights(model, run.folder / START)
     return run
 
 
@@ -158,7 +150,6 @@ def get_state(
         state.restore(resumed)
         if args.no_guard:
             state.baseline, state.lost = {}, []
-        run.replace_missing_best(state)
     if args.grad_checkpointing:
         model.enable_grad_checkpointing()
     if args.compile:
@@ -177,12 +168,6 @@ def get_scored(val_set: Flickr8kDataset, images: int) -> Flickr8kDataset:
     return sample
 
 
-def get_schedule(args: Namespace, steps: int) -> Schedule:
-    """The learning rate of each step of a run with `steps` an epoch."""
-    warmup_steps = args.warmup_epochs and round(args.warmup_epochs * steps)
-    return Schedule(args.lr, warmup_steps, args.epochs * steps)
-
-
 def finish(
     args: Namespace,
     run: Run,
@@ -196,16 +181,15 @@ def finish(
     """Choose the weights that count on the validation images `val` of the epochs, with `cached`
     features, and score them on all validation images and on the test split."""
     folder, evaluator = run.folder, Evaluator(loader, state.precision)  # of rank 0 alone
-    chosen, start = folder / BEST, folder / START
+    chosen = folder / BEST
     kept = state.epochs[state.best_epoch - 1]
     print(f"\nbest epoch: {kept['epoch']}, mean recall {kept['mean_recall']:.2f}")
+    run.loss_history.close()
     state.release()
     model, _ = load(chosen, state.precision.device)
-    if args.wise_ft and not start.exists():
-        print(f"{start} is missing: no --wise_ft; put it back and run this again")
-    elif args.wise_ft:
+    if args.wise_ft:
         alphas = args.wise_ft if args.no_guard else sorted({0.0, *args.wise_ft})
-        mixtures = Mixtures(model, weights_of(start), folder, args.max_forgetting)
+        mixtures = Mixtures(model, weights_of(folder / START), folder, args.max_forgetting)
         for epoch, file in {state.best_epoch: BEST, len(state.epochs): LAST}.items():
             for _ in mixtures.each(epoch, weights_of(folder / file), alphas):
                 found = evaluator.score(model, val, cached=cached)
@@ -221,9 +205,10 @@ def finish(
     plot_scores(scores, folder / "R_mAP.png")
     if "test" in sets:
         score_on_test(evaluator, model, sets["test"], chosen)
-    captions = ([whole.text[caption] for caption in own] for own in whole.own_captions.values())
-    print()
-    print(what_to_try(whole.image[0], chosen, captions))
+    captions = ([whole.text[caption] for caption in whole.own_captions[image]]
+                for image in (0, len(whole) - 1))  # fmt: skip
+    labels = dict.fromkeys(one_line(min(own, key=len)) for own in captions)
+    print(f"\n{what_to_try(whole.image[0], chosen, labels)}")
     report = folder / "report.html"
     write_report(report, chosen, whole, features, scores)
     print(f"scores, curves, answers to every query, in a browser\n  {report.absolute().as_uri()}")

@@ -1,9 +1,7 @@
 """What a run prints: what it trains, the progress bar of an epoch, the scores."""
 
 import math
-import textwrap
 import time
-from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -14,7 +12,6 @@ from torch import Tensor
 from models.device import download
 from models.errors import InputError
 from models.progress_bar import progress_bar
-from models.run_files import ARGUMENTS
 from utils.data.annotations import SPLITS
 from utils.flickr8k_dataloader import ALIKE, Batch, Flickr8kDataset, TrainLoader
 from utils.machine.memory import peak_memory_mb, reset_peak_memory
@@ -25,18 +22,6 @@ from utils.training.state import State
 # Share of tokens that are parts of words. In Flickr8k: CLIP's tokenizer 2% of English and 90% of
 # Chinese captions; BERT's Chinese one 33% of English and 0% of Chinese, 22% of both together.
 MANY_FRAGMENTS = 0.25
-
-
-def unlike_defaults(args: Namespace, defaults: Namespace) -> str:
-    """The arguments that are not the `defaults`, as lines of text."""
-    given = []
-    for name, value in vars(args).items():
-        if value != getattr(defaults, name):
-            words = value if isinstance(value, list) else [] if value is True else [value]
-            given.append(" ".join(map(str, [f"--{name}", *words])))
-    words = f"arguments: {'  '.join(given) or 'none'} (else the defaults; all: {ARGUMENTS})"
-    return textwrap.fill(words, 100, subsequent_indent=" " * 11, break_long_words=False,
-                         break_on_hyphens=False)  # fmt: skip
 
 
 def announce(
@@ -54,20 +39,15 @@ def announce(
     print(f"data: {images}, {data}")
     print(f"model: {name}, {count / 1e6:.1f} M parameters{which}; {processes}{loader.device}, "
           f"{state.precision}")  # fmt: skip
-    is_chinese = state.model.text_tower.language == "Chinese"
-    for line in caption_warnings(sets["train"], sets["val"], is_chinese):
+    for line in caption_warnings(sets["train"], sets["val"]):
         print(line)
     print(f"results in {run.folder}")
     if len(state.epochs) == epochs:
         print(f"this run is finished, with all {epochs} epochs behind it: nothing is trained; more "
               "--epochs go on with it")  # fmt: skip
-    elif state.precision.leaves_bfloat16:
-        print("hint: this CPU has instructions for bfloat16: --use_amp trains faster with them")
 
 
-def caption_warnings(
-    train_set: Flickr8kDataset, val_set: Flickr8kDataset, is_chinese: bool
-) -> Iterator[str]:
+def caption_warnings(train_set: Flickr8kDataset, val_set: Flickr8kDataset) -> Iterator[str]:
     """Lines on captions that are cut, alike, in another language, or shared."""
     texts = len(train_set.text) + len(val_set.text)
     if cut := train_set.count_cut_captions() + val_set.count_cut_captions():
@@ -75,27 +55,22 @@ def caption_warnings(
                f"{train_set.context_length} tokens that the model reads, and were cut")  # fmt: skip
     if alike := train_set.count_alike_captions() + val_set.count_alike_captions():
         yield f"warning: {alike} captions are different texts, but {ALIKE}"
-    if warning := tokenizer_warning(train_set, is_chinese):
+    if warning := tokenizer_warning(train_set):
         yield warning
     if shared := train_set.count_shared_captions() + val_set.count_shared_captions():
         yield (f"{shared} captions ({shared / texts:.2%}) belong to several images, and are "
                "positives of each of them")  # fmt: skip
 
 
-def tokenizer_warning(dataset: Flickr8kDataset, is_chinese: bool) -> str | None:
-    """A warning if the tokenizer, for Chinese or for English, breaks many words, or None."""
+def tokenizer_warning(dataset: Flickr8kDataset) -> str | None:
+    """A warning if the tokenizer breaks many words, or None."""
     share = dataset.share_of_fragments()
     if share < MANY_FRAGMENTS:
         return None
-    made_for, other, instead = (
-        ("Chinese", "English", "ViT-B/32, from scratch ViT-demo")
-        if is_chinese
-        else ("English", "Chinese", "OFA-Sys/chinese-clip-vit-base-patch16, from scratch cn-demo")
-    )
     return (
-        f"warning: the model's tokenizer was made for {made_for}, and of these captions "
-        f"{share:.0%} of the tokens are parts of words or unknown; for {other} captions take a "
-        f"model such as {instead}"
+        f"warning: {share:.0%} of the captions' tokens are parts of words or unknown: take a model "
+        "whose tokenizer has their language, for Chinese OFA-Sys/chinese-clip-vit-base-patch16 "
+        "(from scratch cn-demo), for English ViT-B/32 (from scratch ViT-demo)"
     )
 
 
@@ -137,7 +112,7 @@ class EpochTable:
         left = ""  # after an epoch of which only the scores were missing
         if self.trained:
             left = _duration((now - self.started) / self.trained * (self.epochs - epoch))
-        mark = "*" if self.state.last_is_best else ""
+        mark = "*" if self.state.best_epoch == epoch else ""
         self._print(row, f"{epoch}/{self.epochs}", _duration(now - self.last), left, mark)
         self.last = now
 

@@ -1,7 +1,6 @@
 """Retention: scores on data sets of other images, to see what fine-tuning forgets."""
 
 from collections.abc import Mapping, Sequence
-from itertools import chain, count
 from pathlib import Path
 
 from models.clip import CLIP
@@ -70,12 +69,10 @@ class Retention:
 
 
 def names_of(data: Sequence[str]) -> list[str]:
-    """The names of the sets' folders, or torchvision's; equal ones are numbered."""
-    names: list[str] = []
-    for path in data:
-        name = one_line(Path(path).resolve().name)
-        numbered = (f"{name} ({number})" for number in count(2))
-        names.append(next(n for n in chain([name], numbered) if n not in names))
+    """The names of the sets' folders, or torchvision's. Raises `InputError` for equal ones."""
+    names = [one_line(Path(path).resolve().name) for path in data]
+    if len(set(names)) < len(names):
+        raise InputError("--retention: two sets have the same name; rename a folder")
     return names
 
 
@@ -83,14 +80,7 @@ def _find(data: str, languages: Sequence[str]) -> LabelledImages | Flickr8kDatas
     """The set, with captions in those of `languages` that it has, or else in all that it has."""
     root = Path(data)
     having = [name for name in ("en", "cn") if caption_file(root, name, "val").is_file()]
-    if having:
-        wanted = [name for name in having if name in languages]
-        return Flickr8kDataset(root, language=wanted or having, split="val")
-    try:
+    if not having:
         return find_labelled_images(data, option="--retention")
-    except InputError as error:
-        if not root.is_dir():
-            raise
-        raise InputError(
-            f"--retention: {error}; captioned images need en_val.json or cn_val.json there"
-        ) from None
+    wanted = [name for name in having if name in languages]
+    return Flickr8kDataset(root, language=wanted or having, split="val")

@@ -11,7 +11,6 @@ from models.weights.open_clip import to_open_clip
 from utils.machine.precision import Precision
 from utils.retrieval.scores import Scores
 from utils.training.distillation import Distillation
-from utils.training.optimizer import restore_moments
 
 MAX_GRAD_NORM = 1.0
 
@@ -26,7 +25,6 @@ class State:
     precision     number formats; holds the loss scale of float16
     start         a row of the scores of the starting weights, epoch 0; None if they are random
     epochs        a row of losses and scores for each finished epoch
-    best_since    the number of the first epochs whose weights are lost: the best comes after them
     losses        of the steps of the unfinished epoch, on the model's device
     baseline      recall of the starting weights, for `Guard`; empty without one
     lost          points of recall, at least and at most, if it fell clearly below; else empty
@@ -48,7 +46,6 @@ class State:
         self.distillation = distillation
         self.start: dict[str, float] | None = None
         self.epochs: list[dict[str, float]] = []
-        self.best_since = 0
         self.losses: list[Tensor] = []
         self.baseline: dict[str, list[float]] = {}
         self.lost: list[float] = []
@@ -70,26 +67,14 @@ class State:
         return self.start is None
 
     @property
-    def best_recall(self) -> float:
-        """The mean recall of the best epoch."""
-        return max(row["mean_recall"] for row in self.epochs)
-
-    @property
     def best_epoch(self) -> int:
-        """The number of the best epoch whose weights there are; of equal ones the first."""
-        rows = self.epochs[self.best_since :]
-        return max(rows, key=lambda row: row["mean_recall"])["epoch"]
-
-    @property
-    def last_is_best(self) -> bool:
-        """Whether the last epoch has the best weights that there are."""
-        return self.best_epoch == len(self.epochs)
+        """The number of the epoch with the best mean recall; of equal ones the first."""
+        return max(self.epochs, key=lambda row: row["mean_recall"])["epoch"]
 
     @property
     def epochs_since_best(self) -> int:
-        """How many epochs have passed since the one with the best mean recall."""
-        recalls = [row["mean_recall"] for row in self.epochs]
-        return len(recalls) - 1 - recalls.index(self.best_recall) if recalls else 0
+        """How many epochs have passed since the best one."""
+        return len(self.epochs) - self.best_epoch if self.epochs else 0
 
     def update(self, loss: Tensor) -> None:
         """One step of the optimizer with the parameters' gradients; `loss` is the batch's."""
@@ -124,25 +109,16 @@ class State:
         scores: Scores,
         val_loss: float,
         retention: dict[str, float],
-    ) -> dict[str, float]:
-        """Add the row of the epoch that has ended, and return it. `trained` comes from
-        `Progress.summary`, `retention` from `Retention.measure`."""
-        row = {
-            "epoch": len(self.epochs) + 1,
-            **trained,
-            **self._row(scores, val_loss),
-            **retention,
-        }
-        self.epochs.append(row)
+    ) -> None:
+        """Add the row of the epoch that has ended. `trained` comes from `Progress.summary`,
+        `retention` from `Retention.measure`."""
+        epoch = {"epoch": len(self.epochs) + 1, **trained}
+        self.epochs.append({**epoch, **self._row(scores, val_loss), **retention})
         self.losses = []
-        return row
 
     def _row(self, scores: Scores, val_loss: float) -> dict[str, float]:
-        return {
-            "val_loss": val_loss,
-            **scores.columns(),
-            "logit_scale": self.scored.logit_scale.exp().item(),
-        }
+        scale = self.scored.logit_scale.exp().item()
+        return {"val_loss": val_loss, **scores.columns(), "logit_scale": scale}
 
     def release(self) -> None:
         """Free the memory of weights, gradients and moments, even if others refer to them: the
@@ -158,7 +134,6 @@ class State:
         return {
             "start": self.start,
             "rows": self.epochs,
-            "best_since": self.best_since,
             "losses": [loss.item() for loss in self.losses],
             "baseline": self.baseline,
             "lost": self.lost,
@@ -172,13 +147,14 @@ class State:
 
     def restore(self, saved: dict) -> None:
         """Go on from a `state_dict`. The model has its weights already."""
-        restore_moments(self.optimizer, saved["optimizer"])
+        moments = {"state": saved["optimizer"]["state"]}  # the settings are those of now
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | moments)
         if saved["scaler"]:  # empty where no loss scale was needed
             self.precision.scaler.load_state_dict(saved["scaler"])
         if self.average and saved["average"]:
             self.average.load_state_dict(saved["average"])
         self.start = saved["start"]
-        self.epochs, self.best_since = saved["rows"], saved["best_since"]
+        self.epochs = saved["rows"]
         self.losses = list(torch.tensor(saved["losses"], device=self.model.device))
         self.baseline, self.lost = saved["baseline"], saved["lost"]
         self.restarts = saved["restarts"]

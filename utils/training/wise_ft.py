@@ -70,13 +70,11 @@ class Mixtures:
         rows = [row | {"chosen": int(row is best)} for row in self.rows]
         write_csv(self.run / MIXTURES, rows)
         self.model.load_state_dict(weights_of(chosen))
-        which = "the best"
-        if "points_lost" in best:
-            limit = f"at most {self.max_forgetting:g} points (--max_forgetting)"
+        which, limit = "the best", f"at most {self.max_forgetting:g} points (--max_forgetting)"
+        if best.get("points_lost", 0.0) > self.max_forgetting:
+            which = f"none loses {limit}, the one that loses least"
+        elif "points_lost" in best:
             which = f"the best that loses {limit}"
-            if best["points_lost"] > self.max_forgetting:
-                print(f"none of the mixtures loses {limit}: smaller alphas lose less")
-                which = "the one that loses least"
         print(f"WiSE-FT, mixtures with the start: {which}, epoch {best['epoch']} at alpha "
               f"{best['alpha']:g}: {chosen}; all: {MIXTURES}, {plot.name}")  # fmt: skip
         if best["alpha"] == 0:

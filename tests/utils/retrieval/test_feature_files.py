@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from utils.retrieval import feature_files
 from utils.retrieval.feature_files import write_features
 
 NAMES = ['a/狗 "1".jpg', "two\nlines\u2028.jpg", os.fsdecode(b"\xe4.jpg"), "a", "a"]
@@ -15,11 +14,10 @@ READ = ['a/狗 "1".jpg', "two lines .jpg", "\\udce4.jpg", "a", "a"]
 
 
 @pytest.mark.parametrize("ending", [".npy", ".parquet"])
-def test_features_are_read_by_the_printed_lines(ending, tmp_path, monkeypatch):
-    """In float32, normalised again after rounding; in several blocks."""
+def test_features_are_read_by_the_printed_lines(ending, tmp_path):
+    """In float32, normalised again after rounding."""
     if ending == ".parquet":
         pytest.importorskip("pyarrow")
-    monkeypatch.setattr(feature_files, "BLOCK", 2)
     features = F.normalize(torch.randn(5, 8, dtype=torch.float64), dim=1)
     code = write_features(tmp_path / f"it's{ending}", NAMES, features.half())
     read = {}

@@ -4,9 +4,7 @@ store and the programs that use it."""
 import json
 import math
 import os
-import signal
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +15,6 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
-from script_runs import forks
 
 from models.clip_utils import create_model
 from models.errors import InputError
@@ -276,66 +273,6 @@ def test_features_that_are_not_finite_are_not_cached(weights, folder):
     with pytest.raises(InputError, match="not finite"):
         image_features(model, weights, folder, find_images(folder), FLOAT32)
     assert not list(weights.parents[1].rglob(store.FILE))
-
-
-class Slow(Counted):
-    """Takes so many seconds for a batch; ends the program that uses it in the `last`-th."""
-
-    def __init__(self, model, seconds=0.0, last=None):
-        super().__init__(model)
-        self.seconds, self.last, self.batches = seconds, last, 0
-
-    def encode_image(self, images, normalize):
-        self.batches += 1
-        if self.batches == self.last:
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(self.seconds)
-        return super().encode_image(images, normalize)
-
-
-def search_in_child(weights, folder, arguments, results) -> None:
-    store.SAVE_EVERY = 0.0
-    model = Slow(demo(), *arguments)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("utils.retrieval.search.BATCH_SIZE", 1)
-        _, features = image_features(model, weights, folder, find_images(folder), FLOAT32)
-    results.put((model.images, features.float().numpy()))
-
-
-def in_children(weights, folder, *arguments) -> list:
-    """What children with these arguments of `Slow`, at work at the same time, return."""
-    results = forks().Queue()
-    children = [
-        forks().Process(target=search_in_child, args=(weights, folder, given, results))
-        for given in arguments
-    ]
-    for child in children:
-        child.start()
-    found = [results.get(timeout=120) for given in arguments if len(given) < 2]
-    for child in children:
-        child.join()
-    return found
-
-
-@pytest.mark.slow
-def test_two_programs_at_once_encode_each_image_once(weights, folder):
-    (one, first), (other, second) = in_children(weights, folder, (0.3,), (0.3,))
-    assert one + other == 6
-    assert np.array_equal(first, second)
-    assert searched(demo(), weights, folder) == 0
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
-def test_a_program_that_is_killed_leaves_what_it_had(weights, folder):
-    """It is killed in the fourth batch, after three were saved; and another one as it writes."""
-    in_children(weights, folder, (0.0, 4))
-    (file,) = weights.parents[1].rglob(store.FILE)
-    assert len(stored(weights.parents[1])) == 3
-    left = file.with_name(".unfinished.abc")
-    left.write_bytes(file.read_bytes()[:100])
-    assert searched(demo(), weights, folder) == 3
-    assert not left.exists()
 
 
 def test_ctrl_c_keeps_what_was_encoded(weights, folder, monkeypatch, capsys):

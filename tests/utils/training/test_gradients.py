@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from models.clip_utils import create_model, tokenize
-from models.errors import InputError
 from models.tokens import TokenizedTexts
 from utils.data.augment import draw_recolourings
 from utils.flickr8k_dataloader import Batch
@@ -132,8 +131,6 @@ def test_the_starting_model_shares_the_frozen_parameters_and_keeps_the_others(tm
     freeze(model, "text", unlocked=1)
     file = tmp_path / "start_weights.pth"
     captions = TokenizedTexts(model.tokenizer, ["a bird"], model.context_length)
-    with pytest.raises(InputError, match=r"start_weights\.pth is missing"):
-        distill_from_start(model, file, 1.0, captions)
     save_weights(model, file)
     before = {name: tensor.half().float() for name, tensor in model.state_dict().items()}
     with torch.no_grad():

@@ -8,7 +8,6 @@ import pytest
 import torch
 from tiny import READING, tiny_clip
 
-from models.errors import InputError
 from models.lora import add_lora
 from utils.machine.precision import Precision
 from utils.machine.processes import ALONE, Processes
@@ -234,15 +233,6 @@ def test_rank_0_decides(tmp_path, monkeypatch):
     guard.note_start(state, scores_of(0.5))
     guard.after_epoch(state, scores_of(0.5))
     assert state.lost == [1, 3]
-
-
-def test_starting_weights_that_are_gone_are_asked_for(tmp_path):
-    state = new_state()
-    guard, _ = guard_of(tmp_path, state.model)
-    guard.start.unlink()
-    state.lost = [1.0, 2.0]
-    with pytest.raises(InputError, match=r"start_weights.pth is missing.*--no_guard"):
-        guard.before_step(state, 7)
 
 
 def test_a_restart_is_a_shorter_schedule_at_a_third_of_the_rate():

@@ -2,22 +2,15 @@
 
 import itertools
 import math
-from argparse import Namespace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from flickr8k.render_demo import render_demo
-from models.clip_utils import create_model
 from models.errors import InputError
-from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
-from utils.machine.precision import Precision
 from utils.machine.processes import ALONE
-from utils.runs.folder import Run
-from utils.training.progress import EpochTable, Progress, announce, unlike_defaults
+from utils.training.progress import EpochTable, Progress
 from utils.training.state import State
 
 
@@ -72,37 +65,6 @@ def test_an_epoch_is_a_line_in_the_columns_of_the_header(capsys, monkeypatch):
     ):
         assert line.split() == [cell for cell in cells if cell]
         assert all(line[:end].endswith(cell) for end, cell in zip(ends, cells, strict=True))
-
-
-def test_the_arguments_unlike_the_defaults_are_told():
-    defaults = Namespace(demo=False, epochs=20, language=["en"], lr=None, log_dir=Path("logs"))
-    given = Namespace(demo=True, epochs=20, language=["en", "cn"], lr=1e-3, log_dir=Path("a" * 99))
-    told = unlike_defaults(given, defaults)
-    assert told.split("(")[0].split() == [
-        "arguments:", "--demo", "--language", "en", "cn", "--lr", "0.001", "--log_dir", "a" * 99,
-    ]  # fmt: skip
-    assert "none" in unlike_defaults(defaults, defaults)
-
-
-@pytest.mark.parametrize(
-    "has_products, use_amp, device, epochs, hints",
-    [(True, False, "cpu", 0, 1), (False, False, "cpu", 0, 0), (True, True, "cpu", 0, 0),
-     (True, False, "meta", 0, 0), (True, False, "cpu", 3, 0)],
-)  # fmt: skip
-def test_bfloat16_is_recommended_where_the_processor_has_it(
-    tmp_path, capsys, monkeypatch, has_products, use_amp, device, epochs, hints
-):
-    """Once, without a number, and only if the run trains."""
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_products)
-    model, cpu = create_model("ViT-demo"), torch.device("cpu")
-    data = Flickr8kDataset(render_demo(tmp_path, n_train=4, n_val=2))
-    data.prepare_for(model)
-    precision = Precision(cpu, use_amp)
-    precision.device = torch.device(device)
-    state = SimpleNamespace(model=model, precision=precision, epochs=[{}] * epochs)
-    run = Run(ALONE, {"resume_training": "none", "model": "ViT-demo", "dataset_path": "a"}, "data")
-    announce(run, state, TrainLoader(data, 4, cpu), {"train": data, "val": data}, 3)
-    assert capsys.readouterr().out.count("hint: ") == hints
 
 
 class Loader(SimpleNamespace):

@@ -21,6 +21,7 @@ from utils.training.state import State
 
 SCALER = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000,
           "_growth_tracker": 3}  # fmt: skip
+NAMES = set(vars(build_parser().parse_args([])))
 GONE = "gone"  # stands for a field that is taken out
 
 
@@ -57,7 +58,7 @@ def valid():
         "lr": 1e-3, "layer_decay": 0.7, "warmup_epochs": 1.0, "ema": 0.9,
         "log_dir": "logs", "dataset_path": "data", "wise_ft": [0.0, 1.0],
     }  # fmt: skip
-    content = {"arguments": arguments, "data": "0af", "best_since": 0, **state.state_dict()}
+    content = {"arguments": arguments, "data": "0af", **state.state_dict()}
     return content | {"scaler": SCALER}
 
 
@@ -80,7 +81,7 @@ def taken(file, content):
     fields = {key: value for key, value in content.items() if key != "format"}
     save_checkpoint(file, **fields)
     try:
-        found = read_resumed(str(file), build_parser())
+        found = read_resumed(str(file), NAMES)
     except InputError as error:
         message = str(error)
         assert message.startswith(f"{file}: ") and message.isprintable() and len(message) < 700
@@ -99,7 +100,7 @@ def taken(file, content):
 def test_what_a_run_saves_is_taken_and_goes_on_with_the_same_numbers(valid, tmp_path):
     file = tmp_path / "checkpoint.pth"
     save_checkpoint(file, **valid)
-    found = read_resumed(str(file), build_parser())
+    found = read_resumed(str(file), NAMES)
     state = new_state(found["model"])
     state.restore(found)
     again = state.state_dict()
@@ -118,7 +119,7 @@ def test_a_checkpoint_of_another_version_is_refused(valid, tmp_path, monkeypatch
         patch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + other)
         save_checkpoint(file := tmp_path / "checkpoint.pth", **valid)
     with pytest.raises(InputError, match=r"format \d+, where this program reads \d+; continue it"):
-        read_resumed(str(file), build_parser())
+        read_resumed(str(file), NAMES)
 
 
 def test_factors_are_in_the_checkpoint_and_go_on_with_the_same_numbers(valid, tmp_path):
@@ -130,7 +131,7 @@ def test_factors_are_in_the_checkpoint_and_go_on_with_the_same_numbers(valid, tm
     content = valid | state.state_dict() | {"arguments": arguments, "rows": [], "losses": [1.0]}
     file = tmp_path / "checkpoint.pth"
     save_checkpoint(file, **content)
-    found = read_resumed(str(file), build_parser())["model"].state_dict()
+    found = read_resumed(str(file), NAMES)["model"].state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in content["model"].items())
     assert any(name.endswith("lora.b") and tensor.any() for name, tensor in found.items())
     assert taken(file, content) == ""
@@ -139,34 +140,17 @@ def test_factors_are_in_the_checkpoint_and_go_on_with_the_same_numbers(valid, tm
         (("model", name), GONE), (("model", name), torch.zeros(3, 1, 64)),
         (("arguments", "lora"), 3), (("arguments", "lora"), None),
     ]:  # fmt: skip
-        assert taken(file, changed(content, path, value)).startswith("model"), path
+        assert taken(file, changed(content, path, value)), path
 
 
-MOMENTS = ("optimizer", "state", 0)
-FIELDS = ("arguments", "data", "rows", "best_since", "losses", "model", "average", "optimizer",
-          "scaler")  # fmt: skip
 WRONG = [
-    *(((field,), GONE, field) for field in FIELDS),
-    (("more",), 1, "more"),
-    (("model", "text_projection"), GONE, "model: .* missing: text_projection"),
-    (("model", "text_projection"), torch.zeros(3), r"model: .* text_projection \[3\]"),
-    (("model", "more"), torch.zeros(3), "model: .* unknown: more"),
-    (("model", "logit_scale"), torch.tensor(math.nan), "model: .* logit_scale"),
-    (("average", "n_averaged"), GONE, "average: .* missing: n_averaged"),
-    (("average", "more"), torch.zeros(1), "average: .* unknown: more"),
-    (
-        ("average", "module.text_projection"),
-        torch.zeros(2),
-        r"average: .* module.text_projection \[2\]",
-    ),
-    ((*MOMENTS, "exp_avg"), torch.zeros(3), r"exp_avg of parameter 0 is \[3\]"),
-    (("arguments", "layer_decay"), 1.0, "exp_avg of parameter"),  # other groups of parameters
+    (("model", "text_projection"), GONE, "missing: text_projection"),
+    (("model", "text_projection"), torch.zeros(3), r"text_projection \[3\]"),
+    (("model", "more"), torch.zeros(3), "unknown: more"),
+    (("model", "logit_scale"), torch.tensor(math.nan), "logit_scale"),
     (("arguments", "lock_image"), 9, "--lock_image 9"),
     (("arguments", "lr"), GONE, "arguments .* lr"),
     (("arguments", "unknown"), 1, "arguments .* unknown"),
-    ((*MOMENTS[:2], 99), {"exp_avg": torch.zeros(3)}, "damaged"),
-    (("arguments",), [], "damaged"),
-    (("model",), "text", "damaged"),
 ]
 
 
@@ -185,4 +169,4 @@ def test_a_checkpoint_that_claims_more_than_it_holds_gets_no_memory(valid, tmp_p
     save_checkpoint(file, **valid)
     damaged = file.read_bytes()
     file.write_bytes(damaged.replace(b"PK\1\2", b"PK\1\3", 1))
-    assert read_resumed(str(file), build_parser()) is None  # no archive; refused as weights, too
+    assert read_resumed(str(file), NAMES) is None  # no archive; refused as weights, too

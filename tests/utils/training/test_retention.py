@@ -8,14 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from script_runs import error_line, run_script
 from spawned import in_processes
 
 from flickr8k.render_demo import render_demo
 from models.clip_utils import create_model
+from models.errors import InputError
 from models.preprocess import open_image
 from utils import Flickr8kDataset
 from utils.machine.processes import ALONE
@@ -224,9 +223,8 @@ def test_points_lost_are_how_much_lower_the_sets_score_now():
     assert points_lost({"retention_a": 58.1}, before) == 2
 
 
-@given(st.lists(st.sampled_from(["a/x", "b/x", "c/x (2)", "x", "宠物", "a\x1b\n"]), max_size=6))
-def test_every_set_has_a_name_of_its_own_that_can_be_printed(data):
-    names = names_of(data)
-    assert len(set(names)) == len(names) == len(data)
-    assert all(name.isprintable() for name in names)
-    assert names_of(["a/宠物", "cifar10", "b/宠物/"]) == ["宠物", "cifar10", "宠物 (2)"]
+def test_every_set_has_a_name_of_its_own_that_can_be_printed():
+    names = names_of(["a/宠物", "cifar10", "a\x1b\n"])
+    assert names[:2] == ["宠物", "cifar10"] and all(name.isprintable() for name in names)
+    with pytest.raises(InputError, match="two sets have the same name"):
+        names_of(["a/宠物", "cifar10", "b/宠物/"])

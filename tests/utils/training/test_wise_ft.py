@@ -89,7 +89,7 @@ def test_the_best_point_of_the_ways_to_two_epochs_is_chosen(tmp_path, capsys):
     "max_forgetting, expected, said",
     [
         (6, 0.5, "the best that loses at most 6 points (--max_forgetting)"),
-        (2, 0.25, "none of the mixtures loses at most 2 points (--max_forgetting)"),
+        (2, 0.25, "none loses at most 2 points (--max_forgetting)"),
     ],
 )
 def test_the_best_of_the_mixtures_that_lose_little_is_chosen(
