@@ -14,7 +14,7 @@ from models.lora import merged
 from models.open_clip_model import OpenClipConfig
 from models.weights import cn_clip, onnx, open_clip, peft, safetensors_file, transformers
 from models.weights.architecture import infer_config
-from models.weights.read import read_file, read_state_dict
+from models.weights.read import read_file
 
 FORMATS = {
     "open_clip": open_clip.FORMAT,
@@ -74,7 +74,7 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
     for name in FILES:
         for file in sorted(folder.glob(name)):
             with naming(file.name):
-                return read_state_dict(file)
+                return read_file(file)[0]
         index = read_json(folder / f"{name}.index.json")
         if index is not None:
             with naming(f"{name}.index.json"):
@@ -101,7 +101,7 @@ def _read_shards(folder: Path, names: list[str]) -> dict[str, Tensor]:
         if not (folder / name).is_file():
             raise InputError(f"its part {part} is missing; download it as well")
         with naming(part):
-            weights |= read_state_dict(folder / name)
+            weights |= read_file(folder / name)[0]
     return weights
 
 
