@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -133,15 +133,16 @@ def read_lines(path: Path, kind: str) -> list[str]:
 
 
 def lock(file: Path, waiting: str) -> AbstractContextManager:
-    """The lock on `file`, as soon as no other process holds it; prints `waiting` if one does. The
-    lock ends with the process; the empty file may stay. Raises `OSError` if the file cannot be
-    created, and `NotImplementedError` for a file system without locks."""
+    """The lock on `file`, as soon as no other process holds it; prints `waiting` if one does. No
+    lock where the file system has none. It ends with the process; the empty file may stay."""
     found = FileLock(file)
     try:
         return found.acquire(timeout=0)
     except Timeout:
         print(waiting, file=sys.stderr)
         return found.acquire()
+    except (OSError, NotImplementedError):
+        return nullcontext()
 
 
 def describe(path: Path) -> str:
