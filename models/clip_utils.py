@@ -20,12 +20,11 @@ from torch import Tensor
 from models.clip import CLIP
 from models.config import CONTEXT_LENGTH, Config, check_config
 from models.device import moved, pick_device
-from models.errors import InputError, listed, near_names
-from models.files import check_regular
+from models.errors import InputError, near_names
 from models.host import run_script
 from models.open_clip_model import OpenClipConfig, OpenClipModel
 from models.preprocess import Preprocess
-from models.run_files import CHECKPOINT, run_weights, runs_in
+from models.run_files import run_weights
 from models.scripts import ArgumentParser, from_here
 from models.tokens import clip_tokenizer, token_rows
 from models.weights import hub
@@ -36,7 +35,7 @@ from models.weights.architecture import (
     infer_config,
     resize_positional_embedding,
 )
-from models.weights.formats import has_weights, read_weights
+from models.weights.formats import read_weights
 from models.weights.registry import CONFIGS, SHA256, weights_filename
 
 MODELS_PTH = Path(__file__).with_name("models_pth")
@@ -94,29 +93,16 @@ def find_weights(name: str | os.PathLike, download_root: str | os.PathLike = MOD
         return hub.fetch_published(name, Path(download_root).expanduser() / weights_filename(name))
     check_name(name)
     path = Path(name).expanduser()
-    if not path.exists():
-        return hub.fetch(str(name))
-    if chosen := run_weights(path):
-        return chosen
-    if not path.is_dir():
-        check_regular(path)
-    return path
+    return (run_weights(path) or path) if path.exists() else hub.fetch(str(name))
 
 
 def check_name(name: str | os.PathLike) -> None:
     """Raise `InputError` if `name` is neither a name of weights nor a path. Asks no server."""
     path = Path(name).expanduser()
-    if name in SHA256 or path.is_file() or run_weights(path) or hub.repository_of(str(name)):
-        return
-    if (path / CHECKPOINT).is_file():
-        raise InputError(f"{name}: a run without weights of an epoch; give {path / CHECKPOINT}")
-    runs = runs_in(path if path.is_dir() else path.parent)
-    if path.exists() and (not runs or has_weights(path)):
+    if name in SHA256 or path.exists() or hub.repository_of(str(name)):
         return
     if name in CONFIGS:
         raise InputError(f"{name}: has no published weights; to train it: {_train(name)}")
-    if runs:
-        raise InputError(f"{name}: no run with weights; those here are {listed(runs)}")
     beside = map(str, path.parent.iterdir()) if path.parent.is_dir() else []
     near = near_names(str(name), [*CONFIGS, *hub.HUB, *beside])
     raise InputError(

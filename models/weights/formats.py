@@ -63,12 +63,6 @@ def read_weights(
     return weights, config
 
 
-def has_weights(folder: Path) -> bool:
-    """Whether weights, or an index of them, lie in a folder under a usual name."""
-    names = [peft.CONFIG_FILE, *FILES, *(f"{name}.index.json" for name in FILES)]
-    return any(any(folder.glob(name)) for name in names)
-
-
 def _read_folder(folder: Path) -> dict[str, Tensor]:
     """The weights in the first file of a usual name, or in all that an index lists."""
     for name in FILES:
@@ -79,7 +73,7 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
         if index is not None:
             with naming(f"{name}.index.json"):
                 return _read_shards(folder, shards(index))
-    raise InputError(f"a folder without weights; one of these should be in it: {', '.join(FILES)}")
+    raise InputError(f"a folder without weights; give a file, or add one of {', '.join(FILES)}")
 
 
 def shards(index: dict[str, Any]) -> list[str]:

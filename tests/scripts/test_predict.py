@@ -451,7 +451,7 @@ def test_labels_are_judged_each_on_its_own(work, answer, tmp_path):
         (["data"], "data: a folder; add --csv FILE"),
         (["nowhere.png", "--csv", "a.csv"], "nowhere.png: no such image file"),
         (["data", "--csv", "a.txt"], "a.txt: name a file that ends in .csv or .jsonl"),
-        (["data", "--csv", "data/en_val.json/a.csv"], "en_val.json is no folder"),
+        (["data", "--csv", "data/en_val.json/a.csv"], "en_val.json: cannot be written"),
         (["data", "--threshold", "30"], "--threshold: 30 is not a number from 0 to 1"),
         (["empty", "--csv", "a.csv"], "empty: there are no images in it"),
     ],

@@ -16,7 +16,6 @@ from markupsafe import Markup
 from PIL import Image
 
 from models.errors import InputError
-from models.files import read_bytes
 from models.progress_bar import progress_bar
 from models.run_files import (
     BEST,
@@ -122,7 +121,7 @@ def _test_scores(run: Path) -> dict[str, list[tuple[str, str]]]:
     if not file.is_file():
         return {}
     try:
-        content, found = json.loads(read_bytes(file)), {}
+        content, found = json.loads(file.read_bytes()), {}
         for name, scores in {"before": content.get("before"), "after": content}.items():
             if scores:
                 recalls = [scores[way][f"R@{k}"] for way in TITLES for k in K_VALUES]

@@ -12,7 +12,6 @@ import torch
 from models import files
 from models.clip import CLIP
 from models.errors import InputError, one_line
-from models.files import read_bytes
 from models.lora import merged
 from models.open_clip_model import OpenClipModel
 from models.weights.open_clip import CONFIG_FILE, to_open_clip
@@ -96,7 +95,7 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 def read_csv(path: Path) -> list[dict[str, float]]:
     """The rows of `write_csv`, without empty fields. Raises `InputError` for text."""
     try:
-        rows = csv.DictReader(io.StringIO(read_bytes(path).decode()))
+        rows = csv.DictReader(io.StringIO(path.read_bytes().decode()))
         return [{name: float(value) for name, value in row.items() if value} for row in rows]
     except (ValueError, TypeError, csv.Error) as error:
         raise InputError(

@@ -222,8 +222,6 @@ def test_filters_count_what_the_scores_count(tmp_path, twelve):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("arguments.json", "[1, 2]", "arguments.json: should hold the arguments of its run"),
-        ("arguments.json", "[" * 10**5, "arguments.json: should hold the arguments of its run"),
         ("metrics.csv", "epoch,train_loss\n1,much\n", "metrics.csv: should be a table of numbers"),
         ("metrics.csv", "epoch\n1,2,3\n", "metrics.csv: should be a table of numbers"),
         ("metrics.csv", b"\xff\xfe\0", "metrics.csv: should be a table of numbers"),
