@@ -29,7 +29,7 @@ from models import CLIP, clip_utils, load
 from models.config import Config
 from models.convert import convert
 from models.errors import InputError
-from models.weights import download, registry
+from models.weights import registry
 from models.weights.hub import HUB, OPEN_CLIP, fetch, published_copy, repository_of
 from models.weights.open_clip import from_open_clip
 from models.weights.registry import CONFIGS, SHA256
@@ -77,7 +77,6 @@ def environment(server, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.file_download.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    monkeypatch.setattr(download, "WAIT", 0)
     monkeypatch.chdir(tmp_path)
 
 
@@ -131,13 +130,13 @@ class TestTable:
         for architecture in {name.partition("/")[0] for name in OPEN_CLIP}:
             description = DESCRIPTIONS[architecture]
             rows = [row for name, row in OPEN_CLIP.items() if name.startswith(f"{architecture}/")]
-            assert {row.resolution for row in rows} == {description["vision_cfg"]["image_size"]}
+            assert {int(r.resolution) for r in rows} == {description["vision_cfg"]["image_size"]}
             if architecture == "ViT-B-16-SigLIP2":
                 fields = {k: value for k, value in description.items() if k != "custom_text"}
                 with torch.device("meta"):
                     model = open_clip.model.CustomTextCLIP(**fields)
                 size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-                assert {row.million_parameters for row in rows} == {round(size, 1)}
+                assert {row.million_parameters for row in rows} == {f"{size:.1f}"}
 
     def test_activations_are_those_that_the_weights_were_trained_with(self):
         """open_clip's list tells them by tag. The names of its architectures tell them, too, where
@@ -187,8 +186,8 @@ class TestTable:
             with torch.device("meta"):
                 model = theirs.CLIP(**sizes)
             size = sum(p.numel() for key, p in model.named_parameters() if "pooler" not in key)
-            assert rows[name].million_parameters == round(size / 1e6, 1)
-            assert rows[name].resolution == sizes["image_resolution"]
+            assert rows[name].million_parameters == f"{size / 1e6:.1f}"
+            assert int(rows[name].resolution) == sizes["image_resolution"]
             assert rows[name].repository == name and rows[name].activation == "quick_gelu"
 
     def test_openais_copies_are_described_as_openais_models(self):
@@ -264,8 +263,9 @@ def test_a_model_that_open_clip_builds_comes_with_its_tokenizer(server, tmp_path
     for name in ("ViT-B-16-SigLIP/webli", "hf-hub:timm/ViT-B-16-SigLIP"):
         assert load(name, "cpu")[0].tokenize("a star").equal(expected)
         offline(monkeypatch)  # the second is in the cache
-    assert server.downloaded() == ["open_clip_config.json", "tokenizer_config.json",
-                                   "tokenizer.json", "open_clip_model.safetensors"]  # fmt: skip
+    first, *tokenizer, last = server.downloaded()
+    assert (first, last) == ("open_clip_config.json", "open_clip_model.safetensors")
+    assert sorted(tokenizer) == ["tokenizer.json", "tokenizer_config.json"]
 
 
 def test_pickles_are_taken_where_there_are_no_safetensors(server, tmp_path):
@@ -385,12 +385,6 @@ class TestOpenAI:
         assert_same(load("ViT-B/32", "cpu", download_root=tmp_path / "root"), archive)
         assert not server.requests and not capsys.readouterr().err
 
-    def test_a_copy_that_is_none_is_refused(self, server, archive, tmp_path):
-        folder = written(tmp_path / "other", replace(SMALL, activation="gelu"))
-        server.add(self.COPY, folder)
-        with pytest.raises(InputError, match=r"should be a copy of ViT-B/32"):
-            load("ViT-B/32", "cpu", download_root=tmp_path / "root")
-
     def test_if_neither_can_be_had_both_are_named(self, server, archive, tmp_path):
         server.repositories.clear()
         with pytest.raises(InputError) as caught:
@@ -457,7 +451,7 @@ class TestRefusals:
 
     def test_offline(self, server, monkeypatch):
         offline(monkeypatch)
-        assert "(HF_HUB_OFFLINE is set); unset that, or " in refused(THEIRS)
+        assert "HF_HUB_OFFLINE" in refused(THEIRS)
         assert not server.requests
 
     def test_a_name_that_the_hub_does_not_allow(self):
