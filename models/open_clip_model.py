@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.clip import CLIP, compile_for_training
 from models.clip_text import TextTower
-from models.config import CHOICES, CONTEXT_LENGTH, MAX_SIZE, is_colour
+from models.config import CHOICES, CONTEXT_LENGTH, is_colour
 from models.errors import InputError, one_line, quoted
 from models.hf_tokenizer import HFTokenizer, hf_tokenizer
 from models.preprocess import Preprocess
@@ -62,9 +62,6 @@ def open_clip_config(content: dict[str, Any], folder: Path, reason: str) -> Open
     if text_tower and Path(text_tower).is_dir():
         model["text_cfg"]["hf_model_name"] = str(Path(text_tower).resolve())
     preprocess(content, side=1)  # errors are raised here, before weights are downloaded
-    context_length = model["text_cfg"].get("context_length", CONTEXT_LENGTH)
-    if type(context_length) is not int or not 2 < context_length <= MAX_SIZE:
-        raise InputError(f"its context_length would be {quoted(context_length)}")
     return OpenClipConfig(content, folder)
 
 

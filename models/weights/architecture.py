@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.config import CHINESE_CONTEXT_LENGTH, MAX_RESOLUTION, Config, check_config
+from models.config import CHINESE_CONTEXT_LENGTH, Config, check_config
 from models.errors import InputError, listed
 
 HEAD_WIDTH = 64  # of the attention heads in most published models
@@ -45,14 +45,6 @@ def infer_config(state_dict: dict[str, Tensor]) -> Config:
             vision_head_width=HEAD_WIDTHS.get(0 if is_resnet else vision_width, HEAD_WIDTH),
             **text_tower,
         )
-        heads = {config.transformer_width: HEAD_WIDTH}
-        heads |= {} if is_resnet else {vision_width: config.vision_head_width}
-        for width, head_width in heads.items():
-            if width % head_width:
-                raise InputError(f"its width {width} is no multiple of {head_width}, the width of "
-                                 "an attention head in weights without a description")  # fmt: skip
-        if math.isqrt(positions) ** 2 != positions:
-            raise InputError(f"the {positions} positions in an image do not form a square")
         check_config(config)
     except KeyError as error:
         raise InputError(_not_clip(f"{error} is missing", state_dict)) from None
@@ -121,11 +113,8 @@ def count_blocks(state_dict: dict[str, Tensor], prefix: str) -> int:
 
 def check_resolution(config: Config, input_shape: int) -> int:
     """The stride of the image tower: pixels from one position of its positional embedding to the
-    next. Raises `InputError` if the resolution `input_shape`, in pixels, is no multiple of it, or
-    more than `MAX_RESOLUTION`."""
+    next. Raises `InputError` if the resolution `input_shape`, in pixels, is no multiple of it."""
     stride = config.vision_patch_size or RESNET_STRIDE
-    if input_shape > MAX_RESOLUTION:
-        raise InputError(f"--input_shape {input_shape} is more than {MAX_RESOLUTION:,} pixels")
     if input_shape < stride or input_shape % stride:
         nearest = max(1, round(input_shape / stride)) * stride
         raise InputError(
@@ -167,15 +156,10 @@ def check_keys(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     problems = {
         "missing": [key for key in expected if key not in weights],
         "unknown": [key for key in weights if key not in expected],
-        "wrongly shaped": [
-            f"{key} {list(weights[key].shape)} instead of {list(expected[key].shape)}"
+        "of another shape or type": [
+            f"{key} {_kind(weights[key])} instead of {_kind(expected[key])}"
             for key in common
-            if weights[key].shape != expected[key].shape
-        ],
-        "of another type": [
-            f"{key} {weights[key].dtype} instead of {expected[key].dtype}"
-            for key in common
-            if expected[key].is_floating_point() and not weights[key].is_floating_point()
+            if _kind(weights[key]) != _kind(expected[key])
         ],
     }
     found = [f"{kind}: {listed(keys)}" for kind, keys in problems.items() if keys]
@@ -183,6 +167,10 @@ def check_keys(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         raise InputError(
             f"the weights do not fit a CLIP model; {'; '.join(found)}; download or save them anew"
         )
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} of {'floats' if tensor.is_floating_point() else 'integers'}"
 
 
 def check_finite(weights: dict[str, Tensor]) -> None:

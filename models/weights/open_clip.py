@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from models.clip import CLIP
-from models.config import MAX_SIZE, VOCABULARY, Config, check_config, description_of
+from models.config import VOCABULARY, Config, check_config, describing
 from models.errors import InputError, naming, quoted
 from models.files import read_json, write_json
 from models.open_clip_model import (
@@ -83,7 +83,7 @@ def any_description(content: dict[str, Any], folder: Path) -> Config | OpenClipC
     try:
         return from_open_clip(content)
     except OtherTowers as found:
-        with description_of("that of a CLIP model"):
+        with describing():
             return open_clip_config(content, folder, str(found))
 
 
@@ -109,7 +109,7 @@ def write(model: CLIP, folder: Path, dtype: torch.dtype) -> None:
 def from_open_clip(content: dict[str, Any]) -> Config:
     """Our description for the content of an open_clip_config.json, or of a file of open_clip's
     model_configs. Raises `InputError` for a feature that our models lack."""
-    with description_of("that of a CLIP model"):
+    with describing():
         model = content.get("model_cfg", content)
         vision, vision_ratio = _tower(model, "vision_cfg", VISION)
         text, text_ratio = _tower(model, "text_cfg", TEXT)
@@ -118,13 +118,13 @@ def from_open_clip(content: dict[str, Any]) -> Config:
                 raise OtherTowers(f'its description has "{field}"')
         if isinstance(vision["image_resolution"], tuple):
             vision["image_resolution"] = square_side(list(vision["image_resolution"]))
-        vision["vision_mlp_width"] = _mlp_width(vision["vision_width"], vision_ratio)
+        vision["vision_mlp_width"] = int(vision["vision_width"] * vision_ratio)
         if isinstance(vision["vision_layers"], tuple):  # a ResNet
             vision |= {"vision_patch_size": None, "vision_mlp_width": None}
         preprocess = content.get("preprocess_cfg", {})
         config = Config(
             embed_dim=model["embed_dim"],
-            transformer_mlp_width=_mlp_width(text["transformer_width"], text_ratio),
+            transformer_mlp_width=int(text["transformer_width"] * text_ratio),
             activation="quick_gelu" if model.get("quick_gelu") else "gelu",
             **vision | text,
             **{field: _plain(preprocess[field]) for field in PREPROCESSING if field in preprocess},
@@ -171,14 +171,6 @@ def _tower(
 
 def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def _mlp_width(width: Any, ratio: Any) -> int:
-    """Raises `InputError` for other types than numbers; Python multiplies texts and lists, too."""
-    for field, value in (("width", width), ("mlp_ratio", ratio)):
-        if not isinstance(value, int | float) or not 0 < value <= MAX_SIZE:
-            raise InputError(f"its {field} would be {quoted(value)}")
-    return int(width * ratio)
 
 
 def _ratio(mlp_width: int, width: int) -> float:

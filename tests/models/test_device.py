@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.clip_utils import create_model, load
+from models.clip_utils import load
 from models.device import moved, pick_device, upload
 from models.errors import InputError
 from utils.machine.memory import (
@@ -123,9 +123,3 @@ def test_a_model_that_no_memory_is_left_for_is_refused(monkeypatch):
             moved(torch.nn.Identity(), CPU)
     with pytest.raises(RuntimeError, match="a bug"):
         moved(torch.nn.Identity(), CPU)
-
-
-@pytest.mark.parametrize("side", [10_016, 10**9])
-def test_an_image_resolution_that_nothing_holds_is_refused(side):
-    with pytest.raises(InputError, match=f"--input_shape {side} is more than 10,000 pixels"):
-        create_model("ViT-demo", side)

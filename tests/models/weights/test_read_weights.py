@@ -156,10 +156,10 @@ WRONG = {
     "sizes of another model, transformers": (
         "transformers",
         partial(put, field="vision_config.hidden_size", value=768, file=TRANSFORMERS),
-        "wrongly shaped: visual.*download",
+        "another shape or type: visual.*download",
     ),
     "another MLP": ("open_clip", partial(put, field=f"{VISION}.mlp_ratio", value=2),
-                    "wrongly shaped"),
+                    "another shape or type"),
     "no text tower": ("open_clip", partial(put, field="model_cfg.text_cfg", value=None),
                       r"config\.json: its description is not that of a CLIP"),
     "a wrong mean": ("open_clip", partial(put, field="preprocess_cfg.mean", value=[0.5]),
@@ -174,14 +174,12 @@ WRONG = {
         f"{field} of {value}": ("open_clip", partial(put, field=field, value=value),
                                 rf"open_clip_config\.json: its {said}")
         for field, value, said in [
-            (f"{VISION}.width", "128", "width would be '128'"),
-            (f"{VISION}.width", [9], r"width would be \(9,\)"),
-            (f"{VISION}.width", 0, "width would be 0"),
+            (f"{VISION}.width", "128", "description is not that of a CLIP .*multiply"),
+            (f"{VISION}.width", 0, "vision_width would be 0"),
             (f"{VISION}.head_width", 0, "description .*zero|head_width would be 0"),
-            (f"{VISION}.mlp_ratio", float("nan"), "mlp_ratio would be nan"),
+            (f"{VISION}.mlp_ratio", float("nan"), "description .*NaN"),
             (f"{VISION}.image_size", [64, 32], r"images? of \[64, 32\] pixels|takes images"),
             (f"{TEXT}.layers", -1, "transformer_layers would be -1"),
-            (f"{TEXT}.context_length", 10**12, "context_length would be 1000000000000"),
             ("model_cfg.embed_dim", "48", "embed_dim would be '48'"),
             ("model_cfg.embed_dim", 48.0, "embed_dim would be 48.0"),
         ]
@@ -196,7 +194,7 @@ WRONG = {
             ("text_config.vocab_size", -1, "vocab_size would be -1"),
             ("vision_config.num_attention_heads", 0, "description is not .*zero"),
             ("vision_config.image_size", float("nan"), "image_resolution would be nan"),
-            ("vision_config.num_hidden_layers", 10**6, "vision_layers would be 1000000"),
+            ("vision_config.num_hidden_layers", 0, "vision_layers would be 0"),
             ("projection_dim", None, "embed_dim would be None"),
             ("text_config.eos_token_id", 7, "text_config has eos_token_id 7; only 49407 or 2"),
             ("text_config.hidden_act", "relu", "towers differ in hidden_act; only one"),
@@ -211,7 +209,7 @@ WRONG = {
     ),
     # Other models
     "SigLIP": ("transformers", partial(another_model, model_type="siglip"),
-               r"config\.json: its model_type is 'siglip'; take .* ViT-B-16-SigLIP-64/webli"),
+               r"config\.json: its model_type is 'siglip', .* such as ViT-B-16-SigLIP/webli"),
     "BLIP": ("transformers", partial(another_model, model_type="blip"), "model_type is 'blip'"),
     "a vision tower": (
         "transformers", partial(another_model, model_type="clip_vision_model", tower="vision"),
@@ -255,9 +253,9 @@ WRONG = {
         r"model\.safetensors: truncated or damaged .*; download it anew",
     ),
     "int8": ("open_clip", partial(weights, change=lambda w: {k: t.char() for k, t in w.items()}),
-             "of another type: .*torch.int8 instead of torch.float32.*; download"),
+             "of another shape or type: .*of integers instead of .*of floats.*; download"),
     "another shape": ("open_clip", partial(weights, change=partial(of_a_shape, shape=(64, 32))),
-                      r"wrongly shaped: text_projection \[64, 32\] instead of \[64, 48\]"),
+                      r"type: text_projection \[64, 32\] of floats instead of \[64, 48\]"),
     "NaN": ("open_clip", partial(weights, change=with_nan),
             r"NaN or infinity in the weights.*: visual\.proj; take"),
     "a block without its keys": (
@@ -265,7 +263,7 @@ WRONG = {
         partial(
             weights, change=lambda w: {k: t for k, t in w.items() if "1.self_attn.k_" not in k},
         ),
-        r"resblocks\.1\.attn\.in_proj_\w+: of query, key and value only q, v; download",
+        r"missing: .*resblocks\.1\.attn\.in_proj_.*; download",
     ),
     "one tower": (
         "open_clip",
@@ -408,7 +406,7 @@ def test_a_folder_of_weights_may_have_runs_below_it(good, tmp_path, kind):
     [
         ("{", "truncated or damaged"),
         ("[" * 10**5, "truncated or damaged"),
-        ("[1]", "its description is not that of a CLIP model"),
+        ("[1]", "its description is not that of a CLIP "),
         ('{"embed_dim": 1}', "its description .*vision_cfg"),
     ],
 )
