@@ -90,7 +90,7 @@ def check_config(config: Config) -> None:
     absent |= {"text_positions"} if config.text_tower == "clip" else set()
     for name, value in vars(config).items():  # not asdict: it copies what may be nested deep
         if name in ("mean", "std"):
-            fits = is_colour(value)
+            fits = isinstance(value, tuple) and len(value) == 3 and all(map(_is_number, value))
         elif name in CHOICES:
             fits = value in CHOICES[name]
         elif value is None:
@@ -124,8 +124,5 @@ def describing() -> Iterator[None]:
         raise InputError(f"its description is not that of a CLIP ({one_line(error)})") from None
 
 
-def is_colour(value: object) -> bool:
-    """Whether this is a tuple of three finite numbers."""
-    if not isinstance(value, tuple) or len(value) != 3:
-        return False
-    return all(isinstance(x, int | float) and math.isfinite(x) for x in value)
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

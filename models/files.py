@@ -18,10 +18,8 @@ def probably_meant(name: str, others: Iterable[str]) -> str:
     """A hint, in brackets, for the message on a missing file `name`: one of `others` with another
     case or with an ending. Empty if there is none."""
     for other in others:
-        if other.casefold() == name.casefold():
-            return f" (there is {other}: upper and lower case differ)"
-        if other.rpartition(".")[0].casefold() == name.casefold() != "":
-            return f" (there is {other}: the name needs its ending)"
+        if name and name.casefold() in (other.casefold(), other.rpartition(".")[0].casefold()):
+            return f" (there is {other})"
     return ""
 
 

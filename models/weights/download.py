@@ -31,7 +31,6 @@ def download(url: str, path: Path, digest: str) -> Path:
     once its digest is right. Raises `Unavailable` if the address does not give the file, and
     another `InputError` if the file cannot be saved or has another digest.
     """
-    path = Path(path)
     if path.exists():
         return path
     part = path.with_name(f"{path.name}.part")

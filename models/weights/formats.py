@@ -8,7 +8,7 @@ from torch import Tensor
 
 from models.clip import text_tower
 from models.config import Config
-from models.errors import InputError, naming, one_line
+from models.errors import InputError, naming
 from models.files import read_json
 from models.lora import merged
 from models.open_clip_model import OpenClipConfig
@@ -54,12 +54,18 @@ def read_weights(
     config = open_clip.any_description(own, folder) if own is not None else kind.description(folder)
     if config is None:
         config = infer_config(weights)
-        if activation is None and not cn_clip.is_of_authors(config):
+        if activation is None and config.text_tower != "bert":  # all of cn_clip have QuickGELU
             raise InputError(UNTOLD)
         config = replace(config, activation=activation or config.activation)
     if isinstance(config, OpenClipConfig):
         return open_clip.with_towers(weights), config
-    _check_vocabulary(config)
+    tower = text_tower(config)
+    if config.vocab_size != tower.vocabulary:
+        raise InputError(
+            f"its texts are made of {config.vocab_size:,} tokens, and the "
+            f"{tower.transformers_tokenizer} here has {tower.vocabulary:,}; take a model with that "
+            "tokenizer"
+        )
     return weights, config
 
 
@@ -69,42 +75,15 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
         for file in sorted(folder.glob(name)):
             with naming(file.name):
                 return read_file(file)[0]
-        index = read_json(folder / f"{name}.index.json")
-        if index is not None:
-            with naming(f"{name}.index.json"):
-                return _read_shards(folder, shards(index))
+        if index := read_json(folder / f"{name}.index.json"):
+            weights: dict[str, Tensor] = {}
+            for part in shards(index):
+                with naming(part):
+                    weights |= read_file(folder / part)[0]
+            return weights
     raise InputError(f"a folder without weights; give a file, or add one of {', '.join(FILES)}")
 
 
 def shards(index: dict[str, Any]) -> list[str]:
     """The files beside an index of transformers that it lists."""
-    table = index.get("weight_map")
-    if not isinstance(table, dict) or not table:
-        raise InputError("lists no files (weight_map)")
-    names = sorted(set(map(str, table.values())))
-    for name in names:
-        if Path(name).name != name:
-            raise InputError(f"its part {one_line(name)} is outside of the folder")
-    return names
-
-
-def _read_shards(folder: Path, names: list[str]) -> dict[str, Tensor]:
-    weights: dict[str, Tensor] = {}
-    for name in names:
-        part = one_line(name)
-        if not (folder / name).is_file():
-            raise InputError(f"its part {part} is missing; download it as well")
-        with naming(part):
-            weights |= read_file(folder / name)[0]
-    return weights
-
-
-def _check_vocabulary(config: Config) -> None:
-    """Raise `InputError` for a model whose tokens are not those of the tokenizer here."""
-    tower = text_tower(config)
-    if config.vocab_size != tower.vocabulary:
-        raise InputError(
-            f"its texts are made of {config.vocab_size:,} tokens, and the "
-            f"{tower.transformers_tokenizer} here has {tower.vocabulary:,}; take a model with that "
-            "tokenizer"
-        )
+    return sorted(set(index.get("weight_map", {}).values()))

@@ -24,7 +24,7 @@ from models.weights.registry import CONFIGS, SHA256, weights_url
 WANTED = ("open_clip_config.json with open_clip_model.safetensors, or config.json and "
           "preprocessor_config.json with model.safetensors")  # fmt: skip
 PREFIX = "hf-hub:"  # as open_clip and timm have it
-REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", re.ASCII)
+REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 FILE_TYPES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")  # endings that no repository has
 
 
@@ -46,8 +46,8 @@ ARCHITECTURES = {name.partition("/")[0].lower() for name in (*CONFIGS, *OPEN_CLI
 
 
 def repository_of(name: str) -> str | None:
-    """The repository, `owner/name` or `owner/name@revision`, of a name. None if the name looks like
-    a path or like mistyped weights and has no prefix `hf-hub:`."""
+    """The repository `owner/name` of a name. None if the name looks like a path or like mistyped
+    weights and has no prefix `hf-hub:`."""
     if name in HUB:
         return HUB[name].repository
     repository = name.removeprefix(PREFIX)
@@ -95,10 +95,8 @@ def cached(repository: str) -> Path | None:
     """The folder of weights in the cache; None if they are not complete there."""
     from huggingface_hub import errors, snapshot_download
 
-    name, _, revision = repository.partition("@")
     try:  # the folder, whatever is in it
-        folder = Path(snapshot_download(name, revision=revision or "main", allow_patterns=[],
-                                        local_files_only=True))  # fmt: skip
+        folder = Path(snapshot_download(repository, allow_patterns=[], local_files_only=True))
     except (errors.LocalEntryNotFoundError, errors.HFValidationError):
         return None
     names = {file.name for file in folder.iterdir()}
@@ -115,29 +113,26 @@ def _download(repository: str) -> Path:
     the repository has."""
     from huggingface_hub import HfApi, constants, hf_hub_download
 
-    name, _, revision = repository.partition("@")
-    revision = revision or "main"
     if not constants.HF_HUB_OFFLINE:
-        print(f"asking {constants.ENDPOINT}/{name}, for a minute if it does not answer",
+        print(f"asking {constants.ENDPOINT}/{repository}, for a minute if it does not answer",
               file=sys.stderr)  # fmt: skip
-    with _explained(name, revision):
-        listing = HfApi().model_info(name, revision=revision, timeout=60)
+    with _explained(repository):
+        listing = HfApi().model_info(repository, timeout=60)
         names = {file.rfilename for file in listing.siblings}
         kind, weights = _find(names)
         if kind is None:
             raise InputError(
-                f"{constants.ENDPOINT}/{name} has no weights of a CLIP with a description: no "
-                f"{WANTED}; if there are some in a file of another name, download that and give "
-                "the file"
+                f"{constants.ENDPOINT}/{repository} has no weights of a CLIP with a description: "
+                f"no {WANTED}; if a file of another name has them, download and give that file"
             )
         for file in [file for file in kind.descriptions if file in names] or [weights]:
-            folder = Path(hf_hub_download(name, file, revision=revision)).parent
+            folder = Path(hf_hub_download(repository, file)).parent
         about = kind.description(folder)  # refuses another model before a large download
         tokenizer = TOKENIZER_FILES if isinstance(about, OpenClipConfig) else ()
         for file in [*names.intersection(tokenizer), weights]:
-            hf_hub_download(name, file, revision=revision)
+            hf_hub_download(repository, file)
         for file in _parts(folder / weights):
-            hf_hub_download(name, file, revision=revision)
+            hf_hub_download(repository, file)
     return folder
 
 
@@ -158,7 +153,7 @@ def _parts(weights: Path) -> list[str]:
 
 
 @contextmanager
-def _explained(name: str, revision: str) -> Iterator[None]:
+def _explained(name: str) -> Iterator[None]:
     """Turn errors of the library within into `InputError`s with a remedy."""
     from huggingface_hub import constants, errors
     from huggingface_hub.utils import logging
@@ -179,14 +174,12 @@ def _explained(name: str, revision: str) -> Iterator[None]:
             f"no file or folder here, and {address} does not exist, or is private: then log in "
             f"(hf auth login, or HF_TOKEN){near}"
         ) from None
-    except errors.RevisionNotFoundError:
-        raise InputError(f"{address} has no revision {revision}") from None
     except Exception as error:  # of the disk, requests or httpx
         raise InputError(
             f"no file or folder here, and {constants.ENDPOINT} does not give it "
             f"({one_line(error.__cause__ or error)}); run it again (with HF_HUB_DISABLE_XET=1 "
             "where a mirror has the small files alone), name a mirror "
             f"(HF_ENDPOINT=https://<mirror>), or get {WANTED}, by other means, put them into one "
-            f"folder and give that folder{near}\nfrom {address}/tree/{revision}\n"
+            f"folder and give that folder{near}\nfrom {address}/tree/main\n"
             f"(not complete in the cache {constants.HF_HUB_CACHE}; HF_HOME names another)"
         ) from None

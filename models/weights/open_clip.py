@@ -57,7 +57,7 @@ def to_ours(weights: Weights) -> Weights:
     """The weights, Long-CLIP's two positional embeddings of texts joined: the first for the
     positions that it keeps, the second for the others."""
     others = weights.get("positional_embedding_res")
-    if others is None or "positional_embedding" not in weights:
+    if others is None:
         return weights
     weights = {key: t for key, t in weights.items() if key != "positional_embedding_res"}
     kept = weights["positional_embedding"][:LONG_CLIP_KEPT]
@@ -90,9 +90,7 @@ def any_description(content: dict[str, Any], folder: Path) -> Config | OpenClipC
 def with_towers(weights: Weights) -> Weights:
     """The weights with the keys of `OpenClipModel`: the text tower's start with `text.`"""
     others = ("visual.", "text.", "logit_")
-    named = {k if k.startswith(others) else f"text.{k}": t for k, t in weights.items()}
-    named.pop("text.transformer.embeddings.position_ids", None)  # of transformers before 4.31
-    return named
+    return {k if k.startswith(others) else f"text.{k}": t for k, t in weights.items()}
 
 
 def write(model: CLIP, folder: Path, dtype: torch.dtype) -> None:
@@ -153,9 +151,7 @@ def to_open_clip(config: Config | OpenClipConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _tower(
-    model: dict[str, Any], name: str, fields: dict[str, tuple[str, Any]]
-) -> tuple[dict[str, Any], Any]:
+def _tower(model: dict, name: str, fields: dict) -> tuple[dict[str, Any], Any]:
     """The fields of `Config` on one tower, and the ratio of its MLPs' width to its own. Raises
     `OtherTowers` for a field that no tower of ours has."""
     tower = model[name]

@@ -28,8 +28,9 @@ IMAGE_MARKS = ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.w
 OWN_TEXT = "text."  # open_clip's prefix of the text tower in some models
 # Parts of names that come from parallel, compiled and wrapped modules within a model.
 INSERTED = re.compile(r"(?<=\.)(module|_orig_mod|_forward_module|_\w+_wrapped_module)\.")
-# Buffers: of published archives, and of open_clip's text towers.
-NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
+# Buffers: of published archives, of open_clip's text towers, and of early transformers.
+NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids",
+              "token_type_ids")  # fmt: skip
 
 
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

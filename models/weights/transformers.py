@@ -20,7 +20,6 @@ WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
 # Names that every CLIPModel, or a similar model, and every ChineseCLIPModel has.
 BERT_MARK = "text_model.embeddings.word_embeddings.weight"
 MARKS = {"text_model.final_layer_norm.weight", "vision_model.post_layernorm.weight", BERT_MARK}
-BUFFERS = ("position_ids", "token_type_ids")  # the numbers 0, 1, 2, ... and zeros
 
 # By field of `Config`: the field of config.json and its default, that of ViT-B/32 or of BERT.
 VISION = {
@@ -95,8 +94,6 @@ def to_ours(weights: Weights) -> Weights:
     thirds: dict[str, dict[str, Tensor]] = {}
     has_bert = BERT_MARK in weights
     for name, tensor in weights.items():
-        if name.endswith(BUFFERS):
-            continue
         if has_bert and name.startswith("text_model."):
             ours[name.replace("text_model", "bert", 1)] = tensor
         elif name in PROJECTIONS:
@@ -215,19 +212,14 @@ def config_to_transformers(config: Config) -> tuple[dict[str, Any], dict[str, An
     return model, preprocessor
 
 
-def _section(
-    content: dict[str, Any],
-    name: str,
-    table: dict[str, tuple[str, Any]],
-    only: dict[str, tuple[Any, ...]],
-) -> dict[str, Any]:
+def _section(content: dict, name: str, table: dict, only: dict) -> dict[str, Any]:
     """The fields of `Config` in a section. `..._dict`, of early versions, takes precedence."""
     section = (content.get(name) or {}) | (content.get(f"{name}_dict") or {})
     _check(section, only, f"{name} has ")
     return {ours: section.get(theirs, default) for ours, (theirs, default) in table.items()}
 
 
-def _check(section: dict[str, Any], only: dict[str, tuple[Any, ...]], where: str = "") -> None:
+def _check(section: dict, only: dict[str, tuple], where: str = "") -> None:
     """Raise `InputError` for a field with another value than those that work."""
     for field, values in only.items():
         if (found := section.get(field, values[0])) not in values:

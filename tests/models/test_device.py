@@ -47,10 +47,8 @@ def test_devices_that_are_here_are_taken(machine):
 @pytest.mark.parametrize("name", ["meta", "xpu", "hpu", "vulkan", "gpu", "", "cuda:-1", "cpu:x"])
 def test_names_of_no_device_are_refused_with_those_that_exist_here(machine, name):
     machine(1, False)
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match=f"^--device {name}: .*, only cuda, cuda:0, cpu; "):
         pick_device(name)
-    assert str(error.value).startswith(f"--device {name}: no such device; ")
-    assert str(error.value).endswith("here there are cuda:0, cpu")
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:2", "mps", "cpu:1"])

@@ -17,7 +17,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from hub_server import COMMIT, running_hub
+from hub_server import running_hub
 from open_clip.pretrained import _PRETRAINED
 from open_clip_descriptions import DESCRIPTIONS, OWN
 from open_clip_folders import siglip
@@ -186,7 +186,6 @@ class TestNames:
             (NAME, LAION),
             (f"hf-hub:{LAION}", LAION),
             (LAION, LAION),
-            ("timm/vit_base_patch32_clip_224.openai@a1b2c3d", None),
             ("UCSC-VLAA/ViT-L-14-CLIPA-datacomp1B", None),
             ("patrickjohncyh/fashion-clip", None),
             ("M-CLIP/XLM-Roberta-Large-Vit-B-32", None),
@@ -216,7 +215,7 @@ class TestNames:
         assert not server.requests
 
 
-@pytest.mark.parametrize("name", [NAME, f"hf-hub:{LAION}", LAION, f"{LAION}@{COMMIT}"])
+@pytest.mark.parametrize("name", [NAME, f"hf-hub:{LAION}", LAION])
 @pytest.mark.parametrize("of", ["open_clip", "transformers"])
 def test_the_model_is_that_of_the_folder_and_is_downloaded_once(
     server, tmp_path, monkeypatch, name, of
@@ -436,10 +435,6 @@ class TestRefusals:
     def test_a_name_that_the_hub_does_not_allow(self):
         assert "Cannot have -- or .." in refused("someone/a..b")
 
-    def test_a_revision_that_does_not_exist(self, server, tmp_path):
-        server.add(THEIRS, written(tmp_path / "folder"))
-        assert "has no revision v9" in refused(f"{THEIRS}@v9")
-
     @pytest.mark.parametrize(
         ("files", "reason"),
         [
@@ -473,22 +468,11 @@ class TestRefusals:
         assert "HF_HOME" in refused(THEIRS)
 
 
-def test_the_list_tells_where_downloaded_weights_are(server, tmp_path, monkeypatch, capsys):
-    def printed(*arguments: str) -> list[str]:
-        monkeypatch.setattr(sys, "argv", ["clip_utils.py", *arguments])
-        clip_utils.main()
-        return capsys.readouterr().out.splitlines()
-
+def test_the_place_of_downloaded_weights_is_printed(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["clip_utils.py", "--model", NAME])
     server.add(LAION, written(tmp_path / "folder"))
-    (place,) = printed("--model", NAME)
-    assert (Path(place) / "open_clip_model.safetensors").is_file()
-    lines = printed("--list")
-    for name in (*SHA256, *HUB, "ViT-demo"):
-        assert sum(line.split()[0] == name for line in lines) == 1
-    at = next(i for i, line in enumerate(lines) if line.split()[0] == NAME)
-    assert lines[at].split()[1:] == ["LAION-2B", "151.3", "224", "gelu"]
-    assert lines[at + 1] == f"    {place}"
-    assert max(len(line) for line in lines if not line.startswith(" ")) <= 100
+    clip_utils.main()
+    assert (Path(capsys.readouterr().out.strip()) / "open_clip_model.safetensors").is_file()
 
 
 @pytest.mark.slow

@@ -89,11 +89,6 @@ def sharded(folder: Path, part: str) -> None:
     text(folder, json.dumps(index), "model.safetensors.index.json")
 
 
-def without_index(folder: Path) -> None:
-    weights_in(folder).unlink()
-    text(folder, '{"metadata": {}}', "model.safetensors.index.json")
-
-
 def two_clips(folder: Path) -> None:
     found = load_file(weights_in(folder))
     weights_in(folder).unlink()
@@ -134,15 +129,7 @@ WRONG = {
     "a config only": ("transformers", lambda f: weights_in(f).unlink(), "a folder without weights"),
     "missing shard": (
         "transformers", partial(sharded, part="part-00002-of-00002.safetensors"),
-        r"model\.safetensors\.index\.json: its part part-00002-of-00002\.safetensors is missing; "
-        "download",
-    ),
-    "shard outside": (
-        "transformers", partial(sharded, part="../transformers/model.safetensors"),
-        r"index\.json: its part \S+ is outside of the folder; download",
-    ),
-    "index without weight_map": (
-        "transformers", without_index, r"index\.json: lists no files \(weight_map\); download",
+        r"part-00002-of-00002\.safetensors: .*No such file .*; download",
     ),
     # Descriptions
     "broken JSON": ("open_clip", partial(text, content="{", file=OPEN_CLIP),
@@ -226,10 +213,6 @@ WRONG = {
     "an unknown field": (
         "open_clip", partial(put, field=f"{VISION}.towers", value=3),
         r"open_clip cannot build it \(.*unexpected keyword argument 'towers'\); take another",
-    ),
-    "no colour": (
-        "open_clip", partial(other_towers, mean=[0.5, "0.5", 0.5]),
-        r"open_clip_config\.json: its mean would be \(0\.5, '0\.5', 0\.5\)",
     ),
     "padding around images": (
         "open_clip", partial(other_towers, resize_mode="longest"),
