@@ -9,7 +9,7 @@ from typing import NamedTuple
 from zipfile import BadZipFile, ZipFile, ZipInfo
 
 from models.errors import InputError
-from models.files import check_regular, check_size, decoded
+from models.files import decoded
 
 
 class SourceFile(NamedTuple):
@@ -35,8 +35,7 @@ class SourceFile(NamedTuple):
         return path.relative_to(folder).as_posix() if is_below else None
 
     def read_bytes(self) -> bytes:
-        """The content. Raises `InputError` for an unreadable or too large file."""
-        check_size(self, self.size)
+        """The content. Raises `InputError` for an unreadable file."""
         with _readable(self):
             return self.archive.read(self.member) if self.archive else self.path.read_bytes()
 
@@ -110,8 +109,6 @@ def find_files(sources: Iterable[Path], open_zips: ExitStack) -> list[SourceFile
     for source in sources:
         if not source.exists():
             raise InputError(f"{source}: there is no such file or folder (--source)")
-        if not source.is_dir():
-            check_regular(source)
         for path in [source] if source.is_file() else _walk(source):
             if path.suffix.lower() == ".zip":
                 files += zip_members(path, open_zips)

@@ -20,12 +20,11 @@ from torch import Tensor
 from models.clip import CLIP
 from models.config import CONTEXT_LENGTH, Config, check_config
 from models.device import moved, pick_device
-from models.errors import InputError, listed, near_names
-from models.files import check_regular
+from models.errors import InputError, near_names
 from models.host import run_script
 from models.open_clip_model import OpenClipConfig, OpenClipModel
 from models.preprocess import Preprocess
-from models.run_files import CHECKPOINT, run_weights, runs_in
+from models.run_files import run_weights
 from models.scripts import ArgumentParser, from_here
 from models.tokens import clip_tokenizer, token_rows
 from models.weights import hub
@@ -36,11 +35,10 @@ from models.weights.architecture import (
     infer_config,
     resize_positional_embedding,
 )
-from models.weights.formats import has_weights, read_weights
+from models.weights.formats import read_weights
 from models.weights.registry import CONFIGS, SHA256, weights_filename
 
 MODELS_PTH = Path(__file__).with_name("models_pth")
-BY_OPEN_CLIP = "open_clip"
 HELP = """
 examples:
   python models/clip_utils.py --list
@@ -94,29 +92,17 @@ def find_weights(name: str | os.PathLike, download_root: str | os.PathLike = MOD
         return hub.fetch_published(name, Path(download_root).expanduser() / weights_filename(name))
     check_name(name)
     path = Path(name).expanduser()
-    if not path.exists():
-        return hub.fetch(str(name))
-    if chosen := run_weights(path):
-        return chosen
-    if not path.is_dir():
-        check_regular(path)
-    return path
+    return (run_weights(path) or path) if path.exists() else hub.fetch(str(name))
 
 
 def check_name(name: str | os.PathLike) -> None:
     """Raise `InputError` if `name` is neither a name of weights nor a path. Asks no server."""
     path = Path(name).expanduser()
-    if name in SHA256 or path.is_file() or run_weights(path) or hub.repository_of(str(name)):
-        return
-    if (path / CHECKPOINT).is_file():
-        raise InputError(f"{name}: a run without weights of an epoch; give {path / CHECKPOINT}")
-    runs = runs_in(path if path.is_dir() else path.parent)
-    if path.exists() and (not runs or has_weights(path)):
+    if name in SHA256 or path.exists() or hub.repository_of(str(name)):
         return
     if name in CONFIGS:
-        raise InputError(f"{name}: has no published weights; to train it: {_train(name)}")
-    if runs:
-        raise InputError(f"{name}: no run with weights; those here are {listed(runs)}")
+        train = f"python {from_here('train.py')} --resume_training none --model {name}"
+        raise InputError(f"{name}: has no published weights; to train it: {train}")
     beside = map(str, path.parent.iterdir()) if path.parent.is_dir() else []
     near = near_names(str(name), [*CONFIGS, *hub.HUB, *beside])
     raise InputError(
@@ -137,9 +123,7 @@ def load(
 
     - `name`: OpenAI's name of a model (`"ViT-B/32"`); open_clip's (`"ViT-B-32/laion2b_s34b_b79k"`);
       a repository of the Hugging Face hub (`"openai/clip-vit-base-patch32"`, also with `hf-hub:`);
-      or, first of all, a path: a published TorchScript archive, a state dict (.pt, .pth or
-      .safetensors), a checkpoint of `train.py` or open_clip, or a folder of open_clip or
-      transformers. Other towers than ours are built by open_clip if that is installed.
+      or, first of all, a path, see `read_weights`. Other towers than ours are built by open_clip.
     - `device`: see `pick_device`.
     - `download_root`: the folder for OpenAI's weights.
     - `input_shape`: another image resolution, in pixels.
@@ -181,7 +165,11 @@ def build_model(
         with torch.device("meta"):  # parameters without memory, to be replaced by the weights
             model = CLIP(config)
     else:
-        model = _build_through_open_clip(config, input_shape)
+        model = OpenClipModel(config)
+        side = model.visual.input_resolution
+        if input_shape not in (None, side):
+            raise InputError(f"--input_shape {input_shape}: this model of open_clip takes images "
+                             f"of {side} pixels; leave --input_shape out")  # fmt: skip
     check_keys(weights, model.state_dict())
     check_finite(weights)
     if is_own and input_shape is not None and input_shape != config.image_resolution:
@@ -190,16 +178,6 @@ def build_model(
             model = CLIP(replace(config, image_resolution=input_shape))
     model.load_state_dict(weights, assign=True)
     return model.eval()
-
-
-def _build_through_open_clip(config: OpenClipConfig, input_shape: int | None) -> OpenClipModel:
-    """The model with random weights. Raises `InputError` for an `input_shape` that is not its."""
-    model = OpenClipModel(config)
-    side = model.visual.input_resolution
-    if input_shape not in (None, side):
-        raise InputError(f"--input_shape {input_shape}: this model of open_clip takes images of "
-                         f"{side} pixels; leave --input_shape out")  # fmt: skip
-    return model
 
 
 def tokenize(
@@ -211,30 +189,12 @@ def tokenize(
 
 
 def list_models() -> None:
-    """Print a table of all weights that have a name, with the path of those downloaded."""
+    """Print a table of all weights that have a name."""
     row = "{:<52} {:<19} {:>8} {:>6} {}".format
     print(row("name", "trained on", "M params", "pixels", "activation"))
     for name in (*SHA256, *hub.HUB):
-        weights = hub.HUB[name] if name in hub.HUB else hub.published_copy(name)
-        print(row(name, weights.trained_on, weights.million_parameters, weights.resolution,
-                  weights.activation or BY_OPEN_CLIP))  # fmt: skip
-        path = MODELS_PTH / weights_filename(name)
-        if name not in SHA256 or not path.exists():
-            path = hub.cached(weights.repository)
-        if path:
-            print(f"    {path}")
-    for name in (name for name in CONFIGS if name not in SHA256):
-        config = CONFIGS[name]
-        with torch.device("meta"):
-            size = sum(parameter.numel() for parameter in CLIP(config).parameters())
-        print(row(name, "nothing yet", round(size / 1e6, 1), config.image_resolution,
-                  config.activation))  # fmt: skip
-        print(f"    to train it: {_train(name)}")
-
-
-def _train(name: str) -> str:
-    """The command that trains a model from scratch."""
-    return f"python {from_here('train.py')} --resume_training none --model {name}"
+        _, _, data, size, side, activation = hub.HUB.get(name) or hub.published_copy(name)
+        print(row(name, data, size, side, activation or "open_clip"))
 
 
 def main() -> None:
@@ -246,8 +206,7 @@ def main() -> None:
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--model", metavar="NAME", help="weights to download: a name of the list, or "
                       "OWNER/NAME of a repository on the Hugging Face hub")  # fmt: skip
-    task.add_argument("--list", action="store_true", help="list the names, their training data, "
-                      "and the paths of downloaded weights")  # fmt: skip
+    task.add_argument("--list", action="store_true", help="list the names and training data")
     args = parser.parse_args()
     if args.list:
         list_models()

@@ -13,8 +13,6 @@ CHINESE_CONTEXT_LENGTH = 52  # tokens of a text in the training of Chinese-CLIP
 VOCABULARY = 49408  # tokens that CLIP's tokenizer knows; the last is the end-of-text token
 CHINESE_VOCABULARY = 21128  # tokens of BERT's Chinese vocabulary
 MAX_RESOLUTION = 10_000  # pixels: 100 million an image
-MAX_BLOCKS = 500  # of a tower, or of a ResNet's stage; the largest published model has 56
-MAX_SIZE = 10**6  # of a width, a resolution, a vocabulary, a context
 # The module of each text tower, with a class `TextTower`.
 TEXT_TOWERS = {"clip": "models.clip_text", "bert": "models.bert"}
 CHOICES = {
@@ -92,20 +90,19 @@ def check_config(config: Config) -> None:
     absent |= {"text_positions"} if config.text_tower == "clip" else set()
     for name, value in vars(config).items():  # not asdict: it copies what may be nested deep
         if name in ("mean", "std"):
-            fits = is_colour(value)
+            fits = isinstance(value, tuple) and len(value) == 3 and all(map(_is_number, value))
         elif name in CHOICES:
             fits = value in CHOICES[name]
         elif value is None:
             fits = name in absent
         elif name == "vision_layers" and not config.is_vit:
-            fits = isinstance(value, tuple) and len(value) == 4 and all(map(_is_depth, value))
-        elif name.endswith("layers"):
-            fits = _is_depth(value)
+            is_tuple = isinstance(value, tuple)
+            fits = is_tuple and list(map(type, value)) == [int] * 4 and min(value) > 0
         else:
-            fits = type(value) is int and 0 < value <= MAX_SIZE
+            fits = type(value) is int and value > 0
         if not fits:
             raise InputError(f"its {name} would be {quoted(value)}")
-    if config.context_length > (config.text_positions or MAX_SIZE):
+    if config.context_length > (config.text_positions or math.inf):
         raise InputError(f"its context_length {config.context_length} is more than the "
                          f"{config.text_positions} positions of its text tower")  # fmt: skip
     towers = [("transformer_width", config.transformer_heads, config.transformer_width)]
@@ -117,21 +114,15 @@ def check_config(config: Config) -> None:
 
 
 @contextmanager
-def description_of(whose: str) -> Iterator[None]:
-    """Turn any error while a description is read into an `InputError`: it is not `whose`."""
+def describing() -> Iterator[None]:
+    """Turn any error while a description is read into an `InputError`."""
     try:
         yield
     except InputError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise InputError(f"its description is not {whose} ({one_line(error)})") from None
+        raise InputError(f"its description is not that of a CLIP ({one_line(error)})") from None
 
 
-def is_colour(value: object) -> bool:
-    """Whether this is a tuple of three finite numbers."""
-    is_triple = isinstance(value, tuple) and len(value) == 3
-    return is_triple and all(isinstance(x, int | float) and math.isfinite(x) for x in value)
-
-
-def _is_depth(number: object) -> bool:
-    return type(number) is int and 0 < number <= MAX_BLOCKS
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -16,7 +16,6 @@ import torch
 from safetensors import SafetensorError
 
 from models.clip import CLIP
-from models.clip_text import TextTower
 from models.clip_utils import find_weights, read_model
 from models.errors import InputError, listed, one_line
 from models.files import check_writable
@@ -55,19 +54,11 @@ def convert(model: CLIP, output: Path, to: str, half: bool = False) -> None:
 
 
 def check_output(output: Path, to: str) -> None:
-    """Raise `InputError` if `output` exists, cannot be written, or does not suit the format."""
+    """Raise `InputError` if `output` exists or cannot be written, or the format lacks a package."""
     if output.exists():
         raise InputError(f"{output}: exists already; name a new file or folder")
     check_writable(output)
-    FORMATS[to].check(output)
-
-
-def description(name: str, path: object, text_tower: TextTower) -> str:
-    """The help on a format: its purpose, and Python code that opens `path`."""
-    each = FORMATS[name]
-    names = {"clip": text_tower.transformers_model, "tokenizer": text_tower.transformers_tokenizer}
-    code = textwrap.dedent(each.opened_by).strip().format(path, **names)
-    return f"  {name}: {each.purpose}\n{textwrap.indent(code, '    ')}"
+    FORMATS[to].check()
 
 
 def main() -> None:
@@ -84,8 +75,11 @@ def main() -> None:
     check_output(args.output, args.format)
     model = read_model(find_weights(args.weights), args.activation)
     convert(model, args.output, args.format, args.half)
-    opened_by = description(args.format, args.output.as_posix(), model.text_tower)
-    print(f"written to {args.output}\n{opened_by}")
+    tower, kind = model.text_tower, FORMATS[args.format]
+    names = {"clip": tower.transformers_model, "tokenizer": tower.transformers_tokenizer}
+    code = textwrap.dedent(kind.opened_by).strip().format(args.output.as_posix(), **names)
+    print(f"written to {args.output}\n  {args.format}: {kind.purpose}")
+    print(textwrap.indent(code, "    "))
 
 
 if __name__ == "__main__":

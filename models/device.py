@@ -14,27 +14,15 @@ from models.errors import InputError
 def pick_device(device: str | torch.device | None = None) -> torch.device:
     """The device of that name; by default CUDA if there is a GPU, else `mps` on a Mac that has it,
     else the CPU. Raises `InputError` for a device that does not exist here."""
-    here = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-    if torch.backends.mps.is_available():
-        here.append("mps")
+    gpus = torch.cuda.device_count()
+    here = ["cuda", *(f"cuda:{number}" for number in range(gpus))] if gpus else []
+    here += ["mps", "mps:0"] if torch.backends.mps.is_available() else []
     here.append("cpu")
-    if device is None:
-        return torch.device(here[0].partition(":")[0])
-    try:
-        picked = torch.device(device)
-    except (RuntimeError, ValueError):
-        picked = None
-    if picked is None or picked.type not in ("cuda", "mps", "cpu"):
-        raise InputError(
-            f"--device {device}: no such device; it is cuda, mps or cpu, and here there are "
-            f"{', '.join(here)}"
-        )
-    name = f"cuda:{picked.index or 0}" if picked.type == "cuda" else picked.type
-    if name not in here or (picked.type != "cuda" and picked.index):
-        build = ", or install a torch built for CUDA" if picked.type == "cuda" else ""
-        raise InputError(f"--device {device}: there is none here, only {', '.join(here)}; use one "
-                         f"of these{build}")  # fmt: skip
-    return picked
+    name = here[0] if device is None else str(device)
+    if name not in here:
+        raise InputError(f"--device {name}: there is none here, only {', '.join(here)}; for a GPU "
+                         "of NVIDIA install a torch built for CUDA")  # fmt: skip
+    return torch.device(name)
 
 
 def moved(model: nn.Module, device: torch.device) -> nn.Module:

@@ -1,12 +1,11 @@
-"""Checks and reading of files that users name. Only regular files are read or replaced: a pipe
-could block, and a device never ends."""
+"""Checks, reading and locks of files that users name."""
 
 import io
 import json
 import os
 import sys
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,13 @@ from filelock import FileLock, Timeout
 
 from models.errors import InputError, naming, one_line
 
-LARGEST = 2**30  # bytes of a file that is read whole: captions of millions of images are less
-
 
 def probably_meant(name: str, others: Iterable[str]) -> str:
     """A hint, in brackets, for the message on a missing file `name`: one of `others` with another
     case or with an ending. Empty if there is none."""
     for other in others:
-        if other.casefold() == name.casefold():
-            return f" (there is {other}: upper and lower case differ)"
-        if other.rpartition(".")[0].casefold() == name.casefold() != "":
-            return f" (there is {other}: the name needs its ending)"
+        if name and name.casefold() in (other.casefold(), other.rpartition(".")[0].casefold()):
+            return f" (there is {other})"
     return ""
 
 
@@ -38,52 +33,21 @@ def file_version(path: Path) -> str:
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
-def check_regular(path: Path) -> None:
-    """Raise `InputError` if `path` exists and is no regular file."""
-    if path.exists() and not path.is_file():
-        kind = "a folder" if path.is_dir() else "a pipe or a device"
-        raise InputError(f"{path}: is {kind}, not a file; name a file")
-
-
 def check_writable(path: Path) -> None:
     """Raise `InputError` if no file can be written at `path`. Its folder need not exist."""
-    try:
-        check_regular(path)
-        path.lstat()  # raises for a name that is too long
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is a folder or a device, not a file; name a file")
     check_writable_folder(path.parent)
 
 
 def check_writable_folder(folder: Path) -> None:
     """Raise `InputError` if nothing can be written into `folder`, which need not exist."""
-    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    if not there.is_dir():
-        raise InputError(f"{folder}: cannot be written ({there} is no folder); name another folder")
-    if not os.access(there, os.W_OK | os.X_OK):
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise InputError(
             f"{folder}: cannot be written (nothing may be written into {there.resolve()}); name "
             "another folder"
         )
-
-
-def check_size(path: object, size: int, largest: int = LARGEST) -> None:
-    """Raise `InputError` if `size` is more than `largest`, in bytes."""
-    if size > largest:
-        raise InputError(
-            f"{path}: {size / 1e6:,.0f} MB, where at most {largest / 1e6:,.0f} MB are read; is it "
-            "the right file?"
-        )
-
-
-def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
-    """The content of a file. Raises `InputError` for a folder, a pipe, a device and for more than
-    `largest` bytes; `OSError` for a file that cannot be read."""
-    check_regular(path)
-    check_size(path, path.stat().st_size, largest)
-    return path.read_bytes()
 
 
 def read_json(file: Path) -> dict[str, Any] | None:
@@ -93,7 +57,7 @@ def read_json(file: Path) -> dict[str, Any] | None:
         return None
     with naming(file.name):
         try:
-            content = json.loads(read_bytes(file))
+            content = json.loads(file.read_bytes())
         except (ValueError, RecursionError) as error:
             raise InputError(f"broken JSON ({one_line(error)})") from None
         if not isinstance(content, dict):
@@ -120,12 +84,9 @@ def decoded(content: bytes, file: object) -> str:
 def read_lines(path: Path, kind: str) -> list[str]:
     """The lines of a UTF-8 text file with one `kind`, such as "caption", a line: stripped, without
     blank lines. Unicode's other separators end no line. Raises `InputError` if no line is left."""
-    try:
-        text = decoded(read_bytes(path), path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; write one {kind} a line") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; write one {kind} a line")
+    text = decoded(path.read_bytes(), path)
     lines = [line.strip() for line in io.StringIO(text, newline=None) if line.strip()]
     if not lines:
         raise InputError(f"{path}: no {kind}s in it; write one on each line")
@@ -133,15 +94,16 @@ def read_lines(path: Path, kind: str) -> list[str]:
 
 
 def lock(file: Path, waiting: str) -> AbstractContextManager:
-    """The lock on `file`, as soon as no other process holds it; prints `waiting` if one does. The
-    lock ends with the process; the empty file may stay. Raises `OSError` if the file cannot be
-    created, and `NotImplementedError` for a file system without locks."""
+    """The lock on `file`, as soon as no other process holds it; prints `waiting` if one does. No
+    lock where the file system has none. It ends with the process; the empty file may stay."""
     found = FileLock(file)
     try:
         return found.acquire(timeout=0)
     except Timeout:
         print(waiting, file=sys.stderr)
         return found.acquire()
+    except (OSError, NotImplementedError):
+        return nullcontext()
 
 
 def describe(path: Path) -> str:

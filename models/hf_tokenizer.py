@@ -4,7 +4,6 @@ import json
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from models.errors import InputError, one_line
 
@@ -41,12 +40,8 @@ class HFTokenizer:
 
     def save(self, folder: Path) -> None:
         """Write the files of the tokenizer, unless `folder` has them."""
-        if (folder / FILES[0]).exists():
-            return
-        with TemporaryDirectory(dir=folder, prefix=".unfinished.") as unfinished:
-            self.wrapped.save_pretrained(unfinished)
-            for file in sorted(Path(unfinished).iterdir(), key=lambda file: file.name == FILES[0]):
-                file.replace(folder / file.name)
+        if not (folder / FILES[0]).exists():
+            self.wrapped.save_pretrained(folder)
 
 
 @lru_cache

@@ -25,13 +25,13 @@ def garbage_unsearched() -> Iterator[None]:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main()`; a notebook gets its streams, signal handlers and backend back.
+    """Run a script's `main()`; a notebook gets its streams and signal handlers back.
 
     An `InputError` or an `OSError` ends the script with its message and exit code 2 (with `--debug`
     among the arguments, with its traceback), Ctrl-C with 130, and an output that is closed, as by
     `| head`, with 141 and no message.
     """
-    streams, backend = (sys.stdout, sys.stderr), os.environ.get("MPLBACKEND")
+    streams = sys.stdout, sys.stderr
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     sys.stdout, sys.stderr = map(_any_text, streams)
     os.environ["MPLBACKEND"] = "agg"  # pyzjr looks for a notebook's, which may not be installed
@@ -48,23 +48,15 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _end("interrupted", 130)
     except RuntimeError as error:
-        if "home directory" in str(error):  # what `~` stands for
-            _end(f"error: {error} Give paths without ~", 2)
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            ended = "another process of this run has ended"  # that one has the cause
-            if "closed by peer" in str(error) or "reset by peer" in str(error):
-                _end(f"stopped: {ended}", 1)
-            if "NCCL" in str(error):
-                _end(f"stopped: GPUs cannot exchange data, or {ended}: {error}", 1)
+        signs = ("closed by peer", "reset by peer", "NCCL")  # the other process has the cause
+        if os.environ.get("WORLD_SIZE", "1") != "1" and any(sign in str(error) for sign in signs):
+            _end(f"stopped: another process has ended, or cannot exchange data: {error}", 1)
         raise
     finally:
         sys.stdout, sys.stderr = streams
         for number, handler in handlers.items():
             if signal.getsignal(number) is not handler:
                 signal.signal(number, handler)
-        os.environ.pop("MPLBACKEND", None)
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
 
 
 def _end(message: str, code: int) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from models.clip import CLIP
 from models.config import Config
-from models.errors import InputError, one_line
+from models.errors import InputError
 from models.transformer import MultiheadAttention
 
 # The factor ALPHA / rank makes a step of Adam change a layer's outputs equally at any rank, so that
@@ -64,19 +64,15 @@ def add_lora(model: CLIP, rank: int) -> None:
 
 
 def merged(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with its `LowRank` changes, if any, added to their matrices. Raises `InputError`
-    for changes that fit no matrix."""
-    plain = {name: tensor for name, tensor in weights.items() if ".lora." not in name}
+    """A state dict with its `LowRank` changes, if any, added to their matrices."""
+    plain = {name: t for name, t in weights.items() if not name.endswith((".lora.a", ".lora.b"))}
     for name in weights.keys() - plain.keys():
         owner, _, factor = name.rpartition(".lora.")
-        if factor == "b":
-            continue
-        matrix = f"{owner}.weight" if f"{owner}.weight" in plain else f"{owner}.in_proj_weight"
-        try:
+        if factor == "a":
             a, b = weights[name], weights[f"{owner}.lora.b"]
+            is_linear = f"{owner}.weight" in plain
+            matrix = f"{owner}.weight" if is_linear else f"{owner}.in_proj_weight"
             plain[matrix] = plain[matrix] + (b @ a).flatten(0, 1) * (ALPHA / a.shape[1])
-        except (KeyError, RuntimeError, IndexError):
-            raise InputError(f"{one_line(name)}: a low-rank change that fits no matrix") from None
     return plain
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.clip import CLIP, compile_for_training
 from models.clip_text import TextTower
-from models.config import CHOICES, CONTEXT_LENGTH, MAX_SIZE, is_colour
+from models.config import CHOICES, CONTEXT_LENGTH
 from models.errors import InputError, one_line, quoted
 from models.hf_tokenizer import HFTokenizer, hf_tokenizer
 from models.preprocess import Preprocess
@@ -58,13 +58,7 @@ def open_clip_config(content: dict[str, Any], folder: Path, reason: str) -> Open
     # All weights come from the file; none are downloaded for a tower alone.
     model["vision_cfg"]["timm_model_pretrained"] = False
     model["text_cfg"]["hf_model_pretrained"] = False
-    text_tower = model["text_cfg"].get("hf_model_name")
-    if text_tower and Path(text_tower).is_dir():
-        model["text_cfg"]["hf_model_name"] = str(Path(text_tower).resolve())
     preprocess(content, side=1)  # errors are raised here, before weights are downloaded
-    context_length = model["text_cfg"].get("context_length", CONTEXT_LENGTH)
-    if type(context_length) is not int or not 2 < context_length <= MAX_SIZE:
-        raise InputError(f"its context_length would be {quoted(context_length)}")
     return OpenClipConfig(content, folder)
 
 
@@ -127,7 +121,7 @@ class OpenClipModel(CLIP):
             "image": getattr(head, "proj", None) or getattr(head, "mlp", None),
             "text": getattr(self.text, "proj", None),
         }
-        return {tower: module for tower, module in found.items() if module and _learns(module)}
+        return {tower: m for tower, m in found.items() if m and list(m.parameters())}
 
     def save_tokenizer(self, folder: Path) -> None:
         """Write the files of a tokenizer that is not CLIP's, unless `folder` has them."""
@@ -154,12 +148,10 @@ def preprocess(content: dict[str, Any], side: int) -> Preprocess:
     given = content.get("preprocess_cfg", {})
     fields = {name: given[name] for name in PREPROCESSING if given.get(name) is not None}
     for name, value in fields.items():
-        fields[name] = value = tuple(value) if isinstance(value, list) else value
+        fields[name] = tuple(value) if isinstance(value, list) else value
         if name in CHOICES and value not in CHOICES[name]:
             known = " and ".join(CHOICES[name])
             raise InputError(f"its {name} is {quoted(value)}; {known} work; take another model")
-        if name not in CHOICES and not is_colour(value):
-            raise InputError(f"its {name} would be {quoted(value)}")
     return Preprocess(side, **fields)
 
 
@@ -182,7 +174,3 @@ def square_side(size: object) -> int:
     if not all(type(side) is int for side in sides) or len(set(sides)) != 1:
         raise InputError(f"it takes images of {quoted(size)} pixels; only square ones work here")
     return sides[0]
-
-
-def _learns(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters())

@@ -3,7 +3,6 @@ image, `normalize` the input of the model for a batch, on any device."""
 
 import io
 import os
-import re
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -38,36 +37,24 @@ def open_image(path: str | os.PathLike, content: bytes | None = None) -> Image.I
     `content` is what it holds."""
     try:
         file = Path(path).expanduser()
-        if content is None and not file.is_file():  # opening a pipe could block
-            if file.exists():
-                raise InputError(f"{path}: is no file")
+        if content is None and not file.is_file():
             beside = (other.name for other in file.parent.glob("*"))
             raise InputError(f"{path}: no such image file{probably_meant(file.name, beside)}")
         with Image.open(file if content is None else io.BytesIO(content)) as image:
             if image.format in DRAWN_BY_PROGRAMS:
-                raise InputError(
-                    f"{path}: {image.format} is not read: another program would draw it, and could "
-                    "run code that is in the file; save it as PNG"
-                )
+                raise InputError(f"{path}: {image.format} is not read: another program would draw "
+                                 "it, and could run code in it; save it as PNG")  # fmt: skip
             return upright_rgb(image)
     except InputError:
         raise
     except UnidentifiedImageError:
         what = f"but {describe(file) if content is None else f'{len(content):,} other bytes'}"
-        if content is None and (package := _missing_package(file)):
-            what = f"which lacks its format: {package}, or save it as JPEG"
+        if package := NEED_A_PACKAGE.get(file.suffix.lower()):
+            what = f"which may lack its format: {package}, or save it as JPEG"
         raise InputError(f"{path}: not an image that Pillow can read, {what}") from None
     except Exception as error:  # a broken file can make Pillow's decoders raise anything
         reason = one_line(getattr(error, "strerror", None) or error) or type(error).__name__
         raise InputError(f"{path}: not a readable image ({reason})") from None
-
-
-def _missing_package(file: Path) -> str | None:
-    """The remedy for a photograph in a format of HEIF (ISO 23008-12, by bytes 4 to 12); None for
-    any other file."""
-    with file.open("rb") as stream:
-        kind = re.fullmatch(rb"....ftyp(?:(avi.)|hei.|hev.|mif1|msf1)", stream.read(12), re.DOTALL)
-    return kind and NEED_A_PACKAGE[".avif" if kind[1] else ".heic"]
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

@@ -1,12 +1,10 @@
 """A run of train.py on the disk: its files' names, the weights that count, its data. No torch."""
 
-import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 from models.errors import InputError
-from models.files import read_bytes
+from models.files import read_json
 
 # In the folder of a run, LOG_DIR/<time>.
 ARGUMENTS = "arguments.json"
@@ -18,8 +16,6 @@ START = "weights/start_weights.pth"
 BEST = "weights/best_epoch_weights.pth"
 LAST = "weights/last_epoch_weights.pth"
 MIXTURE = "weights/wise_ft_weights.pth"
-
-ARGUMENTS_LENGTH = 2**20  # bytes of an arguments.json
 
 
 class TrainedOn(NamedTuple):
@@ -35,12 +31,6 @@ def run_weights(run: Path) -> Path | None:
     return next((file for file in (run / MIXTURE, run / BEST) if file.is_file()), None)
 
 
-def runs_in(folder: Path) -> list[str]:
-    """The runs in a folder, the newest first."""
-    runs = {weights.parent for weights in folder.glob("*/weights") if any(weights.glob("*.pth"))}
-    return sorted(map(str, runs), key=os.path.getmtime, reverse=True)
-
-
 def run_folder(weights: str | Path) -> Path | None:
     """The folder of the run of a weights file `RUN/weights/<file>`, or `weights` itself if that is
     the folder of a run; else None."""
@@ -51,14 +41,7 @@ def run_folder(weights: str | Path) -> Path | None:
 
 def saved_arguments(run: Path) -> dict[str, object]:
     """The arguments of a run. Raises `InputError` if its file holds anything else."""
-    file = run / ARGUMENTS
-    try:
-        arguments = json.loads(read_bytes(file, ARGUMENTS_LENGTH))
-    except (ValueError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise InputError(f"{file}: should hold the arguments of its run; mend it or remove it")
-    return arguments
+    return read_json(run / ARGUMENTS)
 
 
 def trained_on(weights: str | Path) -> TrainedOn | None:
@@ -67,13 +50,11 @@ def trained_on(weights: str | Path) -> TrainedOn | None:
     run = run_folder(weights)
     if run is None:
         return None
+    arguments = saved_arguments(run)
     try:
-        arguments = saved_arguments(run)
         languages = arguments["language"]
-        languages = [languages] if isinstance(languages, str) else [str(la) for la in languages]
+        languages = [languages] if isinstance(languages, str) else list(map(str, languages))
         return TrainedOn(Path(arguments["dataset_path"]), languages)
-    except (ValueError, LookupError, TypeError, RecursionError):
-        raise InputError(
-            f"{run / ARGUMENTS}: should hold the dataset_path and language of its run, but cannot "
-            "be used; give both, or mend it"
-        ) from None
+    except (LookupError, TypeError):
+        raise InputError(f"{run / ARGUMENTS}: should hold the dataset_path and language of its "
+                         "run; give both, or mend it") from None  # fmt: skip

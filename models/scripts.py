@@ -2,18 +2,14 @@
 no torch, so that `--help` answers at once."""
 
 import argparse
-import difflib
-import re
-import sys
-from collections.abc import Callable, Sequence
-from itertools import takewhile
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 from models.config import CHOICES
 from models.errors import InputError
 from models.files import check_writable, check_writable_folder
 
-VALUE_LENGTH = 60  # characters of a refused value that its message shows
 SCRIPTS = Path(__file__).resolve().parents[1]
 
 
@@ -25,41 +21,22 @@ def from_here(name: str) -> Path:
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's, with `--debug`. Help keeps the lines of the description, options cannot be
-    abbreviated, and an error is an `InputError` of one line, which corrects a mistyped option."""
+    abbreviated, and an error is an `InputError`."""
 
     def __init__(self, **settings: object):
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(allow_abbrev=False, formatter_class=formatter, **settings)
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
-    def parse_args(
-        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
-    ) -> argparse.Namespace:
-        words = list(takewhile("--".__ne__, sys.argv[1:] if args is None else args))
-        names = [word.partition("=")[0] for word in words]
-        options = self._option_string_actions  # argparse has no public list of them
-        unknown = [n for n in names if re.fullmatch(r"--?[A-Za-z][\w-]*", n) and n not in options]
-        if unknown and not {"-h", "--help"} & {*names}:
-            begun = [option for option in options if option.startswith(unknown[0])]
-            meant = begun or difflib.get_close_matches(unknown[0], options, 1)
-            advice = f"did you mean {' or '.join(meant)}?" if meant else "--help lists them"
-            self.error(f"{unknown[0]}: there is no such option; {advice}")
-        return super().parse_args(args, namespace)
-
     def error(self, message: str) -> None:
         raise InputError(message)
 
 
 def path(text: str) -> Path:
-    """A path; `~` is the user's home."""
+    """A path; `~` is the user's home, where it is known."""
     if not text.strip():
         raise argparse.ArgumentTypeError("the path is empty")
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(
-            f"{text:.{VALUE_LENGTH}}: that home folder is unknown"
-        ) from None
+    return Path(os.path.expanduser(text))  # noqa: PTH111 - pathlib's raises for an unknown home
 
 
 def writable_file(text: str) -> Path:

@@ -1,7 +1,7 @@
 """Texts to rows of token ids, by the tokenizer of a model."""
 
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import islice
 from typing import Any, Protocol
@@ -59,7 +59,11 @@ class TokenizedTexts:
         self.tokenizer, self.context_length = tokenizer, context_length
         start = [] if tokenizer.start_of_text is None else [tokenizer.start_of_text]
         before, after = (array("i", ids).tobytes() for ids in (start, [tokenizer.end_of_text]))
-        encoded = _encoder(tokenizer)
+
+        def as_integers(text: str) -> bytes:
+            return array("i", tokenizer.encode(text)).tobytes()
+
+        encoded = getattr(tokenizer, "encoded", as_integers)  # `SimpleTokenizer` has its own
         parts, lengths, digests = [np.empty(0, np.uint16)], [], []
         texts = iter(texts)
         while piece := [before + encoded(text) + after for text in islice(texts, PIECE)]:
@@ -109,13 +113,6 @@ class TokenizedTexts:
             cut = slice(self.starts[text] + self.context_length - 1, self.starts[text + 1] - 1)
             np.subtract.at(counts, self.ids[cut], 1)
         return counts
-
-
-def _encoder(tokenizer: Tokenizer) -> Callable[[str], bytes]:
-    """What gives the tokens of a text as C integers."""
-    if isinstance(tokenizer, SimpleTokenizer):
-        return tokenizer.encoded
-    return lambda text: array("i", tokenizer.encode(text)).tobytes()
 
 
 def token_rows(

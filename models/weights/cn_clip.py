@@ -1,17 +1,14 @@
 """Files of cn_clip, the package of Chinese-CLIP's authors. Its keys are ours."""
 
+from io import BytesIO
 from pathlib import Path
 
 import torch
 
 from models.clip import CLIP
-from models.config import Config
 from models.errors import InputError
 from models.weights import open_clip
 from models.weights.interface import Format, Weights, cast
-
-# The ViTs of cn_clip, all with QuickGELU: blocks, width and patch size.
-VITS = {(12, 768, 16), (12, 768, 32), (24, 1024, 14), (32, 1280, 14)}
 
 
 def recognises(weights: Weights) -> bool:
@@ -23,22 +20,13 @@ def to_ours(weights: Weights) -> Weights:
     return {key: tensor for key, tensor in weights.items() if not key.startswith("bert.pooler.")}
 
 
-def is_of_authors(config: Config) -> bool:
-    """Whether the sizes tell the activation: those of a ViT of cn_clip, or of any ResNet, because a
-    ResNet with BERT does not use `activation`."""
-    vit = config.vision_layers, config.vision_width, config.vision_patch_size
-    return config.text_tower == "bert" and (not config.is_vit or vit in VITS)
-
-
 def write(model: CLIP, file: Path, dtype: torch.dtype) -> None:
     """A file that cn_clip's `load_from_name` opens."""
     if model.config.text_tower != "bert":
         raise InputError("cn_clip has no other models than Chinese-CLIPs; take another --format")
-    try:
-        with file.open("wb") as opened:
-            torch.save({"state_dict": cast(model.state_dict(), dtype)}, opened)
-    except RuntimeError as error:  # torch fails a check of its own on a full disk
-        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+    content = BytesIO()  # on a full disk torch would fail a check of its own
+    torch.save({"state_dict": cast(model.state_dict(), dtype)}, content)
+    file.write_bytes(content.getbuffer())
 
 
 FORMAT = Format(

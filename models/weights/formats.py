@@ -8,13 +8,13 @@ from torch import Tensor
 
 from models.clip import text_tower
 from models.config import Config
-from models.errors import InputError, naming, one_line
+from models.errors import InputError, naming
 from models.files import read_json
 from models.lora import merged
 from models.open_clip_model import OpenClipConfig
 from models.weights import cn_clip, onnx, open_clip, peft, safetensors_file, transformers
 from models.weights.architecture import infer_config
-from models.weights.read import read_file, read_state_dict
+from models.weights.read import read_file
 
 FORMATS = {
     "open_clip": open_clip.FORMAT,
@@ -54,59 +54,11 @@ def read_weights(
     config = open_clip.any_description(own, folder) if own is not None else kind.description(folder)
     if config is None:
         config = infer_config(weights)
-        if activation is None and not cn_clip.is_of_authors(config):
+        if activation is None and config.text_tower != "bert":  # all of cn_clip have QuickGELU
             raise InputError(UNTOLD)
         config = replace(config, activation=activation or config.activation)
     if isinstance(config, OpenClipConfig):
         return open_clip.with_towers(weights), config
-    _check_vocabulary(config)
-    return weights, config
-
-
-def has_weights(folder: Path) -> bool:
-    """Whether weights, or an index of them, lie in a folder under a usual name."""
-    names = [peft.CONFIG_FILE, *FILES, *(f"{name}.index.json" for name in FILES)]
-    return any(any(folder.glob(name)) for name in names)
-
-
-def _read_folder(folder: Path) -> dict[str, Tensor]:
-    """The weights in the first file of a usual name, or in all that an index lists."""
-    for name in FILES:
-        for file in sorted(folder.glob(name)):
-            with naming(file.name):
-                return read_state_dict(file)
-        index = read_json(folder / f"{name}.index.json")
-        if index is not None:
-            with naming(f"{name}.index.json"):
-                return _read_shards(folder, shards(index))
-    raise InputError(f"a folder without weights; one of these should be in it: {', '.join(FILES)}")
-
-
-def shards(index: dict[str, Any]) -> list[str]:
-    """The files beside an index of transformers that it lists."""
-    table = index.get("weight_map")
-    if not isinstance(table, dict) or not table:
-        raise InputError("lists no files (weight_map)")
-    names = sorted(set(map(str, table.values())))
-    for name in names:
-        if Path(name).name != name:
-            raise InputError(f"its part {one_line(name)} is outside of the folder")
-    return names
-
-
-def _read_shards(folder: Path, names: list[str]) -> dict[str, Tensor]:
-    weights: dict[str, Tensor] = {}
-    for name in names:
-        part = one_line(name)
-        if not (folder / name).is_file():
-            raise InputError(f"its part {part} is missing; download it as well")
-        with naming(part):
-            weights |= read_state_dict(folder / name)
-    return weights
-
-
-def _check_vocabulary(config: Config) -> None:
-    """Raise `InputError` for a model whose tokens are not those of the tokenizer here."""
     tower = text_tower(config)
     if config.vocab_size != tower.vocabulary:
         raise InputError(
@@ -114,3 +66,24 @@ def _check_vocabulary(config: Config) -> None:
             f"{tower.transformers_tokenizer} here has {tower.vocabulary:,}; take a model with that "
             "tokenizer"
         )
+    return weights, config
+
+
+def _read_folder(folder: Path) -> dict[str, Tensor]:
+    """The weights in the first file of a usual name, or in all that an index lists."""
+    for name in FILES:
+        for file in sorted(folder.glob(name)):
+            with naming(file.name):
+                return read_file(file)[0]
+        if index := read_json(folder / f"{name}.index.json"):
+            weights: dict[str, Tensor] = {}
+            for part in shards(index):
+                with naming(part):
+                    weights |= read_file(folder / part)[0]
+            return weights
+    raise InputError(f"a folder without weights; give a file, or add one of {', '.join(FILES)}")
+
+
+def shards(index: dict[str, Any]) -> list[str]:
+    """The files beside an index of transformers that it lists."""
+    return sorted(set(index.get("weight_map", {}).values()))

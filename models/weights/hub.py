@@ -4,12 +4,11 @@ The library huggingface_hub downloads them to its cache; cached files are used w
 hub. The library, with its web client, is imported late.
 """
 
-import csv
 import fnmatch
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,6 @@ from models.errors import InputError, near_names, one_line
 from models.files import read_json
 from models.hf_tokenizer import FILES as TOKENIZER_FILES
 from models.open_clip_model import OpenClipConfig
-from models.weights import open_clip
 from models.weights.download import Unavailable, download
 from models.weights.formats import FORMATS, shards
 from models.weights.interface import Format
@@ -26,7 +24,7 @@ from models.weights.registry import CONFIGS, SHA256, weights_url
 WANTED = ("open_clip_config.json with open_clip_model.safetensors, or config.json and "
           "preprocessor_config.json with model.safetensors")  # fmt: skip
 PREFIX = "hf-hub:"  # as open_clip and timm have it
-REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", re.ASCII)
+REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 FILE_TYPES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")  # endings that no repository has
 
 
@@ -36,28 +34,20 @@ class HubWeights(NamedTuple):
     name: str  # open_clip's names of the architecture and of the weights; or the repository
     repository: str
     trained_on: str
-    million_parameters: float
-    resolution: int  # pixels
+    million_parameters: str
+    resolution: str  # pixels
     activation: str  # in the training of the weights; empty for a model built by open_clip
 
 
-def _read_table() -> dict[str, HubWeights]:
-    with Path(__file__).with_name("hub_names.tsv").open(encoding="utf-8", newline="") as file:
-        _, *rows = csv.reader(file, delimiter="\t")
-    return {
-        name: HubWeights(name, repository, data, float(size), int(side), activation)
-        for name, repository, data, size, side, activation in rows
-    }
-
-
-HUB = _read_table()
+TABLE = Path(__file__).with_name("hub_names.tsv").read_text("utf-8").splitlines()
+HUB = {row.name: row for row in (HubWeights(*line.split("\t")) for line in TABLE[1:])}
 OPEN_CLIP = {name: row for name, row in HUB.items() if name != row.repository}
 ARCHITECTURES = {name.partition("/")[0].lower() for name in (*CONFIGS, *OPEN_CLIP)}
 
 
 def repository_of(name: str) -> str | None:
-    """The repository, `owner/name` or `owner/name@revision`, of a name. None if the name looks like
-    a path or like mistyped weights and has no prefix `hf-hub:`."""
+    """The repository `owner/name` of a name. None if the name looks like a path or like mistyped
+    weights and has no prefix `hf-hub:`."""
     if name in HUB:
         return HUB[name].repository
     repository = name.removeprefix(PREFIX)
@@ -88,31 +78,25 @@ def fetch_published(name: str, path: Path) -> Path:
     """OpenAI's weights: the file at `path`, downloaded if need be, or the folder of their copy on
     the hub. Raises `InputError` if neither is available."""
     copy = published_copy(name)
-    folder = None if path.exists() else cached(copy.repository)
-    if folder is None:
+    if not path.exists() and (folder := cached(copy.repository)):
+        return folder
+    try:
+        return download(weights_url(name), path, SHA256[name])
+    except Unavailable as unavailable:
+        print(f"{path.name}: not available from {weights_url(name)}; using its copy "
+              f"{copy.repository} on the Hugging Face hub", file=sys.stderr)  # fmt: skip
         try:
-            return download(weights_url(name), path, SHA256[name])
-        except Unavailable as unavailable:
-            print(f"{path.name}: not available from {weights_url(name)}; using its copy "
-                  f"{copy.repository} on the Hugging Face hub", file=sys.stderr)  # fmt: skip
-            try:
-                folder = fetch(copy.name)
-            except InputError as error:
-                raise InputError(f"{unavailable}\nNor is its copy available:\n{error}") from None
-    if open_clip.description(folder) != CONFIGS[name]:
-        raise InputError(f"{folder}: should be a copy of {name}, but describes another model; "
-                         f"delete it, and save {weights_url(name)} as {path}")  # fmt: skip
-    return folder
+            return fetch(copy.name)
+        except InputError as error:
+            raise InputError(f"{unavailable}\nNor is its copy available:\n{error}") from None
 
 
 def cached(repository: str) -> Path | None:
     """The folder of weights in the cache; None if they are not complete there."""
-    from huggingface_hub import errors, snapshot_download, try_to_load_from_cache
+    from huggingface_hub import errors, snapshot_download
 
-    name, _, revision = repository.partition("@")
     try:  # the folder, whatever is in it
-        folder = Path(snapshot_download(name, revision=revision or "main", allow_patterns=[],
-                                        local_files_only=True))  # fmt: skip
+        folder = Path(snapshot_download(repository, allow_patterns=[], local_files_only=True))
     except (errors.LocalEntryNotFoundError, errors.HFValidationError):
         return None
     names = {file.name for file in folder.iterdir()}
@@ -121,41 +105,34 @@ def cached(repository: str) -> Path | None:
         return None
     # A model whose preprocessing is unknown must not be taken for one without any.
     others = kind.descriptions[1:]
-    commit = folder.name
-    is_known = all(try_to_load_from_cache(name, file, revision=commit) for file in others)
-    return folder if is_known or not names.isdisjoint(others) else None
+    return None if others and names.isdisjoint(others) else folder
 
 
 def _download(repository: str) -> Path:
     """The folder of a repository's weights, downloaded to the cache in the first of `FORMATS` that
-    the repository has. After the first, all files are of the same commit."""
-    from huggingface_hub import HfApi, constants, errors, hf_hub_download
+    the repository has."""
+    from huggingface_hub import HfApi, constants, hf_hub_download
 
-    name, _, revision = repository.partition("@")
     if not constants.HF_HUB_OFFLINE:
-        print(f"asking {constants.ENDPOINT}/{name}, for a minute if it does not answer",
+        print(f"asking {constants.ENDPOINT}/{repository}, for a minute if it does not answer",
               file=sys.stderr)  # fmt: skip
-    with _explained(name, revision or "main"):
-        listing = HfApi().model_info(name, revision=revision or None, timeout=60)
+    with _explained(repository):
+        listing = HfApi().model_info(repository, timeout=60)
         names = {file.rfilename for file in listing.siblings}
         kind, weights = _find(names)
         if kind is None:
             raise InputError(
-                f"{constants.ENDPOINT}/{name} has no weights of a CLIP with a description: no "
-                f"{WANTED}; if there are some in a file of another name, download that and give "
-                "the file"
+                f"{constants.ENDPOINT}/{repository} has no weights of a CLIP with a description: "
+                f"no {WANTED}; if a file of another name has them, download and give that file"
             )
-        first, *others = *kind.descriptions, weights
-        folder = Path(hf_hub_download(name, first, revision=revision or "main")).parent
-        for file in others[:-1]:
-            with nullcontext() if file in names else suppress(errors.EntryNotFoundError):
-                hf_hub_download(name, file, revision=folder.name)  # the cache notes missing ones
+        for file in [file for file in kind.descriptions if file in names] or [weights]:
+            folder = Path(hf_hub_download(repository, file)).parent
         about = kind.description(folder)  # refuses another model before a large download
         tokenizer = TOKENIZER_FILES if isinstance(about, OpenClipConfig) else ()
-        for file in [*(file for file in tokenizer if file in names), weights]:
-            hf_hub_download(name, file, revision=folder.name)
+        for file in [*names.intersection(tokenizer), weights]:
+            hf_hub_download(repository, file)
         for file in _parts(folder / weights):
-            hf_hub_download(name, file, revision=folder.name)
+            hf_hub_download(repository, file)
     return folder
 
 
@@ -176,7 +153,7 @@ def _parts(weights: Path) -> list[str]:
 
 
 @contextmanager
-def _explained(name: str, revision: str) -> Iterator[None]:
+def _explained(name: str) -> Iterator[None]:
     """Turn errors of the library within into `InputError`s with a remedy."""
     from huggingface_hub import constants, errors
     from huggingface_hub.utils import logging
@@ -186,6 +163,8 @@ def _explained(name: str, revision: str) -> Iterator[None]:
     near = "" if name in known else near_names(name, known)
     try:
         yield
+    except InputError:
+        raise
     except errors.GatedRepoError:
         raise InputError(
             f"agree to the terms on {address}, then log in here (hf auth login, or HF_TOKEN)"
@@ -195,25 +174,12 @@ def _explained(name: str, revision: str) -> Iterator[None]:
             f"no file or folder here, and {address} does not exist, or is private: then log in "
             f"(hf auth login, or HF_TOKEN){near}"
         ) from None
-    except errors.RevisionNotFoundError:
-        raise InputError(f"{address} has no revision {revision}") from None
-    except InputError:
-        raise
-    except Exception as error:  # of requests or httpx
-        is_disk = isinstance(error, OSError) and not isinstance(error, ConnectionError)
-        if is_disk and error.errno:
-            raise InputError(
-                f"cannot be saved in {constants.HF_HUB_CACHE} ({error.strerror}); make room, or "
-                "choose another folder with HF_HOME"
-            ) from None
-        reason = one_line(error.__cause__ or error)
-        way = ("run it again (with HF_HUB_DISABLE_XET=1 where a mirror has the small files alone), "
-               "name a mirror (HF_ENDPOINT=https://<mirror>)")  # fmt: skip
-        if constants.HF_HUB_OFFLINE:
-            reason, way = "HF_HUB_OFFLINE is set", "unset that"
+    except Exception as error:  # of the disk, requests or httpx
         raise InputError(
-            f"no file or folder here, and {constants.ENDPOINT} does not give it ({reason}); {way}, "
-            f"or get {WANTED}, by other means, put them into one folder and give that folder{near}"
-            f"\nfrom {address}/tree/{revision}\n"
-            f"(not complete in the cache {constants.HF_HUB_CACHE})"
+            f"no file or folder here, and {constants.ENDPOINT} does not give it "
+            f"({one_line(error.__cause__ or error)}); run it again (with HF_HUB_DISABLE_XET=1 "
+            "where a mirror has the small files alone), name a mirror "
+            f"(HF_ENDPOINT=https://<mirror>), or get {WANTED}, by other means, put them into one "
+            f"folder and give that folder{near}\nfrom {address}/tree/main\n"
+            f"(not complete in the cache {constants.HF_HUB_CACHE}; HF_HOME names another)"
         ) from None

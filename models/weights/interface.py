@@ -26,7 +26,7 @@ class Format(NamedTuple):
     purpose: str
     opened_by: str  # Python code with {0} for the path, {clip} and {tokenizer} for class names
     write: Callable[[CLIP, Path, torch.dtype], None]
-    check: Callable[[Path], object] = lambda output: None  # before anything is read
+    check: Callable[[], object] = lambda: None  # before anything is read
     files: tuple[str, ...] = ()
     descriptions: tuple[str, ...] = ()
     recognises: Callable[[Weights], bool] = lambda weights: False  # by the keys

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from models.clip import CLIP
-from models.config import MAX_SIZE, VOCABULARY, Config, check_config, description_of
+from models.config import VOCABULARY, Config, check_config, describing
 from models.errors import InputError, naming, quoted
 from models.files import read_json, write_json
 from models.open_clip_model import (
@@ -57,7 +57,7 @@ def to_ours(weights: Weights) -> Weights:
     """The weights, Long-CLIP's two positional embeddings of texts joined: the first for the
     positions that it keeps, the second for the others."""
     others = weights.get("positional_embedding_res")
-    if others is None or "positional_embedding" not in weights:
+    if others is None:
         return weights
     weights = {key: t for key, t in weights.items() if key != "positional_embedding_res"}
     kept = weights["positional_embedding"][:LONG_CLIP_KEPT]
@@ -83,16 +83,14 @@ def any_description(content: dict[str, Any], folder: Path) -> Config | OpenClipC
     try:
         return from_open_clip(content)
     except OtherTowers as found:
-        with description_of("that of a CLIP model"):
+        with describing():
             return open_clip_config(content, folder, str(found))
 
 
 def with_towers(weights: Weights) -> Weights:
     """The weights with the keys of `OpenClipModel`: the text tower's start with `text.`"""
     others = ("visual.", "text.", "logit_")
-    named = {k if k.startswith(others) else f"text.{k}": t for k, t in weights.items()}
-    named.pop("text.transformer.embeddings.position_ids", None)  # of transformers before 4.31
-    return named
+    return {k if k.startswith(others) else f"text.{k}": t for k, t in weights.items()}
 
 
 def write(model: CLIP, folder: Path, dtype: torch.dtype) -> None:
@@ -109,7 +107,7 @@ def write(model: CLIP, folder: Path, dtype: torch.dtype) -> None:
 def from_open_clip(content: dict[str, Any]) -> Config:
     """Our description for the content of an open_clip_config.json, or of a file of open_clip's
     model_configs. Raises `InputError` for a feature that our models lack."""
-    with description_of("that of a CLIP model"):
+    with describing():
         model = content.get("model_cfg", content)
         vision, vision_ratio = _tower(model, "vision_cfg", VISION)
         text, text_ratio = _tower(model, "text_cfg", TEXT)
@@ -118,13 +116,13 @@ def from_open_clip(content: dict[str, Any]) -> Config:
                 raise OtherTowers(f'its description has "{field}"')
         if isinstance(vision["image_resolution"], tuple):
             vision["image_resolution"] = square_side(list(vision["image_resolution"]))
-        vision["vision_mlp_width"] = _mlp_width(vision["vision_width"], vision_ratio)
+        vision["vision_mlp_width"] = int(vision["vision_width"] * vision_ratio)
         if isinstance(vision["vision_layers"], tuple):  # a ResNet
             vision |= {"vision_patch_size": None, "vision_mlp_width": None}
         preprocess = content.get("preprocess_cfg", {})
         config = Config(
             embed_dim=model["embed_dim"],
-            transformer_mlp_width=_mlp_width(text["transformer_width"], text_ratio),
+            transformer_mlp_width=int(text["transformer_width"] * text_ratio),
             activation="quick_gelu" if model.get("quick_gelu") else "gelu",
             **vision | text,
             **{field: _plain(preprocess[field]) for field in PREPROCESSING if field in preprocess},
@@ -153,9 +151,7 @@ def to_open_clip(config: Config | OpenClipConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _tower(
-    model: dict[str, Any], name: str, fields: dict[str, tuple[str, Any]]
-) -> tuple[dict[str, Any], Any]:
+def _tower(model: dict, name: str, fields: dict) -> tuple[dict[str, Any], Any]:
     """The fields of `Config` on one tower, and the ratio of its MLPs' width to its own. Raises
     `OtherTowers` for a field that no tower of ours has."""
     tower = model[name]
@@ -171,14 +167,6 @@ def _tower(
 
 def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def _mlp_width(width: Any, ratio: Any) -> int:
-    """Raises `InputError` for other types than numbers; Python multiplies texts and lists, too."""
-    for field, value in (("width", width), ("mlp_ratio", ratio)):
-        if not isinstance(value, int | float) or not 0 < value <= MAX_SIZE:
-            raise InputError(f"its {field} would be {quoted(value)}")
-    return int(width * ratio)
 
 
 def _ratio(mlp_width: int, width: int) -> float:

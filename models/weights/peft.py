@@ -14,24 +14,18 @@ CONFIG_FILE = "adapter_config.json"
 @contextmanager
 def merged_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder of transformers with the base model of the adapter in `folder`, into which
-    peft has merged the adapter. Raises `InputError` if that fails."""
+    peft has merged the adapter. Raises `InputError` without that library."""
     base = (read_json(folder / CONFIG_FILE) or {}).get("base_model_name_or_path")
-    whose = f"an adapter of the library peft for the model {one_line(base)}"
     try:
         from peft import PeftModel
         from transformers import AutoImageProcessor, AutoModel
     except ImportError as error:
         raise InputError(
-            f"{whose}, which that library merges ({one_line(error)}): pip install peft transformers"
+            f"an adapter of the library peft for the model {one_line(base)}, which that library "
+            f"merges ({one_line(error)}): pip install peft transformers"
         ) from None
     with TemporaryDirectory() as merged:
-        try:
-            model = PeftModel.from_pretrained(AutoModel.from_pretrained(base), folder)
-            model.merge_and_unload().save_pretrained(merged)
-            AutoImageProcessor.from_pretrained(base).save_pretrained(merged)
-        except Exception as error:  # of any library below
-            raise InputError(
-                f"{whose}, which cannot be merged; give a merged folder "
-                f"(merge_and_unload().save_pretrained(FOLDER)) ({one_line(error)})"
-            ) from None
+        model = PeftModel.from_pretrained(AutoModel.from_pretrained(base), folder)
+        model.merge_and_unload().save_pretrained(merged)
+        AutoImageProcessor.from_pretrained(base).save_pretrained(merged)
         yield Path(merged)

@@ -18,15 +18,8 @@ from models.files import describe
 from models.weights import safetensors_file
 from models.weights.architecture import infer_config
 from models.weights.open_clip import to_open_clip
-from models.weights.unpickle import (
-    LONGEST_NAME,
-    NOT_RUN,
-    PlainObject,
-    PlainTensor,
-    PlainUnpickler,
-)
+from models.weights.unpickle import PlainObject, PlainTensor, PlainUnpickler
 
-LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file of torch before 1.6
 # Names of weights that every tower has, with our keys and with those of transformers.
 TEXT_MARKS = ("ln_final.weight", "text_model.final_layer_norm.weight",
               "bert.embeddings.word_embeddings.weight",
@@ -35,13 +28,9 @@ IMAGE_MARKS = ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.w
 OWN_TEXT = "text."  # open_clip's prefix of the text tower in some models
 # Parts of names that come from parallel, compiled and wrapped modules within a model.
 INSERTED = re.compile(r"(?<=\.)(module|_orig_mod|_forward_module|_\w+_wrapped_module)\.")
-# Buffers: of published archives, and of open_clip's text towers.
-NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The weights that `read_file` finds."""
-    return read_file(path)[0]
+# Buffers: of published archives, of open_clip's text towers, and of early transformers.
+NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids",
+              "token_type_ids")  # fmt: skip
 
 
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
@@ -52,15 +41,15 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     Floats are float32, except from .safetensors. Raises `InputError`, which describes any other
     file; the caller names the file.
     """
-    kind = weights_format(path)
-    with _intact("download it anew"):
-        if kind == "safetensors":
+    with _intact():
+        if _is_safetensors(path):
             weights, description = safetensors_file.read(path)
             return unwrap(weights), description
-        content, storages = (_load_zip if kind == "zip" else _load_legacy)(_mapped(path))
-        weights = {name: storages.tensor(plain) for name, plain in unwrap(content).items()}
-        if "constants.pkl" in storages.records:  # TorchScript
+        archive = Archive(path)
+        weights = {name: archive.tensor(plain) for name, plain in unwrap(archive.content).items()}
+        if archive.is_script:
             return weights, to_open_clip(infer_config(weights))
+        content = archive.content
         return weights, content.get("config") if _is_checkpoint(content) else None
 
 
@@ -72,17 +61,17 @@ def read_content(path: Path, is_wanted: Callable[[Any], bool]) -> Any | None:
     `InputError` for damaged content.
     """
     try:
-        content, storages = _load_zip(_mapped(path))
-    except Exception:  # `read_state_dict` says what it is
+        archive = Archive(path)
+    except Exception:  # `read_file` says what it is
         return None
-    if not is_wanted(content):
+    if not is_wanted(archive.content):
         return None
-    with _intact("start anew from weights of its run"):
-        return _filled(content, storages, {})
+    with _intact():
+        return archive.filled(archive.content)
 
 
 @contextmanager
-def _intact(remedy: str) -> Iterator[None]:
+def _intact() -> Iterator[None]:
     """Turn any error within, while a file is read, into an `InputError`: the file is damaged."""
     try:
         yield
@@ -90,87 +79,48 @@ def _intact(remedy: str) -> Iterator[None]:
         raise
     except Exception as error:  # a damaged file can break its reader in any way
         reason = one_line(error) or type(error).__name__
-        raise InputError(f"truncated or damaged ({reason}); {remedy}") from None
+        raise InputError(f"truncated or damaged ({reason}); download it anew") from None
 
 
-def _mapped(path: Path) -> mmap.mmap:
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+class Archive:
+    """A mapped archive of `torch.save` or `torch.jit.save`. Its `content` has `PlainTensor`s."""
 
-
-class Storages:
-    """The numbers of the tensors in a mapped file. `records` are the bytes of storages by name."""
-
-    def __init__(self, file: mmap.mmap, records: dict[str, memoryview]):
-        self.file, self.records = file, records
-        self.claimed = 0  # bytes of all tensors so far
+    def __init__(self, path: Path):
+        with path.open("rb") as opened:
+            self.file = file = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+        self.records = {}
+        for info in zipfile.ZipFile(file).infolist():
+            lengths = struct.unpack_from("<HH", file, info.header_offset + 26)  # of name and extra
+            start = info.header_offset + 30 + sum(lengths)
+            record = memoryview(file)[start:][: info.file_size]
+            self.records[info.filename.partition("/")[2]] = record
+        if "data.pkl" not in self.records:
+            raise InputError("an archive without data.pkl, so not torch's; if the weights file is "
+                             "in it, unpack it")  # fmt: skip
+        self.content = PlainUnpickler(BytesIO(self.records["data.pkl"])).load()
+        self.is_script = "constants.pkl" in self.records
+        if self.is_script:
+            self.content = dict(self.content.tensors())
 
     def tensor(self, plain: PlainTensor) -> Tensor:
         """A tensor in memory of its own, floats as float32."""
         key, dtype, (offset, size, stride, *_) = plain
         data = self.records[f"data/{key}"] or bytearray(8)  # torch refuses an empty buffer
         numbers = torch.frombuffer(data, dtype=dtype).as_strided(size, stride, offset)
-        self.claimed += numbers.numel() * numbers.itemsize
-        if self.claimed > len(self.file) or numbers.ndim > 8:  # dimensions
-            raise InputError(f"its tensors claim more than its {len(self.file):,} bytes")
         copy = numbers.to(torch.float32 if dtype.is_floating_point else dtype, copy=True)
         if hasattr(self.file, "madvise"):  # the file's numbers leave the memory again
             self.file.madvise(mmap.MADV_DONTNEED)
         return copy
 
-
-def _load_zip(file: mmap.mmap) -> tuple[Any, Storages]:
-    """The content of an archive of `torch.save` or `torch.jit.save`, and its storages."""
-    records = {}
-    for info in zipfile.ZipFile(file).infolist():
-        if info.compress_type == zipfile.ZIP_STORED:
-            lengths = struct.unpack_from("<HH", file, info.header_offset + 26)  # of name and extra
-            start = info.header_offset + 30 + sum(lengths)
-            records[info.filename.partition("/")[2]] = memoryview(file)[start:][: info.file_size]
-    if "data.pkl" not in records:
-        raise InputError(
-            "an archive without an uncompressed data.pkl, so not torch's; if the weights file is "
-            "in it, unpack it"
-        )
-    if records.get("byteorder") == b"big":
-        raise InputError("written on a big-endian machine; save it anew on a common one")
-    content = PlainUnpickler(BytesIO(records["data.pkl"])).load()
-    if "constants.pkl" in records:  # TorchScript
-        content = dict(content.tensors())
-    return content, Storages(file, records)
-
-
-def _load_legacy(file: mmap.mmap) -> tuple[Any, Storages]:
-    """The same for a file of torch before 1.6: pickles of a magic number, a version, the machine,
-    the content and the storages' keys; then the number of items and the bytes of each storage."""
-    pickles = (PlainUnpickler(file) for _ in range(5))
-    if next(pickles).load() != LEGACY_MAGIC:
-        raise InputError(f"a pickle of another program than torch, {NOT_RUN}")
-    _, _, pickled, keys = pickles
-    content, records = pickled.load(), {}
-    for key in keys.load():
-        dtype = pickled.dtypes[key if isinstance(key, str) else None]
-        size = int.from_bytes(file.read(8), "little") * dtype.itemsize
-        records[f"data/{key}"] = memoryview(file)[file.tell() : file.tell() + size]
-        file.seek(file.tell() + size)
-    return content, Storages(file, records)
-
-
-def _filled(value: Any, storages: Storages, done: dict[int, Any]) -> Any:
-    """`value` with tensors in place of `PlainTensor`s. A value that occurs again is taken from
-    `done`, because a small file can repeat it very often."""
-    if not isinstance(value, dict | list | tuple):
-        return value
-    if id(value) not in done:
+    def filled(self, value: Any) -> Any:
+        """`value` with tensors in place of `PlainTensor`s."""
         if isinstance(value, PlainTensor):
-            filled = storages.tensor(value)
-        elif isinstance(value, dict):
-            filled = {k: _filled(v, storages, done) for k, v in value.items()}
-        else:
-            kind = tuple if isinstance(value, tuple) else list
-            filled = kind(_filled(v, storages, done) for v in value)
-        done[id(value)] = filled
-    return done[id(value)]
+            return self.tensor(value)
+        if isinstance(value, dict):
+            return {key: self.filled(part) for key, part in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(map(self.filled, value))
+        return value
 
 
 def unwrap(content: Any) -> dict[str, Any]:
@@ -202,12 +152,12 @@ def _is_checkpoint(content: Any) -> bool:
 
 
 def _tensors(content: dict) -> dict[str, Any]:
-    """The tensors in dicts in dicts and in modules, by their names joined with dots."""
+    """The tensors in dicts in dicts and in modules, by their names joined with dots. A dict that
+    has two names is searched once."""
     found, seen, waiting = {}, set(), [("", content)]
     for name, value in waiting:  # which grows
         if isinstance(value, Tensor | PlainTensor):
             found[name] = value
-        # A dict is searched once, because a small file can repeat one very often.
         elif isinstance(value, dict) and id(value) not in seen:
             seen.add(id(value))
             if isinstance(value, PlainObject) and value.is_module:
@@ -217,8 +167,7 @@ def _tensors(content: dict) -> dict[str, Any]:
             if len(plain) == len(parts):  # else the inserted parts tell two models apart
                 parts = plain
             start = f"{name}." if name else ""
-            waiting += [(start + key, part) for key, part in parts.items()
-                        if len(start + key) <= LONGEST_NAME]  # fmt: skip
+            waiting += [(start + key, part) for key, part in parts.items()]
     return found
 
 
@@ -227,19 +176,17 @@ def _prefixes(names: Iterable[str], marks: tuple[str, ...]) -> set[str]:
     return {n.removesuffix(mark) for n in names for mark in marks if f".{n}".endswith(f".{mark}")}
 
 
-def weights_format(path: Path) -> str:
-    """The format of a weights file by its first bytes: "safetensors", "zip" (`torch.save` or
-    TorchScript) or "legacy" (`torch.save` before torch 1.6). Raises `InputError` for another."""
-    if not path.is_file():
-        raise InputError("is a folder, not a weights file; give a file in it")
+def _is_safetensors(path: Path) -> bool:
+    """Whether a weights file is .safetensors, else an archive, by its first bytes. Raises
+    `InputError` for another file."""
     with path.open("rb") as file:
         start = file.read(9)
     if start[8:9] == b"{":  # first, because the header's length before it can be any bytes
-        return "safetensors"
+        return True
     if start.startswith(b"PK\3\4"):
-        return "zip"
+        return False
     if start.startswith(b"\x80"):
-        return "legacy"
+        raise InputError("a bare pickle, as of torch before 1.6; save it anew with torch.save")
     raise InputError(
         f"{describe(path)}, not weights; download it anew, as .safetensors, .bin, .pt or .pth"
     )

@@ -19,42 +19,21 @@ SHA256 = {  # of the published weights files, in hexadecimal
 }
 
 
-def _config(
-    embed: int,
-    resolution: int,
-    layers: int | tuple[int, int, int, int],
-    width: int,
-    patch: int | None,
-    text_width: int,
-) -> Config:
-    return Config(
-        embed_dim=embed,
-        image_resolution=resolution,
-        vision_layers=layers,
-        vision_width=width,
-        vision_patch_size=patch,
-        vision_mlp_width=4 * width if patch else None,
-        transformer_width=text_width,
-        transformer_mlp_width=4 * text_width,
-        transformer_heads=text_width // 64,
-        transformer_layers=12,
-    )
-
-
-# Radford et al. 2021, tables 19 and 20.
-CONFIGS = {
-    "RN50": _config(1024, 224, (3, 4, 6, 3), 64, None, 512),
-    "RN101": _config(512, 224, (3, 4, 23, 3), 64, None, 512),
-    "RN50x4": _config(640, 288, (4, 6, 10, 6), 80, None, 640),
-    "RN50x16": _config(768, 384, (6, 8, 18, 8), 96, None, 768),
-    "RN50x64": _config(1024, 448, (3, 15, 36, 10), 128, None, 1024),
-    "ViT-B/32": _config(512, 224, 12, 768, 32, 512),
-    "ViT-B/16": _config(512, 224, 12, 768, 16, 512),
-    "ViT-L/14": _config(768, 224, 24, 1024, 14, 768),
-    "ViT-L/14@336px": _config(768, 336, 24, 1024, 14, 768),
+# Radford et al. 2021, tables 19 and 20: the first ten fields of `Config`, in its order.
+SIZES = {
+    "RN50": (1024, 224, (3, 4, 6, 3), 64, None, None, 512, 2048, 8, 12),
+    "RN101": (512, 224, (3, 4, 23, 3), 64, None, None, 512, 2048, 8, 12),
+    "RN50x4": (640, 288, (4, 6, 10, 6), 80, None, None, 640, 2560, 10, 12),
+    "RN50x16": (768, 384, (6, 8, 18, 8), 96, None, None, 768, 3072, 12, 12),
+    "RN50x64": (1024, 448, (3, 15, 36, 10), 128, None, None, 1024, 4096, 16, 12),
+    "ViT-B/32": (512, 224, 12, 768, 32, 3072, 512, 2048, 8, 12),
+    "ViT-B/16": (512, 224, 12, 768, 16, 3072, 512, 2048, 8, 12),
+    "ViT-L/14": (768, 224, 24, 1024, 14, 4096, 768, 3072, 12, 12),
+    "ViT-L/14@336px": (768, 336, 24, 1024, 14, 4096, 768, 3072, 12, 12),
     # This project's own, as cn-demo: without published weights, trained on a CPU in minutes.
-    "ViT-demo": replace(_config(256, 64, 3, 192, 16, 128), transformer_layers=3),
+    "ViT-demo": (256, 64, 3, 192, 16, 768, 128, 512, 2, 3),
 }
+CONFIGS = {name: Config(*sizes) for name, sizes in SIZES.items()}
 # The same with BERT as text tower, for Chinese.
 CONFIGS["cn-demo"] = replace(
     CONFIGS["ViT-demo"],

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models.clip import CLIP
-from models.errors import InputError
 from models.weights.interface import Format, save_safetensors
 from models.weights.open_clip import CONFIG_FILE, to_open_clip
 
@@ -27,11 +26,6 @@ def write(model: CLIP, file: Path, dtype: torch.dtype) -> None:
     save_safetensors(model.state_dict(), file, dtype, **{CONFIG_FILE: description})
 
 
-def _check(output: Path) -> None:
-    if output.suffix != ".safetensors":
-        raise InputError(f"{output}: a single file; name it {output.name}.safetensors")
-
-
 FORMAT = Format(
     "one file to keep or to pass on, with the description of its model",
     """
@@ -39,5 +33,4 @@ FORMAT = Format(
     load("{0}")
     """,
     write,
-    _check,
 )

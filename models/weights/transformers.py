@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from models.clip import CLIP
-from models.config import CHINESE_CONTEXT_LENGTH, VOCABULARY, Config, check_config, description_of
+from models.config import CHINESE_CONTEXT_LENGTH, VOCABULARY, Config, check_config, describing
 from models.errors import InputError, naming, quoted
 from models.files import read_json, write_json
 from models.weights.interface import Format, Weights, save_safetensors, write_tokenizer
@@ -20,7 +20,6 @@ WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
 # Names that every CLIPModel, or a similar model, and every ChineseCLIPModel has.
 BERT_MARK = "text_model.embeddings.word_embeddings.weight"
 MARKS = {"text_model.final_layer_norm.weight", "vision_model.post_layernorm.weight", BERT_MARK}
-BUFFERS = ("position_ids", "token_type_ids")  # the numbers 0, 1, 2, ... and zeros
 
 # By field of `Config`: the field of config.json and its default, that of ViT-B/32 or of BERT.
 VISION = {
@@ -59,8 +58,6 @@ PREPROCESSOR_ONLY = dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), (
 TEXT_TOWERS = {"clip": (CLIP_TEXT, CLIP_ONLY), "bert": (BERT_TEXT, BERT_ONLY)}
 MODEL_TYPES = {"clip": "clip", "chinese_clip": "bert"}  # `model_type` and our text tower
 INTERPOLATIONS = {3: "bicubic", 2: "bilinear"}  # Pillow's numbers
-SIGLIP_SIZES = {1024: "L", 1152: "SO400M", 1536: "gopt"}  # in open_clip's names, by width
-SIGLIP_VERSIONS = {250_000: "SigLIP-i18n", 256_000: "SigLIP2"}  # by vocabulary
 
 TOWERS = {"text_model": "", "vision_model": "visual."}
 TO_THEIRS = {  # names of ours within a tower, then within a block
@@ -92,14 +89,11 @@ def recognises(weights: Weights) -> bool:
 
 
 def to_ours(weights: Weights) -> Weights:
-    """The same weights with our keys. Raises `InputError` for a block that lacks query, key or
-    value."""
+    """The same weights with our keys."""
     ours: Weights = {}
     thirds: dict[str, dict[str, Tensor]] = {}
     has_bert = BERT_MARK in weights
     for name, tensor in weights.items():
-        if name.endswith(BUFFERS):
-            continue
         if has_bert and name.startswith("text_model."):
             ours[name.replace("text_model", "bert", 1)] = tensor
         elif name in PROJECTIONS:
@@ -110,11 +104,8 @@ def to_ours(weights: Weights) -> Weights:
         else:
             ours[_our_name(name)] = tensor
     for key, parts in thirds.items():
-        if parts.keys() != set("qkv"):
-            raise InputError(
-                f"{key}: of query, key and value only {', '.join(sorted(parts))}; download it anew"
-            )
-        ours[key] = torch.cat([parts[part] for part in "qkv"])
+        if len(parts) == 3:  # else `check_keys` tells that the key is missing
+            ours[key] = torch.cat([parts[part] for part in "qkv"])
     return ours
 
 
@@ -143,11 +134,10 @@ def description(folder: Path) -> Config | None:
         return None
     with naming(CONFIG_FILE):
         from_transformers(content, {})  # errors of this file are raised here
-    processor = read_json(folder / PROCESSOR_FILE) or {}
-    name, preprocessor = PROCESSOR_FILE, processor.get("image_processor")
+    preprocessor = (read_json(folder / PROCESSOR_FILE) or {}).get("image_processor")
     if preprocessor is None:
-        name, preprocessor = PREPROCESSOR_FILE, read_json(folder / PREPROCESSOR_FILE) or {}
-    with naming(name):
+        preprocessor = read_json(folder / PREPROCESSOR_FILE) or {}
+    with naming(PREPROCESSOR_FILE):
         return from_transformers(content, preprocessor)
 
 
@@ -166,14 +156,13 @@ def write(model: CLIP, folder: Path, dtype: torch.dtype) -> None:
 def from_transformers(content: dict[str, Any], preprocessor: dict[str, Any]) -> Config:
     """Our description for the `content` of a config.json; `preprocessor` is that of
     preprocessor_config.json, or empty. Raises `InputError` for a feature that our models lack."""
-    with description_of("that of a CLIPModel"):
+    with describing():
         model_type = content.get("model_type")
         if model_type not in MODEL_TYPES:
-            if twin := open_clips_twin(content):
-                raise InputError(f"its model_type is 'siglip'; take open_clip's copy: {twin}")
             raise InputError(
                 f"its model_type is {quoted(model_type)}, not {' or '.join(MODEL_TYPES)}; take a "
-                "whole CLIPModel, such as openai/clip-vit-base-patch32, or a ChineseCLIPModel"
+                "whole CLIPModel, such as openai/clip-vit-base-patch32, a ChineseCLIPModel, or a "
+                "SigLIP of open_clip, such as ViT-B-16-SigLIP/webli"
             )
         text_tower = MODEL_TYPES[model_type]
         vision = _section(content, "vision_config", VISION, NORMS)
@@ -190,18 +179,6 @@ def from_transformers(content: dict[str, Any], preprocessor: dict[str, Any]) -> 
         )
     check_config(config)
     return config
-
-
-def open_clips_twin(content: dict[str, Any]) -> str | None:
-    """open_clip's name of the SigLIP that the `content` of a config.json describes; None if it
-    describes another model. What a config.json leaves out is as in the smallest SigLIP."""
-    if content.get("model_type") != "siglip":
-        return None
-    vision, text = (content.get(f"{tower}_config") or {} for tower in ("vision", "text"))
-    size = SIGLIP_SIZES.get(vision.get("hidden_size"), "B")
-    version = SIGLIP_VERSIONS.get(text.get("vocab_size"), "SigLIP")
-    patch, side = vision.get("patch_size", 16), vision.get("image_size", 224)
-    return f"ViT-{size}-{patch}-{version}{'' if side == 224 else f'-{side}'}/webli"
 
 
 def config_to_transformers(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -221,35 +198,28 @@ def config_to_transformers(config: Config) -> tuple[dict[str, Any], dict[str, An
     if not chinese:
         text |= {"bos_token_id": VOCABULARY - 2, "pad_token_id": VOCABULARY - 1}
     model = {"architectures": [f"{chinese}CLIPModel"], "model_type": model_type,
-             "projection_dim": config.embed_dim, "logit_scale_init_value": 2.6592,
+             "projection_dim": config.embed_dim,
              "text_config": text, "vision_config": vision}  # fmt: skip
     numbers = {name: number for number, name in INTERPOLATIONS.items()}
     side, is_square = config.image_resolution, config.resize_mode == "squash"
     square = {"height": side, "width": side}
     preprocessor = {
         "image_processor_type": f"{chinese}CLIPImageProcessor",
-        "do_resize": True, "size": square if is_square else {"shortest_edge": side},
-        "resample": numbers[config.interpolation],
-        "do_center_crop": not is_square, "crop_size": square,
-        "do_rescale": True, "rescale_factor": 1 / 255, "do_convert_rgb": True,
-        "do_normalize": True, "image_mean": list(config.mean), "image_std": list(config.std),
+        "size": square if is_square else {"shortest_edge": side}, "crop_size": square,
+        "resample": numbers[config.interpolation], "do_center_crop": not is_square,
+        "image_mean": list(config.mean), "image_std": list(config.std),
     }  # fmt: skip
     return model, preprocessor
 
 
-def _section(
-    content: dict[str, Any],
-    name: str,
-    table: dict[str, tuple[str, Any]],
-    only: dict[str, tuple[Any, ...]],
-) -> dict[str, Any]:
+def _section(content: dict, name: str, table: dict, only: dict) -> dict[str, Any]:
     """The fields of `Config` in a section. `..._dict`, of early versions, takes precedence."""
     section = (content.get(name) or {}) | (content.get(f"{name}_dict") or {})
     _check(section, only, f"{name} has ")
     return {ours: section.get(theirs, default) for ours, (theirs, default) in table.items()}
 
 
-def _check(section: dict[str, Any], only: dict[str, tuple[Any, ...]], where: str = "") -> None:
+def _check(section: dict, only: dict[str, tuple], where: str = "") -> None:
     """Raise `InputError` for a field with another value than those that work."""
     for field, values in only.items():
         if (found := section.get(field, values[0])) not in values:
@@ -266,15 +236,11 @@ def _preprocessing(content: dict[str, Any], text_tower: str) -> dict[str, Any]:
     size = content.get("size", 224)
     size = size if isinstance(size, dict) else {"shortest_edge": size}
     is_square, is_cut = "height" in size, content.get("do_center_crop", True)
-    sides = list(size.values())
-    if is_cut:
-        crop = content.get("crop_size", sides[0])
-        sides += crop.values() if isinstance(crop, dict) else [crop]
-    if not (is_square or is_cut) or any(side != sides[0] for side in sides):
-        raise InputError(
-            f"it resizes images to {quoted(size)} and cuts out {quoted(sides[len(size) :])}; only "
-            "equal sides work here"
-        )
+    crop = content.get("crop_size", {}) if is_cut else {}
+    sides = {*size.values(), *(crop.values() if isinstance(crop, dict) else [crop])}
+    if not (is_square or is_cut) or len(sides) > 1:
+        raise InputError(f"it resizes images to {quoted(size)} and cuts out {quoted(crop)}; only "
+                         "equal sides work here")  # fmt: skip
     names = {"mean": "image_mean", "std": "image_std"}
     return {
         "interpolation": INTERPOLATIONS[content.get("resample", 3)],

@@ -5,30 +5,11 @@ corrupt memory (CVE-2026-24747). It also skips objects that `weights_only` refus
 """
 
 import pickle
-import pickletools
 from collections.abc import Iterator
-from io import BytesIO
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from models.errors import InputError
-
-LARGEST_PICKLE = 4 << 20  # bytes, of 180 in memory at worst; a checkpoint of ViT-L has 230,000
-LONGEST_NAME = 1000  # characters; a small file could nest modules, and so their names, very deep
-NOT_RUN = "and nothing in it was run; save a plain state dict with torch.save"
-OPCODES = {
-    "ADDITEMS", "APPEND", "APPENDS", "BINBYTES", "BINBYTES8", "BINFLOAT", "BINGET", "BININT",
-    "BININT1", "BININT2", "BINPERSID", "BINPUT", "BINUNICODE", "BINUNICODE8", "BUILD", "BYTEARRAY8",
-    "EMPTY_DICT", "EMPTY_LIST", "EMPTY_SET", "EMPTY_TUPLE", "FRAME", "FROZENSET", "GLOBAL", "LONG1",
-    "LONG4", "LONG_BINGET", "LONG_BINPUT", "MARK", "MEMOIZE", "NEWFALSE", "NEWOBJ", "NEWOBJ_EX",
-    "NEWTRUE", "NONE", "POP", "POP_MARK", "PROTO", "REDUCE", "SETITEM", "SETITEMS",
-    "SHORT_BINBYTES", "SHORT_BINUNICODE", "STACK_GLOBAL", "STOP", "TUPLE", "TUPLE1", "TUPLE2",
-    "TUPLE3"}  # of protocols 2 to 5  # fmt: skip
-# These opcodes would hash content of the file, and a nested tuple can take ages to hash. They are
-# replaced: the next of `buffers` is a `PlainObject`.
-REPLACED = {"EMPTY_DICT": pickle.NEXT_BUFFER, "EMPTY_SET": pickle.NEXT_BUFFER,
-            "FROZENSET": pickle.TUPLE}  # fmt: skip
 STORAGES = {"BFloat16": torch.bfloat16, "Half": torch.float16, "Float": torch.float32,
     "Double": torch.float64, "Bool": torch.bool, "Byte": torch.uint8, "Char": torch.int8,
     "Short": torch.int16, "Int": torch.int32, "Long": torch.int64}  # fmt: skip
@@ -53,14 +34,9 @@ class PlainTensor(NamedTuple):
 class PlainObject(dict):
     """A dict, an object of any class or the result of a function: holds items and attributes."""
 
+    __hash__ = object.__hash__  # it may be a key, or in a set
+
     def __init__(self, *_: Any): ...
-
-    def __repr__(self) -> str:  # a small file can nest dicts so that their text has no end
-        return f"a dict of {len(self)}"
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        if isinstance(key, str | int | float | None):  # no other key is hashed, or kept
-            super().__setitem__(key, value)
 
     def append(self, _: Any) -> None:
         """Drop an item of a list, a queue or a set."""
@@ -71,17 +47,14 @@ class PlainObject(dict):
         self.attributes = state
 
     def tensors(self, prefix: str = "") -> Iterator[tuple[str, PlainTensor]]:
-        """The tensors of a module and its submodules, taken out of it, so that none comes twice."""
+        """The tensors of a module and its submodules, by name."""
         state = vars(self).get("attributes") or {}
         for attributes in [state[part] for part in MODULE if part in state] or [state]:
-            while attributes:
-                key, value = attributes.popitem()
-                if len(name := f"{prefix}{key}") > LONGEST_NAME:
-                    raise InputError("modules nested too deep for a CLIP model")
+            for key, value in attributes.items():
                 if isinstance(value, PlainTensor):
-                    yield name, value
+                    yield f"{prefix}{key}", value
                 elif isinstance(value, PlainObject):
-                    yield from value.tensors(f"{name}.")
+                    yield from value.tensors(f"{prefix}{key}.")
 
     @property
     def is_module(self) -> bool:
@@ -91,28 +64,11 @@ class PlainObject(dict):
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Unpickles the next pickle of a file and moves the file's position behind it. Raises
-    `InputError` for opcodes that torch does not write, other exceptions for a damaged pickle."""
-
-    def __init__(self, file: IO[bytes]):
-        self.dtypes: dict[str, torch.dtype] = {}  # of the storages, by key
-        start, pickled, position = file.tell(), bytearray(file.read(2 * LARGEST_PICKLE)), 0
-        for count, (opcode, argument, position) in enumerate(pickletools.genops(pickled)):
-            if position > LARGEST_PICKLE:
-                raise InputError(f"its pickle exceeds {LARGEST_PICKLE:,} bytes; save only weights")
-            if opcode.name not in OPCODES:
-                raise InputError(f"holds {opcode.name}, which torch does not write, {NOT_RUN}")
-            if opcode.name == "LONG_BINPUT" and argument > count:  # would take memory up to it
-                raise ValueError("a place in the memo beyond all values")
-            if opcode.name in REPLACED:
-                pickled[position] = REPLACED[opcode.name][0]
-        file.seek(start + position + 1)
-        super().__init__(BytesIO(pickled), buffers=iter(PlainObject, None))
+    """Unpickles stand-ins for all that a file names. Raises any error for a damaged pickle."""
 
     def persistent_load(self, reference: Any) -> PlainTensor:
         match reference:
-            case "storage", torch.dtype() as dtype, str(key), _, int(), *view if not any(view):
-                self.dtypes[key] = dtype
+            case "storage", torch.dtype() as dtype, str(key), *_:
                 return PlainTensor(key, dtype)
         raise ValueError("a storage of an unknown kind")
 

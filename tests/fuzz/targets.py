@@ -5,7 +5,6 @@ A target writes its bytes to `path`, since the readers take files.
 
 import io
 import json
-import pickle
 import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
@@ -14,20 +13,18 @@ import torch
 from published import save_published
 
 from models.errors import InputError
-from models.weights.read import LEGACY_MAGIC, read_state_dict
+from models.weights.read import read_file
 from utils.data.annotations import read_annotations
 
 LONGEST_MESSAGE = 1000  # characters
 RECORD = bytes(range(64))
-LEGACY_START = b"".join(pickle.dumps(x, 2) for x in (LEGACY_MAGIC, 1001, {"little_endian": True}))
-LEGACY_END = pickle.dumps(["0"], 2) + (16).to_bytes(8, "little") + RECORD
 
 
 def weights(data: bytes, path: Path) -> None:
     """Any file is weights no larger than it (twice that as float32) or refused in one line."""
     path.write_bytes(data)
     try:
-        state_dict = read_state_dict(path)
+        state_dict, _ = read_file(path)
     except InputError as error:
         message = str(error)
         assert message.isprintable() and len(message) <= LONGEST_MESSAGE, message
@@ -43,8 +40,6 @@ def weights_within(data: bytes, path: Path) -> None:
     kind, content = data[:1], data[1:]
     if kind in (b"p", b"j"):
         weights(zipped(content, is_script=kind == b"j"), path)
-    elif kind == b"l":
-        weights(LEGACY_START + content + LEGACY_END, path)
     elif kind == b"s":
         weights(safetensors(content), path)
     else:
@@ -86,16 +81,14 @@ def weights_seeds() -> list[bytes]:
     with tempfile.TemporaryDirectory() as folder:
         files = [save_published(state_dict, Path(folder) / "p.pt").read_bytes()]
     for content in (state_dict, checkpoint):
-        for is_zip in (True, False):
-            file = io.BytesIO()
-            torch.save(content, file, _use_new_zipfile_serialization=is_zip)
-            files.append(file.getvalue())
+        file = io.BytesIO()
+        torch.save(content, file)
+        files.append(file.getvalue())
     header = b'{"a":{"dtype":"F32","shape":[2,8],"data_offsets":[0,64]},"__metadata__":{"b":"c"}}'
     parts = [b"s" + header]
     for file in files:
-        if zipfile.is_zipfile(io.BytesIO(file)):
-            pickled = data_pickle(file)
-            parts += [kind + pickled for kind in (b"p", b"j", b"l")]
+        pickled = data_pickle(file)
+        parts += [kind + pickled for kind in (b"p", b"j")]
     return [b"f" + file for file in [*files, safetensors(header)]] + parts
 
 

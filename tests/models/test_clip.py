@@ -390,7 +390,7 @@ def test_wrong_keys_are_listed_in_one_error():
     message = str(error.value)
     assert "missing: visual.ln_post.bias" in message
     assert "unknown: visual.extra" in message
-    assert "visual.ln_pre.bias [7] instead of [192]" in message
+    assert "visual.ln_pre.bias [7] of floats instead of [192]" in message
 
 
 def test_a_long_list_of_keys_is_cut():

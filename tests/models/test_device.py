@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.clip_utils import create_model, load
+from models.clip_utils import load
 from models.device import moved, pick_device, upload
 from models.errors import InputError
 from utils.machine.memory import (
@@ -47,10 +47,8 @@ def test_devices_that_are_here_are_taken(machine):
 @pytest.mark.parametrize("name", ["meta", "xpu", "hpu", "vulkan", "gpu", "", "cuda:-1", "cpu:x"])
 def test_names_of_no_device_are_refused_with_those_that_exist_here(machine, name):
     machine(1, False)
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match=f"^--device {name}: .*, only cuda, cuda:0, cpu; "):
         pick_device(name)
-    assert str(error.value).startswith(f"--device {name}: no such device; ")
-    assert str(error.value).endswith("here there are cuda:0, cpu")
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:2", "mps", "cpu:1"])
@@ -123,9 +121,3 @@ def test_a_model_that_no_memory_is_left_for_is_refused(monkeypatch):
             moved(torch.nn.Identity(), CPU)
     with pytest.raises(RuntimeError, match="a bug"):
         moved(torch.nn.Identity(), CPU)
-
-
-@pytest.mark.parametrize("side", [10_016, 10**9])
-def test_an_image_resolution_that_nothing_holds_is_refused(side):
-    with pytest.raises(InputError, match=f"--input_shape {side} is more than 10,000 pixels"):
-        create_model("ViT-demo", side)

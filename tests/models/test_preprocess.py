@@ -298,10 +298,7 @@ def refusal(file: Path) -> str:
 
 def test_missing_file_folder_and_impossible_names(tmp_path):
     assert "no such image file" in refusal(tmp_path / "a.jpg")
-    assert "is no file" in refusal(tmp_path)
-    if hasattr(os, "mkfifo"):
-        os.mkfifo(tmp_path / "pipe.jpg")
-        assert "is no file" in refusal(tmp_path / "pipe.jpg")
+    assert "no such image file" in refusal(tmp_path)
     with pytest.raises(InputError):
         open_image("a\0.jpg")
 
@@ -310,27 +307,22 @@ def test_a_name_without_its_ending_is_told_which_file_is_there(tmp_path):
     for name in ("dog.jpg", "Cat.JPG", "a.b.png"):
         (tmp_path / name).touch()
     for name, there in (("dog", "dog.jpg"), ("cat.jpg", "Cat.JPG"), ("a.b", "a.b.png")):
-        assert f"(there is {there}: " in refusal(tmp_path / name)
+        assert f"(there is {there})" in refusal(tmp_path / name)
     assert "there is" not in refusal(tmp_path / "do")
     assert "there is" not in refusal(tmp_path / "absent" / "dog")
 
 
 @pytest.mark.parametrize(
-    ("brand", "remedy"),
+    ("name", "remedy"),
     [
-        ("heic", "pip install pillow-heif"),
-        ("mif1", "pip install pillow-heif"),
-        ("avif", "pip install --upgrade Pillow"),
-        ("isom", None),  # a film
+        ("IMG_1.HEIC", "pip install pillow-heif"),
+        ("a.avif", "pip install --upgrade Pillow"),
+        ("a.jpg", "but another file"),
     ],
 )
-def test_a_format_that_pillow_lacks_is_named_with_its_package(tmp_path, monkeypatch, brand, remedy):
-    """The brands of ISO 23008-12 and of AVIF; nothing follows, so that no reader takes the file."""
-    file = tmp_path / "IMG_1.jpg"
-    file.write_bytes(b"\0\0\0\x10ftyp" + brand.encode() + b"\0\0\0\0")
-    Image.init()
-    monkeypatch.setattr(Image, "ID", [kind for kind in Image.ID if kind not in ("HEIF", "AVIF")])
-    assert (remedy or "but another file") in refusal(file)
+def test_a_format_that_pillow_may_lack_is_named_with_its_package(tmp_path, name, remedy):
+    (tmp_path / name).write_bytes(b"no picture")
+    assert remedy in refusal(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,6 @@ def test_a_script_prints_anywhere_and_gives_everything_back(host, error, code, m
     assert (sys.stdout, sys.stderr) == streams
     assert code is None or ended.value.code == code
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
-    assert os.environ["MPLBACKEND"] == "module://nowhere"
     if host is io.StringIO:
         assert streams[0].getvalue() == "a dog, 一只狗\n"
     elif host is ascii_file:
@@ -83,18 +82,11 @@ def test_output_that_nobody_reads_any_more_is_no_error():
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
-ENDED = "another process of this run has ended"
 NCCL = "NCCL error: unhandled system error\nLast error:\nError while creating /dev/shm/nccl-1"
 
 
-@pytest.mark.parametrize(
-    "message, line",
-    [
-        ("Connection closed by peer [127.0.0.1]", f"stopped: {ENDED}\n"),
-        (NCCL, f"stopped: GPUs cannot exchange data, or {ENDED}: {NCCL}\n"),
-    ],
-)
-def test_only_the_process_that_fails_first_shows_a_traceback(message, line, monkeypatch, capsys):
+@pytest.mark.parametrize("message", ["Connection closed by peer [127.0.0.1]", NCCL])
+def test_only_the_process_that_fails_first_shows_a_traceback(message, monkeypatch, capsys):
     def main() -> None:
         raise RuntimeError(message)
 
@@ -102,7 +94,8 @@ def test_only_the_process_that_fails_first_shows_a_traceback(message, line, monk
     with pytest.raises(SystemExit) as ended:
         host_module.run_script(main)
     assert ended.value.code == 1
-    assert capsys.readouterr().err == line
+    said = capsys.readouterr().err
+    assert said == f"stopped: another process has ended, or cannot exchange data: {message}\n"
     monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(RuntimeError):
         host_module.run_script(main)
@@ -248,8 +241,6 @@ def test_train_runs_for_an_unknown_user_without_a_console(data, tmp_path):
     assert done.returncode == 0, done.stderr
     (log,) = tmp_path.glob("日志/*/console_*.log")
     assert " 1/1 " in log.read_text("utf-8") and "数据/images/" in log.read_text("utf-8")
-    done = run_script(tmp_path / train[0], *train[1:], "--cache", "~/x", cwd=tmp_path, code=2)
-    assert "home directory. Give paths without ~" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow

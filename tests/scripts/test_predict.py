@@ -234,7 +234,7 @@ def test_unusable_images_end_in_one_line(work):
         (["--weights", "ViT-B/33"], "ViT-B/33: neither a file nor .* the names are RN50, RN101"),
         (["--weights", ""], "--weights: the path is empty"),
         (["--text", "a", "--output", "ranking.xyz"], "ranking.xyz: no format .* png"),
-        (["--device", "gpu"], "--device gpu: no such device; it is cuda, mps or cpu"),
+        (["--device", "gpu"], "--device gpu: there is none here, only .*cpu"),
     ],
 )
 def test_predict_names_the_argument_that_it_cannot_use(work, photo, error_of, arguments, message):
@@ -448,7 +448,7 @@ def test_labels_are_judged_each_on_its_own(work, answer, tmp_path):
         (["data"], "data: a folder; add --csv FILE"),
         (["nowhere.png", "--csv", "a.csv"], "nowhere.png: no such image file"),
         (["data", "--csv", "a.txt"], "a.txt: name a file that ends in .csv or .jsonl"),
-        (["data", "--csv", "data/en_val.json/a.csv"], "en_val.json is no folder"),
+        (["data", "--csv", "data/en_val.json/a.csv"], "en_val.json: cannot be written"),
         (["data", "--threshold", "30"], "--threshold: 30 is not a number from 0 to 1"),
         (["empty", "--csv", "a.csv"], "empty: there are no images in it"),
     ],
@@ -634,7 +634,7 @@ def test_a_folder_in_which_nothing_can_be_read_ends_in_one_line(work, tmp_path):
         ),
         (["data", "--similar", "gone.png"], "gone.png: no such image file"),
         (["photos", "--text", "a"], "photos: no such image file or folder"),
-        (["data", "--similar", "data"], "data: is no file"),
+        (["data", "--similar", "data"], "data: no such image file"),
         (["--similar", "gone.png"], "--similar searches a folder of images: name the folder"),
         (["data", "--similar", "a.png", "--text", "a"], "not allowed with"),
         (["data", "--text", "a", "--weights", "ViT-B/33"], "ViT-B/33: neither a file nor"),

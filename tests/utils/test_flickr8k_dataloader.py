@@ -506,7 +506,7 @@ def test_missing_images_of_the_validation_set_or_all_of_them_are_named(root):
     "image, hint",
     [
         (r"图\bird.jpg", r'"[^"]*图\\bird\.jpg" \(in JSON write a path with /'),
-        ("images/VAL1.png", r"VAL1\.png \(there is val1\.png: upper and lower case differ\);"),
+        ("images/VAL1.png", r"VAL1\.png \(there is val1\.png\);"),
         ("images/none.png", r"none\.png; put them there"),
     ],
 )

@@ -352,11 +352,6 @@ def test_script_writes_a_report_of_the_run(trained, score):
         (("data", "en"), ["--num_workers", "-1"], "-1 is not an integer from 0 to 256"),
         (("data", "en"), ["--language", "fr"], r"--language: .*choose from '?en'?, '?cn'?"),
         (("data", "en"), ["--dataset_path", " "], "--dataset_path: the path is empty"),
-        (
-            ("data", "en"),
-            ["--json", "~nobody-at-all/x"],
-            "--json: ~nobody-at-all/x: that home folder is unknown",
-        ),
     ],
 )
 def test_script_names_what_it_cannot_use(trained, score, run, arguments, message):

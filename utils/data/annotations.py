@@ -11,7 +11,7 @@ from pathlib import Path, PureWindowsPath
 from tempfile import TemporaryDirectory
 
 from models.errors import InputError, one_line
-from models.files import decoded, file_version, probably_meant, read_bytes
+from models.files import decoded, file_version, probably_meant
 from models.progress_bar import progress_bar
 from models.scripts import from_here
 from utils.data.caption_folders import folder_form, folder_records, table_records
@@ -229,7 +229,7 @@ def annotations_json(entries: Iterable[tuple[str, list[str]]]) -> bytes:
 def refuse_another_set(annotations: dict[Path, bytes], folder_option: str = "--output") -> None:
     """Raise `InputError` for caption files that exist with other content."""
     for path, content in annotations.items():
-        if path.exists() and read_bytes(path) != content:
+        if path.exists() and path.read_bytes() != content:
             raise InputError(
                 f"{path} belongs to another data set, which is not overwritten: "
                 f"remove that set, or write into another folder ({folder_option})"
@@ -272,7 +272,7 @@ def write_set(
 
 def _read_text(path: Path) -> str:
     try:
-        return decoded(read_bytes(path), path)
+        return decoded(path.read_bytes(), path)
     except FileNotFoundError:
         raise InputError(
             f"{missing_annotations(path)}; name another folder, or get Flickr8k: python "

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from models.errors import InputError
-from models.files import decoded, read_bytes
+from models.files import decoded
 from utils.data.caption_formats import CAPTION_FIELDS, SPLIT_WORDS, Record, first_of
 from utils.data.class_folders import class_folders, words_of
 from utils.data.containers import arrow_table, image_column, index_of, read_contained
@@ -112,7 +112,7 @@ def _of_texts(folder: Path, _: str) -> Iterator[Record]:
     for image in find_images(folder):
         text = (folder / image).with_suffix(".txt")
         if text.is_file():
-            captions = decoded(read_bytes(text), text).splitlines()
+            captions = decoded(text.read_bytes(), text).splitlines()
             yield Record(str(image), {"image": image.as_posix(), "caption": captions})
         else:
             yield Record(str(image), None, f"no {text.name} beside it")

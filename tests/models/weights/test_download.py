@@ -29,11 +29,15 @@ from models.host import run_script
 from models.weights import download as module
 from models.weights import registry
 from models.weights.download import CHUNK, download
+from models.weights.hub import HUB
 
 PAYLOAD = random.Random(0).randbytes(5 * CHUNK + 123)
 SHA256 = hashlib.sha256(PAYLOAD).hexdigest()
 MD5 = hashlib.md5(PAYLOAD).hexdigest()
-SCRIPT = "import sys; from models.weights.download import download; download(*sys.argv[1:])"
+SCRIPT = (
+    "import sys; from pathlib import Path; from models.weights.download import download\n"
+    "download(sys.argv[1], Path(sys.argv[2]), sys.argv[3])"
+)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -164,8 +168,6 @@ def quick(monkeypatch, tmp_path):
     # There is no copy on the Hugging Face hub.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(module, "WAIT", 0)
-    monkeypatch.setattr(module, "ATTEMPTS", 3)
 
 
 @pytest.fixture
@@ -246,7 +248,6 @@ class TestNetwork:
 
     def test_many_break_offs_are_fine_as_long_as_bytes_arrive(self, serve, path):
         steps = [breaks_off(end) for end in range(CHUNK // 2, len(PAYLOAD), CHUNK // 2)]
-        assert len(steps) > module.ATTEMPTS
         assert download(serve(*steps, whole).url, path, SHA256).read_bytes() == PAYLOAD
 
     def test_a_stalled_server_is_asked_again(self, serve, path, monkeypatch):
@@ -258,9 +259,9 @@ class TestNetwork:
     def test_a_server_that_never_answers_is_given_up(self, serve, path, monkeypatch):
         monkeypatch.setattr(module, "TIMEOUT", 0.2)
         server = serve(is_silent)
-        with pytest.raises(InputError, match=r"timed out\); try again later"):
+        with pytest.raises(InputError, match=r"timed out\); run it again"):
             download(server.url, path, SHA256)
-        assert len(server.requests) == module.ATTEMPTS
+        assert len(server.requests) == 1
 
     @pytest.mark.parametrize("target", ["file:///etc/hosts", "FILE:///etc/hosts"])
     def test_a_redirect_to_a_file_is_not_followed(self, serve, path, target):
@@ -286,13 +287,7 @@ class TestNetwork:
         assert download(server.url, path, SHA256).read_bytes() == PAYLOAD
         assert ranges(target) == (["bytes=1000-"] if part else [None])
 
-    @pytest.mark.parametrize(
-        "answer", [status(429), status(500), status(502), status(503), hangs_up, chunked(CHUNK)]
-    )
-    def test_trouble_that_passes(self, serve, path, answer):
-        assert download(serve(answer, whole).url, path, SHA256).read_bytes() == PAYLOAD
-
-    @pytest.mark.parametrize("code", [401, 403, 404, 410, 416])
+    @pytest.mark.parametrize("code", [401, 403, 404, 410, 416, 429, 503])
     def test_a_refusal_is_final(self, serve, path, code):
         server = serve(status(code))
         with pytest.raises(InputError) as caught:
@@ -302,23 +297,15 @@ class TestNetwork:
             assert part in str(caught.value)
         assert not left(path)
 
-    @pytest.mark.parametrize(
-        "answer", [status(500), status(503), hangs_up, breaks_off(0), breaks_off(CHUNK)]
-    )
-    def test_trouble_that_stays_ends_after_a_few_attempts(
-        self, serve, path, answer, monkeypatch, capsys
-    ):
-        """Each wait is told on a line; advice comes before the address."""
-        waits = []
-        monkeypatch.setattr(module.time, "sleep", waits.append)
+    @pytest.mark.parametrize("answer", [status(500), hangs_up, breaks_off(0), breaks_off(CHUNK)])
+    def test_trouble_that_stays_ends(self, serve, path, answer):
+        """Advice comes before the address."""
         server = serve(answer)
         with pytest.raises(InputError) as caught:
             download(server.url, path, SHA256)
-        assert module.ATTEMPTS <= len(server.requests) == len(waits) + 1 <= module.ATTEMPTS + 1
-        told = [line for line in capsys.readouterr().err.splitlines() if "another attempt" in line]
-        assert len(told) == len(waits)
+        assert len(server.requests) <= 2
         advice, address = str(caught.value).splitlines()
-        assert f"try again later, or get the file by other means and save it as {path}" in advice
+        assert f"run it again, or get the file by other means and save it as {path}" in advice
         assert address == f"from {server.url}"
 
     def test_it_is_counted_without_a_bar_too(self, serve, path, monkeypatch):
@@ -332,8 +319,7 @@ class TestNetwork:
             download(serve(breaks_off(CHUNK, ranges=False)).url, path, SHA256)
 
     @pytest.mark.parametrize("host", ["closed port", "no such name"])
-    def test_no_connection_is_told_at_once(self, closed_port_url, path, host, monkeypatch):
-        monkeypatch.setattr(module.time, "sleep", Mock(side_effect=AssertionError("waits")))
+    def test_no_connection_is_told(self, closed_port_url, path, host):
         url = closed_port_url if host == "closed port" else "http://no-such-name.invalid/weights.pt"
         with pytest.raises(InputError) as caught:
             download(url, path, SHA256)
@@ -376,6 +362,8 @@ class TestWrongBytes:
     def test_a_part_of_another_file_is_given_up(self, serve, path, part):
         server = serve(whole)
         leave(beside(path, "part"), part)
+        with pytest.raises(InputError, match=r"wrong digest.*run it again"):
+            download(server.url, path, SHA256)
         assert download(server.url, path, SHA256).read_bytes() == PAYLOAD
         assert ranges(server) == [f"bytes={len(part)}-", None]
 
@@ -405,8 +393,10 @@ def test_whatever_the_server_does_the_file_is_right_or_absent(answers, part):
             download(server.url, path, SHA256)
             assert path.exists()
         assert not path.exists() or path.read_bytes() == PAYLOAD
-        # What a failure leaves stands in no later run's way.
+        # What a failure leaves is gone after one more run.
         server.answers = [whole]
+        with suppress(InputError):
+            download(server.url, path, SHA256)
         assert download(server.url, path, SHA256).read_bytes() == PAYLOAD
 
 
@@ -458,7 +448,7 @@ class TestDisk:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (3 * CHUNK, hard))
         try:
-            with pytest.raises(InputError, match="is kept"):
+            with pytest.raises(InputError, match="cannot be saved"):
                 download(server.url, path, SHA256)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -610,16 +600,13 @@ class TestCommandLine:
             clip_utils.load("ViT-B/16", "cpu", download_root=tmp_path)
         assert not read.called
 
-    def test_list(self, run, tmp_path, capsys):
-        leave(tmp_path / "RN50.pt", b"")
+    def test_list(self, run, capsys):
         run("--list", base_url="http://127.0.0.1:1")
         lines = capsys.readouterr().out.splitlines()
         rows = {row.split()[0]: row.split()[1:] for row in lines}
         assert rows["ViT-L/14@336px"] == ["OpenAI's", "WIT-400M", "427.9", "336", "quick_gelu"]
-        assert lines[2] == f"    {tmp_path / 'RN50.pt'}"
-        for name in ("ViT-demo", "cn-demo"):
-            after = lines[[line.split()[0] for line in lines].index(name) + 1]
-            assert f"--resume_training none --model {name}" in after
+        assert rows["ViT-B-16-SigLIP/webli"][-1] == "open_clip"
+        assert max(map(len, lines)) <= 100 and {*registry.SHA256, *HUB} < rows.keys()
 
     def test_help_from_any_folder(self, tmp_path):
         command = [sys.executable, str(ROOT / "models" / "clip_utils.py"), "--help"]

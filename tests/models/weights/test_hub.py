@@ -17,7 +17,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from hub_server import COMMIT, running_hub
+from hub_server import running_hub
 from open_clip.pretrained import _PRETRAINED
 from open_clip_descriptions import DESCRIPTIONS, OWN
 from open_clip_folders import siglip
@@ -29,11 +29,10 @@ from models import CLIP, clip_utils, load
 from models.config import Config
 from models.convert import convert
 from models.errors import InputError
-from models.weights import download, registry
+from models.weights import registry
 from models.weights.hub import HUB, OPEN_CLIP, fetch, published_copy, repository_of
 from models.weights.open_clip import from_open_clip
 from models.weights.registry import CONFIGS, SHA256
-from models.weights.transformers import open_clips_twin
 
 # Earlier versions copy their settings, so that a test cannot change them.
 huggingface_hub = pytest.importorskip("huggingface_hub", "1.0")
@@ -77,7 +76,6 @@ def environment(server, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.file_download.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    monkeypatch.setattr(download, "WAIT", 0)
     monkeypatch.chdir(tmp_path)
 
 
@@ -131,13 +129,13 @@ class TestTable:
         for architecture in {name.partition("/")[0] for name in OPEN_CLIP}:
             description = DESCRIPTIONS[architecture]
             rows = [row for name, row in OPEN_CLIP.items() if name.startswith(f"{architecture}/")]
-            assert {row.resolution for row in rows} == {description["vision_cfg"]["image_size"]}
+            assert {int(r.resolution) for r in rows} == {description["vision_cfg"]["image_size"]}
             if architecture == "ViT-B-16-SigLIP2":
                 fields = {k: value for k, value in description.items() if k != "custom_text"}
                 with torch.device("meta"):
                     model = open_clip.model.CustomTextCLIP(**fields)
                 size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-                assert {row.million_parameters for row in rows} == {round(size, 1)}
+                assert {row.million_parameters for row in rows} == {f"{size:.1f}"}
 
     def test_activations_are_those_that_the_weights_were_trained_with(self):
         """open_clip's list tells them by tag. The names of its architectures tell them, too, where
@@ -153,26 +151,6 @@ class TestTable:
             if DESCRIPTIONS[architecture].get("quick_gelu"):
                 assert row.activation == "quick_gelu"
 
-    @pytest.mark.parametrize(
-        ("vision", "text", "name"),  # of the config.json of google/siglip... on the hub
-        [
-            ({}, {}, "ViT-B-16-SigLIP"),
-            ({"image_size": 512}, {}, "ViT-B-16-SigLIP-512"),
-            ({"hidden_size": 1024, "image_size": 384}, {}, "ViT-L-16-SigLIP-384"),
-            ({"image_size": 256}, {"vocab_size": 250000}, "ViT-B-16-SigLIP-i18n-256"),
-            ({"hidden_size": 1152, "patch_size": 14, "image_size": 384}, {},
-             "ViT-SO400M-14-SigLIP-384"),
-            ({"patch_size": 32, "image_size": 256}, {"vocab_size": 256000},
-             "ViT-B-32-SigLIP2-256"),
-            ({"hidden_size": 1536, "image_size": 256}, {"vocab_size": 256000},
-             "ViT-gopt-16-SigLIP2-256"),
-        ],
-    )  # fmt: skip
-    def test_siglips_of_transformers_have_twins(self, vision, text, name):
-        content = {"model_type": "siglip", "vision_config": vision, "text_config": text}
-        assert open_clips_twin(content) == f"{name}/webli"
-        assert f"{name}/webli" in OPEN_CLIP
-
     def test_chinese_clips_are_as_large_as_cn_clips_models(self):
         """Which has BERT's pooler as well, whose weights are in no file."""
         theirs = pytest.importorskip("cn_clip.clip.model")
@@ -187,8 +165,8 @@ class TestTable:
             with torch.device("meta"):
                 model = theirs.CLIP(**sizes)
             size = sum(p.numel() for key, p in model.named_parameters() if "pooler" not in key)
-            assert rows[name].million_parameters == round(size / 1e6, 1)
-            assert rows[name].resolution == sizes["image_resolution"]
+            assert rows[name].million_parameters == f"{size / 1e6:.1f}"
+            assert int(rows[name].resolution) == sizes["image_resolution"]
             assert rows[name].repository == name and rows[name].activation == "quick_gelu"
 
     def test_openais_copies_are_described_as_openais_models(self):
@@ -208,7 +186,6 @@ class TestNames:
             (NAME, LAION),
             (f"hf-hub:{LAION}", LAION),
             (LAION, LAION),
-            ("timm/vit_base_patch32_clip_224.openai@a1b2c3d", None),
             ("UCSC-VLAA/ViT-L-14-CLIPA-datacomp1B", None),
             ("patrickjohncyh/fashion-clip", None),
             ("M-CLIP/XLM-Roberta-Large-Vit-B-32", None),
@@ -238,7 +215,7 @@ class TestNames:
         assert not server.requests
 
 
-@pytest.mark.parametrize("name", [NAME, f"hf-hub:{LAION}", LAION, f"{LAION}@{COMMIT}"])
+@pytest.mark.parametrize("name", [NAME, f"hf-hub:{LAION}", LAION])
 @pytest.mark.parametrize("of", ["open_clip", "transformers"])
 def test_the_model_is_that_of_the_folder_and_is_downloaded_once(
     server, tmp_path, monkeypatch, name, of
@@ -264,8 +241,9 @@ def test_a_model_that_open_clip_builds_comes_with_its_tokenizer(server, tmp_path
     for name in ("ViT-B-16-SigLIP/webli", "hf-hub:timm/ViT-B-16-SigLIP"):
         assert load(name, "cpu")[0].tokenize("a star").equal(expected)
         offline(monkeypatch)  # the second is in the cache
-    assert server.downloaded() == ["open_clip_config.json", "tokenizer_config.json",
-                                   "tokenizer.json", "open_clip_model.safetensors"]  # fmt: skip
+    first, *tokenizer, last = server.downloaded()
+    assert (first, last) == ("open_clip_config.json", "open_clip_model.safetensors")
+    assert sorted(tokenizer) == ["tokenizer.json", "tokenizer_config.json"]
 
 
 def test_pickles_are_taken_where_there_are_no_safetensors(server, tmp_path):
@@ -385,12 +363,6 @@ class TestOpenAI:
         assert_same(load("ViT-B/32", "cpu", download_root=tmp_path / "root"), archive)
         assert not server.requests and not capsys.readouterr().err
 
-    def test_a_copy_that_is_none_is_refused(self, server, archive, tmp_path):
-        folder = written(tmp_path / "other", replace(SMALL, activation="gelu"))
-        server.add(self.COPY, folder)
-        with pytest.raises(InputError, match=r"should be a copy of ViT-B/32"):
-            load("ViT-B/32", "cpu", download_root=tmp_path / "root")
-
     def test_if_neither_can_be_had_both_are_named(self, server, archive, tmp_path):
         server.repositories.clear()
         with pytest.raises(InputError) as caught:
@@ -457,22 +429,18 @@ class TestRefusals:
 
     def test_offline(self, server, monkeypatch):
         offline(monkeypatch)
-        assert "(HF_HUB_OFFLINE is set); unset that, or " in refused(THEIRS)
+        assert "HF_HUB_OFFLINE" in refused(THEIRS)
         assert not server.requests
 
     def test_a_name_that_the_hub_does_not_allow(self):
         assert "Cannot have -- or .." in refused("someone/a..b")
-
-    def test_a_revision_that_does_not_exist(self, server, tmp_path):
-        server.add(THEIRS, written(tmp_path / "folder"))
-        assert "has no revision v9" in refused(f"{THEIRS}@v9")
 
     @pytest.mark.parametrize(
         ("files", "reason"),
         [
             ({"config.json": b'{"model_type": "bert"}'}, "model_type is 'bert', not clip"),
             ({"config.json": b'{"architecture": "vit_base"}'}, "model_type is None, not clip"),
-            ({"config.json": b'{"model_type": ["clip"]}'}, "not that of a CLIPModel"),
+            ({"config.json": b'{"model_type": ["clip"]}'}, "not that of a CLIP "),
             ({"RemoteCLIP.pt": b"", "README.md": b""}, "no weights of a CLIP"),
             ({"open_clip_config.json": json.dumps(DESCRIPTIONS["coca_ViT-B-32"]).encode()},
              "a CoCa, which also writes captions"),
@@ -500,22 +468,11 @@ class TestRefusals:
         assert "HF_HOME" in refused(THEIRS)
 
 
-def test_the_list_tells_where_downloaded_weights_are(server, tmp_path, monkeypatch, capsys):
-    def printed(*arguments: str) -> list[str]:
-        monkeypatch.setattr(sys, "argv", ["clip_utils.py", *arguments])
-        clip_utils.main()
-        return capsys.readouterr().out.splitlines()
-
+def test_the_place_of_downloaded_weights_is_printed(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["clip_utils.py", "--model", NAME])
     server.add(LAION, written(tmp_path / "folder"))
-    (place,) = printed("--model", NAME)
-    assert (Path(place) / "open_clip_model.safetensors").is_file()
-    lines = printed("--list")
-    for name in (*SHA256, *HUB, "ViT-demo"):
-        assert sum(line.split()[0] == name for line in lines) == 1
-    at = next(i for i, line in enumerate(lines) if line.split()[0] == NAME)
-    assert lines[at].split()[1:] == ["LAION-2B", "151.3", "224", "gelu"]
-    assert lines[at + 1] == f"    {place}"
-    assert max(len(line) for line in lines if not line.startswith(" ")) <= 100
+    clip_utils.main()
+    assert (Path(capsys.readouterr().out.strip()) / "open_clip_model.safetensors").is_file()
 
 
 @pytest.mark.slow

@@ -50,7 +50,8 @@ def test_the_list_of_names_has_the_sizes_of_open_clips_models(named):
     rows = [row for name, row in OPEN_CLIP.items() if name.startswith(f"{architecture}/")]
     size = round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 1)
     side = DESCRIPTIONS[architecture]["vision_cfg"]["image_size"]
-    assert all((row.million_parameters, row.resolution) == (size, side) for row in rows)
+    found = {(float(row.million_parameters), int(row.resolution)) for row in rows}
+    assert found <= {(size, side)}
 
 
 @pytest.mark.parametrize("name", sorted(DESCRIPTIONS.keys() - set(OWN)))

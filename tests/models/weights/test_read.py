@@ -4,7 +4,6 @@ import copy
 import json
 import pickle
 import re
-import sys
 import tempfile
 import zipfile
 from argparse import Namespace
@@ -23,12 +22,11 @@ from hypothesis import strategies as st
 from peers import disturb
 from published import save_published
 from safetensors.torch import save_file
-from script_runs import forks
 
 from models import load as load_model
 from models.clip_utils import create_model
 from models.errors import InputError
-from models.weights.read import NO_WEIGHTS, read_state_dict
+from models.weights.read import NO_WEIGHTS, read_file
 from utils.runs.checkpoint import save_weights
 
 load = partial(load_model, activation="quick_gelu")  # which a state dict does not tell
@@ -63,7 +61,6 @@ def save_as(kind: str, model, path: Path) -> Path:
     content = {
         "float32": weights,
         "float16": half,
-        "before torch 1.6": weights,
         "ours, checkpoint": {"format": 1, "model": weights, "optimizer": {}, "rows": []},
         "open_clip": {
             "epoch": 3,
@@ -72,11 +69,11 @@ def save_as(kind: str, model, path: Path) -> Path:
             "optimizer": {},
         },
     }[kind]
-    torch.save(content, path, _use_new_zipfile_serialization=kind != "before torch 1.6")
+    torch.save(content, path)
     return path
 
 
-KINDS = ["published", "float32", "float16", "before torch 1.6", "safetensors", "safetensors half",
+KINDS = ["published", "float32", "float16", "safetensors", "safetensors half",
          "ours, best weights", "ours, checkpoint", "open_clip"]  # fmt: skip
 
 
@@ -130,13 +127,10 @@ def test_code_in_a_file_is_not_run(demo, archive, tmp_path):
             load(path, "cpu")
         assert not sprung.exists(), path.name
     for protocol in range(2, 6):
-        for is_zip in (True, False):
-            content, path = {"a": Trap(sprung), "model": demo.state_dict()}, tmp_path / "beside.pt"
-            torch.save(
-                content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=is_zip
-            )
-            load(path, "cpu")
-            assert not sprung.exists(), (protocol, is_zip)
+        content, path = {"a": Trap(sprung), "model": demo.state_dict()}, tmp_path / "beside.pt"
+        torch.save(content, path, pickle_protocol=protocol)
+        load(path, "cpu")
+        assert not sprung.exists(), protocol
     pickle.loads(pickle.dumps(Trap(sprung)))
     assert sprung.exists()  # the trap works
 
@@ -152,16 +146,8 @@ def test_a_file_cannot_change_how_the_next_is_read(demo, archive, tmp_path, name
     state = b"}X\14\0\0\0__setstate__" + target + b"s"
     content = b"\x80\x02" + target + (b"N" + state + b"\x86" if as_slots else state) + b"b."
     with suppress(InputError):
-        read_state_dict(with_pickle(archive, tmp_path / "changes.pt", content))
-    assert read_state_dict(archive).keys() == demo.state_dict().keys()
-
-
-def test_numbers_in_another_byte_order_are_refused(tmp_path):
-    little, big = saved({"a": torch.ones(1)}, tmp_path / "little.pt"), tmp_path / "big.pt"
-    with zipfile.ZipFile(little) as source, zipfile.ZipFile(big, "w") as copy:
-        for name in source.namelist():
-            copy.writestr(name, b"big" if name.endswith("/byteorder") else source.read(name))
-    assert "big-endian" in refusal(big)
+        read_file(with_pickle(archive, tmp_path / "changes.pt", content))
+    assert read_file(archive)[0].keys() == demo.state_dict().keys()
 
 
 def test_a_record_that_lies_about_its_length_is_refused(archive, tmp_path):
@@ -201,7 +187,7 @@ TWO_DISKS = b"PK\6\7" + bytes(12) + b"\2\0\0\0PK\5\6" + bytes(18)
         (b"ftypisom and so on", "another file of 18 bytes, not weights"),
         (b"PK\x03\x04 and nothing else", "truncated or damaged"),
         (b"pK\x03\x04 as no archive starts" + TWO_DISKS, "another file of 67 bytes, not weights"),
-        (b"\x80\x02 and nothing else", "truncated or damaged"),
+        (b"\x80\x02 and nothing else", "a bare pickle"),
         (b"\xff\xff\xff\xff\xff\xff\xff\x7f{}", "truncated or damaged"),
     ],
 )
@@ -210,7 +196,7 @@ def test_a_file_that_holds_no_weights_says_what_it_is(tmp_path, content, message
     path.write_bytes(content)
     said = refusal(path)
     assert said.startswith(message)
-    assert "download it anew" in said or "git lfs pull" in said
+    assert re.search("download it anew|git lfs pull|save it anew", said)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -249,7 +235,7 @@ def write_safetensors(path: Path, header: bytes, data: bytes = bytes(64)) -> Pat
 def test_a_safetensors_header_that_lies_is_refused(tmp_path, change):
     entry = {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}
     honest = write_safetensors(tmp_path / "a.safetensors", json.dumps({"a": entry}).encode())
-    assert torch.equal(read_state_dict(honest)["a"], torch.zeros(16))
+    assert torch.equal(read_file(honest)[0]["a"], torch.zeros(16))
     header = json.dumps({"a": entry | change}).encode()
     assert "damaged" in refusal(write_safetensors(tmp_path / "b.safetensors", header))
 
@@ -266,7 +252,7 @@ def test_a_safetensors_length_that_looks_like_another_format(tmp_path, length):
     """Its first bytes are "PK", as of a zip, or 80 02, as of a pickle."""
     header = json.dumps({"a": {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}}).encode()
     path = write_safetensors(tmp_path / "a.safetensors", header.ljust(length))
-    assert torch.equal(read_state_dict(path)["a"], torch.zeros(16))
+    assert torch.equal(read_file(path)[0]["a"], torch.zeros(16))
 
 
 @st.composite
@@ -284,12 +270,12 @@ def tensors(draw):
 
 
 @settings(max_examples=150)
-@given(st.dictionaries(st.text(min_size=1, max_size=5), tensors(), max_size=4), st.booleans())
-def test_tensors_are_those_that_torch_load_reads(weights, is_zip):
+@given(st.dictionaries(st.text(min_size=1, max_size=5), tensors(), max_size=4))
+def test_tensors_are_those_that_torch_load_reads(weights):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights.pt"
-        torch.save(weights, path, _use_new_zipfile_serialization=is_zip)
-        expected, ours = torch.load(path, weights_only=True), read_state_dict(path)
+        torch.save(weights, path)
+        expected, ours = torch.load(path, weights_only=True), read_file(path)[0]
     assert list(ours) == [key for key in expected if key not in NO_WEIGHTS]
     for key, tensor in ours.items():
         like = expected[key].float() if expected[key].is_floating_point() else expected[key]
@@ -323,13 +309,10 @@ def beside_weights() -> dict:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("is_zip", [True, False])
 @pytest.mark.parametrize("protocol", range(2, 6))
-def test_what_a_checkpoint_holds_beside_its_weights_is_passed_over(
-    demo, tmp_path, protocol, is_zip
-):
+def test_what_a_checkpoint_holds_beside_its_weights_is_passed_over(demo, tmp_path, protocol):
     path, content = tmp_path / "checkpoint.pth", {"model": demo.state_dict(), **beside_weights()}
-    torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=is_zip)
+    torch.save(content, path, pickle_protocol=protocol)
     assert_same(path, demo)
 
 
@@ -353,121 +336,9 @@ def assert_same(path, model):
     assert all(torch.equal(loaded[key], tensor) for key, tensor in model.state_dict().items())
 
 
-# --- Files made to fill the memory or to hang -----------------------------------------------------
-
-
 def saved(content: object, path: Path) -> Path:
     torch.save(content, path)
     return path
-
-
-def nested(hashed: bytes) -> bytes:
-    """A pickle that ends with `hashed`, for which place 60 of the memo holds a tuple of a tuple
-    twice, and that again, sixty times: to hash it takes 2**60 steps."""
-    doubled = b"".join(b"h%ch%c\x86q%c" % (n, n, n + 1) for n in range(60))
-    return b"\x80\x04)q\0" + doubled + hashed
-
-
-def tree(depth: int, name: bytes, twice: bool) -> bytes:
-    """A pickle of modules within modules, by a name, or each by two."""
-    new = b"c__torch__.M\nM\n)\x81q"
-    content, above = b"\x80\x02" + new + b"\0", b"h\0"
-    for _ in range(depth):
-        attributes = b"(X\1\0\0\0x" + above + (b"X\1\0\0\0y" + above if twice else b"") + b"u"
-        content += new + b"\1}" + attributes.replace(b"X\1\0\0\0x", name) + b"bq\0"
-    return content + b"."
-
-
-def numbered(count: int, value: bytes) -> bytes:
-    """The opcodes that push a dict of so many keys, all with the value that `value` pushes."""
-    items = b"".join(b"X\5\0\0\0%05d" % n + value for n in range(count))
-    return b"}(" + items + b"u"
-
-
-def modules(count: int, prepared: bytes, attributes: bytes) -> bytes:
-    """A pickle of so many modules in one. Of the memo, place 0 holds their class, place 1 a tensor,
-    and place 2 what `prepared` pushes."""
-    storage = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuK\1tQ"
-    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\0K\1\x85K\1\x85\x89}tR"
-    start = b"\x80\x02c__torch__\nM\nq\0" + tensor + b"q\1" + prepared + b"q\2"
-    return start + b"h\0)\x81" + numbered(count, b"h\0)\x81" + attributes + b"b") + b"b."
-
-
-@pytest.fixture(scope="module")
-def bombs(tmp_path_factory, archive):
-    """Small files that ask for a lot, each with what is said of it."""
-    folder = tmp_path_factory.mktemp("bombs")
-    plain = saved({"a": torch.zeros(1)}, folder / "plain.pt")
-
-    def pickled(name: str, content: bytes) -> Path:
-        return with_pickle(plain, folder / f"{name}.pt", content)
-
-    def scripted(name: str, content: bytes) -> Path:
-        return with_pickle(archive, folder / f"{name}.pt", content)
-
-    zipped = folder / "deflated.pt"
-    with zipfile.ZipFile(zipped, "w", zipfile.ZIP_DEFLATED) as file:
-        file.writestr("a/data.pkl", b"\x80\x02X\0\0\0\x20" + bytes(2**29) + b".")
-    shared = torch.zeros(2**16, dtype=torch.float16)
-    storage = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuK\0tQ"
-    empty = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage
-    empty += b"K\0J\0\0\0\x40\x85K\1\x85\x89}tR"
-    header = {"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
-    long_name = b"X\0\0\1\0" + b"n" * 2**16 + b"q\2"
-    return {
-        pickled("memo", b"\x80\x02}r\xff\xff\xff\x07."): "a place in the memo",
-        pickled("bytearray", b"\x80\x02c__builtin__\nbytearray\nJ\0\0\0\x40\x85R."): "keys: none",
-        pickled("array5", b"\x80\x05\x96\0\0\0\x40\0\0\0\0."): "bytearray8",
-        pickled("key", nested(b"}h<K\1s.")): "keys: none",
-        pickled("set", nested(b"\x8f(h<\x90.")): "keys: none",
-        pickled("frozenset", nested(b"(h<\x91.")): "holds tuple",
-        scripted("shared", tree(100, b"X\1\0\0\0x", twice=True)): "ln_final.weight",
-        scripted("names", tree(2, long_name, twice=False)): "nested too deep",
-        scripted("wide", modules(20_000, long_name[:-2], b"}h\2h\1s")): "nested too deep",
-        scripted("same", modules(5000, numbered(5000, b"h\1"), b"h\2")): "ln_final.weight",
-        pickled("long", b"\x80\x02X\0\0\x50\0" + bytes(5 << 20) + b"."): "exceeds 4,194,304 bytes",
-        pickled("empty", b"\x80\x02}X\1\0\0\0a" + empty + b"s."): "damaged (setStorage",
-        zipped: "compressed",
-        saved({"a": torch.zeros(1).expand(2**30)}, folder / "expanded.pt"): "claim more than its",
-        saved({f"a{n}": shared for n in range(20_000)}, folder / "often.pt"): "claim more than its",
-        write_safetensors(folder / "h.safetensors", json.dumps(header).encode()): "damaged",
-        saved({f"visual.transformer.resblocks.{n}.x": torch.zeros(1) for n in range(9999)}
-              | {"ln_final.weight": torch.zeros(64), "text_projection": torch.zeros(64, 64),
-                 "positional_embedding": torch.zeros(77, 64), "visual.proj": torch.zeros(64, 64),
-                 "token_embedding.weight": torch.zeros(9, 64),
-                 "visual.conv1.weight": torch.zeros(64, 3, 8, 8),
-                 "visual.positional_embedding": torch.zeros(5, 64),
-                 "transformer.resblocks.0.x": torch.zeros(1)}, folder / "deep.pt"):
-            "vision_layers would be 9999",
-    }  # fmt: skip
-
-
-def messages_and_growth(paths, results):
-    """The message for each path, and by how much the peak memory grew, in units of the system."""
-    import resource
-
-    def say(path):
-        try:
-            return str(load_model(path, "cpu"))
-        except InputError as error:
-            return str(error)
-
-    def peak():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-    before = peak()
-    results.put(([say(path) for path in paths], peak() - before))
-
-
-def test_a_file_that_asks_for_more_than_it_holds_gets_nothing(bombs):
-    """In a process of its own, whose peak memory is theirs alone; a hang ends the test."""
-    pytest.importorskip("resource")
-    results = forks().Queue()
-    forks().Process(target=messages_and_growth, args=(list(bombs), results)).start()
-    messages, grown = results.get(timeout=120)
-    for (path, said), message in zip(bombs.items(), messages, strict=True):
-        assert message.startswith(str(path)) and said in message
-    assert grown < 200 * (1 if sys.platform == "darwin" else 2**10) * 2**10 / 2**10
 
 
 # --- Weights of another model, or of a broken one -------------------------------------------------
@@ -480,42 +351,41 @@ def without(weights: dict, *prefixes: str) -> dict:
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda w: without(w, "visual."), "the text tower of a CLIP model alone; give"),
+        (lambda w: without(w, "visual."), "not the weights of a whole CLIP: .*visual.* is missing"),
         (
             lambda w: {k: t for k, t in w.items() if k.startswith("visual.")},
-            "the image tower of a CLIP model alone; give",
+            "not the weights of a whole CLIP: .* is missing",
         ),
         (
             lambda w: dict(list(w.items())[: len(w) // 2]),
-            "the image tower of a CLIP model alone; give",
+            "not the weights of a whole CLIP: .* is missing",
         ),
         (  # as `model.visual.state_dict()` saves it
             lambda w: {k[7:]: t for k, t in w.items() if k.startswith("visual.")},
-            "the image tower of a CLIP model alone; give",
+            "not the weights of a whole CLIP: .* is missing",
         ),
         (
             lambda w: {f"text.{k}": t for k, t in without(w, "visual.").items()},
-            "the text tower of a CLIP model alone; give",
+            "not the weights of a whole CLIP: .*visual.* is missing",
         ),
         (
             lambda w: {"base_model.model.text_model.x.lora_A.weight": torch.zeros(2, 2)},
-            "an adapter of the library peft; give its folder",
+            "not the weights of a whole CLIP: .* is missing",
         ),
         (
-            lambda w: without(w, "visual.transformer.resblocks.1.", "transformer.resblocks.0."),
+            lambda w: without(w, "visual.transformer.resblocks.1.", "transformer.resblocks.1."),
             r"missing: visual\S+resblocks\.1\..*; unknown: visual\S+resblocks\.2\.",
         ),
-        (lambda w: without(w, "visual.transformer."), "its vision_layers would be 0"),
-        (lambda w: {k: t.int() for k, t in w.items()}, "of another type: .* torch.int32 instead"),
+        (lambda w: without(w, "visual.transformer."), r"visual\S+resblocks\.0\S+ is missing"),
+        (
+            lambda w: {k: t.int() for k, t in w.items()},
+            "of another shape or type: .* of integers instead",
+        ),
         (lambda w: {f"b_{k}": t for k, t in w.items()}, r"its keys: b_\w+"),
         (lambda w: {}, "its keys: none"),
         (
             lambda w: w | {"visual.positional_embedding": torch.zeros(16, 192)},
-            "the 15 positions in an image do not form a square",
-        ),
-        (
-            lambda w: w | {"ln_final.weight": torch.zeros(100)},
-            "its width 100 is no multiple of 64",
+            r"positional_embedding \[16, 192\] of floats instead of \[10, 192\] of floats",
         ),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
