@@ -12,7 +12,7 @@ from typing import NamedTuple
 from flickr8k.sources import FileIndex, SourceFile, absolute
 from models.errors import InputError
 from models.files import probably_meant
-from utils.data.annotations import collect
+from utils.data.annotations import CHINESE_CLIP, caption_file, collect
 from utils.data.caption_folders import folder_form, folder_records, table_records
 from utils.data.caption_formats import (
     CAPTION_FIELDS,
@@ -57,6 +57,9 @@ def read_own(
     entries or file names, the images are split at random. Raises `InputError` for unusable
     captions, and for images without a file or with several.
     """
+    for source in named:
+        if _is_ready(source, language):
+            raise InputError(f"{source}: is read as it is: train.py --dataset_path {source}")
     folder = _captioned_folder(files, named)
     holders = [folder] if folder else caption_files(files, root, {*map(absolute, named)})
     if not holders:
@@ -84,6 +87,15 @@ def read_own(
     return captions, splits, copied
 
 
+def _is_ready(source: Path, language: str) -> bool:
+    """Whether `train.py` reads the splits of a source: folders without a list, or Chinese-CLIP's
+    lists."""
+    lists = [f for f in source.iterdir() if f.suffix in SUFFIXES] if source.is_dir() else []
+    if lists and not any(file.name.endswith(CHINESE_CLIP) for file in lists):
+        return False
+    return all(caption_file(source, language, split).exists() for split in ("train", "val"))
+
+
 def _captioned_folder(files: list[SourceFile], named: list[Path]) -> Path | None:
     """The only source, if it is a folder with captions in a form of `caption_folders`: one with
     containers, beside which programs write tables of other things, or any without a list."""
@@ -106,7 +118,13 @@ def _records(file: SourceFile) -> Iterator[Record]:
 
 
 def split_at_random(names: Set[str]) -> dict[str, list[str]]:
-    """Split images 6 : 1 : 1 into train, val and test, always in the same way."""
+    """Split images 6 : 1 : 1 into train, val and test, always in the same way. Raises `InputError`
+    for less than three."""
+    if len(names) < 3:
+        raise InputError(
+            f"{len(names)} images, where a split into train, val and test takes at least 3; name "
+            "more of them with --source"
+        )
     shuffled = sorted(names)
     random.Random(0).shuffle(shuffled)
     n_held_out = max(1, len(shuffled) // 8)

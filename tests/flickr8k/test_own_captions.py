@@ -222,7 +222,7 @@ UNUSABLE = {
         {"a.csv": as_csv([("birds/00", ["x"])])},
         r"birds/00 .there is birds/00\.jpg: the name needs its ending",
     ),
-    "no training images": ({"a.csv": as_csv(PAIRS[:2])}, "no images for train"),
+    "two images": ({"a.csv": as_csv(PAIRS[:2])}, "2 images, .* at least 3"),
     "a bad row": ({"a.csv": "image,caption\nbirds/00.jpg,a,b\n"}, r"a\.csv: 1 of 1 .*\n  line 2:"),
     "no header": ({"a.csv": "birds/00.jpg,a\n"}, r"no file .*\n  .*a\.csv: the first line should"),
     "three files": (

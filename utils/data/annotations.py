@@ -5,16 +5,16 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from functools import lru_cache, partial
+from functools import partial
 from itertools import chain
 from pathlib import Path, PureWindowsPath
 from tempfile import TemporaryDirectory
 
 from models.errors import InputError, one_line
-from models.files import decoded, file_version, probably_meant, read_bytes
+from models.files import decoded, probably_meant, read_bytes
 from models.progress_bar import progress_bar
 from models.scripts import from_here
-from utils.data.caption_folders import folder_form, folder_records, table_records
+from utils.data.caption_folders import folder_form, folder_records, table_records, why_no_form
 from utils.data.caption_formats import (
     CAPTION_FIELDS,
     IMAGE_FIELDS,
@@ -30,6 +30,7 @@ from utils.data.caption_formats import (
     read_records,
 )
 from utils.data.caption_lists import CaptionLists, Entries, join_parts
+from utils.data.containers import cached_by_version
 from utils.runs.files import atomic_write
 
 CHINESE_CLIP = "_texts.jsonl"  # the end of its lists' names
@@ -43,18 +44,29 @@ PLAIN_PATH = re.compile(r"(?:\w[\w.-]*/)*\w[\w.-]*", re.ASCII)
 
 
 def missing_annotations(file: Path) -> str | None:
-    """Why the captions of `caption_file` are not found, and which other lists are there, of its
-    split if possible; None if they are there."""
+    """Why the captions of `caption_file` are not found, and what is there instead, of its split if
+    possible; None if they are there. Raises `InputError` for the only table, if it is broken."""
     root = file.parent
     if not root.is_dir():
         return f"{root}: {'is not a folder' if root.exists() else 'no such folder'}"
     if file.exists():
         return None
+    split = file.stem.rpartition("_")[2]
     lists = sorted(f for f in root.iterdir() if f.suffix in SUFFIXES and f.is_file())
-    split = "_" + file.stem.rpartition("_")[2]
-    others = [f.name for f in lists if f.stem.endswith(split)] or [f.name for f in lists]
+    if len(lists) == 1 and lists[0].stem.rpartition("_")[2] not in SPLITS:
+        _table_parts(lists[0])
+    others = [f.name for f in lists if f.stem.endswith(f"_{split}")] or [f.name for f in lists]
     shown = others[:OTHERS_SHOWN] + (["..."] if len(others) > OTHERS_SHOWN else [])
-    return f"{root}: no {file.name} in it" + (f", only {', '.join(shown)}" if shown else "")
+    told = f"{root}: no {file.name} in it" + (f", only {', '.join(shown)}" if shown else "")
+    folders = {word: root / word for word in SPLIT_WORDS if (root / word).is_dir()}
+    if own := [folder for word, folder in folders.items() if SPLIT_WORDS[word] == split]:
+        return f"{told}; {why_no_form(own[0])}"
+    for folder in folders.values():
+        return (
+            f"{told}, and no {split}/ beside {folder.name}/, whose images are split by python "
+            f"{from_here('flickr8k/prepare.py')} --source {folder} --output {root}"
+        )
+    return told
 
 
 def caption_file(root: Path, language: str, split: str) -> Path:
@@ -89,7 +101,7 @@ def read_annotations(path: Path, split: str | None = None, language: str = "en")
         images = path.name.replace(CHINESE_CLIP, "_imgs.tsv")
         return _pairs(path, chinese_clip_records(_read_text(path), images))
     if split and name not in SPLITS:
-        parts = _table_parts(path, file_version(path))
+        parts = _table_parts(path)
         others = {word: len(part) for word, part in parts.items() if word not in SPLIT_WORDS}
         if others and split == "train":  # once
             print(
@@ -109,14 +121,9 @@ def read_annotations(path: Path, split: str | None = None, language: str = "en")
 def splits_in(table: Path) -> set[str | None]:
     """The splits that the entries of a table name."""
     try:
-        return set(map(SPLIT_WORDS.get, _table_parts(table, file_version(table))))
+        return set(map(SPLIT_WORDS.get, _table_parts(table)))
     except InputError:
         return set()  # some other file
-
-
-@lru_cache(maxsize=1)
-def _table_parts(path: Path, _: str) -> dict[str, CaptionLists]:
-    return _list_parts(path)
 
 
 def _list_parts(path: Path) -> dict[str, CaptionLists]:
@@ -130,6 +137,9 @@ def _list_parts(path: Path) -> dict[str, CaptionLists]:
                 records = list_records(chain([first], pieces), lambda: _read_text(path))
                 return collect(path, records, image_path)
     return captions_by_split(path, _read_text(path), image_path)
+
+
+_table_parts = cached_by_version(1)(_list_parts)
 
 
 def _pairs(path: Path, records: Iterable[Record]) -> CaptionLists:

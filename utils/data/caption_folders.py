@@ -40,11 +40,17 @@ def folder_records(folder: Path, language: str) -> Iterator[Record]:
     """The records of a folder. Raises `InputError` if it has no known form."""
     form = folder_form(folder)
     if form is None:
-        raise InputError(
-            f"{folder}: holds no images with captions: neither tar shards, nor 1.txt beside 1.jpg, "
-            "nor a folder of images for each class"
-        )
+        raise InputError(why_no_form(folder))
     return form.records(folder, language)
+
+
+def why_no_form(folder: Path) -> str:
+    classes = class_folders(folder)
+    only = f"only one class folder, {classes[0].name}" if len(classes) == 1 else "no class folders"
+    return (
+        f"{folder}: no captions: there are neither tar shards nor 1.txt beside 1.jpg, and {only}; "
+        "captions are made from at least two"
+    )
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -58,7 +64,8 @@ def _of_shards(folder: Path, _: str) -> Iterator[Record]:
 
 def _of_shard(shard: Path) -> Iterator[Record]:
     samples: dict[str, dict[str, str]] = {}  # {key: {ending: member}}
-    for member in index_of(shard):
+    places = index_of(shard)
+    for member in places:
         path = PurePosixPath(member)
         if path.name.startswith("."):  # a Mac's notes on a file
             continue
@@ -68,7 +75,8 @@ def _of_shard(shard: Path) -> Iterator[Record]:
         where = f"{shard.name}/{key}"
         image = first_of(ENDINGS, members)
         if ending := first_of((".txt", ".json"), members):
-            text = decoded(read_contained(shard, members[ending]), f"{shard}/{members[ending]}")
+            name = members[ending]
+            text = decoded(read_contained(shard, name, places[name]), f"{shard}/{name}")
         if not (image and ending):
             has = ", ".join(members.values())
             yield Record(where, None, f"should be an image beside a .txt or a .json; it is {has}")
@@ -98,6 +106,7 @@ def table_records(file: Path) -> Iterator[Record]:
     table = arrow_table(file)
     contained = image_column(table)
     rows = table.drop_columns([contained]) if contained else table
+    rows = rows.rename_columns([name.strip().casefold() for name in rows.column_names])
     number = 0
     for batch in rows.to_batches():
         for row in batch.to_pylist():

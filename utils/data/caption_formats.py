@@ -105,7 +105,7 @@ def _json_records(text: str, suffix: str) -> Iterator[Record]:
     if first_of(IMAGE_FIELDS, content):
         return iter([Record("line 1", content)])
     if content and all(PurePath(key).suffix for key in content):
-        pairs = content.items()
+        pairs = json.loads(text, object_pairs_hook=list)  # a key may be repeated
         return (Record(f"image {key:.80}", {"image": key, "caption": text}) for key, text in pairs)
     return _list_records(content)
 

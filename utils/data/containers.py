@@ -10,11 +10,12 @@ import binascii
 import re
 import tarfile
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from models.errors import InputError, one_line
+from models.files import file_version
 
 Place = tuple[int, int]  # where an image starts in its container, and its size in bytes
 
@@ -34,7 +35,17 @@ def in_container(path: str | Path) -> tuple[Path, str] | None:
     return None
 
 
-@lru_cache(maxsize=64)
+def cached_by_version(files: int) -> Callable:
+    """A decorator that keeps the results for the last `files`, as long as these do not change."""
+
+    def decorate(read: Callable[[Path], Any]) -> Callable[[Path], Any]:
+        kept = lru_cache(maxsize=files)(lambda file, _: read(file))
+        return wraps(read)(lambda file: kept(file, file_version(file)))
+
+    return decorate
+
+
+@cached_by_version(64)
 def index_of(file: Path) -> dict[str, Place]:
     """The places of all images in a container. Raises `InputError` if it cannot be read."""
     try:
@@ -111,7 +122,7 @@ def _arrow_image(file: Path, row: int, _: int) -> bytes:
     return content or Path(path).read_bytes()
 
 
-@lru_cache(maxsize=256)
+@cached_by_version(256)
 def arrow_table(file: Path) -> Any:
     """The table of Arrow that a file of Hugging Face's `datasets` (a stream) or a Parquet file
     holds; the former is mapped into memory. Raises `InputError`, also without `pyarrow`."""

@@ -15,7 +15,7 @@ from models.errors import InputError
 from models.preprocess import DRAWN_BY_PROGRAMS, NEED_A_PACKAGE, is_one_colour
 from models.progress_bar import progress_bar
 from utils.data.caption_formats import SPLITS
-from utils.data.containers import in_container, index_of
+from utils.data.containers import Place, in_container, index_of
 from utils.data.image_reading import read_image
 
 NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG"}  # formats that Pillow names but cannot read
@@ -70,18 +70,19 @@ def locate(root: Path, names: Sequence[str]) -> tuple[list[str], np.ndarray | No
     in containers, `[n, 2]`, or None if none does. Each folder is listed once, since on a disk in
     the network a question about each file takes long. Raises `InputError` for a broken container.
     """
-    containers: dict[str, tuple[Path, str] | None] = {}
+    containers: dict[str, tuple[dict[str, Place], str] | None] = {}
     in_folder: dict[str, set[str]] = {}
     places, missing = None, set()
     for row, name in enumerate(names):
         folder, _, file = name.rpartition("/")
         if folder not in containers:
-            containers[folder] = in_container(root / folder / "_")
+            found = in_container(root / folder / "_")
+            containers[folder] = found and (index_of(found[0]), found[1][:-1])
         if containers[folder] is None:
             in_folder.setdefault(folder, set()).add(file)
             continue
-        container, inner = containers[folder]
-        place = index_of(container).get(f"{inner[:-1]}{file}")
+        index, inner = containers[folder]
+        place = index.get(f"{inner}{file}")
         if place is None:
             missing.add(name)
         else:

@@ -121,6 +121,11 @@ def _class_folders(root: Path, is_train: bool) -> LabelledImages:
         _check_both_splits(root / "train", scored or root / SCORED[0])
     split = root / "train" if is_train else scored or root
     folders = class_folders(split)
+    if not scored and [folder.name for folder in folders] == ["train"]:
+        raise InputError(
+            f"{root}: has train/, and no val/ (or valid/ or test/) beside it; move some images of "
+            f"each class there, or name {root / 'train'} to score on its images"
+        )
     if len(folders) < 2:
         found = f"only one class folder in it, {folders[0].name}" if folders else "no class folders"
         raise InputError(

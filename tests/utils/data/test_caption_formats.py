@@ -102,6 +102,12 @@ def test_the_name_of_a_file_says_its_split(tmp_path, capsys):
     assert "entries whose split is test count as val" in capsys.readouterr().out
 
 
+def test_a_key_that_is_repeated_in_an_object_has_the_captions_of_both(tmp_path):
+    (tmp_path / "en_train.json").write_text('{"1.jpg": "a", "2.jpg": ["b"], "1.jpg": ["c", "d"]}')
+    pairs = [("1.jpg", ["a", "c", "d"]), ("2.jpg", ["b"])]
+    assert read_annotations(tmp_path / "en_train.json") == pairs
+
+
 def test_columns_with_bars_and_spaces_in_the_header(tmp_path):
     """As the results.csv of Flickr30k."""
     file = tmp_path / "en_train.csv"

@@ -165,7 +165,12 @@ def empty(folder, name):
     [
         (lambda f: remove(f, "."), False, "pets: no such folder, and no data set of torchvision"),
         (lambda f: empty(f, "."), False, "pets: no class folders; give a folder with a folder of"),
-        (lambda f: remove(f, "val"), False, "pets: only one class folder in it, train; give"),
+        (lambda f: remove(f, "val"), False, "pets: has train/, and no val/ .* name .*train"),
+        (
+            lambda f: [remove(f, f"val/{n}") for n in NAMES[1:]],
+            False,
+            "val: only one class folder in it, big_cat; give",
+        ),
         (lambda f: empty(f, "val/狗"), False, "狗: there are no images in it; put some into it"),
         (lambda f: remove(f, "train"), True, "pets: --linear_probe needs the same class folders"),
         (lambda f: remove(f, "val"), True, "--linear_probe needs .*val; only one of them has"),
