@@ -111,10 +111,7 @@ def _captioned_folder(files: list[SourceFile], named: list[Path]) -> Path | None
 def _records(file: SourceFile) -> Iterator[Record]:
     if _suffix(file) == ".parquet" and not file.archive:
         return table_records(file.path)
-    try:
-        return read_records(file.read_text(), _suffix(file))
-    except UnknownFormat as error:
-        raise InputError(f"{file}: {error}") from None
+    return read_records(file.read_text(), _suffix(file))
 
 
 def split_at_random(names: Set[str]) -> dict[str, list[str]]:

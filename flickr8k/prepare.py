@@ -42,12 +42,12 @@ from models.errors import InputError
 from models.host import run_script
 from utils.data.annotations import (
     annotations_json,
-    captions_by_split,
+    collect,
     image_path,
     refuse_another_set,
     write_set,
 )
-from utils.data.caption_formats import SPLIT_WORDS
+from utils.data.caption_formats import SPLIT_WORDS, read_records
 from utils.data.caption_lists import join_parts
 
 Captions = dict[str, list[str]]  # name of an image -> its captions
@@ -86,7 +86,7 @@ def read_tokens(file: SourceFile) -> Captions:
 
 def read_kaggle(file: SourceFile) -> Captions:
     """The captions of the Kaggle copy: CSV with the header `image,caption`."""
-    parts = captions_by_split(file, file.read_text(), str)
+    parts = collect(file, read_records(file.read_text()), str)
     if len(parts) > 1:
         raise InputError(
             f"{file}: says of the images which split they are in, as the Kaggle copy does not; if "

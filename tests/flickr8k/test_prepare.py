@@ -353,7 +353,7 @@ def test_download_brings_only_what_the_sources_lack(tmp_path, release):
 
 def test_another_set_is_noticed_before_the_images_are_downloaded(tmp_path, release):
     as_folder(tmp_path / "flickr8k", {"en_test.json": b"[]"})
-    with pytest.raises(InputError, match=r"en_test\.json.*--output"):
+    with pytest.raises(InputError, match=r"en_test\.json.*another folder"):
         prepare(tmp_path / "flickr8k", download=True)
     assert release == ["Flickr8k_text.zip"]
 
@@ -444,7 +444,7 @@ def test_another_set_is_not_overwritten(tmp_path):
     source = as_folder(tmp_path / "source", official_text() | official_images())
     root = tmp_path / "flickr8k"
     as_folder(root, {"en_val.json": b"[]"})
-    with pytest.raises(InputError, match=r"en_val\.json.*--output"):
+    with pytest.raises(InputError, match=r"en_val\.json.*another folder"):
         prepare(root, [source])
     assert files_of(root) == {"en_val.json": b"[]"}
 

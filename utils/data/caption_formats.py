@@ -4,7 +4,7 @@ import ast
 import csv
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import chain
 from pathlib import PurePath
@@ -29,7 +29,8 @@ LITERAL = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 LIST = re.compile(rf"\[\s*(?:(?:{LITERAL.pattern})[,\s]*)+\]", re.DOTALL)
 BLANK = re.compile(r"\s*")
 LINE = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+")
-LARGEST_ENTRY = 2**24  # characters
+SHOULD_HOLD = 'it should hold [{"image": ..., "caption": ...}, ...]'
+NO_LIST = f"is not a list; {SHOULD_HOLD}"
 SHOWN = 80  # characters of a line that a message quotes
 
 
@@ -56,18 +57,20 @@ def read_records(text: str, suffix: str = "") -> Iterator[Record]:
     table       CSV or TSV: the first line names the columns; a row has a caption, or a list of them
                 as Python, JSON or numpy writes it. Commas, tabs, semicolons or bars separate fields
 
-    Raises `UnknownFormat`, also between records.
+    Raises `UnknownFormat`.
     """
     start = checked(text)[BLANK.match(text).end()]
-    if start == "[" and suffix != ".jsonl":
-        return list_records([text], lambda: text)
-    if start in "[{":
-        return _json_records(text, suffix)
-    if (rows := _table(text)) is not None:
-        return rows
-    if suffix not in (".json", ".jsonl"):
+    if start == "[":
+        yield from _list_records(text)
+    elif start == "{":
+        yield from _json_records(text, suffix)
+    elif rows := _table(text):
+        yield from rows
+    elif suffix in (".json", ".jsonl"):
+        _parsed(text)
+        raise UnknownFormat(NO_LIST)
+    else:
         raise UnknownFormat(_not_a_table(text))
-    return _list_records(_parsed(text))
 
 
 def checked(text: str) -> str:
@@ -77,6 +80,23 @@ def checked(text: str) -> str:
     if "\0" in text:
         raise UnknownFormat("holds NUL bytes; save it as UTF-8")
     return text
+
+
+def _list_records(text: str) -> Iterator[Record]:
+    """The records of a JSON list, entry by entry, which takes less memory than all at once."""
+    decode = json.JSONDecoder().raw_decode
+    place, number = BLANK.match(text).end(), 0
+    try:
+        while text[place] == ("," if number else "["):
+            entry, end = decode(text, BLANK.match(text, place + 1).end())
+            yield Record(f"entry {number}", entry)
+            place, number = BLANK.match(text, end).end(), number + 1
+        is_whole = text[place] == "]" and not text[place + 1 :].strip()
+    except (RecursionError, ValueError, IndexError):
+        is_whole = False
+    if not is_whole:
+        _parsed(text)  # raises an error that names the place
+        raise UnknownFormat(f"lists no images; {SHOULD_HOLD}")
 
 
 def _json_records(text: str, suffix: str) -> Iterator[Record]:
@@ -92,8 +112,6 @@ def _json_records(text: str, suffix: str) -> Iterator[Record]:
         if suffix != ".jsonl" and not isinstance(first.content, dict):
             raise
         return chain([first], lines)
-    if not isinstance(content, dict):
-        return _list_records(content)
     images, annotations = content.get("images"), content.get("annotations")
     if isinstance(images, list) and isinstance(annotations, list):
         return _coco_records(images, annotations)
@@ -107,45 +125,7 @@ def _json_records(text: str, suffix: str) -> Iterator[Record]:
     if content and all(PurePath(key).suffix for key in content):
         pairs = json.loads(text, object_pairs_hook=list)  # a key may be repeated
         return (Record(f"image {key:.80}", {"image": key, "caption": text}) for key, text in pairs)
-    return _list_records(content)
-
-
-def list_records(pieces: Iterable[str], whole: Callable[[], str]) -> Iterator[Record]:
-    """The records of a JSON list, entry by entry, which takes less memory than all at once.
-    `pieces` make the text; `whole` gives it to name a problem. Raises `UnknownFormat`."""
-    number = -1
-    try:
-        for number, entry in enumerate(_elements(iter(pieces))):
-            yield Record(f"entry {number}", entry)
-    except (RecursionError, ValueError):
-        content = _parsed(checked(whole()))  # raises an error that names the place, as a rule
-        if number >= 0:
-            raise UnknownFormat("lists something that is no object") from None
-        yield from _list_records(content)
-
-
-def _elements(pieces: Iterator[str]) -> Iterator[object]:
-    """The elements of a JSON list. Raises `ValueError` for an empty or a broken one."""
-    decode = json.JSONDecoder().raw_decode
-    text, place, before = next(pieces), 0, "["
-    while True:
-        place = BLANK.match(text, place).end()
-        if before == "," and text.startswith("]", place):
-            break
-        try:
-            if not text.startswith(before, place):
-                raise ValueError
-            element, end = decode(text, BLANK.match(text, place + 1).end())
-        except ValueError:
-            piece = next(pieces, "")
-            if not piece or len(text) - place > LARGEST_ENTRY:
-                raise
-            text, place = text[place:] + piece, 0
-            continue
-        yield element
-        place, before = end, ","
-    if text[place + 1 :].strip() or any(piece.strip() for piece in pieces):
-        raise ValueError
+    raise UnknownFormat(NO_LIST)
 
 
 def _lines(text: str) -> Iterator[str]:
@@ -194,13 +174,6 @@ def _line(number: int, line: str) -> Record:
         return Record(f"line {number}", None, str(error))
 
 
-def _list_records(content: object) -> Iterator[Record]:
-    if not isinstance(content, list) or not content:
-        found = "lists no images" if content == [] else "is not a list"
-        raise UnknownFormat(f'{found}; it should hold [{{"image": ..., "caption": ...}}, ...]')
-    return (Record(f"entry {number}", entry) for number, entry in enumerate(content))
-
-
 def _coco_records(images: list, annotations: list) -> Iterator[Record]:
     if not any(isinstance(entry, dict) and "caption" in entry for entry in annotations):
         raise UnknownFormat(
@@ -211,15 +184,13 @@ def _coco_records(images: list, annotations: list) -> Iterator[Record]:
     for entry in images:
         if isinstance(entry, dict) and isinstance(entry.get("id"), (int, str)):
             names[entry["id"]] = entry.get("file_name")
-    records = []
     for number, entry in enumerate(annotations):
         image = entry.get("image_id") if isinstance(entry, dict) else None
         if isinstance(image, (int, str)) and image in names:
-            records.append(Record(f"annotation {number}", {**entry, "image": names[image]}))
+            yield Record(f"annotation {number}", {**entry, "image": names[image]})
         else:
             problem = '"image_id" is that of none of the images'
-            records.append(Record(f"annotation {number}", entry, problem))
-    return iter(records)
+            yield Record(f"annotation {number}", entry, problem)
 
 
 def _table(text: str) -> Iterator[Record] | None:

@@ -11,7 +11,6 @@ from script_runs import ROOT
 
 from models.errors import InputError
 from utils.data.annotations import (
-    annotations_json,
     missing_annotations,
     read_annotations,
 )
@@ -140,9 +139,7 @@ def test_missing_folder_is_told_from_missing_file(tmp_path):
     )
     for number in range(9):
         (tmp_path / f"{number}.csv").touch()
-    assert missing(tmp_path / "en_test.json").endswith(
-        "in it, only 0.csv, 1.csv, 2.csv, 3.csv, 4.csv, ..."
-    )
+    assert missing(tmp_path / "en_test.json").endswith("in it, only 0.csv, 1.csv, 2.csv and 9 more")
     assert missing_annotations(tmp_path / "cn_train.json") is None
     assert missing_annotations(tmp_path / "notes.txt" / "en_train.json") == (
         f"{tmp_path / 'notes.txt'}: is not a folder"
@@ -193,13 +190,6 @@ def test_a_lone_surrogate_is_named_as_it_is_spelled(file, field, entry):
     file.write_text(f"[{entry}]".replace(r"\ud83d", r"\ud83d\udc36"), encoding="utf-8")
     ((image, captions),) = read_annotations(file)
     assert "\N{DOG FACE}" in image + captions[-1]
-
-
-def test_a_lone_surrogate_is_not_written_either():
-    with pytest.raises(
-        InputError, match=r'^"b.jpg": its name or a caption holds a lone surrogate, "\\udc36"'
-    ):
-        annotations_json([("a.jpg", ["a dog"]), ("b.jpg", ["a \udc36"])])
 
 
 @pytest.mark.parametrize("image", ["", "  ", ".", "./", 3, None, ["a.jpg"], {}])

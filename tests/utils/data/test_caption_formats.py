@@ -81,21 +81,6 @@ def test_empty_cells_are_no_captions_and_are_counted(tmp_path, capsys):
         read_annotations(tmp_path / "en_test.csv")
 
 
-def test_rows_that_all_stand_there_several_times_are_copies(tmp_path, capsys):
-    """A table that was appended to itself. A row alone that is doubled may be two people's caption,
-    as in Flickr8k's Chinese captions; and rows with numbers of their own differ."""
-    rows = ["1.jpg,a", "1.jpg,b", "1.jpg,a", "2.jpg,c", "3.jpg,d", "3.jpg,e", "3.jpg,d"]
-    doubled = [*rows[:4], *rows, "1.jpg,nan"]
-    (tmp_path / "en_train.csv").write_text("\n".join(["image,caption", *doubled]))
-    pairs = [("1.jpg", ["a", "b", "a"]), ("2.jpg", ["c"]), ("3.jpg", ["d", "e", "d"])]
-    assert read_annotations(tmp_path / "en_train.csv") == pairs
-    assert capsys.readouterr().out.endswith("left out are copied entries: 4, empty captions: 1\n")
-    numbered = [f"{row},{number}" for number, row in enumerate(doubled)]
-    (tmp_path / "en_train.csv").write_text("\n".join(["image,caption,n", *numbered]))
-    assert sum(len(captions) for _, captions in read_annotations(tmp_path / "en_train.csv")) == 11
-    assert "copied" not in capsys.readouterr().out
-
-
 def test_the_name_of_a_file_says_its_split(tmp_path, capsys):
     (tmp_path / "en_val.csv").write_text("image,caption,split\n1.jpg,a,dev\n2.jpg,b,test\n")
     assert read_annotations(tmp_path / "en_val.csv") == [("1.jpg", ["a"]), ("2.jpg", ["b"])]
@@ -200,7 +185,7 @@ def test_the_file_of_a_split_may_have_any_of_the_suffixes_but_only_one(tmp_path)
 # What a table keeps: spaces around a field do not count, and the csv module reads any line end as
 # \n within a file that Python opens as text.
 text = st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), min_size=1)
-# Entries that are all doubled are copies, and those of `NOTHING` are none.
+# Those of `NOTHING` are none.
 texts = text.map(str.strip).filter(lambda caption: caption.lower() not in NOTHING)
 captions = st.lists(texts, min_size=1, max_size=3, unique=True)
 names = st.text(st.characters(codec="utf-8", categories=("L", "N")), min_size=1, max_size=9)
