@@ -27,6 +27,7 @@ from utils.data.caption_formats import (
 from utils.data.caption_lists import join_parts
 from utils.data.containers import INSIDE, read_contained
 
+KAGGLE = "captions.txt"  # of Kaggle's copy of Flickr8k
 OTHER_SUFFIXES = (".txt", ".xlsx")  # of caption files that are read only if the user names them
 RESULT = re.compile(r"(en|cn)_(train|val|test)\.json")  # a file that prepare.py writes
 SHOWN = 3  # files without captions that a message names
@@ -49,9 +50,9 @@ class ContainedFile(NamedTuple):
 
 def read_own(
     files: list[SourceFile], root: Path, named: list[Path], language: str = "en"
-) -> CaptionedImages | None:
+) -> CaptionedImages:
     """The captions of images, their splits, and the files to copy, by the images' paths below the
-    folder `root`; images there are not copied. None if no file may hold captions.
+    folder `root`; images there are not copied.
 
     Captions are read from the files that the user `named`, or else from all. Without splits in
     entries or file names, the images are split at random. Raises `InputError` for unusable
@@ -62,8 +63,6 @@ def read_own(
             raise InputError(f"{source}: is read as it is: train.py --dataset_path {source}")
     folder = _captioned_folder(files, named)
     holders = [folder] if folder else caption_files(files, root, {*map(absolute, named)})
-    if not holders:
-        return None
     if folder:
         parts = [collect(folder, folder_records(folder, language), _image_name)]
     else:
@@ -82,7 +81,8 @@ def read_own(
         warn(
             f"the {len(captions):,} images are split at random into train, val and test; to choose "
             "yourself, add a column split that says train, val or test, or give a file of captions "
-            "for each, called so"
+            "for each, called so; for the official splits of Flickr8k name Flickr8k_text.zip with "
+            "--source as well, or add --download"
         )
     return captions, splits, copied
 
@@ -136,12 +136,12 @@ def warn(message: str) -> None:
 def caption_files(files: list[SourceFile], root: Path, named: set[Path]) -> list[SourceFile]:
     """The files with captions, among the `named` ones if any of these may have some, without those
     that prepare.py wrote to `root`. Raises `InputError` for a named file without captions, and if
-    no file of a right suffix has any."""
+    no file has any."""
     given = [file for file in files if absolute(file.path) in named and not file.archive]
     given = [file for file in given if _suffix(file) in SUFFIXES + OTHER_SUFFIXES]
-    lists = [file for file in files if RESULT.fullmatch(file.parts[-1])]
-    results = [file for file in lists if file.below(root) == file.parts[-1]]
-    others = [file for file in files if _suffix(file) in SUFFIXES and file not in results]
+    results = [file for file in files if RESULT.fullmatch(file.below(root) or "")]
+    others = [file for file in files if _suffix(file) in SUFFIXES or file.parts[-1] == KAGGLE]
+    others = [file for file in others if file not in results]
     holders, reasons = [], []
     for file in given or others:
         try:
@@ -150,21 +150,24 @@ def caption_files(files: list[SourceFile], root: Path, named: set[Path]) -> list
                 raise UnknownFormat("no entry has an image and a caption")
             holders.append(file)
         except (InputError, UnknownFormat) as error:
-            told = str(error).removeprefix(f"{file}: ")
-            reasons.append(f"\n  {file}: {told}")
-            if given:
-                raise InputError(f"{file}: {told}") from None
-    listed = "".join(reasons[:SHOWN]) + ("\n  ..." if len(reasons) > SHOWN else "")
-    if reasons and not holders:
-        raise InputError(f"no file of the sources holds captions:{listed}")
+            reasons.append(f"\n  {file}: {str(error).removeprefix(f'{file}: ')}")
+    shown = "".join(reasons[:SHOWN]) + ("\n  ..." if len(reasons) > SHOWN else "")
+    if reasons and (given or not holders):
+        raise InputError(f"files of the sources hold no captions:{shown}")
     if results and not holders:
         raise InputError(
             f"{root}: {', '.join(file.parts[-1] for file in results)}: named as the lists that are "
             "written here; rename a list of all images (captions.json), or write into another "
             "folder (--output)"
         )
+    if not holders:
+        raise InputError(
+            f"there are no captions in the sources: none of Flickr8k.token.txt, {KAGGLE} and "
+            "dataset_flickr8k.json, and no other file with CSV, TSV, JSON lines, COCO or a list; "
+            "name a folder or zip that holds one of them with --source, or add --download"
+        )
     if reasons:
-        warn(f"files that hold no captions are left out:{listed}")
+        warn(f"files that hold no captions are left out:{shown}")
     return holders
 
 

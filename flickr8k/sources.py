@@ -4,6 +4,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import takewhile
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 from zipfile import BadZipFile, ZipFile, ZipInfo
@@ -50,48 +51,40 @@ class FileIndex:
 
     def __init__(self, files: Iterable[SourceFile], root: Path):
         self.root = root
-        self.with_end: dict[tuple[str, ...], list[SourceFile]] = {}
-        self.longer: set[tuple[str, ...]] = set()  # ends of which `with_end` has the longer ones
+        self.with_end: dict[tuple[str, ...], list[SourceFile]] = {}  # of one part, of two
         self.add(files)
 
     def add(self, files: Iterable[SourceFile]) -> None:
         for file in files:
-            self.with_end.setdefault(_folded(file.parts[-1:]), []).append(file)
-        self.longer.clear()
+            for end in {_folded(file.parts[-1:]), _folded(file.parts[-2:])}:
+                self.with_end.setdefault(end, []).append(file)
 
     def find(self, parts: tuple[str, ...]) -> list[SourceFile]:
         """The files whose paths share the longest end with `parts`; among them, in this order,
         those spelled the same, below `root`, in no zip."""
         folded = _folded(parts)
-        found: list[SourceFile] = []
-        for start in reversed(range(len(parts))):
-            longer = self.with_end.get(folded[start:])
-            if not longer:
-                break
-            found = longer
-            if len(found) > 1 and start:
-                self._add_longer(folded[start:])
+        found = self.with_end.get(folded[-2:]) or self.with_end.get(folded[-1:], [])
         ranks = [
-            (file.parts[-1] == parts[-1], file.below(self.root) is not None, not file.archive)
+            (
+                _equal_at_end(_folded(file.parts), folded),
+                file.parts[-1] == parts[-1],
+                file.below(self.root) is not None,
+                not file.archive,
+            )
             for file in found
         ]
         best = max(ranks, default=None)
         return [file for file, rank in zip(found, ranks, strict=True) if rank == best]
 
-    def _add_longer(self, end: tuple[str, ...]) -> None:
-        """Sort the files with this end by one part more, once: most differ in their names."""
-        if end in self.longer:
-            return
-        self.longer.add(end)
-        parts: dict[tuple[str, ...], list[SourceFile]] = {}
-        for file in self.with_end[end]:
-            if len(file.parts) > len(end):
-                parts.setdefault(_folded(file.parts[-len(end) - 1 :]), []).append(file)
-        self.with_end |= parts
-
     def named(self, name: str) -> SourceFile | None:
-        """The first file of that name, or None."""
-        return next(iter(self.find((name,))), None)
+        """The first file of that name, whatever its folder, or None."""
+        return next(iter(self.find((name.rpartition("/")[2],))), None)
+
+
+def _equal_at_end(parts: tuple[str, ...], others: tuple[str, ...]) -> int:
+    """How many of the last parts are equal."""
+    pairs = zip(reversed(parts), reversed(others), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _folded(parts: tuple[str, ...]) -> tuple[str, ...]:

@@ -70,8 +70,8 @@ def test_files_too_large_to_be_read_whole_are_refused_with_their_size(tmp_path, 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the file would take the room it claims")
 def test_a_source_that_is_too_large_is_refused(tmp_path):
-    source = sparse(tmp_path / "Flickr8k.token.txt", 2 * LARGEST)
-    with pytest.raises(InputError, match=r"token\.txt: 2,147 MB, where at most"):
+    source = sparse(tmp_path / "dataset_flickr8k.json", 2 * LARGEST)
+    with pytest.raises(InputError, match=r"flickr8k\.json: 2,147 MB, where at most"):
         prepare(tmp_path / "output", [source])
 
 
