@@ -6,8 +6,7 @@ import re
 import sys
 from collections.abc import Iterator, Set
 from itertools import chain
-from pathlib import Path, PureWindowsPath
-from typing import NamedTuple
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from flickr8k.sources import FileIndex, SourceFile, absolute
 from models.errors import InputError
@@ -25,7 +24,7 @@ from utils.data.caption_formats import (
     read_records,
 )
 from utils.data.caption_lists import join_parts
-from utils.data.containers import INSIDE, read_contained
+from utils.data.containers import INSIDE
 
 KAGGLE = "captions.txt"  # of Kaggle's copy of Flickr8k
 OTHER_SUFFIXES = (".txt", ".xlsx")  # of caption files that are read only if the user names them
@@ -34,18 +33,6 @@ SHOWN = 3  # files without captions that a message names
 
 
 CaptionedImages = tuple[dict[str, list[str]], dict[str, list[str]], dict[str, SourceFile]]
-
-
-class ContainedFile(NamedTuple):
-    """An image in a tar shard or a table, as a file to copy."""
-
-    path: Path  # of the container
-    name: str
-    archive: None = None
-    size: int = -1  # unknown
-
-    def read_bytes(self) -> bytes:
-        return read_contained(self.path, self.name)
 
 
 def read_own(
@@ -71,11 +58,15 @@ def read_own(
         pairs = _split_by_entries(holders[0], parts[0])
     else:
         pairs = dict(zip(_splits(holders), (join_parts(p.values()) for p in parts), strict=True))
-    target_of, copied = _place({i for part in pairs.values() for i, _ in part}, files, root)
+    images = {image for part in pairs.values() for image, _ in part}
+    target_of, copied = _place(images, files, root)
     captions: dict[str, list[str]] = {}
     for image, texts in chain.from_iterable(pairs.values()):
         captions.setdefault(target_of[image], []).extend(texts)
-    splits = {split: [target_of[image] for image, _ in part] for split, part in pairs.items()}
+    splits = {
+        split: [*dict.fromkeys(target_of[image] for image, _ in part)]
+        for split, part in pairs.items()
+    }
     if len(splits) == 1:
         splits = split_at_random(captions.keys())
         warn(
@@ -187,12 +178,9 @@ def _split_by_entries(file: SourceFile, parts: dict[str, list]) -> dict[str, lis
     words = ", ".join(repr(word) for word in sorted(parts))
     is_known = parts.keys() <= SPLIT_WORDS.keys()
     if not (is_known and {"train", "val"} <= {SPLIT_WORDS[word] for word in parts}):
-        remedy = "write " + (
-            "val in entries to validate on" if is_known else "train, val or test in every entry"
-        )
         raise InputError(
-            f"{file}: split is one of {words}; {remedy}, or rename the field to have the images "
-            "split at random"
+            f"{file}: split is one of {words}; write train, val or test in every entry, and val in "
+            "some, or rename the field to have the images split at random"
         )
     pairs: dict[str, list] = {}
     for word, part in parts.items():
@@ -224,7 +212,7 @@ def _image_name(image: object) -> str:
 
 def _place(
     images: set[str], files: list[SourceFile], root: Path
-) -> tuple[dict[str, str], dict[str, SourceFile | ContainedFile]]:
+) -> tuple[dict[str, str], dict[str, SourceFile]]:
     """The path of each image below `root`, and the files to copy there."""
     index = FileIndex(files, root)
     found = {image: _find(image, index) for image in sorted(images)}
@@ -237,49 +225,36 @@ def _place(
         )
     target_of: dict[str, str] = {}
     copied: dict[str, SourceFile] = {}
-    image_of: dict[str, str] = {}
     for image, (file, *others) in found.items():
         if others:
             raise InputError(
                 f"{image}: several files may be meant, {file} and {others[0]}; write more of the "
                 "path in the captions' file"
             )
-        inside = INSIDE.fullmatch(image) if isinstance(file, ContainedFile) else None
-        target = SourceFile(file.path, 0).below(root)
-        if target is None:
-            target = f"images/{_relative(image)}"
-            if inside:  # the container's name without its ending, the image's with one
-                target = f"images/{Path(inside[1]).stem}/{inside[3]}"
-                target += "" if Path(target).suffix else ".jpg"
-            copied[target] = file
-        elif inside:
-            target += f"/{file.name}"
+        target, inside = file.below(root), INSIDE.fullmatch(image)
+        if inside and file.name.lower().endswith(PurePosixPath(inside[1]).name.lower()):
+            if target is None:
+                raise InputError(
+                    f"{file}: its images stay in it; name its folder with --output as well"
+                )
+            target += f"/{inside[3]}"
+        elif target is None:
+            target = "images/" + re.sub("^images/", "", file.name, flags=re.IGNORECASE)
+            if copied.setdefault(target, file) != file:
+                raise InputError(
+                    f"{file} and {copied[target]} both become {target}; name one folder that holds "
+                    "both with --source"
+                )
         target_of[image] = target
-        other = image_of.setdefault(target.casefold(), image)
-        if other != image:
-            raise InputError(
-                f"{other} and {image} both become {target}; spell an image in one way only, and "
-                "give different ones paths relative to one folder"
-            )
     return target_of, copied
 
 
-def _find(image: str, index: FileIndex) -> list[SourceFile | ContainedFile]:
+def _find(image: str, index: FileIndex) -> list[SourceFile]:
     """The files that an image may be, or the containers that it may be in."""
     inside = INSIDE.fullmatch(image)
-    holders = [file for file in index.find(_parts(inside[1])) if not file.archive] if inside else []
-    return [ContainedFile(file.path, inside[3]) for file in holders] or index.find(_parts(image))
+    return (index.find(_parts(inside[1])) if inside else []) or index.find(_parts(image))
 
 
 def _parts(image: str) -> tuple[str, ...]:
     path = PureWindowsPath(image)
     return path.relative_to(path.anchor).parts if path.anchor else path.parts
-
-
-def _relative(image: str) -> str:
-    """The path below images/ for a copy of the image: that of the caption file, or the name alone
-    if that path is absolute or leaves its folder."""
-    parts = _parts(image)
-    if PureWindowsPath(image).anchor or ".." in parts:
-        return parts[-1]
-    return "/".join(parts[1:] if len(parts) > 1 and parts[0].casefold() == "images" else parts)

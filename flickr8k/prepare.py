@@ -16,9 +16,9 @@ The sources hold the images, and captions and splits in one of these formats:
    which is split by its column split (train, val, test) or at random, or a file
    for each, called train, val and test; or without a list, split at random: a
    folder of tar shards (00000.tar, ... of img2dataset), of images beside texts
-   (1.jpg, 1.txt), of class folders, or of Hugging Face's datasets. Images and
-   shards in the output folder stay there, others are copied to images/. The
-   Kaggle copy alone counts as such captions.
+   (1.jpg, 1.txt), of class folders, or of Hugging Face's datasets. Images in
+   the output folder stay there, others are copied to images/; shards and tables
+   with images have to be in it. The Kaggle copy alone counts as such captions.
 
 Flickr8k (Hodosh, Young, Hockenmaier 2013) is for non-commercial research and
 education.

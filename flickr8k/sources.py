@@ -20,6 +20,7 @@ class SourceFile(NamedTuple):
     size: int  # bytes, unpacked
     archive: ZipFile | None = None
     member: ZipInfo | None = None
+    name: str = ""  # its path in its source or its zip, with slashes
 
     def __str__(self) -> str:
         return f"{self.path}/{self.member.filename}" if self.archive else str(self.path)
@@ -109,7 +110,8 @@ def find_files(sources: Iterable[Path], open_zips: ExitStack) -> list[SourceFile
             if path.suffix.lower() == ".zip":
                 files += zip_members(path, open_zips)
             else:
-                files.append(SourceFile(path, path.stat().st_size))
+                name = path.relative_to(source).as_posix() if source.is_dir() else path.name
+                files.append(SourceFile(path, path.stat().st_size, name=name))
     return list({(absolute(f.path), f.archive and f.parts): f for f in files}.values())
 
 
@@ -124,7 +126,8 @@ def zip_members(path: Path, open_zips: ExitStack) -> list[SourceFile]:
     """The files in a zip, which stays open until `open_zips` is closed."""
     with _readable(path):
         archive = open_zips.enter_context(ZipFile(path))
-    members = [SourceFile(path, m.file_size, archive, m) for m in archive.infolist()]
+    names = [(m, PureWindowsPath(m.filename).as_posix()) for m in archive.infolist()]
+    members = [SourceFile(path, m.file_size, archive, m, name) for m, name in names]
     return [m for m in members if not (m.member.is_dir() or m.parts[-1].startswith("."))]
 
 

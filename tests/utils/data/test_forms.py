@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import pickle
+import shutil
 import tarfile
 
 import numpy as np
@@ -210,6 +211,11 @@ def test_prepare_splits_what_has_no_splits(tmp_path, form):
         rows = [{"img": {"bytes": c, "path": None}, "text": texts[0]} for _, c, texts in
                 samples("train")]  # fmt: skip
         parquet.write_table(pyarrow.Table.from_pylist(rows), source / "all.parquet")
+    if form in ("shards", "datasets", "parquet of images"):
+        with pytest.raises(InputError, match=r"its images stay in it; .*--output"):
+            prepare(output, [source])
+        shutil.copytree(source, output)
+        source = output
     for place in (output, source):  # copied there; left where they are
         counts = prepare(place, [source], language="en")
         assert counts == {"train": 6, "val": 1, "test": 1}
