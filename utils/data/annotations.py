@@ -262,11 +262,7 @@ def _read_entry(entry: object, read_image: Callable[[object], str]) -> tuple[str
 def _name(entry: object) -> str:
     """The image of an entry, spelled as in the file, to search for it there."""
     image = entry.get(first_of(IMAGE_FIELDS, entry)) if isinstance(entry, dict) else None
-    return f" ({_as_json(image)[:PATH_LENGTH]})" if isinstance(image, str) else ""
-
-
-def _as_json(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False).encode(errors="backslashreplace").decode()
+    return f" ({image!r:.{PATH_LENGTH}})" if isinstance(image, str) else ""
 
 
 def image_path(image: object) -> str:
@@ -289,7 +285,8 @@ def image_path(image: object) -> str:
 def why_missing(image: Path) -> str:
     """The path of a missing image, and the likely cause."""
     if not image.name.isprintable():
-        return f"{_as_json(str(image))} (in JSON write a path with /, or each \\ twice)"
+        shown = json.dumps(str(image), ensure_ascii=False)
+        return f"{shown} (in JSON write a path with /, or each \\ twice)"
     beside = image.parent.iterdir() if image.parent.is_dir() else []
     return f"{image}{probably_meant(image.name, (file.name for file in beside))}"
 
@@ -299,7 +296,7 @@ def _refuse_lone_surrogates(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        shown = _as_json(text[error.start])
+        shown = ascii(text[error.start])
         message = f"holds a lone surrogate, {shown}; write the whole character or remove it"
         raise ValueError(message) from None
 

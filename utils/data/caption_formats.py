@@ -10,8 +10,6 @@ from itertools import chain
 from pathlib import PurePath
 from typing import NamedTuple
 
-from models.scripts import from_here
-
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 # Names of a column or a field; where a file has several of them, the first counts.
 IMAGE_FIELDS = ("image", "file_name", "filename", "filepath", "image_name")
@@ -59,7 +57,11 @@ def read_records(text: str, suffix: str = "") -> Iterator[Record]:
 
     Raises `UnknownFormat`.
     """
-    start = checked(text)[BLANK.match(text).end()]
+    if not text.strip():
+        raise UnknownFormat("is empty; get a new copy, or write it anew")
+    if "\0" in text:
+        raise UnknownFormat("holds NUL bytes; save it as UTF-8")
+    start = text[BLANK.match(text).end()]
     if start == "[":
         yield from _list_records(text)
     elif start == "{":
@@ -70,16 +72,11 @@ def read_records(text: str, suffix: str = "") -> Iterator[Record]:
         _parsed(text)
         raise UnknownFormat(NO_LIST)
     else:
-        raise UnknownFormat(_not_a_table(text))
-
-
-def checked(text: str) -> str:
-    """The text. Raises `UnknownFormat` if it is none."""
-    if not text.strip():
-        raise UnknownFormat("is empty; get a new copy, or write it anew")
-    if "\0" in text:
-        raise UnknownFormat("holds NUL bytes; save it as UTF-8")
-    return text
+        first = text.lstrip().partition("\n")[0].rstrip()
+        raise UnknownFormat(
+            "the first line should name the columns, image and caption, separated by a comma or a "
+            f"tab; it is {first[:SHOWN]!r}"
+        )
 
 
 def _list_records(text: str) -> Iterator[Record]:
@@ -103,11 +100,7 @@ def _json_records(text: str, suffix: str) -> Iterator[Record]:
     try:
         content = _parsed(text)
     except UnknownFormat:
-        lines = (
-            _line(n, line.rstrip("\r\n"))
-            for n, line in enumerate(_lines(text), start=1)
-            if line.strip()
-        )
+        lines = _json_lines(text)
         first = next(lines)
         if suffix != ".jsonl" and not isinstance(first.content, dict):
             raise
@@ -115,17 +108,21 @@ def _json_records(text: str, suffix: str) -> Iterator[Record]:
     images, annotations = content.get("images"), content.get("annotations")
     if isinstance(images, list) and isinstance(annotations, list):
         return _coco_records(images, annotations)
-    if isinstance(images, list):
-        raise UnknownFormat(
-            "looks like Karpathy's dataset_flickr8k.json; convert it: python "
-            f"{from_here('flickr8k/prepare.py')} --source FOLDER"
-        )
     if first_of(IMAGE_FIELDS, content):
         return iter([Record("line 1", content)])
     if content and all(PurePath(key).suffix for key in content):
         pairs = json.loads(text, object_pairs_hook=list)  # a key may be repeated
         return (Record(f"image {key:.80}", {"image": key, "caption": text}) for key, text in pairs)
     raise UnknownFormat(NO_LIST)
+
+
+def _json_lines(text: str) -> Iterator[Record]:
+    for number, line in enumerate(_lines(text), start=1):
+        if line.strip():
+            try:
+                yield Record(f"line {number}", _parsed(line.rstrip(), is_line=True))
+            except UnknownFormat as error:
+                yield Record(f"line {number}", None, str(error))
 
 
 def _lines(text: str) -> Iterator[str]:
@@ -136,10 +133,7 @@ def _lines(text: str) -> Iterator[str]:
 def chinese_clip_records(text: str, images: str) -> Iterator[Record]:
     """The records of Chinese-CLIP's texts, a JSON object a line with a text and the ids of images,
     which are in base64 in the table `images`."""
-    for number, line in enumerate(_lines(text), start=1):
-        if not line.strip():
-            continue
-        record = _line(number, line.rstrip("\r\n"))
+    for record in _json_lines(text):
         entry = record.content
         if not isinstance(entry, dict) or not isinstance(entry.get("image_ids"), list):
             problem = record.problem or 'should be {"text": ..., "image_ids": [...]}'
@@ -167,19 +161,7 @@ def _parsed(text: str, is_line: bool = False) -> object:
         raise UnknownFormat(f"broken JSON: {error}") from None
 
 
-def _line(number: int, line: str) -> Record:
-    try:
-        return Record(f"line {number}", _parsed(line, is_line=True))
-    except UnknownFormat as error:
-        return Record(f"line {number}", None, str(error))
-
-
 def _coco_records(images: list, annotations: list) -> Iterator[Record]:
-    if not any(isinstance(entry, dict) and "caption" in entry for entry in annotations):
-        raise UnknownFormat(
-            "looks like COCO's boxes or persons, since no annotation has a caption; take the file "
-            "of captions, captions_*.json"
-        )
     names = {}
     for entry in images:
         if isinstance(entry, dict) and isinstance(entry.get("id"), (int, str)):
@@ -209,30 +191,24 @@ def _table(text: str) -> Iterator[Record] | None:
 
 def _rows(rows, names: list[str], caption: str) -> Iterator[Record]:
     """The records of the other rows of a `csv.reader` with columns `names`."""
-    is_empty = True
-    while True:
-        where = f"line {rows.line_num + 1}"
-        try:
-            row = next(rows, None)
-        except csv.Error as error:
-            raise UnknownFormat(
-                f"broken table from {where} on ({error}); within quotes, write a quote twice"
-            ) from None
-        if row is None and is_empty:
-            raise UnknownFormat("has no captions below the first line")
-        if row is None:
-            return
-        is_empty = is_empty and not any(row)
-        row = [field.strip() for field in row]
-        if len(row) == len(names) and any(row):
-            content = dict(zip(names, row, strict=True))
-            yield Record(where, content | {caption: _cell(content[caption])})
-        elif any(row):
-            problem = (
-                f"has {len(row)} fields, where the first line has {len(names)}; put quotes around "
-                "a caption that holds the separator"
-            )
-            yield Record(where, None, problem)
+    line = rows.line_num + 1
+    try:
+        for row in rows:
+            where, line = f"line {line}", rows.line_num + 1
+            row = [field.strip() for field in row]
+            if len(row) == len(names) and any(row):
+                content = dict(zip(names, row, strict=True))
+                yield Record(where, content | {caption: _cell(content[caption])})
+            elif any(row):
+                problem = (
+                    f"has {len(row)} fields, where the first line has {len(names)}; put quotes "
+                    "around a caption that holds the separator"
+                )
+                yield Record(where, None, problem)
+    except csv.Error as error:
+        raise UnknownFormat(
+            f"broken table from line {line} on ({error}); within quotes, write a quote twice"
+        ) from None
 
 
 def _cell(text: str) -> str | list[str]:
@@ -245,19 +221,6 @@ def _cell(text: str) -> str | list[str]:
     with suppress(SyntaxError, ValueError):
         return [ast.literal_eval(literal) for literal in LITERAL.findall(text)]
     return text
-
-
-def _not_a_table(text: str) -> str:
-    first = text.lstrip().partition("\n")[0].rstrip()
-    if re.match(r"[^\t]+#\d+\t", first):
-        return (
-            "looks like the official Flickr8k.token.txt; name it so, then convert it: python "
-            f"{from_here('flickr8k/prepare.py')} --source FOLDER"
-        )
-    return (
-        "the first line should name the columns, image and caption, separated by a comma or a tab; "
-        f"it is {first[:SHOWN]!r}"
-    )
 
 
 def first_of(fields: Iterable[str], names: Iterable[str]) -> str | None:

@@ -170,7 +170,7 @@ def test_no_images(file):
 def test_path_that_leaves_the_data_folder(file, image):
     message = refusal(write(file, [{"image": image, "caption": ["x"]}]))
     why = "is an absolute path" if PureWindowsPath(image).anchor else "leaves the data folder"
-    assert f'entry 0 ({json.dumps(image)}): "image" {why}; give ' in message
+    assert f'entry 0 ({image!r}): "image" {why}; give ' in message
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_a_lone_surrogate_is_named_as_it_is_spelled(file, field, entry):
     file.write_text(f"[{entry}]", encoding="utf-8")
     message = refusal(file)
     message.encode()
-    assert f'"{field}" holds a lone surrogate, "\\ud83d"; write' in message
+    assert f"\"{field}\" holds a lone surrogate, '\\ud83d'; write" in message
     file.write_text(f"[{entry}]".replace(r"\ud83d", r"\ud83d\udc36"), encoding="utf-8")
     ((image, captions),) = read_annotations(file)
     assert "\N{DOG FACE}" in image + captions[-1]
@@ -208,7 +208,7 @@ def test_no_caption_at_all(file, caption):
 @pytest.mark.parametrize("caption", [["x", 3], 3, {}])
 def test_caption_that_is_no_text(file, caption):
     message = refusal(write(file, [{"image": "a.jpg", "caption": caption}]))
-    assert 'entry 0 ("a.jpg"): "caption" ' in message
+    assert "entry 0 ('a.jpg'): \"caption\" " in message
 
 
 @pytest.mark.parametrize("entry", ["a.jpg", 3, None, ["a.jpg", "x"]])
@@ -220,9 +220,9 @@ def test_missing_fields(file):
     entries = [{"caption": "x"}, {"image": "a.jpg"}, {"img": "a.jpg"}, {"image": "/a.jpg"}]
     assert [line.strip() for line in refusal(write(file, entries)).splitlines()[1:]] == [
         'entry 0: "image" is missing',
-        'entry 1 ("a.jpg"): "caption" is missing',
+        "entry 1 ('a.jpg'): \"caption\" is missing",
         'entry 2: "image" is missing; "caption" is missing (it has img)',
-        'entry 3 ("/a.jpg"): "image" is an absolute path; give it relative to the data folder; '
+        "entry 3 ('/a.jpg'): \"image\" is an absolute path; give it relative to the data folder; "
         '"caption" is missing',
     ]
 

@@ -104,7 +104,6 @@ def test_columns_with_bars_and_spaces_in_the_header(tmp_path):
 
 UNUSABLE = {
     "no header": ("csv", "1.jpg,a dog\n", "first line should name the columns.*'1.jpg,a dog'"),
-    "a token file": ("tsv", "1.jpg#0\ta dog\n", "Flickr8k.token.txt.*prepare.py --source"),
     "a comma without quotes": (
         "csv",
         'image,caption\n1.jpg,"two\nlines"\n2.jpg,red, blue\n',
@@ -134,18 +133,12 @@ UNUSABLE = {
         '[{“image”: "1.jpg", "caption": "a"}]',
         "column 3: .*; “ is full-width: JSON takes",
     ),
-    "outside": ("csv", "image,caption\n../1.jpg,a\n", r'line 2 \("../1.jpg"\): "image" leaves'),
-    "only a header": ("csv", "image,caption\n", "no captions below the first line"),
+    "outside": ("csv", "image,caption\n../1.jpg,a\n", r"line 2 \('../1.jpg'\): .image. leaves"),
+    "only a header": ("csv", "image,caption\n", "all its captions are empty"),
     "a JSON line cut short": (
         "json",
         '{"image": "1.jpg", "caption": "a"}\n\n{"image": "2.jpg"\n[]\n',
         "2 of 3 entries.*\n  line 3: broken JSON at column 18.*\n  line 4: is list",
-    ),
-    "Karpathy's": ("json", '{"images": [{"filename": "1.jpg"}]}', "Karpathy.*prepare.py --source"),
-    "COCO without captions": (
-        "json",
-        '{"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 1}]}',
-        "no annotation has a caption.*captions_",
     ),
     "COCO of other images": (
         "json",
