@@ -8,17 +8,17 @@ written again.
 
 The sources hold the images, and captions and splits in one of these formats:
 
-1. Flickr8k.token.txt (the official captions) or captions.txt (the Kaggle
-   copy's), with the official lists of splits, all in Flickr8k_text.zip;
+1. the official captions and splits of Flickr8k_text.zip;
 2. dataset_flickr8k.json, Karpathy's file of captions and splits (or _flickr30k,
    _coco);
-3. your own captions as CSV, TSV, JSON lines, COCO, Parquet or a list: one file,
+3. your own captions (the captions.txt of the Kaggle copy is such a table) as
+   CSV, TSV, JSON lines, COCO, Parquet or a list: one file,
    which is split by its column split (train, val, test) or at random, or a file
    for each, called train, val and test; or without a list, split at random: a
    folder of tar shards (00000.tar, ... of img2dataset), of images beside texts
    (1.jpg, 1.txt), of class folders, or of Hugging Face's datasets. Images in
    the output folder stay there, others are copied to images/; shards and tables
-   with images have to be in it. The Kaggle copy alone counts as such captions.
+   with images have to be in it.
 
 Flickr8k (Hodosh, Young, Hockenmaier 2013) is for non-commercial research and
 education.
@@ -35,20 +35,18 @@ from pathlib import Path
 if not __package__:  # as a script: Python looks for modules in this folder, not in the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from flickr8k.own_captions import read_own
+from flickr8k.own_captions import KAGGLE, read_own
 from flickr8k.sources import FileIndex, SourceFile, find_files, zip_members
 from models import scripts
 from models.errors import InputError
 from models.host import run_script
 from utils.data.annotations import (
     annotations_json,
-    collect,
     image_path,
     refuse_another_set,
     write_set,
 )
-from utils.data.caption_formats import SPLIT_WORDS, read_records
-from utils.data.caption_lists import join_parts
+from utils.data.caption_formats import SPLIT_WORDS
 
 Captions = dict[str, list[str]]  # path of an image below the output folder -> its captions
 Splits = dict[str, list[str]]  # "train", "val" or "test" -> its images
@@ -65,7 +63,8 @@ SPLIT_LISTS = {
     "val": "Flickr_8k.devImages.txt",
     "test": "Flickr_8k.testImages.txt",
 }
-TOKENS, KAGGLE = "Flickr8k.token.txt", "captions.txt"
+TOKENS = "Flickr8k.token.txt"
+OFFICIAL = (TOKENS, *SPLIT_LISTS.values())
 KARPATHYS = [f"dataset_{name}.json" for name in ("flickr8k", "flickr30k", "coco")]
 
 
@@ -81,11 +80,6 @@ def read_tokens(file: SourceFile) -> Captions:
             raise InputError(f"{file}: line {number} is not name.jpg#0<TAB>caption: {line[:80]!r}")
         captions.setdefault(name, []).append(caption.strip())
     return captions
-
-
-def read_kaggle(file: SourceFile) -> Captions:
-    """The captions of the Kaggle copy: CSV with the header `image,caption`."""
-    return dict(join_parts(collect(file, read_records(file.read_text()), str).values()))
 
 
 def read_karpathy(file: SourceFile) -> tuple[Captions, Splits]:
@@ -112,30 +106,26 @@ def karpathys_file(files: FileIndex) -> SourceFile | None:
 
 def has_official_splits(files: FileIndex) -> bool:
     """Whether the files hold captions and the splits of published scores."""
-    has_captions = files.named(TOKENS) or files.named(KAGGLE)
-    return bool(
-        karpathys_file(files) or (has_captions and all(map(files.named, SPLIT_LISTS.values())))
-    )
+    return all(map(files.named, OFFICIAL)) or karpathys_file(files) is not None
 
 
 def read_official(files: FileIndex) -> tuple[Captions, Splits, Copied] | None:
     """Captions and official splits; None if the files have neither Karpathy's JSON nor a file of
     the official zip. Raises `InputError` if they have only some of the latter."""
-    lists = {split: files.named(name) for split, name in SPLIT_LISTS.items()}
-    tokens, kaggle = files.named(TOKENS), files.named(KAGGLE)
-    if not has_official_splits(files):
-        if not (tokens or any(lists.values())):
-            return None
-        missing = [name for name in (TOKENS, *SPLIT_LISTS.values()) if not files.named(name)]
+    missing = [name for name in OFFICIAL if not files.named(name)]
+    if not missing:
+        captions = read_tokens(files.named(TOKENS))
+        lists = {split: files.named(name).read_text() for split, name in SPLIT_LISTS.items()}
+        splits = {split: names.split() for split, names in lists.items()}
+    elif file := karpathys_file(files):
+        captions, splits = read_karpathy(file)
+    elif len(missing) < len(OFFICIAL):
         raise InputError(
             f"of the official files there are some, but not {', '.join(missing)}; name {TEXT_ZIP} "
             "with --source, or add --download"
         )
-    if (tokens or kaggle) and all(lists.values()):
-        captions = read_tokens(tokens) if tokens else read_kaggle(kaggle)
-        splits = {split: file.read_text().split() for split, file in lists.items()}
     else:
-        captions, splits = read_karpathy(karpathys_file(files))
+        return None
     captions = {f"images/{name}": texts for name, texts in captions.items()}
     splits = {split: [f"images/{name}" for name in names] for split, names in splits.items()}
     return captions, splits, {}

@@ -106,20 +106,16 @@ def find_files(sources: Iterable[Path], open_zips: ExitStack) -> list[SourceFile
             raise InputError(f"{source}: there is no such file or folder (--source)")
         if not source.is_dir():
             check_regular(source)
-        for path in [source] if source.is_file() else _walk(source):
+        folder = source if source.is_dir() else source.parent
+        for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
+            name = path.relative_to(folder)
+            if any(part.startswith(".") for part in name.parts) or not path.is_file():
+                continue
             if path.suffix.lower() == ".zip":
                 files += zip_members(path, open_zips)
             else:
-                name = path.relative_to(source).as_posix() if source.is_dir() else path.name
-                files.append(SourceFile(path, path.stat().st_size, name=name))
+                files.append(SourceFile(path, path.stat().st_size, name=name.as_posix()))
     return list({(absolute(f.path), f.archive and f.parts): f for f in files}.values())
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    for current, subfolders, names in os.walk(folder):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        paths = [Path(current) / name for name in sorted(names) if not name.startswith(".")]
-        yield from (path for path in paths if path.is_file())
 
 
 def zip_members(path: Path, open_zips: ExitStack) -> list[SourceFile]:

@@ -23,7 +23,6 @@ from flickr8k.own_captions import split_at_random
 from flickr8k.prepare import prepare
 from flickr8k.sources import SourceFile
 from models.errors import InputError
-from utils.data.annotations import NOTHING
 
 SCRIPT = Path(module.__file__)
 SPLITS = {
@@ -185,9 +184,6 @@ def sources_of(name, folder, monkeypatch):
     if name == "Kaggle folder and official text zip":
         zips = official_zips(folder / "official", monkeypatch)
         return [as_folder(folder / "kaggle", kaggle()), zips[1]]
-    if name == "Kaggle zip with the lists in a folder":
-        lists = {n: content for n, content in official_text().items() if "Images" in n}
-        return [as_zip(folder / "archive.zip", kaggle()), as_folder(folder / "lists", lists)]
     if name == "Karpathy's zip and Kaggle zip":
         return [
             as_zip(folder / "archive.zip", kaggle()),
@@ -207,7 +203,6 @@ def sources_of(name, folder, monkeypatch):
         "official folders",
         "official lists with Windows line ends",
         "Kaggle folder and official text zip",
-        "Kaggle zip with the lists in a folder",
         "Karpathy's zip and Kaggle zip",
         "Karpathy's JSON and a folder of images",
     ],
@@ -271,22 +266,6 @@ def test_kaggle_copy_alone_is_split_at_random_and_says_so(tmp_path, capsys):
     }
     captions = {e["image"]: e["caption"] for part in entries.values() for e in part}
     assert captions == {f"images/{name}": CAPTIONS[name] for name in IMAGES}
-
-
-@given(
-    st.lists(
-        st.text(st.characters(codec="utf-8", exclude_characters="\r\0")).filter(
-            lambda text: text.strip().lower() not in NOTHING
-        ),
-        min_size=1,
-        unique_by=str.strip,
-    )
-)
-def test_any_text_survives_the_csv(tmp_path_factory, texts):
-    path = tmp_path_factory.mktemp("csv") / "captions.txt"
-    path.write_bytes(as_csv({"1.jpg": texts}))
-    read = module.read_kaggle(SourceFile(path, path.stat().st_size))
-    assert read == {"1.jpg": [text.strip() for text in texts]}
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r\n")), min_size=1))

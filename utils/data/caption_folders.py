@@ -10,7 +10,6 @@ class folders    a folder of images for each class; templates make the captions
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 from models.errors import InputError
 from models.files import decoded, read_bytes
@@ -24,24 +23,20 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp")  # of images beside a text
 TEMPLATES = {"en": TEMPLATE_SETS["ensemble"][:5], "cn": TEMPLATE_SETS["cn_ensemble"][:5]}
 
 
-class Form(NamedTuple):
-    """How captions are kept in a folder."""
-
-    is_in: Callable[[Path], bool]  # whether a folder has this form
-    records: Callable[[Path, str], Iterator[Record]]  # of a folder and a language; images below it
+Records = Callable[[Path, str], Iterator[Record]]  # of a folder and a language; images below it
 
 
-def folder_form(folder: Path) -> Form | None:
-    """The form of a folder, or None if it holds no images with captions."""
-    return next((form for form in FORMS if folder.is_dir() and form.is_in(folder)), None)
+def folder_form(folder: Path) -> Records | None:
+    """What reads the captions of a folder; None if it holds no images with captions."""
+    return next((records for is_in, records in FORMS if folder.is_dir() and is_in(folder)), None)
 
 
 def folder_records(folder: Path, language: str) -> Iterator[Record]:
     """The records of a folder. Raises `InputError` if it has no known form."""
-    form = folder_form(folder)
-    if form is None:
+    records = folder_form(folder)
+    if records is None:
         raise InputError(why_no_form(folder))
-    return form.records(folder, language)
+    return records(folder, language)
 
 
 def why_no_form(folder: Path) -> str:
@@ -53,12 +48,8 @@ def why_no_form(folder: Path) -> str:
     )
 
 
-def _shards(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.glob("*.tar") if file.is_file())
-
-
 def _of_shards(folder: Path, _: str) -> Iterator[Record]:
-    for shard in _shards(folder):
+    for shard in sorted(folder.glob("*.tar")):
         yield from _of_shard(shard)
 
 
@@ -73,27 +64,20 @@ def _of_shard(shard: Path) -> Iterator[Record]:
         samples.setdefault(str(path.with_name(key)), {})[f".{ending}".lower()] = member
     for key, members in samples.items():
         where = f"{shard.name}/{key}"
-        image = first_of(ENDINGS, members)
-        if ending := first_of((".txt", ".json"), members):
-            name = members[ending]
-            text = decoded(read_contained(shard, name, places[name]), f"{shard}/{name}")
+        image, ending = first_of(ENDINGS, members), first_of((".txt", ".json"), members)
         if not (image and ending):
             has = ", ".join(members.values())
             yield Record(where, None, f"should be an image beside a .txt or a .json; it is {has}")
-        elif ending == ".txt":
-            yield Record(where, {"image": f"{shard.name}/{members[image]}", "caption": text})
-        else:
-            yield _of_json(where, f"{shard.name}/{members[image]}", text)
-
-
-def _of_json(where: str, image: str, text: str) -> Record:
-    try:
-        content = json.loads(text)
-        return Record(
-            where, {"image": image, "caption": content[first_of(CAPTION_FIELDS, content)]}
-        )
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return Record(where, None, 'its .json should hold {"caption": ...}')
+            continue
+        name = members[ending]
+        caption = decoded(read_contained(shard, name, places[name]), f"{shard}/{name}")
+        try:
+            if ending == ".json":
+                content = json.loads(caption)
+                caption = content[first_of(CAPTION_FIELDS, content)]
+            yield Record(where, {"image": f"{shard.name}/{members[image]}", "caption": caption})
+        except (ValueError, LookupError, TypeError, RecursionError):
+            yield Record(where, None, 'its .json should hold {"caption": ...}')
 
 
 def _of_datasets(folder: Path, _: str) -> Iterator[Record]:
@@ -148,9 +132,9 @@ def _of_classes(folder: Path, language: str) -> Iterator[Record]:
             yield Record(path, {"image": path, "caption": captions})
 
 
-FORMS = (
-    Form(lambda folder: bool(_shards(folder)), _of_shards),
-    Form(lambda folder: any(folder.glob("*.arrow")), _of_datasets),
-    Form(_has_texts, _of_texts),
-    Form(_has_classes, _of_classes),
+FORMS: tuple[tuple[Callable[[Path], bool], Records], ...] = (
+    (lambda folder: any(folder.glob("*.tar")), _of_shards),
+    (lambda folder: any(folder.glob("*.arrow")), _of_datasets),
+    (_has_texts, _of_texts),
+    (_has_classes, _of_classes),
 )

@@ -93,15 +93,8 @@ def locate(root: Path, names: Sequence[str]) -> tuple[list[str], np.ndarray | No
             wanted.difference_update(file.name for file in files if file.is_file())
         # A file system can take other spellings than those it lists.
         left = (f"{folder}/{file}" if folder else file for file in wanted)
-        missing.update(name for name in left if not _is_file(root / name))
+        missing.update(name for name in left if not os.path.isfile(root / name))  # noqa: PTH113
     return [name for name in names if name in missing] if missing else [], places
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # too long a name
-        return False
 
 
 def check_splits(sets: dict[str, Dataset], num_workers: int, train_too: bool = False) -> None:
