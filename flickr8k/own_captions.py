@@ -130,9 +130,8 @@ def caption_files(files: list[SourceFile], root: Path, named: set[Path]) -> list
     no file has any."""
     given = [file for file in files if absolute(file.path) in named and not file.archive]
     given = [file for file in given if _suffix(file) in SUFFIXES + OTHER_SUFFIXES]
-    results = [file for file in files if RESULT.fullmatch(file.below(root) or "")]
     others = [file for file in files if _suffix(file) in SUFFIXES or file.parts[-1] == KAGGLE]
-    others = [file for file in others if file not in results]
+    others = [file for file in others if not RESULT.fullmatch(file.below(root) or "")]
     holders, reasons = [], []
     for file in given or others:
         try:
@@ -145,17 +144,12 @@ def caption_files(files: list[SourceFile], root: Path, named: set[Path]) -> list
     shown = "".join(reasons[:SHOWN]) + ("\n  ..." if len(reasons) > SHOWN else "")
     if reasons and (given or not holders):
         raise InputError(f"files of the sources hold no captions:{shown}")
-    if results and not holders:
-        raise InputError(
-            f"{root}: {', '.join(file.parts[-1] for file in results)}: named as the lists that are "
-            "written here; rename a list of all images (captions.json), or write into another "
-            "folder (--output)"
-        )
     if not holders:
         raise InputError(
             f"there are no captions in the sources: none of Flickr8k.token.txt, {KAGGLE} and "
-            "dataset_flickr8k.json, and no other file with CSV, TSV, JSON lines, COCO or a list; "
-            "name a folder or zip that holds one of them with --source, or add --download"
+            "dataset_flickr8k.json, and no other file with CSV, TSV, JSON lines, COCO or a list, "
+            "but for such as are named as those that are written (en_train.json: call it "
+            "captions.json); name a folder or zip that holds one with --source, or add --download"
         )
     if reasons:
         warn(f"files that hold no captions are left out:{shown}")

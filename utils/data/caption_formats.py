@@ -22,7 +22,6 @@ SPLIT_WORDS = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 SEPARATORS = "\t,;|"
-FULL_WIDTH = "“”‘’＂，：；｛｝［］【】"
 LITERAL = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 LIST = re.compile(rf"\[\s*(?:(?:{LITERAL.pattern})[,\s]*)+\]", re.DOTALL)
 BLANK = re.compile(r"\s*")
@@ -150,12 +149,8 @@ def _parsed(text: str, is_line: bool = False) -> object:
         return json.loads(text)
     except json.JSONDecodeError as error:
         where = f"column {error.colno}" if is_line else f"line {error.lineno}, column {error.colno}"
-        found = error.doc[error.pos : error.pos + 1]
-        remedy = ""
-        if error.msg.startswith("Invalid \\escape"):
-            remedy = "; write / in paths, or \\\\ for \\"
-        elif found and found in FULL_WIDTH:
-            remedy = f'; {found} is full-width: JSON takes " , : of an English keyboard'
+        is_path = error.msg.startswith("Invalid \\escape")
+        remedy = "; write / in paths, or \\\\ for \\" if is_path else ""
         raise UnknownFormat(f"broken JSON at {where}: {error.msg}{remedy}") from None
     except (RecursionError, ValueError) as error:  # nested too deeply; a number of 5,000 digits
         raise UnknownFormat(f"broken JSON: {error}") from None

@@ -5,10 +5,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from utils.data.packed import Strings, StringsBuilder, packed, ranges, starts_of
+from utils.data.packed import PackedSequence, Strings, StringsBuilder, packed, ranges, starts_of
 
 
-class CaptionLists(Sequence[tuple[str, list[str]]]):
+class CaptionLists(PackedSequence[tuple[str, list[str]]]):
     """(image, captions) pairs: the captions of image i are those from `starts[i]` to
     `starts[i + 1]`."""
 
@@ -18,21 +18,13 @@ class CaptionLists(Sequence[tuple[str, list[str]]]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int | slice) -> tuple[str, list[str]] | list:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        i = range(len(self))[index]
+    def item(self, i: int) -> tuple[str, list[str]]:
         return self.images[i], self.captions[self.starts[i] : self.starts[i + 1]]
 
     def __iter__(self) -> Iterator[tuple[str, list[str]]]:
         captions = iter(self.captions)
         for image, count in zip(self.images, np.diff(self.starts).tolist(), strict=True):
             yield image, [next(captions) for _ in range(count)]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and [*self] == [*other]
-
-    __hash__ = None
 
     def take(self, rows: np.ndarray) -> "CaptionLists":
         """The pairs at these indices."""

@@ -128,11 +128,6 @@ UNUSABLE = {
         r'[{"image": "图\1.jpg", "caption": "a"}]',
         r"column 14: Invalid \\escape; write / in paths, or \\\\ for \\$",
     ),
-    "full-width quotes": (
-        "json",
-        '[{“image”: "1.jpg", "caption": "a"}]',
-        "column 3: .*; “ is full-width: JSON takes",
-    ),
     "outside": ("csv", "image,caption\n../1.jpg,a\n", r"line 2 \('../1.jpg'\): .image. leaves"),
     "only a header": ("csv", "image,caption\n", "all its captions are empty"),
     "a JSON line cut short": (
