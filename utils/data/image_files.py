@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from models.errors import InputError
+from models.errors import InputError, listed
 from models.preprocess import DRAWN_BY_PROGRAMS, NEED_A_PACKAGE, is_one_colour
 from models.progress_bar import progress_bar
 from utils.data.caption_formats import SPLITS
@@ -20,7 +20,6 @@ from utils.data.image_reading import read_image
 
 NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG"}  # formats that Pillow names but cannot read
 AT_A_TIME = 1024  # images that wait for a thread
-SHOWN = 3  # images that a warning names
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -106,8 +105,8 @@ def check_splits(sets: dict[str, Dataset], num_workers: int, train_too: bool = F
         scored = set(dataset.image)
         if shared := [image for image in sets["train"].image if image in scored]:
             print(
-                f"warning: images in both training and {SPLITS[split]}: {_shown(shared)}; scores "
-                "on images seen in training are too good; list each image once"
+                f"warning: {len(shared):,} images are in both training and {SPLITS[split]}, "
+                f"{listed(shared)}: scores on them are too good; list each image once"
             )
     refuse_unreadable([*([sets["train"]] if train_too else []), *held_out.values()], num_workers)
 
@@ -119,13 +118,9 @@ def refuse_unreadable(sets: list[Dataset], num_workers: int) -> None:
     found, plain = check_images(list(dict.fromkeys(not_cached)), num_workers)
     known = chain.from_iterable(dataset.unreadable.values() for dataset in sets)
     if plain:
-        print(f"warning: pictures of one colour, as they are read: {_shown(plain)}")
+        print(f"warning: {len(plain):,} pictures are read as of one colour, {listed(plain)}")
     if broken := dict.fromkeys(chain(known, found)):
         raise InputError("\n  ".join([f"{len(broken)} images cannot be read:", *broken]))
-
-
-def _shown(images: list[str]) -> str:
-    return f"{len(images):,} ({', '.join(images[:SHOWN])}{', ...' * (len(images) > SHOWN)})"
 
 
 def check_images(images: list[str], num_workers: int = 0) -> tuple[list[str], list[str]]:

@@ -287,7 +287,7 @@ def test_an_image_in_two_splits_of_one_table_is_warned_of(tmp_path, capsys):
     table = tmp_path / "captions.csv"
     table.write_text(table.read_text("utf-8") + "images/000000.png,again,val\n", "utf-8")
     check_splits(read_data(tmp_path, ["en"], 2, TrainLoader.processes), 0)
-    assert "images in both training and validation: 1 " in capsys.readouterr().out
+    assert "1 images are in both training and validation" in capsys.readouterr().out
 
 
 def test_folders_that_lack_classes_or_a_split_are_named_with_the_remedy(tmp_path):
