@@ -6,13 +6,12 @@ import re
 import sys
 from collections.abc import Iterator, Set
 from itertools import chain
-from pathlib import Path, PureWindowsPath
-from typing import NamedTuple
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from flickr8k.sources import FileIndex, SourceFile, absolute
 from models.errors import InputError
 from models.files import probably_meant
-from utils.data.annotations import collect
+from utils.data.annotations import CHINESE_CLIP, caption_file, collect
 from utils.data.caption_folders import folder_form, folder_records, table_records
 from utils.data.caption_formats import (
     CAPTION_FIELDS,
@@ -25,8 +24,9 @@ from utils.data.caption_formats import (
     read_records,
 )
 from utils.data.caption_lists import join_parts
-from utils.data.containers import INSIDE, read_contained
+from utils.data.containers import INSIDE
 
+KAGGLE = "captions.txt"  # of Kaggle's copy of Flickr8k
 OTHER_SUFFIXES = (".txt", ".xlsx")  # of caption files that are read only if the user names them
 RESULT = re.compile(r"(en|cn)_(train|val|test)\.json")  # a file that prepare.py writes
 SHOWN = 3  # files without captions that a message names
@@ -35,32 +35,21 @@ SHOWN = 3  # files without captions that a message names
 CaptionedImages = tuple[dict[str, list[str]], dict[str, list[str]], dict[str, SourceFile]]
 
 
-class ContainedFile(NamedTuple):
-    """An image in a tar shard or a table, as a file to copy."""
-
-    path: Path  # of the container
-    name: str
-    archive: None = None
-    size: int = -1  # unknown
-
-    def read_bytes(self) -> bytes:
-        return read_contained(self.path, self.name)
-
-
 def read_own(
     files: list[SourceFile], root: Path, named: list[Path], language: str = "en"
-) -> CaptionedImages | None:
+) -> CaptionedImages:
     """The captions of images, their splits, and the files to copy, by the images' paths below the
-    folder `root`; images there are not copied. None if no file may hold captions.
+    folder `root`; images there are not copied.
 
     Captions are read from the files that the user `named`, or else from all. Without splits in
     entries or file names, the images are split at random. Raises `InputError` for unusable
     captions, and for images without a file or with several.
     """
+    for source in named:
+        if _is_ready(source, language):
+            raise InputError(f"{source}: is read as it is: train.py --dataset_path {source}")
     folder = _captioned_folder(files, named)
     holders = [folder] if folder else caption_files(files, root, {*map(absolute, named)})
-    if not holders:
-        return None
     if folder:
         parts = [collect(folder, folder_records(folder, language), _image_name)]
     else:
@@ -69,19 +58,33 @@ def read_own(
         pairs = _split_by_entries(holders[0], parts[0])
     else:
         pairs = dict(zip(_splits(holders), (join_parts(p.values()) for p in parts), strict=True))
-    target_of, copied = _place({i for part in pairs.values() for i, _ in part}, files, root)
+    images = {image for part in pairs.values() for image, _ in part}
+    target_of, copied = _place(images, files, root)
     captions: dict[str, list[str]] = {}
     for image, texts in chain.from_iterable(pairs.values()):
         captions.setdefault(target_of[image], []).extend(texts)
-    splits = {split: [target_of[image] for image, _ in part] for split, part in pairs.items()}
+    splits = {
+        split: [*dict.fromkeys(target_of[image] for image, _ in part)]
+        for split, part in pairs.items()
+    }
     if len(splits) == 1:
         splits = split_at_random(captions.keys())
         warn(
             f"the {len(captions):,} images are split at random into train, val and test; to choose "
             "yourself, add a column split that says train, val or test, or give a file of captions "
-            "for each, called so"
+            "for each, called so; for the official splits of Flickr8k name Flickr8k_text.zip with "
+            "--source as well, or add --download"
         )
     return captions, splits, copied
+
+
+def _is_ready(source: Path, language: str) -> bool:
+    """Whether `train.py` reads the splits of a source: folders without a list, or Chinese-CLIP's
+    lists."""
+    lists = [f for f in source.iterdir() if f.suffix in SUFFIXES] if source.is_dir() else []
+    if lists and not any(file.name.endswith(CHINESE_CLIP) for file in lists):
+        return False
+    return all(caption_file(source, language, split).exists() for split in ("train", "val"))
 
 
 def _captioned_folder(files: list[SourceFile], named: list[Path]) -> Path | None:
@@ -99,14 +102,17 @@ def _captioned_folder(files: list[SourceFile], named: list[Path]) -> Path | None
 def _records(file: SourceFile) -> Iterator[Record]:
     if _suffix(file) == ".parquet" and not file.archive:
         return table_records(file.path)
-    try:
-        return read_records(file.read_text(), _suffix(file))
-    except UnknownFormat as error:
-        raise InputError(f"{file}: {error}") from None
+    return read_records(file.read_text(), _suffix(file))
 
 
 def split_at_random(names: Set[str]) -> dict[str, list[str]]:
-    """Split images 6 : 1 : 1 into train, val and test, always in the same way."""
+    """Split images 6 : 1 : 1 into train, val and test, always in the same way. Raises `InputError`
+    for less than three."""
+    if len(names) < 3:
+        raise InputError(
+            f"{len(names)} images, where a split into train, val and test takes at least 3; name "
+            "more of them with --source"
+        )
     shuffled = sorted(names)
     random.Random(0).shuffle(shuffled)
     n_held_out = max(1, len(shuffled) // 8)
@@ -121,12 +127,11 @@ def warn(message: str) -> None:
 def caption_files(files: list[SourceFile], root: Path, named: set[Path]) -> list[SourceFile]:
     """The files with captions, among the `named` ones if any of these may have some, without those
     that prepare.py wrote to `root`. Raises `InputError` for a named file without captions, and if
-    no file of a right suffix has any."""
+    no file has any."""
     given = [file for file in files if absolute(file.path) in named and not file.archive]
     given = [file for file in given if _suffix(file) in SUFFIXES + OTHER_SUFFIXES]
-    lists = [file for file in files if RESULT.fullmatch(file.parts[-1])]
-    results = [file for file in lists if file.below(root) == file.parts[-1]]
-    others = [file for file in files if _suffix(file) in SUFFIXES and file not in results]
+    others = [file for file in files if _suffix(file) in SUFFIXES or file.parts[-1] == KAGGLE]
+    others = [file for file in others if not RESULT.fullmatch(file.below(root) or "")]
     holders, reasons = [], []
     for file in given or others:
         try:
@@ -135,21 +140,19 @@ def caption_files(files: list[SourceFile], root: Path, named: set[Path]) -> list
                 raise UnknownFormat("no entry has an image and a caption")
             holders.append(file)
         except (InputError, UnknownFormat) as error:
-            told = str(error).removeprefix(f"{file}: ")
-            reasons.append(f"\n  {file}: {told}")
-            if given:
-                raise InputError(f"{file}: {told}") from None
-    listed = "".join(reasons[:SHOWN]) + ("\n  ..." if len(reasons) > SHOWN else "")
-    if reasons and not holders:
-        raise InputError(f"no file of the sources holds captions:{listed}")
-    if results and not holders:
+            reasons.append(f"\n  {file}: {str(error).removeprefix(f'{file}: ')}")
+    shown = "".join(reasons[:SHOWN]) + ("\n  ..." if len(reasons) > SHOWN else "")
+    if reasons and (given or not holders):
+        raise InputError(f"files of the sources hold no captions:{shown}")
+    if not holders:
         raise InputError(
-            f"{root}: {', '.join(file.parts[-1] for file in results)}: named as the lists that are "
-            "written here; rename a list of all images (captions.json), or write into another "
-            "folder (--output)"
+            f"there are no captions in the sources: none of Flickr8k.token.txt, {KAGGLE} and "
+            "dataset_flickr8k.json, and no other file with CSV, TSV, JSON lines, COCO or a list, "
+            "but for such as are named as those that are written (en_train.json: call it "
+            "captions.json); name a folder or zip that holds one with --source, or add --download"
         )
     if reasons:
-        warn(f"files that hold no captions are left out:{listed}")
+        warn(f"files that hold no captions are left out:{shown}")
     return holders
 
 
@@ -169,12 +172,9 @@ def _split_by_entries(file: SourceFile, parts: dict[str, list]) -> dict[str, lis
     words = ", ".join(repr(word) for word in sorted(parts))
     is_known = parts.keys() <= SPLIT_WORDS.keys()
     if not (is_known and {"train", "val"} <= {SPLIT_WORDS[word] for word in parts}):
-        remedy = "write " + (
-            "val in entries to validate on" if is_known else "train, val or test in every entry"
-        )
         raise InputError(
-            f"{file}: split is one of {words}; {remedy}, or rename the field to have the images "
-            "split at random"
+            f"{file}: split is one of {words}; write train, val or test in every entry, and val in "
+            "some, or rename the field to have the images split at random"
         )
     pairs: dict[str, list] = {}
     for word, part in parts.items():
@@ -206,7 +206,7 @@ def _image_name(image: object) -> str:
 
 def _place(
     images: set[str], files: list[SourceFile], root: Path
-) -> tuple[dict[str, str], dict[str, SourceFile | ContainedFile]]:
+) -> tuple[dict[str, str], dict[str, SourceFile]]:
     """The path of each image below `root`, and the files to copy there."""
     index = FileIndex(files, root)
     found = {image: _find(image, index) for image in sorted(images)}
@@ -219,49 +219,36 @@ def _place(
         )
     target_of: dict[str, str] = {}
     copied: dict[str, SourceFile] = {}
-    image_of: dict[str, str] = {}
     for image, (file, *others) in found.items():
         if others:
             raise InputError(
                 f"{image}: several files may be meant, {file} and {others[0]}; write more of the "
                 "path in the captions' file"
             )
-        inside = INSIDE.fullmatch(image) if isinstance(file, ContainedFile) else None
-        target = SourceFile(file.path, 0).below(root)
-        if target is None:
-            target = f"images/{_relative(image)}"
-            if inside:  # the container's name without its ending, the image's with one
-                target = f"images/{Path(inside[1]).stem}/{inside[3]}"
-                target += "" if Path(target).suffix else ".jpg"
-            copied[target] = file
-        elif inside:
-            target += f"/{file.name}"
+        target, inside = file.below(root), INSIDE.fullmatch(image)
+        if inside and file.name.lower().endswith(PurePosixPath(inside[1]).name.lower()):
+            if target is None:
+                raise InputError(
+                    f"{file}: its images stay in it; name its folder with --output as well"
+                )
+            target += f"/{inside[3]}"
+        elif target is None:
+            target = "images/" + re.sub("^images/", "", file.name, flags=re.IGNORECASE)
+            if copied.setdefault(target, file) != file:
+                raise InputError(
+                    f"{file} and {copied[target]} both become {target}; name one folder that holds "
+                    "both with --source"
+                )
         target_of[image] = target
-        other = image_of.setdefault(target.casefold(), image)
-        if other != image:
-            raise InputError(
-                f"{other} and {image} both become {target}; spell an image in one way only, and "
-                "give different ones paths relative to one folder"
-            )
     return target_of, copied
 
 
-def _find(image: str, index: FileIndex) -> list[SourceFile | ContainedFile]:
+def _find(image: str, index: FileIndex) -> list[SourceFile]:
     """The files that an image may be, or the containers that it may be in."""
     inside = INSIDE.fullmatch(image)
-    holders = [file for file in index.find(_parts(inside[1])) if not file.archive] if inside else []
-    return [ContainedFile(file.path, inside[3]) for file in holders] or index.find(_parts(image))
+    return (index.find(_parts(inside[1])) if inside else []) or index.find(_parts(image))
 
 
 def _parts(image: str) -> tuple[str, ...]:
     path = PureWindowsPath(image)
     return path.relative_to(path.anchor).parts if path.anchor else path.parts
-
-
-def _relative(image: str) -> str:
-    """The path below images/ for a copy of the image: that of the caption file, or the name alone
-    if that path is absolute or leaves its folder."""
-    parts = _parts(image)
-    if PureWindowsPath(image).anchor or ".." in parts:
-        return parts[-1]
-    return "/".join(parts[1:] if len(parts) > 1 and parts[0].casefold() == "images" else parts)

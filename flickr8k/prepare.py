@@ -8,17 +8,17 @@ written again.
 
 The sources hold the images, and captions and splits in one of these formats:
 
-1. Flickr8k.token.txt (the official captions) or captions.txt (the Kaggle
-   copy's), with the official splits of Flickr8k_text.zip, or else split at
-   random, with a warning;
+1. the official captions and splits of Flickr8k_text.zip;
 2. dataset_flickr8k.json, Karpathy's file of captions and splits (or _flickr30k,
    _coco);
-3. your own captions as CSV, TSV, JSON lines, COCO, Parquet or a list: one file,
+3. your own captions (the captions.txt of the Kaggle copy is such a table) as
+   CSV, TSV, JSON lines, COCO, Parquet or a list: one file,
    which is split by its column split (train, val, test) or at random, or a file
    for each, called train, val and test; or without a list, split at random: a
    folder of tar shards (00000.tar, ... of img2dataset), of images beside texts
-   (1.jpg, 1.txt), of class folders, or of Hugging Face's datasets. Images and
-   shards in the output folder stay there, others are copied to images/.
+   (1.jpg, 1.txt), of class folders, or of Hugging Face's datasets. Images in
+   the output folder stay there, others are copied to images/; shards and tables
+   with images have to be in it.
 
 Flickr8k (Hodosh, Young, Hockenmaier 2013) is for non-commercial research and
 education.
@@ -27,7 +27,7 @@ education.
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Set
+from collections.abc import Iterable
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -35,23 +35,22 @@ from pathlib import Path
 if not __package__:  # as a script: Python looks for modules in this folder, not in the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from flickr8k.own_captions import read_own, split_at_random, warn
+from flickr8k.own_captions import KAGGLE, read_own
 from flickr8k.sources import FileIndex, SourceFile, find_files, zip_members
 from models import scripts
 from models.errors import InputError
 from models.host import run_script
 from utils.data.annotations import (
     annotations_json,
-    captions_by_split,
     image_path,
     refuse_another_set,
     write_set,
 )
 from utils.data.caption_formats import SPLIT_WORDS
-from utils.data.caption_lists import join_parts
 
-Captions = dict[str, list[str]]  # name of an image -> its captions
-Splits = dict[str, list[str]]  # "train", "val" or "test" -> names of its images
+Captions = dict[str, list[str]]  # path of an image below the output folder -> its captions
+Splits = dict[str, list[str]]  # "train", "val" or "test" -> its images
+Copied = dict[str, SourceFile]  # path of an image -> the file to copy there
 
 RELEASE = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"
 IMAGES_ZIP, TEXT_ZIP = "Flickr8k_Dataset.zip", "Flickr8k_text.zip"
@@ -64,10 +63,9 @@ SPLIT_LISTS = {
     "val": "Flickr_8k.devImages.txt",
     "test": "Flickr_8k.testImages.txt",
 }
-TOKENS, KAGGLE = "Flickr8k.token.txt", "captions.txt"
-KARPATHY, *KARPATHYS_OTHERS = (f"dataset_{name}.json" for name in ("flickr8k", "flickr30k", "coco"))
-OFFICIAL_COUNTS = {"train": 6000, "val": 1000, "test": 1000}
-CAPTIONS_PER_IMAGE = 5
+TOKENS = "Flickr8k.token.txt"
+OFFICIAL = (TOKENS, *SPLIT_LISTS.values())
+KARPATHYS = [f"dataset_{name}.json" for name in ("flickr8k", "flickr30k", "coco")]
 
 
 def read_tokens(file: SourceFile) -> Captions:
@@ -82,17 +80,6 @@ def read_tokens(file: SourceFile) -> Captions:
             raise InputError(f"{file}: line {number} is not name.jpg#0<TAB>caption: {line[:80]!r}")
         captions.setdefault(name, []).append(caption.strip())
     return captions
-
-
-def read_kaggle(file: SourceFile) -> Captions:
-    """The captions of the Kaggle copy: CSV with the header `image,caption`."""
-    parts = captions_by_split(file, file.read_text(), str)
-    if len(parts) > 1:
-        raise InputError(
-            f"{file}: says of the images which split they are in, as the Kaggle copy does not; if "
-            "it is your own list, call it captions.csv: then its splits count"
-        )
-    return dict(join_parts(parts.values()))
 
 
 def read_karpathy(file: SourceFile) -> tuple[Captions, Splits]:
@@ -113,58 +100,35 @@ def read_karpathy(file: SourceFile) -> tuple[Captions, Splits]:
     return captions, splits
 
 
-CAPTION_READERS = {TOKENS: read_tokens, KAGGLE: read_kaggle}
-
-
 def karpathys_file(files: FileIndex) -> SourceFile | None:
-    return next(filter(None, map(files.named, (KARPATHY, *KARPATHYS_OTHERS))), None)
-
-
-def has_captions(files: FileIndex) -> bool:
-    return bool(karpathys_file(files)) or any(map(files.named, CAPTION_READERS))
+    return next(filter(None, map(files.named, KARPATHYS)), None)
 
 
 def has_official_splits(files: FileIndex) -> bool:
     """Whether the files hold captions and the splits of published scores."""
-    listed = all(map(files.named, SPLIT_LISTS.values()))
-    return karpathys_file(files) is not None or (listed and has_captions(files))
+    return all(map(files.named, OFFICIAL)) or karpathys_file(files) is not None
 
 
-def read_source(files: FileIndex, present: Set[str]) -> tuple[Captions, Splits]:
-    """Captions and splits. Without official splits, the captioned images that are among the files
-    or `present` are split at random, with warnings. Raises `InputError` if there are no captions,
-    or only some of the official split lists."""
-    missing_lists = [name for name in SPLIT_LISTS.values() if not files.named(name)]
-    captions_name = next(filter(files.named, CAPTION_READERS), None)
-    if (karpathys := karpathys_file(files)) and (missing_lists or not captions_name):
-        return read_karpathy(karpathys)
-    if not captions_name:
-        raise InputError(
-            f"there are no captions in the sources: none of {TOKENS}, {KAGGLE} and {KARPATHY}, and "
-            "no other file with CSV, TSV, JSON lines, COCO or a list; name a folder or zip that "
-            "holds one of them with --source, or add --download"
-        )
-    captions = CAPTION_READERS[captions_name](files.named(captions_name))
-    if not missing_lists:
+def read_official(files: FileIndex) -> tuple[Captions, Splits, Copied] | None:
+    """Captions and official splits; None if the files have neither Karpathy's JSON nor a file of
+    the official zip. Raises `InputError` if they have only some of the latter."""
+    missing = [name for name in OFFICIAL if not files.named(name)]
+    if not missing:
+        captions = read_tokens(files.named(TOKENS))
         lists = {split: files.named(name).read_text() for split, name in SPLIT_LISTS.items()}
-        return captions, {split: names.split() for split, names in lists.items()}
-    if len(missing_lists) < len(SPLIT_LISTS):
+        splits = {split: names.split() for split, names in lists.items()}
+    elif file := karpathys_file(files):
+        captions, splits = read_karpathy(file)
+    elif len(missing) < len(OFFICIAL):
         raise InputError(
-            f"some official split lists are there, but not {', '.join(missing_lists)}; "
-            f"name {TEXT_ZIP} with --source, or add --download"
+            f"of the official files there are some, but not {', '.join(missing)}; name {TEXT_ZIP} "
+            "with --source, or add --download"
         )
-    names = {name for name in captions if name in present or files.named(name)}
-    if lost := [name for name in captions if name not in names]:
-        warn(
-            f"{len(lost):,} images with captions are left out, for example {lost[0]}: the sources "
-            "hold no file of that name"
-        )
-    warn(
-        f"the official splits ({TEXT_ZIP}) are in none of the sources; the {len(names):,} images "
-        "with captions are split at random, so scores cannot be compared with published ones; "
-        f"to get the official splits, name {TEXT_ZIP} with --source as well, or add --download"
-    )
-    return captions, split_at_random(names)
+    else:
+        return None
+    captions = {f"images/{name}": texts for name, texts in captions.items()}
+    splits = {split: [f"images/{name}" for name in names] for split, names in splits.items()}
+    return captions, splits, {}
 
 
 def check_splits(splits: Splits, captions: Captions) -> None:
@@ -181,64 +145,38 @@ def check_splits(splits: Splits, captions: Captions) -> None:
             )
 
 
-def warn_of_other_numbers(splits: Splits, captions: Captions) -> None:
-    """Warn if the numbers of images or captions are not those of Flickr8k."""
-    names = chain.from_iterable(splits.values())
-    other = [name for name in names if len(captions[name]) != CAPTIONS_PER_IMAGE]
-    if other:
-        many = f"{len(other):,}, for example {other[0]}"
-        warn(f"images without exactly {CAPTIONS_PER_IMAGE} captions: {many}")
-    counts = {split: len(listed) for split, listed in splits.items()}
-    if counts != OFFICIAL_COUNTS:
-        warn(f"found {_in_words(counts)}, but Flickr8k has {_in_words(OFFICIAL_COUNTS)}")
-
-
 def prepare(
     root: Path, sources: Iterable[Path] = (), download: bool = False, language: str = "en"
 ) -> dict[str, int]:
     """Write Flickr8k, or your own data set, from `sources` to the folder `root`; return the
     number of images by split. With `download`, what the sources lack is downloaded to
-    `root / "downloads"`.
-
-    Images of the same size are not written again. Raises `InputError` for missing or unreadable
-    files, and as `write_set` does.
-    """
+    `root / "downloads"`. Images of the same size are not written again. Raises `InputError` for
+    missing or unreadable files, and as `write_set` does."""
     sources = list(sources)
     with ExitStack() as open_zips:
         found = find_files(sources, open_zips)
         files = FileIndex((file for file in found if not file.below(root / "images")), root)
-        own = None if download or has_captions(files) else read_own(found, root, sources, language)
-        if own and root.resolve() == Path(__file__).resolve().parent:
-            raise InputError(
-                "your own captions need a folder of their own: add --output FOLDER; images "
-                "that lie in FOLDER are not copied"
-            )
         if download and not has_official_splits(files):
             files.add(zip_members(_download(TEXT_ZIP, root), open_zips))
-        there = [path for path in (root / "images").rglob("*") if path.is_file()]
-        sizes = {path.relative_to(root).as_posix(): path.stat().st_size for path in there}
-        # A power cut leaves empty files.
-        present = {name.removeprefix("images/") for name, size in sizes.items() if size}
-        captions, splits, copied = own or (*read_source(files, present), {})
+        official = read_official(files)
+        captions, splits, copied = official or read_own(found, root, sources, language)
         captions = {image: [text for text in texts if text] for image, texts in captions.items()}
         check_splits(splits, captions)
-        folder = "" if own else "images/"
         annotations = {
-            root / f"{language}_{split}.json": _annotations(images, captions, folder)
+            root / f"{language}_{split}.json": _annotations(images, captions)
             for split, images in splits.items()
         }
         refuse_another_set(annotations)
-        if not own:
-            if not any(map(files.named, KARPATHYS_OTHERS)):
-                warn_of_other_numbers(splits, captions)
-            names = [*chain.from_iterable(splits.values())]
-            if download and not all(name in present or files.named(name) for name in names):
+        there = [path for path in (root / "images").rglob("*") if path.is_file()]
+        sizes = {path.relative_to(root).as_posix(): path.stat().st_size for path in there}
+        if official:
+            images = [*chain.from_iterable(splits.values())]
+            if download and not all(sizes.get(image) or files.named(image) for image in images):
                 files.add(zip_members(_download(IMAGES_ZIP, root), open_zips))
-            copied = {f"images/{name}": file for name in names if (file := files.named(name))}
-            missing = [n for n in names if not (n in present or f"images/{n}" in copied)]
-            if missing:
+            copied = {image: file for image in images if (file := files.named(image))}
+            if missing := [i for i in images if not (sizes.get(i) or i in copied)]:
                 raise InputError(
-                    f"{len(missing):,} of {len(names):,} images are in none of the sources, for "
+                    f"{len(missing):,} of {len(images):,} images are in none of the sources, for "
                     f"example {missing[0]}; name the folder or zip that holds them with --source, "
                     "or add --download"
                 )
@@ -252,16 +190,16 @@ def prepare(
     return {split: len(images) for split, images in splits.items()}
 
 
-def _annotations(images: list[str], captions: Captions, folder: str) -> bytes:
-    """The content of the caption file of `images`, which lie in `folder`."""
+def _annotations(images: list[str], captions: Captions) -> bytes:
+    """The content of the caption file of `images`."""
     for image in images:
         try:
-            usable = image_path(folder + image) == folder + image
+            usable = image_path(image) == image
         except ValueError:
             usable = False
         if not usable:
             raise InputError(f"{image}: this name cannot be used everywhere; rename the image")
-    return annotations_json((folder + image, captions[image]) for image in sorted(images))
+    return annotations_json((image, captions[image]) for image in sorted(images))
 
 
 def _download(name: str, root: Path) -> Path:
@@ -292,8 +230,8 @@ def main() -> None:
     add("--source", type=scripts.path, nargs="+", default=[], metavar="PATH",
         help=f"folders, zips or files that hold Flickr8k: {IMAGES_ZIP} and {TEXT_ZIP} or what they "
              f"unpack to, the Kaggle copy (archive.zip: Images and {KAGGLE}; add {TEXT_ZIP} or "
-             f"--download for the official splits), or Karpathy's {KARPATHY} and the images; or "
-             "your own images with captions (see 3 above)")
+             f"--download for the official splits), or Karpathy's {KARPATHYS[0]} and the images; "
+             "or your own images with captions (see 3 above)")
     add("--output", type=scripts.writable_folder, default=Path(__file__).resolve().parent,
         help="folder to write into (default: the folder of this script)")
     add("--language", choices=["en", "cn"], default="en",

@@ -224,6 +224,5 @@ def render_demo(root: Path, seed: int = 0, n_train: int = 2000, n_val: int = 200
         write_image=lambda file, path: draw(scene_of[file], rng).save(path),
         annotations=annotations,
         progress="rendering the demo set",
-        folder_option="--dataset_path",
     )
     return root

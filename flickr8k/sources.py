@@ -4,6 +4,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import takewhile
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 from zipfile import BadZipFile, ZipFile, ZipInfo
@@ -19,6 +20,7 @@ class SourceFile(NamedTuple):
     size: int  # bytes, unpacked
     archive: ZipFile | None = None
     member: ZipInfo | None = None
+    name: str = ""  # its path in its source or its zip, with slashes
 
     def __str__(self) -> str:
         return f"{self.path}/{self.member.filename}" if self.archive else str(self.path)
@@ -49,48 +51,40 @@ class FileIndex:
 
     def __init__(self, files: Iterable[SourceFile], root: Path):
         self.root = root
-        self.with_end: dict[tuple[str, ...], list[SourceFile]] = {}
-        self.longer: set[tuple[str, ...]] = set()  # ends of which `with_end` has the longer ones
+        self.with_end: dict[tuple[str, ...], list[SourceFile]] = {}  # of one part, of two
         self.add(files)
 
     def add(self, files: Iterable[SourceFile]) -> None:
         for file in files:
-            self.with_end.setdefault(_folded(file.parts[-1:]), []).append(file)
-        self.longer.clear()
+            for end in {_folded(file.parts[-1:]), _folded(file.parts[-2:])}:
+                self.with_end.setdefault(end, []).append(file)
 
     def find(self, parts: tuple[str, ...]) -> list[SourceFile]:
         """The files whose paths share the longest end with `parts`; among them, in this order,
         those spelled the same, below `root`, in no zip."""
         folded = _folded(parts)
-        found: list[SourceFile] = []
-        for start in reversed(range(len(parts))):
-            longer = self.with_end.get(folded[start:])
-            if not longer:
-                break
-            found = longer
-            if len(found) > 1 and start:
-                self._add_longer(folded[start:])
+        found = self.with_end.get(folded[-2:]) or self.with_end.get(folded[-1:], [])
         ranks = [
-            (file.parts[-1] == parts[-1], file.below(self.root) is not None, not file.archive)
+            (
+                _equal_at_end(_folded(file.parts), folded),
+                file.parts[-1] == parts[-1],
+                file.below(self.root) is not None,
+                not file.archive,
+            )
             for file in found
         ]
         best = max(ranks, default=None)
         return [file for file, rank in zip(found, ranks, strict=True) if rank == best]
 
-    def _add_longer(self, end: tuple[str, ...]) -> None:
-        """Sort the files with this end by one part more, once: most differ in their names."""
-        if end in self.longer:
-            return
-        self.longer.add(end)
-        parts: dict[tuple[str, ...], list[SourceFile]] = {}
-        for file in self.with_end[end]:
-            if len(file.parts) > len(end):
-                parts.setdefault(_folded(file.parts[-len(end) - 1 :]), []).append(file)
-        self.with_end |= parts
-
     def named(self, name: str) -> SourceFile | None:
-        """The first file of that name, or None."""
-        return next(iter(self.find((name,))), None)
+        """The first file of that name, whatever its folder, or None."""
+        return next(iter(self.find((name.rpartition("/")[2],))), None)
+
+
+def _equal_at_end(parts: tuple[str, ...], others: tuple[str, ...]) -> int:
+    """How many of the last parts are equal."""
+    pairs = zip(reversed(parts), reversed(others), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _folded(parts: tuple[str, ...]) -> tuple[str, ...]:
@@ -109,26 +103,24 @@ def find_files(sources: Iterable[Path], open_zips: ExitStack) -> list[SourceFile
     for source in sources:
         if not source.exists():
             raise InputError(f"{source}: there is no such file or folder (--source)")
-        for path in [source] if source.is_file() else _walk(source):
+        folder = source if source.is_dir() else source.parent
+        for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
+            name = path.relative_to(folder)
+            if any(part.startswith(".") for part in name.parts) or not path.is_file():
+                continue
             if path.suffix.lower() == ".zip":
                 files += zip_members(path, open_zips)
             else:
-                files.append(SourceFile(path, path.stat().st_size))
+                files.append(SourceFile(path, path.stat().st_size, name=name.as_posix()))
     return list({(absolute(f.path), f.archive and f.parts): f for f in files}.values())
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    for current, subfolders, names in os.walk(folder):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        paths = [Path(current) / name for name in sorted(names) if not name.startswith(".")]
-        yield from (path for path in paths if path.is_file())
 
 
 def zip_members(path: Path, open_zips: ExitStack) -> list[SourceFile]:
     """The files in a zip, which stays open until `open_zips` is closed."""
     with _readable(path):
         archive = open_zips.enter_context(ZipFile(path))
-    members = [SourceFile(path, m.file_size, archive, m) for m in archive.infolist()]
+    names = [(m, PureWindowsPath(m.filename).as_posix()) for m in archive.infolist()]
+    members = [SourceFile(path, m.file_size, archive, m, name) for m, name in names]
     return [m for m in members if not (m.member.is_dir() or m.parts[-1].startswith("."))]
 
 

@@ -255,8 +255,8 @@ def build_parser() -> ArgumentParser:
         f"beside the scripts: {', '.join(TORCHVISION_SETS)}")
     add("--classnames", type=path, metavar="FILE",
         help="names of the classes, one a line in the order of the sorted class folders (2 before "
-        "10), lines folder<TAB>name or 'folder name', or ImageNet's class index in JSON (default: "
-        "the words in the folders' names, or the data set's names)")
+        "10), or lines folder<TAB>name or 'folder name' (default: the words in the folders' names, "
+        "or the data set's names)")
     add("--templates", type=name_or_path, metavar="SET_OR_FILE",
         help="sentences around a class name, whose features are averaged: "
         f"{', '.join(TEMPLATE_SETS)} (cn: Chinese), or a file with one a line and {{}} for the "
@@ -291,7 +291,7 @@ def main() -> None:
     if not args.classnames and all(re.fullmatch(r"n?\d+", name) for name in source.classes):
         print(
             f"hint: {source.classes[0]} is not a word, and neither are the other classes; give "
-            "their names with --classnames (of ImageNet's synsets: imagenet_class_index.json)"
+            "their names with --classnames (of ImageNet's synsets: LOC_synset_mapping.txt)"
         )
     train_source = None
     if args.linear_probe:

@@ -119,7 +119,6 @@ def render_world(root: Path, name: str, seed: int) -> Path:
         write_image=write_image,
         annotations=annotations,
         progress=f"rendering {name}, seed {seed}",
-        folder_option="--output",
     )
     return root
 

@@ -269,7 +269,7 @@ def test_interrupted_rendering_leaves_no_half_file(tmp_path, monkeypatch):
 
 def test_another_data_set_is_not_overwritten(tmp_path):
     (tmp_path / "cn_val.json").write_text("[]")
-    with pytest.raises(InputError, match=r"cn_val\.json.*--dataset_path"):
+    with pytest.raises(InputError, match=r"cn_val\.json.*another folder"):
         render_demo(tmp_path, n_train=20, n_val=5)
     assert list(files_of(tmp_path)) == [Path("cn_val.json")]
 

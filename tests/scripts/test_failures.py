@@ -159,4 +159,4 @@ def test_images_in_both_splits_are_warned_of(data, tmp_path):
     extra = json.loads((copy / "en_val.json").read_text())[:2]
     (copy / "en_train.json").write_text(json.dumps(entries + extra))
     done = run_script("train.py", *SCRATCH, "--dataset_path", copy, "--epochs", 1, cwd=tmp_path)
-    assert "warning: images in both training and validation: 2" in done.stdout
+    assert "warning: 2 images are in both training and validation" in done.stdout

@@ -3,18 +3,15 @@
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
-from functools import lru_cache, partial
-from itertools import chain
+from collections.abc import Callable, Iterable
 from pathlib import Path, PureWindowsPath
 from tempfile import TemporaryDirectory
 
-from models.errors import InputError, one_line
+from models.errors import InputError, listed, one_line
 from models.files import decoded, file_version, probably_meant
 from models.progress_bar import progress_bar
 from models.scripts import from_here
-from utils.data.caption_folders import folder_form, folder_records, table_records
+from utils.data.caption_folders import folder_form, folder_records, table_records, why_no_form
 from utils.data.caption_formats import (
     CAPTION_FIELDS,
     IMAGE_FIELDS,
@@ -26,35 +23,43 @@ from utils.data.caption_formats import (
     UnknownFormat,
     chinese_clip_records,
     first_of,
-    list_records,
     read_records,
 )
 from utils.data.caption_lists import CaptionLists, Entries, join_parts
+from utils.data.containers import cached_by_version
 from utils.runs.files import atomic_write
 
 CHINESE_CLIP = "_texts.jsonl"  # the end of its lists' names
-PIECE = 2**20  # characters that are read at a time
 PROBLEMS_SHOWN = 10  # of one caption file
 NOTHING = {"", "nan", "none", "null", "<na>"}  # in place of a caption
-OTHERS_SHOWN = 5  # other caption files in the folder of a missing one
 PATH_LENGTH = 100  # characters shown of a path
 # A path that `image_path` leaves as it is, found faster.
 PLAIN_PATH = re.compile(r"(?:\w[\w.-]*/)*\w[\w.-]*", re.ASCII)
 
 
 def missing_annotations(file: Path) -> str | None:
-    """Why the captions of `caption_file` are not found, and which other lists are there, of its
-    split if possible; None if they are there."""
+    """Why the captions of `caption_file` are not found, and what is there instead, of its split if
+    possible; None if they are there. Raises `InputError` for the only table, if it is broken."""
     root = file.parent
     if not root.is_dir():
         return f"{root}: {'is not a folder' if root.exists() else 'no such folder'}"
     if file.exists():
         return None
+    split = file.stem.rpartition("_")[2]
     lists = sorted(f for f in root.iterdir() if f.suffix in SUFFIXES and f.is_file())
-    split = "_" + file.stem.rpartition("_")[2]
-    others = [f.name for f in lists if f.stem.endswith(split)] or [f.name for f in lists]
-    shown = others[:OTHERS_SHOWN] + (["..."] if len(others) > OTHERS_SHOWN else [])
-    return f"{root}: no {file.name} in it" + (f", only {', '.join(shown)}" if shown else "")
+    if len(lists) == 1 and lists[0].stem.rpartition("_")[2] not in SPLITS:
+        _list_parts(lists[0])
+    others = [f.name for f in lists if f.stem.endswith(f"_{split}")] or [f.name for f in lists]
+    told = f"{root}: no {file.name} in it" + (f", only {listed(others)}" if others else "")
+    folders = {word: root / word for word in SPLIT_WORDS if (root / word).is_dir()}
+    if own := [folder for word, folder in folders.items() if SPLIT_WORDS[word] == split]:
+        return f"{told}; {why_no_form(own[0])}"
+    for folder in folders.values():
+        return (
+            f"{told}, and no {split}/ beside {folder.name}/, whose images are split by python "
+            f"{from_here('flickr8k/prepare.py')} --source {folder} --output {root}"
+        )
+    return told
 
 
 def caption_file(root: Path, language: str, split: str) -> Path:
@@ -82,14 +87,13 @@ def read_annotations(path: Path, split: str | None = None, language: str = "en")
     """The (image path relative to the folder of `path`, captions) pairs of the captions at `path`,
     as `caption_file` names it: a list in any format of `read_records`, whose name tells the split,
     a table with the column split, or a folder. One `InputError` names all problems."""
-    name = path.stem.rpartition("_")[2]
     if path.is_dir():
-        return _pairs(path, _below(path.name, folder_records(path, language)))
-    if path.name.endswith(CHINESE_CLIP):
-        images = path.name.replace(CHINESE_CLIP, "_imgs.tsv")
-        return _pairs(path, chinese_clip_records(_read_text(path), images))
-    if split and name not in SPLITS:
-        parts = _table_parts(path, file_version(path))
+        records = folder_records(path, language)
+        parts = collect(path, records, lambda image: image_path(f"{path.name}/{image}"))
+        return join_parts(parts.values())
+    parts = _list_parts(path)
+    name = path.stem.rpartition("_")[2]
+    if split and name not in SPLITS and not path.name.endswith(CHINESE_CLIP):
         others = {word: len(part) for word, part in parts.items() if word not in SPLIT_WORDS}
         if others and split == "train":  # once
             print(
@@ -97,7 +101,6 @@ def read_annotations(path: Path, split: str | None = None, language: str = "en")
                 f"{', '.join(word or 'empty' for word in others)}; splits are train, val and test"
             )
         return join_parts(part for word, part in parts.items() if SPLIT_WORDS.get(word) == split)
-    parts = _list_parts(path)
     if other := sorted(word for word in parts if SPLIT_WORDS.get(word, name) != name):
         print(
             f"warning: {path}: entries whose split is {', '.join(other)} count as {name}, as the "
@@ -109,70 +112,37 @@ def read_annotations(path: Path, split: str | None = None, language: str = "en")
 def splits_in(table: Path) -> set[str | None]:
     """The splits that the entries of a table name."""
     try:
-        return set(map(SPLIT_WORDS.get, _table_parts(table, file_version(table))))
+        return set(map(SPLIT_WORDS.get, _list_parts(table)))
     except InputError:
         return set()  # some other file
 
 
-@lru_cache(maxsize=1)
-def _table_parts(path: Path, _: str) -> dict[str, CaptionLists]:
-    return _list_parts(path)
-
-
+@cached_by_version(1)
 def _list_parts(path: Path) -> dict[str, CaptionLists]:
-    if path.suffix == ".parquet":
-        return collect(path, table_records(path), image_path)
-    if path.suffix == ".json" and path.is_file():
-        with suppress(OSError, UnicodeDecodeError), path.open(encoding="utf-8-sig") as file:
-            pieces = iter(partial(file.read, PIECE), "")
-            first = next(pieces, "")
-            if first.lstrip().startswith("["):
-                records = list_records(chain([first], pieces), lambda: _read_text(path))
-                return collect(path, records, image_path)
-    return captions_by_split(path, _read_text(path), image_path)
-
-
-def _pairs(path: Path, records: Iterable[Record]) -> CaptionLists:
-    return join_parts(collect(path, records, image_path).values())
-
-
-def _below(folder: str, records: Iterable[Record]) -> Iterator[Record]:
-    for record in records:
-        if record.problem is None:
-            image = f"{folder}/{record.content['image']}"
-            record = record._replace(content=record.content | {"image": image})
-        yield record
-
-
-def captions_by_split(
-    file: object, text: str, read_image: Callable[[object], str]
-) -> dict[str, CaptionLists]:
-    """The (image, captions) pairs of a caption file with this content, by the split that entries
-    name, in lower case, or else "". Entries of the same image are joined.
-
-    A repeated caption counts as often as it is listed, unless all entries of the image are repeated
-    equally often, equal in every field: these are copies. Copies and empty captions are left out
-    and counted in one line. `read_image` turns an entry's image into its name, or raises
-    `ValueError`. One `InputError` names all problems.
-    """
-    try:
-        records = read_records(text, Path(str(file)).suffix.lower())
-    except UnknownFormat as error:
-        raise InputError(f"{file}: {error}") from None
-    del text  # long, and not needed any more when the captions are joined
-    return collect(file, records, read_image)
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        records = table_records(path)
+    elif path.name.endswith(CHINESE_CLIP):
+        images = path.name.replace(CHINESE_CLIP, "_imgs.tsv")
+        records = chinese_clip_records(_read_text(path), images)
+    else:
+        records = read_records(_read_text(path), suffix)
+    return collect(path, records, image_path)
 
 
 def collect(
     file: object, records: Iterable[Record], read_image: Callable[[object], str]
 ) -> dict[str, CaptionLists]:
-    """`captions_by_split` from the records of `file`."""
+    """The (image, captions) pairs of `file` with these records, by the split that entries name, in
+    lower case, or else "". Entries of the same image are joined; empty captions are left out, and
+    counted in a warning. `read_image` turns an entry's image into its name, or raises `ValueError`.
+    One `InputError` names all problems."""
     problems: list[str] = []
     entries: dict[str, Entries] = defaultdict(Entries)
-    listed = empty = 0
+    number = empty = 0
     try:
         for where, content, problem in records:
-            listed += 1
+            number += 1
             try:
                 if problem:
                     raise ValueError(problem)
@@ -183,7 +153,7 @@ def collect(
             split = content.get(first_of(SPLIT_FIELDS, content))
             split = "" if _is_empty(split) else str(split).strip().lower()
             texts = [caption for caption in captions if not _is_empty(caption)]
-            entries[split].add(image, texts, _digest(content))
+            entries[split].add(image, texts)
             empty += max(1, len(captions)) - len(texts)
     except UnknownFormat as error:
         raise InputError(f"{file}: {error}") from None
@@ -191,48 +161,36 @@ def collect(
         shown = "".join(f"\n  {problem}" for problem in problems[:PROBLEMS_SHOWN])
         others = len(problems) - PROBLEMS_SHOWN
         more = f"\n  ... and {others} more" if others > 0 else ""
-        count = f"{len(problems)} of {listed} entries cannot be used; mend or remove them:"
+        count = f"{len(problems)} of {number} entries cannot be used; mend or remove them:"
         raise InputError(f"{file}: {count}{shown}{more}")
-    return _join_entries(file, entries, empty)
-
-
-def _join_entries(file: object, entries: dict[str, Entries], empty: int) -> dict[str, CaptionLists]:
-    """The pairs by split, after a warning that counts copies and `empty` captions."""
-    copies = {split: of_split.copies() for split, of_split in entries.items()}
-    parts = {split: of_split.pairs(copies[split]) for split, of_split in entries.items()}
-    parts = {split: pairs for split, pairs in parts.items() if pairs}
+    parts = {split: pairs for split, found in entries.items() if (pairs := found.pairs())}
     if not parts:
         raise InputError(f"{file}: all its captions are empty; write some, or name another file")
-    images = sum(len(of_split.row_of) for of_split in entries.values())
-    counts = {
-        "copied entries": sum(map(len, copies.values())),
-        "empty captions": empty,
-        "images without captions": images - sum(map(len, parts.values())),
-    }
-    if told := ", ".join(f"{what}: {count:,}" for what, count in counts.items() if count):
-        print(f"warning: {file}: left out are {told}")
+    if empty:
+        left_out = sum(map(len, entries.values())) - sum(map(len, parts.values()))
+        print(
+            f"warning: {file}: left out are empty captions: {empty:,}, images without captions: "
+            f"{left_out:,}"
+        )
     return parts
 
 
 def annotations_json(entries: Iterable[tuple[str, list[str]]]) -> bytes:
-    """The content of a caption file for these pairs. Raises `InputError` for lone surrogates."""
-    lines = []
-    for image, captions in entries:
-        try:
-            _refuse_lone_surrogates("".join([image, *captions]))
-        except ValueError as error:
-            raise InputError(f"{_as_json(image)}: its name or a caption {error}") from None
-        lines.append(json.dumps({"image": image, "caption": captions}, ensure_ascii=False))
+    """The content of a caption file for these pairs."""
+    lines = (
+        json.dumps({"image": image, "caption": captions}, ensure_ascii=False)
+        for image, captions in entries
+    )
     return "[\n{}\n]\n".format(",\n".join(lines)).encode()
 
 
-def refuse_another_set(annotations: dict[Path, bytes], folder_option: str = "--output") -> None:
+def refuse_another_set(annotations: dict[Path, bytes]) -> None:
     """Raise `InputError` for caption files that exist with other content."""
     for path, content in annotations.items():
         if path.exists() and path.read_bytes() != content:
             raise InputError(
-                f"{path} belongs to another data set, which is not overwritten: "
-                f"remove that set, or write into another folder ({folder_option})"
+                f"{path} belongs to another data set, which is not overwritten: remove that set, "
+                "or write into another folder"
             )
 
 
@@ -242,14 +200,13 @@ def write_set(
     write_image: Callable[[str, Path], None],
     annotations: dict[Path, bytes],
     progress: str,
-    folder_option: str = "--output",
 ) -> None:
     """Write `images` (paths relative to `root`), then `annotations`: where these exist, all images
     do. `write_image(image, path)` writes to a temporary path; moving the file is much faster than
     an atomic write. Raises `InputError` if `root` cannot be written, and for another set's
-    annotations; `folder_option` is the script's option for another folder.
+    annotations.
     """
-    refuse_another_set(annotations, folder_option)
+    refuse_another_set(annotations)
     try:
         for folder in {(root / image).parent for image in images}:
             folder.mkdir(parents=True, exist_ok=True)
@@ -266,7 +223,7 @@ def write_set(
     except OSError as error:
         raise InputError(
             f"{root}: cannot be written ({error.strerror or error}); make room or choose another "
-            f"folder ({folder_option}), then run this again: what is complete is kept"
+            "folder, then run this again: what is complete is kept"
         ) from error
 
 
@@ -302,23 +259,10 @@ def _read_entry(entry: object, read_image: Callable[[object], str]) -> tuple[str
     return tuple(values)
 
 
-def _digest(entry: dict) -> int:
-    """A number that entries share which are equal in every field; others do not, in practice."""
-    if float not in map(type, entry.values()):  # nan does not equal itself
-        with suppress(TypeError):
-            values = (tuple(v) if isinstance(v, list) else v for v in entry.values())
-            return hash((*entry, *values))
-    return hash(repr(entry))
-
-
 def _name(entry: object) -> str:
     """The image of an entry, spelled as in the file, to search for it there."""
     image = entry.get(first_of(IMAGE_FIELDS, entry)) if isinstance(entry, dict) else None
-    return f" ({_as_json(image)[:PATH_LENGTH]})" if isinstance(image, str) else ""
-
-
-def _as_json(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False).encode(errors="backslashreplace").decode()
+    return f" ({image!r:.{PATH_LENGTH}})" if isinstance(image, str) else ""
 
 
 def image_path(image: object) -> str:
@@ -341,7 +285,8 @@ def image_path(image: object) -> str:
 def why_missing(image: Path) -> str:
     """The path of a missing image, and the likely cause."""
     if not image.name.isprintable():
-        return f"{_as_json(str(image))} (in JSON write a path with /, or each \\ twice)"
+        shown = json.dumps(str(image), ensure_ascii=False)
+        return f"{shown} (in JSON write a path with /, or each \\ twice)"
     beside = image.parent.iterdir() if image.parent.is_dir() else []
     return f"{image}{probably_meant(image.name, (file.name for file in beside))}"
 
@@ -351,7 +296,7 @@ def _refuse_lone_surrogates(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        shown = _as_json(text[error.start])
+        shown = ascii(text[error.start])
         message = f"holds a lone surrogate, {shown}; write the whole character or remove it"
         raise ValueError(message) from None
 

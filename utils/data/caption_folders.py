@@ -10,7 +10,6 @@ class folders    a folder of images for each class; templates make the captions
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 from models.errors import InputError
 from models.files import decoded
@@ -24,41 +23,40 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp")  # of images beside a text
 TEMPLATES = {"en": TEMPLATE_SETS["ensemble"][:5], "cn": TEMPLATE_SETS["cn_ensemble"][:5]}
 
 
-class Form(NamedTuple):
-    """How captions are kept in a folder."""
-
-    is_in: Callable[[Path], bool]  # whether a folder has this form
-    records: Callable[[Path, str], Iterator[Record]]  # of a folder and a language; images below it
+Records = Callable[[Path, str], Iterator[Record]]  # of a folder and a language; images below it
 
 
-def folder_form(folder: Path) -> Form | None:
-    """The form of a folder, or None if it holds no images with captions."""
-    return next((form for form in FORMS if folder.is_dir() and form.is_in(folder)), None)
+def folder_form(folder: Path) -> Records | None:
+    """What reads the captions of a folder; None if it holds no images with captions."""
+    return next((records for is_in, records in FORMS if folder.is_dir() and is_in(folder)), None)
 
 
 def folder_records(folder: Path, language: str) -> Iterator[Record]:
     """The records of a folder. Raises `InputError` if it has no known form."""
-    form = folder_form(folder)
-    if form is None:
-        raise InputError(
-            f"{folder}: holds no images with captions: neither tar shards, nor 1.txt beside 1.jpg, "
-            "nor a folder of images for each class"
-        )
-    return form.records(folder, language)
+    records = folder_form(folder)
+    if records is None:
+        raise InputError(why_no_form(folder))
+    return records(folder, language)
 
 
-def _shards(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.glob("*.tar") if file.is_file())
+def why_no_form(folder: Path) -> str:
+    classes = class_folders(folder)
+    only = f"only one class folder, {classes[0].name}" if len(classes) == 1 else "no class folders"
+    return (
+        f"{folder}: no captions: there are neither tar shards nor 1.txt beside 1.jpg, and {only}; "
+        "captions are made from at least two"
+    )
 
 
 def _of_shards(folder: Path, _: str) -> Iterator[Record]:
-    for shard in _shards(folder):
+    for shard in sorted(folder.glob("*.tar")):
         yield from _of_shard(shard)
 
 
 def _of_shard(shard: Path) -> Iterator[Record]:
     samples: dict[str, dict[str, str]] = {}  # {key: {ending: member}}
-    for member in index_of(shard):
+    places = index_of(shard)
+    for member in places:
         path = PurePosixPath(member)
         if path.name.startswith("."):  # a Mac's notes on a file
             continue
@@ -66,26 +64,20 @@ def _of_shard(shard: Path) -> Iterator[Record]:
         samples.setdefault(str(path.with_name(key)), {})[f".{ending}".lower()] = member
     for key, members in samples.items():
         where = f"{shard.name}/{key}"
-        image = first_of(ENDINGS, members)
-        if ending := first_of((".txt", ".json"), members):
-            text = decoded(read_contained(shard, members[ending]), f"{shard}/{members[ending]}")
+        image, ending = first_of(ENDINGS, members), first_of((".txt", ".json"), members)
         if not (image and ending):
             has = ", ".join(members.values())
             yield Record(where, None, f"should be an image beside a .txt or a .json; it is {has}")
-        elif ending == ".txt":
-            yield Record(where, {"image": f"{shard.name}/{members[image]}", "caption": text})
-        else:
-            yield _of_json(where, f"{shard.name}/{members[image]}", text)
-
-
-def _of_json(where: str, image: str, text: str) -> Record:
-    try:
-        content = json.loads(text)
-        return Record(
-            where, {"image": image, "caption": content[first_of(CAPTION_FIELDS, content)]}
-        )
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return Record(where, None, 'its .json should hold {"caption": ...}')
+            continue
+        name = members[ending]
+        caption = decoded(read_contained(shard, name, places[name]), f"{shard}/{name}")
+        try:
+            if ending == ".json":
+                content = json.loads(caption)
+                caption = content[first_of(CAPTION_FIELDS, content)]
+            yield Record(where, {"image": f"{shard.name}/{members[image]}", "caption": caption})
+        except (ValueError, LookupError, TypeError, RecursionError):
+            yield Record(where, None, 'its .json should hold {"caption": ...}')
 
 
 def _of_datasets(folder: Path, _: str) -> Iterator[Record]:
@@ -98,6 +90,7 @@ def table_records(file: Path) -> Iterator[Record]:
     table = arrow_table(file)
     contained = image_column(table)
     rows = table.drop_columns([contained]) if contained else table
+    rows = rows.rename_columns([name.strip().casefold() for name in rows.column_names])
     number = 0
     for batch in rows.to_batches():
         for row in batch.to_pylist():
@@ -139,9 +132,9 @@ def _of_classes(folder: Path, language: str) -> Iterator[Record]:
             yield Record(path, {"image": path, "caption": captions})
 
 
-FORMS = (
-    Form(lambda folder: bool(_shards(folder)), _of_shards),
-    Form(lambda folder: any(folder.glob("*.arrow")), _of_datasets),
-    Form(_has_texts, _of_texts),
-    Form(_has_classes, _of_classes),
+FORMS: tuple[tuple[Callable[[Path], bool], Records], ...] = (
+    (lambda folder: any(folder.glob("*.tar")), _of_shards),
+    (lambda folder: any(folder.glob("*.arrow")), _of_datasets),
+    (_has_texts, _of_texts),
+    (_has_classes, _of_classes),
 )

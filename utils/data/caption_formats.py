@@ -4,13 +4,11 @@ import ast
 import csv
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import chain
 from pathlib import PurePath
 from typing import NamedTuple
-
-from models.scripts import from_here
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 # Names of a column or a field; where a file has several of them, the first counts.
@@ -24,12 +22,12 @@ SPLIT_WORDS = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 SEPARATORS = "\t,;|"
-FULL_WIDTH = "“”‘’＂，：；｛｝［］【】"
 LITERAL = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 LIST = re.compile(rf"\[\s*(?:(?:{LITERAL.pattern})[,\s]*)+\]", re.DOTALL)
 BLANK = re.compile(r"\s*")
 LINE = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+")
-LARGEST_ENTRY = 2**24  # characters
+SHOULD_HOLD = 'it should hold [{"image": ..., "caption": ...}, ...]'
+NO_LIST = f"is not a list; {SHOULD_HOLD}"
 SHOWN = 80  # characters of a line that a message quotes
 
 
@@ -56,96 +54,74 @@ def read_records(text: str, suffix: str = "") -> Iterator[Record]:
     table       CSV or TSV: the first line names the columns; a row has a caption, or a list of them
                 as Python, JSON or numpy writes it. Commas, tabs, semicolons or bars separate fields
 
-    Raises `UnknownFormat`, also between records.
+    Raises `UnknownFormat`.
     """
-    start = checked(text)[BLANK.match(text).end()]
-    if start == "[" and suffix != ".jsonl":
-        return list_records([text], lambda: text)
-    if start in "[{":
-        return _json_records(text, suffix)
-    if (rows := _table(text)) is not None:
-        return rows
-    if suffix not in (".json", ".jsonl"):
-        raise UnknownFormat(_not_a_table(text))
-    return _list_records(_parsed(text))
-
-
-def checked(text: str) -> str:
-    """The text. Raises `UnknownFormat` if it is none."""
     if not text.strip():
         raise UnknownFormat("is empty; get a new copy, or write it anew")
     if "\0" in text:
         raise UnknownFormat("holds NUL bytes; save it as UTF-8")
-    return text
+    start = text[BLANK.match(text).end()]
+    if start == "[":
+        yield from _list_records(text)
+    elif start == "{":
+        yield from _json_records(text, suffix)
+    elif rows := _table(text):
+        yield from rows
+    elif suffix in (".json", ".jsonl"):
+        _parsed(text)
+        raise UnknownFormat(NO_LIST)
+    else:
+        first = text.lstrip().partition("\n")[0].rstrip()
+        raise UnknownFormat(
+            "the first line should name the columns, image and caption, separated by a comma or a "
+            f"tab; it is {first[:SHOWN]!r}"
+        )
+
+
+def _list_records(text: str) -> Iterator[Record]:
+    """The records of a JSON list, entry by entry, which takes less memory than all at once."""
+    decode = json.JSONDecoder().raw_decode
+    place, number = BLANK.match(text).end(), 0
+    try:
+        while text[place] == ("," if number else "["):
+            entry, end = decode(text, BLANK.match(text, place + 1).end())
+            yield Record(f"entry {number}", entry)
+            place, number = BLANK.match(text, end).end(), number + 1
+        is_whole = text[place] == "]" and not text[place + 1 :].strip()
+    except (RecursionError, ValueError, IndexError):
+        is_whole = False
+    if not is_whole:
+        _parsed(text)  # raises an error that names the place
+        raise UnknownFormat(f"lists no images; {SHOULD_HOLD}")
 
 
 def _json_records(text: str, suffix: str) -> Iterator[Record]:
     try:
         content = _parsed(text)
     except UnknownFormat:
-        lines = (
-            _line(n, line.rstrip("\r\n"))
-            for n, line in enumerate(_lines(text), start=1)
-            if line.strip()
-        )
+        lines = _json_lines(text)
         first = next(lines)
         if suffix != ".jsonl" and not isinstance(first.content, dict):
             raise
         return chain([first], lines)
-    if not isinstance(content, dict):
-        return _list_records(content)
     images, annotations = content.get("images"), content.get("annotations")
     if isinstance(images, list) and isinstance(annotations, list):
         return _coco_records(images, annotations)
-    if isinstance(images, list):
-        raise UnknownFormat(
-            "looks like Karpathy's dataset_flickr8k.json; convert it: python "
-            f"{from_here('flickr8k/prepare.py')} --source FOLDER"
-        )
     if first_of(IMAGE_FIELDS, content):
         return iter([Record("line 1", content)])
     if content and all(PurePath(key).suffix for key in content):
-        pairs = content.items()
+        pairs = json.loads(text, object_pairs_hook=list)  # a key may be repeated
         return (Record(f"image {key:.80}", {"image": key, "caption": text}) for key, text in pairs)
-    return _list_records(content)
+    raise UnknownFormat(NO_LIST)
 
 
-def list_records(pieces: Iterable[str], whole: Callable[[], str]) -> Iterator[Record]:
-    """The records of a JSON list, entry by entry, which takes less memory than all at once.
-    `pieces` make the text; `whole` gives it to name a problem. Raises `UnknownFormat`."""
-    number = -1
-    try:
-        for number, entry in enumerate(_elements(iter(pieces))):
-            yield Record(f"entry {number}", entry)
-    except (RecursionError, ValueError):
-        content = _parsed(checked(whole()))  # raises an error that names the place, as a rule
-        if number >= 0:
-            raise UnknownFormat("lists something that is no object") from None
-        yield from _list_records(content)
-
-
-def _elements(pieces: Iterator[str]) -> Iterator[object]:
-    """The elements of a JSON list. Raises `ValueError` for an empty or a broken one."""
-    decode = json.JSONDecoder().raw_decode
-    text, place, before = next(pieces), 0, "["
-    while True:
-        place = BLANK.match(text, place).end()
-        if before == "," and text.startswith("]", place):
-            break
-        try:
-            if not text.startswith(before, place):
-                raise ValueError
-            element, end = decode(text, BLANK.match(text, place + 1).end())
-        except ValueError:
-            piece = next(pieces, "")
-            if not piece or len(text) - place > LARGEST_ENTRY:
-                raise
-            text, place = text[place:] + piece, 0
-            continue
-        yield element
-        place, before = end, ","
-    if text[place + 1 :].strip() or any(piece.strip() for piece in pieces):
-        raise ValueError
+def _json_lines(text: str) -> Iterator[Record]:
+    for number, line in enumerate(_lines(text), start=1):
+        if line.strip():
+            try:
+                yield Record(f"line {number}", _parsed(line.rstrip(), is_line=True))
+            except UnknownFormat as error:
+                yield Record(f"line {number}", None, str(error))
 
 
 def _lines(text: str) -> Iterator[str]:
@@ -156,10 +132,7 @@ def _lines(text: str) -> Iterator[str]:
 def chinese_clip_records(text: str, images: str) -> Iterator[Record]:
     """The records of Chinese-CLIP's texts, a JSON object a line with a text and the ids of images,
     which are in base64 in the table `images`."""
-    for number, line in enumerate(_lines(text), start=1):
-        if not line.strip():
-            continue
-        record = _line(number, line.rstrip("\r\n"))
+    for record in _json_lines(text):
         entry = record.content
         if not isinstance(entry, dict) or not isinstance(entry.get("image_ids"), list):
             problem = record.problem or 'should be {"text": ..., "image_ids": [...]}'
@@ -176,50 +149,25 @@ def _parsed(text: str, is_line: bool = False) -> object:
         return json.loads(text)
     except json.JSONDecodeError as error:
         where = f"column {error.colno}" if is_line else f"line {error.lineno}, column {error.colno}"
-        found = error.doc[error.pos : error.pos + 1]
-        remedy = ""
-        if error.msg.startswith("Invalid \\escape"):
-            remedy = "; write / in paths, or \\\\ for \\"
-        elif found and found in FULL_WIDTH:
-            remedy = f'; {found} is full-width: JSON takes " , : of an English keyboard'
+        is_path = error.msg.startswith("Invalid \\escape")
+        remedy = "; write / in paths, or \\\\ for \\" if is_path else ""
         raise UnknownFormat(f"broken JSON at {where}: {error.msg}{remedy}") from None
     except (RecursionError, ValueError) as error:  # nested too deeply; a number of 5,000 digits
         raise UnknownFormat(f"broken JSON: {error}") from None
 
 
-def _line(number: int, line: str) -> Record:
-    try:
-        return Record(f"line {number}", _parsed(line, is_line=True))
-    except UnknownFormat as error:
-        return Record(f"line {number}", None, str(error))
-
-
-def _list_records(content: object) -> Iterator[Record]:
-    if not isinstance(content, list) or not content:
-        found = "lists no images" if content == [] else "is not a list"
-        raise UnknownFormat(f'{found}; it should hold [{{"image": ..., "caption": ...}}, ...]')
-    return (Record(f"entry {number}", entry) for number, entry in enumerate(content))
-
-
 def _coco_records(images: list, annotations: list) -> Iterator[Record]:
-    if not any(isinstance(entry, dict) and "caption" in entry for entry in annotations):
-        raise UnknownFormat(
-            "looks like COCO's boxes or persons, since no annotation has a caption; take the file "
-            "of captions, captions_*.json"
-        )
     names = {}
     for entry in images:
         if isinstance(entry, dict) and isinstance(entry.get("id"), (int, str)):
             names[entry["id"]] = entry.get("file_name")
-    records = []
     for number, entry in enumerate(annotations):
         image = entry.get("image_id") if isinstance(entry, dict) else None
         if isinstance(image, (int, str)) and image in names:
-            records.append(Record(f"annotation {number}", {**entry, "image": names[image]}))
+            yield Record(f"annotation {number}", {**entry, "image": names[image]})
         else:
             problem = '"image_id" is that of none of the images'
-            records.append(Record(f"annotation {number}", entry, problem))
-    return iter(records)
+            yield Record(f"annotation {number}", entry, problem)
 
 
 def _table(text: str) -> Iterator[Record] | None:
@@ -238,30 +186,24 @@ def _table(text: str) -> Iterator[Record] | None:
 
 def _rows(rows, names: list[str], caption: str) -> Iterator[Record]:
     """The records of the other rows of a `csv.reader` with columns `names`."""
-    is_empty = True
-    while True:
-        where = f"line {rows.line_num + 1}"
-        try:
-            row = next(rows, None)
-        except csv.Error as error:
-            raise UnknownFormat(
-                f"broken table from {where} on ({error}); within quotes, write a quote twice"
-            ) from None
-        if row is None and is_empty:
-            raise UnknownFormat("has no captions below the first line")
-        if row is None:
-            return
-        is_empty = is_empty and not any(row)
-        row = [field.strip() for field in row]
-        if len(row) == len(names) and any(row):
-            content = dict(zip(names, row, strict=True))
-            yield Record(where, content | {caption: _cell(content[caption])})
-        elif any(row):
-            problem = (
-                f"has {len(row)} fields, where the first line has {len(names)}; put quotes around "
-                "a caption that holds the separator"
-            )
-            yield Record(where, None, problem)
+    line = rows.line_num + 1
+    try:
+        for row in rows:
+            where, line = f"line {line}", rows.line_num + 1
+            row = [field.strip() for field in row]
+            if len(row) == len(names) and any(row):
+                content = dict(zip(names, row, strict=True))
+                yield Record(where, content | {caption: _cell(content[caption])})
+            elif any(row):
+                problem = (
+                    f"has {len(row)} fields, where the first line has {len(names)}; put quotes "
+                    "around a caption that holds the separator"
+                )
+                yield Record(where, None, problem)
+    except csv.Error as error:
+        raise UnknownFormat(
+            f"broken table from line {line} on ({error}); within quotes, write a quote twice"
+        ) from None
 
 
 def _cell(text: str) -> str | list[str]:
@@ -274,19 +216,6 @@ def _cell(text: str) -> str | list[str]:
     with suppress(SyntaxError, ValueError):
         return [ast.literal_eval(literal) for literal in LITERAL.findall(text)]
     return text
-
-
-def _not_a_table(text: str) -> str:
-    first = text.lstrip().partition("\n")[0].rstrip()
-    if re.match(r"[^\t]+#\d+\t", first):
-        return (
-            "looks like the official Flickr8k.token.txt; name it so, then convert it: python "
-            f"{from_here('flickr8k/prepare.py')} --source FOLDER"
-        )
-    return (
-        "the first line should name the columns, image and caption, separated by a comma or a tab; "
-        f"it is {first[:SHOWN]!r}"
-    )
 
 
 def first_of(fields: Iterable[str], names: Iterable[str]) -> str | None:

@@ -10,20 +10,14 @@ import binascii
 import re
 import tarfile
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from models.errors import InputError, one_line
+from models.files import file_version
 
 Place = tuple[int, int]  # where an image starts in its container, and its size in bytes
-
-
-class Container(NamedTuple):
-    """How images are found and read in a kind of file."""
-
-    index: Callable[[Path], dict[str, Place]]  # {name: place} of all that is in it
-    read: Callable[[Path, int, int], bytes]  # the image file at a place
 
 
 def in_container(path: str | Path) -> tuple[Path, str] | None:
@@ -34,11 +28,22 @@ def in_container(path: str | Path) -> tuple[Path, str] | None:
     return None
 
 
-@lru_cache(maxsize=64)
+def cached_by_version(files: int) -> Callable:
+    """A decorator that keeps the results for the last `files`, as long as these do not change."""
+
+    def decorate(read: Callable[[Path], Any]) -> Callable[[Path], Any]:
+        kept = lru_cache(maxsize=files)(lambda file, _: read(file))
+        return wraps(read)(lambda file: kept(file, file_version(file)))
+
+    return decorate
+
+
+@cached_by_version(64)
 def index_of(file: Path) -> dict[str, Place]:
     """The places of all images in a container. Raises `InputError` if it cannot be read."""
     try:
-        return CONTAINERS[file.suffix.lower()].index(file)
+        index, _ = CONTAINERS[file.suffix.lower()]
+        return index(file)
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror})") from None
 
@@ -49,7 +54,8 @@ def read_contained(file: Path, name: str, place: Place | None = None) -> bytes:
     if not is_known and (place := index_of(file).get(name)) is None:
         raise InputError(f"{file}/{name}: {file.name} has no such image")
     try:
-        return CONTAINERS[file.suffix.lower()].read(file, *place)
+        _, read = CONTAINERS[file.suffix.lower()]
+        return read(file, *place)
     except OSError as error:
         raise InputError(f"{file}/{name}: cannot be read ({error.strerror})") from None
     except binascii.Error as error:
@@ -111,7 +117,7 @@ def _arrow_image(file: Path, row: int, _: int) -> bytes:
     return content or Path(path).read_bytes()
 
 
-@lru_cache(maxsize=256)
+@cached_by_version(256)
 def arrow_table(file: Path) -> Any:
     """The table of Arrow that a file of Hugging Face's `datasets` (a stream) or a Parquet file
     holds; the former is mapped into memory. Raises `InputError`, also without `pyarrow`."""
@@ -137,10 +143,11 @@ def image_column(table: Any) -> str | None:
     return None
 
 
-CONTAINERS = {
-    ".tar": Container(_tar_members, _bytes_at),
-    ".tsv": Container(_table_rows, _base64_at),
-    ".arrow": Container(_arrow_rows, _arrow_image),
-    ".parquet": Container(_arrow_rows, _arrow_image),
+# How all images of a file are found, {name: place}, and how the image file at a place is read.
+CONTAINERS: dict[str, tuple[Callable[[Path], dict[str, Place]], Callable[..., bytes]]] = {
+    ".tar": (_tar_members, _bytes_at),
+    ".tsv": (_table_rows, _base64_at),
+    ".arrow": (_arrow_rows, _arrow_image),
+    ".parquet": (_arrow_rows, _arrow_image),
 }
 INSIDE = re.compile(r"(.+?\.(tar|tsv|arrow|parquet))[\\/](.+)", re.IGNORECASE | re.DOTALL)

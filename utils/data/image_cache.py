@@ -74,8 +74,7 @@ def cached_pixels(
     side = dataset.preprocess.side
     shape = (len(dataset), 3, side, side)
     fingerprint = _fingerprint(dataset.root, dataset.image, dataset.preprocess)
-    mapped = _mapped(file, shape, fingerprint)
-    if mapped is not None:
+    if (mapped := _mapped(file, shape, fingerprint)) is not None:
         return mapped
     needed = math.prod(shape)  # bytes
     try:
@@ -85,15 +84,12 @@ def cached_pixels(
             raise OSError(errno.ENOSPC, f"the disk has {free / 1e6:,.0f} MB left")
         _write(file, dataset, fingerprint, batches)
     except OSError as error:
-        # Windows does not replace a file that another run has written and mapped by now.
-        mapped = _mapped(file, shape, fingerprint)
-        if mapped is None:
-            raise InputError(
-                f"{file}: cannot be written ({error.strerror or error}); it takes "
-                f"{needed / 1e6:,.0f} MB. Make room, name a folder for it "
-                "(--cache FOLDER), or train without what needs it (--cache, --retention)"
-            ) from error
-    return mapped or _mapped(file, shape, fingerprint)
+        raise InputError(
+            f"{file}: cannot be written ({error.strerror or error}); it takes "
+            f"{needed / 1e6:,.0f} MB. Make room, name a folder for it (--cache FOLDER), or train "
+            "without what needs it (--cache, --retention)"
+        ) from error
+    return _mapped(file, shape, fingerprint)
 
 
 def _fingerprint(root: Path, images: list[str], preprocess: Preprocess) -> bytes:

@@ -11,16 +11,15 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from models.errors import InputError
+from models.errors import InputError, listed
 from models.preprocess import DRAWN_BY_PROGRAMS, NEED_A_PACKAGE, is_one_colour
 from models.progress_bar import progress_bar
 from utils.data.caption_formats import SPLITS
-from utils.data.containers import in_container, index_of
+from utils.data.containers import Place, in_container, index_of
 from utils.data.image_reading import read_image
 
 NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG"}  # formats that Pillow names but cannot read
 AT_A_TIME = 1024  # images that wait for a thread
-SHOWN = 3  # images that a warning names
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -70,18 +69,19 @@ def locate(root: Path, names: Sequence[str]) -> tuple[list[str], np.ndarray | No
     in containers, `[n, 2]`, or None if none does. Each folder is listed once, since on a disk in
     the network a question about each file takes long. Raises `InputError` for a broken container.
     """
-    containers: dict[str, tuple[Path, str] | None] = {}
+    containers: dict[str, tuple[dict[str, Place], str] | None] = {}
     in_folder: dict[str, set[str]] = {}
     places, missing = None, set()
     for row, name in enumerate(names):
         folder, _, file = name.rpartition("/")
         if folder not in containers:
-            containers[folder] = in_container(root / folder / "_")
+            found = in_container(root / folder / "_")
+            containers[folder] = found and (index_of(found[0]), found[1][:-1])
         if containers[folder] is None:
             in_folder.setdefault(folder, set()).add(file)
             continue
-        container, inner = containers[folder]
-        place = index_of(container).get(f"{inner[:-1]}{file}")
+        index, inner = containers[folder]
+        place = index.get(f"{inner}{file}")
         if place is None:
             missing.add(name)
         else:
@@ -92,15 +92,8 @@ def locate(root: Path, names: Sequence[str]) -> tuple[list[str], np.ndarray | No
             wanted.difference_update(file.name for file in files if file.is_file())
         # A file system can take other spellings than those it lists.
         left = (f"{folder}/{file}" if folder else file for file in wanted)
-        missing.update(name for name in left if not _is_file(root / name))
+        missing.update(name for name in left if not os.path.isfile(root / name))  # noqa: PTH113
     return [name for name in names if name in missing] if missing else [], places
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # too long a name
-        return False
 
 
 def check_splits(sets: dict[str, Dataset], num_workers: int, train_too: bool = False) -> None:
@@ -112,8 +105,8 @@ def check_splits(sets: dict[str, Dataset], num_workers: int, train_too: bool = F
         scored = set(dataset.image)
         if shared := [image for image in sets["train"].image if image in scored]:
             print(
-                f"warning: images in both training and {SPLITS[split]}: {_shown(shared)}; scores "
-                "on images seen in training are too good; list each image once"
+                f"warning: {len(shared):,} images are in both training and {SPLITS[split]}, "
+                f"{listed(shared)}: scores on them are too good; list each image once"
             )
     refuse_unreadable([*([sets["train"]] if train_too else []), *held_out.values()], num_workers)
 
@@ -125,13 +118,9 @@ def refuse_unreadable(sets: list[Dataset], num_workers: int) -> None:
     found, plain = check_images(list(dict.fromkeys(not_cached)), num_workers)
     known = chain.from_iterable(dataset.unreadable.values() for dataset in sets)
     if plain:
-        print(f"warning: pictures of one colour, as they are read: {_shown(plain)}")
+        print(f"warning: {len(plain):,} pictures are read as of one colour, {listed(plain)}")
     if broken := dict.fromkeys(chain(known, found)):
         raise InputError("\n  ".join([f"{len(broken)} images cannot be read:", *broken]))
-
-
-def _shown(images: list[str]) -> str:
-    return f"{len(images):,} ({', '.join(images[:SHOWN])}{', ...' * (len(images) > SHOWN)})"
 
 
 def check_images(images: list[str], num_workers: int = 0) -> tuple[list[str], list[str]]:

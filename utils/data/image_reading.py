@@ -18,14 +18,15 @@ from tqdm import tqdm
 from models.errors import InputError, one_line
 from models.preprocess import open_image, upright_rgb
 from utils.data.containers import Place, in_container, read_contained
+from utils.data.packed import PackedSequence
 from utils.machine.interrupt import leave_signals_to_parent, signals_held_back
 from utils.machine.memory import CONTINUE, free_shared_memory
 
 LONGEST_WAIT = 600  # seconds for a batch; a disk in the network can be slow to wake up
 
 
-@dataclass(frozen=True)
-class Paths(Sequence[str]):
+@dataclass(frozen=True, eq=False)
+class Paths(PackedSequence[str]):
     """The paths of images by their `names` below `root`, with slashes."""
 
     root: Path
@@ -34,17 +35,12 @@ class Paths(Sequence[str]):
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        return str(self.root / self.names[index])
+    def item(self, i: int) -> str:
+        return str(self.root / self.names[i])
 
     def __iter__(self) -> Iterator[str]:
         before = str(self.root / "_")[:-1]  # joining paths takes ten times as long
         return (before + name.replace("/", os.sep) for name in self.names)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and [*self] == [*other]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Labelled images: from class folders, or from a data set of torchvision."""
 
-import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,8 +91,8 @@ def find_labelled_images(
     A folder holds `train/` and `val/` (or `valid/` or `test/`) with class folders, or class folders
     alone, all to score on. A set is downloaded to `data_root`, by default `torchvision_data` beside
     the scripts. `names_file` names the classes: one a line in the order of the sorted folders (2
-    before 10), lines `folder<TAB>name` or `folder name`, or ImageNet's class index in JSON. Raises
-    `InputError` for unusable data or names; `option` is the script's option for `data`.
+    before 10), or lines `folder<TAB>name` or `folder name`. Raises `InputError` for unusable data
+    or names; `option` is the script's option for `data`.
     """
     root = Path(data).expanduser()
     if root.is_dir():
@@ -117,34 +117,31 @@ def find_labelled_images(
 
 def _class_folders(root: Path, is_train: bool) -> LabelledImages:
     scored = next((root / name for name in SCORED if class_folders(root / name)), None)
-    if is_train:
-        _check_both_splits(root / "train", scored or root / SCORED[0])
     split = root / "train" if is_train else scored or root
     folders = class_folders(split)
+    names = [folder.name for folder in folders]
+    if scored is None and (names == ["train"] or (is_train and names)):
+        raise InputError(
+            f"{root}: has train/, and no val/ (or valid/ or test/) beside it; move some images of "
+            f"each class there, or name {root / 'train'} to score on its images"
+        )
     if len(folders) < 2:
-        found = f"only one class folder in it, {folders[0].name}" if folders else "no class folders"
+        found = f"only one class folder in it, {names[0]}" if names else "no class folders"
         raise InputError(
             f"{split}: {found}; give a folder with a folder of images for each class, or with "
             "train/ and val/ that have such folders in them"
+        )
+    if is_train and (unpaired := {folder.name for folder in class_folders(scored)} ^ set(names)):
+        raise InputError(
+            f"{root}: --linear_probe needs the same class folders in {split} and {scored}; only "
+            f"one of them has {listed(sorted(unpaired))}"
         )
     image, label = [], []
     for number, folder in enumerate(folders):
         image += [str(folder / file) for file in find_images(folder)]
         label += [number] * (len(image) - len(label))
     name = root.resolve().name + ("" if split is root else f"_{split.name}")
-    return LabelledImages(name, root, image, label, [folder.name for folder in folders])
-
-
-def _check_both_splits(train: Path, scored: Path) -> None:
-    """Raise `InputError` unless both have the same class folders."""
-    names = [{folder.name for folder in class_folders(split)} for split in (train, scored)]
-    unpaired = sorted(names[0] ^ names[1])
-    if unpaired or not names[0]:
-        found = f"only one of them has {listed(unpaired)}" if unpaired else "neither has any"
-        raise InputError(
-            f"{train.parent}: --linear_probe needs the same class folders in {train} and {scored}; "
-            f"{found}"
-        )
+    return LabelledImages(name, root, image, label, names)
 
 
 def _named(keys: list[str], file: Path | None) -> list[str]:
@@ -152,14 +149,10 @@ def _named(keys: list[str], file: Path | None) -> list[str]:
     if file is None:
         return words_of(keys)
     lines = read_lines(file, "class name")
-    is_json = file.suffix.lower() == ".json"
-    names = _names_in_json("\n".join(lines), file) if is_json else _names_by_key(lines, keys)
+    names = _names_by_key(lines, keys)
+    if missing := [key for key in keys if names and not names.get(key)]:
+        raise InputError(f"{file}: no name for {', '.join(missing[:5])}; write folder<TAB>name")
     if names:
-        if missing := [key for key in keys if not names.get(key)]:
-            near = near_names(missing[0], names.keys() - keys)
-            raise InputError(
-                f"{file}: no name for {', '.join(missing[:5])}{near}; write folder<TAB>name"
-            )
         return [names[key] for key in keys]
     if len(lines) != len(keys):
         raise InputError(
@@ -170,27 +163,10 @@ def _named(keys: list[str], file: Path | None) -> list[str]:
 
 
 def _names_by_key(lines: list[str], keys: list[str]) -> dict[str, str]:
-    """Names by folder from lines `folder<TAB>name`, or `folder name` if most folders have one."""
-    if any("\t" in line for line in lines):
-        pairs = (line.partition("\t")[::2] for line in lines)
-        return {key.strip(): name.strip() for key, name in pairs}
-    names = {}
+    """Names by folder from lines `folder<TAB>name` or `folder name`, if most folders have one."""
+    names, folders = {}, {*keys}
     for line in lines:
-        if key := max((key for key in keys if line.startswith(f"{key} ")), key=len, default=""):
+        starts = (line[: space.start()] for space in re.finditer(r"\s", line))
+        if key := max(folders.intersection(starts), key=len, default=""):
             names[key] = line.removeprefix(key).strip()
     return names if len(names) > len(keys) / 2 else {}
-
-
-def _names_in_json(text: str, file: Path) -> dict[str, str]:
-    """Names by folder, `{"cat": "a cat"}`, or as in ImageNet's `{"0": ["n01440764", "tench"]}`."""
-    names: dict[str, str] = {}
-    try:
-        for key, value in json.loads(text).items():
-            *folders, name = [value] if isinstance(value, str) else value
-            names |= dict.fromkeys([key, *folders], name.replace("_", " "))
-    except (ValueError, AttributeError, TypeError, RecursionError):
-        raise InputError(
-            f'{file}: should be {{"folder": "name", ...}}, or as ImageNet\'s class index, '
-            '{"0": ["n01440764", "tench"], ...}'
-        ) from None
-    return names

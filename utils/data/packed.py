@@ -12,7 +12,23 @@ T = TypeVar("T")
 PIECE = 2**16  # strings that are packed, or unpacked to be iterated over, at a time
 
 
-class Strings(Sequence[str]):
+class PackedSequence(Sequence[T]):
+    """A sequence whose elements are made by `item(i)`, for i from 0, when they are asked for."""
+
+    def item(self, i: int) -> T:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        found = range(len(self))[index]
+        return self.item(found) if isinstance(found, int) else [self.item(i) for i in found]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and [*self] == [*other]
+
+    __hash__ = None
+
+
+class Strings(PackedSequence[str]):
     """Strings in UTF-8 end to end: string i is `data[starts[i] : starts[i + 1]]`."""
 
     def __init__(self, data: np.ndarray, starts: np.ndarray):
@@ -21,10 +37,7 @@ class Strings(Sequence[str]):
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        i = range(len(self))[index]
+    def item(self, i: int) -> str:
         return _decoded(self.data[self.starts[i] : self.starts[i + 1]].tobytes())
 
     def __iter__(self) -> Iterator[str]:
@@ -36,11 +49,6 @@ class Strings(Sequence[str]):
             for start, stop in pairwise((starts - starts[0]).tolist()):
                 string = piece[start:stop]
                 yield string if isinstance(string, str) else _decoded(string)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and [*self] == [*other]
-
-    __hash__ = None
 
     def take(self, rows: np.ndarray) -> "Strings":
         """The strings at these indices."""

@@ -17,8 +17,6 @@ class TorchvisionSet(NamedTuple):
     loader: str  # its class in `torchvision.datasets`
     scored: dict[str, object]  # arguments of the class for the images to score on
     train: dict[str, object] | None  # for training images; None if the set has no splits
-    source: str  # addresses of its archives
-    folder: str = ""  # where torchvision looks for them, below the folder of all sets
     names: Sequence[str] | None = None  # of the classes, if torchvision's are not readable
 
 
@@ -42,45 +40,27 @@ GTSRB_SIGNS = (
 )
 GTSRB_NAMES = [f"{sign} sign" for sign in GTSRB_SIGNS.split(", ")]
 
-OXFORD = "https://www.robots.ox.ac.uk/~vgg/data"
-ZALANDO = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
-ERDA = "https://sid.erda.dk/public/archives/daaeac0d7ce1152aea9b61d9f1e19370/"
-EUROSAT = "https://huggingface.co/datasets/torchgeo/eurosat/resolve/main/EuroSAT.zip"
-ILSVRC = "ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_val.tar and ILSVRC2012_img_train.tar"
-TORCHVISION_SETS = {name: TorchvisionSet(*row) for name, row in {
-    "caltech101": ("Caltech101", {}, None,
-        "https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.zip", "caltech101"),
-    "cifar10": ("CIFAR10", *BY_TRAIN, "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"),
-    "cifar100": ("CIFAR100", *BY_TRAIN,
-        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"),
-    "country211": ("Country211", *BY_SPLIT,
-        "https://openaipublic.azureedge.net/clip/data/country211.tgz"),
-    "dtd": ("DTD", *BY_SPLIT, f"{OXFORD}/dtd/download/dtd-r1.0.1.tar.gz", "dtd"),
-    "eurosat": ("EuroSAT", {}, None, EUROSAT, "eurosat", EUROSAT_NAMES),
-    "fashion_mnist": ("FashionMNIST", *BY_TRAIN, f"the four .gz of {ZALANDO}",
-        "FashionMNIST/raw"),
-    "fgvc_aircraft": ("FGVCAircraft", *WITH_TRAINVAL,
-        f"{OXFORD}/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz"),
-    "flowers102": ("Flowers102", *BY_SPLIT,
-        f"102flowers.tgz, imagelabels.mat and setid.mat of {OXFORD}/flowers/102/", "flowers-102"),
-    "food101": ("Food101", *BY_SPLIT, "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz"),
-    "gtsrb": ("GTSRB", *BY_SPLIT, "GTSRB-Training_fixed.zip, GTSRB_Final_Test_Images.zip and "
-        f"GTSRB_Final_Test_GT.zip of {ERDA}", "gtsrb", GTSRB_NAMES),
-    "imagenet": ("ImageNet", *WITH_VAL, f"{ILSVRC} of https://image-net.org"),
-    "imagenette": ("Imagenette", *WITH_VAL,
-        "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2.tgz"),
-    "mnist": ("MNIST", *BY_TRAIN, "the four .gz of https://ossci-datasets.s3.amazonaws.com/mnist/",
-        "MNIST/raw", DIGITS),
-    "oxford_pets": ("OxfordIIITPet", *WITH_TRAINVAL,
-        f"images.tar.gz and annotations.tar.gz of {OXFORD}/pets/data/", "oxford-iiit-pet"),
-    "stanford_cars": ("StanfordCars", *BY_SPLIT, "cars_train/, cars_test/, devkit/ and "
-        "cars_test_annos_withlabels.mat, no longer published by their authors,", "stanford_cars"),
-    "stl10": ("STL10", *BY_SPLIT, "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz"),
-    "sun397": ("SUN397", {}, None,
-        "http://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz"),
-    "svhn": ("SVHN", *BY_SPLIT, "train_32x32.mat and test_32x32.mat of "
-        "http://ufldl.stanford.edu/housenumbers/", "", DIGITS),
-}.items()}  # fmt: skip
+TORCHVISION_SETS = {
+    "caltech101": TorchvisionSet("Caltech101", {}, None),
+    "cifar10": TorchvisionSet("CIFAR10", *BY_TRAIN),
+    "cifar100": TorchvisionSet("CIFAR100", *BY_TRAIN),
+    "country211": TorchvisionSet("Country211", *BY_SPLIT),
+    "dtd": TorchvisionSet("DTD", *BY_SPLIT),
+    "eurosat": TorchvisionSet("EuroSAT", {}, None, EUROSAT_NAMES),
+    "fashion_mnist": TorchvisionSet("FashionMNIST", *BY_TRAIN),
+    "fgvc_aircraft": TorchvisionSet("FGVCAircraft", *WITH_TRAINVAL),
+    "flowers102": TorchvisionSet("Flowers102", *BY_SPLIT),
+    "food101": TorchvisionSet("Food101", *BY_SPLIT),
+    "gtsrb": TorchvisionSet("GTSRB", *BY_SPLIT, GTSRB_NAMES),
+    "imagenet": TorchvisionSet("ImageNet", *WITH_VAL),
+    "imagenette": TorchvisionSet("Imagenette", *WITH_VAL),
+    "mnist": TorchvisionSet("MNIST", *BY_TRAIN, DIGITS),
+    "oxford_pets": TorchvisionSet("OxfordIIITPet", *WITH_TRAINVAL),
+    "stanford_cars": TorchvisionSet("StanfordCars", *BY_SPLIT),
+    "stl10": TorchvisionSet("STL10", *BY_SPLIT),
+    "sun397": TorchvisionSet("SUN397", {}, None),
+    "svhn": TorchvisionSet("SVHN", *BY_SPLIT, DIGITS),
+}
 
 
 def open_torchvision_set(name: str, root: Path, is_train: bool) -> Dataset:
@@ -104,7 +84,7 @@ def open_torchvision_set(name: str, root: Path, is_train: bool) -> Dataset:
             problem = error
     raise InputError(
         f"{name}: is not in {root}, or not whole, and cannot be downloaded ({one_line(problem)}); "
-        f"put {known.source} into {root / known.folder} and run this again"
+        f"put there what torchvision.datasets.{known.loader} reads, and run this again"
     ) from problem
 
 

@@ -11,7 +11,6 @@ from script_runs import ROOT
 
 from models.errors import InputError
 from utils.data.annotations import (
-    annotations_json,
     missing_annotations,
     read_annotations,
 )
@@ -140,9 +139,7 @@ def test_missing_folder_is_told_from_missing_file(tmp_path):
     )
     for number in range(9):
         (tmp_path / f"{number}.csv").touch()
-    assert missing(tmp_path / "en_test.json").endswith(
-        "in it, only 0.csv, 1.csv, 2.csv, 3.csv, 4.csv, ..."
-    )
+    assert missing(tmp_path / "en_test.json").endswith("in it, only 0.csv, 1.csv, 2.csv and 9 more")
     assert missing_annotations(tmp_path / "cn_train.json") is None
     assert missing_annotations(tmp_path / "notes.txt" / "en_train.json") == (
         f"{tmp_path / 'notes.txt'}: is not a folder"
@@ -173,7 +170,7 @@ def test_no_images(file):
 def test_path_that_leaves_the_data_folder(file, image):
     message = refusal(write(file, [{"image": image, "caption": ["x"]}]))
     why = "is an absolute path" if PureWindowsPath(image).anchor else "leaves the data folder"
-    assert f'entry 0 ({json.dumps(image)}): "image" {why}; give ' in message
+    assert f'entry 0 ({image!r}): "image" {why}; give ' in message
 
 
 @pytest.mark.parametrize(
@@ -189,17 +186,10 @@ def test_a_lone_surrogate_is_named_as_it_is_spelled(file, field, entry):
     file.write_text(f"[{entry}]", encoding="utf-8")
     message = refusal(file)
     message.encode()
-    assert f'"{field}" holds a lone surrogate, "\\ud83d"; write' in message
+    assert f"\"{field}\" holds a lone surrogate, '\\ud83d'; write" in message
     file.write_text(f"[{entry}]".replace(r"\ud83d", r"\ud83d\udc36"), encoding="utf-8")
     ((image, captions),) = read_annotations(file)
     assert "\N{DOG FACE}" in image + captions[-1]
-
-
-def test_a_lone_surrogate_is_not_written_either():
-    with pytest.raises(
-        InputError, match=r'^"b.jpg": its name or a caption holds a lone surrogate, "\\udc36"'
-    ):
-        annotations_json([("a.jpg", ["a dog"]), ("b.jpg", ["a \udc36"])])
 
 
 @pytest.mark.parametrize("image", ["", "  ", ".", "./", 3, None, ["a.jpg"], {}])
@@ -218,7 +208,7 @@ def test_no_caption_at_all(file, caption):
 @pytest.mark.parametrize("caption", [["x", 3], 3, {}])
 def test_caption_that_is_no_text(file, caption):
     message = refusal(write(file, [{"image": "a.jpg", "caption": caption}]))
-    assert 'entry 0 ("a.jpg"): "caption" ' in message
+    assert "entry 0 ('a.jpg'): \"caption\" " in message
 
 
 @pytest.mark.parametrize("entry", ["a.jpg", 3, None, ["a.jpg", "x"]])
@@ -230,9 +220,9 @@ def test_missing_fields(file):
     entries = [{"caption": "x"}, {"image": "a.jpg"}, {"img": "a.jpg"}, {"image": "/a.jpg"}]
     assert [line.strip() for line in refusal(write(file, entries)).splitlines()[1:]] == [
         'entry 0: "image" is missing',
-        'entry 1 ("a.jpg"): "caption" is missing',
+        "entry 1 ('a.jpg'): \"caption\" is missing",
         'entry 2: "image" is missing; "caption" is missing (it has img)',
-        'entry 3 ("/a.jpg"): "image" is an absolute path; give it relative to the data folder; '
+        "entry 3 ('/a.jpg'): \"image\" is an absolute path; give it relative to the data folder; "
         '"caption" is missing',
     ]
 

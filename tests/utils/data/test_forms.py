@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import pickle
+import shutil
 import tarfile
 
 import numpy as np
@@ -14,7 +15,8 @@ from PIL import Image
 from flickr8k.prepare import prepare
 from models.errors import InputError
 from utils import Flickr8kDataset
-from utils.data.annotations import caption_file, missing_annotations
+from utils.data.annotations import caption_file, missing_annotations, read_annotations
+from utils.data.containers import index_of
 from utils.data.image_files import check_splits
 from utils.flickr8k_dataloader import TrainLoader
 from utils.training.settings import read_data
@@ -209,6 +211,11 @@ def test_prepare_splits_what_has_no_splits(tmp_path, form):
         rows = [{"img": {"bytes": c, "path": None}, "text": texts[0]} for _, c, texts in
                 samples("train")]  # fmt: skip
         parquet.write_table(pyarrow.Table.from_pylist(rows), source / "all.parquet")
+    if form in ("shards", "datasets", "parquet of images"):
+        with pytest.raises(InputError, match=r"its images stay in it; .*--output"):
+            prepare(output, [source])
+        shutil.copytree(source, output)
+        source = output
     for place in (output, source):  # copied there; left where they are
         counts = prepare(place, [source], language="en")
         assert counts == {"train": 6, "val": 1, "test": 1}
@@ -266,6 +273,59 @@ def test_a_table_tells_of_rows_without_a_split(tmp_path, capsys):
     table.write_text(table.read_text("utf-8") + "images/7.png,x,\nimages/8.png,y,banana\n", "utf-8")
     read_data(tmp_path, ["en"], 2, TrainLoader.processes)
     assert "2 images are left out, whose split is empty, banana;" in capsys.readouterr().out
+
+
+def test_a_bad_table_alone_tells_of_its_own_problem(tmp_path):
+    (tmp_path / "captions.csv").write_text("image,caption,split\n1.jpg,a,train\n2.jpg,b, c,val\n")
+    with pytest.raises(InputError, match=r"captions\.csv: 1 of 2 .*\n  line 3: has 4 fields"):
+        missing_annotations(caption_file(tmp_path, "en", "train"))
+
+
+def test_an_image_in_two_splits_of_one_table_is_warned_of(tmp_path, capsys):
+    for split in SPLITS:
+        as_one_table(tmp_path, split)
+    table = tmp_path / "captions.csv"
+    table.write_text(table.read_text("utf-8") + "images/000000.png,again,val\n", "utf-8")
+    check_splits(read_data(tmp_path, ["en"], 2, TrainLoader.processes), 0)
+    assert "1 images are in both training and validation" in capsys.readouterr().out
+
+
+def test_folders_that_lack_classes_or_a_split_are_named_with_the_remedy(tmp_path):
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    (tmp_path / "train" / "cat" / "1.png").write_bytes(encoded(1))
+    told = missing_annotations(caption_file(tmp_path, "en", "train"))
+    assert f"{tmp_path / 'train'}: no captions" in told and "only one class folder, cat" in told
+    (tmp_path / "train" / "dog").mkdir()
+    told = missing_annotations(caption_file(tmp_path, "en", "val"))
+    assert "no val/ beside train/" in told
+    assert f"prepare.py --source {tmp_path / 'train'} --output {tmp_path}" in told
+
+
+@pytest.mark.parametrize("form", [as_chinese_clip, as_shards])
+def test_prepare_says_of_what_is_split_that_it_is_read_as_it_is(tmp_path, form):
+    for split in SPLITS:
+        form(tmp_path, split)
+    with pytest.raises(InputError, match=r"is read as it is: train\.py --dataset_path "):
+        prepare(tmp_path / "out", [tmp_path])
+
+
+def test_columns_of_parquet_in_capitals(tmp_path):
+    """As those of a table of text, whose names are read so too."""
+    pyarrow = pytest.importorskip("pyarrow")
+    rows = [{" Filepath": "1.jpg", "TITLE": "a"}, {" Filepath": "2.jpg", "TITLE": "b"}]
+    pytest.importorskip("pyarrow.parquet").write_table(
+        pyarrow.Table.from_pylist(rows), tmp_path / "en_train.parquet"
+    )
+    (tmp_path / "en_val.csv").write_text(" Filepath,TITLE\n1.jpg,a\n2.jpg,b\n")
+    for file in ("en_train.parquet", "en_val.csv"):
+        assert read_annotations(tmp_path / file) == [("1.jpg", ["a"]), ("2.jpg", ["b"])]
+
+
+def test_a_container_that_was_changed_is_read_anew(tmp_path):
+    file = tmp_path / "0.tar"
+    for name in ("first.png", "another.png"):
+        write_tar(file, {name: encoded(1)})
+        assert [*index_of(file)] == [name]
 
 
 def test_a_row_that_is_no_picture_is_named(tmp_path):
