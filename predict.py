@@ -23,7 +23,7 @@ from itertools import chain, count
 from pathlib import Path
 
 from models.errors import InputError
-from models.files import read_lines
+from models.files import check_writable_folder, read_lines
 from models.host import run_script
 from models.run_files import run_folder, trained_on
 from models.scripts import ArgumentParser
@@ -94,6 +94,7 @@ def caption(args: argparse.Namespace) -> None:
         open_image(args.image)  # to refuse a bad image before weights are loaded
     name = weights_to_use(args.weights)
     captions = list(dict.fromkeys(args.text or read_captions(args.captions_file, name)))
+    predictions = output_folder(name)
     weights, model, precision = load_for(args, name)
     captions = distinct(captions, model)
     if model.logit_bias is not None:
@@ -114,7 +115,7 @@ def caption(args: argparse.Namespace) -> None:
             with precision.autocast():
                 (own,) = encode_pixels(model, [model.preprocess.resize_and_crop(image)])
             ranked = rank_captions(captions, text_features, own, model)[:TOP]
-            output = args.output or new_picture(name, Path(file).stem)
+            output = args.output or new_picture(predictions, Path(file).stem)
             for place, (text, probability, similarity) in enumerate(ranked, 1):
                 print(f"{place}. {probability:7.2%}  similarity {similarity:.3f}  {text}")
             draw_ranking(image, ranked, output)
@@ -141,6 +142,7 @@ def search(args: argparse.Namespace, folder: Path) -> None:
     texts = [] if args.similar else args.text or read_captions(args.captions_file, name)
     if args.output and len(texts) > 1:
         raise InputError("--output is for one picture; give one text to search for")
+    predictions = output_folder(name)
     weights, model, precision = load_for(args, name)
     texts = distinct(texts, model)
     images, features = image_features(model, weights, folder, images, precision)
@@ -164,8 +166,8 @@ def search(args: argparse.Namespace, folder: Path) -> None:
             picture = open_image(folder / image)
             picture.thumbnail(THUMBNAIL)
             shown.append((picture, f"{place}. {similarity:.3f} {image}"))
-        words = f"{folder.resolve().name[: NAME_LENGTH // 2]} {title}"
-        output = args.output or new_picture(name, re.sub(r"\W+", "_", words).strip("_"))
+        name = f"{folder.resolve().name[: NAME_LENGTH // 2]} {title}"
+        output = args.output or new_picture(predictions, re.sub(r"\W+", "_", name).strip("_"))
         draw_found(title, shown, output)
         print(f"picture: {output}")
 
@@ -221,10 +223,17 @@ def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
     return captions
 
 
-def new_picture(weights: str | Path, name: str) -> Path:
-    """A new file for a picture, with a number if there is one of this name, in `predictions/` in
-    the folder of the weights' run, or else in the current folder."""
-    folder, name = (run_folder(weights) or Path.cwd()) / "predictions", name[:NAME_LENGTH]
+def output_folder(weights: str | Path) -> Path:
+    """`predictions/` in the folder of the weights' run, or else in the current folder. Raises
+    `InputError` if it cannot be written."""
+    folder = (run_folder(weights) or Path.cwd()) / "predictions"
+    check_writable_folder(folder)
+    return folder
+
+
+def new_picture(folder: Path, name: str) -> Path:
+    """A new file in `folder` for a picture, with a number if there is one of this name."""
+    name = name[:NAME_LENGTH]
     names = chain([name], (f"{name}_{number}" for number in count(2)))
     return next(file for name in names if not (file := folder / f"{name}.png").exists())
 

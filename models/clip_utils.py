@@ -20,11 +20,11 @@ from torch import Tensor
 from models.clip import CLIP
 from models.config import CONTEXT_LENGTH, Config, check_config
 from models.device import moved, pick_device
-from models.errors import InputError, near_names
+from models.errors import InputError, listed, near_names
 from models.host import run_script
 from models.open_clip_model import OpenClipConfig, OpenClipModel
 from models.preprocess import Preprocess
-from models.run_files import run_weights
+from models.run_files import run_weights, runs_in
 from models.scripts import ArgumentParser, from_here
 from models.tokens import clip_tokenizer, token_rows
 from models.weights import hub
@@ -98,11 +98,16 @@ def find_weights(name: str | os.PathLike, download_root: str | os.PathLike = MOD
 def check_name(name: str | os.PathLike) -> None:
     """Raise `InputError` if `name` is neither a name of weights nor a path. Asks no server."""
     path = Path(name).expanduser()
-    if name in SHA256 or path.exists() or hub.repository_of(str(name)):
+    if name in SHA256 or path.is_file() or run_weights(path) or hub.repository_of(str(name)):
+        return
+    runs = runs_in(path if path.is_dir() else path.parent)
+    if path.exists() and not runs:
         return
     if name in CONFIGS:
         train = f"python {from_here('train.py')} --resume_training none --model {name}"
         raise InputError(f"{name}: has no published weights; to train it: {train}")
+    if runs:
+        raise InputError(f"{name}: no run with weights; those here are {listed(runs)}")
     beside = map(str, path.parent.iterdir()) if path.parent.is_dir() else []
     near = near_names(str(name), [*CONFIGS, *hub.HUB, *beside])
     raise InputError(

@@ -1,5 +1,6 @@
 """A run of train.py on the disk: its files' names, the weights that count, its data. No torch."""
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,12 @@ def run_weights(run: Path) -> Path | None:
     """The weights of a run that count: the mixture that --wise_ft chose or, before that, those of
     the best epoch. None for another folder."""
     return next((file for file in (run / MIXTURE, run / BEST) if file.is_file()), None)
+
+
+def runs_in(folder: Path) -> list[str]:
+    """The runs with weights in a folder, the newest first."""
+    runs = {weights.parents[1] for weights in folder.glob("*/weights/*.pth")}
+    return sorted(map(str, runs), key=os.path.getmtime, reverse=True)
 
 
 def run_folder(weights: str | Path) -> Path | None:

@@ -2,8 +2,9 @@
 no torch, so that `--help` answers at once."""
 
 import argparse
+import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from models.config import CHOICES
@@ -21,12 +22,24 @@ def from_here(name: str) -> Path:
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's, with `--debug`. Help keeps the lines of the description, options cannot be
-    abbreviated, and an error is an `InputError`."""
+    abbreviated, and an error is an `InputError`, which corrects a mistyped option."""
 
     def __init__(self, **settings: object):
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(allow_abbrev=False, formatter_class=formatter, **settings)
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def parse_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            options = self._option_string_actions  # argparse has no public list of them
+            near = difflib.get_close_matches(name, options, 1)
+            advice = f"did you mean {near[0]}?" if near else "--help lists them"
+            self.error(f"{name}: there is no such option; {advice}")
+        return parsed
 
     def error(self, message: str) -> None:
         raise InputError(message)

@@ -14,9 +14,15 @@ from utils.runs.arguments import picture
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
-        (["--lock"], "unrecognized arguments: --lock"),
-        (["stray"], "unrecognized arguments: stray"),
+        (["--epoch", "3"], "--epoch: there is no such option; did you mean --epochs?"),
+        (["--epoch=3"], "--epoch: there is no such option; did you mean --epochs?"),
+        (["-epochs", "3"], "-epochs: there is no such option; did you mean --epochs?"),
+        (
+            ["--batch-size", "3"],
+            "--batch-size: there is no such option; did you mean --batch_size?",
+        ),
+        (["--xyz"], "--xyz: there is no such option; --help lists them"),
+        (["stray"], "stray: there is no such option; --help lists them"),
         (["--epochs"], "argument --epochs: expected one argument"),
     ],
 )

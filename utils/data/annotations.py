@@ -8,7 +8,7 @@ from pathlib import Path, PureWindowsPath
 from tempfile import TemporaryDirectory
 
 from models.errors import InputError, listed, one_line
-from models.files import decoded, file_version, probably_meant
+from models.files import decoded, probably_meant
 from models.progress_bar import progress_bar
 from models.scripts import from_here
 from utils.data.caption_folders import folder_form, folder_records, table_records, why_no_form

@@ -49,6 +49,13 @@ class Precision:
             device.type, enabled=use_amp and self.dtype is torch.float16
         )
 
+    @property
+    def leaves_bfloat16(self) -> bool:
+        """Whether it computes in float32 on a CPU with instructions for bfloat16 (AVX512-BF16; all
+        CPUs with AMX have them)."""
+        has_products = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        return self.device.type == "cpu" and not self.use_amp and has_products()
+
     def __str__(self) -> str:
         if self.use_amp:
             return f"mixed, {self.dtype}".replace("torch.", "")

@@ -65,14 +65,17 @@ def plot_losses(training: Sequence[float], validation: Sequence[float], path: Pa
     save_figure(figure, path)
 
 
-def chart_svg(curves: dict[str, dict[float, float]]) -> bytes:
-    """An SVG with curves, {name: {x: y}} with whole numbers x; the legend has the last values."""
+def chart_svg(curves: dict[str, dict[float, float]], chosen: float | None = None) -> bytes:
+    """An SVG with curves, {name: {x: y}} with whole numbers x, and a line at the `chosen` x; the
+    legend has the last values."""
     figure = Figure(figsize=(5, 2.9), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.1)  # room for a number at the very top
     axes = figure.subplots()
     for style, (name, points) in zip(("o-", "s--"), curves.items(), strict=False):
         label = f"{name} {list(points.values())[-1]:.3g}".lstrip()
         axes.plot(list(points), list(points.values()), style, markersize=4, label=label)
+    if chosen is not None:
+        axes.axvline(chosen, color="0.4", linestyle=":", label=f"chosen: {chosen:g}", zorder=1)
     axes.locator_params(axis="x", integer=True)
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right", "left"]].set_visible(False)

@@ -14,7 +14,16 @@ from PIL import Image
 
 from models.files import read_json
 from models.progress_bar import progress_bar
-from models.run_files import METRICS, TEST_METRICS, run_folder, saved_arguments
+from models.run_files import (
+    BEST,
+    LAST,
+    METRICS,
+    MIXTURE,
+    MIXTURES,
+    TEST_METRICS,
+    run_folder,
+    saved_arguments,
+)
 from utils.data.annotations import SPLITS
 from utils.data.image_reading import read_image
 from utils.flickr8k_dataloader import Flickr8kDataset
@@ -48,10 +57,13 @@ def write_report(
     run = run_folder(weights)
     epochs = read_csv(run / METRICS) if run and (run / METRICS).exists() else []
     arguments = saved_arguments(run) if run else {}
+    epoch, of_epoch = _epoch(Path(weights), run, epochs) if epochs else (None, "")
     directions, shown = _directions(dataset, features)
     page = _render(
         weights=weights,
         model=_model(weights, arguments),
+        epoch=epoch,
+        of_epoch=of_epoch,
         date=f"{datetime.now():%Y-%m-%d %H:%M}",
         dataset=dataset,
         split=SPLITS[dataset.split],
@@ -75,6 +87,18 @@ def _model(weights: str | Path, arguments: dict[str, object]) -> str:
     if start == "none":
         return f"{arguments.get('model')}, trained from scratch"
     return f"fine-tuned from {start}" if start else str(weights)
+
+
+def _epoch(weights: Path, run: Path, epochs: list[dict[str, float]]) -> tuple[float | None, str]:
+    """The epoch that a run's weights are of, if their name tells, and words for it."""
+    if weights.name == Path(MIXTURE).name and (run / MIXTURES).exists():
+        chosen = next(row for row in read_csv(run / MIXTURES) if row["chosen"])
+        mixed = f"mixed with the start, alpha {chosen['alpha']:g}"
+        return chosen["epoch"], f"{chosen['epoch']:g}, {mixed}"
+    best = max(epochs, key=lambda row: row["mean_recall"] if row["epoch"] else 0)["epoch"]
+    of_file = {Path(BEST).name: best, Path(LAST).name: epochs[-1]["epoch"]}
+    epoch = of_file.get(weights.name)
+    return epoch, "" if epoch is None else f"{epoch:g} of {epochs[-1]['epoch']:g}"
 
 
 def _test_scores(run: Path) -> dict[str, list[tuple[str, str]]]:
@@ -192,7 +216,7 @@ def _render(pictures: dict[int, str], **content: object) -> str:
         lstrip_blocks=True,
     )
     environment.tests["chinese"] = CHINESE.search
-    environment.filters["svg"] = lambda curves: _base64(chart_svg(curves))
+    environment.filters["svg"] = lambda curves, chosen: _base64(chart_svg(curves, chosen))
     style = (here / "report.css").read_text("utf-8") + "".join(
         f'.i{image}{{background-image:url("data:image/jpeg;base64,{data}")}}\n'
         for image, data in pictures.items()

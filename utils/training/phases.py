@@ -13,7 +13,7 @@ from torch import Tensor
 from models.clip import CLIP
 from models.clip_utils import create_model, load
 from models.device import moved
-from models.errors import InputError, one_line
+from models.errors import InputError
 from models.run_files import ARGUMENTS, BEST, LAST, START, TEST_METRICS
 from utils.data.image_files import check_splits
 from utils.data.unlabelled import Unlabelled
@@ -30,16 +30,18 @@ from utils.retrieval.tables import format_change, format_table
 from utils.runs.checkpoint import save_weights, write_json
 from utils.runs.commands import what_to_try
 from utils.runs.folder import Run, new_run_folder, reopen_run_folder
+from utils.runs.labels import labels_to_try
 from utils.runs.records import Log, Losses
 from utils.runs.wandb_run import Wandb
 from utils.training.distillation import distill_from_start
 from utils.training.layer_groups import check_batch_norms, freeze_and_adapt
 from utils.training.optimizer import parameter_groups, replace_groups
 from utils.training.retention import Retention
-from utils.training.settings import as_saved, how_it_goes_on
+from utils.training.settings import as_saved, how_it_goes_on, without_effect
 from utils.training.state import State
 from utils.training.wise_ft import Mixtures, best_row, weights_of
 
+CAPTIONED = 200  # images whose captions suggest labels
 Splits = dict[str, Flickr8kDataset]
 Checkpoint = dict[str, Any]
 
@@ -115,12 +117,9 @@ def open_run(
     sys.stdout = Log(run.folder / f"console_{started}.log", args)
     print(f"arguments: {' '.join(sys.argv[1:]) or 'none'} (learning rate {args.lr:g}; all: "
           f"{ARGUMENTS})")  # fmt: skip
-    for line in how_it_goes_on(args, resumed) if resumed else ():
+    on = how_it_goes_on(args, resumed) if resumed else ()
+    for line in (*on, *without_effect(args, len(loader) * args.epochs, loader.processes)):
         print(line)
-    averaged, steps = 1 / (1 - (args.ema or 0)), len(loader) * args.epochs
-    if averaged > steps:
-        print(f"--ema {args.ema:g} averages over about {averaged:,.0f} steps, and this run has "
-              f"{steps:,}: it stays near the start; lower --ema")  # fmt: skip
     wandb = Wandb(run.folder, run.arguments) if args.wandb else None
     rows = resumed["rows"] if resumed else []
     run.loss_history = Losses(run.folder, rows, plot_losses, wandb)
@@ -205,9 +204,8 @@ def finish(
     plot_scores(scores, folder / "R_mAP.png")
     if "test" in sets:
         score_on_test(evaluator, model, sets["test"], chosen)
-    captions = ([whole.text[caption] for caption in whole.own_captions[image]]
-                for image in (0, len(whole) - 1))  # fmt: skip
-    labels = dict.fromkeys(one_line(min(own, key=len)) for own in captions)
+    first = (whole.own_captions[image] for image in range(min(len(whole), CAPTIONED)))
+    labels = labels_to_try([[whole.text[caption] for caption in own] for own in first])
     print(f"\n{what_to_try(whole.image[0], chosen, labels)}")
     report = folder / "report.html"
     write_report(report, chosen, whole, features, scores)

@@ -45,6 +45,8 @@ def announce(
     if len(state.epochs) == epochs:
         print(f"this run is finished, with all {epochs} epochs behind it: nothing is trained; more "
               "--epochs go on with it")  # fmt: skip
+    elif state.precision.leaves_bfloat16:
+        print("hint: this CPU has instructions for bfloat16: --use_amp trains faster with them")
 
 
 def caption_warnings(train_set: Flickr8kDataset, val_set: Flickr8kDataset) -> Iterator[str]:

@@ -17,7 +17,7 @@ from models.scripts import from_here
 from utils.data.annotations import caption_file, missing_annotations
 from utils.data.unlabelled import Unlabelled, find_unlabelled
 from utils.flickr8k_dataloader import Flickr8kDataset, check_batch_size
-from utils.machine.processes import Processes
+from utils.machine.processes import ALONE, Processes
 from utils.retrieval.tables import retained
 from utils.training.resumed import read_resumed
 from utils.training.retention import Retention, names_of
@@ -134,6 +134,19 @@ def how_it_goes_on(args: Namespace, resumed: dict[str, Any]) -> Iterator[str]:
     changed = [f"--{n} {before[n]} -> {now[n]}" for n in now if now[n] != before[n]]
     if changed:
         yield f"changed: {'; '.join(changed)}"
+
+
+def without_effect(args: Namespace, steps: int, processes: Processes = ALONE) -> Iterator[str]:
+    """Lines on arguments that do little in a run of so many steps."""
+    largest, averaged = -(-args.batch_size // processes.size), 1 / (1 - (args.ema or 0))
+    if args.grad_cache and args.grad_cache >= largest:
+        yield f"--grad_cache {args.grad_cache} has no effect: a process has {largest} images a step"
+    if averaged > steps:
+        yield (f"--ema {args.ema:g} averages over about {averaged:,.0f} steps, and this run has "
+               f"{steps:,}: it stays near the start; lower --ema")  # fmt: skip
+    if args.lora and (args.lock_image or args.lock_text):
+        yield ("of the blocks that --lock_image and --lock_text leave unfrozen, --lora trains low-"
+               "rank changes only")  # fmt: skip
 
 
 def check_arguments(args: Namespace) -> None:

@@ -215,8 +215,8 @@ def test_filters_count_what_the_scores_count(tmp_path, twelve):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("arguments.json", "[1, 2]", "arguments.json: should hold the arguments of its run"),
-        ("arguments.json", "[" * 10**5, "arguments.json: should hold the arguments of its run"),
+        ("arguments.json", "[1, 2]", "arguments.json: should hold a description, in braces"),
+        ("arguments.json", "[" * 10**5, "arguments.json: broken JSON"),
         ("test_metrics.json", "[", "test_metrics.json: broken JSON"),
         ("3.png", "no picture", "3.png: not an image"),
     ],
@@ -264,12 +264,34 @@ def test_curves_of_a_run_are_those_of_its_table(tmp_path, twelve):
             assert drawn[:, axis] == pytest.approx(start + slope * table[:, axis], abs=1e-3)
 
 
-def test_the_page_names_what_the_model_started_from(tmp_path, twelve):
+MIXED = "alpha,epoch,chosen\n0,1,0\n0.5,1,1\n1,1,0\n"
+
+
+@pytest.mark.parametrize(
+    "name, epoch, words",
+    [
+        ("best_epoch_weights.pth", 1, "1 of 2"),
+        ("last_epoch_weights.pth", 2, "2 of 2"),
+        ("wise_ft_weights.pth", 1, "1, mixed with the start, alpha 0.5"),
+        ("mine.pth", None, None),
+    ],
+)
+def test_the_page_names_model_and_epoch_and_marks_it_in_the_curves(
+    tmp_path, twelve, name, epoch, words
+):
     (tmp_path / "weights").mkdir()
-    (weights := tmp_path / "weights" / "best_epoch_weights.pth").touch()
+    weights = tmp_path / "weights" / name
+    weights.touch()
     (tmp_path / "arguments.json").write_text('{"resume_training": "ViT-B/32"}')
+    (tmp_path / "metrics.csv").write_text("epoch,mean_recall\n0,10\n1,40\n2,30\n")
+    (tmp_path / "wise_ft.csv").write_text(MIXED)
     text = report(tmp_path, twelve, random_features(twelve), weights)
     assert "<dd>fine-tuned from ViT-B/32</dd>" in text
+    assert ("<dt>epoch</dt>" in text) == bool(words)
+    assert not words or f"<dt>epoch</dt><dd>{words}</dd>" in text
+    *_, recalls = re.findall(r"svg\+xml;base64,(.*?)\"", text)
+    chart = base64.b64decode(recalls).decode()
+    assert re.findall(r"chosen: (\d)", chart) == ([] if epoch is None else [str(epoch)])
 
 
 def test_the_page_has_mean_recall_and_the_test_scores_of_its_run(tmp_path, twelve):

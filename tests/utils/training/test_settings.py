@@ -14,6 +14,7 @@ from utils.training.settings import (
     default_rate,
     how_it_goes_on,
     resolve_arguments,
+    without_effect,
 )
 
 
@@ -50,7 +51,7 @@ def test_from_scratch_there_is_nothing_to_keep():
     [
         (["--optimizer_type", "sgd"], "give --lr"),
         (["--max_forgetting", "3"], "--retention"),
-        (["--log_dir", "a_file/logs"], "a_file/logs: cannot be written (a_file is no folder"),
+        (["--log_dir", "a_file/logs"], "a_file/logs: cannot be written"),
         (["--cache", "a_file"], "a_file: cannot be written"),
         (["--resume_training", "logs/<run>"], "those here are logs/b, logs/a"),
         (["--resume_training", "logs/2020"], "those here are logs/b, logs/a"),
@@ -68,6 +69,22 @@ def test_what_cannot_be_meant_is_refused_in_one_line(monkeypatch, tmp_path, argu
     with pytest.raises(InputError) as error:
         check_arguments(settled(*arguments))
     assert named in str(error.value).replace(os.sep, "/") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--ema", "0.9999"], "about 10,000 steps, and this run has 80"),
+        (["--ema", "0.98"], None),
+        (["--grad_cache", "100"], "--grad_cache 100 has no effect: a process has 64 images a step"),
+        (["--grad_cache", "63"], None),
+        (["--lora", "8", "--lock_text", "2"], "--lora trains low-rank changes only"),
+        (["--lora", "8", "--lock_text"], None),
+    ],
+)
+def test_arguments_without_effect_are_told(arguments, named):
+    lines = list(without_effect(settled(*arguments), steps=80))
+    assert [named in line for line in lines] == [True] if named else not lines
 
 
 @pytest.mark.parametrize(
