@@ -38,7 +38,7 @@ def open_image(path: str | os.PathLike, content: bytes | None = None) -> Image.I
     try:
         file = Path(path).expanduser()
         if content is None and not file.is_file():
-            beside = (other.name for other in file.parent.glob("*"))
+            beside = (other.name for other in file.parent.glob("*") if other.is_file())
             raise InputError(f"{path}: no such image file{probably_meant(file.name, beside)}")
         with Image.open(file if content is None else io.BytesIO(content)) as image:
             if image.format in DRAWN_BY_PROGRAMS:

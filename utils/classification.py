@@ -42,7 +42,6 @@ from utils.runs.answers import write_answers
 from utils.runs.arguments import add_scoring, answer_file, name_or_path, path, picture
 from utils.runs.default_weights import add_weights, weights_to_use
 
-WORST = 3  # classes that are printed
 HELD_OUT = 5  # of so many training images one is held out to choose the probe's C
 ITERATIONS = 1000  # of L-BFGS at most, as in the paper
 TITLES = ("top-1", "top-5", "mean per class")
@@ -192,13 +191,9 @@ def chance(classes: int) -> list[float]:
 
 
 def as_text(found: dict[str, Accuracy], classes: Sequence[str]) -> str:
-    """A table of the scores of each method, and the classes with the lowest accuracy."""
+    """A table of the scores of each method."""
     rows = {way: a.means for way, a in found.items()} | {"chance": chance(len(classes))}
-    lines = [format_rows({way: dict(zip(TITLES, row, strict=True)) for way, row in rows.items()})]
-    for way, a in found.items():
-        if worst := worst_classes(a, classes):
-            lines += [f"lowest top-1, {way}:", *worst]
-    return "\n".join(lines)
+    return format_rows({way: dict(zip(TITLES, row, strict=True)) for way, row in rows.items()})
 
 
 def as_json(found: dict[str, Accuracy], classes: Sequence[str]) -> dict[str, Any]:
@@ -227,22 +222,6 @@ def answers(
             row[f"prediction{end}"] = classes[prediction[i]]
             row[f"probability{end}"] = round(probability[i].item(), 6)
         yield row
-
-
-def worst_classes(found: Accuracy, classes: Sequence[str]) -> list[str]:
-    """Lines on the classes with the lowest accuracy, the worst first, and what their images are
-    most often taken for."""
-    lines = []
-    having = [i for i, share in enumerate(found.per_class) if share < 100]  # NaN is not less
-    for i in sorted(having, key=found.per_class.__getitem__)[:WORST]:
-        wrong = found.confusion[i].clone()
-        wrong[i] = 0
-        other = int(wrong.argmax())
-        lines.append(
-            f"{found.per_class[i]:8.2f}  {one_line(classes[i])}: {int(wrong[other])} of "
-            f"{int(found.confusion[i].sum())} taken for {one_line(classes[other])}"
-        )
-    return lines
 
 
 def build_parser() -> ArgumentParser:

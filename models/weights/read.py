@@ -79,7 +79,9 @@ def _intact() -> Iterator[None]:
         raise
     except Exception as error:  # a damaged file can break its reader in any way
         reason = one_line(error) or type(error).__name__
-        raise InputError(f"truncated or damaged ({reason}); download it anew") from None
+        raise InputError(
+            f"truncated or damaged ({reason}); download it anew, or take other weights"
+        ) from None
 
 
 class Archive:

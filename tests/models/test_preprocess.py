@@ -298,7 +298,7 @@ def refusal(file: Path) -> str:
 
 def test_missing_file_folder_and_impossible_names(tmp_path):
     assert "no such image file" in refusal(tmp_path / "a.jpg")
-    assert "no such image file" in refusal(tmp_path)
+    assert refusal(tmp_path).endswith("no such image file")
     with pytest.raises(InputError):
         open_image("a\0.jpg")
 

@@ -4,6 +4,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path, PureWindowsPath
 from tempfile import TemporaryDirectory
 
@@ -77,8 +78,10 @@ def caption_file(root: Path, language: str, split: str) -> Path:
         return found[0] if found else lists[0]
     words = [word for word, meant in SPLIT_WORDS.items() if meant == split]
     others = [root / f"{word}{CHINESE_CLIP}" for word in words]
-    if len(tables) == 1 and split in splits_in(tables[0]):
-        others.append(tables[0])
+    if len(tables) == 1:
+        with suppress(InputError):  # of some other file
+            if split in map(SPLIT_WORDS.get, _list_parts(tables[0])):
+                others.append(tables[0])
     others += [folder for word in words if folder_form(folder := root / word)]
     return next((other for other in others if other.exists()), lists[0])
 
@@ -107,14 +110,6 @@ def read_annotations(path: Path, split: str | None = None, language: str = "en")
             f"file's name says; python {from_here('flickr8k/prepare.py')} --source splits a file"
         )
     return join_parts(parts.values())
-
-
-def splits_in(table: Path) -> set[str | None]:
-    """The splits that the entries of a table name."""
-    try:
-        return set(map(SPLIT_WORDS.get, _list_parts(table)))
-    except InputError:
-        return set()  # some other file
 
 
 @cached_by_version(1)

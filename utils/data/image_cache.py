@@ -77,12 +77,24 @@ def cached_pixels(
     if (mapped := _mapped(file, shape, fingerprint)) is not None:
         return mapped
     needed = math.prod(shape)  # bytes
+    reasons: dict[int, str] = {}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(file.parent).free
         if needed > free:  # rather than after hours
             raise OSError(errno.ENOSPC, f"the disk has {free / 1e6:,.0f} MB left")
-        _write(file, dataset, fingerprint, batches)
+        with (
+            atomic_write(file) as temporary,
+            temporary.open("wb") as stream,
+            progress_bar(total=len(dataset), desc=f"writing {file.name}", unit="img") as bar,
+        ):
+            for images, problems in batches:
+                stream.write(images.numpy())
+                for row, problem in problems.items():
+                    reasons[row] = problem.removeprefix(dataset.image[row])
+                bar.update(len(images))
+            stream.write(fingerprint)
+            stream.write(json.dumps(reasons).encode())
     except OSError as error:
         raise InputError(
             f"{file}: cannot be written ({error.strerror or error}); it takes "
@@ -120,27 +132,6 @@ def _mapped(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch has no read-only tensors; nobody writes to this one
         return torch.from_numpy(pixels), reasons
-
-
-def _write(
-    file: Path,
-    dataset: Dataset,
-    fingerprint: bytes,
-    batches: Iterable[tuple[Tensor, dict[int, str]]],
-) -> None:
-    reasons: dict[int, str] = {}
-    with (
-        atomic_write(file) as temporary,
-        temporary.open("wb") as stream,
-        progress_bar(total=len(dataset), desc=f"writing {file.name}", unit="img") as bar,
-    ):
-        for images, problems in batches:
-            stream.write(images.numpy())
-            for row, problem in problems.items():
-                reasons[row] = problem.removeprefix(dataset.image[row])
-            bar.update(len(images))
-        stream.write(fingerprint)
-        stream.write(json.dumps(reasons).encode())
 
 
 def gather(pixels: Tensor, batches: list[list[int]]) -> Iterator[Tensor]:

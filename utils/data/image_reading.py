@@ -3,8 +3,8 @@
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
-from tqdm import tqdm
 
 from models.errors import InputError, one_line
 from models.preprocess import open_image, upright_rgb
@@ -105,22 +104,13 @@ def read_batches(
         timeout=LONGEST_WAIT if num_workers else 0,
     )
     multiprocessing.set_forkserver_preload([__name__])  # torch is imported only once
-    try:
-        with signals_held_back():
-            arriving = iter(loader)
-    except OSError as error:  # even the locks of a worker need some shared memory
-        raise InputError(
-            f"--num_workers {num_workers}: no process that reads images can be started "
-            f"({error.strerror}); read them in this one (--num_workers 0)"
-        ) from error
+    with signals_held_back():
+        arriving = iter(loader)
     try:
         for loaded in arriving:
             if isinstance(loaded, InputError):
                 raise loaded
-            if isinstance(loaded.images, np.ndarray):
-                _tell_of_small_shared_memory()
-                loaded = loaded._replace(images=torch.from_numpy(loaded.images))
-            yield loaded
+            yield loaded._replace(images=torch.as_tensor(loaded.images))
     except RuntimeError as error:
         if "DataLoader timed out" in str(error):
             problem = f"no images have come for {LONGEST_WAIT} s: is the disk with them there?"
@@ -134,14 +124,6 @@ def read_batches(
         raise InputError(f"{problem} {CONTINUE}") from error
 
 
-@cache  # once is enough
-def _tell_of_small_shared_memory() -> None:
-    tqdm.write(
-        "shared memory (/dev/shm) is too small for the batches that are read ahead: they come "
-        "through pipes, a little slower; docker run --shm-size=2g gives more"
-    )
-
-
 def collate(loaded: Loaded | InputError) -> Loaded | InputError:
     """What a worker sends to its parent: images in shared memory or, without room for two batches
     of every worker, as an array through a pipe. (Linux may promise shared memory that it lacks, and
@@ -151,10 +133,8 @@ def collate(loaded: Loaded | InputError) -> Loaded | InputError:
         return loaded
     free = free_shared_memory()
     if free is None or free >= 2 * worker.num_workers * loaded.images.nbytes:
-        try:
+        with suppress(RuntimeError):  # another program was faster
             return loaded._replace(images=loaded.images.share_memory_())
-        except RuntimeError:  # another program was faster
-            pass
     return loaded._replace(images=loaded.images.numpy())
 
 
