@@ -173,8 +173,8 @@ def build_model(
         model = OpenClipModel(config)
         side = model.visual.input_resolution
         if input_shape not in (None, side):
-            raise InputError(f"--input_shape {input_shape}: this model of open_clip takes images "
-                             f"of {side} pixels; leave --input_shape out")  # fmt: skip
+            raise InputError(f"this model of open_clip takes images of {side} pixels, not of "
+                             f"{input_shape}")  # fmt: skip
     check_keys(weights, model.state_dict())
     check_finite(weights)
     if is_own and input_shape is not None and input_shape != config.image_resolution:

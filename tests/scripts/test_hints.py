@@ -20,9 +20,7 @@ SCRIPTS = [
 # Raised for another input_shape, which only train.py asks for; or for training images of classes,
 # which only classification.py does.
 CANNOT_BE = {
-    ("models/clip_utils.py", "_build_through_open_clip"),
     ("models/weights/architecture.py", "check_resolution"),
-    ("utils/data/labelled_images.py", "_check_both_splits"),
     ("utils/data/torchvision_sets.py", "open_torchvision_set"),
 }
 OPTION = re.compile(r"--[a-z][a-z_-]*(?:\{\})?")

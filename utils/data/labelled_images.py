@@ -133,7 +133,7 @@ def _class_folders(root: Path, is_train: bool) -> LabelledImages:
         )
     if is_train and (unpaired := {folder.name for folder in class_folders(scored)} ^ set(names)):
         raise InputError(
-            f"{root}: --linear_probe needs the same class folders in {split} and {scored}; only "
+            f"{root}: a linear probe needs the same class folders in {split} and {scored}; only "
             f"one of them has {listed(sorted(unpaired))}"
         )
     image, label = [], []
