@@ -1,4 +1,4 @@
-"""Memory and operations of a training step of each of OpenAI's models, by counting.
+"""Memory and operations of a training step of OpenAI's models, by counting.
 
     python tests/benchmarks/model_needs.py
 
@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.clip import CLIP
 from models.clip_utils import create_model
 from models.host import run_script
-from models.weights.registry import CONFIGS, SHA256
+from models.weights.registry import CONFIGS
 from utils.machine.precision import Precision
 
 CAPTION = "a brown dog runs on the wet sand with a red ball"  # 14 tokens, as Flickr8k's on average
@@ -31,8 +31,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", choices=CONFIGS, metavar="NAME",
-                        default=[name for name in SHA256 if name in CONFIGS],
-                        help="default: OpenAI's")  # fmt: skip
+                        default=["RN50", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px"],
+                        help="default: %(default)s")  # fmt: skip
     args = parser.parse_args()
 
     rows = []
