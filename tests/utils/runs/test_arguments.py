@@ -103,8 +103,8 @@ def test_paths_of_the_home_folder_and_paths_that_are_none(tmp_path, monkeypatch)
     assert path("~/a b") == tmp_path / "a b"
     assert name_or_path("~/weights.pt") == str(tmp_path / "weights.pt")
     for parse in (path, name_or_path):
-        for text in ("", " ", "~nobody-at-all/x"):
-            with pytest.raises(argparse.ArgumentTypeError, match=r"is empty|folder is unknown"):
+        for text in ("", " "):
+            with pytest.raises(argparse.ArgumentTypeError, match="is empty"):
                 parse(text)
 
 
