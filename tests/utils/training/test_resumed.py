@@ -159,13 +159,8 @@ def test_other_fields_keys_and_shapes_are_refused_by_name(valid, tmp_path, path,
     assert re.search(words, taken(tmp_path / "checkpoint.pth", changed(valid, path, value)))
 
 
-def test_a_checkpoint_that_claims_more_than_it_holds_gets_no_memory(valid, tmp_path):
-    """Four numbers, told to be a trillion."""
+def test_a_damaged_archive_is_no_checkpoint(valid, tmp_path):
     file = tmp_path / "checkpoint.pth"
-    for size in ((10**12,), (10**6, 10**6)):
-        huge = torch.zeros(1).expand(size)
-        message = taken(file, changed(valid, ("average", "module.logit_scale"), huge))
-        assert "tensors claim more than its" in message
     save_checkpoint(file, **valid)
     damaged = file.read_bytes()
     file.write_bytes(damaged.replace(b"PK\1\2", b"PK\1\3", 1))
