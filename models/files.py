@@ -1,15 +1,11 @@
-"""Checks, reading and locks of files that users name."""
+"""Checks and reading of files that users name."""
 
 import io
 import json
 import os
-import sys
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from models.errors import InputError, naming, one_line
 
@@ -91,19 +87,6 @@ def read_lines(path: Path, kind: str) -> list[str]:
     if not lines:
         raise InputError(f"{path}: no {kind}s in it; write one on each line")
     return lines
-
-
-def lock(file: Path, waiting: str) -> AbstractContextManager:
-    """The lock on `file`, as soon as no other process holds it; prints `waiting` if one does. No
-    lock where the file system has none. It ends with the process; the empty file may stay."""
-    found = FileLock(file)
-    try:
-        return found.acquire(timeout=0)
-    except Timeout:
-        print(waiting, file=sys.stderr)
-        return found.acquire()
-    except (OSError, NotImplementedError):
-        return nullcontext()
 
 
 def describe(path: Path) -> str:

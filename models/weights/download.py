@@ -6,13 +6,17 @@
 
 import hashlib
 import ssl
+import sys
+from contextlib import AbstractContextManager, nullcontext
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
+from filelock import FileLock, Timeout
+
 from models.errors import InputError, one_line
-from models.files import describe, lock
+from models.files import describe
 from models.progress_bar import progress_bar
 
 CHUNK = 1 << 16  # bytes
@@ -38,7 +42,7 @@ def download(url: str, path: Path, digest: str) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         waiting = f"{path.name}: waiting for another process to download it"
-        with lock(path.with_name(f"{path.name}.lock"), waiting):
+        with _lock(path.with_name(f"{path.name}.lock"), waiting):
             if path.exists():  # downloaded by another process meanwhile
                 return path
             _receive_all(url, part)
@@ -54,6 +58,19 @@ def download(url: str, path: Path, digest: str) -> Path:
             f"{path}: cannot be saved or read: {error}; make room, or choose another folder"
         ) from error
     raise InputError(f"{path.name}: the wrong digest: {found} came, and was deleted; {remedy}")
+
+
+def _lock(file: Path, waiting: str) -> AbstractContextManager:
+    """The lock on `file`, as soon as no other process holds it; prints `waiting` if one does. No
+    lock where the file system has none. It ends with the process; the empty file may stay."""
+    found = FileLock(file)
+    try:
+        return found.acquire(timeout=0)
+    except Timeout:
+        print(waiting, file=sys.stderr)
+        return found.acquire()
+    except (OSError, NotImplementedError):
+        return nullcontext()
 
 
 def _digest(file: Path, like: str) -> str:
