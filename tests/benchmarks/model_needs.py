@@ -67,7 +67,7 @@ def kept(model: CLIP, images: int) -> int:
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # the graph would hold itself
 
     with saved_tensors_hooks(note, lambda tensor: tensor):
         end = features(model, images)
