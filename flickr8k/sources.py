@@ -4,7 +4,6 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import takewhile
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 from zipfile import BadZipFile, ZipFile, ZipInfo
@@ -65,9 +64,10 @@ class FileIndex:
         those spelled the same, below `root`, in no zip."""
         folded = _folded(parts)
         found = self.with_end.get(folded[-2:]) or self.with_end.get(folded[-1:], [])
+        for n in range(3, len(parts) + 1):
+            found = [f for f in found if _folded(f.parts[-n:]) == folded[-n:]] or found
         ranks = [
             (
-                _equal_at_end(_folded(file.parts), folded),
                 file.parts[-1] == parts[-1],
                 file.below(self.root) is not None,
                 not file.archive,
@@ -80,12 +80,6 @@ class FileIndex:
     def named(self, name: str) -> SourceFile | None:
         """The first file of that name, whatever its folder, or None."""
         return next(iter(self.find((name.rpartition("/")[2],))), None)
-
-
-def _equal_at_end(parts: tuple[str, ...], others: tuple[str, ...]) -> int:
-    """How many of the last parts are equal."""
-    pairs = zip(reversed(parts), reversed(others), strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _folded(parts: tuple[str, ...]) -> tuple[str, ...]:
