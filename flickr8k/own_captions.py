@@ -31,13 +31,14 @@ OTHER_SUFFIXES = (".txt", ".xlsx")  # of caption files that are read only if the
 RESULT = re.compile(r"(en|cn)_(train|val|test)\.json")  # a file that prepare.py writes
 SHOWN = 3  # files without captions that a message names
 
-
-CaptionedImages = tuple[dict[str, list[str]], dict[str, list[str]], dict[str, SourceFile]]
+Captions = dict[str, list[str]]  # path of an image below the output folder -> its captions
+Splits = dict[str, list[str]]  # "train", "val" or "test" -> its images
+Copied = dict[str, SourceFile]  # path of an image -> the file to copy there
 
 
 def read_own(
     files: list[SourceFile], root: Path, named: list[Path], language: str = "en"
-) -> CaptionedImages:
+) -> tuple[Captions, Splits, Copied]:
     """The captions of images, their splits, and the files to copy, by the images' paths below the
     folder `root`; images there are not copied.
 
@@ -60,7 +61,7 @@ def read_own(
         pairs = dict(zip(_splits(holders), (join_parts(p.values()) for p in parts), strict=True))
     images = {image for part in pairs.values() for image, _ in part}
     target_of, copied = _place(images, files, root)
-    captions: dict[str, list[str]] = {}
+    captions: Captions = {}
     for image, texts in chain.from_iterable(pairs.values()):
         captions.setdefault(target_of[image], []).extend(texts)
     splits = {
@@ -70,10 +71,9 @@ def read_own(
     if len(splits) == 1:
         splits = split_at_random(captions.keys())
         warn(
-            f"the {len(captions):,} images are split at random into train, val and test; to choose "
-            "yourself, add a column split that says train, val or test, or give a file of captions "
-            "for each, called so; for the official splits of Flickr8k name Flickr8k_text.zip with "
-            "--source as well, or add --download"
+            f"the {len(captions):,} images are split at random into train, val and test; a column "
+            "split, or a file of captions for each, called so, chooses otherwise; for the official "
+            "splits of Flickr8k name Flickr8k_text.zip with --source as well, or add --download"
         )
     return captions, splits, copied
 
@@ -105,7 +105,7 @@ def _records(file: SourceFile) -> Iterator[Record]:
     return read_records(file.read_text(), _suffix(file))
 
 
-def split_at_random(names: Set[str]) -> dict[str, list[str]]:
+def split_at_random(names: Set[str]) -> Splits:
     """Split images 6 : 1 : 1 into train, val and test, always in the same way. Raises `InputError`
     for less than three."""
     if len(names) < 3:
@@ -147,9 +147,9 @@ def caption_files(files: list[SourceFile], root: Path, named: set[Path]) -> list
     if not holders:
         raise InputError(
             f"there are no captions in the sources: none of Flickr8k.token.txt, {KAGGLE} and "
-            "dataset_flickr8k.json, and no other file with CSV, TSV, JSON lines, COCO or a list, "
-            "but for such as are named as those that are written (en_train.json: call it "
-            "captions.json); name a folder or zip that holds one with --source, or add --download"
+            "dataset_flickr8k.json, and no other file with CSV, TSV, JSON lines, COCO or a list (a "
+            "name that is written, as en_train.json, does not count: call it captions.json); name "
+            "what holds one with --source, or add --download"
         )
     if reasons:
         warn(f"files that hold no captions are left out:{shown}")
@@ -204,9 +204,7 @@ def _image_name(image: object) -> str:
     return path.as_posix()
 
 
-def _place(
-    images: set[str], files: list[SourceFile], root: Path
-) -> tuple[dict[str, str], dict[str, SourceFile]]:
+def _place(images: set[str], files: list[SourceFile], root: Path) -> tuple[dict[str, str], Copied]:
     """The path of each image below `root`, and the files to copy there."""
     index = FileIndex(files, root)
     found = {image: _find(image, index) for image in sorted(images)}
@@ -218,7 +216,7 @@ def _place(
             f"{missing[0]}{hint}; name the folder or zip that holds them with --source as well"
         )
     target_of: dict[str, str] = {}
-    copied: dict[str, SourceFile] = {}
+    copied: Copied = {}
     for image, (file, *others) in found.items():
         if others:
             raise InputError(

@@ -262,9 +262,9 @@ def main() -> None:
             f"hint: {source.classes[0]} is not a word, and neither are the other classes; give "
             "their names with --classnames (of ImageNet's synsets: LOC_synset_mapping.txt)"
         )
-    train_source = None
-    if args.linear_probe:
-        train_source = find_labelled_images(args.data, True, names_file=args.classnames)
+    train_source = args.linear_probe and find_labelled_images(
+        args.data, is_train=True, names_file=args.classnames
+    )
     model, preprocess = load(weights, args.device, activation=args.activation)
     alike = first_alike(model.tokenizer, source.classes, model.context_length)
     if repeated := [name for i, name in enumerate(source.classes) if alike[i] != i]:
