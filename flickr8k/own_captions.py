@@ -12,7 +12,7 @@ from flickr8k.sources import FileIndex, SourceFile, absolute
 from models.errors import InputError
 from models.files import probably_meant
 from utils.data.annotations import CHINESE_CLIP, caption_file, collect
-from utils.data.caption_folders import folder_form, folder_records, table_records
+from utils.data.caption_folders import folder_records, table_records
 from utils.data.caption_formats import (
     CAPTION_FIELDS,
     IMAGE_FIELDS,
@@ -49,11 +49,10 @@ def read_own(
     for source in named:
         if _is_ready(source, language):
             raise InputError(f"{source}: is read as it is: train.py --dataset_path {source}")
-    folder = _captioned_folder(files, named)
-    holders = [folder] if folder else caption_files(files, root, {*map(absolute, named)})
-    if folder:
-        parts = [collect(folder, folder_records(folder, language), _image_name)]
+    if records := _of_folder(files, named, language):
+        holders, parts = named, [collect(named[0], records, _image_name)]
     else:
+        holders = caption_files(files, root, {*map(absolute, named)})
         parts = [collect(file, _records(file), _image_name) for file in holders]
     if len(holders) == 1:
         pairs = _split_by_entries(holders[0], parts[0])
@@ -87,8 +86,10 @@ def _is_ready(source: Path, language: str) -> bool:
     return all(caption_file(source, language, split).exists() for split in ("train", "val"))
 
 
-def _captioned_folder(files: list[SourceFile], named: list[Path]) -> Path | None:
-    """The only source, if it is a folder with captions in a form of `caption_folders`: one with
+def _of_folder(
+    files: list[SourceFile], named: list[Path], language: str
+) -> Iterator[Record] | None:
+    """The records of the only source, if it is a folder in a form of `caption_folders`: one with
     containers, beside which programs write tables of other things, or any without a list."""
     folder = next(iter(named), Path())
     has_splits = any((folder / word).is_dir() for word in SPLIT_WORDS)
@@ -96,7 +97,7 @@ def _captioned_folder(files: list[SourceFile], named: list[Path]) -> Path | None
         return None
     is_list = any(_suffix(file) in SUFFIXES for file in files)
     is_list = is_list and not any((*folder.glob("*.tar"), *folder.glob("*.arrow")))
-    return folder if folder_form(folder) and not is_list else None
+    return None if is_list else folder_records(folder, language)
 
 
 def _records(file: SourceFile) -> Iterator[Record]:

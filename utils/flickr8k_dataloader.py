@@ -70,8 +70,7 @@ class Flickr8kDataset(Dataset):
         model: CLIP | None = None,
         split: str | None = None,
     ):
-        root = Path(root_dir).expanduser()
-        self.root = root
+        self.root = Path(root_dir).expanduser()
         self.split = split or ("train" if is_train else "val")
         self.preprocess = Preprocess(target_shape)
         self.tokenizer = clip_tokenizer()
@@ -84,9 +83,8 @@ class Flickr8kDataset(Dataset):
         self.cached_rows: np.ndarray | None = None  # of the images of a subset, in `cached`
         self.unreadable: dict[int, str] = {}  # {image index: problem}, found by `cache`
         languages = dict.fromkeys([language] if isinstance(language, str) else language)
-        files = [caption_file(root, name, self.split) for name in languages]
-        read = (read_annotations(f, self.split, la) for f, la in zip(files, languages, strict=True))
-        self._hold(join_parts(read))
+        files = {name: caption_file(self.root, name, self.split) for name in languages}
+        self._hold(join_parts(read_annotations(f, self.split, la) for la, f in files.items()))
         self.places = self._check_images_exist()  # in containers
 
     def sample(self, images: int) -> "Flickr8kDataset":

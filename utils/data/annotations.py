@@ -12,7 +12,7 @@ from models.errors import InputError, listed, one_line
 from models.files import decoded, probably_meant, read_bytes
 from models.progress_bar import progress_bar
 from models.scripts import from_here
-from utils.data.caption_folders import folder_form, folder_records, table_records, why_no_form
+from utils.data.caption_folders import folder_records, table_records, why_no_form
 from utils.data.caption_formats import (
     CAPTION_FIELDS,
     IMAGE_FIELDS,
@@ -82,7 +82,7 @@ def caption_file(root: Path, language: str, split: str) -> Path:
         with suppress(InputError):  # of some other file
             if split in map(SPLIT_WORDS.get, _list_parts(tables[0])):
                 others.append(tables[0])
-    others += [folder for word in words if folder_form(folder := root / word)]
+    others += [folder for word in words if folder_records(folder := root / word, language)]
     return next((other for other in others if other.exists()), lists[0])
 
 
@@ -92,6 +92,8 @@ def read_annotations(path: Path, split: str | None = None, language: str = "en")
     a table with the column split, or a folder. One `InputError` names all problems."""
     if path.is_dir():
         records = folder_records(path, language)
+        if records is None:
+            raise InputError(why_no_form(path))
         parts = collect(path, records, lambda image: image_path(f"{path.name}/{image}"))
         return join_parts(parts.values())
     parts = _list_parts(path)

@@ -47,10 +47,8 @@ def find_images(folder: Path) -> list[Path]:
         unread += [i for i in visible if i.suffix.lower() in NEED_A_PACKAGE.keys() - endings]
     problem = "there are no images in it; put some into it, or name another folder"
     if unread:
-        problem = (
-            f"{len(unread):,} photographs, such as {min(unread)}, are in a format that needs "
-            f"{NEED_A_PACKAGE[min(unread).suffix.lower()]}"
-        )
+        package = NEED_A_PACKAGE[min(unread).suffix.lower()]
+        problem = f"{len(unread):,} photographs, such as {min(unread)}, need {package}"
     if not found:
         raise InputError(f"{folder}: {problem}")
     if unread:
