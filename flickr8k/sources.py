@@ -66,16 +66,13 @@ class FileIndex:
         found = self.with_end.get(folded[-2:]) or self.with_end.get(folded[-1:], [])
         for n in range(3, len(parts) + 1):
             found = [f for f in found if _folded(f.parts[-n:]) == folded[-n:]] or found
-        ranks = [
-            (
-                file.parts[-1] == parts[-1],
-                file.below(self.root) is not None,
-                not file.archive,
-            )
-            for file in found
-        ]
-        best = max(ranks, default=None)
-        return [file for file, rank in zip(found, ranks, strict=True) if rank == best]
+
+        def rank(file: SourceFile) -> tuple[bool, bool, bool]:
+            is_below = file.below(self.root) is not None
+            return file.parts[-1] == parts[-1], is_below, not file.archive
+
+        best = max(map(rank, found), default=None)
+        return [file for file in found if rank(file) == best]
 
     def named(self, name: str) -> SourceFile | None:
         """The first file of that name, whatever its folder, or None."""
@@ -123,7 +120,7 @@ def zip_members(path: Path, open_zips: ExitStack) -> list[SourceFile]:
 
 @contextmanager
 def _readable(file: SourceFile | Path) -> Iterator[None]:
-    """Turn errors of reading `file` in the `with` block into an `InputError` that names it."""
+    """Turn errors of reading `file` into an `InputError` that names it."""
     try:
         yield
     except (OSError, BadZipFile, EOFError, zlib.error, RuntimeError) as error:

@@ -38,9 +38,8 @@ class Strings(PackedSequence[str]):
         return len(self.starts) - 1
 
     def item(self, i: int) -> str:
-        return (
-            self.data[self.starts[i] : self.starts[i + 1]].tobytes().decode(errors="surrogatepass")
-        )
+        content = self.data[self.starts[i] : self.starts[i + 1]].tobytes()
+        return content.decode(errors="surrogatepass")
 
     def __iter__(self) -> Iterator[str]:
         for first in range(0, len(self), PIECE):
