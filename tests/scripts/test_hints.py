@@ -22,7 +22,7 @@ SCRIPTS = [
 CANNOT_BE = {
     ("models/clip_utils.py", "_build_through_open_clip"),
     ("models/weights/architecture.py", "check_resolution"),
-    ("utils/data/labelled_images.py", "_check_both_splits"),
+    ("utils/data/labelled_images.py", "_class_folders"),
     ("utils/data/torchvision_sets.py", "open_torchvision_set"),
 }
 OPTION = re.compile(r"--[a-z][a-z_-]*(?:\{\})?")
