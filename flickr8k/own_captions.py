@@ -12,7 +12,7 @@ from flickr8k.sources import FileIndex, SourceFile, absolute
 from models.errors import InputError
 from models.files import probably_meant
 from utils.data.annotations import CHINESE_CLIP, caption_file, collect
-from utils.data.caption_folders import folder_form, folder_records, table_records
+from utils.data.caption_folders import folder_records, table_records
 from utils.data.caption_formats import (
     CAPTION_FIELDS,
     IMAGE_FIELDS,
@@ -31,13 +31,14 @@ OTHER_SUFFIXES = (".txt", ".xlsx")  # of caption files that are read only if the
 RESULT = re.compile(r"(en|cn)_(train|val|test)\.json")  # a file that prepare.py writes
 SHOWN = 3  # files without captions that a message names
 
-
-CaptionedImages = tuple[dict[str, list[str]], dict[str, list[str]], dict[str, SourceFile]]
+Captions = dict[str, list[str]]  # path of an image below the output folder -> its captions
+Splits = dict[str, list[str]]  # "train", "val" or "test" -> its images
+Copied = dict[str, SourceFile]  # path of an image -> the file to copy there
 
 
 def read_own(
     files: list[SourceFile], root: Path, named: list[Path], language: str = "en"
-) -> CaptionedImages:
+) -> tuple[Captions, Splits, Copied]:
     """The captions of images, their splits, and the files to copy, by the images' paths below the
     folder `root`; images there are not copied.
 
@@ -48,11 +49,10 @@ def read_own(
     for source in named:
         if _is_ready(source, language):
             raise InputError(f"{source}: is read as it is: train.py --dataset_path {source}")
-    folder = _captioned_folder(files, named)
-    holders = [folder] if folder else caption_files(files, root, {*map(absolute, named)})
-    if folder:
-        parts = [collect(folder, folder_records(folder, language), _image_name)]
+    if records := _of_folder(files, named, language):
+        holders, parts = named, [collect(named[0], records, _image_name)]
     else:
+        holders = caption_files(files, root, {*map(absolute, named)})
         parts = [collect(file, _records(file), _image_name) for file in holders]
     if len(holders) == 1:
         pairs = _split_by_entries(holders[0], parts[0])
@@ -60,7 +60,7 @@ def read_own(
         pairs = dict(zip(_splits(holders), (join_parts(p.values()) for p in parts), strict=True))
     images = {image for part in pairs.values() for image, _ in part}
     target_of, copied = _place(images, files, root)
-    captions: dict[str, list[str]] = {}
+    captions: Captions = {}
     for image, texts in chain.from_iterable(pairs.values()):
         captions.setdefault(target_of[image], []).extend(texts)
     splits = {
@@ -70,10 +70,9 @@ def read_own(
     if len(splits) == 1:
         splits = split_at_random(captions.keys())
         warn(
-            f"the {len(captions):,} images are split at random into train, val and test; to choose "
-            "yourself, add a column split that says train, val or test, or give a file of captions "
-            "for each, called so; for the official splits of Flickr8k name Flickr8k_text.zip with "
-            "--source as well, or add --download"
+            f"the {len(captions):,} images are split at random into train, val and test; a column "
+            "split, or a file of captions for each, called so, chooses otherwise; for the official "
+            "splits of Flickr8k name Flickr8k_text.zip with --source as well, or add --download"
         )
     return captions, splits, copied
 
@@ -87,8 +86,10 @@ def _is_ready(source: Path, language: str) -> bool:
     return all(caption_file(source, language, split).exists() for split in ("train", "val"))
 
 
-def _captioned_folder(files: list[SourceFile], named: list[Path]) -> Path | None:
-    """The only source, if it is a folder with captions in a form of `caption_folders`: one with
+def _of_folder(
+    files: list[SourceFile], named: list[Path], language: str
+) -> Iterator[Record] | None:
+    """The records of the only source, if it is a folder in a form of `caption_folders`: one with
     containers, beside which programs write tables of other things, or any without a list."""
     folder = next(iter(named), Path())
     has_splits = any((folder / word).is_dir() for word in SPLIT_WORDS)
@@ -96,7 +97,7 @@ def _captioned_folder(files: list[SourceFile], named: list[Path]) -> Path | None
         return None
     is_list = any(_suffix(file) in SUFFIXES for file in files)
     is_list = is_list and not any((*folder.glob("*.tar"), *folder.glob("*.arrow")))
-    return folder if folder_form(folder) and not is_list else None
+    return None if is_list else folder_records(folder, language)
 
 
 def _records(file: SourceFile) -> Iterator[Record]:
@@ -105,7 +106,7 @@ def _records(file: SourceFile) -> Iterator[Record]:
     return read_records(file.read_text(), _suffix(file))
 
 
-def split_at_random(names: Set[str]) -> dict[str, list[str]]:
+def split_at_random(names: Set[str]) -> Splits:
     """Split images 6 : 1 : 1 into train, val and test, always in the same way. Raises `InputError`
     for less than three."""
     if len(names) < 3:
@@ -147,9 +148,9 @@ def caption_files(files: list[SourceFile], root: Path, named: set[Path]) -> list
     if not holders:
         raise InputError(
             f"there are no captions in the sources: none of Flickr8k.token.txt, {KAGGLE} and "
-            "dataset_flickr8k.json, and no other file with CSV, TSV, JSON lines, COCO or a list, "
-            "but for such as are named as those that are written (en_train.json: call it "
-            "captions.json); name a folder or zip that holds one with --source, or add --download"
+            "dataset_flickr8k.json, and no other file with CSV, TSV, JSON lines, COCO or a list (a "
+            "name that is written, as en_train.json, does not count: call it captions.json); name "
+            "what holds one with --source, or add --download"
         )
     if reasons:
         warn(f"files that hold no captions are left out:{shown}")
@@ -204,9 +205,7 @@ def _image_name(image: object) -> str:
     return path.as_posix()
 
 
-def _place(
-    images: set[str], files: list[SourceFile], root: Path
-) -> tuple[dict[str, str], dict[str, SourceFile]]:
+def _place(images: set[str], files: list[SourceFile], root: Path) -> tuple[dict[str, str], Copied]:
     """The path of each image below `root`, and the files to copy there."""
     index = FileIndex(files, root)
     found = {image: _find(image, index) for image in sorted(images)}
@@ -218,7 +217,7 @@ def _place(
             f"{missing[0]}{hint}; name the folder or zip that holds them with --source as well"
         )
     target_of: dict[str, str] = {}
-    copied: dict[str, SourceFile] = {}
+    copied: Copied = {}
     for image, (file, *others) in found.items():
         if others:
             raise InputError(

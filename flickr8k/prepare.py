@@ -35,7 +35,7 @@ from pathlib import Path
 if not __package__:  # as a script: Python looks for modules in this folder, not in the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from flickr8k.own_captions import KAGGLE, read_own
+from flickr8k.own_captions import Captions, Copied, Splits, read_own
 from flickr8k.sources import FileIndex, SourceFile, find_files, zip_members
 from models import scripts
 from models.errors import InputError
@@ -47,10 +47,6 @@ from utils.data.annotations import (
     write_set,
 )
 from utils.data.caption_formats import SPLIT_WORDS
-
-Captions = dict[str, list[str]]  # path of an image below the output folder -> its captions
-Splits = dict[str, list[str]]  # "train", "val" or "test" -> its images
-Copied = dict[str, SourceFile]  # path of an image -> the file to copy there
 
 RELEASE = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"
 IMAGES_ZIP, TEXT_ZIP = "Flickr8k_Dataset.zip", "Flickr8k_text.zip"
@@ -228,10 +224,8 @@ def main() -> None:
         help="download what no source holds to OUTPUT/downloads (1.1 GB without any source); an "
              f"interrupted download is continued; {IMAGES_ZIP} may be deleted in the end")
     add("--source", type=scripts.path, nargs="+", default=[], metavar="PATH",
-        help=f"folders, zips or files that hold Flickr8k: {IMAGES_ZIP} and {TEXT_ZIP} or what they "
-             f"unpack to, the Kaggle copy (archive.zip: Images and {KAGGLE}; add {TEXT_ZIP} or "
-             f"--download for the official splits), or Karpathy's {KARPATHYS[0]} and the images; "
-             "or your own images with captions (see 3 above)")
+        help="folders, zips or files that hold images, and captions as listed above; to the Kaggle "
+             f"copy (archive.zip) add {TEXT_ZIP} or --download for the official splits")
     add("--output", type=scripts.writable_folder, default=Path(__file__).resolve().parent,
         help="folder to write into (default: the folder of this script)")
     add("--language", choices=["en", "cn"], default="en",

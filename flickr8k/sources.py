@@ -4,7 +4,6 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import takewhile
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 from zipfile import BadZipFile, ZipFile, ZipInfo
@@ -64,27 +63,19 @@ class FileIndex:
         those spelled the same, below `root`, in no zip."""
         folded = _folded(parts)
         found = self.with_end.get(folded[-2:]) or self.with_end.get(folded[-1:], [])
-        ranks = [
-            (
-                _equal_at_end(_folded(file.parts), folded),
-                file.parts[-1] == parts[-1],
-                file.below(self.root) is not None,
-                not file.archive,
-            )
-            for file in found
-        ]
-        best = max(ranks, default=None)
-        return [file for file, rank in zip(found, ranks, strict=True) if rank == best]
+        for n in range(3, len(parts) + 1):
+            found = [f for f in found if _folded(f.parts[-n:]) == folded[-n:]] or found
+
+        def rank(file: SourceFile) -> tuple[bool, bool, bool]:
+            is_below = file.below(self.root) is not None
+            return file.parts[-1] == parts[-1], is_below, not file.archive
+
+        best = max(map(rank, found), default=None)
+        return [file for file in found if rank(file) == best]
 
     def named(self, name: str) -> SourceFile | None:
         """The first file of that name, whatever its folder, or None."""
         return next(iter(self.find((name.rpartition("/")[2],))), None)
-
-
-def _equal_at_end(parts: tuple[str, ...], others: tuple[str, ...]) -> int:
-    """How many of the last parts are equal."""
-    pairs = zip(reversed(parts), reversed(others), strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _folded(parts: tuple[str, ...]) -> tuple[str, ...]:
@@ -126,7 +117,7 @@ def zip_members(path: Path, open_zips: ExitStack) -> list[SourceFile]:
 
 @contextmanager
 def _readable(file: SourceFile | Path) -> Iterator[None]:
-    """Turn errors of reading `file` in the `with` block into an `InputError` that names it."""
+    """Turn errors of reading `file` into an `InputError` that names it."""
     try:
         yield
     except (OSError, BadZipFile, EOFError, zlib.error, RuntimeError) as error:

@@ -56,10 +56,6 @@ class Accuracy(NamedTuple):
     per_class: list[float]  # top-1; NaN if a class has no images
     confusion: Tensor  # numbers of images `[c, c]`, by class (rows) and predicted class (columns)
 
-    @property
-    def means(self) -> tuple[float, float, float]:
-        return self[:3]
-
 
 class Features(NamedTuple):
     """Normalised features `[n, d]` of images, on the model's device, and their labels `[n]`."""
@@ -190,12 +186,6 @@ def chance(classes: int) -> list[float]:
     return [one, min(5 * one, 100), one]
 
 
-def as_text(found: dict[str, Accuracy], classes: Sequence[str]) -> str:
-    """A table of the scores of each method."""
-    rows = {way: a.means for way, a in found.items()} | {"chance": chance(len(classes))}
-    return format_rows({way: dict(zip(TITLES, row, strict=True)) for way, row in rows.items()})
-
-
 def as_json(found: dict[str, Accuracy], classes: Sequence[str]) -> dict[str, Any]:
     """The scores for a file; `per_class` is null where a class has no images."""
     names = Accuracy._fields[:3]
@@ -204,7 +194,7 @@ def as_json(found: dict[str, Accuracy], classes: Sequence[str]) -> dict[str, Any
     for way, a in found.items():
         content["images"] = int(a.confusion.sum())
         per_class = [None if isnan(share) else share for share in a.per_class]
-        scores = dict(zip(names, a.means, strict=True)) | {"per_class": per_class}
+        scores = dict(zip(names, a[:3], strict=True)) | {"per_class": per_class}
         content[way.replace(" ", "_").replace("-", "_")] = scores
     return content
 
@@ -272,9 +262,9 @@ def main() -> None:
             f"hint: {source.classes[0]} is not a word, and neither are the other classes; give "
             "their names with --classnames (of ImageNet's synsets: LOC_synset_mapping.txt)"
         )
-    train_source = None
-    if args.linear_probe:
-        train_source = find_labelled_images(args.data, True, names_file=args.classnames)
+    train_source = args.linear_probe and find_labelled_images(
+        args.data, is_train=True, names_file=args.classnames
+    )
     model, preprocess = load(weights, args.device, activation=args.activation)
     alike = first_alike(model.tokenizer, source.classes, model.context_length)
     if repeated := [name for i, name in enumerate(source.classes) if alike[i] != i]:
@@ -300,7 +290,8 @@ def main() -> None:
         found["linear probe"] = accuracy(scores, scored.labels)
         probabilities["linear probe"] = scores.softmax(dim=1)
         print(f"linear probe: trained on {len(train.labels):,} images, C = {c:.3g}")
-    print(as_text(found, source.classes))
+    rows = {way: a[:3] for way, a in found.items()} | {"chance": chance(len(source.classes))}
+    print(format_rows({way: dict(zip(TITLES, row, strict=True)) for way, row in rows.items()}))
     if args.json:
         write_json(args.json, as_json(found, source.classes))
         print(f"scores written to {args.json}")

@@ -24,13 +24,13 @@ from models.device import upload
 from models.errors import InputError
 from models.preprocess import Preprocess
 from models.tokens import TokenizedTexts, clip_tokenizer
-from utils.data.annotations import SPLITS, caption_file, read_annotations, why_missing
+from utils.data.annotations import caption_file, read_annotations, why_missing
 from utils.data.augment import crop, draw_crops, draw_recolourings, recolour, reword
 from utils.data.caption_lists import CaptionLists, join_parts
 from utils.data.image_cache import decode_once, gather
 from utils.data.image_files import locate
 from utils.data.image_reading import ImageReader, Loaded, Paths, read_batches, substitutes
-from utils.data.packed import PIECE, Computed, ranges, starts_of
+from utils.data.packed import Computed, ranges, starts_of
 from utils.data.unlabelled import Unlabelled
 from utils.machine.processes import ALONE, Processes
 
@@ -70,8 +70,7 @@ class Flickr8kDataset(Dataset):
         model: CLIP | None = None,
         split: str | None = None,
     ):
-        root = Path(root_dir).expanduser()
-        self.root = root
+        self.root = Path(root_dir).expanduser()
         self.split = split or ("train" if is_train else "val")
         self.preprocess = Preprocess(target_shape)
         self.tokenizer = clip_tokenizer()
@@ -84,9 +83,8 @@ class Flickr8kDataset(Dataset):
         self.cached_rows: np.ndarray | None = None  # of the images of a subset, in `cached`
         self.unreadable: dict[int, str] = {}  # {image index: problem}, found by `cache`
         languages = dict.fromkeys([language] if isinstance(language, str) else language)
-        files = [caption_file(root, name, self.split) for name in languages]
-        read = (read_annotations(f, self.split, la) for f, la in zip(files, languages, strict=True))
-        self._hold(join_parts(read))
+        files = {name: caption_file(self.root, name, self.split) for name in languages}
+        self._hold(join_parts(read_annotations(f, self.split, la) for la, f in files.items()))
         self.places = self._check_images_exist()  # in containers
 
     def sample(self, images: int) -> "Flickr8kDataset":
@@ -240,16 +238,6 @@ class Flickr8kDataset(Dataset):
             text = int(self.tokens.first_equal[caption])
             texts.setdefault(self.tokens[caption].numpy().tobytes(), []).append(text)
         return sum(len(alike) for alike in texts.values() if len(set(alike)) > 1)
-
-    def check_texts(self) -> None:
-        """Raise `InputError` if all captions have the same tokens."""
-        pieces = (self.tokens[i : i + PIECE] for i in range(0, len(self.text), PIECE))
-        if all((piece == self.tokens[0]).all() for piece in pieces):
-            raise InputError(
-                f"{self.root}: all {len(self.text)} {SPLITS[self.split]} captions are one text to "
-                f"the model, {self.text[0]:.60}...; captions should tell images apart within the "
-                f"first {self.context_length} tokens"
-            )
 
     def share_of_fragments(self) -> float:
         """The share of the captions' tokens that are parts of words, or unknown."""

@@ -123,7 +123,6 @@ def main() -> None:
     )
     model, _ = load(weights, args.device, activation=args.activation)
     dataset.prepare_for(model)
-    dataset.check_texts()
     precision = Precision(model.device, args.use_amp)
     features = encode_set(model, dataset, args.batch_size, args.num_workers, precision)
     scores = score_features(*features, dataset.img_to_txt, dataset.txt_to_img, range(1, 11))

@@ -85,7 +85,7 @@ def start_training(root: Path, method: str) -> list[float]:
     tell("lists and files")
     for dataset in sets.values():
         dataset.prepare_for(model)
-        dataset.check_texts()
+        len(dataset.tokens)
     tell("tokens")
     loader = TrainLoader(sets["train"], BATCH_SIZE, torch.device("cpu"), num_workers=2,
                          captions_per_image=2)  # fmt: skip

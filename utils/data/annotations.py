@@ -12,7 +12,7 @@ from models.errors import InputError, listed, one_line
 from models.files import decoded, probably_meant
 from models.progress_bar import progress_bar
 from models.scripts import from_here
-from utils.data.caption_folders import folder_form, folder_records, table_records, why_no_form
+from utils.data.caption_folders import folder_records, table_records, why_no_form
 from utils.data.caption_formats import (
     CAPTION_FIELDS,
     IMAGE_FIELDS,
@@ -82,7 +82,7 @@ def caption_file(root: Path, language: str, split: str) -> Path:
         with suppress(InputError):  # of some other file
             if split in map(SPLIT_WORDS.get, _list_parts(tables[0])):
                 others.append(tables[0])
-    others += [folder for word in words if folder_form(folder := root / word)]
+    others += [folder for word in words if folder_records(folder := root / word, language)]
     return next((other for other in others if other.exists()), lists[0])
 
 
@@ -92,6 +92,8 @@ def read_annotations(path: Path, split: str | None = None, language: str = "en")
     a table with the column split, or a folder. One `InputError` names all problems."""
     if path.is_dir():
         records = folder_records(path, language)
+        if records is None:
+            raise InputError(why_no_form(path))
         parts = collect(path, records, lambda image: image_path(f"{path.name}/{image}"))
         return join_parts(parts.values())
     parts = _list_parts(path)
@@ -130,11 +132,11 @@ def collect(
 ) -> dict[str, CaptionLists]:
     """The (image, captions) pairs of `file` with these records, by the split that entries name, in
     lower case, or else "". Entries of the same image are joined; empty captions are left out, and
-    counted in a warning. `read_image` turns an entry's image into its name, or raises `ValueError`.
-    One `InputError` names all problems."""
+    a warning counts images without others. `read_image` turns an entry's image into its name, or
+    raises `ValueError`. One `InputError` names all problems."""
     problems: list[str] = []
     entries: dict[str, Entries] = defaultdict(Entries)
-    number = empty = 0
+    number = 0
     try:
         for where, content, problem in records:
             number += 1
@@ -147,9 +149,7 @@ def collect(
                 continue
             split = content.get(first_of(SPLIT_FIELDS, content))
             split = "" if _is_empty(split) else str(split).strip().lower()
-            texts = [caption for caption in captions if not _is_empty(caption)]
-            entries[split].add(image, texts)
-            empty += max(1, len(captions)) - len(texts)
+            entries[split].add(image, captions)
     except UnknownFormat as error:
         raise InputError(f"{file}: {error}") from None
     if problems:
@@ -161,12 +161,8 @@ def collect(
     parts = {split: pairs for split, found in entries.items() if (pairs := found.pairs())}
     if not parts:
         raise InputError(f"{file}: all its captions are empty; write some, or name another file")
-    if empty:
-        left_out = sum(map(len, entries.values())) - sum(map(len, parts.values()))
-        print(
-            f"warning: {file}: left out are empty captions: {empty:,}, images without captions: "
-            f"{left_out:,}"
-        )
+    if left_out := sum(map(len, entries.values())) - sum(map(len, parts.values())):
+        print(f"warning: {file}: {left_out:,} images are left out, whose captions are empty")
     return parts
 
 
@@ -296,17 +292,15 @@ def _refuse_lone_surrogates(text: str) -> None:
         raise ValueError(message) from None
 
 
-def _captions(captions: object) -> list[str | float | None]:
-    """The captions of an entry, with empty ones (`_is_empty`)."""
+def _captions(captions: object) -> list[str]:
+    """The captions of an entry, without empty ones."""
     captions = captions if isinstance(captions, list) else [captions]
+    texts = [caption for caption in captions if not _is_empty(caption)]
     try:
-        text = "".join(captions)
+        _refuse_lone_surrogates("".join(texts))
     except TypeError:
-        if not all(isinstance(caption, str) or _is_empty(caption) for caption in captions):
-            raise ValueError("should be a string or a list of strings") from None
-        text = "".join(caption for caption in captions if isinstance(caption, str))
-    _refuse_lone_surrogates(text)
-    return captions
+        raise ValueError("should be a string or a list of strings") from None
+    return texts
 
 
 def _is_empty(caption: object) -> bool:

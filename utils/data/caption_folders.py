@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
-from models.errors import InputError
 from models.files import decoded
 from utils.data.caption_formats import CAPTION_FIELDS, SPLIT_WORDS, Record, first_of
 from utils.data.class_folders import class_folders, words_of
@@ -21,22 +20,15 @@ from utils.data.templates import TEMPLATE_SETS
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")  # of images beside a text
 # More templates hardly tell a model more, and a million images would have 38 million captions.
 TEMPLATES = {"en": TEMPLATE_SETS["ensemble"][:5], "cn": TEMPLATE_SETS["cn_ensemble"][:5]}
-
-
 Records = Callable[[Path, str], Iterator[Record]]  # of a folder and a language; images below it
 
 
-def folder_form(folder: Path) -> Records | None:
-    """What reads the captions of a folder; None if it holds no images with captions."""
-    return next((records for is_in, records in FORMS if folder.is_dir() and is_in(folder)), None)
-
-
-def folder_records(folder: Path, language: str) -> Iterator[Record]:
-    """The records of a folder. Raises `InputError` if it has no known form."""
-    records = folder_form(folder)
-    if records is None:
-        raise InputError(why_no_form(folder))
-    return records(folder, language)
+def folder_records(folder: Path, language: str) -> Iterator[Record] | None:
+    """The records of a folder; None if it holds no images with captions."""
+    for is_in, records in FORMS:
+        if folder.is_dir() and is_in(folder):
+            return records(folder, language)
+    return None
 
 
 def why_no_form(folder: Path) -> str:

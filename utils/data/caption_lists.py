@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from utils.data.packed import PackedSequence, Strings, StringsBuilder, packed, ranges, starts_of
+from utils.data.packed import PackedSequence, Strings, StringsBuilder, ranges, starts_of
 
 
 class CaptionLists(PackedSequence[tuple[str, list[str]]]):
@@ -61,7 +61,7 @@ class Entries:
             order = rows.argsort(kind="stable")
             captions = captions.take(ranges(starts[order], counts[order]))
         of_image = np.bincount(rows, counts, len(self)).astype(np.int64)
-        images = packed(self.row_of)
+        images = StringsBuilder(self.row_of).build()
         if not of_image.all():
             images, of_image = images.take(np.flatnonzero(of_image)), of_image[of_image > 0]
         return CaptionLists(images, starts_of(of_image), captions)

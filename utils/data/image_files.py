@@ -33,26 +33,22 @@ def find_images(folder: Path) -> list[Path]:
     found: list[Path] = []
     unread: list[Path] = []
     entered: set[str] = set()
-    waiting = [folder]
-    while waiting:
-        for here, folders, files in os.walk(waiting.pop(), onerror=_warn):
-            real = os.path.realpath(here)
-            if real in entered:
-                folders.clear()
-                continue
-            entered.add(real)
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            waiting += [link for name in folders if (link := Path(here, name)).is_symlink()]
-            inside = Path(here).relative_to(folder)
-            visible = [inside / name for name in files if not name.startswith(".")]
-            found += [image for image in visible if image.suffix.lower() in endings]
-            unread += [i for i in visible if i.suffix.lower() in NEED_A_PACKAGE.keys() - endings]
+    for here, folders, files in os.walk(folder, onerror=_warn, followlinks=True):
+        real = os.path.realpath(here)
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders.sort(key=lambda name: (Path(here, name).is_symlink(), name))
+        inside = Path(here).relative_to(folder)
+        visible = [inside / name for name in files if not name.startswith(".")]
+        found += [image for image in visible if image.suffix.lower() in endings]
+        unread += [i for i in visible if i.suffix.lower() in NEED_A_PACKAGE.keys() - endings]
     problem = "there are no images in it; put some into it, or name another folder"
     if unread:
-        problem = (
-            f"{len(unread):,} photographs, such as {min(unread)}, are in a format that needs "
-            f"{NEED_A_PACKAGE[min(unread).suffix.lower()]}"
-        )
+        package = NEED_A_PACKAGE[min(unread).suffix.lower()]
+        problem = f"{len(unread):,} photographs, such as {min(unread)}, need {package}"
     if not found:
         raise InputError(f"{folder}: {problem}")
     if unread:

@@ -21,8 +21,6 @@ from utils.data.packed import PackedSequence
 from utils.machine.interrupt import leave_signals_to_parent, signals_held_back
 from utils.machine.memory import CONTINUE, free_shared_memory
 
-LONGEST_WAIT = 600  # seconds for a batch; a disk in the network can be slow to wake up
-
 
 @dataclass(frozen=True, eq=False)
 class Paths(PackedSequence[str]):
@@ -91,7 +89,7 @@ def read_batches(
 ) -> Iterator[Loaded]:
     """The images at lists of indices in `reader`, of which this process reads `part` of each. With
     `substitute`, another image takes the place of an unreadable one. Otherwise it raises
-    `InputError`, as do a killed worker and a batch that takes `LONGEST_WAIT` seconds."""
+    `InputError`, as does a killed worker."""
     loader = DataLoader(
         _Batches(reader, part, substitute),
         sampler=batches,
@@ -101,7 +99,6 @@ def read_batches(
         pin_memory=torch.cuda.is_initialized(),  # not on a GPU that --device cpu leaves alone
         generator=torch.Generator(),  # leaves the global one as it is
         worker_init_fn=leave_signals_to_parent,
-        timeout=LONGEST_WAIT if num_workers else 0,
     )
     multiprocessing.set_forkserver_preload([__name__])  # torch is imported only once
     with signals_held_back():
@@ -112,16 +109,12 @@ def read_batches(
                 raise loaded
             yield loaded._replace(images=torch.as_tensor(loaded.images))
     except RuntimeError as error:
-        if "DataLoader timed out" in str(error):
-            problem = f"no images have come for {LONGEST_WAIT} s: is the disk with them there?"
-        elif "DataLoader worker" in str(error):
-            problem = (
-                "a process that reads images was killed, as a rule because main memory is full: "
-                "lower --num_workers or --batch_size;"
-            )
-        else:
+        if "DataLoader worker" not in str(error):
             raise
-        raise InputError(f"{problem} {CONTINUE}") from error
+        raise InputError(
+            "a process that reads images was killed, as a rule because main memory is full: lower "
+            f"--num_workers or --batch_size; {CONTINUE}"
+        ) from error
 
 
 def collate(loaded: Loaded | InputError) -> Loaded | InputError:

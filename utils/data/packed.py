@@ -38,7 +38,8 @@ class Strings(PackedSequence[str]):
         return len(self.starts) - 1
 
     def item(self, i: int) -> str:
-        return _decoded(self.data[self.starts[i] : self.starts[i + 1]].tobytes())
+        content = self.data[self.starts[i] : self.starts[i + 1]].tobytes()
+        return content.decode(errors="surrogatepass")
 
     def __iter__(self) -> Iterator[str]:
         for first in range(0, len(self), PIECE):
@@ -48,7 +49,7 @@ class Strings(PackedSequence[str]):
                 piece = piece.decode()
             for start, stop in pairwise((starts - starts[0]).tolist()):
                 string = piece[start:stop]
-                yield string if isinstance(string, str) else _decoded(string)
+                yield string if isinstance(string, str) else string.decode(errors="surrogatepass")
 
     def take(self, rows: np.ndarray) -> "Strings":
         """The strings at these indices."""
@@ -63,10 +64,10 @@ class Strings(PackedSequence[str]):
 class StringsBuilder:
     """Collects strings for `Strings`."""
 
-    def __init__(self) -> None:
+    def __init__(self, strings: Iterable[str] = ()):
         self.data = bytearray()
         self.sizes = array("q")
-        self.waiting: list[str] = []
+        self.waiting = [*strings]
 
     def extend(self, strings: Iterable[str]) -> None:
         self.waiting += strings
@@ -78,7 +79,7 @@ class StringsBuilder:
         return Strings(np.frombuffer(self.data, np.uint8), starts_of(self.sizes))
 
     def _pack(self) -> None:
-        encoded = [string.encode("utf-8", "surrogatepass") for string in self.waiting]
+        encoded = [string.encode(errors="surrogatepass") for string in self.waiting]
         self.data += b"".join(encoded)
         self.sizes.extend(map(len, encoded))
         self.waiting.clear()
@@ -102,12 +103,6 @@ class Computed(Mapping[int, T]):
         return self.function(key)
 
 
-def packed(strings: Iterable[str]) -> Strings:
-    builder = StringsBuilder()
-    builder.extend(strings)
-    return builder.build()
-
-
 def starts_of(sizes: Sequence[int]) -> np.ndarray:
     """Where parts of these sizes start that lie end to end, and where the last one ends: int64
     `[n + 1]`."""
@@ -120,7 +115,3 @@ def ranges(first: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """The integers from `first[i]` to `first[i] + sizes[i] - 1` for each i, end to end."""
     starts = starts_of(sizes)
     return np.repeat(first - starts[:-1], sizes) + np.arange(starts[-1])
-
-
-def _decoded(content: bytes) -> str:
-    return content.decode("utf-8", "surrogatepass")

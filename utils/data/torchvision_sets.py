@@ -28,18 +28,6 @@ DIGITS = [str(digit) for digit in range(10)]
 EUROSAT_NAMES = ["annual crop land", "forest", "herbaceous vegetation", "highway",
                  "industrial buildings", "pasture", "permanent crop land", "residential buildings",
                  "river", "sea or lake"]  # fmt: skip
-GTSRB_SIGNS = (
-    "speed limit 20, speed limit 30, speed limit 50, speed limit 60, speed limit 70, speed "
-    "limit 80, end of speed limit 80, speed limit 100, speed limit 120, no overtaking, no "
-    "overtaking by trucks, right of way at the next crossing, priority road, give way, stop, "
-    "no vehicles, no trucks, no entry, danger, left bend, right bend, double bend, uneven "
-    "road, slippery road, road narrows on the right, road works, traffic lights, pedestrians, "
-    "children, bicycles, ice and snow, wild animals, end of all limits, turn right, turn "
-    "left, straight ahead, straight ahead or right, straight ahead or left, keep right, keep "
-    "left, roundabout, end of no overtaking, end of no overtaking by trucks"
-)
-GTSRB_NAMES = [f"{sign} sign" for sign in GTSRB_SIGNS.split(", ")]
-
 TORCHVISION_SETS = {
     "caltech101": TorchvisionSet("Caltech101", {}, None),
     "cifar10": TorchvisionSet("CIFAR10", *BY_TRAIN),
@@ -51,7 +39,6 @@ TORCHVISION_SETS = {
     "fgvc_aircraft": TorchvisionSet("FGVCAircraft", *WITH_TRAINVAL),
     "flowers102": TorchvisionSet("Flowers102", *BY_SPLIT),
     "food101": TorchvisionSet("Food101", *BY_SPLIT),
-    "gtsrb": TorchvisionSet("GTSRB", *BY_SPLIT, GTSRB_NAMES),
     "imagenet": TorchvisionSet("ImageNet", *WITH_VAL),
     "imagenette": TorchvisionSet("Imagenette", *WITH_VAL),
     "mnist": TorchvisionSet("MNIST", *BY_TRAIN, DIGITS),

@@ -80,7 +80,6 @@ def get_loader(
     num_workers = by_default if args.num_workers is None else args.num_workers
     for dataset in sets.values():
         dataset.prepare_for(model)
-        dataset.check_texts()
     if args.cache is not None:
         with processes.rank_0_first():  # rank 0 decodes
             for dataset in sets.values():

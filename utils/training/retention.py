@@ -36,7 +36,6 @@ class Retention:
         for images in self.sets.values():
             if isinstance(images, Flickr8kDataset):
                 images.prepare_for(model)
-                images.check_texts()
             else:
                 images.preprocess = model.preprocess
         with loader.processes.rank_0_first():  # rank 0 decodes

@@ -63,19 +63,18 @@ def test_a_list_cell_is_what_pandas_writes(tmp_path):
         assert read == list(zip(["1.jpg", "2.jpg"], captions, strict=True))
 
 
-def test_empty_cells_are_no_captions_and_are_counted(tmp_path, capsys):
+def test_empty_cells_are_no_captions_and_images_without_others_are_counted(tmp_path, capsys):
     """In the spellings of pandas' missing value, in tables and in JSON."""
     (tmp_path / "en_train.csv").write_text(
         "image,caption\n1.jpg,a\n1.jpg,nan\n1.jpg,\n2.jpg,NaN\n3.jpg,<NA>\n3.jpg,nano\n"
     )
     assert read_annotations(tmp_path / "en_train.csv") == [("1.jpg", ["a"]), ("3.jpg", ["nano"])]
-    told = capsys.readouterr().out
-    assert told.endswith("left out are empty captions: 4, images without captions: 1\n")
+    assert "1 images are left out, whose captions are empty" in capsys.readouterr().out
     (tmp_path / "en_val.json").write_text(
         '[{"image": "1.jpg", "caption": ["a", null, ""]}, {"image": "2.jpg", "caption": NaN}]'
     )
     assert read_annotations(tmp_path / "en_val.json") == [("1.jpg", ["a"])]
-    assert "empty captions: 3, images without captions: 1" in capsys.readouterr().out
+    assert "1 images are left out, whose captions are empty" in capsys.readouterr().out
     (tmp_path / "en_test.csv").write_text("image,caption\n1.jpg,\n")
     with pytest.raises(InputError, match="all its captions are empty"):
         read_annotations(tmp_path / "en_test.csv")

@@ -64,7 +64,7 @@ def test_photographs_that_need_a_package_are_counted(tmp_path, monkeypatch, caps
     said = capsys.readouterr().out
     assert "2 photographs, such as 2.HEIC, " in said and "pip install pillow-heif" in said
     (tmp_path / "a.jpg").unlink()
-    with pytest.raises(InputError, match=r"2 photographs, .* needs pip install pillow-heif"):
+    with pytest.raises(InputError, match=r"2 photographs, .* need pip install pillow-heif"):
         find_images(tmp_path)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from script_runs import ROOT, error_line, start_script
+from script_runs import ROOT, start_script
 
 from flickr8k.render_demo import render_demo
 from models import progress_bar
@@ -128,19 +128,6 @@ def test_a_run_ends_well_with_little_shared_memory(data, tmp_path):
 class Stuck(list):
     def __getitem__(self, row):
         time.sleep(60)
-
-
-def wait_a_second_for_batches_that_do_not_come():
-    image_reading.LONGEST_WAIT = 1
-    image_reading.ImageReader.__getitem__ = Stuck.__getitem__
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a fork server")
-def test_a_batch_that_does_not_come_ends_the_program_with_one_line(data, tmp_path):
-    line = error_line("train.py", *SCRATCH, "--dataset_path", data, cwd=tmp_path,
-                      prepare=wait_a_second_for_batches_that_do_not_come)  # fmt: skip
-    assert "error: no images have come for 1 s" in line and "--resume_training" in line
 
 
 def wait_for_workers_that_do_not_deliver():

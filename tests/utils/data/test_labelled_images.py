@@ -23,7 +23,7 @@ from models.errors import InputError
 from models.preprocess import Preprocess
 from utils.classification import readable_features
 from utils.data.labelled_images import find_labelled_images
-from utils.data.torchvision_sets import GTSRB_NAMES, TORCHVISION_SETS
+from utils.data.torchvision_sets import TORCHVISION_SETS
 from utils.machine.processes import ALONE, Processes
 from utils.retrieval.encode import encode_images
 
@@ -349,12 +349,3 @@ def test_without_a_network_one_line_says_what_to_put_where(tmp_path, monkeypatch
 def test_unknown_sets_are_told_with_names_like_theirs():
     with pytest.raises(InputError, match=r"cifar_10: no such folder, .*did you mean cifar10 or"):
         find_labelled_images("cifar_10")
-
-
-def test_there_are_as_many_names_as_signs():
-    """The German traffic sign recognition benchmark has 43 classes, numbered from 0; by its
-    documentation 14 is a stop sign, 33 "turn right ahead" and 40 a roundabout."""
-    assert len(set(GTSRB_NAMES)) == 43
-    assert [GTSRB_NAMES[i].split()[0] for i in (7, 14, 33, 40)] == [
-        "speed", "stop", "turn", "roundabout"
-    ]  # fmt: skip
