@@ -224,8 +224,8 @@ def build_parser() -> ArgumentParser:
         f"beside the scripts: {', '.join(TORCHVISION_SETS)}")
     add("--classnames", type=path, metavar="FILE",
         help="names of the classes, one a line in the order of the sorted class folders (2 before "
-        "10), or lines folder<TAB>name or 'folder name' (default: the words in the folders' names, "
-        "or the data set's names)")
+        "10), lines folder<TAB>name or 'folder name', or ImageNet's class index in JSON (default: "
+        "the words in the folders' names, or the data set's names)")
     add("--templates", type=name_or_path, metavar="SET_OR_FILE",
         help="sentences around a class name, whose features are averaged: "
         f"{', '.join(TEMPLATE_SETS)} (cn: Chinese), or a file with one a line and {{}} for the "

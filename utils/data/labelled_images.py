@@ -1,5 +1,6 @@
 """Labelled images: from class folders, or from a data set of torchvision."""
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -149,7 +150,8 @@ def _named(keys: list[str], file: Path | None) -> list[str]:
     if file is None:
         return words_of(keys)
     lines = read_lines(file, "class name")
-    names = _names_by_key(lines, keys)
+    is_json = file.suffix.lower() == ".json"
+    names = _names_in_json("\n".join(lines), file) if is_json else _names_by_key(lines, keys)
     if missing := [key for key in keys if names and not names.get(key)]:
         raise InputError(f"{file}: no name for {', '.join(missing[:5])}; write folder<TAB>name")
     if names:
@@ -170,3 +172,16 @@ def _names_by_key(lines: list[str], keys: list[str]) -> dict[str, str]:
         if key := max(folders.intersection(starts), key=len, default=""):
             names[key] = line.removeprefix(key).strip()
     return names if len(names) > len(keys) / 2 else {}
+
+
+def _names_in_json(text: str, file: Path) -> dict[str, str]:
+    """Names by folder, `{"cat": "a cat"}`, or as in ImageNet's `{"0": ["n01440764", "tench"]}`."""
+    names: dict[str, str] = {}
+    try:
+        for key, value in json.loads(text).items():
+            *folders, name = [value] if isinstance(value, str) else value
+            names |= dict.fromkeys([key, *folders], name.replace("_", " "))
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        raise InputError(f'{file}: should be {{"folder": "name", ...}}, or as ImageNet\'s class '
+                         'index, {"0": ["n01440764", "tench"], ...}') from None  # fmt: skip
+    return names

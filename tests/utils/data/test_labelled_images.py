@@ -74,12 +74,36 @@ def test_class_folders_are_read_as_by_torchvision(folder, split):
         ("other\tbird\n狗\tdog\nDog\tother dog\nbig_cat\tcat", ["other dog", "cat", "dog"]),
         ("狗 dog\nDog  other dog\nbig_cat cat, or lion", ["other dog", "cat, or lion", "dog"]),
         ("Dog food\ncats\ndogs", ["Dog food", "cats", "dogs"]),
+        ('{"狗": "a_dog", "Dog": "hot dog", "big_cat": "cat"}', ["hot dog", "cat", "a dog"]),
     ],
 )
 def test_names_from_a_file(folder, tmp_path, text, names):
-    file = tmp_path / "names.txt"
+    file = tmp_path / f"names.{'json' if text[0] == '{' else 'txt'}"
     file.write_text(text, "utf-8")
     assert find_labelled_images(folder, names_file=file).classes == names
+
+
+@pytest.mark.parametrize("keys", [["n01440764", "n02012849", "n04266014"], ["0", "2", "10"]])
+def test_names_from_the_class_index_of_imagenet(tmp_path, keys):
+    """As Keras publishes it, in imagenet_class_index.json; of folders named by synset or number."""
+    index = {"0": ["n01440764", "tench"], "1": ["n01443537", "goldfish"],
+             "2": ["n02012849", "crane"], "10": ["n04266014", "space_shuttle"]}  # fmt: skip
+    for key in keys:
+        noise(tmp_path / "data" / key / "0.png", seed=0)
+    file = tmp_path / "imagenet_class_index.json"
+    file.write_text(json.dumps(index))
+    found = find_labelled_images(tmp_path / "data", names_file=file)
+    assert found.classes == ["tench", "crane", "space shuttle"]
+
+
+@pytest.mark.parametrize(
+    "content", ["[", '["a", "b"]', '{"Dog": 1}', '{"0": ["a", ["b"]]}', '{"0": []}', "[" * 99999]
+)
+def test_unusable_json_is_told(folder, tmp_path, content):
+    file = tmp_path / "names.json"
+    file.write_text(content)
+    with pytest.raises(InputError, match=r'names.json: should be {"folder": "name", ...}, or as'):
+        find_labelled_images(folder, names_file=file)
 
 
 @pytest.mark.parametrize(
