@@ -3,8 +3,8 @@
     python tests/benchmarks/model_needs.py
 
 What a step keeps for its backward pass is counted tensor by tensor, and its operations by torch's
-counter, on the CPU, for images with two captions each. Weights, gradients and AdamW's two moments
-are 16 bytes a parameter. A GPU needs some hundred MB more for itself.
+counter, on the CPU in float32, for images with two captions each. Weights, gradients and AdamW's
+two moments are 16 bytes a parameter. A GPU needs some hundred MB more for itself.
 """
 
 import argparse
@@ -19,10 +19,9 @@ from models.clip import CLIP
 from models.clip_utils import create_model
 from models.host import run_script
 from models.weights.registry import CONFIGS
-from utils.machine.precision import Precision
 
 CAPTION = "a brown dog runs on the wet sand with a red ball"  # 14 tokens, as Flickr8k's on average
-STATE = {False: 16, True: 18}  # bytes a parameter, without and with its copy in bfloat16
+STATE = 16  # bytes a parameter
 MEMORY = 8e9  # bytes, of a small GPU
 
 
@@ -39,16 +38,14 @@ def main() -> None:
     for name in args.models:
         model = create_model(name)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        cells = [f"{parameters / 1e6:.0f}", f"{STATE[False] * parameters / 1e9:.1f}"]
-        for use_amp in (False, True):
-            with Precision(torch.device("cpu"), use_amp).autocast():
-                each = kept(model, 3) - kept(model, 2)
-            fit = (MEMORY - STATE[use_amp] * parameters) / each
-            cells += [f"{each / 1e6:.0f}", f"{max(0, int(fit))}"]
-        rows.append([name, *cells, f"{operations(model) / 1e9:.0f}"])
+        state, each = STATE * parameters, kept(model, 3) - kept(model, 2)
+        rows.append([
+            name, f"{parameters / 1e6:.0f}", f"{state / 1e9:.1f}", f"{each / 1e6:.0f}",
+            int((MEMORY - state) / each), f"{operations(model) / 1e9:.0f}",
+        ])  # fmt: skip
     print_table(
         ["model", "parameters, M", "state, GB", "MB an image", "images in 8 GB",
-         "--use_amp: MB an image", "images in 8 GB", "GFLOP an image"], rows,
+         "GFLOP an image"], rows,
     )  # fmt: skip
 
 
