@@ -8,6 +8,7 @@ class folders    a folder of images for each class; templates make the captions
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
@@ -97,7 +98,7 @@ def _of_texts(folder: Path, _: str) -> Iterator[Record]:
     for image in find_images(folder):
         text = (folder / image).with_suffix(".txt")
         if text.is_file():
-            captions = decoded(text.read_bytes(), text).splitlines()
+            captions = re.split(r"\r?\n", decoded(text.read_bytes(), text).strip())
             yield Record(str(image), {"image": image.as_posix(), "caption": captions})
         else:
             yield Record(str(image), None, f"no {text.name} beside it")

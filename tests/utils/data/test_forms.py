@@ -16,6 +16,7 @@ from flickr8k.prepare import prepare
 from models.errors import InputError
 from utils import Flickr8kDataset
 from utils.data.annotations import caption_file, missing_annotations, read_annotations
+from utils.data.caption_folders import folder_records
 from utils.data.containers import index_of
 from utils.data.image_files import check_splits
 from utils.flickr8k_dataloader import TrainLoader
@@ -155,6 +156,15 @@ def test_a_form_gives_the_images_and_captions_of_the_list(tmp_path, form):
         assert content_of(dataset) == {
             pixels[name].numpy().tobytes(): texts for name, texts in expected.items()
         }
+
+
+def test_a_line_of_a_text_ends_where_editors_end_one(tmp_path):
+    """U+2028 and a form feed are in texts that were copied from elsewhere; Windows ends with \\r\\n."""
+    as_texts(tmp_path, "val")
+    name = samples("val")[0][0]
+    (tmp_path / f"val/images/{name}.txt").write_bytes("a\u2028b\x0cc\r\nd\n".encode())
+    contents = [record.content for record in folder_records(tmp_path / "val", "en")]
+    assert contents[0] == {"image": f"images/{name}.png", "caption": ["a\u2028b\x0cc", "d"]}
 
 
 def test_workers_read_shards_by_the_places_that_they_are_given(tmp_path, monkeypatch):

@@ -290,7 +290,9 @@ def train_in_two_processes(cwd, *arguments, dies=None):
 def test_an_error_on_every_rank_ends_the_job_with_its_line(data, tmp_path):
     for code, printed in train_in_two_processes(tmp_path, *SCRATCH, data, "--batch_size", "999"):
         assert code == 2
-        assert re.fullmatch(r"error: --batch_size 999 is more than the \d+ training images.*\n", printed)
+        assert re.fullmatch(
+            r"error: --batch_size 999 is more than the \d+ training images.*\n", printed
+        )
 
 
 @pytest.mark.slow
