@@ -159,7 +159,7 @@ def test_a_form_gives_the_images_and_captions_of_the_list(tmp_path, form):
 
 
 def test_a_line_of_a_text_ends_where_editors_end_one(tmp_path):
-    """U+2028 and a form feed are in texts that were copied from elsewhere; Windows ends with \\r\\n."""
+    """U+2028 and a form feed come with texts that were copied; Windows ends with \\r\\n."""
     as_texts(tmp_path, "val")
     name = samples("val")[0][0]
     (tmp_path / f"val/images/{name}.txt").write_bytes("a\u2028b\x0cc\r\nd\n".encode())
