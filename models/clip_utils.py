@@ -101,8 +101,8 @@ def check_name(name: str | os.PathLike) -> None:
     if name in SHA256 or path.is_file() or run_weights(path) or hub.repository_of(str(name)):
         return
     runs = runs_in(path if path.is_dir() else path.parent)
-    if path.exists() and not runs:
-        return
+    if path.is_dir() and (not runs or any(map(Path.is_file, path.iterdir()))):
+        return  # weights, perhaps with runs below them
     if name in CONFIGS:
         train = f"python {from_here('train.py')} --resume_training none --model {name}"
         raise InputError(f"{name}: has no published weights; to train it: {train}")

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,12 +108,14 @@ class Undrawn(NamedTuple):
     prepare: Callable[[], object] | None
 
     def __call__(self) -> None:
+        from matplotlib.figure import Figure  # which writes a list of fonts into the home
+
         Figure.savefig = _save_empty
         if self.prepare:
             self.prepare()
 
 
-def _save_empty(figure: Figure, file: Path | IO[bytes], *, format: str, **style: object) -> None:
+def _save_empty(figure: object, file: Path | IO[bytes], *, format: str, **style: object) -> None:
     if format == "svg":
         file.write(b"<svg/>")
     else:

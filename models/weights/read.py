@@ -6,7 +6,6 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +89,7 @@ class Archive:
     def __init__(self, path: Path):
         with path.open("rb") as opened:
             self.file = file = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-        self.records = {}
+        self.records, self.claimed = {}, 0  # bytes of all tensors so far
         for info in zipfile.ZipFile(file).infolist():
             lengths = struct.unpack_from("<HH", file, info.header_offset + 26)  # of name and extra
             start = info.header_offset + 30 + sum(lengths)
@@ -99,7 +98,7 @@ class Archive:
         if "data.pkl" not in self.records:
             raise InputError("an archive without data.pkl, so not torch's; if the weights file is "
                              "in it, unpack it")  # fmt: skip
-        self.content = PlainUnpickler(BytesIO(self.records["data.pkl"])).load()
+        self.content = PlainUnpickler(bytes(self.records["data.pkl"])).load()
         self.is_script = "constants.pkl" in self.records
         if self.is_script:
             self.content = dict(self.content.tensors())
@@ -109,6 +108,9 @@ class Archive:
         key, dtype, (offset, size, stride, *_) = plain
         data = self.records[f"data/{key}"] or bytearray(8)  # torch refuses an empty buffer
         numbers = torch.frombuffer(data, dtype=dtype).as_strided(size, stride, offset)
+        self.claimed += numbers.numel() * numbers.itemsize
+        if self.claimed > len(self.file):  # a damaged stride of 0 repeats a number at will
+            raise InputError(f"its tensors claim more than its {len(self.file):,} bytes")
         copy = numbers.to(torch.float32 if dtype.is_floating_point else dtype, copy=True)
         if hasattr(self.file, "madvise"):  # the file's numbers leave the memory again
             self.file.madvise(mmap.MADV_DONTNEED)

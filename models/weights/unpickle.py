@@ -5,7 +5,9 @@ corrupt memory (CVE-2026-24747). It also skips objects that `weights_only` refus
 """
 
 import pickle
+import pickletools
 from collections.abc import Iterator
+from io import BytesIO
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +67,12 @@ class PlainObject(dict):
 
 class PlainUnpickler(pickle.Unpickler):
     """Unpickles stand-ins for all that a file names. Raises any error for a damaged pickle."""
+
+    def __init__(self, pickled: bytes):
+        for count, (opcode, place, _) in enumerate(pickletools.genops(pickled)):
+            if opcode.name == "LONG_BINPUT" and place > count:  # would take memory up to it
+                raise ValueError("a place in the memo beyond all values")
+        super().__init__(BytesIO(pickled))
 
     def persistent_load(self, reference: Any) -> PlainTensor:
         match reference:
