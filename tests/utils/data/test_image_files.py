@@ -108,7 +108,7 @@ BAD = {
     "bomb.bmp": (BITMAP[:18] + struct.pack("<II", 1 << 18, 1 << 18) + BITMAP[26:], "bomb"),
     "drawing.jpg": (encoded(noise("RGB"), "eps"), "EPS is not read"),
     "missing.jpg": (None, "no such image file"),
-    "folder.jpg": (None, "is no file"),
+    "folder.jpg": (None, "no such image file"),
 }
 
 
