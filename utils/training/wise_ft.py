@@ -78,7 +78,8 @@ class Mixtures:
         print(f"WiSE-FT, mixtures with the start: {which}, epoch {best['epoch']} at alpha "
               f"{best['alpha']:g}: {chosen}; all: {MIXTURES}, {plot.name}")  # fmt: skip
         if best["alpha"] == 0:
-            print("alpha 0 is the weights that training started from: it has gained nothing")
+            print("alpha 0 is the weights that training started from: it has gained nothing; try "
+                  "a higher --lr or more --epochs")  # fmt: skip
         return chosen
 
 
