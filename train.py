@@ -168,7 +168,7 @@ def main() -> None:
     sets, retention, unlabelled = get_data(args, processes)
     from utils.training import phases  # pyzjr, which it imports, takes seconds: after the checks
 
-    model = phases.get_model(args, resumed, processes)
+    model = phases.get_model(args, resumed, device, processes)
     args.lr = args.lr or default_rate(model.config, args.batch_size, args.lora)
     loader = phases.get_loader(args, sets, model, device, processes, unlabelled=unlabelled)
     retention.prepare_for(model, loader, args.cache)

@@ -26,7 +26,7 @@ from gpu_settings import (
 )
 from measure import ROOT, relative_differences
 from script_runs import run_script, start_script
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
 from models.clip import CLIP
@@ -316,6 +316,8 @@ def nccl(settings: Settings) -> Iterator[Contender]:
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield "sums and gathered features", partial(_exchange, settings)
+        if settings.on_gpu:  # there is no SyncBatchNorm on a CPU
+            yield "SyncBatchNorm", partial(_compare_norms, settings)
     finally:
         dist.destroy_process_group()
 
@@ -333,3 +335,14 @@ def _exchange(settings: Settings) -> dict[str, object]:
         (processes.sum(mine.clone()), mine),
     ]
     return {"ok": all(torch.equal(*pair) for pair in same) and processes.any(True)}
+
+
+def _compare_norms(settings: Settings) -> dict[str, object]:
+    """Steps with norms of the batch of all processes and with those of one process."""
+    found = []
+    for convert in (nn.SyncBatchNorm.convert_sync_batchnorm, lambda model: model):
+        model = convert(make_model(settings.resnet(), settings.device))
+        precision = Precision(settings.device, use_amp=False)
+        accumulate_gradients.__wrapped__(model, _batch(settings, model), precision, ALONE)
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    return _judged(max(relative_differences(*found)), 1e-4)

@@ -31,7 +31,13 @@ from models.errors import InputError
 from models.open_clip_model import OpenClipConfig
 from models.weights.open_clip import any_description
 from utils import contrastive_loss
-from utils.training.layer_groups import distance_from_end, freeze, frozen_towers
+from utils.machine.processes import Processes
+from utils.training.layer_groups import (
+    distance_from_end,
+    freeze,
+    frozen_towers,
+    whole_batch_norms,
+)
 
 FAMILIES = {
     "SigLIP": siglip,
@@ -183,6 +189,13 @@ def test_without_open_clip_a_line_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(open_clip_model, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="which the library open_clip has: pip install open_clip"):
         load(tmp_path / "model")
+
+
+def test_batch_norms_of_timm_are_refused_in_several_processes(tmp_path):
+    efficientnet_bert(tmp_path / "model")
+    model, _ = load(tmp_path / "model", "cpu")
+    with pytest.raises(InputError, match="in one process alone"):
+        whole_batch_norms(model, torch.device("cuda"), Processes(0, 2), None)
 
 
 def test_a_missing_tokenizer_is_named(tmp_path, monkeypatch):

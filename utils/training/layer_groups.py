@@ -2,11 +2,13 @@
 
 import re
 
+import torch
 from torch import Tensor, nn
 
 from models.clip import CLIP
 from models.errors import InputError
 from models.lora import add_lora
+from models.open_clip_model import OpenClipModel
 from utils.data.image_files import refuse_unreadable
 from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
 from utils.machine.memory import explained
@@ -114,13 +116,24 @@ def train_mode(model: nn.Module, is_from_scratch: bool = False) -> None:
             module.train(is_from_scratch and module.weight.requires_grad)
 
 
-def check_batch_norms(model: CLIP, processes: Processes, grad_cache: int | None) -> None:
-    """Raise `InputError` if batch norms that learn would see a part of each batch."""
+def whole_batch_norms(
+    model: CLIP, device: torch.device, processes: Processes, grad_cache: int | None
+) -> CLIP:
+    """The model with batch norms over the batch of all processes. Raises `InputError` for chunks of
+    a batch and on CPUs, which have none."""
     is_whole = processes.size == 1 and not grad_cache
-    if not is_whole and any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-        raise InputError("the batch norms of a ResNet that is trained from scratch take the whole "
-                         "batch: leave --grad_cache out and start one process, or take a ViT"
-                         )  # fmt: skip
+    if is_whole or not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        return model
+    if grad_cache:
+        raise InputError("--grad_cache: a ResNet's batch norm mixes the images of a batch, so that "
+                         "chunks would change it; take a ViT, or --grad_checkpointing")  # fmt: skip
+    if isinstance(model, OpenClipModel):  # torch would drop the activations in timm's
+        raise InputError("the batch norms of this image tower of open_clip work in one process "
+                         "alone: start one, or take a ViT")  # fmt: skip
+    if device.type != "cuda":
+        raise InputError("a ResNet's batch norm works across processes on GPUs alone: train it "
+                         "with one process, or take a ViT")  # fmt: skip
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 @explained()

@@ -34,7 +34,7 @@ from utils.runs.labels import labels_to_try
 from utils.runs.records import Log, Losses
 from utils.runs.wandb_run import Wandb
 from utils.training.distillation import distill_from_start
-from utils.training.layer_groups import check_batch_norms, freeze_and_adapt
+from utils.training.layer_groups import freeze_and_adapt, whole_batch_norms
 from utils.training.optimizer import parameter_groups, replace_groups
 from utils.training.retention import Retention
 from utils.training.settings import as_saved, how_it_goes_on, without_effect
@@ -46,7 +46,9 @@ Splits = dict[str, Flickr8kDataset]
 Checkpoint = dict[str, Any]
 
 
-def get_model(args: Namespace, resumed: Checkpoint | None, processes: Processes) -> CLIP:
+def get_model(
+    args: Namespace, resumed: Checkpoint | None, device: torch.device, processes: Processes
+) -> CLIP:
     """The model to train, on the CPU: from a checkpoint, from weights, or random. Sets the seed."""
     SeedEvery(args.seed)
     with processes.rank_0_first():  # rank 0 downloads
@@ -59,7 +61,7 @@ def get_model(args: Namespace, resumed: Checkpoint | None, processes: Processes)
                             activation=args.activation)  # fmt: skip
     freeze_and_adapt(model, args.lock_image, args.lock_text, args.lora)
     if _is_from_scratch(args, resumed):
-        check_batch_norms(model, processes, args.grad_cache)
+        model = whole_batch_norms(model, device, processes, args.grad_cache)
     return model
 
 
