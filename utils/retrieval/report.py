@@ -93,6 +93,8 @@ def _epoch(weights: Path, run: Path, epochs: list[dict[str, float]]) -> tuple[fl
     """The epoch that a run's weights are of, if their name tells, and words for it."""
     if weights.name == Path(MIXTURE).name and (run / MIXTURES).exists():
         chosen = next(row for row in read_csv(run / MIXTURES) if row["chosen"])
+        if chosen["alpha"] == 0:
+            return 0, "0, the weights before training"
         mixed = f"mixed with the start, alpha {chosen['alpha']:g}"
         return chosen["epoch"], f"{chosen['epoch']:g}, {mixed}"
     best = max(epochs, key=lambda row: row["mean_recall"] if row["epoch"] else 0)["epoch"]

@@ -265,26 +265,28 @@ def test_curves_of_a_run_are_those_of_its_table(tmp_path, twelve):
 
 
 MIXED = "alpha,epoch,chosen\n0,1,0\n0.5,1,1\n1,1,0\n"
+UNMIXED = "alpha,epoch,chosen\n0,1,1\n0.5,1,0\n1,1,0\n"
 
 
 @pytest.mark.parametrize(
-    "name, epoch, words",
+    "name, mixtures, epoch, words",
     [
-        ("best_epoch_weights.pth", 1, "1 of 2"),
-        ("last_epoch_weights.pth", 2, "2 of 2"),
-        ("wise_ft_weights.pth", 1, "1, mixed with the start, alpha 0.5"),
-        ("mine.pth", None, None),
+        ("best_epoch_weights.pth", MIXED, 1, "1 of 2"),
+        ("last_epoch_weights.pth", MIXED, 2, "2 of 2"),
+        ("wise_ft_weights.pth", MIXED, 1, "1, mixed with the start, alpha 0.5"),
+        ("wise_ft_weights.pth", UNMIXED, 0, "0, the weights before training"),
+        ("mine.pth", MIXED, None, None),
     ],
 )
 def test_the_page_names_model_and_epoch_and_marks_it_in_the_curves(
-    tmp_path, twelve, name, epoch, words
+    tmp_path, twelve, name, mixtures, epoch, words
 ):
     (tmp_path / "weights").mkdir()
     weights = tmp_path / "weights" / name
     weights.touch()
     (tmp_path / "arguments.json").write_text('{"resume_training": "ViT-B/32"}')
     (tmp_path / "metrics.csv").write_text("epoch,mean_recall\n0,10\n1,40\n2,30\n")
-    (tmp_path / "wise_ft.csv").write_text(MIXED)
+    (tmp_path / "wise_ft.csv").write_text(mixtures)
     text = report(tmp_path, twelve, random_features(twelve), weights)
     assert "<dd>fine-tuned from ViT-B/32</dd>" in text
     assert ("<dt>epoch</dt>" in text) == bool(words)
