@@ -46,18 +46,13 @@ def run_folder(weights: str | Path) -> Path | None:
     return run if (run / ARGUMENTS).is_file() else None
 
 
-def saved_arguments(run: Path) -> dict[str, object]:
-    """The arguments of a run. Raises `InputError` if its file holds anything else."""
-    return read_json(run / ARGUMENTS)
-
-
 def trained_on(weights: str | Path) -> TrainedOn | None:
     """The data and the languages that the run of `weights` was trained on; None for weights of no
     run. Raises `InputError` if the arguments of the run do not name them."""
     run = run_folder(weights)
     if run is None:
         return None
-    arguments = saved_arguments(run)
+    arguments = read_json(run / ARGUMENTS)
     try:
         languages = arguments["language"]
         languages = [languages] if isinstance(languages, str) else list(map(str, languages))

@@ -15,6 +15,7 @@ from PIL import Image
 from models.files import read_json
 from models.progress_bar import progress_bar
 from models.run_files import (
+    ARGUMENTS,
     BEST,
     LAST,
     METRICS,
@@ -22,7 +23,6 @@ from models.run_files import (
     MIXTURES,
     TEST_METRICS,
     run_folder,
-    saved_arguments,
 )
 from utils.data.annotations import SPLITS
 from utils.data.image_reading import read_image
@@ -56,7 +56,7 @@ def write_report(
     written."""
     run = run_folder(weights)
     epochs = read_csv(run / METRICS) if run and (run / METRICS).exists() else []
-    arguments = saved_arguments(run) if run else {}
+    arguments = read_json(run / ARGUMENTS) if run else {}
     epoch, of_epoch = _epoch(Path(weights), run, epochs) if epochs else (None, "")
     directions, shown = _directions(dataset, features)
     page = _render(
