@@ -1,6 +1,5 @@
 """Files of cn_clip, the package of Chinese-CLIP's authors. Its keys are ours."""
 
-from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -8,7 +7,7 @@ import torch
 from models.clip import CLIP
 from models.errors import InputError
 from models.weights import open_clip
-from models.weights.interface import Format, Weights, cast
+from models.weights.interface import Format, Weights, cast, save_archive
 
 
 def recognises(weights: Weights) -> bool:
@@ -24,9 +23,7 @@ def write(model: CLIP, file: Path, dtype: torch.dtype) -> None:
     """A file that cn_clip's `load_from_name` opens."""
     if model.config.text_tower != "bert":
         raise InputError("cn_clip has no other models than Chinese-CLIPs; take another --format")
-    content = BytesIO()  # on a full disk torch would fail a check of its own
-    torch.save({"state_dict": cast(model.state_dict(), dtype)}, content)
-    file.write_bytes(content.getbuffer())
+    save_archive({"state_dict": cast(model.state_dict(), dtype)}, file)
 
 
 FORMAT = Format(

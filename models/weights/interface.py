@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -57,3 +57,15 @@ def write_tokenizer(model: CLIP, folder: Path) -> None:
             (folder / name).write_bytes(content.encode())
         else:
             write_json(folder / name, content)
+
+
+def save_archive(content: dict[str, Any], file: Path) -> None:
+    """`torch.save`; on a full disk it raises `OSError`, where torch fails a check of its own."""
+    try:
+        # Given a path, torch would name the archive's root after it: other bytes each time.
+        with file.open("wb") as opened:
+            torch.save(content, opened)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise

@@ -5,13 +5,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from models import files
 from models.clip import CLIP
 from models.errors import InputError
 from models.lora import merged
 from models.open_clip_model import OpenClipModel
+from models.weights.interface import save_archive
 from models.weights.open_clip import CONFIG_FILE, to_open_clip
 from models.weights.read import read_content
 from utils.runs.files import atomic_write, writing
@@ -40,15 +39,7 @@ def save_checkpoint(path: Path, **state: Any) -> None:
 
 def _save(content: dict[str, Any], path: Path) -> None:
     with writing(path), atomic_write(path) as temporary:
-        try:
-            # Given a path, torch would name the archive's root after it: other bytes each time.
-            with temporary.open("wb") as file:
-                torch.save(content, file)
-        except RuntimeError as error:
-            # torch fails a check of its own when the file has refused its bytes.
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
+        save_archive(content, temporary)
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any] | None:
