@@ -77,10 +77,12 @@ class OpenClipModel(CLIP):
         self.logit_scale, self.logit_bias = built.logit_scale, built.logit_bias
         self.visual.input_resolution = square_side(self.visual.image_size)
         trunk = getattr(self.visual, "trunk", None)
+        # The last stage's: a convolution behind it, as MobileCLIP has one, may be wider.
+        width = trunk.feature_info[-1]["num_chs"] if trunk else self.visual.conv1.out_channels
         text = getattr(self.text, "config", None)
         self.config = replace(
             config,
-            last_width=trunk.num_features if trunk else self.visual.conv1.out_channels,
+            last_width=width,
             transformer_width=text.hidden_size if text else self.text.width,
         )
         for module, name in product(self.modules(), RANDOM):

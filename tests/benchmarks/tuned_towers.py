@@ -18,8 +18,10 @@ import random
 import shutil
 from itertools import product
 from pathlib import Path
+from statistics import mean
 
 import torch
+from fine_tuning import spread
 from measure import print_table
 from open_clip_training import train_csv
 from photographs import share_images
@@ -32,11 +34,13 @@ from models.run_files import run_weights
 from models.weights.interface import save_safetensors
 from utils.data.annotations import annotations_json, read_annotations
 from utils.flickr8k_dataloader import Flickr8kDataset
+from utils.retrieval.plots import save_figure
 from utils.runs.arguments import integer, positive
 
 CHOOSING, KEPT = 250, 500  # images
 BATCH = 64
 TUNING = ("--wise_ft", 1, "--patience", 0, "--no_guard", "--freq", 1000, "--device", "cpu")
+DISTILL = "--distill 6"
 Scores = dict[str, float]
 
 
@@ -48,13 +52,21 @@ def main() -> None:
     add("--images", type=integer(BATCH), default=1000, help="to tune on (default: %(default)s)")
     add("--epochs", type=integer(1), default=5, help="(default: %(default)s)")
     add("--rates", type=positive, nargs="*", default=[6e-6, 2e-5, 6e-5, 2e-4])
+    add(
+        "--distill",
+        type=positive,
+        nargs="*",
+        default=[2e-5],
+        metavar="RATE",
+        help="rates with --distill 6 (default: %(default)s)",
+    )
     add("--open_clip", type=positive, nargs="*", default=[6e-6, 2e-5, 6e-5, 2e-4], metavar="RATE")
     args = parser.parse_args()
 
     data = make_tuning_data(args.dataset_path, args.output, args.images)
     start = run_weights(next((args.output / "0").glob("*/R_mAP.png")).parent)
     before = once(args.output / "before.json", lambda: scores_of(start, data, ("test", "val")))
-    programs = (("ours", args.rates), ("open_clip", args.open_clip))
+    programs = (("ours", args.rates), (DISTILL, args.distill), ("open_clip", args.open_clip))
     settings = [(name, rate) for name, rates in programs for rate in rates]
     wanted = list(product(args.seeds, settings))  # every setting once, then the next seed
     with jobs(args.jobs) as pool:
@@ -69,6 +81,30 @@ def main() -> None:
         )
         rows.append([f"{name}, {rate:g}", *columns])
     print_table(["mean recall, percent", "test", "kept", "lowest epoch, above the start"], rows)
+    plot(before, scores, args.seeds, dict(programs), Path(__file__).with_suffix(".png"))
+
+
+def plot(before: Scores, scores: dict, seeds: list[int], programs: dict, file: Path) -> None:
+    """What is gained against what is kept, a line a program, rate by rate, with the standard
+    deviation over the seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    panel = figure.subplots()
+    panel.plot(before["kept"], before["test"], "k*", markersize=12, label="before fine-tuning")
+    for name, rates in programs.items():
+        points = [[scores[seed, (name, rate)] for seed in seeds] for rate in rates]
+        kept, gained = ([[one[c] for one in point] for point in points] for c in ("kept", "test"))
+        kept_mean, gained_mean = [*map(mean, kept)], [*map(mean, gained)]
+        panel.errorbar(kept_mean, gained_mean, xerr=[*map(spread, kept)],
+                       yerr=[*map(spread, gained)], fmt="o-", label=name)  # fmt: skip
+        for rate, place in zip(rates, zip(kept_mean, gained_mean, strict=True), strict=True):
+            panel.annotate(f"{rate:g}", place, textcoords="offset points", xytext=(6, 4))
+    panel.set(xlabel="kept: mean recall on photographs of the alignment, percent",
+              ylabel="gained: mean recall on new photographs, percent")  # fmt: skip
+    panel.legend()
+    panel.grid(alpha=0.3)
+    save_figure(figure, file)
 
 
 def make_tuning_data(dataset_path: Path, output: Path, images: int) -> dict[str, Path]:
@@ -97,28 +133,30 @@ def tune(
     args, name: str, rate: float, seed: int, start: Path, data: dict, before: Scores
 ) -> Scores:
     folder = args.output / "tuned" / f"{name} {rate:g} {args.images} {args.epochs} {seed}"
-    compute = tune_ours if name == "ours" else tune_open_clip
-    scores = once(
-        folder / "scores.json", lambda: compute(args, rate, seed, folder, start, data, before)
-    )
+    how = (args, name, rate, seed, folder, start, data, before)
+    compute = tune_open_clip if name == "open_clip" else tune_ours
+    scores = once(folder / "scores.json", lambda: compute(*how))
     for weights in (*folder.rglob("*.pt"), *folder.rglob("*.pth"), *folder.rglob("*.safetensors")):
         weights.unlink()
     return scores
 
 
-def tune_ours(args, rate, seed, folder: Path, start: Path, data: dict, before: Scores) -> Scores:
+def tune_ours(
+    args, name, rate, seed, folder: Path, start: Path, data: dict, before: Scores
+) -> Scores:
     run = train(
         folder, "--resume_training", start, "--dataset_path", data["new"], "--seed", seed,
         "--epochs", args.epochs, "--batch_size", BATCH, "--lr", rate, *TUNING,
+        *(name.split() if name == DISTILL else ()),
     )  # fmt: skip
     with (run / "metrics.csv").open(encoding="utf-8") as file:
-        epochs = [float(row["mean_recall"]) for row in csv.DictReader(file)]
+        _, *epochs = [float(row["mean_recall"]) for row in csv.DictReader(file)]
     test = mean_recall(json.loads((run / "test_metrics.json").read_text("utf-8")))
     lowest = min(epochs) - before["val"]
     return {"test": test, **scores_of(run_weights(run), data, ()), "lowest": lowest}
 
 
-def tune_open_clip(args, rate, seed, folder: Path, start: Path, data: dict, _) -> Scores:
+def tune_open_clip(args, _, rate, seed, folder: Path, start: Path, data: dict, _) -> Scores:
     """One epoch of all captions has as many images as `--epochs` of ours, each with one caption."""
     towers = folder / "towers"
     shutil.copytree(args.output / "towers_0", towers, dirs_exist_ok=True)
