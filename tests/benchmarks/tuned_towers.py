@@ -19,6 +19,7 @@ import shutil
 from itertools import product
 from pathlib import Path
 from statistics import mean
+from typing import NamedTuple
 
 import torch
 from fine_tuning import spread
@@ -69,8 +70,9 @@ def main() -> None:
     programs = (("ours", args.rates), (DISTILL, args.distill), ("open_clip", args.open_clip))
     settings = [(name, rate) for name, rates in programs for rate in rates]
     wanted = list(product(args.seeds, settings))  # every setting once, then the next seed
+    bench = Bench(args.output, data, start, before, args.images, args.epochs)
     with jobs(args.jobs) as pool:
-        found = pool.map(lambda each: tune(args, *each[1], each[0], start, data, before), wanted)
+        found = pool.map(lambda each: bench.tune(each[0], *each[1]), wanted)
         scores = dict(zip(wanted, found, strict=True))
     rows = [["before", f"{before['test']:.2f}", f"{before['kept']:.2f}", ""]]
     for name, rate in settings:
@@ -129,56 +131,60 @@ def make_tuning_data(dataset_path: Path, output: Path, images: int) -> dict[str,
     return {name: output / name for name in folders}
 
 
-def tune(
-    args, name: str, rate: float, seed: int, start: Path, data: dict, before: Scores
-) -> Scores:
-    folder = args.output / "tuned" / f"{name} {rate:g} {args.images} {args.epochs} {seed}"
-    how = (args, name, rate, seed, folder, start, data, before)
-    compute = tune_open_clip if name == "open_clip" else tune_ours
-    scores = once(folder / "scores.json", lambda: compute(*how))
-    for weights in (*folder.rglob("*.pt"), *folder.rglob("*.pth"), *folder.rglob("*.safetensors")):
-        weights.unlink()
-    return scores
+class Bench(NamedTuple):
+    """What all runs share."""
 
+    output: Path
+    data: dict[str, Path]
+    start: Path
+    before: Scores
+    images: int
+    epochs: int
 
-def tune_ours(
-    args, name, rate, seed, folder: Path, start: Path, data: dict, before: Scores
-) -> Scores:
-    run = train(
-        folder, "--resume_training", start, "--dataset_path", data["new"], "--seed", seed,
-        "--epochs", args.epochs, "--batch_size", BATCH, "--lr", rate, *TUNING,
-        *(name.split() if name == DISTILL else ()),
-    )  # fmt: skip
-    with (run / "metrics.csv").open(encoding="utf-8") as file:
-        _, *epochs = [float(row["mean_recall"]) for row in csv.DictReader(file)]
-    test = mean_recall(json.loads((run / "test_metrics.json").read_text("utf-8")))
-    lowest = min(epochs) - before["val"]
-    return {"test": test, **scores_of(run_weights(run), data, ()), "lowest": lowest}
+    def tune(self, seed: int, program: str, rate: float) -> Scores:
+        folder = self.output / "tuned" / f"{program} {rate:g} {self.images} {self.epochs} {seed}"
+        tune = self.tune_open_clip if program == "open_clip" else self.tune_ours
+        scores = once(folder / "scores.json", lambda: tune(folder, seed, program, rate))
+        for kind in ("pt", "pth", "safetensors"):
+            for weights in folder.rglob(f"*.{kind}"):
+                weights.unlink()
+        return scores
 
+    def tune_ours(self, folder: Path, seed: int, program: str, rate: float) -> Scores:
+        run = train(
+            folder, "--resume_training", self.start, "--dataset_path", self.data["new"],
+            "--seed", seed, "--epochs", self.epochs, "--batch_size", BATCH, "--lr", rate, *TUNING,
+            *(program.split() if program == DISTILL else ()),
+        )  # fmt: skip
+        with (run / "metrics.csv").open(encoding="utf-8") as file:
+            _, *epochs = [float(row["mean_recall"]) for row in csv.DictReader(file)]
+        test = mean_recall(json.loads((run / "test_metrics.json").read_text("utf-8")))
+        lowest = min(epochs) - self.before["val"]
+        return {"test": test, **scores_of(run_weights(run), self.data, ()), "lowest": lowest}
 
-def tune_open_clip(args, _, rate, seed, folder: Path, start: Path, data: dict, _) -> Scores:
-    """One epoch of all captions has as many images as `--epochs` of ours, each with one caption."""
-    towers = folder / "towers"
-    shutil.copytree(args.output / "towers_0", towers, dirs_exist_ok=True)
-    model, _ = load(start, "cpu")
-    entries = read_annotations(data["new"] / "en_train.json")
-    tokens = model.tokenize([caption for _, captions in entries for caption in captions])
-    description = read_json(towers / "open_clip_config.json")
-    description["model_cfg"]["text_cfg"] |= {
-        "hf_model_name": str(towers),
-        "hf_tokenizer_name": str(towers),
-        # As many tokens as the longest caption has: this saves it time and changes no output.
-        "context_length": int((tokens != model.tokenizer.padding).sum(dim=1).max()),
-    }
-    write_json(towers / "open_clip_config.json", description)
-    save_safetensors(model.state_dict(), towers / "open_clip_model.safetensors", torch.float32)
-    last = train_csv(
-        data["new"], folder, "run", "--model", f"local-dir:{towers}", "--lr", rate,
-        batch_size=BATCH, epochs=args.epochs // 5, seed=seed,
-    )  # fmt: skip
-    state = torch.load(last, weights_only=True)["state_dict"]
-    save_safetensors(state, towers / "open_clip_model.safetensors", torch.float32)
-    return scores_of(towers, data, ("test",))
+    def tune_open_clip(self, folder: Path, seed: int, _: str, rate: float) -> Scores:
+        """One epoch of all captions has as many images as `epochs` of ours, with a caption each."""
+        towers = folder / "towers"
+        shutil.copytree(self.output / "towers_0", towers, dirs_exist_ok=True)
+        model, _ = load(self.start, "cpu")
+        entries = read_annotations(self.data["new"] / "en_train.json")
+        tokens = model.tokenize([caption for _, captions in entries for caption in captions])
+        description = read_json(towers / "open_clip_config.json")
+        description["model_cfg"]["text_cfg"] |= {
+            "hf_model_name": str(towers),
+            "hf_tokenizer_name": str(towers),
+            # As many tokens as the longest caption has: this saves time and changes no output.
+            "context_length": int((tokens != model.tokenizer.padding).sum(dim=1).max()),
+        }
+        write_json(towers / "open_clip_config.json", description)
+        save_safetensors(model.state_dict(), towers / "open_clip_model.safetensors", torch.float32)
+        last = train_csv(
+            self.data["new"], folder, "run", "--model", f"local-dir:{towers}", "--lr", rate,
+            batch_size=BATCH, epochs=self.epochs // 5, seed=seed,
+        )  # fmt: skip
+        state = torch.load(last, weights_only=True)["state_dict"]
+        save_safetensors(state, towers / "open_clip_model.safetensors", torch.float32)
+        return scores_of(towers, self.data, ("test",))
 
 
 def scores_of(weights: Path, data: dict[str, Path], splits: tuple[str, ...]) -> Scores:
