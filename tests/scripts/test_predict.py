@@ -644,7 +644,7 @@ def test_a_folder_in_which_nothing_can_be_read_ends_in_one_line(work, tmp_path):
         ),
         (["--captions_file", "gone.txt", "--features", "f.npy"], "gone.txt: no such file"),
         (["--features", "f.npy"], "--features takes a FOLDER of images or a --captions_file"),
-        (["data", "--text", "a", "--features", "f.npy"], "name one of them, and nothing else"),
+        (["data", "--text", "a", "--features", "f.npy"], "a --captions_file, nothing else"),
         (["data/en_val.json", "--features", "f.npy"], "en_val.json: no such folder; --features"),
         (["gone", "--features", "f.npy"], "gone: no such folder; --features takes a folder"),
         (["data", "--features", "f.npz"], "f.npz: name a file that ends in .npy or .parquet"),
