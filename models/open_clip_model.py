@@ -119,10 +119,8 @@ class OpenClipModel(CLIP):
         """The last projections of towers from timm and transformers, which learn though the rest of
         a tower is frozen, by tower: "image", "text"."""
         head = getattr(self.visual, "head", None)
-        found = {
-            "image": getattr(head, "proj", None) or getattr(head, "mlp", None),
-            "text": getattr(self.text, "proj", None),
-        }
+        image = getattr(head, "proj", None) or getattr(head, "mlp", None)
+        found = {"image": image, "text": getattr(self.text, "proj", None)}
         return {tower: m for tower, m in found.items() if m and list(m.parameters())}
 
     def save_tokenizer(self, folder: Path) -> None:

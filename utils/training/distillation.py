@@ -47,9 +47,7 @@ def distill_from_start(
 ) -> Distillation:
     """Distillation from `start_weights`, the file of the starting model, which shares the frozen
     parameters with `model`, in training on `captions`. `weight` counts at a logit scale of
-    `TUNED_SCALE`: half the squared distance is 1 minus the cosine, which makes a difference to the
-    logits in proportion to the scale.
-    """
+    `TUNED_SCALE`: half the squared distance is 1 minus the cosine, which the scale multiplies."""
     start, _ = load(start_weights, model.device)
     start.requires_grad_(False)
     for name, parameter in start.named_parameters():
