@@ -1,5 +1,5 @@
 """`load` and `build_model` make models with weights, `create_model` makes models without. As a
-script, this file downloads weights, or lists those that have a name: see `HELP`."""
+script, this file downloads weights, or lists those that have a name."""
 
 import os
 import sys

@@ -17,15 +17,22 @@ READ_PARQUET = """\
   import numpy as np, pyarrow.parquet
   table = pyarrow.parquet.read_table({file!r})  # [{n}, {d}], of length 1
   names, features = table["name"].to_pylist(), np.stack(table["feature"].to_numpy())"""
+INDEX = """
+  import faiss  # pip install faiss-cpu
+  index = faiss.IndexFlatIP({d})
+  index.add(features)
+  similarities, rows = index.search(features[:1], 10)"""
+MANY = 100_000  # features; a faster search is worth a program of one's own
 
 
 def write_features(file: Path, names: Sequence[str], features: Tensor) -> str:
     """Write features `[n, d]` as float32 of length 1, with their names: in a `.parquet`, or in a
-    `.npy` and a `.names.txt`. Return the lines of Python that read them. Ends of lines in a name
-    become blanks; bytes that are not UTF-8 are escaped."""
+    `.npy` and a `.names.txt`. Return the lines of Python that read them and, of `MANY`, search in
+    them. Ends of lines in a name become blanks; bytes that are not UTF-8 are escaped."""
     names = [" ".join(n.encode(errors="backslashreplace").decode().splitlines()) for n in names]
     rows = F.normalize(features.float(), dim=-1).cpu().numpy()
     n, d = rows.shape
+    index = INDEX.format(d=d) if n >= MANY else ""
     with writing(file), atomic_write(file) as temporary:
         if file.suffix.lower() == ".parquet":
             import pyarrow
@@ -33,10 +40,10 @@ def write_features(file: Path, names: Sequence[str], features: Tensor) -> str:
 
             lists = pyarrow.FixedSizeListArray.from_arrays(rows.ravel(), d)
             write_table(pyarrow.table({"name": names, "feature": lists}), temporary)
-            return READ_PARQUET.format(file=str(file), n=n, d=d)
+            return READ_PARQUET.format(file=str(file), n=n, d=d) + index
         with temporary.open("wb") as stream:  # given a path, numpy would add an ending
             np.save(stream, rows)
     names_file = file.with_suffix(".names.txt")
     with writing(names_file), atomic_write(names_file) as temporary:
         temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-    return READ_NPY.format(file=str(file), names=str(names_file), n=n, d=d)
+    return READ_NPY.format(file=str(file), names=str(names_file), n=n, d=d) + index

@@ -15,13 +15,15 @@ from typing import Literal
 
 import PIL
 import torch
-from safetensors.torch import load, save
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from models.clip import CLIP
 from models.errors import InputError
 from models.progress_bar import progress_bar
 from models.run_files import run_folder
+from models.weights.interface import save_safetensors
 from utils.machine.precision import Precision
 from utils.runs.files import atomic_write, writing
 
@@ -52,35 +54,39 @@ class Store:
         if cached == keys:
             return list(range(len(keys))), features
         known, encoded, parts = set(cached), list(cached), [features]
+        del features  # a million take a gigabyte
         missing = [i for i, key in enumerate(keys) if key not in known]
         unit = self.kind.removesuffix("s")
         try:
             with progress_bar(total=len(missing), desc=f"encoding {self.kind}", unit=unit) as bar:
                 for start in range(0, len(missing), batch_size):
                     batch = missing[start : start + batch_size]
-                    done, features = encode(batch)
-                    if not features.isfinite().all():
+                    done, new = encode(batch)
+                    if not new.isfinite().all():
                         raise InputError("the features of this model are not finite: take others")
                     encoded += [keys[i] for i in done]
-                    parts.append(features.half().cpu())
+                    parts.append(new.half().cpu())
                     bar.update(len(batch))
         finally:
             row_of = {key: row for row, key in enumerate(encoded)}
             found = [i for i, key in enumerate(keys) if key in row_of]
             names = [keys[i] for i in found]
-            features = torch.cat(parts)[[row_of[name] for name in names]]
+            features = torch.cat(parts)
+            parts.clear()
+            if names != encoded:
+                features = features[[row_of[name] for name in names]]
             if names != cached:
                 self._save(names, features)
         return found, features
 
     def _read(self) -> tuple[list[str], Tensor]:
         """The keys and their features, unless the file is missing, damaged or made with other
-        weights. It is not mapped: Windows could not replace it."""
+        weights. It does not stay mapped: Windows could not replace it."""
         with suppress(Exception):  # a damaged file can break its reader in any way
-            tensors = load((self.folder / FILE).read_bytes())
+            tensors = load_file(self.folder / FILE)
             about = json.loads(tensors["about"].numpy().tobytes())
             if about["made_with"] == self.made_with:
-                return about["keys"], tensors["features"]
+                return about["keys"], tensors["features"].clone()
         return [], torch.empty(0, self.d, dtype=torch.float16)
 
     def _save(self, keys: list[str], features: Tensor) -> None:
@@ -88,12 +94,12 @@ class Store:
         file = self.folder / FILE
         about = json.dumps({"made_with": self.made_with, "keys": keys}).encode()
         about = torch.frombuffer(bytearray(about), dtype=torch.uint8)
-        content = save({"features": features.contiguous(), "about": about})
         try:
             with writing(file), atomic_write(file) as temporary:
-                temporary.write_bytes(content)
+                content = {"features": features, "about": about}
+                save_safetensors(content, temporary, torch.float16)
             print(f"features of {len(keys):,} {self.kind} are cached in {self.folder}")
-        except InputError as error:
+        except (InputError, SafetensorError) as error:
             print(f"warning: features are not cached: {error.__cause__ or error}")
 
 
