@@ -47,6 +47,12 @@ def build_parser() -> ArgumentParser:
         help="folder with images and {en,cn}_{train,val}.json, .csv, ..., or one table with a "
         "column split; or with folders train/ and val/ of tar shards, of images beside texts, of "
         "class folders or of Hugging Face's datasets (default: %(default)s)")
+    add("--stream", nargs="+", metavar="SHARDS",
+        help="train on tar shards that are streamed, for data too large or too far for a disk: a "
+        "folder, or what webdataset opens, such as \"cc3m/{00000..00331}.tar\" or "
+        "https://...; --dataset_path is for validation alone (pip install webdataset)")
+    add("--stream_samples", type=integer(1), metavar="N",
+        help="samples in all shards (default: what tells it beside or in shards on a disk)")
     add("--language", choices=["en", "cn"], nargs="+", default=["en"],
         help="language of the captions in training and scoring; two are mixed (default: en)")
     add("--input_shape", type=integer(1, MAX_RESOLUTION), metavar="PIXELS",

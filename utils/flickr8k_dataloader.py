@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import repeat
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,8 +29,16 @@ from utils.data.augment import crop, draw_crops, draw_recolourings, recolour, re
 from utils.data.caption_lists import CaptionLists, join_parts
 from utils.data.image_cache import decode_once, gather
 from utils.data.image_files import locate
-from utils.data.image_reading import ImageReader, Loaded, Paths, read_batches, substitutes
+from utils.data.image_reading import (
+    ImageReader,
+    Loaded,
+    Paths,
+    read_batches,
+    read_in_workers,
+    substitutes,
+)
 from utils.data.packed import Computed, ranges, starts_of
+from utils.data.streamed import Stream, StreamedParts
 from utils.data.unlabelled import Unlabelled
 from utils.machine.processes import ALONE, Processes
 
@@ -143,6 +151,11 @@ class Flickr8kDataset(Dataset):
 
     def _own_captions(self, image: int) -> list[int]:
         return [*range(*self.starts[image : image + 2].tolist())]
+
+    @property
+    def captions_of_an_image(self) -> int:
+        """The captions of the image that has the most."""
+        return int(np.diff(self.starts).max())
 
     def prepare_for(self, model: CLIP) -> None:
         """Prepare images and captions for `model`; to be called before either is used."""
@@ -335,7 +348,7 @@ class TrainLoader:
 
     def __post_init__(self) -> None:
         check_batch_size(self.batch_size, len(self.dataset), self.processes)
-        self.most = int(np.diff(self.dataset.starts).max())  # captions of an image
+        self.most = self.dataset.captions_of_an_image
         self.captions_per_image = min(self.captions_per_image, self.most)
         self.reported: set[str] = set()
         self.features: dict[str, Tensor] = {}  # cached, of frozen towers; see `cache_features`
@@ -366,13 +379,19 @@ class TrainLoader:
                 self.dataset.text_ids[captions],
                 cached=frozenset(self.features),
             )
-            altered = self._altered(batch, (self.seed, epoch, step)) if self.alter else None
-            if altered and self.unlabelled.images:
-                other = next(others)
-                self._report(other.problems)
-                images, cached = upload(other.images, self.device), altered.cached - {"image"}
-                altered = altered._replace(images=images, colours=None, cached=cached)
-            yield batch._replace(altered=altered)
+            yield self._with_altered(batch, (self.seed, epoch, step), others)
+
+    def _with_altered(
+        self, batch: Batch, seed: tuple[int, int, int], others: Iterator[Loaded]
+    ) -> Batch:
+        """The batch with the inputs of distillation; unlabelled images are from `others`."""
+        altered = self._altered(batch, seed) if self.alter else None
+        if altered and self.unlabelled.images:
+            other = next(others)
+            self._report(other.problems)
+            images, cached = upload(other.images, self.device), altered.cached - {"image"}
+            altered = altered._replace(images=images, colours=None, cached=cached)
+        return batch._replace(altered=altered)
 
     def _altered(self, batch: Batch, seed: tuple[int, int, int]) -> Batch | None:
         """The inputs of distillation, but for unlabelled images. Random numbers are drawn for the
@@ -434,9 +453,11 @@ class TrainLoader:
     def _report(self, problems: dict[int, str]) -> None:
         """Print the problems of images that were not reported yet."""
         for problem in set(problems.values()) - self.reported:
-            console = None if self.processes.is_rank_0 else sys.stderr
-            tqdm.write(f"{problem}; another image takes its place", file=console)
+            self._print(f"{problem}; another image takes its place")
         self.reported.update(problems.values())
+
+    def _print(self, line: str) -> None:
+        tqdm.write(line, file=None if self.processes.is_rank_0 else sys.stderr)
 
     def _draw_captions(self, rows: list[int], numbers: dict[str, Any]) -> Tensor:
         """The caption indices of these images in random order, `[n, most]`; images with fewer than
@@ -454,3 +475,56 @@ class TrainLoader:
         drawn[np.arange(self.most) >= count[:, None]] = 2  # missing captions are sorted last
         nth = np.arange(self.most) % count[:, None]
         return torch.from_numpy(first[:, None] + np.take_along_axis(drawn.argsort(), nth, axis=1))
+
+
+@dataclass(eq=False)
+class StreamLoader(TrainLoader):
+    """Batches of samples that are streamed from shards; see `StreamedParts` for their order.
+
+    Each sample comes once an epoch if the shards are of one size, their number is a multiple of
+    processes times workers, the batch size of the processes, and no sample is broken; without the
+    last, smaller batch. Otherwise some come twice, and others not. Broken samples are counted.
+
+    A resumed epoch goes on after as many samples. These are the same ones, if none of them was
+    broken, and the numbers of processes and workers are as before.
+    """
+
+    dataset: Stream
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.dataset.shards) < self.processes.size:
+            raise InputError(
+                f"--stream: {len(self.dataset.shards)} shards are fewer than the "
+                f"{self.processes.size} processes, of which each reads its own"
+            )
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        dataset, shard = self.dataset, self.processes.shard(self.batch_size)
+        others = self._load_unlabelled(np.random.default_rng((self.seed, epoch, 0, 2)), start)
+        of_a_process = len(dataset.shards) // self.processes.size
+        workers = min(self.num_workers, of_a_process, len(shard))
+        parts = read_in_workers(
+            StreamedParts(
+                dataset.shards, dataset.preprocess.resize_and_crop, (self.seed, epoch),
+                self.processes[:2], rows=len(shard), batches=range(start, len(self)),
+            ),
+            workers,
+        )  # fmt: skip
+        left_out, first = 0, ""
+        for step, of_batch in enumerate(zip(*[parts] * max(1, workers), strict=True), start):
+            images, captions, problems = zip(*of_batch, strict=True)
+            for problem in chain.from_iterable(problems):
+                left_out, first = left_out + 1, first or problem
+            texts = TokenizedTexts(dataset.tokenizer, chain(*captions), dataset.context_length)
+            random = np.random.default_rng((self.seed, epoch, step, 1))
+            crops = draw_crops(self.batch_size, random)[shard.start : shard.stop]
+            batch = Batch(
+                upload(torch.cat(images), self.device),
+                upload(crops, self.device) if self.augment else None,
+                texts[:],
+                texts.digests()[:, None],
+            )
+            yield self._with_altered(batch, (self.seed, epoch, step), others)
+        if left_out:
+            self._print(f"{left_out} samples of the stream could not be read, the first: {first}")

@@ -9,13 +9,14 @@ class folders    a folder of images for each class; templates make the captions
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path, PurePosixPath
 
+from models.errors import InputError
 from models.files import decoded
 from utils.data.caption_formats import CAPTION_FIELDS, SPLIT_WORDS, Record, first_of
 from utils.data.class_folders import class_folders, words_of
-from utils.data.containers import arrow_table, image_column, index_of, read_contained
+from utils.data.containers import Place, arrow_table, image_column, index_of, read_contained
 from utils.data.templates import TEMPLATE_SETS
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")  # of images beside a text
@@ -47,30 +48,59 @@ def _of_shards(folder: Path, _: str) -> Iterator[Record]:
 
 
 def _of_shard(shard: Path) -> Iterator[Record]:
-    samples: dict[str, dict[str, str]] = {}  # {key: {ending: member}}
     places = index_of(shard)
+    for key, members in _samples(places).items():
+        where = f"{shard.name}/{key}"
+        try:
+            image, ending = endings_of(members)
+            name = members[ending]
+            text = decoded(read_contained(shard, name, places[name]), name)
+            caption = caption_of(text, ending)
+            yield Record(where, {"image": f"{shard.name}/{members[image]}", "caption": caption})
+        except ValueError as error:
+            yield Record(where, None, str(error))
+
+
+def count_samples(shard: Path) -> int:
+    """The number of samples in a tar. Raises `InputError` for one without an image or a text."""
+    samples = _samples(index_of(shard))
+    for key, members in samples.items():
+        try:
+            endings_of(members)
+        except ValueError as error:
+            raise InputError(f"{shard}/{key}: {error}") from None
+    return len(samples)
+
+
+def _samples(places: dict[str, Place]) -> dict[str, dict[str, str]]:
+    """The members of a tar by the key and the ending: `{key: {ending: member}}`."""
+    samples: dict[str, dict[str, str]] = {}
     for member in places:
         path = PurePosixPath(member)
         if path.name.startswith("."):  # a Mac's notes on a file
             continue
         key, _, ending = path.name.partition(".")
         samples.setdefault(str(path.with_name(key)), {})[f".{ending}".lower()] = member
-    for key, members in samples.items():
-        where = f"{shard.name}/{key}"
-        image, ending = first_of(ENDINGS, members), first_of((".txt", ".json"), members)
-        if not (image and ending):
-            has = ", ".join(members.values())
-            yield Record(where, None, f"should be an image beside a .txt or a .json; it is {has}")
-            continue
-        name = members[ending]
-        caption = decoded(read_contained(shard, name, places[name]), f"{shard}/{name}")
-        try:
-            if ending == ".json":
-                content = json.loads(caption)
-                caption = content[first_of(CAPTION_FIELDS, content)]
-            yield Record(where, {"image": f"{shard.name}/{members[image]}", "caption": caption})
-        except (ValueError, LookupError, TypeError, RecursionError):
-            yield Record(where, None, 'its .json should hold {"caption": ...}')
+    return samples
+
+
+def endings_of(sample: Collection[str]) -> tuple[str, str]:
+    """Of a sample's endings, those of its image and of its text. Raises `ValueError`."""
+    image, text = first_of(ENDINGS, sample), first_of((".txt", ".json"), sample)
+    if image and text:
+        return image, text
+    raise ValueError(f"should be an image beside a .txt or a .json; it has {', '.join(sample)}")
+
+
+def caption_of(text: str, ending: str) -> object:
+    """The caption in the text of a sample. Raises `ValueError`."""
+    if ending == ".txt":
+        return text
+    try:
+        content = json.loads(text)
+        return content[first_of(CAPTION_FIELDS, content)]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise ValueError('its .json should hold {"caption": ...}') from None
 
 
 def _of_datasets(folder: Path, _: str) -> Iterator[Record]:

@@ -43,10 +43,11 @@ class Distillation(NamedTuple):
 
 
 def distill_from_start(
-    model: CLIP, start_weights: Path, weight: float, captions: TokenizedTexts
+    model: CLIP, start_weights: Path, weight: float, captions: TokenizedTexts | None
 ) -> Distillation:
     """Distillation from `start_weights`, the file of the starting model, which shares the frozen
-    parameters with `model`, in training on `captions`. `weight` counts at a logit scale of
+    parameters with `model`, in training on `captions`; None for a stream, which may have any word.
+    `weight` counts at a logit scale of
     `TUNED_SCALE`: half the squared distance is 1 minus the cosine, which makes a difference to the
     logits in proportion to the scale.
     """
@@ -57,7 +58,8 @@ def distill_from_start(
         if not own.requires_grad:
             parameter.data = own.data
     train_mode(start)  # computes like the model; its batch norms, all frozen, keep their statistics
-    counts = captions.counts(word_embedding(model).num_embeddings)
+    words = word_embedding(model).num_embeddings
+    counts = captions.counts(words) if captions else np.ones(words)
     unused = torch.from_numpy(np.flatnonzero(counts == 0)).to(model.device)
     weight *= start.logit_scale.exp().item() / TUNED_SCALE
     return Distillation(start, weight, trainable_towers(model), unused)

@@ -1,0 +1,242 @@
+"""Training from tar shards that are streamed, compared with the list of the same images."""
+
+import io
+import json
+import sys
+import tarfile
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import READING, tiny_clip
+
+from models.errors import InputError
+from utils import Flickr8kDataset, contrastive_loss
+from utils.data.streamed import Stream
+from utils.flickr8k_dataloader import StreamLoader
+from utils.machine.processes import Processes
+
+pytest.importorskip("webdataset")
+CPU = torch.device("cpu")
+MODEL = tiny_clip(READING)
+
+
+def encoded(number):
+    """A picture whose first pixel tells its number."""
+    pixels = np.full((32, 32, 3), (number // 256, number % 256, 7), np.uint8)
+    Image.fromarray(pixels).save(stream := io.BytesIO(), "png")
+    return stream.getvalue()
+
+
+def members(number):
+    return {f"{number:05}.png": encoded(number), f"{number:05}.txt": f"number {number}".encode()}
+
+
+def write_shard(file, content):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w") as tar:
+        for name, data in content.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def write_shards(folder, shards, size, stats=False):
+    """Shards of so many samples each; returns webdataset's name of them."""
+    for shard in range(shards):
+        content = {}
+        for number in range(shard * size, (shard + 1) * size):
+            content |= members(number)
+        write_shard(folder / f"{shard:05}.tar", content)
+        if stats:
+            (folder / f"{shard:05}_stats.json").write_text(json.dumps({"successes": size}))
+    return f"{folder.as_posix()}/{{00000..{shards - 1:05}}}.tar"
+
+
+def loader_of(patterns, batch_size, samples=None, **options):
+    stream = Stream([patterns] if isinstance(patterns, str) else patterns, samples)
+    stream.prepare_for(MODEL)
+    return StreamLoader(stream, batch_size, CPU, **{"augment": False, **options})
+
+
+def numbers(batch):
+    return [int(256 * high + low) for high, low in batch.images[:, :2, 0, 0].tolist()]
+
+
+def steps(loader, epoch=1, start=0):
+    return [numbers(batch) for batch in loader.epoch(epoch, start)]
+
+
+@pytest.mark.parametrize("shards, batch_size", [(4, 8), (8, 12), (4, 4)])
+def test_two_processes_of_two_workers_see_each_sample_once_an_epoch(shards, batch_size, tmp_path):
+    """Also where a process's part of a batch, 6 or 2, is no multiple of its shards."""
+    pattern = write_shards(tmp_path, shards, 6)
+    loaders = [
+        loader_of(pattern, batch_size, num_workers=2, processes=Processes(rank, 2))
+        for rank in range(2)
+    ]
+    assert {len(loader) for loader in loaders} == {shards * 6 // batch_size}
+    for_epochs = []
+    for epoch in (1, 2):
+        parts = [steps(loader, epoch) for loader in loaders]
+        assert all(len(part) == len(loaders[0]) for part in parts)
+        seen = [n for part in parts for step in part for n in step]
+        assert sorted(seen) == list(range(shards * 6))
+        for_epochs.append(seen)
+    assert for_epochs[0] != for_epochs[1]
+
+
+def test_an_epoch_has_equally_many_steps_in_processes_with_unequal_shards(tmp_path):
+    pattern = write_shards(tmp_path, 3, 5)
+    parts = [steps(loader_of(pattern, 4, processes=Processes(rank, 2))) for rank in range(2)]
+    assert [list(map(len, part)) for part in parts] == [[2, 2, 2], [2, 2, 2]]
+    few = [n for part in parts for step in part for n in step]
+    assert max(Counter(few).values()) <= 2  # one process goes on with its shard
+
+
+def test_a_batch_has_the_loss_of_the_list_with_the_same_samples(tmp_path):
+    pattern = write_shards(tmp_path / "train", 2, 4)
+    (batch,) = loader_of(pattern, 8).epoch(1)
+    dataset = Flickr8kDataset(tmp_path, model=MODEL)
+    rows = numbers(batch)
+    images = torch.stack([dataset[row][0] for row in rows])
+    assert torch.equal(batch.images, images) and torch.equal(batch.tokens, dataset.tokens[rows])
+
+    def loss(images, tokens, texts):
+        features = MODEL.encode_image(MODEL.preprocess.normalize(images)), MODEL.encode_text(tokens)
+        return contrastive_loss(*features, MODEL.logit_scale, texts=texts).item()
+
+    expected = loss(images, dataset.tokens[rows], dataset.text_ids[rows][:, None])
+    assert loss(batch.images, batch.tokens, batch.texts) == expected
+
+
+def test_equal_texts_are_positives_in_all_processes(tmp_path):
+    """Tokens decide, as in lists: case and space do not count. JSON's captions are read too."""
+    texts = ["A dog", "a  dog ", "a cat"]
+    content = {}
+    for number, text in enumerate(texts * 2):
+        content |= {f"{number}.png": encoded(number)}
+        content |= {f"{number}.json": json.dumps({"caption": text, "url": "x"}).encode()}
+    shards = [tmp_path / f"{number}.tar" for number in range(2)]
+    for shard in shards:
+        write_shard(shard, content)
+    ids = {}
+    for rank in range(2):
+        (batch,) = loader_of(list(map(str, shards)), 12, processes=Processes(rank, 2)).epoch(1)
+        ids[rank] = dict(zip(numbers(batch), batch.texts[:, 0].tolist(), strict=True))
+    assert ids[0] == ids[1] and all(0 <= number < 2**63 for number in ids[0].values())
+    assert ids[0][0] == ids[0][1] == ids[0][3] != ids[0][2] == ids[0][5]
+
+
+def test_broken_samples_are_counted_and_left_out(tmp_path, capsys):
+    pattern = write_shards(tmp_path, 3, 6, stats=True)
+    content = {}
+    for number in range(100, 106):
+        content |= members(number)
+    del content["00101.txt"]
+    content["00102.png"] = b"no image"
+    content["00103.txt"] = b"\xff"
+    content["00104.txt"] = b"  "
+    write_shard(tmp_path / "00000.tar", content)
+    cut = (tmp_path / "00001.tar").read_bytes()
+    (tmp_path / "00001.tar").write_bytes(cut[: 512 * 4 * 3 + 100])  # in the header of the fourth
+    loader = loader_of(pattern, 6, num_workers=1)
+    seen = [n for step in steps(loader) for n in step]
+    assert len(seen) == 18 and set(seen) == {100, 105, 6, 7, 8, *range(12, 18)}
+    assert max(Counter(seen).values()) <= 2
+    (line,) = capsys.readouterr().out.splitlines()
+    assert " samples of the stream could not be read, the first: " in line and "00000.tar" in line
+    assert int(line.split()[0]) >= 5
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_where_nothing_can_be_read_the_epoch_ends(num_workers, tmp_path):
+    loader = loader_of(write_shards(tmp_path, 1, 4), 4, num_workers=num_workers)
+    if num_workers:
+        (tmp_path / "00000.tar").unlink()
+        why = "00000.tar: No such file"
+    else:
+        write_shard(tmp_path / "00000.tar", {"1.png": b"", "1.txt": b"a"})
+        why = "00000.tar/1.png: not an image"
+    with pytest.raises(InputError, match=f"nothing can be read from .*00000.tar; .*{why}"):
+        steps(loader)
+
+
+def test_a_resumed_epoch_goes_on_with_the_samples_not_yet_seen(tmp_path):
+    pattern = write_shards(tmp_path, 4, 6)
+    options = {"num_workers": 2, "augment": True, "seed": 3, "alter": True}
+    whole = list(loader_of(pattern, 5, **options).epoch(2))
+    rest = list(loader_of(pattern, 5, **options).epoch(2, 2))
+    assert len(rest) == 2
+    for found, expected in zip(rest, whole[2:], strict=True):
+        assert numbers(found) == numbers(expected) and torch.equal(found.crops, expected.crops)
+        assert torch.equal(found.altered.tokens, expected.altered.tokens)
+
+
+def test_random_choices_do_not_depend_on_the_number_of_processes(tmp_path):
+    pattern = write_shards(tmp_path, 2, 4)
+    (whole,) = loader_of(pattern, 8, augment=True).epoch(1)
+    halves = [
+        next(loader_of(pattern, 8, augment=True, processes=Processes(rank, 2)).epoch(1))
+        for rank in range(2)
+    ]
+    assert torch.equal(torch.cat([half.crops for half in halves]), whole.crops)
+
+
+def test_samples_are_counted_beside_or_in_the_shards_or_given(tmp_path):
+    pattern = write_shards(tmp_path, 2, 3)
+    for given in (pattern, str(tmp_path)):
+        assert len(Stream([given])) == 6 and len(Stream([given]).shards) == 2
+    (tmp_path / "00000_stats.json").write_text('{"successes": 40}')
+    assert len(Stream([pattern])) == 6  # of one shard only
+    (tmp_path / "00001_stats.json").write_text('{"successes": 2}')
+    assert len(Stream([pattern])) == 42 and len(Stream([pattern], 7)) == 7
+    piped = f"pipe:cat {pattern}"
+    assert len(Stream([piped], 6)) == 6
+    with pytest.raises(InputError, match="give --stream_samples N"):
+        Stream([piped])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no cat")
+def test_a_command_can_give_the_shards(tmp_path):
+    pattern = write_shards(tmp_path, 2, 4)
+    assert steps(loader_of(f"pipe:cat {pattern}", 4, 8)) == steps(loader_of(pattern, 4))
+
+
+def test_what_the_start_can_know_is_told_then(tmp_path):
+    pattern = write_shards(tmp_path, 2, 3, stats=True)
+
+    def refused(patterns, text):
+        with pytest.raises(InputError, match=text) as caught:
+            loader_of(patterns, 3, processes=Processes(0, 3))
+        assert "\n" not in str(caught.value)
+
+    refused(pattern, "2 shards are fewer than the 3 processes")
+    refused(pattern.replace("1}", "3}"), "2 of 4 shards are missing: .*00002.tar, .*00003.tar")
+    refused(f"{tmp_path}/{{0..", "Unbalanced braces")
+    (tmp_path / "00001.tar").write_bytes(b"<html>")
+    refused(pattern, "00001.tar: is no tar")
+    (tmp_path / "00000_stats.json").unlink()
+    write_shard(tmp_path / "00001.tar", {"1.png": b"", "1.txt": b"", "2.jpg": b""})
+    refused(pattern, r"00001.tar/2: should be an image beside a .txt or a .json; it has .jpg")
+    (tmp_path / "none").mkdir()
+    refused(str(tmp_path / "none"), "no shards in it")
+
+
+def test_without_webdataset_the_remedy_is_told(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "webdataset.shardlists", None)
+    with pytest.raises(InputError, match="pip install webdataset"):
+        Stream([str(tmp_path)])
+
+
+def test_a_fingerprint_tells_shards_and_samples_wherever_they_lie(tmp_path):
+    first, second = (write_shards(tmp_path / name, 2, 2) for name in "ab")
+    assert Stream([first]).fingerprint() == Stream([second]).fingerprint()
+    assert Stream([first], 5).fingerprint() != Stream([first]).fingerprint()
+    others = write_shards(tmp_path / "c", 1, 4)
+    assert (
+        len(Stream([others])) == 4
+        and Stream([others]).fingerprint() != Stream([first]).fingerprint()
+    )
