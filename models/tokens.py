@@ -3,7 +3,6 @@
 from array import array
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from hashlib import blake2b
 from itertools import islice
 from typing import Any, Protocol
 
@@ -93,13 +92,6 @@ class TokenizedTexts:
         is_cut = lengths[..., 0] > self.context_length
         tokens[..., -1] = np.where(is_cut, self.tokenizer.end_of_text, tokens[..., -1])
         return torch.from_numpy(tokens)
-
-    def digests(self) -> Tensor:
-        """A number of 63 bits for each text, int64 `[n]`: equal texts have equal ones, also in
-        other processes."""
-        texts = np.split(self.ids.astype(np.int32), self.starts[1:-1])
-        digests = (blake2b(text.tobytes(), digest_size=8).digest() for text in texts)
-        return torch.tensor([int.from_bytes(digest, "big") >> 1 for digest in digests])
 
     @property
     def is_cut(self) -> np.ndarray:

@@ -152,11 +152,6 @@ class Flickr8kDataset(Dataset):
     def _own_captions(self, image: int) -> list[int]:
         return [*range(*self.starts[image : image + 2].tolist())]
 
-    @property
-    def captions_of_an_image(self) -> int:
-        """The captions of the image that has the most."""
-        return int(np.diff(self.starts).max())
-
     def prepare_for(self, model: CLIP) -> None:
         """Prepare images and captions for `model`; to be called before either is used."""
         self.preprocess = model.preprocess
@@ -348,7 +343,7 @@ class TrainLoader:
 
     def __post_init__(self) -> None:
         check_batch_size(self.batch_size, len(self.dataset), self.processes)
-        self.most = self.dataset.captions_of_an_image
+        self.most = int(np.diff(self.dataset.starts).max())  # captions of an image
         self.captions_per_image = min(self.captions_per_image, self.most)
         self.reported: set[str] = set()
         self.features: dict[str, Tensor] = {}  # cached, of frozen towers; see `cache_features`
@@ -379,27 +374,19 @@ class TrainLoader:
                 self.dataset.text_ids[captions],
                 cached=frozenset(self.features),
             )
-            yield self._with_altered(batch, (self.seed, epoch, step), others)
+            altered = self._altered(batch, (self.seed, epoch, step), others)
+            yield batch._replace(altered=altered)
 
-    def _with_altered(
+    def _altered(
         self, batch: Batch, seed: tuple[int, int, int], others: Iterator[Loaded]
-    ) -> Batch:
-        """The batch with the inputs of distillation; unlabelled images are from `others`."""
-        altered = self._altered(batch, seed) if self.alter else None
-        if altered and self.unlabelled.images:
-            other = next(others)
-            self._report(other.problems)
-            images, cached = upload(other.images, self.device), altered.cached - {"image"}
-            altered = altered._replace(images=images, colours=None, cached=cached)
-        return batch._replace(altered=altered)
-
-    def _altered(self, batch: Batch, seed: tuple[int, int, int]) -> Batch | None:
-        """The inputs of distillation, but for unlabelled images. Random numbers are drawn for the
-        whole batch, so that they do not depend on the number of processes."""
+    ) -> Batch | None:
+        """The inputs of distillation, if any; unlabelled images are the next of `others`. Random
+        numbers are drawn for the whole batch, so that they do not depend on the number of
+        processes."""
         shard = self.processes.shard(self.batch_size)
         local, in_shard = slice(shard.start % 2, None, 2), slice(shard.start, shard.stop)
         images = batch.images[local]
-        if not len(images):
+        if not (self.alter and len(images)):
             return None
         random, cached = np.random.default_rng(seed), batch.cached
         colours = draw_recolourings(self.batch_size, random)[in_shard][local]
@@ -415,6 +402,11 @@ class TrainLoader:
             tokenizer = self.dataset.tokenizer
             tokens = reword(tokens, draws, tokenizer.words, tokenizer.padding)
         crops = None if batch.crops is None else batch.crops[local]
+        if self.unlabelled.images:
+            other = next(others)
+            self._report(other.problems)
+            images, cached = upload(other.images, self.device), cached - {"image"}
+            return Batch(images, crops, tokens, cached=cached)
         return Batch(images, crops, tokens, colours=upload(colours, self.device), cached=cached)
 
     def _load_unlabelled(self, random: np.random.Generator, start: int) -> Iterator[Loaded]:
@@ -516,15 +508,18 @@ class StreamLoader(TrainLoader):
             images, captions, problems = zip(*of_batch, strict=True)
             for problem in chain.from_iterable(problems):
                 left_out, first = left_out + 1, first or problem
-            texts = TokenizedTexts(dataset.tokenizer, chain(*captions), dataset.context_length)
+            texts = chain(*captions)
+            tokens = TokenizedTexts(dataset.tokenizer, texts, dataset.context_length)[:]
             random = np.random.default_rng((self.seed, epoch, step, 1))
             crops = draw_crops(self.batch_size, random)[shard.start : shard.stop]
             batch = Batch(
                 upload(torch.cat(images), self.device),
                 upload(crops, self.device) if self.augment else None,
-                texts[:],
-                texts.digests()[:, None],
+                tokens,
+                # Not random between processes, as the hashes of strings are.
+                torch.tensor([[hash(tuple(text))] for text in tokens.tolist()]),
             )
-            yield self._with_altered(batch, (self.seed, epoch, step), others)
+            altered = self._altered(batch, (self.seed, epoch, step), others)
+            yield batch._replace(altered=altered)
         if left_out:
             self._print(f"{left_out} samples of the stream could not be read, the first: {first}")

@@ -12,11 +12,10 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path, PurePosixPath
 
-from models.errors import InputError
 from models.files import decoded
 from utils.data.caption_formats import CAPTION_FIELDS, SPLIT_WORDS, Record, first_of
 from utils.data.class_folders import class_folders, words_of
-from utils.data.containers import Place, arrow_table, image_column, index_of, read_contained
+from utils.data.containers import arrow_table, image_column, index_of, read_contained
 from utils.data.templates import TEMPLATE_SETS
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")  # of images beside a text
@@ -44,12 +43,20 @@ def why_no_form(folder: Path) -> str:
 
 def _of_shards(folder: Path, _: str) -> Iterator[Record]:
     for shard in sorted(folder.glob("*.tar")):
-        yield from _of_shard(shard)
+        yield from shard_records(shard)
 
 
-def _of_shard(shard: Path) -> Iterator[Record]:
+def shard_records(shard: Path) -> Iterator[Record]:
+    """The records of a tar's samples."""
+    samples: dict[str, dict[str, str]] = {}  # {key: {ending: member}}
     places = index_of(shard)
-    for key, members in _samples(places).items():
+    for member in places:
+        path = PurePosixPath(member)
+        if path.name.startswith("."):  # a Mac's notes on a file
+            continue
+        key, _, ending = path.name.partition(".")
+        samples.setdefault(str(path.with_name(key)), {})[f".{ending}".lower()] = member
+    for key, members in samples.items():
         where = f"{shard.name}/{key}"
         try:
             image, ending = endings_of(members)
@@ -59,29 +66,6 @@ def _of_shard(shard: Path) -> Iterator[Record]:
             yield Record(where, {"image": f"{shard.name}/{members[image]}", "caption": caption})
         except ValueError as error:
             yield Record(where, None, str(error))
-
-
-def count_samples(shard: Path) -> int:
-    """The number of samples in a tar. Raises `InputError` for one without an image or a text."""
-    samples = _samples(index_of(shard))
-    for key, members in samples.items():
-        try:
-            endings_of(members)
-        except ValueError as error:
-            raise InputError(f"{shard}/{key}: {error}") from None
-    return len(samples)
-
-
-def _samples(places: dict[str, Place]) -> dict[str, dict[str, str]]:
-    """The members of a tar by the key and the ending: `{key: {ending: member}}`."""
-    samples: dict[str, dict[str, str]] = {}
-    for member in places:
-        path = PurePosixPath(member)
-        if path.name.startswith("."):  # a Mac's notes on a file
-            continue
-        key, _, ending = path.name.partition(".")
-        samples.setdefault(str(path.with_name(key)), {})[f".{ending}".lower()] = member
-    return samples
 
 
 def endings_of(sample: Collection[str]) -> tuple[str, str]:

@@ -20,34 +20,31 @@ from models.clip import CLIP
 from models.errors import InputError, listed, one_line
 from models.files import decoded, read_json
 from models.preprocess import open_image
-from utils.data.annotations import read_captions
-from utils.data.caption_folders import caption_of, count_samples, endings_of
+from utils.data.annotations import collect, read_captions
+from utils.data.caption_folders import caption_of, endings_of, shard_records
 
 BUFFER = 1000  # samples, as files, among which each worker draws the next one
 
 
 class Stream:
-    """The shards of a training set, and their samples in all: an image with one caption each.
+    """The shards of a training set, with so many samples in all: an image and one caption each.
 
-    `patterns` are folders of shards, or names as webdataset takes them: paths, URLs and commands
-    `pipe:...`, with braces as in `{00000..00331}.tar`. The number of `samples` is read beside or
-    from shards on a disk. Raises `InputError` without webdataset, if shards on a disk are missing
-    or no tars, and where the number has to be given.
+    `patterns` are webdataset's: paths, URLs and commands `pipe:...`, with braces as in
+    `{00000..00331}.tar`. Tars on a disk, or img2dataset's `00000_stats.json` beside each, tell the
+    number of `samples`. Raises `InputError` without webdataset, if shards on a disk are missing or
+    broken, and where the number has to be given.
     """
 
     image = ()  # none is a file
     tokens = None  # not known before they come
-    captions_of_an_image = 1
+    starts = np.arange(2)  # one caption an image
 
     def __init__(self, patterns: Sequence[str], samples: int | None = None):
         self.shards = [shard for pattern in patterns for shard in _expanded(pattern)]
         local = [Path(shard) for shard in self.shards if not _is_remote(shard)]
-        if missing := [str(shard) for shard in local if not shard.is_file()]:
-            raise InputError(f"--stream: {len(missing)} of {len(self.shards)} shards are missing: "
-                             f"{listed(missing)}")  # fmt: skip
-        for shard in local:
-            if not tarfile.is_tarfile(shard):
-                raise InputError(f"{shard}: is no tar; get a new copy")
+        if lost := [str(s) for s in local if not (s.is_file() and tarfile.is_tarfile(s))]:
+            raise InputError(f"--stream: {len(lost)} of {len(self.shards)} shards are missing or "
+                             f"no tars: {listed(lost)}; get new copies")  # fmt: skip
         if not samples and (len(local) < len(self.shards) or {s.suffix for s in local} != {".tar"}):
             raise InputError("--stream: give --stream_samples N, the number of samples in all "
                              "shards, which only .tar files on a disk tell")  # fmt: skip
@@ -72,18 +69,12 @@ def _expanded(pattern: str) -> list[str]:
         from webdataset.shardlists import expand_urls
     except ImportError:
         raise InputError("--stream needs webdataset; pip install webdataset") from None
-    if Path(pattern).is_dir():
-        found = [shard.as_posix() for shard in sorted(Path(pattern).glob("*.tar"))]
-    else:
-        # A backslash would end the meaning of a brace.
-        is_path = os.sep == "\\" and not _is_remote(pattern)
-        try:
-            found = expand_urls(pattern.replace("\\", "/") if is_path else pattern)
-        except (ValueError, AssertionError) as error:
-            raise InputError(f"--stream {pattern}: {one_line(error)}") from None
-    if not found:
-        raise InputError(f"--stream {pattern}: no shards in it, NAME.tar")
-    return found
+    if os.sep == "\\" and not _is_remote(pattern):
+        pattern = pattern.replace("\\", "/")  # before a brace, \ would take away its meaning
+    try:
+        return expand_urls(pattern)
+    except (ValueError, AssertionError) as error:
+        raise InputError(f"--stream {pattern}: {one_line(error)}") from None
 
 
 def _is_remote(shard: str) -> bool:
@@ -91,12 +82,12 @@ def _is_remote(shard: str) -> bool:
 
 
 def _count(shards: list[Path]) -> int:
-    """The samples by img2dataset's `00000_stats.json` beside each shard, or else by its index."""
-    files = (shard.with_name(f"{shard.stem}_stats.json") for shard in shards)
-    found = [(read_json(file) or {}).get("successes") for file in files]
+    stats = (read_json(shard.with_name(f"{shard.stem}_stats.json")) for shard in shards)
+    found = [(content or {}).get("successes") for content in stats]
     if all(isinstance(number, int) for number in found):
         return sum(found)
-    return sum(map(count_samples, shards))
+    parts = (collect(shard, shard_records(shard), str) for shard in shards)
+    return sum(len(pairs) for part in parts for pairs in part.values())
 
 
 class Part(NamedTuple):
@@ -109,11 +100,10 @@ class Part(NamedTuple):
 
 @dataclass
 class StreamedParts(IterableDataset):
-    """A process's part of the batches of an epoch, `rows` samples each, from the `start`-th on. Of
-    w workers, each yields for each batch every w-th of its samples, from shards of its own; when
-    these are used up, from those of another pass in another order.
-
-    The first samples of a resumed epoch are read and dropped, also those that cannot be decoded.
+    """A process's part of the `batches` of an epoch, `rows` samples each. Of w workers, each yields
+    every w-th of them, from shards of its own, which the epoch shuffles; when these are used up, it
+    goes on with those of the next worker. The samples of a resumed epoch's first batches are read
+    and dropped, also broken ones.
     """
 
     shards: list[str]
@@ -139,33 +129,32 @@ class StreamedParts(IterableDataset):
             yield error
 
     def _samples(self, worker: int, workers: int, skip: int) -> Iterator[tuple[Tensor, str]]:
-        """Images and captions without end. Raises `InputError` if none can be read."""
+        """Images and captions without end. Raises `InputError` if no shard has any."""
         import webdataset
 
+        order = np.random.default_rng(self.seed).permutation(len(self.shards)).tolist()
         rank, size = self.processes
-        for again in count():
-            seed = (*self.seed, again)
-            order = np.random.default_rng(seed).permutation(len(self.shards)).tolist()
-            own = [self.shards[i] for i in order[rank * workers + worker :: size * workers]]
+        readers, fruitless = size * workers, 0
+        for reader in count(rank * workers + worker):  # then the next one's shards
+            own = [self.shards[i] for i in order[reader % readers :: readers]]
             samples = webdataset.DataPipeline(
                 webdataset.SimpleShardList([f"file:{s}" if Path(s).drive else s for s in own]),
                 webdataset.tarfile_to_samples(handler=self._note),
-                webdataset.shuffle(BUFFER, rng=random.Random(f"{seed} {rank} {worker}")),
+                webdataset.shuffle(BUFFER, rng=random.Random(f"{self.seed} {reader}")),
             )
-            is_unreadable = True
+            fruitless += 1
             for sample in samples:
-                if skip:
-                    skip -= 1
-                else:
-                    try:
+                try:
+                    if skip:
+                        skip -= 1
+                    else:
                         yield self._read(sample)
-                    except InputError as error:
-                        self.problems.append(str(error))
-                        continue
-                is_unreadable = False
-            if is_unreadable:
-                why = next(iter(self.problems), "they hold no samples")
-                raise InputError(f"--stream: nothing can be read from {listed(own)}; {why}")
+                    fruitless = 0
+                except InputError as error:
+                    self.problems.append(str(error))
+            if fruitless == readers:
+                why = next(iter(self.problems), "it is empty")
+                raise InputError(f"--stream: no sample of any shard can be read; the first: {why}")
 
     def _read(self, sample: dict[str, bytes | str]) -> tuple[Tensor, str]:
         """The image and the caption of one of webdataset's samples. Raises `InputError`."""

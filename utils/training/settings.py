@@ -194,10 +194,6 @@ def _contradictions(args: Namespace) -> Iterator[str]:
     for name in ("cache", "cache_features", "strict"):
         if args.stream and getattr(args, name) not in (None, False):
             yield f"--{name} needs all images beforehand, not a --stream: leave one of them out"
-    if args.stream and len(args.language) > 1:
-        yield "--stream: its captions are of one language: give one --language"
-    if args.stream_samples and not args.stream:
-        yield "--stream_samples is the number of samples of --stream: add it"
 
 
 def get_data(
