@@ -137,8 +137,9 @@ class StreamedParts(IterableDataset):
         readers, fruitless = size * workers, 0
         for reader in count(rank * workers + worker):  # then the next one's shards
             own = [self.shards[i] for i in order[reader % readers :: readers]]
+            own = [f"file:{s}" if s[1:2] == ":" else s for s in own]  # C: would be a protocol
             samples = webdataset.DataPipeline(
-                webdataset.SimpleShardList([f"file:{s}" if Path(s).drive else s for s in own]),
+                webdataset.SimpleShardList(own),
                 webdataset.tarfile_to_samples(handler=self._note),
                 webdataset.shuffle(BUFFER, rng=random.Random(f"{self.seed} {reader}")),
             )
@@ -158,8 +159,8 @@ class StreamedParts(IterableDataset):
 
     def _read(self, sample: dict[str, bytes | str]) -> tuple[Tensor, str]:
         """The image and the caption of one of webdataset's samples. Raises `InputError`."""
-        where = f"{sample.pop('__url__')}/{sample.pop('__key__')}"
-        members = {f".{ending}": content for ending, content in sample.items()}
+        where = f"{sample['__url__']}/{sample['__key__']}"
+        members = {f".{name}": content for name, content in sample.items() if name[:2] != "__"}
         try:
             image, ending = endings_of(members)
             captions = read_captions(caption_of(decoded(members[ending], ending), ending))
