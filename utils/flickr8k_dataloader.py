@@ -471,14 +471,13 @@ class TrainLoader:
 
 @dataclass(eq=False)
 class StreamLoader(TrainLoader):
-    """Batches of samples that are streamed from shards; see `StreamedParts` for their order.
+    """Batches of streamed samples, shuffled by the seed and the epoch; see `StreamedParts`. Broken
+    ones are left out and counted.
 
-    Each sample comes once an epoch if the shards are of one size, their number is a multiple of
-    processes times workers, the batch size of the processes, and no sample is broken; without the
-    last, smaller batch. Otherwise some come twice, and others not. Broken samples are counted.
-
-    A resumed epoch goes on after as many samples. These are the same ones, if none of them was
-    broken, and the numbers of processes and workers are as before.
+    Each sample comes once an epoch, but for those after the last whole batch, if processes divide
+    the batch, processes times workers the shards, shards are of one size, and no sample is broken.
+    Otherwise some come twice and others not. A resumed epoch goes on after as many samples: the
+    same ones if processes and workers are as many as before, and no sample was broken.
     """
 
     dataset: Stream
@@ -503,11 +502,10 @@ class StreamLoader(TrainLoader):
             ),
             workers,
         )  # fmt: skip
-        left_out, first = 0, ""
+        left_out: list[str] = []
         for step, of_batch in enumerate(zip(*[parts] * max(1, workers), strict=True), start):
             images, captions, problems = zip(*of_batch, strict=True)
-            for problem in chain.from_iterable(problems):
-                left_out, first = left_out + 1, first or problem
+            left_out.extend(chain(*problems))
             texts = chain(*captions)
             tokens = TokenizedTexts(dataset.tokenizer, texts, dataset.context_length)[:]
             random = np.random.default_rng((self.seed, epoch, step, 1))
@@ -522,4 +520,5 @@ class StreamLoader(TrainLoader):
             altered = self._altered(batch, (self.seed, epoch, step), others)
             yield batch._replace(altered=altered)
         if left_out:
-            self._print(f"{left_out} samples of the stream could not be read, the first: {first}")
+            self._print(f"samples of the stream that cannot be read: {len(left_out)}; the first: "
+                        f"{left_out[0]}")  # fmt: skip

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 import sys
 from collections import Counter
 
@@ -134,20 +135,18 @@ def test_broken_samples_are_counted_and_left_out(tmp_path, capsys):
     assert len(seen) == 18 and set(seen) == {100, 105, 6, 7, 8, *range(12, 18)}
     assert max(Counter(seen).values()) <= 2
     (line,) = capsys.readouterr().out.splitlines()
-    assert " samples of the stream could not be read, the first: " in line and "00000.tar" in line
-    assert int(line.split()[0]) >= 5
+    told = r"samples of the stream that cannot be read: (\d+); the first: (.*)"
+    count, first = re.fullmatch(told, line).groups()
+    assert int(count) >= 5 and ".tar" in first
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_where_nothing_can_be_read_the_epoch_ends(num_workers, tmp_path):
-    loader = loader_of(write_shards(tmp_path, 1, 4), 4, num_workers=num_workers)
-    if num_workers:
-        (tmp_path / "00000.tar").unlink()
-        why = "00000.tar: No such file"
-    else:
-        write_tar(tmp_path / "00000.tar", {"1.png": b"", "1.txt": b"a"})
-        why = "00000.tar/1.png: not an image"
-    with pytest.raises(InputError, match=f"no sample of any shard can be read; .*{why}"):
+def test_where_nothing_can_be_read_the_epoch_ends(tmp_path):
+    loader = loader_of(write_shards(tmp_path, 1, 4), 4)
+    write_tar(tmp_path / "00000.tar", {"1.png": b"", "1.txt": b"a"})
+    with pytest.raises(InputError, match=r"no sample of any shard .*/1.png: not an image"):
+        steps(loader)
+    (tmp_path / "00000.tar").unlink()
+    with pytest.raises(InputError, match=r"no sample of any shard .*/00000.tar: No such file"):
         steps(loader)
 
 
