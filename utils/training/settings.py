@@ -115,7 +115,7 @@ def default_rate(config: Config, batch_size: int, lora: int | None) -> float:
 def as_saved(args: Namespace, resumed: dict[str, Any] | None) -> dict[str, Any]:
     """The arguments as arguments.json and the checkpoint have them."""
     given = vars(args) | {"dataset_path": args.dataset_path.resolve()}
-    for name in ("retention", "distill_data", "stream"):
+    for name in ("retention", "distill_data"):
         if given[name]:
             paths = map(Path, given[name])
             given[name] = [str(path.resolve() if path.exists() else path) for path in paths]
