@@ -28,7 +28,7 @@ from models.host import run_script
 from models.run_files import run_folder, trained_on
 from models.scripts import ArgumentParser
 from utils.runs.arguments import add_loading, feature_file, path, picture
-from utils.runs.default_weights import add_weights, weights_to_use
+from utils.runs.default_weights import weights_to_use
 
 TOP = 5  # captions printed and drawn
 FIRST = 10  # images printed and drawn
@@ -42,7 +42,6 @@ def main() -> None:
     parser.add_argument("image", nargs="?", metavar="IMAGE",
         help="an image (default: you are asked for it), or a folder to search, with all its "
         "subfolders")
-    add_weights(parser)
     add = parser.add_mutually_exclusive_group().add_argument
     add("--text", nargs="+", metavar="CAPTION",
         help="captions to rank; with a folder, texts to search for")
@@ -180,8 +179,7 @@ def save_features(args: argparse.Namespace, folder: Path | None) -> None:
     from utils.retrieval.search import image_features
 
     if args.text or args.similar or args.output or bool(folder) == bool(args.captions_file):
-        raise InputError("--features writes those of a FOLDER's images or those of the lines of "
-                         "--captions_file: name one of them, and nothing else")  # fmt: skip
+        raise InputError("--features takes a FOLDER of images or a --captions_file, nothing else")
     if folder and not folder.is_dir():
         raise InputError(f"{args.image}: no such folder; --features takes a folder of images")
     names = find_images(folder) if folder else read_lines(args.captions_file, "caption")
@@ -198,8 +196,7 @@ def save_features(args: argparse.Namespace, folder: Path | None) -> None:
 
 
 def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
-    """The lines of `captions_file`, or else the validation captions of the run of `weights`. Raises
-    `InputError` if there are none."""
+    """The lines of a file, or the validation captions of the run of `weights`, or `InputError`."""
     from utils.data.annotations import caption_file, missing_annotations, read_annotations
 
     if captions_file:
@@ -207,18 +204,14 @@ def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
     trained = trained_on(weights)
     if trained is None:
         raise InputError(
-            f"{weights}: does not belong to a run of train.py, so there are no captions "
-            "to choose from; give some with --text or --captions_file"
+            f"{weights}: does not belong to a run of train.py: add --text or --captions_file"
         )
     captions = []
     for language in trained.languages:
         validation = caption_file(trained.dataset_path, language, "val")
         missing = missing_annotations(validation)
         if missing:
-            raise InputError(
-                f"{missing}, where the weights were trained; give captions to choose from with "
-                "--text or --captions_file"
-            )
+            raise InputError(f"{missing}, of the weights' run; add --text or --captions_file")
         captions += read_annotations(validation, "val", language).captions
     return captions
 

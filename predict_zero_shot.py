@@ -15,7 +15,7 @@ from models.scripts import ArgumentParser, from_here
 from utils.data.templates import TEMPLATE_SETS, read_templates
 from utils.runs.answers import write_answers
 from utils.runs.arguments import add_loading, answer_file, fraction, name_or_path
-from utils.runs.default_weights import add_weights, weights_to_use
+from utils.runs.default_weights import weights_to_use
 
 LABELS = ["two line charts", "a schematic diagram", "a landscape photo", "a oil painting"]
 DIGITS = 6  # significant, of probabilities and similarities in files
@@ -43,7 +43,6 @@ def build_parser() -> ArgumentParser:
         "cosine similarity to the image is at least T, such as 0.25 (a SigLIP: whose own "
         "probability is)")
     # fmt: on
-    add_weights(parser)
     add_loading(parser)
     return parser
 

@@ -40,12 +40,9 @@ def read_own(
     files: list[SourceFile], root: Path, named: list[Path], language: str = "en"
 ) -> tuple[Captions, Splits, Copied]:
     """The captions of images, their splits, and the files to copy, by the images' paths below the
-    folder `root`; images there are not copied.
-
-    Captions are read from the files that the user `named`, or else from all. Without splits in
-    entries or file names, the images are split at random. Raises `InputError` for unusable
-    captions, and for images without a file or with several.
-    """
+    folder `root`; images there are not copied. Captions are read from the files that the user
+    `named`, or else from all. Without splits in entries or file names, the images are split at
+    random. Raises `InputError` for unusable captions, and images without a file or with several."""
     for source in named:
         if _is_ready(source, language):
             raise InputError(f"{source}: is read as it is: train.py --dataset_path {source}")
@@ -70,16 +67,15 @@ def read_own(
     if len(splits) == 1:
         splits = split_at_random(captions.keys())
         warn(
-            f"the {len(captions):,} images are split at random into train, val and test; a column "
-            "split, or a file of captions for each, called so, chooses otherwise; for the official "
-            "splits of Flickr8k name Flickr8k_text.zip with --source as well, or add --download"
+            f"the {len(captions):,} images are split at random; a column split, or files of "
+            "captions called train, val and test choose otherwise; for the official splits of "
+            "Flickr8k name Flickr8k_text.zip with --source as well, or add --download"
         )
     return captions, splits, copied
 
 
 def _is_ready(source: Path, language: str) -> bool:
-    """Whether `train.py` reads the splits of a source: folders without a list, or Chinese-CLIP's
-    lists."""
+    """Whether `train.py` reads a source's splits: folders without a list, Chinese-CLIP's lists."""
     lists = [f for f in source.iterdir() if f.suffix in SUFFIXES] if source.is_dir() else []
     if lists and not any(file.name.endswith(CHINESE_CLIP) for file in lists):
         return False
@@ -107,12 +103,10 @@ def _records(file: SourceFile) -> Iterator[Record]:
 
 
 def split_at_random(names: Set[str]) -> Splits:
-    """Split images 6 : 1 : 1 into train, val and test, always in the same way. Raises `InputError`
-    for less than three."""
+    """Split images 6 : 1 : 1 into train, val and test. Raises `InputError` for less than three."""
     if len(names) < 3:
         raise InputError(
-            f"{len(names)} images, where a split into train, val and test takes at least 3; name "
-            "more of them with --source"
+            f"{len(names)} images, where train, val and test take at least 3; add some"
         )
     shuffled = sorted(names)
     random.Random(0).shuffle(shuffled)
@@ -126,9 +120,8 @@ def warn(message: str) -> None:
 
 
 def caption_files(files: list[SourceFile], root: Path, named: set[Path]) -> list[SourceFile]:
-    """The files with captions, among the `named` ones if any of these may have some, without those
-    that prepare.py wrote to `root`. Raises `InputError` for a named file without captions, and if
-    no file has any."""
+    """The files with captions, among the `named` ones if any of these may have some, but none that
+    prepare.py wrote to `root`. Raises `InputError` if no file, or a named one, has none."""
     given = [file for file in files if absolute(file.path) in named and not file.archive]
     given = [file for file in given if _suffix(file) in SUFFIXES + OTHER_SUFFIXES]
     others = [file for file in files if _suffix(file) in SUFFIXES or file.parts[-1] == KAGGLE]
@@ -147,10 +140,9 @@ def caption_files(files: list[SourceFile], root: Path, named: set[Path]) -> list
         raise InputError(f"files of the sources hold no captions:{shown}")
     if not holders:
         raise InputError(
-            f"there are no captions in the sources: none of Flickr8k.token.txt, {KAGGLE} and "
-            "dataset_flickr8k.json, and no other file with CSV, TSV, JSON lines, COCO or a list (a "
-            "name that is written, as en_train.json, does not count: call it captions.json); name "
-            "what holds one with --source, or add --download"
+            f"there are no captions in the sources: no Flickr8k.token.txt, {KAGGLE} or "
+            "dataset_flickr8k.json, nor CSV, TSV, JSON lines, COCO or a list (en_train.json is a "
+            "result: call it captions.json); name what holds one with --source, or add --download"
         )
     if reasons:
         warn(f"files that hold no captions are left out:{shown}")
@@ -200,7 +192,7 @@ def _splits(holders: list[SourceFile]) -> list[str]:
 
 def _image_name(image: object) -> str:
     path = PureWindowsPath(image.strip() if isinstance(image, str) else "")
-    if not path.name or path.name == "..":
+    if path.name in ("", ".."):
         raise ValueError("should be the path of a file")
     return path.as_posix()
 
@@ -221,22 +213,18 @@ def _place(images: set[str], files: list[SourceFile], root: Path) -> tuple[dict[
     for image, (file, *others) in found.items():
         if others:
             raise InputError(
-                f"{image}: several files may be meant, {file} and {others[0]}; write more of the "
-                "path in the captions' file"
+                f"{image}: several files may be meant, {file} and {others[0]}; write a longer path"
             )
         target, inside = file.below(root), INSIDE.fullmatch(image)
         if inside and file.name.lower().endswith(PurePosixPath(inside[1]).name.lower()):
             if target is None:
-                raise InputError(
-                    f"{file}: its images stay in it; name its folder with --output as well"
-                )
+                raise InputError(f"{file}: its images stay in it; name its folder with --output")
             target += f"/{inside[3]}"
         elif target is None:
             target = "images/" + re.sub("^images/", "", file.name, flags=re.IGNORECASE)
             if copied.setdefault(target, file) != file:
                 raise InputError(
-                    f"{file} and {copied[target]} both become {target}; name one folder that holds "
-                    "both with --source"
+                    f"{file} and {copied[target]} both become {target}; name one --source of both"
                 )
         target_of[image] = target
     return target_of, copied

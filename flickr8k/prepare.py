@@ -40,12 +40,7 @@ from flickr8k.sources import FileIndex, SourceFile, find_files, zip_members
 from models import scripts
 from models.errors import InputError
 from models.host import run_script
-from utils.data.annotations import (
-    annotations_json,
-    image_path,
-    refuse_another_set,
-    write_set,
-)
+from utils.data.annotations import annotations_json, image_path, refuse_another_set, write_set
 from utils.data.caption_formats import SPLIT_WORDS
 
 RELEASE = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"
@@ -90,8 +85,7 @@ def read_karpathy(file: SourceFile) -> tuple[Captions, Splits]:
             captions[name] = [sentence["raw"].strip() for sentence in image["sentences"]]
     except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise InputError(
-            f"{file}: is not Karpathy's JSON ({type(error).__name__}: {error}); it should hold "
-            "images with filename, split (train, val or test) and sentences with raw"
+            f"{file}: is not Karpathy's JSON: images with filename, split, sentences ({error!r})"
         ) from None
     return captions, splits
 
@@ -106,8 +100,8 @@ def has_official_splits(files: FileIndex) -> bool:
 
 
 def read_official(files: FileIndex) -> tuple[Captions, Splits, Copied] | None:
-    """Captions and official splits; None if the files have neither Karpathy's JSON nor a file of
-    the official zip. Raises `InputError` if they have only some of the latter."""
+    """Captions and official splits; None without Karpathy's JSON and the official zip. Raises
+    `InputError` for only some of the latter's files."""
     missing = [name for name in OFFICIAL if not files.named(name)]
     if not missing:
         captions = read_tokens(files.named(TOKENS))
@@ -117,8 +111,7 @@ def read_official(files: FileIndex) -> tuple[Captions, Splits, Copied] | None:
         captions, splits = read_karpathy(file)
     elif len(missing) < len(OFFICIAL):
         raise InputError(
-            f"of the official files there are some, but not {', '.join(missing)}; name {TEXT_ZIP} "
-            "with --source, or add --download"
+            f"some official files, not {', '.join(missing)}; add --source {TEXT_ZIP} or --download"
         )
     else:
         return None
@@ -136,18 +129,15 @@ def check_splits(splits: Splits, captions: Captions) -> None:
         if count > 1:
             raise InputError(f"{name} is in the splits {count} times; list it once, in one split")
         if not captions.get(name):
-            raise InputError(
-                f"{name} is in a split, but has no caption; is the source complete (--source)?"
-            )
+            raise InputError(f"{name} has a split, no caption; is the source complete (--source)?")
 
 
 def prepare(
     root: Path, sources: Iterable[Path] = (), download: bool = False, language: str = "en"
 ) -> dict[str, int]:
-    """Write Flickr8k, or your own data set, from `sources` to the folder `root`; return the
-    number of images by split. With `download`, what the sources lack is downloaded to
-    `root / "downloads"`. Images of the same size are not written again. Raises `InputError` for
-    missing or unreadable files, and as `write_set` does."""
+    """Write Flickr8k, or your own data set, from `sources` to the folder `root`; return the number
+    of images by split. With `download`, what the sources lack comes to `root / "downloads"`. Images
+    of the same size stay. Raises `InputError` for unusable files, and as `write_set` does."""
     sources = list(sources)
     with ExitStack() as open_zips:
         found = find_files(sources, open_zips)
@@ -173,8 +163,7 @@ def prepare(
             if missing := [i for i in images if not (sizes.get(i) or i in copied)]:
                 raise InputError(
                     f"{len(missing):,} of {len(images):,} images are in none of the sources, for "
-                    f"example {missing[0]}; name the folder or zip that holds them with --source, "
-                    "or add --download"
+                    f"example {missing[0]}; name what holds them with --source, or add --download"
                 )
         write_set(
             root,
@@ -211,11 +200,6 @@ def _download(name: str, root: Path) -> Path:
         ) from None
 
 
-def _in_words(counts: dict[str, int]) -> str:
-    train, val, test = (f"{counts.get(split, 0):,}" for split in SPLIT_LISTS)
-    return f"{train} training, {val} validation and {test} test images"
-
-
 def main() -> None:
     parser = scripts.ArgumentParser(description=__doc__)
     add = parser.add_argument
@@ -235,7 +219,8 @@ def main() -> None:
     if not (args.download or args.source):
         parser.error("say where to get Flickr8k: --download, or --source PATH if you have it")
     counts = prepare(args.output, args.source, args.download, args.language)
-    print(f"data set in {args.output}: {_in_words(counts)}")
+    train, val, test = (f"{counts.get(split, 0):,}" for split in SPLIT_LISTS)
+    print(f"data set in {args.output}: {train} training, {val} validation and {test} test images")
 
 
 if __name__ == "__main__":

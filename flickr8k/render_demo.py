@@ -1,8 +1,6 @@
 """Render the demo set: 2,000 training and 200 validation images of coloured shapes, 64x64 pixels,
-with five English and five Chinese captions each.
-
-An image shows one object on a plain background. No two images have the same shape, colour, size,
-place and background, and every caption names all five, so it describes one image only.
+with five English and five Chinese captions each. An image shows one object. No two images have the
+same shape, colour, size, place and background, and every caption names all five.
 """
 
 import math
@@ -73,8 +71,7 @@ def _cross(arm: float) -> Points:
 
 
 def _fitted(points: Points, extent: float) -> Points:
-    """The points, moved and scaled so that the centre of their bounding box is the origin, and half
-    its longer side is `extent`."""
+    """The points with their bounding box centred at 0, and half its longer side `extent`."""
     box = [(min(axis), max(axis)) for axis in zip(*points, strict=True)]
     centre_x, centre_y = ((low + high) / 2 for low, high in box)
     scale = 2 * extent / max(high - low for low, high in box)
@@ -95,8 +92,6 @@ OUTLINES = {
 
 
 class Scene(NamedTuple):
-    """The attributes of an image."""
-
     shape: str
     colour: str
     size: str

@@ -1,8 +1,5 @@
-"""BERT as the text tower of Chinese-CLIP (Devlin et al. 2019; Yang et al. 2022, section 3.1).
-
-The weights have BERT's names. Unlike CLIP's own text tower, norms follow the residual sum. There is
-no dropout.
-"""
+"""BERT as the text tower of Chinese-CLIP (Devlin et al. 2019; Yang et al. 2022, section 3.1). The
+weights have BERT's names. There is no dropout."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -56,8 +53,7 @@ class Bert(nn.Module):
         self.encoder = Encoder(config)
 
     def forward(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
-        """Ids `[t]` of packed tokens and their positions `[t]` in their texts -> `[n, w]`: the
-        output of the pooled tokens."""
+        """Ids and positions `[t]` of packed tokens -> the output of the pooled ones, `[n, w]`."""
         return self.encoder(self.embeddings(ids, positions), layout)
 
     def initialize(self) -> None:
@@ -93,11 +89,8 @@ class Encoder(BlockStack):
 
     def __init__(self, config: Config):
         super().__init__()
-        width, heads = config.transformer_width, config.transformer_heads
-        self.layer = nn.ModuleList(
-            Block(width, heads, config.transformer_mlp_width)
-            for _ in range(config.transformer_layers)
-        )
+        sizes = config.transformer_width, config.transformer_heads, config.transformer_mlp_width
+        self.layer = nn.ModuleList(Block(*sizes) for _ in range(config.transformer_layers))
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -105,8 +98,7 @@ class Encoder(BlockStack):
 
 
 class Block(nn.Module):
-    """Attention and an MLP, each added to its input and then layer-normalised (post-norm, as in
-    Vaswani et al. 2017, section 3.1)."""
+    """Attention and an MLP, each followed by the residual sum and a norm (Vaswani et al. 2017)."""
 
     def __init__(self, width: int, heads: int, mlp_width: int):
         super().__init__()
@@ -131,8 +123,7 @@ class Block(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017, section 3.2) over packed sequences, without
-    the output layer."""
+    """Multi-head self-attention over packed sequences, without the output layer."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()

@@ -33,10 +33,8 @@ def compile_for_training(tower: nn.Module, dynamic: bool | None = None) -> None:
 
 
 class CLIP(nn.Module):
-    """The image tower `visual`, the text tower, and the logit scale.
-
-    The parameters have no initial values: call `initialize`, or use `build_model` with weights.
-    """
+    """The image tower `visual`, the text tower, and the logit scale. The parameters have no initial
+    values: call `initialize`, or use `build_model` with weights."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -100,30 +98,22 @@ class CLIP(nn.Module):
         `InputError` for rows that are too long.
         """
         if tokens.shape[1] > self.context_length:
-            raise InputError(
-                f"texts of {tokens.shape[1]} tokens; this model reads {self.context_length}"
-            )
+            length = tokens.shape[1]
+            raise InputError(f"texts of {length} tokens; this model reads {self.context_length}")
         tokens = tokens.cpu()
         ends = self.text_tower.last_tokens(tokens)
         features = self._encode_tokens(*pack(tokens, ends, self.text_tower.causal, self.device))
         return F.normalize(features.float(), dim=-1) if normalize else features
 
     def encode_text_grid(self, tokens: Tensor) -> Tensor:
-        """`encode_text` for token ids on the model's device, without packing.
-
-        ONNX export records the operations of one call and repeats them for any texts. It cannot
-        record packing, after which the shapes depend on the texts.
-        """
+        """`encode_text` for token ids on the model's device, without packing, after which shapes
+        depend on the texts: ONNX export cannot record that."""
         n, length = tokens.shape
         positions = torch.arange(length, device=tokens.device)
         starts = torch.arange(n, device=tokens.device) * length
         ends, causal = self.text_tower.last_tokens(tokens), self.text_tower.causal
-        layout = Layout(
-            length,
-            pooled=starts + ends if causal else starts,
-            causal=causal,
-            filled=positions <= ends[:, None],
-        )
+        pooled, filled = starts + ends if causal else starts, positions <= ends[:, None]
+        layout = Layout(length, pooled, causal=causal, filled=filled)
         return self._encode_tokens(tokens.flatten(), positions.repeat(n), layout)
 
     def _encode_tokens(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
@@ -161,8 +151,7 @@ class CLIP(nn.Module):
             self.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
 
     def enable_grad_checkpointing(self) -> None:
-        """Save memory in training: recompute the activations inside the blocks of transformers
-        during the backward pass (Chen et al. 2016)."""
+        """Recompute activations of transformers in the backward pass (Chen et al. 2016)."""
         for module in self.modules():
             if isinstance(module, BlockStack):
                 module.grad_checkpointing = True

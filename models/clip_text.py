@@ -11,11 +11,9 @@ from models.transformer import BlockStack, LayerNorm, Transformer, embedding
 
 
 class TextTower:
-    """A causal transformer whose output is read at the last token.
-
-    The published names of weights make its modules attributes of the model. So the methods of every
-    text tower take the model. Each tower has what this one has: see `TEXT_TOWERS`.
-    """
+    """A causal transformer whose output is read at the last token. Each of `TEXT_TOWERS` has what
+    this one has. The published names of weights make its modules attributes of the model, which the
+    methods therefore take."""
 
     causal = True  # a token attends to none after it, and the feature is read at the last
     language = "English"  # of the texts in the training of the published models
@@ -50,8 +48,7 @@ class TextTower:
         return model.transformer
 
     def last_tokens(self, tokens: Tensor) -> Tensor:
-        """The position `[n]` of the last token in each row `[n, l]` of `tokenize`: the end-of-text
-        token, which has the largest id."""
+        """The position `[n]` of the end-of-text token, the largest id, in each row `[n, l]`."""
         return tokens.argmax(dim=1)
 
     def encode(self, model: nn.Module, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:

@@ -1,10 +1,5 @@
-"""`load` and `build_model` make models with weights, `create_model` makes models without.
-
-As a script, this file downloads weights, or lists those that have a name:
-
-    python models/clip_utils.py --model ViT-B/16
-    python models/clip_utils.py --list
-"""
+"""`load` and `build_model` make models with weights, `create_model` makes models without. As a
+script, this file downloads weights, or lists those that have a name: see `HELP`."""
 
 import os
 import sys
@@ -65,15 +60,12 @@ the cache of the library huggingface_hub. Its environment variables:
 
 
 def create_model(name: str, input_shape: int | None = None) -> CLIP:
-    """A model with random weights, for training from scratch.
-
-    `name` is one of `CONFIGS`; `input_shape` is another image resolution, in pixels. Raises
-    `InputError` for an unknown name and for an impossible resolution.
-    """
+    """The model of `CONFIGS` with that name and random weights, for training from scratch;
+    `input_shape` is another image resolution, in pixels. Raises `InputError` for an unknown name
+    and for an impossible resolution."""
     if name not in CONFIGS:
-        near = near_names(name, CONFIGS)
-        known = ", ".join(CONFIGS)
-        raise InputError(f"no model is called {name!r}{near}; the names are {known}")
+        names = f"{near_names(name, CONFIGS)}; the names are {', '.join(CONFIGS)}"
+        raise InputError(f"no model is called {name!r}{names}")
     config = CONFIGS[name]
     if input_shape is not None:
         check_resolution(config, input_shape)
@@ -83,11 +75,8 @@ def create_model(name: str, input_shape: int | None = None) -> CLIP:
 
 def find_weights(name: str | os.PathLike, download_root: str | os.PathLike = MODELS_PTH) -> Path:
     """The file or folder of the weights `name`, a name or a path as for `load`; in the folder of a
-    run, the weights that count.
-
-    Missing weights are downloaded, OpenAI's to `download_root`, others to the cache of the Hugging
-    Face hub. Raises `InputError` if `name` is neither a name nor a path, or if the download fails.
-    """
+    run, the weights that count. Missing weights are downloaded, OpenAI's to `download_root`, others
+    to the cache of the Hugging Face hub. Raises `InputError` if that fails, or for another name."""
     if name in SHA256:
         return hub.fetch_published(name, Path(download_root).expanduser() / weights_filename(name))
     check_name(name)
@@ -173,8 +162,7 @@ def build_model(
         model = OpenClipModel(config)
         side = model.visual.input_resolution
         if input_shape not in (None, side):
-            raise InputError(f"this model of open_clip takes images of {side} pixels, not of "
-                             f"{input_shape}")  # fmt: skip
+            raise InputError(f"this model takes images of {side} pixels, not of {input_shape}")
     check_keys(weights, model.state_dict())
     check_finite(weights)
     if is_own and input_shape is not None and input_shape != config.image_resolution:

@@ -79,8 +79,7 @@ class Config:
 
     @property
     def vision_heads(self) -> int:
-        """The number of attention heads of the image tower: of a ViT's blocks, or of a ResNet's
-        attention pooling."""
+        """The attention heads of a ViT's blocks, or of a ResNet's attention pooling."""
         return self.last_width // self.vision_head_width
 
 
@@ -90,7 +89,8 @@ def check_config(config: Config) -> None:
     absent |= {"text_positions"} if config.text_tower == "clip" else set()
     for name, value in vars(config).items():  # not asdict: it copies what may be nested deep
         if name in ("mean", "std"):
-            fits = isinstance(value, tuple) and len(value) == 3 and all(map(_is_number, value))
+            fits = isinstance(value, tuple) and len(value) == 3
+            fits = fits and all(isinstance(x, int | float) and math.isfinite(x) for x in value)
         elif name in CHOICES:
             fits = value in CHOICES[name]
         elif value is None:
@@ -122,7 +122,3 @@ def describing() -> Iterator[None]:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"its description is not that of a CLIP ({one_line(error)})") from None
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

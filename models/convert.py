@@ -26,11 +26,9 @@ from models.weights.formats import FORMATS
 
 
 def convert(model: CLIP, output: Path, to: str, half: bool = False) -> None:
-    """Write a float32 model to `output` in one atomic step, floats as float16 if `half`.
-
-    Raises `InputError` if `output` exists, if the format cannot hold the model, if a number exceeds
-    float16, or if the disk is full.
-    """
+    """Write a float32 model to `output` in one atomic step, floats as float16 if `half`. Raises
+    `InputError` if `output` exists, if the format cannot hold the model, if a number exceeds
+    float16, or if the disk is full."""
     check_output(output, to)
     if isinstance(model, OpenClipModel) and to != "open_clip":
         raise InputError("a model that open_clip builds; take its own format, --format open_clip")

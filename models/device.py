@@ -1,7 +1,5 @@
-"""The device that computes: the CPU, a GPU with CUDA, or the GPU of a Mac (Apple's `mps`).
-
-`mps` follows torch's documentation and its list of known faults; no Mac was available for a test.
-"""
+"""The device that computes: the CPU, a GPU with CUDA, or the GPU of a Mac (Apple's `mps`, never
+tested: no Mac was available)."""
 
 from collections.abc import Callable
 

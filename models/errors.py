@@ -8,11 +8,8 @@ from itertools import islice
 
 
 class InputError(ValueError):
-    """A user's input cannot be used.
-
-    The message has one or a few lines. It names the file (and the field in it), the fault and the
-    remedy. Scripts print it without a traceback and exit with code 2.
-    """
+    """A user's input cannot be used. The message names the file (and the field in it), the fault
+    and the remedy, in a few lines. Scripts print it without a traceback and exit with code 2."""
 
 
 def one_line(text: object) -> str:

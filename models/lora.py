@@ -1,5 +1,4 @@
-"""Low-rank adaptation (Hu et al. 2022): the matrices of a model are frozen, and training learns a
-change of each, the product of two far smaller matrices."""
+"""Low-rank adaptation (Hu et al. 2022): of each frozen matrix a change of low rank is learned."""
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +29,7 @@ class LowRank(nn.Module):
         self.b = nn.Parameter(weight.new_zeros(parts, out // parts, rank))
 
     def forward(self, x: Tensor, parts: slice = slice(None)) -> Tensor:
-        """`[..., in]` -> `[..., out]`, or the outputs of some parts, without the large product
-        `b @ a`."""
+        """`[..., in]` -> `[..., out]`, or the outputs of some parts, without computing `b @ a`."""
         a, b = self.a[parts], self.b[parts] * (ALPHA / self.a.shape[1])
         inner = F.linear(x, a.flatten(0, 1)).unflatten(-1, a.shape[:2])
         if len(a) == 1:
@@ -40,19 +38,17 @@ class LowRank(nn.Module):
 
 
 def add_lora(model: CLIP, rank: int) -> None:
-    """Freeze all parameters, and add a trainable change of this rank to every linear layer of both
-    transformers (attention and MLP) that was trainable.
-
-    At first the outputs stay the same, bit for bit. Norms, biases, embeddings, projections and the
-    logit scale are frozen, as in the paper (section 4.2) and in CLIP-LoRA (Zanella & Ben Ayed
-    2024). Raises `InputError` for a ResNet, and for a model that open_clip builds.
-    """
+    """Freeze all parameters, and add a trainable change of this rank, zero at first, to every
+    linear layer of both transformers (attention and MLP) that was trainable, as in the paper
+    (section 4.2) and in CLIP-LoRA (Zanella & Ben Ayed 2024). Raises `InputError` for a ResNet, and
+    for a model that open_clip builds."""
     if not isinstance(model.config, Config):
         raise InputError("--lora changes this project's own transformers, and this model is built "
                          "by open_clip: leave --lora out, or try --lock_image N")  # fmt: skip
     if not model.config.is_vit:
-        raise InputError("--lora changes transformers, and this image tower is a ResNet: take a "
-                         "ViT, or leave --lora out")  # fmt: skip
+        raise InputError(
+            "--lora is for transformers, not for a ResNet: take a ViT, or leave it out"
+        )
     learned = {parameter for parameter in model.parameters() if parameter.requires_grad}
     model.requires_grad_(False)
     for module in list(model.modules()):
@@ -60,7 +56,7 @@ def add_lora(model: CLIP, rank: int) -> None:
             module.lora = LowRank(module.in_proj_weight, rank, parts=3)
         if isinstance(module, nn.Linear) and module.weight in learned:
             module.lora = LowRank(module.weight, rank)
-            module.register_forward_hook(_add_change)
+            module.register_forward_hook(lambda linear, inputs, out: out + linear.lora(*inputs))
 
 
 def merged(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -74,7 +70,3 @@ def merged(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             matrix = f"{owner}.weight" if is_linear else f"{owner}.in_proj_weight"
             plain[matrix] = plain[matrix] + (b @ a).flatten(0, 1) * (ALPHA / a.shape[1])
     return plain
-
-
-def _add_change(linear: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-    return output + linear.lora(*inputs)

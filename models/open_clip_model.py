@@ -77,10 +77,12 @@ class OpenClipModel(CLIP):
         self.logit_scale, self.logit_bias = built.logit_scale, built.logit_bias
         self.visual.input_resolution = square_side(self.visual.image_size)
         trunk = getattr(self.visual, "trunk", None)
+        # The last stage's: a convolution behind it, as MobileCLIP has one, may be wider.
+        width = trunk.feature_info[-1]["num_chs"] if trunk else self.visual.conv1.out_channels
         text = getattr(self.text, "config", None)
         self.config = replace(
             config,
-            last_width=trunk.num_features if trunk else self.visual.conv1.out_channels,
+            last_width=width,
             transformer_width=text.hidden_size if text else self.text.width,
         )
         for module, name in product(self.modules(), RANDOM):
@@ -117,10 +119,8 @@ class OpenClipModel(CLIP):
         """The last projections of towers from timm and transformers, which learn though the rest of
         a tower is frozen, by tower: "image", "text"."""
         head = getattr(self.visual, "head", None)
-        found = {
-            "image": getattr(head, "proj", None) or getattr(head, "mlp", None),
-            "text": getattr(self.text, "proj", None),
-        }
+        image = getattr(head, "proj", None) or getattr(head, "mlp", None)
+        found = {"image": image, "text": getattr(self.text, "proj", None)}
         return {tower: m for tower, m in found.items() if m and list(m.parameters())}
 
     def save_tokenizer(self, folder: Path) -> None:

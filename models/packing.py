@@ -18,10 +18,8 @@ LENGTH_MULTIPLE = {"cuda": 8}
 
 
 class Layout(NamedTuple):
-    """How n sequences are packed, and which token of each is pooled.
-
-    The grid has n rows of `length` cells, numbered row by row.
-    """
+    """How n sequences are packed, and which token of each is pooled. The grid has n rows of
+    `length` cells, numbered row by row."""
 
     length: int  # at least the number of tokens in the longest sequence
     pooled: Tensor  # [n] row of the token at which the feature of each sequence is read
@@ -61,11 +59,8 @@ def pack(
     tokens: Tensor, ends: Tensor, causal: bool, device: torch.device
 ) -> tuple[Tensor, Tensor, Layout]:
     """Rows of token ids `[n, l]` and the position `[n]` of the last token in each, both on the CPU
-    -> on the device the ids `[t]` of the packed tokens, their positions `[t]` in their texts, and
-    the layout. It is pooled at the last token if `causal`, else at the first.
-
-    What follows a row's last token is left out.
-    """
+    -> on the device the ids `[t]` of the tokens up to those, their positions `[t]` in their texts,
+    and the layout. It is pooled at the last token if `causal`, else at the first."""
     multiple = LENGTH_MULTIPLE.get(device.type, 1)
     length = (int(ends.max()) // multiple + 1) * multiple
     filled = torch.arange(length) <= ends[:, None]

@@ -87,8 +87,7 @@ def is_one_colour(image: Image.Image) -> bool:
 
 def normalize(images: Tensor, mean: Colour = OPENAI_MEAN, std: Colour = OPENAI_STD) -> Tensor:
     """uint8 `[..., 3, r, r]` -> float32 of the same shape: scaled to 0 to 1, minus the mean of its
-    channel, divided by the standard deviation. Floats, from a user's own transform, stay as they
-    are."""
+    channel, divided by the standard deviation. Floats, of a user's own transform, stay."""
     if images.is_floating_point():
         return images
     mean, std = _on_device(mean, images.device), _on_device(std, images.device)
@@ -113,11 +112,8 @@ class Preprocess:
     resize_mode: str = "shortest"
 
     def resize_and_crop(self, image: Image.Image) -> Tensor:
-        """An RGB image -> uint8 `[3, side, side]`.
-
-        Mode "shortest" resizes the short side and crops the centre, as torchvision's `Resize`
-        and `CenterCrop` do, pixel for pixel. Mode "squash" resizes both sides.
-        """
+        """An RGB image -> uint8 `[3, side, side]`. Mode "shortest" resizes the short side and crops
+        the centre, as torchvision's `Resize` and `CenterCrop` do; "squash" resizes both sides."""
         side, width, height = self.side, self.side, self.side
         if self.resize_mode == "shortest":
             width, height = (int(side * length / min(image.size)) for length in image.size)

@@ -68,14 +68,11 @@ class AttentionPool2d(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """A stem of three convolutions, four stages of bottlenecks, then attention pooling.
-
-    `input_resolution` r is in pixels.
-    """
+    """A stem of three convolutions, four stages of bottlenecks, then attention pooling."""
 
     def __init__(self, config: Config):
         super().__init__()
-        self.input_resolution = config.image_resolution
+        self.input_resolution = config.image_resolution  # pixels, r below
         layers, width = config.vision_layers, config.vision_width
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width // 2)

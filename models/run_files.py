@@ -20,8 +20,6 @@ MIXTURE = "weights/wise_ft_weights.pth"
 
 
 class TrainedOn(NamedTuple):
-    """The data that a run was trained on."""
-
     dataset_path: Path
     languages: list[str]
 
@@ -58,5 +56,4 @@ def trained_on(weights: str | Path) -> TrainedOn | None:
         languages = [languages] if isinstance(languages, str) else list(map(str, languages))
         return TrainedOn(Path(arguments["dataset_path"]), languages)
     except (LookupError, TypeError):
-        raise InputError(f"{run / ARGUMENTS}: should hold the dataset_path and language of its "
-                         "run; give both, or mend it") from None  # fmt: skip
+        raise InputError(f"{run / ARGUMENTS}: should hold dataset_path and language") from None

@@ -1,8 +1,5 @@
 """The transformer that the image tower and the text tower share (Radford et al. 2021, section 2.4).
-
-The sequences of a batch are packed, see `models.packing`: t is the number of tokens in the batch
-without padding, w the width.
-"""
+The sequences of a batch are packed, see `models.packing`: t tokens without padding, of width w."""
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +11,7 @@ from models.packing import Layout
 
 
 class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), an approximation of GELU (Hendrycks & Gimpel 2016, section 2). The
-    published weights were trained with it."""
+    """x * sigmoid(1.702 x), an approximation of GELU (Hendrycks & Gimpel 2016, section 2)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """A tensor of any shape -> the same shape."""
@@ -41,8 +37,7 @@ ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer normalisation (Ba et al. 2016), computed in float32; the output has the type of the
-    input."""
+    """Layer normalisation (Ba et al. 2016), computed in float32, output in the input's type."""
 
     def forward(self, x: Tensor) -> Tensor:
         """A tensor `[..., w]` -> the same shape and type."""
@@ -74,8 +69,7 @@ class _LayerNorm(torch.autograd.Function):
 
 
 def embedding(rows: int, width: int) -> nn.Embedding:
-    """An embedding without initial values. To draw them on the meta device, as `nn.Embedding` does,
-    imports torch's compiler."""
+    """`nn.Embedding` without initial values, whose drawing would import torch's compiler."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
@@ -118,13 +112,13 @@ class ResidualAttentionBlock(nn.Module):
     """Attention and an MLP, each applied to the layer-normalised input and added to the input
     (pre-norm, as in Radford et al. 2019, section 2.3)."""
 
-    def __init__(self, width: int, heads: int, mlp_width: int, activation: nn.Module):
+    def __init__(self, width: int, heads: int, mlp_width: int, activation: str):
         super().__init__()
         self.attn = MultiheadAttention(width, heads)
         self.ln_1 = LayerNorm(width)
         self.mlp = nn.Sequential()
         self.mlp.add_module("c_fc", nn.Linear(width, mlp_width))
-        self.mlp.add_module("gelu", activation)
+        self.mlp.add_module("gelu", ACTIVATIONS[activation]())
         self.mlp.add_module("c_proj", nn.Linear(mlp_width, width))
         self.ln_2 = LayerNorm(width)
 
@@ -168,12 +162,10 @@ class Transformer(BlockStack):
 
     def __init__(self, width: int, layers: int, heads: int, mlp_width: int, activation: str):
         super().__init__()
-        self.resblocks = nn.Sequential(
-            *(
-                ResidualAttentionBlock(width, heads, mlp_width, ACTIVATIONS[activation]())
-                for _ in range(layers)
-            )
+        blocks = (
+            ResidualAttentionBlock(width, heads, mlp_width, activation) for _ in range(layers)
         )
+        self.resblocks = nn.Sequential(*blocks)
 
     @property
     def blocks(self) -> nn.Sequential:

@@ -9,14 +9,11 @@ from models.transformer import LayerNorm, Transformer
 
 
 class VisionTransformer(nn.Module):
-    """A transformer over square patches of an image, pooled at the class token.
-
-    `input_resolution` r is in pixels.
-    """
+    """A transformer over square patches of an image, pooled at the class token."""
 
     def __init__(self, config: Config):
         super().__init__()
-        self.input_resolution = config.image_resolution
+        self.input_resolution = config.image_resolution  # pixels, r below
         patch_size, width = config.vision_patch_size, config.vision_width
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
         tokens = (config.image_resolution // patch_size) ** 2 + 1

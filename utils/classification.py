@@ -40,7 +40,7 @@ from utils.retrieval.encode import encode_images, encode_texts
 from utils.retrieval.tables import format_rows
 from utils.runs.answers import write_answers
 from utils.runs.arguments import add_scoring, answer_file, name_or_path, path, picture
-from utils.runs.default_weights import add_weights, weights_to_use
+from utils.runs.default_weights import weights_to_use
 
 HELD_OUT = 5  # of so many training images one is held out to choose the probe's C
 ITERATIONS = 1000  # of L-BFGS at most, as in the paper
@@ -107,8 +107,8 @@ def accuracy(scores: Tensor, labels: Tensor) -> Accuracy:
     own = scores.gather(1, labels[:, None])
     lower = torch.arange(classes) < labels[:, None]
     before = ((scores > own) | ((scores == own) & lower)).sum(dim=1)
-    confusion = torch.zeros(classes, classes, dtype=torch.int64)
-    confusion.index_put_((labels, scores.argmax(dim=1)), torch.tensor(1), accumulate=True)
+    pairs = classes * labels + scores.argmax(dim=1)
+    confusion = pairs.bincount(minlength=classes**2).view(classes, classes)
     per_class = 100 * confusion.diagonal().double() / confusion.sum(dim=1)
     return Accuracy(
         100 * (before < 1).double().mean().item(),
@@ -120,16 +120,13 @@ def accuracy(scores: Tensor, labels: Tensor) -> Accuracy:
 
 
 def linear_probe(train: Features, features: Tensor, classes: Sequence[str]) -> tuple[Tensor, float]:
-    """Train scikit-learn's logistic regression on `train`; return its logits `[n, c]` for
-    `features` `[n, d]`, and the `C` of `choose_c`. Raises `InputError` if a class has no training
-    image, or if no class has two."""
+    """The logits `[n, c]` of scikit-learn's logistic regression, trained on `train`, for `features`
+    `[n, d]`, and the `C` of `choose_c`. Raises `InputError` for a class without training images."""
     inputs, labels = train.images.cpu().numpy(), train.labels.numpy()
     counts = np.bincount(labels, minlength=len(classes))
     if not counts.all():
-        raise InputError(
-            f"{classes[counts.argmin()]!r}: there is no training image of this class that can be "
-            "read; add some, or remove the class"
-        )
+        name = classes[counts.argmin()]
+        raise InputError(f"{name!r}: there is no training image of this class to read; add some")
     c = choose_c(inputs, labels)
     scores = _fitted(c, inputs, labels).decision_function(features.cpu().numpy())
     if scores.ndim == 1:  # of two classes it returns the second one's logit alone
@@ -165,10 +162,7 @@ def held_out(labels: np.ndarray) -> np.ndarray:
         own = random.permutation(np.flatnonzero(labels == number))
         held[own[: max(len(own) // HELD_OUT, len(own) > 1)]] = True
     if not held.any():
-        raise InputError(
-            "--linear_probe: no class has two training images, and some are needed to choose the "
-            "strength of the regularization on; add some"
-        )
+        raise InputError("--linear_probe: no class has two training images, to choose C; add some")
     return held
 
 
@@ -233,7 +227,6 @@ def build_parser() -> ArgumentParser:
     add("--linear_probe", action="store_true",
         help="also score a logistic regression, trained on the image features of train/ (or "
         "torchvision's training images)")
-    add_weights(parser)
     add_scoring(parser)
     add("--json", type=writable_file, metavar="FILE",
         help="write the scores, with those of each class")

@@ -28,7 +28,7 @@ from utils.data.annotations import caption_file, missing_annotations
 from utils.retrieval.ranking import Positives, Similarities
 from utils.retrieval.scores import K_VALUES, Scores, score_direction
 from utils.runs.arguments import add_scoring, path, picture
-from utils.runs.default_weights import add_weights, weights_to_use
+from utils.runs.default_weights import weights_to_use
 
 
 def compute_metrics(
@@ -88,7 +88,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--language", nargs="+", choices=["en", "cn"],
         help="language of the captions, one or both (default: those of the weights' run, else en)")
     add("--split", choices=["val", "test"], default="val", help="images to score (default: val)")
-    add_weights(parser)
     add_scoring(parser)
     add("--json", type=writable_file, metavar="FILE", help="write the scores, K from 1 to 10")
     add("--plot", type=picture, metavar="FILE",
@@ -155,9 +154,8 @@ def data_to_score_on(args: argparse.Namespace, weights: str | Path) -> TrainedOn
     for language in languages:
         missing = missing_annotations(caption_file(dataset_path, language, args.split))
         if missing:
-            raise InputError(
-                f"{missing}; name the data to score on with --dataset_path and --language"
-            )
+            advice = "name the data to score on with --dataset_path and --language"
+            raise InputError(f"{missing}; {advice}")
     return TrainedOn(dataset_path, languages)
 
 

@@ -96,8 +96,7 @@ def check_resolution(config: Config, input_shape: int) -> int:
     if input_shape < stride or input_shape % stride:
         nearest = max(1, round(input_shape / stride)) * stride
         raise InputError(
-            f"--input_shape {input_shape} is not a multiple of {stride}, which this model needs; "
-            f"the nearest multiple is {nearest}"
+            f"--input_shape {input_shape} is not a multiple of {stride}; the nearest is {nearest}"
         )
     return stride
 
@@ -105,12 +104,10 @@ def check_resolution(config: Config, input_shape: int) -> int:
 def resize_positional_embedding(
     weights: dict[str, Tensor], config: Config, input_shape: int
 ) -> dict[str, Tensor]:
-    """The weights for images of `input_shape` by `input_shape` pixels.
-
-    The positional embedding of the image tower, `[1 + positions, c]`, is interpolated (bicubic) on
-    the square of its positions (Dosovitskiy et al. 2021, section 3.2). Its first row, for the class
-    token or the mean, is kept. Raises `InputError` as `check_resolution` does.
-    """
+    """The weights for images of `input_shape` by `input_shape` pixels: the positional embedding of
+    the image tower, `[1 + positions, c]`, is interpolated (bicubic) on the square of its positions
+    (Dosovitskiy et al. 2021, section 3.2), but for its first row, of the class token or the mean.
+    Raises `InputError` as `check_resolution` does."""
     stride = check_resolution(config, input_shape)
     key = "visual.positional_embedding" if config.is_vit else "visual.attnpool.positional_embedding"
     first, grid = weights[key][:1], weights[key][1:]
@@ -128,9 +125,9 @@ def check_keys(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         if key.endswith("num_batches_tracked"):  # has no effect; some files leave it out
             weights[key] = torch.zeros((), dtype=torch.long)
     common = [key for key in expected if key in weights]
-    weights.update(
-        {k: weights[k][0] for k in common if expected[k].ndim == 0 and weights[k].shape == (1,)}
-    )
+    for key in common:
+        if expected[key].ndim == 0 and weights[key].shape == (1,):
+            weights[key] = weights[key][0]
     problems = {
         "missing": [key for key in expected if key not in weights],
         "unknown": [key for key in weights if key not in expected],
@@ -142,9 +139,8 @@ def check_keys(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     }
     found = [f"{kind}: {listed(keys)}" for kind, keys in problems.items() if keys]
     if found:
-        raise InputError(
-            f"the weights do not fit a CLIP model; {'; '.join(found)}; download or save them anew"
-        )
+        problem = f"the weights do not fit a CLIP model; {'; '.join(found)}"
+        raise InputError(f"{problem}; download or save them anew")
 
 
 def _kind(tensor: Tensor) -> str:
@@ -162,7 +158,4 @@ def check_finite(weights: dict[str, Tensor]) -> None:
         and not tensor.isfinite().all()
     ]
     if not_finite:
-        raise InputError(
-            "NaN or infinity in the weights, so that every result would be NaN: "
-            f"{listed(not_finite)}; take weights from before the training went wrong"
-        )
+        raise InputError(f"NaN or infinity in the weights: {listed(not_finite)}; take earlier ones")

@@ -10,10 +10,6 @@ from models.weights import open_clip
 from models.weights.interface import Format, Weights, cast, save_archive
 
 
-def recognises(weights: Weights) -> bool:
-    return any(key.startswith("bert.") for key in weights)
-
-
 def to_ours(weights: Weights) -> Weights:
     """The weights without BERT's pooler, which no model uses."""
     return {key: tensor for key, tensor in weights.items() if not key.startswith("bert.pooler.")}
@@ -34,7 +30,7 @@ FORMAT = Format(
     """,
     write,
     files=("clip_cn_*.pt",),
-    recognises=recognises,
+    recognises=lambda weights: any(key.startswith("bert.") for key in weights),
     to_ours=to_ours,
     description=open_clip.description,
 )

@@ -1,8 +1,5 @@
-"""Downloads that end in a verified file, or in a message with the reason.
-
-`NAME.part` beside the file `NAME` holds the bytes so far; the process that writes it holds the lock
-`NAME.lock`.
-"""
+"""Downloads that end in a verified file, or in a message with the reason. Beside the file `NAME`,
+`NAME.part` holds the bytes so far, and `NAME.lock` is locked by the process that writes them."""
 
 import hashlib
 import ssl
@@ -29,12 +26,9 @@ class Unavailable(InputError):
 
 
 def download(url: str, path: Path, digest: str) -> Path:
-    """The file at `path`, downloaded from `url` unless it exists.
-
-    `digest` is an MD5 (32 hexadecimal digits) or a SHA-256 (64); a download gets its final name
-    once its digest is right. Raises `Unavailable` if the address does not give the file, and
-    another `InputError` if the file cannot be saved or has another digest.
-    """
+    """The file at `path`, downloaded from `url` unless it exists, with an MD5 (32 hexadecimal
+    digits) or a SHA-256 (64) as `digest`. Raises `Unavailable` if the address does not give the
+    file, and another `InputError` if the file cannot be saved or has another digest."""
     if path.exists():
         return path
     part = path.with_name(f"{path.name}.part")
@@ -83,8 +77,7 @@ def _digest(file: Path, like: str) -> str:
 
 
 def _receive_all(url: str, part: Path) -> None:
-    """Bring the part to the length that the server promises. A connection that breaks off is
-    continued as long as bytes arrive."""
+    """Bring the part to the length that the server promises, as long as bytes arrive."""
     while True:
         before = _size(part)
         try:
@@ -113,9 +106,7 @@ def _receive(url: str, part: Path) -> None:
             file.write(chunk)
             bar.update(len(chunk))
         if bar.total is not None and file.tell() < bar.total:
-            raise ConnectionError(
-                f"the connection broke off at {file.tell():,} of {bar.total:,} bytes"
-            )
+            raise ConnectionError(f"it broke off at {file.tell():,} of {bar.total:,} bytes")
 
 
 def _size(path: Path) -> int:

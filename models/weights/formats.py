@@ -38,10 +38,9 @@ def read_weights(
     """The weights at `path` with our keys, and the description of their model.
 
     A folder holds weights of one of `FORMATS`, in one file or in several with an index, and their
-    description; or an adapter of the library peft. The description of a file is in it, see
-    `read_file`, or lies beside it; files of cn_clip need none. `activation` ("gelu" or
-    "quick_gelu") is for a state dict without a description. Raises `InputError` for missing or
-    damaged files and for other kinds of models; the caller names `path`.
+    description; or an adapter of peft. The description of a file is in it, see `read_file`, or lies
+    beside it; one of cn_clip needs none. `activation` is for a state dict without a description.
+    Raises `InputError` for unusable files and for other models; the caller names `path`.
     """
     if (path / peft.CONFIG_FILE).exists():
         with peft.merged_folder(path) as folder:
@@ -62,9 +61,8 @@ def read_weights(
     tower = text_tower(config)
     if config.vocab_size != tower.vocabulary:
         raise InputError(
-            f"its texts are made of {config.vocab_size:,} tokens, and the "
-            f"{tower.transformers_tokenizer} here has {tower.vocabulary:,}; take a model with that "
-            "tokenizer"
+            f"its tokenizer has {config.vocab_size:,} tokens, not the {tower.vocabulary:,} of the "
+            f"{tower.transformers_tokenizer} here; take another model"
         )
     return weights, config
 

@@ -1,8 +1,5 @@
-"""Weights on the Hugging Face hub, by open_clip's name or by the name of a repository.
-
-The library huggingface_hub downloads them to its cache; cached files are used without asking the
-hub. The library, with its web client, is imported late.
-"""
+"""Weights on the Hugging Face hub, by open_clip's name or by the name of a repository. The library
+huggingface_hub, imported late, downloads them to its cache; cached files need no network."""
 
 import fnmatch
 import re
@@ -109,13 +106,11 @@ def cached(repository: str) -> Path | None:
 
 
 def _download(repository: str) -> Path:
-    """The folder of a repository's weights, downloaded to the cache in the first of `FORMATS` that
-    the repository has."""
+    """The folder of weights, downloaded in the first of `FORMATS` that the repository has."""
     from huggingface_hub import HfApi, constants, hf_hub_download
 
     if not constants.HF_HUB_OFFLINE:
-        print(f"asking {constants.ENDPOINT}/{repository}, for a minute if it does not answer",
-              file=sys.stderr)  # fmt: skip
+        print(f"asking {constants.ENDPOINT}/{repository}, for a minute at most", file=sys.stderr)
     with _explained(repository):
         listing = HfApi().model_info(repository, timeout=60)
         names = {file.rfilename for file in listing.siblings}
@@ -137,8 +132,7 @@ def _download(repository: str) -> Path:
 
 
 def _find(names: set[str]) -> tuple[Format, str] | tuple[None, None]:
-    """The first format whose weights and description are among the names of files, and the name of
-    the weights or of their index."""
+    """The first format whose files are among the names, and the weights' name or their index's."""
     for kind in FORMATS.values():
         for name in kind.files if names.issuperset(kind.descriptions[:1]) else ():
             for candidate in (name, f"{name}.index.json"):

@@ -16,12 +16,9 @@ Weights = dict[str, Tensor]
 
 
 class Format(NamedTuple):
-    """A format of weights; `models.weights.formats.FORMATS` lists all.
-
-    `write(model, output, dtype)` raises `InputError` for a model that the format cannot hold. A
-    folder or a repository on the hub has one of `files` (names or glob patterns of weights), the
-    first of `descriptions`, and perhaps the others.
-    """
+    """A format of weights. `write(model, output, dtype)` raises `InputError` for a model that the
+    format cannot hold. A folder or a repository on the hub has one of `files` (names or glob
+    patterns of weights), the first of `descriptions`, and perhaps the others."""
 
     purpose: str
     opened_by: str  # Python code with {0} for the path, {clip} and {tokenizer} for class names

@@ -79,8 +79,7 @@ def write(model: CLIP, folder: Path, dtype: torch.dtype) -> None:
 
 
 def _fold_norms(model: nn.Module) -> None:
-    """Fuse every batch norm with the convolution before it: faster, and torch 2.6 cannot export a
-    batch norm."""
+    """Fuse every batch norm, which torch 2.6 cannot export, with the convolution before it."""
     for parent in model.modules():
         for (name, module), (next_name, norm) in pairwise([*parent.named_children()]):
             if isinstance(norm, nn.BatchNorm2d):

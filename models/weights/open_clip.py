@@ -1,9 +1,6 @@
 """Folders of open_clip. Its keys are ours; open_clip_config.json describes the model. Models with
-other towers than ours are `OpenClipModel`s.
-
-For a model with BERT, which open_clip lacks in this form, `text_cfg` has two fields of our own:
-`tower` and `positions`.
-"""
+other towers than ours are `OpenClipModel`s. For BERT, which open_clip lacks in this form,
+`text_cfg` has two fields of our own: `tower` and `positions`."""
 
 import math
 from pathlib import Path
@@ -78,8 +75,7 @@ def description(folder: Path) -> Config | OpenClipConfig | None:
 
 
 def any_description(content: dict[str, Any], folder: Path) -> Config | OpenClipConfig:
-    """The description of our own model or, if it has other towers, of open_clip's; the files of its
-    tokenizer may lie in `folder`."""
+    """The description of our own model or, if it has other towers, of open_clip's in `folder`."""
     try:
         return from_open_clip(content)
     except OtherTowers as found:

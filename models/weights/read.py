@@ -35,10 +35,8 @@ NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The weights in a published TorchScript archive or in a state dict (.pt, .pth, .bin,
     .safetensors), wrapped or not, see `unwrap`; and open_clip's description of their model if the
-    file tells it (an archive, a checkpoint of train.py, a .safetensors of convert.py).
-
-    Floats are float32, except from .safetensors. Raises `InputError`, which describes any other
-    file; the caller names the file.
+    file tells it (an archive, a checkpoint of train.py, a .safetensors of convert.py). Floats are
+    float32, except from .safetensors. Raises `InputError` for any other file; the caller names it.
     """
     with _intact():
         if _is_safetensors(path):
@@ -54,11 +52,8 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
 
 def read_content(path: Path, is_wanted: Callable[[Any], bool]) -> Any | None:
     """The content of an archive of `torch.save`: numbers, texts, lists, tuples, dicts, and tensors,
-    floats as float32.
-
-    None for any other file, and if `is_wanted` refuses the content, before tensors are read. Raises
-    `InputError` for damaged content.
-    """
+    floats as float32. None for any other file, and if `is_wanted` refuses the content, before
+    tensors are read. Raises `InputError` for damaged content."""
     try:
         archive = Archive(path)
     except Exception:  # `read_file` says what it is
@@ -78,9 +73,7 @@ def _intact() -> Iterator[None]:
         raise
     except Exception as error:  # a damaged file can break its reader in any way
         reason = one_line(error) or type(error).__name__
-        raise InputError(
-            f"truncated or damaged ({reason}); download it anew, or take other weights"
-        ) from None
+        raise InputError(f"truncated or damaged ({reason}); download it anew") from None
 
 
 class Archive:
@@ -128,12 +121,9 @@ class Archive:
 
 
 def unwrap(content: Any) -> dict[str, Any]:
-    """The state dict of the CLIP in `content`: names of weights to `Tensor` or `PlainTensor`.
-
-    The state dict may be within dicts of any names (`state_dict`, `model`, `ema`), or a module
-    pickled whole. Its names may have a prefix and `INSERTED` parts. Raises `InputError` if there
-    are several CLIPs.
-    """
+    """The state dict of the CLIP in `content`: names of weights to `Tensor` or `PlainTensor`. It
+    may be within dicts of any names (`state_dict`, `model`, `ema`), or a module pickled whole; its
+    names may have a prefix and `INSERTED` parts. Raises `InputError` if there are several CLIPs."""
     if not isinstance(content, dict):
         raise InputError(f"holds {type(content).__name__}, not a state dict; save one")
     tensors = _tensors(content["model"] if _is_checkpoint(content) else content)
@@ -181,8 +171,7 @@ def _prefixes(names: Iterable[str], marks: tuple[str, ...]) -> set[str]:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Whether a weights file is .safetensors, else an archive, by its first bytes. Raises
-    `InputError` for another file."""
+    """Whether a file is .safetensors, else an archive. Raises `InputError` for another file."""
     with path.open("rb") as file:
         start = file.read(9)
     if start[8:9] == b"{":  # first, because the header's length before it can be any bytes

@@ -83,11 +83,6 @@ PROJECTIONS = {
 }
 
 
-def recognises(weights: Weights) -> bool:
-    """Whether the keys are those of a `CLIPModel`, of a part of one, or of a similar model."""
-    return not MARKS.isdisjoint(weights)
-
-
 def to_ours(weights: Weights) -> Weights:
     """The same weights with our keys."""
     ours: Weights = {}
@@ -142,8 +137,7 @@ def description(folder: Path) -> Config | None:
 
 
 def write(model: CLIP, folder: Path, dtype: torch.dtype) -> None:
-    """Write a folder for `from_pretrained` of `CLIPModel` and `CLIPProcessor`, or of
-    `ChineseCLIPModel` and `ChineseCLIPProcessor`."""
+    """Write a folder for `from_pretrained` of `CLIPModel` or `ChineseCLIPModel`, and processors."""
     config, preprocessor = config_to_transformers(model.config)
     folder.mkdir()
     dtype_name = str(dtype).removeprefix("torch.")
@@ -161,8 +155,7 @@ def from_transformers(content: dict[str, Any], preprocessor: dict[str, Any]) -> 
         if model_type not in MODEL_TYPES:
             raise InputError(
                 f"its model_type is {quoted(model_type)}, not {' or '.join(MODEL_TYPES)}; take a "
-                "whole CLIPModel, such as openai/clip-vit-base-patch32, a ChineseCLIPModel, or a "
-                "SigLIP of open_clip, such as ViT-B-16-SigLIP/webli"
+                "whole CLIPModel or ChineseCLIPModel, or a SigLIP such as ViT-B-16-SigLIP/webli"
             )
         text_tower = MODEL_TYPES[model_type]
         vision = _section(content, "vision_config", VISION, NORMS)
@@ -182,8 +175,7 @@ def from_transformers(content: dict[str, Any], preprocessor: dict[str, Any]) -> 
 
 
 def config_to_transformers(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The content of config.json and of preprocessor_config.json. Raises `InputError` for a
-    ResNet."""
+    """The content of config.json and preprocessor_config.json. `InputError` for a ResNet."""
     if not config.is_vit:
         raise InputError("transformers has no CLIP with a ResNet; take --format open_clip")
     model_type = next(name for name, tower in MODEL_TYPES.items() if tower == config.text_tower)
@@ -241,11 +233,11 @@ def _preprocessing(content: dict[str, Any], text_tower: str) -> dict[str, Any]:
     if not (is_square or is_cut) or len(sides) > 1:
         raise InputError(f"it resizes images to {quoted(size)} and cuts out {quoted(crop)}; only "
                          "equal sides work here")  # fmt: skip
-    names = {"mean": "image_mean", "std": "image_std"}
+    colours = [name for name in ("mean", "std") if f"image_{name}" in content]
     return {
         "interpolation": INTERPOLATIONS[content.get("resample", 3)],
         "resize_mode": "squash" if is_square else "shortest",
-    } | {ours: tuple(content[theirs]) for ours, theirs in names.items() if theirs in content}
+    } | {name: tuple(content[f"image_{name}"]) for name in colours}
 
 
 def _our_name(name: str) -> str:
@@ -277,7 +269,7 @@ FORMAT = Format(
     write,
     files=WEIGHTS_FILES,
     descriptions=(CONFIG_FILE, PREPROCESSOR_FILE, PROCESSOR_FILE),
-    recognises=recognises,
+    recognises=lambda weights: not MARKS.isdisjoint(weights),
     to_ours=to_ours,
     description=description,
 )

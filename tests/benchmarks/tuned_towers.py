@@ -18,8 +18,11 @@ import random
 import shutil
 from itertools import product
 from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
 
 import torch
+from fine_tuning import spread
 from measure import print_table
 from open_clip_training import train_csv
 from photographs import share_images
@@ -32,11 +35,13 @@ from models.run_files import run_weights
 from models.weights.interface import save_safetensors
 from utils.data.annotations import annotations_json, read_annotations
 from utils.flickr8k_dataloader import Flickr8kDataset
+from utils.retrieval.plots import save_figure
 from utils.runs.arguments import integer, positive
 
 CHOOSING, KEPT = 250, 500  # images
 BATCH = 64
 TUNING = ("--wise_ft", 1, "--patience", 0, "--no_guard", "--freq", 1000, "--device", "cpu")
+DISTILL = "--distill 6"
 Scores = dict[str, float]
 
 
@@ -48,17 +53,26 @@ def main() -> None:
     add("--images", type=integer(BATCH), default=1000, help="to tune on (default: %(default)s)")
     add("--epochs", type=integer(1), default=5, help="(default: %(default)s)")
     add("--rates", type=positive, nargs="*", default=[6e-6, 2e-5, 6e-5, 2e-4])
+    add(
+        "--distill",
+        type=positive,
+        nargs="*",
+        default=[2e-5],
+        metavar="RATE",
+        help="rates with --distill 6 (default: %(default)s)",
+    )
     add("--open_clip", type=positive, nargs="*", default=[6e-6, 2e-5, 6e-5, 2e-4], metavar="RATE")
     args = parser.parse_args()
 
     data = make_tuning_data(args.dataset_path, args.output, args.images)
     start = run_weights(next((args.output / "0").glob("*/R_mAP.png")).parent)
     before = once(args.output / "before.json", lambda: scores_of(start, data, ("test", "val")))
-    programs = (("ours", args.rates), ("open_clip", args.open_clip))
+    programs = (("ours", args.rates), (DISTILL, args.distill), ("open_clip", args.open_clip))
     settings = [(name, rate) for name, rates in programs for rate in rates]
     wanted = list(product(args.seeds, settings))  # every setting once, then the next seed
+    bench = Bench(args.output, data, start, before, args.images, args.epochs)
     with jobs(args.jobs) as pool:
-        found = pool.map(lambda each: tune(args, *each[1], each[0], start, data, before), wanted)
+        found = pool.map(lambda each: bench.tune(each[0], *each[1]), wanted)
         scores = dict(zip(wanted, found, strict=True))
     rows = [["before", f"{before['test']:.2f}", f"{before['kept']:.2f}", ""]]
     for name, rate in settings:
@@ -69,6 +83,30 @@ def main() -> None:
         )
         rows.append([f"{name}, {rate:g}", *columns])
     print_table(["mean recall, percent", "test", "kept", "lowest epoch, above the start"], rows)
+    plot(before, scores, args.seeds, dict(programs), Path(__file__).with_suffix(".png"))
+
+
+def plot(before: Scores, scores: dict, seeds: list[int], programs: dict, file: Path) -> None:
+    """What is gained against what is kept, a line a program, rate by rate, with the standard
+    deviation over the seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    panel = figure.subplots()
+    panel.plot(before["kept"], before["test"], "k*", markersize=12, label="before fine-tuning")
+    for name, rates in programs.items():
+        points = [[scores[seed, (name, rate)] for seed in seeds] for rate in rates]
+        kept, gained = ([[one[c] for one in point] for point in points] for c in ("kept", "test"))
+        kept_mean, gained_mean = [*map(mean, kept)], [*map(mean, gained)]
+        panel.errorbar(kept_mean, gained_mean, xerr=[*map(spread, kept)],
+                       yerr=[*map(spread, gained)], fmt="o-", label=name)  # fmt: skip
+        for rate, place in zip(rates, zip(kept_mean, gained_mean, strict=True), strict=True):
+            panel.annotate(f"{rate:g}", place, textcoords="offset points", xytext=(6, 4))
+    panel.set(xlabel="kept: mean recall on photographs of the alignment, percent",
+              ylabel="gained: mean recall on new photographs, percent")  # fmt: skip
+    panel.legend()
+    panel.grid(alpha=0.3)
+    save_figure(figure, file)
 
 
 def make_tuning_data(dataset_path: Path, output: Path, images: int) -> dict[str, Path]:
@@ -93,54 +131,60 @@ def make_tuning_data(dataset_path: Path, output: Path, images: int) -> dict[str,
     return {name: output / name for name in folders}
 
 
-def tune(
-    args, name: str, rate: float, seed: int, start: Path, data: dict, before: Scores
-) -> Scores:
-    folder = args.output / "tuned" / f"{name} {rate:g} {args.images} {args.epochs} {seed}"
-    compute = tune_ours if name == "ours" else tune_open_clip
-    scores = once(
-        folder / "scores.json", lambda: compute(args, rate, seed, folder, start, data, before)
-    )
-    for weights in (*folder.rglob("*.pt"), *folder.rglob("*.pth"), *folder.rglob("*.safetensors")):
-        weights.unlink()
-    return scores
+class Bench(NamedTuple):
+    """What all runs share."""
 
+    output: Path
+    data: dict[str, Path]
+    start: Path
+    before: Scores
+    images: int
+    epochs: int
 
-def tune_ours(args, rate, seed, folder: Path, start: Path, data: dict, before: Scores) -> Scores:
-    run = train(
-        folder, "--resume_training", start, "--dataset_path", data["new"], "--seed", seed,
-        "--epochs", args.epochs, "--batch_size", BATCH, "--lr", rate, *TUNING,
-    )  # fmt: skip
-    with (run / "metrics.csv").open(encoding="utf-8") as file:
-        epochs = [float(row["mean_recall"]) for row in csv.DictReader(file)]
-    test = mean_recall(json.loads((run / "test_metrics.json").read_text("utf-8")))
-    lowest = min(epochs) - before["val"]
-    return {"test": test, **scores_of(run_weights(run), data, ()), "lowest": lowest}
+    def tune(self, seed: int, program: str, rate: float) -> Scores:
+        folder = self.output / "tuned" / f"{program} {rate:g} {self.images} {self.epochs} {seed}"
+        tune = self.tune_open_clip if program == "open_clip" else self.tune_ours
+        scores = once(folder / "scores.json", lambda: tune(folder, seed, program, rate))
+        for kind in ("pt", "pth", "safetensors"):
+            for weights in folder.rglob(f"*.{kind}"):
+                weights.unlink()
+        return scores
 
+    def tune_ours(self, folder: Path, seed: int, program: str, rate: float) -> Scores:
+        run = train(
+            folder, "--resume_training", self.start, "--dataset_path", self.data["new"],
+            "--seed", seed, "--epochs", self.epochs, "--batch_size", BATCH, "--lr", rate, *TUNING,
+            *(program.split() if program == DISTILL else ()),
+        )  # fmt: skip
+        with (run / "metrics.csv").open(encoding="utf-8") as file:
+            _, *epochs = [float(row["mean_recall"]) for row in csv.DictReader(file)]
+        test = mean_recall(json.loads((run / "test_metrics.json").read_text("utf-8")))
+        lowest = min(epochs) - self.before["val"]
+        return {"test": test, **scores_of(run_weights(run), self.data, ()), "lowest": lowest}
 
-def tune_open_clip(args, rate, seed, folder: Path, start: Path, data: dict, _) -> Scores:
-    """One epoch of all captions has as many images as `--epochs` of ours, each with one caption."""
-    towers = folder / "towers"
-    shutil.copytree(args.output / "towers_0", towers, dirs_exist_ok=True)
-    model, _ = load(start, "cpu")
-    entries = read_annotations(data["new"] / "en_train.json")
-    tokens = model.tokenize([caption for _, captions in entries for caption in captions])
-    description = read_json(towers / "open_clip_config.json")
-    description["model_cfg"]["text_cfg"] |= {
-        "hf_model_name": str(towers),
-        "hf_tokenizer_name": str(towers),
-        # As many tokens as the longest caption has: this saves it time and changes no output.
-        "context_length": int((tokens != model.tokenizer.padding).sum(dim=1).max()),
-    }
-    write_json(towers / "open_clip_config.json", description)
-    save_safetensors(model.state_dict(), towers / "open_clip_model.safetensors", torch.float32)
-    last = train_csv(
-        data["new"], folder, "run", "--model", f"local-dir:{towers}", "--lr", rate,
-        batch_size=BATCH, epochs=args.epochs // 5, seed=seed,
-    )  # fmt: skip
-    state = torch.load(last, weights_only=True)["state_dict"]
-    save_safetensors(state, towers / "open_clip_model.safetensors", torch.float32)
-    return scores_of(towers, data, ("test",))
+    def tune_open_clip(self, folder: Path, seed: int, _: str, rate: float) -> Scores:
+        """One epoch of all captions has as many images as `epochs` of ours, with a caption each."""
+        towers = folder / "towers"
+        shutil.copytree(self.output / "towers_0", towers, dirs_exist_ok=True)
+        model, _ = load(self.start, "cpu")
+        entries = read_annotations(self.data["new"] / "en_train.json")
+        tokens = model.tokenize([caption for _, captions in entries for caption in captions])
+        description = read_json(towers / "open_clip_config.json")
+        description["model_cfg"]["text_cfg"] |= {
+            "hf_model_name": str(towers),
+            "hf_tokenizer_name": str(towers),
+            # As many tokens as the longest caption has: this saves time and changes no output.
+            "context_length": int((tokens != model.tokenizer.padding).sum(dim=1).max()),
+        }
+        write_json(towers / "open_clip_config.json", description)
+        save_safetensors(model.state_dict(), towers / "open_clip_model.safetensors", torch.float32)
+        last = train_csv(
+            self.data["new"], folder, "run", "--model", f"local-dir:{towers}", "--lr", rate,
+            batch_size=BATCH, epochs=self.epochs // 5, seed=seed,
+        )  # fmt: skip
+        state = torch.load(last, weights_only=True)["state_dict"]
+        save_safetensors(state, towers / "open_clip_model.safetensors", torch.float32)
+        return scores_of(towers, self.data, ("test",))
 
 
 def scores_of(weights: Path, data: dict[str, Path], splits: tuple[str, ...]) -> Scores:

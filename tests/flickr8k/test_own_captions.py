@@ -244,7 +244,7 @@ UNUSABLE = {
     "nothing": ({}, "CSV, TSV, JSON lines, COCO"),
     "a list called as what is written": (
         {"cn_train.json": as_list(PAIRS)},
-        r"no captions .*a name that is written, .*captions\.json",
+        r"no captions .*en_train\.json is a result: .*captions\.json",
     ),
 }
 

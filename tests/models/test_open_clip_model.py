@@ -184,6 +184,14 @@ def test_of_frozen_towers_of_other_libraries_the_last_projections_learn(tmp_path
     assert {"visual.head.proj.weight", "text.proj.0.weight"} <= learns
 
 
+def test_the_width_of_an_image_tower_is_that_of_its_last_stage(tmp_path):
+    """As of a ResNet, whose rate is known, and not that of a convolution that widens it."""
+    efficientnet_bert(tmp_path / "model")
+    model, _ = load(tmp_path / "model", "cpu")
+    head = model.visual.trunk.conv_head
+    assert model.config.last_width == head.in_channels < head.out_channels
+
+
 def test_without_open_clip_a_line_says_what_to_install(tmp_path, monkeypatch):
     siglip(tmp_path / "model")
     monkeypatch.setattr(open_clip_model, "find_spec", lambda name: None)

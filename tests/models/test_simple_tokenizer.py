@@ -87,6 +87,13 @@ def test_encode_equals_open_clip_on_any_text(ours, reference, text):
         assert ours.encode(text) == reference.encode(text)
 
 
+@given(many=st.lists(texts | st.sampled_from(["", " ", "a  b", "\n", "a\nb", "\u2028", "ΑΣ", "İ"])))
+@example(many=["two\nlines", "", "a dog", "ΟΔΟΣ."])
+def test_many_texts_are_encoded_as_each_alone(ours, many):
+    alone = [token for text in many for token in (START, *ours.encode(text), END)]
+    assert [*memoryview(ours.encode_all(many)).cast("i")] == alone
+
+
 # Every character that `chunks` passes over, and what among them could look like broken Unicode.
 plain = st.text([*map(chr, range(32, 127)), "一", "鿿", "狗"]) | st.text("AaEe'\"`^~,;#x19 狗")
 

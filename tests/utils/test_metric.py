@@ -334,8 +334,8 @@ def test_script_writes_a_report_of_the_run(trained, score):
         (("gone", "en"), ["--dataset_path", "also gone"], "also gone: no such folder"),
         (("data", "en"), ["--weights", "gone.pth"], "gone.pth: neither a file nor"),
         (("data", "en"), ["--weights", "ViT-B/33"], "the names are RN50, RN101"),
-        ((3, "en"), [], "arguments.json: should hold the dataset_path and language"),
-        (("data", None), [], "arguments.json: should hold the dataset_path and language"),
+        ((3, "en"), [], "arguments.json: should hold dataset_path and language"),
+        (("data", None), [], "arguments.json: should hold dataset_path and language"),
         (
             ("data", "en"),
             ["--batch_size", "0"],

@@ -18,11 +18,9 @@ OFFSET = 0.3  # standard deviation of a channel's offset
 
 
 def draw_crops(n: int, random: np.random.Generator) -> Tensor:
-    """n random square crops, `[n, 3]`: side, centre x, centre y.
-
-    The side is relative to the image's, the centre in coordinates from -1 to 1, y downwards. The
-    area is uniform from `MIN_AREA` to 1, the centre uniform where the crop lies within the image.
-    """
+    """n random square crops, `[n, 3]`: side, as a share of the image's, centre x, centre y, from -1
+    to 1, y downwards. The area is uniform from `MIN_AREA` to 1, the centre uniform where the crop
+    lies within the image."""
     side = np.sqrt(random.uniform(MIN_AREA, 1, n))
     centre = random.uniform(-1, 1, (n, 2)) * (1 - side[:, None])
     return torch.from_numpy(np.column_stack([side, centre]).astype(np.float32))
@@ -50,11 +48,9 @@ def sample_without_border(images: Tensor, grid: Tensor) -> Tensor:
 
 def draw_recolourings(n: int, random: np.random.Generator) -> Tensor:
     """n random affine maps of colours, `[n, 3, 4]`, for normalised images: for each new channel the
-    factors of the old channels, and an offset.
-
-    Hues are turned by a uniform angle about grey, and each channel gets a factor (`GAIN`) and an
-    offset (`OFFSET`). The map is mixed with the identity by a uniform weight for each image.
-    """
+    factors of the old channels, and an offset. Hues are turned by a uniform angle about grey, and
+    each channel gets a factor (`GAIN`) and an offset (`OFFSET`). The map is mixed with the identity
+    by a uniform weight for each image."""
     turns = hue_turns(random.uniform(0, 2 * math.pi, n))
     gains = random.uniform(*GAIN, (n, 3, 1))
     offsets = random.normal(0, OFFSET, (n, 3, 1))
@@ -76,12 +72,9 @@ def recolour(images: Tensor, colours: Tensor) -> Tensor:
 
 
 def reword(tokens: Tensor, draws: Tensor, words: range, padding: int = 0) -> Tensor:
-    """Token ids `[n, l]`, in which random `words` replace tokens between the first and the last,
-    with a probability for each text that is uniform from 0 to 1.
-
-    `draws` `[n, 2 * l + 1]`, uniform from 0 to 1, are the probability of each text, and for each
-    token whether and by which word it is replaced.
-    """
+    """Token ids `[n, l]`, in which random `words` replace tokens between the first and the last.
+    `draws` `[n, 2 * l + 1]`, uniform from 0 to 1, are the probability of that for each text, and
+    for each token whether and by which word it is replaced."""
     length = tokens.shape[1]
     probability, draws, others = draws.split([1, length, length], dim=1)
     used = (tokens != padding).int()

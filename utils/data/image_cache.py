@@ -97,16 +97,14 @@ def cached_pixels(
             stream.write(json.dumps(reasons).encode())
     except OSError as error:
         raise InputError(
-            f"{file}: cannot be written ({error.strerror or error}); it takes "
-            f"{needed / 1e6:,.0f} MB. Make room, name a folder for it (--cache FOLDER), or train "
-            "without what needs it (--cache, --retention)"
+            f"{file}: cannot be written ({error.strerror or error}); it takes {needed / 1e6:,.0f} "
+            "MB. Make room, name a folder (--cache FOLDER), or leave --cache and --retention out"
         ) from error
     return _mapped(file, shape, fingerprint)
 
 
 def _fingerprint(root: Path, images: list[str], preprocess: Preprocess) -> bytes:
-    """32 bytes that change with the image files, the preprocessing and Pillow, but not with the
-    place of `root`."""
+    """32 bytes that change with the image files, the preprocessing and Pillow, not with `root`."""
     how = (preprocess.side, preprocess.interpolation, preprocess.resize_mode)
     digest = hashlib.sha256(f"{FORMAT} {PIL.__version__} {how}\n".encode())
     for image in images:

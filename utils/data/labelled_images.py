@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -64,14 +63,9 @@ class LabelledImages(Dataset):
             self._pass_over(loaded.problems)
             yield loaded.images
 
-    def cache(
-        self,
-        folder: str | os.PathLike | None = None,
-        device: torch.device | str = "cpu",
-        num_workers: int = 0,
-    ) -> None:
+    def cache(self, folder: str | os.PathLike | None = None, num_workers: int = 0) -> None:
         """Decode all images once; the arguments are those of `decode_once`."""
-        self.cached, problems = decode_once(self, self.name, folder, device, num_workers)
+        self.cached, problems = decode_once(self, self.name, folder, num_workers=num_workers)
         self._pass_over(problems)
 
     def _pass_over(self, problems: dict[int, str]) -> None:

@@ -59,8 +59,7 @@ def open_torchvision_set(name: str, root: Path, is_train: bool) -> Dataset:
     split = known.train if is_train else known.scored
     if split is None:
         raise InputError(
-            f"{name}: has no training images of its own in torchvision; leave --linear_probe out, "
-            "or put the images into class folders, in train/ and val/"
+            f"{name}: has no training images of its own in torchvision; leave --linear_probe out"
         )
     loader = getattr(torchvision.datasets, known.loader)
     downloading = {} if name == "imagenet" else {"download": True}  # ImageNet has no such option

@@ -18,8 +18,7 @@ class Unlabelled:
 
 
 def find_unlabelled(paths: Sequence[str]) -> Unlabelled:
-    """The images below the folders among `paths`, and the lines of the text files. Raises
-    `InputError` for a path without either."""
+    """The images below folders and the lines of text files. `InputError` for a path without any."""
     found = Unlabelled()
     for path in map(Path, paths):
         try:

@@ -42,8 +42,7 @@ class Interrupt:
 
 @contextmanager
 def signals_held_back() -> Iterator[None]:
-    """Block signals in the block, also in the processes that it starts, while they import packages.
-    Windows cannot."""
+    """Block signals in the block, also in the processes that it starts; not on Windows."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -65,8 +64,7 @@ def leave_signals_to_parent(_worker: int) -> None:
 
 @atexit.register
 def end_workers() -> None:
-    """Kill the remaining workers: they ignore Python's SIGTERM, and it would wait for ever for one
-    that is stuck."""
+    """Kill the workers, which ignore SIGTERM: Python would wait for ever for a stuck one."""
     workers = [worker for worker in multiprocessing.active_children() if worker.daemon]
     if workers and hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch reports killed workers as an error

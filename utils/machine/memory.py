@@ -20,9 +20,8 @@ SHARED_MEMORY = "/dev/shm"  # where Linux keeps the memory that processes share
 
 @contextmanager
 def explained(remedies: str = "") -> Iterator[None]:
-    """Turn the errors of full memory, on the GPU or not, into an `InputError` that names the
-    arguments that help: first `remedies`, such as `IN_TRAINING`, then those of all scripts with
-    batches. Also decorates functions."""
+    """Turn the errors of full memory, on the GPU or not, into an `InputError` that names what
+    helps: `remedies`, such as `IN_TRAINING`, then arguments of all scripts. Also a decorator."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

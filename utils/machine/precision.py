@@ -11,8 +11,7 @@ from models.errors import InputError
 
 @contextmanager
 def tf32_products(are_allowed: bool) -> Iterator[None]:
-    """Within the block, CUDA rounds the factors of float32 products to TF32, of 10 bits, or does
-    not. Also decorates functions."""
+    """Whether CUDA rounds the factors of float32 products to TF32, in a block or a function."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = are_allowed
@@ -38,21 +37,18 @@ class Precision:
         elif device.type == "mps":
             has_bfloat16 = torch.backends.mps.is_macos_or_newer(14, 0)
             if use_amp and not has_bfloat16:
-                raise InputError("--use_amp: bfloat16 on a Mac's GPU needs macOS 14 or newer; "
-                                 "leave --use_amp out")  # fmt: skip
+                raise InputError("--use_amp: a Mac's GPU needs macOS 14 for bfloat16; leave it out")
         # Other settings of a library, or torch's own for convolutions, end here.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         self.dtype = torch.bfloat16 if has_bfloat16 else torch.float16
         self.device = device
         self.use_amp = use_amp
-        self.scaler = torch.amp.GradScaler(
-            device.type, enabled=use_amp and self.dtype is torch.float16
-        )
+        is_scaled = use_amp and self.dtype is torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=is_scaled)
 
     @property
     def leaves_bfloat16(self) -> bool:
-        """Whether it computes in float32 on a CPU with instructions for bfloat16 (AVX512-BF16; all
-        CPUs with AMX have them)."""
+        """Whether it computes in float32 on a CPU with instructions for bfloat16 (AVX512-BF16)."""
         has_products = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
         return self.device.type == "cpu" and not self.use_amp and has_products()
 

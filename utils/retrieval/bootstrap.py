@@ -15,11 +15,8 @@ RECALLS = [f"{way}_R@{k}" for way in TITLES for k in K_VALUES] + ["mean_recall"]
 
 def resample(scores: Scores, dataset: Flickr8kDataset) -> dict[str, np.ndarray]:
     """The `RECALLS` in percent on bootstrap samples of the set's images (Efron 1979), `[SAMPLES]`
-    each.
-
-    An image brings all its captions, since they are not independent. The samples of a data set are
-    always the same, so that those of two models are paired.
-    """
+    each. An image brings all its captions, since they are not independent. The samples of a data
+    set are always the same, so that those of two models are paired."""
     captions = [len(own) for own in dataset.own_captions.values()]
     image_of = np.repeat(np.arange(len(captions)), captions)
     hits = [(scores.i2t.ranks <= k).double().numpy() for k in K_VALUES]
@@ -68,8 +65,7 @@ class Comparison:
         return content | {name: self.scores[name].for_json() for name in others}
 
     def lines(self) -> Iterator[str]:
-        """A table of mean recall and R@1 with their intervals: a header, then a line each for the
-        models and the gain."""
+        """A table of mean recall and R@1 with their intervals, of the models and the gain."""
         yield " " * 6 + "".join(f"{name:>25}" for name in MAIN)
         for name, found in self.found.items():
             cells = (

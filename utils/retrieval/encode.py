@@ -1,5 +1,4 @@
-"""Features of images and texts. Functions without a `precision` compute in that of the surrounding
-`autocast`."""
+"""Features of images and texts, without a `precision` in that of the surrounding `autocast`."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -45,17 +44,16 @@ def encode_set(
 ) -> Features:
     """Features of all images and captions, on the model's device. Those `cached` (see
     `cache_features`), by tower (`"image"`, `"text"`), are not computed again."""
-    images, texts = ((cached or {}).get(tower) for tower in ("image", "text"))
+    found = {}
     with precision.autocast():
-        if images is None:
-            images = encode_images(model, dataset, batch_size, num_workers, processes)
-        else:
-            images = projected(model, "image", images)
-        if texts is None:
-            texts = encode_texts(model, dataset.tokens, processes=processes)
-        else:
-            texts = projected(model, "text", texts)
-    return Features(images, texts)
+        for tower in ("image", "text"):
+            if cached and tower in cached:
+                found[tower] = projected(model, tower, cached[tower])
+            elif tower == "image":
+                found[tower] = encode_images(model, dataset, batch_size, num_workers, processes)
+            else:
+                found[tower] = encode_texts(model, dataset.tokens, processes)
+    return Features(found["image"], found["text"])
 
 
 @torch.inference_mode()
@@ -95,8 +93,7 @@ def encode_texts(
     cache: bool = False,
 ) -> Tensor:
     """Normalised float32 features `[n, d]` of `tokens` `[n, <=context_length]`, on the model's
-    device; with `cache`, what `projected` makes them of. The processes share the work, and each
-    returns all."""
+    device; with `cache`, what `projected` makes them of. Processes share the work; each has all."""
     model.eval()
     encode, d = _encoder(model, "text", cache)
     features = torch.zeros(len(tokens), d, device=model.device)
@@ -154,8 +151,7 @@ def count_cut(captions: list[str], model: CLIP) -> None:
     tokens = TokenizedTexts(model.tokenizer, captions, model.context_length)
     if cut := int(tokens.is_cut.sum()):
         fits = fitting(model.tokenizer, model.context_length)
-        print(f"{cut} of the captions cut: the model reads {fits} tokens of each; shorten them, so "
-              "that it reads how they differ")  # fmt: skip
+        print(f"{cut} of the captions cut: the model reads {fits} tokens of each; shorten them")
 
 
 def cached_caption_features(

@@ -28,22 +28,17 @@ class Evaluator:
         self, model: CLIP, dataset: Flickr8kDataset, cached: Mapping[str, Tensor] | None = None
     ) -> Features:
         """`encode_set` with these settings."""
-        sizes = self.loader.batch_size, self.loader.num_workers
-        return encode_set(
-            model, dataset, *sizes, self.precision, processes=self.processes, cached=cached
-        )
+        settings = self.loader.batch_size, self.loader.num_workers, self.precision, self.processes
+        return encode_set(model, dataset, *settings, cached=cached)
 
     @explained()
     @torch.inference_mode()
     def score(
         self, model: CLIP, dataset: Flickr8kDataset, cached: Mapping[str, Tensor] | None = None
     ) -> tuple[Scores, float]:
-        """Retrieval scores on the whole set, and its loss.
-
-        The loss is that of training: `contrastive_loss` of batches of images in their order, each
-        with its first captions (repeated where it has fewer), averaged over the images. The last
-        batch may be smaller, with fewer negatives.
-        """
+        """Retrieval scores on the whole set, and its loss: `contrastive_loss`, averaged over the
+        images, of batches of images in their order, each with its first captions (repeated where it
+        has fewer). The last batch may be smaller, with fewer negatives."""
         features = self.encode(model, dataset, cached)
         if not self.processes.is_rank_0:
             return self.processes.broadcast(None)

@@ -28,7 +28,11 @@ def write_features(file: Path, names: Sequence[str], features: Tensor) -> str:
     n, d = rows.shape
     with writing(file), atomic_write(file) as temporary:
         if file.suffix.lower() == ".parquet":
-            _write_parquet(temporary, names, rows)
+            import pyarrow
+            from pyarrow.parquet import write_table
+
+            lists = pyarrow.FixedSizeListArray.from_arrays(rows.ravel(), d)
+            write_table(pyarrow.table({"name": names, "feature": lists}), temporary)
             return READ_PARQUET.format(file=str(file), n=n, d=d)
         with temporary.open("wb") as stream:  # given a path, numpy would add an ending
             np.save(stream, rows)
@@ -36,11 +40,3 @@ def write_features(file: Path, names: Sequence[str], features: Tensor) -> str:
     with writing(names_file), atomic_write(names_file) as temporary:
         temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
     return READ_NPY.format(file=str(file), names=str(names_file), n=n, d=d)
-
-
-def _write_parquet(file: Path, names: list[str], rows: np.ndarray) -> None:
-    import pyarrow
-    from pyarrow.parquet import write_table
-
-    lists = pyarrow.FixedSizeListArray.from_arrays(rows.ravel(), rows.shape[1])
-    write_table(pyarrow.table({"name": names, "feature": lists}), file)

@@ -66,8 +66,7 @@ def plot_losses(training: Sequence[float], validation: Sequence[float], path: Pa
 
 
 def chart_svg(curves: dict[str, dict[float, float]], chosen: float | None = None) -> bytes:
-    """An SVG with curves, {name: {x: y}} with whole numbers x, and a line at the `chosen` x; the
-    legend has the last values."""
+    """An SVG with curves, {name: {x: y}} with whole numbers x, and a line at the `chosen` x."""
     figure = Figure(figsize=(5, 2.9), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.1)  # room for a number at the very top
     axes = figure.subplots()
@@ -100,8 +99,7 @@ def fonts_for(text: str) -> list[str]:
     names = {font.name for font in font_manager.fontManager.ttflist}
     chinese = [name for name in CHINESE_FONTS if name in names]
     if not chinese:
-        print("no Chinese font is installed: pictures show boxes; install Noto Sans CJK "
-              "(apt install fonts-noto-cjk)")  # fmt: skip
+        print("Chinese is drawn as boxes: install Noto Sans CJK (apt install fonts-noto-cjk)")
     return [own, *chinese]
 
 

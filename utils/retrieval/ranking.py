@@ -1,7 +1,6 @@
 """Rankings by similarity: the ranks of positives, the rule for ties, and the first answers."""
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -58,15 +57,13 @@ def both_ways(image_features: Tensor, text_features: Tensor) -> tuple[Similariti
     images, texts = len(image_features), len(text_features)
     if 4 * images * texts <= BLOCK_BYTES:
         scores = image_features @ text_features.T
-        i2t, t2i = scores.__getitem__, scores.T.__getitem__
+        rows = scores.__getitem__, scores.T.__getitem__
     else:
-        i2t = partial(_products, image_features, text_features)
-        t2i = partial(_products, text_features, image_features)
-    return Similarities(images, texts, i2t), Similarities(texts, images, t2i)
-
-
-def _products(queries: Tensor, gallery: Tensor, part: slice) -> Tensor:
-    return queries[part] @ gallery.T
+        rows = (
+            lambda part: image_features[part] @ text_features.T,
+            lambda part: text_features[part] @ image_features.T,
+        )
+    return Similarities(images, texts, rows[0]), Similarities(texts, images, rows[1])
 
 
 def positive_ranks(scores: Tensor, positives: Tensor) -> Tensor:

@@ -52,8 +52,7 @@ def write_report(
 ) -> None:
     """Write one HTML file, which loads no other file, about `weights` on `dataset`: the `scores` (K
     from 1 to 10), the arguments and epochs of the weights' run, and the first answers to the
-    queries, hardest first. Raises `InputError` for an unreadable image and if the file cannot be
-    written."""
+    queries, hardest first. Raises `InputError` for an unreadable image or an unwritable file."""
     run = run_folder(weights)
     epochs = read_csv(run / METRICS) if run and (run / METRICS).exists() else []
     arguments = read_json(run / ARGUMENTS) if run else {}
@@ -104,8 +103,7 @@ def _epoch(weights: Path, run: Path, epochs: list[dict[str, float]]) -> tuple[fl
 
 
 def _test_scores(run: Path) -> dict[str, list[tuple[str, str]]]:
-    """Mean recall and R@1 both ways on the test split of a run, before and after training, each
-    with its interval, as far as there are any."""
+    """Mean recall and R@1 on the test split before and after training, with intervals, if any."""
     content = read_json(run / TEST_METRICS) or {}
     found = {}
     for name, scores in {"before": content.get("before"), "after": content}.items():
@@ -154,11 +152,9 @@ def _directions(dataset: Flickr8kDataset, features: Features) -> tuple[list[Dire
             break
         shown = more
         text_cards.append(card)
-    both = [
-        Direction("i2t", of_images.rank.tolist(), image_cards),
-        Direction("t2i", of_texts.rank.tolist(), text_cards),
-    ]
-    return both, sorted(shown)
+    of_image = Direction("i2t", of_images.rank.tolist(), image_cards)
+    of_text = Direction("t2i", of_texts.rank.tolist(), text_cards)
+    return [of_image, of_text], sorted(shown)
 
 
 def _cards(answers: Answers, most: int) -> list[Card]:
@@ -177,8 +173,7 @@ def _curves(
     scores: Scores, epochs: list[dict[str, float]]
 ) -> dict[str, dict[str, dict[float, float]]]:
     """The curves of each chart, {title: {name: {x: y}}}: recall and mAP at K, a chart a direction;
-    and by epoch, from the rows of a metrics.csv, losses, mean recall and the sets of --retention.
-    """
+    and by epoch, from a metrics.csv, losses, mean recall and the sets of --retention."""
     charts = {
         f"{title}, percent by K": {"recall": way.recall, "mAP": way.map_at}
         for title, way in scores.by_title().items()

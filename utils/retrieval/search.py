@@ -53,8 +53,7 @@ def image_features(
 
 @torch.inference_mode()
 def encode_pixels(model: CLIP, pixels: list[Tensor]) -> Tensor:
-    """Pixels of n images, resized and cropped -> normalised float32 features `[n, d]` on the
-    model's device."""
+    """Resized and cropped images -> normalised float32 features `[n, d]` on the model's device."""
     if not pixels:
         return torch.empty(0, model.embed_dim)
     images = model.preprocess.normalize(upload(torch.stack(pixels), model.device))

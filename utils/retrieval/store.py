@@ -46,11 +46,8 @@ class Store:
 
     def features_of(self, keys: list[str], encode: Encode, batch_size: int) -> tuple[list, Tensor]:
         """The indices of the keys that `encode` could encode, and their features, float16 `[n, d]`
-        on the CPU. New ones are encoded in batches and cached, those of other keys dropped.
-
-        A program that ends early, by Ctrl-C or an error, caches what it has. Raises `InputError`
-        for features that are not finite.
-        """
+        on the CPU. New ones are encoded in batches and cached, also those before Ctrl-C or an
+        error; those of other keys are dropped. Raises `InputError` for NaN and infinity."""
         cached, features = self._read()
         if cached == keys:
             return list(range(len(keys))), features
@@ -87,8 +84,7 @@ class Store:
         return [], torch.empty(0, self.d, dtype=torch.float16)
 
     def _save(self, keys: list[str], features: Tensor) -> None:
-        """Write the store. A full disk or a folder without write permission does not end a
-        search."""
+        """Write the store. A full disk or a read-only folder does not end a search."""
         file = self.folder / FILE
         about = json.dumps({"made_with": self.made_with, "keys": keys}).encode()
         about = torch.frombuffer(bytearray(about), dtype=torch.uint8)

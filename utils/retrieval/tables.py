@@ -30,15 +30,13 @@ def score_table(scores: Scores) -> dict[str, dict[str, float]]:
 
 
 def format_table(scores: Scores, split: str) -> str:
-    """The scores on a split ("val", "test") as lines of text: a line a direction, and the mean
-    recall."""
+    """The scores on a split ("val", "test") as lines of text: both directions, the mean recall."""
     table = format_rows(score_table(scores), corner=SPLITS[split])
     return f"{table}\nmean recall {scores.mean_recall:.2f} (R@1, R@5, R@10, both ways)"
 
 
 def format_change(before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    """Rows of a table, before and after training, as lines of text: mean recall, R@1, and the sets
-    of --retention."""
+    """Mean recall, R@1 and the sets of --retention before and after training, as lines of text."""
     columns = MAIN | {name: RETENTION + name for name in retained(before)}
     both = {"before training": before, "after training": after}
     return format_rows(

@@ -9,6 +9,7 @@ from typing import Any
 
 from models.run_files import CHECKPOINT, run_weights
 from models.scripts import add_activation, checked, path, writable_file
+from utils.runs.default_weights import PUBLISHED
 from utils.runs.files import picture_format
 
 LARGEST = 10**9  # of numbers without a narrower limit
@@ -52,9 +53,8 @@ def _ending_in(*endings: str) -> Callable[[str], Path]:
     def parse(text: str) -> Path:
         if (file := writable_file(text)).suffix.lower() in endings:
             return file
-        raise argparse.ArgumentTypeError(
-            f"{text:.60}: name a file that ends in {' or '.join(endings)}"
-        )
+        names = " or ".join(endings)
+        raise argparse.ArgumentTypeError(f"{text:.60}: name a file that ends in {names}")
 
     return parse
 
@@ -92,14 +92,18 @@ def starting_point(text: str) -> str:
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of all scripts that load weights, except train.py."""
+    add = parser.add_argument
+    # fmt: off
+    add("--weights", type=trained_weights, metavar="NAME_OR_PATH",
+        help="model name, whose weights are downloaded if needed, weights file, or run's folder "
+        "(default: what the newest run in logs/ chose, here or else beside the scripts; "
+        f"{PUBLISHED} where there is no run)")
     add_activation(parser)
-    parser.add_argument(
-        "--use_amp",
-        action="store_true",
+    add("--use_amp", action="store_true",
         help="mixed precision, faster on a GPU, and on a CPU that computes in bfloat16: bfloat16 "
-        "where the device has it, else float16; similarities stay float32",
-    )
-    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first there is)")
+        "where the device has it, else float16; similarities stay float32")
+    # fmt: on
+    add("--device", help="cuda, cuda:1, mps or cpu (default: the first there is)")
 
 
 def add_scoring(parser: argparse.ArgumentParser) -> None:

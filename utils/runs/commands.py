@@ -29,7 +29,5 @@ def quoted(words: Iterable[object]) -> str:
 def what_to_try(image: str, weights: Path, labels: Iterable[str]) -> str:
     """Two commands that use new weights on an image."""
     words = image, "--weights", weights
-    return (
-        f"now try\n  {command('predict.py', *words)}\n"
-        f"  {command('predict_zero_shot.py', *words, '--labels', *labels)}"
-    )
+    zero_shot = command("predict_zero_shot.py", *words, "--labels", *labels)
+    return f"now try\n  {command('predict.py', *words)}\n  {zero_shot}"

@@ -1,32 +1,17 @@
 """The weights of a script: those of `--weights`, else the newest run's, else published ones."""
 
-import argparse
 from contextlib import suppress
 from pathlib import Path
 
 from models.errors import InputError, one_line
 from models.run_files import BEST, run_folder, run_weights, trained_on
 from models.scripts import SCRIPTS
-from utils.runs.arguments import trained_weights
 
 PUBLISHED = "ViT-B/32"
 
 
-def add_weights(parser: argparse.ArgumentParser) -> None:
-    """Add `--weights`, which means the same in all scripts."""
-    parser.add_argument(
-        "--weights",
-        type=trained_weights,
-        metavar="NAME_OR_PATH",
-        help="model name, whose weights are downloaded if needed, weights file, or run's folder "
-        "(default: what the newest run in logs/ chose, here or else beside the scripts; "
-        f"{PUBLISHED} where there is no run)",
-    )
-
-
 def finished_runs() -> list[Path]:
-    """The runs with weights, the newest first, of logs/ in the working folder, or else beside the
-    scripts."""
+    """The runs of logs/ with weights, the newest first, here or else beside the scripts."""
     for logs in (Path("logs"), SCRIPTS / "logs"):
         if found := list(logs.glob(f"*/{BEST}")):
             found.sort(key=lambda file: file.stat().st_mtime, reverse=True)

@@ -53,9 +53,9 @@ class Run:
         save_weights(state.scored, self.folder / LAST)
         self.save_checkpoint(state)
         (self.folder / MIXTURE).unlink(missing_ok=True)  # of earlier epochs
-        _write_metrics(self.folder, state.start, state.epochs)
-        first = [state.start] if state.start and row["epoch"] == 1 else []
-        for new in (*first, row):
+        before = [state.start] if state.start else []  # the scores of the starting weights
+        write_csv(self.folder / METRICS, before + state.epochs)
+        for new in [*before, row] if row["epoch"] == 1 else [row]:
             self.loss_history.append(new)
 
     def stopped(self, interrupt: Interrupt) -> SystemExit:
@@ -89,8 +89,7 @@ def reopen_run_folder(checkpoint: str | os.PathLike, state: dict[str, Any]) -> P
     weights = Path(checkpoint).expanduser().resolve().parent
     if weights.name != "weights":
         raise InputError(
-            f"{checkpoint}: put it back where it was, RUN/weights/checkpoint.pth: a run goes on in "
-            "its own folder"
+            f"{checkpoint}: a run goes on in its own folder: put it back to RUN/{CHECKPOINT}"
         )
     run = weights.parent
     rows = state["rows"]
@@ -100,12 +99,5 @@ def reopen_run_folder(checkpoint: str | os.PathLike, state: dict[str, Any]) -> P
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         (run / "epoch_loss.txt").write_text("".join(history))
     if rows:
-        _write_metrics(run, state["start"], rows)
+        write_csv(run / METRICS, ([state["start"]] if state["start"] else []) + rows)
     return run
-
-
-def _write_metrics(
-    run: Path, start: dict[str, float] | None, epochs: list[dict[str, float]]
-) -> None:
-    """A row of scores before training, if it started from weights; then a row for each epoch."""
-    write_csv(run / METRICS, ([start] if start else []) + epochs)

@@ -26,14 +26,13 @@ def accumulate_gradients(
     distillation: Distillation | None = None,
 ) -> Tensor:
     """Set the parameters' gradients to those of the loss of the whole batch, and return this
-    process's part of the loss. `batch` is this process's part of the batch.
+    process's part of the loss, without `distillation`, so that it compares with the validation
+    loss. `batch` is this process's part of the batch.
 
     With `chunk`, only the activations of so many images exist at a time (gradient caching, Gao et
     al. 2021): first the features of the whole batch, then the loss and its gradient for each
     feature, then chunk by chunk the features again and the gradients of the parameters. The sum is
     the gradient of the whole batch, at the cost of a second forward pass.
-
-    The returned loss does not include `distillation`, so it compares with the validation loss.
     """
     if distillation:
         _distill(model, batch.altered, precision, processes, distillation=distillation, chunk=chunk)
@@ -76,11 +75,8 @@ def _loss_by_chunks(
 
 
 def _sum_gradients(model: CLIP, processes: Processes) -> None:
-    """Replace every gradient by its sum over the processes, after all backward passes of a step.
-
-    DistributedDataParallel exchanges gradients during the one backward pass of a step, but
-    distillation and gradient caching have several.
-    """
+    """Replace every gradient by its sum over the processes, after all backward passes of a step:
+    distillation and gradient caching have several, DistributedDataParallel allows one."""
     if processes.size == 1:
         return
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -114,8 +110,7 @@ def _distill(
 
 
 def _encode(model: CLIP, batch: Batch, tower: str, precision: Precision) -> Tensor:
-    """The features of a batch's images `[n, d]` or of its captions `[n * k, d]`. Images are cropped
-    and recoloured in float32."""
+    """The features of a batch's images `[n, d]`, augmented in float32, or captions `[n * k, d]`."""
     if tower in batch.cached:
         inputs = upload(batch.images if tower == "image" else batch.tokens, model.device)
         encode = partial(projected, model, tower)

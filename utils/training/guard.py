@@ -26,10 +26,8 @@ class Guard:
     """Compares the mean recall on validation with that of the starting weights: after each epoch,
     and within the first ones every quarter of an epoch on a subset. The comparison is a bootstrap
     of paired samples. If its 95% interval is below zero, the run goes on from the starting weights,
-    with a third of the rate, a new optimizer and a new warm-up.
-
-    A state without a `baseline`, which `note_start` sets, is not guarded.
-    """
+    with a third of the rate, a new optimizer and a new warm-up. A state without a `baseline`, which
+    `note_start` sets, is not guarded."""
 
     def __init__(
         self,

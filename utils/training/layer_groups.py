@@ -69,8 +69,7 @@ def trainable_towers(model: CLIP) -> list[str]:
 
 
 def frozen_towers(model: CLIP) -> list[str]:
-    """The towers without trainable parameters, but for the last projection of one from timm or
-    transformers."""
+    """The towers without trainable parameters, but for those `NEVER_FROZEN`."""
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     learn = {tower_of(name) for name in names if not NEVER_FROZEN.match(name)}
     return [tower for tower in TOWERS if tower not in learn]
@@ -84,8 +83,7 @@ def freeze(model: CLIP, tower: str, unlocked: int) -> None:
     blocks = max(distances[name] for name in own) - 1
     if unlocked > blocks:
         raise InputError(
-            f"--lock_{tower} {unlocked}: this tower has {blocks} blocks; leave --lock_{tower} out "
-            "to train all of it"
+            f"--lock_{tower} {unlocked}: this tower has {blocks} blocks; to train all, leave it out"
         )
     for name in own:
         if unlocked == 0 or distances[name] > unlocked:

@@ -17,8 +17,7 @@ REMEDY = "take an earlier copy of the run, or start a new one from its weights"
 
 def read_resumed(path: str, names: Set[str]) -> dict[str, Any] | None:
     """The checkpoint at `path` with a CLIP as its `model`; None for another file. Raises
-    `InputError` if the arguments are not those with these names, or keys and shapes of the weights
-    are not as saved."""
+    `InputError` if its arguments have other `names`, or its weights do not fit its description."""
     state = read_checkpoint(path)
     if state is None:
         return None

@@ -44,8 +44,7 @@ class Retention:
 
     @explained()
     def measure(self, model: CLIP, processes: Processes = ALONE) -> dict[str, float]:
-        """Columns of a table, in percent: zero-shot top-1 of each set of classes, mean recall of
-        each set of captions."""
+        """Columns in percent: top-1 of each set of classes, mean recall of each set of captions."""
         scores = {}
         for name, images in self.sets.items():
             if isinstance(images, Flickr8kDataset):

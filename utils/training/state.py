@@ -86,8 +86,7 @@ class State:
 
     @torch.no_grad()
     def restart(self, start: Mapping[str, Tensor], step: int) -> None:
-        """Go back to the weights `start` before this step of the run, with no moments and a new
-        average."""
+        """Go back to the weights `start` before this step, with no moments and a new average."""
         for name, parameter in self.model.named_parameters():
             if name.endswith(".lora.b"):
                 parameter.zero_()

@@ -107,7 +107,7 @@ def test_a_folder_of_transformers_is_read_with_its_description(folder, theirs):
             "text_config",
             "vocab_size",
             12000,
-            "its texts are made of 12,000 tokens, and the BertTokenizer here has 21,128",
+            "its tokenizer has 12,000 tokens, not the 21,128 of the BertTokenizer here",
         ),
         ("text_config", "num_attention_heads", 3, "transformer_width 128 is no multiple"),
         ("vision_config", "hidden_act", "silu", "its activation would be 'silu'"),
