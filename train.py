@@ -47,6 +47,12 @@ def build_parser() -> ArgumentParser:
         help="folder with images and {en,cn}_{train,val}.json, .csv, ..., or one table with a "
         "column split; or with folders train/ and val/ of tar shards, of images beside texts, of "
         "class folders or of Hugging Face's datasets (default: %(default)s)")
+    add("--stream", nargs="+", metavar="SHARDS",
+        help="stream the training data from tar shards, where a disk is too small or too far; what "
+        "webdataset opens (pip install webdataset), such as \"cc3m/{00000..00331}.tar\"; "
+        "--dataset_path is for validation alone")
+    add("--stream_samples", type=integer(1), metavar="N",
+        help="samples in all shards (default: read from shards on a disk, or beside them)")
     add("--language", choices=["en", "cn"], nargs="+", default=["en"],
         help="language of the captions in training and scoring; two are mixed (default: en)")
     add("--input_shape", type=integer(1, MAX_RESOLUTION), metavar="PIXELS",

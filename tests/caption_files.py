@@ -3,10 +3,21 @@
 import csv
 import io
 import json
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
 
 from utils.data.annotations import annotations_json
 
 Pairs = list[tuple[str, list[str]]]
+
+
+def write_tar(file: Path, members: Mapping[str, bytes]) -> None:
+    with tarfile.open(file, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
 
 
 def as_list(pairs: Pairs) -> str:

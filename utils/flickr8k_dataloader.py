@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import repeat
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,8 +29,16 @@ from utils.data.augment import crop, draw_crops, draw_recolourings, recolour, re
 from utils.data.caption_lists import CaptionLists, join_parts
 from utils.data.image_cache import decode_once, gather
 from utils.data.image_files import locate
-from utils.data.image_reading import ImageReader, Loaded, Paths, read_batches, substitutes
+from utils.data.image_reading import (
+    ImageReader,
+    Loaded,
+    Paths,
+    read_batches,
+    read_in_workers,
+    substitutes,
+)
 from utils.data.packed import Computed, ranges, starts_of
+from utils.data.streamed import Stream, StreamedParts
 from utils.data.unlabelled import Unlabelled
 from utils.machine.processes import ALONE, Processes
 
@@ -366,21 +374,19 @@ class TrainLoader:
                 self.dataset.text_ids[captions],
                 cached=frozenset(self.features),
             )
-            altered = self._altered(batch, (self.seed, epoch, step)) if self.alter else None
-            if altered and self.unlabelled.images:
-                other = next(others)
-                self._report(other.problems)
-                images, cached = upload(other.images, self.device), altered.cached - {"image"}
-                altered = altered._replace(images=images, colours=None, cached=cached)
+            altered = self._altered(batch, (self.seed, epoch, step), others)
             yield batch._replace(altered=altered)
 
-    def _altered(self, batch: Batch, seed: tuple[int, int, int]) -> Batch | None:
-        """The inputs of distillation, but for unlabelled images. Random numbers are drawn for the
-        whole batch, so that they do not depend on the number of processes."""
+    def _altered(
+        self, batch: Batch, seed: tuple[int, int, int], others: Iterator[Loaded]
+    ) -> Batch | None:
+        """The inputs of distillation, if any; unlabelled images are the next of `others`. Random
+        numbers are drawn for the whole batch, so that they do not depend on the number of
+        processes."""
         shard = self.processes.shard(self.batch_size)
         local, in_shard = slice(shard.start % 2, None, 2), slice(shard.start, shard.stop)
         images = batch.images[local]
-        if not len(images):
+        if not (self.alter and len(images)):
             return None
         random, cached = np.random.default_rng(seed), batch.cached
         colours = draw_recolourings(self.batch_size, random)[in_shard][local]
@@ -396,6 +402,11 @@ class TrainLoader:
             tokenizer = self.dataset.tokenizer
             tokens = reword(tokens, draws, tokenizer.words, tokenizer.padding)
         crops = None if batch.crops is None else batch.crops[local]
+        if self.unlabelled.images:
+            other = next(others)
+            self._report(other.problems)
+            images, cached = upload(other.images, self.device), cached - {"image"}
+            return Batch(images, crops, tokens, cached=cached)
         return Batch(images, crops, tokens, colours=upload(colours, self.device), cached=cached)
 
     def _load_unlabelled(self, random: np.random.Generator, start: int) -> Iterator[Loaded]:
@@ -434,9 +445,11 @@ class TrainLoader:
     def _report(self, problems: dict[int, str]) -> None:
         """Print the problems of images that were not reported yet."""
         for problem in set(problems.values()) - self.reported:
-            console = None if self.processes.is_rank_0 else sys.stderr
-            tqdm.write(f"{problem}; another image takes its place", file=console)
+            self._print(f"{problem}; another image takes its place")
         self.reported.update(problems.values())
+
+    def _print(self, line: str) -> None:
+        tqdm.write(line, file=None if self.processes.is_rank_0 else sys.stderr)
 
     def _draw_captions(self, rows: list[int], numbers: dict[str, Any]) -> Tensor:
         """The caption indices of these images in random order, `[n, most]`; images with fewer than
@@ -454,3 +467,58 @@ class TrainLoader:
         drawn[np.arange(self.most) >= count[:, None]] = 2  # missing captions are sorted last
         nth = np.arange(self.most) % count[:, None]
         return torch.from_numpy(first[:, None] + np.take_along_axis(drawn.argsort(), nth, axis=1))
+
+
+@dataclass(eq=False)
+class StreamLoader(TrainLoader):
+    """Batches of streamed samples, shuffled by the seed and the epoch; see `StreamedParts`. Broken
+    ones are left out and counted.
+
+    Each sample comes once an epoch, but for those after the last whole batch, if processes divide
+    the batch, processes times workers the shards, shards are of one size, and no sample is broken.
+    Otherwise some come twice and others not. A resumed epoch goes on after as many samples: the
+    same ones if processes and workers are as many as before, and no sample was broken.
+    """
+
+    dataset: Stream
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.dataset.shards) < self.processes.size:
+            raise InputError(
+                f"--stream: {len(self.dataset.shards)} shards are fewer than the "
+                f"{self.processes.size} processes, of which each reads its own"
+            )
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        dataset, shard = self.dataset, self.processes.shard(self.batch_size)
+        others = self._load_unlabelled(np.random.default_rng((self.seed, epoch, 0, 2)), start)
+        of_a_process = len(dataset.shards) // self.processes.size
+        workers = min(self.num_workers, of_a_process, len(shard))
+        parts = read_in_workers(
+            StreamedParts(
+                dataset.shards, dataset.preprocess.resize_and_crop, (self.seed, epoch),
+                self.processes[:2], rows=len(shard), batches=range(start, len(self)),
+            ),
+            workers,
+        )  # fmt: skip
+        left_out: list[str] = []
+        for step, of_batch in enumerate(zip(*[parts] * max(1, workers), strict=True), start):
+            images, captions, problems = zip(*of_batch, strict=True)
+            left_out.extend(chain(*problems))
+            texts = chain(*captions)
+            tokens = TokenizedTexts(dataset.tokenizer, texts, dataset.context_length)[:]
+            random = np.random.default_rng((self.seed, epoch, step, 1))
+            crops = draw_crops(self.batch_size, random)[shard.start : shard.stop]
+            batch = Batch(
+                upload(torch.cat(images), self.device),
+                upload(crops, self.device) if self.augment else None,
+                tokens,
+                # Not random between processes, as the hashes of strings are.
+                torch.tensor([[hash(tuple(text))] for text in tokens.tolist()]),
+            )
+            altered = self._altered(batch, (self.seed, epoch, step), others)
+            yield batch._replace(altered=altered)
+        if left_out:
+            self._print(f"samples of the stream that cannot be read: {len(left_out)}; the first: "
+                        f"{left_out[0]}")  # fmt: skip

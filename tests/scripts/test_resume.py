@@ -13,6 +13,7 @@ import time
 import open_clip
 import pytest
 import torch
+from caption_files import write_tar
 from open_clip_folders import siglip
 from PIL import Image
 from script_runs import error_line, run_script, start_script
@@ -142,6 +143,24 @@ def test_a_chinese_model_goes_on_bit_for_bit(data, tmp_path):
                  "--lock_text", 1, "--ema", 0.9]  # fmt: skip
     one, two = whole_and_stopped(arguments, tmp_path)
     assert_same_run(two, one)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a fork server")
+def test_a_stream_goes_on_with_the_samples_not_yet_seen(data, tmp_path):
+    """And so bit for bit, with as many workers."""
+    pytest.importorskip("webdataset")
+    entries = json.loads((data / "en_train.json").read_text())
+    for shard in range(3):
+        members = {}
+        for number, entry in enumerate(entries[shard::3]):
+            members[f"{number}.png"] = (data / entry["image"]).read_bytes()
+            members[f"{number}.json"] = json.dumps(entry).encode()
+        write_tar(tmp_path / f"{shard}.tar", members)
+    stream = ["--stream", "{0..2}.tar", "--num_workers", 1, "--epochs", 2]
+    one, two = whole_and_stopped([*ARGUMENTS, "--dataset_path", data, *stream], tmp_path)
+    assert_same_run(two, one)
+    assert "--stream: after as many samples" in max(two.glob("console_*")).read_text()
 
 
 @pytest.mark.slow

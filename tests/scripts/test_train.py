@@ -389,6 +389,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, work):
         (["--max_forgetting", "-1"], "at least 0"),
         (["--lora", "0"], "from 1 to 1,024"),
         (["--language", "fr"], "cn"),
+        ([*SCRATCH, "--stream", "1.tar", "--cache"], "--cache needs all images beforehand"),
         (["--dataset_path", "nowhere"], "nowhere: no such folder"),
         (["--lr", "0"], "--lr"),
         (["--demo", "--resume_training", "ViT-B/32"], "--demo"),

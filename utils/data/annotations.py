@@ -235,7 +235,7 @@ def _read_entry(entry: object, read_image: Callable[[object], str]) -> tuple[str
     if not isinstance(entry, dict):
         raise ValueError(f"is {type(entry).__name__}, not an object with image and caption")
     values, problems = [], []
-    for names, parse in ((IMAGE_FIELDS, read_image), (CAPTION_FIELDS, _captions)):
+    for names, parse in ((IMAGE_FIELDS, read_image), (CAPTION_FIELDS, read_captions)):
         field = first_of(names, entry) or names[0]
         try:
             if field not in entry:
@@ -292,8 +292,8 @@ def _refuse_lone_surrogates(text: str) -> None:
         raise ValueError(message) from None
 
 
-def _captions(captions: object) -> list[str]:
-    """The captions of an entry, without empty ones."""
+def read_captions(captions: object) -> list[str]:
+    """The captions of an entry, without empty ones. Raises `ValueError`."""
     captions = captions if isinstance(captions, list) else [captions]
     texts = [caption for caption in captions if not _is_empty(caption)]
     try:

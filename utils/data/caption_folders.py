@@ -9,7 +9,7 @@ class folders    a folder of images for each class; templates make the captions
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path, PurePosixPath
 
 from models.files import decoded
@@ -43,10 +43,11 @@ def why_no_form(folder: Path) -> str:
 
 def _of_shards(folder: Path, _: str) -> Iterator[Record]:
     for shard in sorted(folder.glob("*.tar")):
-        yield from _of_shard(shard)
+        yield from shard_records(shard)
 
 
-def _of_shard(shard: Path) -> Iterator[Record]:
+def shard_records(shard: Path) -> Iterator[Record]:
+    """The records of a tar's samples."""
     samples: dict[str, dict[str, str]] = {}  # {key: {ending: member}}
     places = index_of(shard)
     for member in places:
@@ -57,20 +58,33 @@ def _of_shard(shard: Path) -> Iterator[Record]:
         samples.setdefault(str(path.with_name(key)), {})[f".{ending}".lower()] = member
     for key, members in samples.items():
         where = f"{shard.name}/{key}"
-        image, ending = first_of(ENDINGS, members), first_of((".txt", ".json"), members)
-        if not (image and ending):
-            has = ", ".join(members.values())
-            yield Record(where, None, f"should be an image beside a .txt or a .json; it is {has}")
-            continue
-        name = members[ending]
-        caption = decoded(read_contained(shard, name, places[name]), f"{shard}/{name}")
         try:
-            if ending == ".json":
-                content = json.loads(caption)
-                caption = content[first_of(CAPTION_FIELDS, content)]
+            image, ending = endings_of(members)
+            name = members[ending]
+            text = decoded(read_contained(shard, name, places[name]), name)
+            caption = caption_of(text, ending)
             yield Record(where, {"image": f"{shard.name}/{members[image]}", "caption": caption})
-        except (ValueError, LookupError, TypeError, RecursionError):
-            yield Record(where, None, 'its .json should hold {"caption": ...}')
+        except ValueError as error:
+            yield Record(where, None, str(error))
+
+
+def endings_of(sample: Collection[str]) -> tuple[str, str]:
+    """Of a sample's endings, those of its image and of its text. Raises `ValueError`."""
+    image, text = first_of(ENDINGS, sample), first_of((".txt", ".json"), sample)
+    if image and text:
+        return image, text
+    raise ValueError(f"should be an image beside a .txt or a .json; it has {', '.join(sample)}")
+
+
+def caption_of(text: str, ending: str) -> object:
+    """The caption in the text of a sample. Raises `ValueError`."""
+    if ending == ".txt":
+        return text
+    try:
+        content = json.loads(text)
+        return content[first_of(CAPTION_FIELDS, content)]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise ValueError('its .json should hold {"caption": ...}') from None
 
 
 def _of_datasets(folder: Path, _: str) -> Iterator[Record]:

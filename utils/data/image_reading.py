@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -90,9 +90,17 @@ def read_batches(
     """The images at lists of indices in `reader`, of which this process reads `part` of each. With
     `substitute`, another image takes the place of an unreadable one. Otherwise it raises
     `InputError`, as does a killed worker."""
+    return read_in_workers(_Batches(reader, part, substitute), num_workers, batches)
+
+
+def read_in_workers(
+    dataset: Dataset, num_workers: int, sampler: Iterable[Any] | None = None
+) -> Iterator[Any]:
+    """What `dataset` has at each of `sampler`, or yields: tuples with `images`. Raises `InputError`
+    where it has one, and for a killed worker."""
     loader = DataLoader(
-        _Batches(reader, part, substitute),
-        sampler=batches,
+        dataset,
+        sampler=sampler,
         batch_size=None,
         collate_fn=collate,
         num_workers=num_workers,
@@ -117,7 +125,7 @@ def read_batches(
         ) from error
 
 
-def collate(loaded: Loaded | InputError) -> Loaded | InputError:
+def collate(loaded: Any) -> Any:
     """What a worker sends to its parent: images in shared memory or, without room for two batches
     of every worker, as an array through a pipe. (Linux may promise shared memory that it lacks, and
     kill the worker that writes to it.)"""

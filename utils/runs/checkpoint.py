@@ -15,7 +15,7 @@ from models.weights.open_clip import CONFIG_FILE, to_open_clip
 from models.weights.read import read_content
 from utils.runs.files import atomic_write, writing
 
-FORMAT = 10  # of checkpoint.pth; raised whenever its fields change
+FORMAT = 11  # of checkpoint.pth; raised whenever its fields change
 
 
 def save_weights(model: CLIP, path: Path) -> None:

@@ -43,11 +43,12 @@ class Distillation(NamedTuple):
 
 
 def distill_from_start(
-    model: CLIP, start_weights: Path, weight: float, captions: TokenizedTexts
+    model: CLIP, start_weights: Path, weight: float, captions: TokenizedTexts | None
 ) -> Distillation:
     """Distillation from `start_weights`, the file of the starting model, which shares the frozen
-    parameters with `model`, in training on `captions`. `weight` counts at a logit scale of
-    `TUNED_SCALE`: half the squared distance is 1 minus the cosine, which the scale multiplies."""
+    parameters with `model`, in training on `captions` (None: on a stream, which may have any word).
+    `weight` counts at a logit scale of `TUNED_SCALE`: half the squared distance is 1 minus the
+    cosine, which the scale multiplies."""
     start, _ = load(start_weights, model.device)
     start.requires_grad_(False)
     for name, parameter in start.named_parameters():
@@ -55,7 +56,8 @@ def distill_from_start(
         if not own.requires_grad:
             parameter.data = own.data
     train_mode(start)  # computes like the model; its batch norms, all frozen, keep their statistics
-    counts = captions.counts(word_embedding(model).num_embeddings)
+    words = word_embedding(model).num_embeddings
+    counts = captions.counts(words) if captions else np.ones(words)
     unused = torch.from_numpy(np.flatnonzero(counts == 0)).to(model.device)
     weight *= start.logit_scale.exp().item() / TUNED_SCALE
     return Distillation(start, weight, trainable_towers(model), unused)

@@ -16,8 +16,9 @@ from models.device import moved
 from models.errors import InputError
 from models.run_files import ARGUMENTS, BEST, LAST, START, TEST_METRICS
 from utils.data.image_files import check_splits
+from utils.data.streamed import Stream
 from utils.data.unlabelled import Unlabelled
-from utils.flickr8k_dataloader import Flickr8kDataset, TrainLoader
+from utils.flickr8k_dataloader import Flickr8kDataset, StreamLoader, TrainLoader
 from utils.machine.precision import Precision
 from utils.machine.processes import Processes
 from utils.machine.pyzjr_parts import SeedEvery, get_optimizer
@@ -42,7 +43,7 @@ from utils.training.state import State
 from utils.training.wise_ft import Mixtures, best_row, weights_of
 
 CAPTIONED = 200  # images whose captions suggest labels
-Splits = dict[str, Flickr8kDataset]
+Splits = dict[str, Flickr8kDataset | Stream]  # the latter in training alone
 Checkpoint = dict[str, Any]
 
 
@@ -88,7 +89,8 @@ def get_loader(
                 dataset.cache(args.cache or None, device, num_workers)
     if processes.is_rank_0:
         check_splits(sets, num_workers, train_too=args.strict)
-    return TrainLoader(
+    loader = StreamLoader if args.stream else TrainLoader
+    return loader(
         sets["train"], args.batch_size, device, args.seed, num_workers, augment=not args.no_augment,
         captions_per_image=args.captions_per_image, strict=args.strict, processes=processes,
         alter=bool(args.distill), unlabelled=unlabelled)  # fmt: skip
@@ -104,8 +106,8 @@ def open_run(
     if resumed and data != resumed["data"]:
         raise InputError(
             f"--dataset_path {args.dataset_path}: its images or captions are not those of the run "
-            "(or --language is not); to train on others, start a new run: --resume_training "
-            f"{Path(args.resume_training).with_name(Path(BEST).name)}"
+            "(or --language or --stream is not); to train on others, start a new run: "
+            f"--resume_training {Path(args.resume_training).with_name(Path(BEST).name)}"
         )
     if not loader.processes.is_rank_0:
         return run

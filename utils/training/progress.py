@@ -39,7 +39,8 @@ def announce(
     print(f"data: {images}, {data}")
     print(f"model: {name}, {count / 1e6:.1f} M parameters{which}; {processes}{loader.device}, "
           f"{state.precision}")  # fmt: skip
-    for line in caption_warnings(sets["train"], sets["val"]):
+    captioned = [sets[split] for split in ("train", "val") if sets[split].tokens]
+    for line in caption_warnings(*captioned):
         print(line)
     print(f"results in {run.folder}")
     if len(state.epochs) == epochs:
@@ -49,17 +50,17 @@ def announce(
         print("hint: this CPU has instructions for bfloat16: --use_amp trains faster with them")
 
 
-def caption_warnings(train_set: Flickr8kDataset, val_set: Flickr8kDataset) -> Iterator[str]:
+def caption_warnings(*sets: Flickr8kDataset) -> Iterator[str]:
     """Lines on captions that are cut, alike, in another language, or shared."""
-    texts = len(train_set.text) + len(val_set.text)
-    if cut := train_set.count_cut_captions() + val_set.count_cut_captions():
+    texts = sum(len(dataset.text) for dataset in sets)
+    if cut := sum(dataset.count_cut_captions() for dataset in sets):
         yield (f"{cut} captions ({cut / texts:.2%}) are longer than the "
-               f"{train_set.context_length} tokens that the model reads, and were cut")  # fmt: skip
-    if alike := train_set.count_alike_captions() + val_set.count_alike_captions():
+               f"{sets[0].context_length} tokens that the model reads, and were cut")  # fmt: skip
+    if alike := sum(dataset.count_alike_captions() for dataset in sets):
         yield f"warning: {alike} captions are different texts, but {ALIKE}"
-    if warning := tokenizer_warning(train_set):
+    if warning := tokenizer_warning(sets[0]):
         yield warning
-    if shared := train_set.count_shared_captions() + val_set.count_shared_captions():
+    if shared := sum(dataset.count_shared_captions() for dataset in sets):
         yield (f"{shared} captions ({shared / texts:.2%}) belong to several images, and are "
                "positives of each of them")  # fmt: skip
 

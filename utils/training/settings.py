@@ -15,6 +15,7 @@ from models.files import check_writable_folder
 from models.run_files import LAST
 from models.scripts import from_here
 from utils.data.annotations import caption_file, missing_annotations
+from utils.data.streamed import Stream
 from utils.data.unlabelled import Unlabelled, find_unlabelled
 from utils.flickr8k_dataloader import Flickr8kDataset, check_batch_size
 from utils.machine.processes import ALONE, Processes
@@ -130,6 +131,9 @@ def how_it_goes_on(args: Namespace, resumed: dict[str, Any]) -> Iterator[str]:
     if epoch <= args.epochs:
         within = f", of which {steps} steps are done" if steps else ""
         yield f"the run goes on with epoch {epoch} of {args.epochs}{within}"
+        if args.stream and steps:
+            yield ("--stream: after as many samples, though not bit for bit where --num_workers or "
+                   "the processes have changed, or a sample was broken")  # fmt: skip
     before, now = resumed["arguments"], as_saved(args, resumed)
     changed = [f"--{n} {before[n]} -> {now[n]}" for n in now if now[n] != before[n]]
     if changed:
@@ -155,7 +159,7 @@ def check_arguments(args: Namespace) -> None:
         check_name(args.resume_training)
     if args.cache:
         check_writable_folder(Path(args.cache).expanduser())
-    for language, split in product(args.language, ("train", "val")):
+    for language, split in product(args.language, ("val",) if args.stream else ("train", "val")):
         if missing := missing_annotations(caption_file(args.dataset_path, language, split)):
             raise InputError(
                 f"{missing}. To get Flickr8k: python {from_here('flickr8k/prepare.py')} --download;"
@@ -187,10 +191,14 @@ def _contradictions(args: Namespace) -> Iterator[str]:
         yield ("--cache_features with --lock_image needs the same images in every epoch: add "
                "--no_augment")  # fmt: skip
 
+    for name in ("cache", "cache_features", "strict"):
+        if args.stream and getattr(args, name) not in (None, False):
+            yield f"--{name} needs all images beforehand, not a --stream: leave one of them out"
+
 
 def get_data(
     args: Namespace, processes: Processes
-) -> tuple[dict[str, Flickr8kDataset], Retention, Unlabelled]:
+) -> tuple[dict[str, Flickr8kDataset | Stream], Retention, Unlabelled]:
     """The data by split, that of --retention and that of --distill_data, after checks of the
     arguments. Renders the demo's images."""
     with processes.rank_0_first():  # rank 0 renders
@@ -198,17 +206,25 @@ def get_data(
             render_demo(args.dataset_path)
     check_arguments(args)
     unlabelled = find_unlabelled(args.distill_data or [])
-    sets = read_data(args.dataset_path, args.language, args.batch_size, processes)
+    stream = Stream(args.stream, args.stream_samples) if args.stream else None
+    sets = read_data(args.dataset_path, args.language, args.batch_size, processes, stream=stream)
     return sets, Retention(args.retention or [], args.language, processes), unlabelled
 
 
 def read_data(
-    folder: Path, languages: list[str], batch_size: int, processes: Processes
-) -> dict[str, Flickr8kDataset]:
-    """The data set by split: "train", "val" and, if all languages have a list, "test". Raises
-    `InputError` for unusable lists, missing images, and a batch larger than the training split."""
+    folder: Path,
+    languages: list[str],
+    batch_size: int,
+    processes: Processes,
+    stream: Stream | None = None,
+) -> dict[str, Flickr8kDataset | Stream]:
+    """The data set by split: "train" (or a `stream`), "val" and, if all languages have a list,
+    "test". Raises `InputError` for unusable lists, missing images, and a batch larger than the
+    training split."""
     lists = [caption_file(folder, language, "test") for language in languages]
     splits = ["train", "val", "test"] if all(map(Path.exists, lists)) else ["train", "val"]
-    sets = {split: Flickr8kDataset(folder, language=languages, split=split) for split in splits}
+    sets = {"train": stream} if stream else {}
+    for split in splits[len(sets) :]:
+        sets[split] = Flickr8kDataset(folder, language=languages, split=split)
     check_batch_size(batch_size, len(sets["train"]), processes)
     return sets

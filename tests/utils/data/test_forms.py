@@ -10,6 +10,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from caption_files import write_tar
 from PIL import Image
 
 from flickr8k.prepare import prepare
@@ -81,14 +82,6 @@ def as_chinese_clip(root, split):
         texts += [{"text_id": 1, "text": text, "image_ids": [name]} for text in captions]
     (root / f"{split_word}_imgs.tsv").write_text("".join(images))
     (root / f"{split_word}_texts.jsonl").write_text("".join(json.dumps(t) + "\n" for t in texts))
-
-
-def write_tar(file, members):
-    with tarfile.open(file, "w") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
 
 
 def as_shards(root, split):
