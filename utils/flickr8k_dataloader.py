@@ -27,9 +27,7 @@ from models.tokens import TokenizedTexts, clip_tokenizer
 from utils.data.annotations import caption_file, read_annotations, why_missing
 from utils.data.augment import crop, draw_crops, draw_recolourings, recolour, reword
 from utils.data.caption_lists import CaptionLists, join_parts
-from utils.data.image_cache import decode_once, gather
-from utils.data.image_files import locate
-from utils.data.image_reading import (
+from utils.data.image_batches import (
     ImageReader,
     Loaded,
     Paths,
@@ -37,6 +35,8 @@ from utils.data.image_reading import (
     read_in_workers,
     substitutes,
 )
+from utils.data.image_cache import decode_once, gather
+from utils.data.image_files import locate
 from utils.data.packed import Computed, ranges, starts_of
 from utils.data.streamed import Stream, StreamedParts
 from utils.data.unlabelled import Unlabelled

@@ -12,7 +12,7 @@ from script_runs import error_line, run_script
 
 from flickr8k.render_demo import render_demo
 from models.errors import InputError
-from utils.data import image_reading
+from utils.data import image_batches
 from utils.machine.memory import IN_TRAINING, explained
 from utils.runs.folder import new_run_folder
 
@@ -102,11 +102,11 @@ def kill_workers():
     """When they read an image."""
 
     def open_image(*image):
-        if image_reading.get_worker_info():
+        if image_batches.get_worker_info():
             os.kill(os.getpid(), signal.SIGKILL)
         return read(*image)
 
-    read, image_reading.open_image = image_reading.open_image, open_image
+    read, image_batches.open_image = image_batches.open_image, open_image
 
 
 @pytest.mark.slow

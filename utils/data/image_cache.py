@@ -26,7 +26,7 @@ from models.files import file_version
 from models.preprocess import Preprocess
 from models.progress_bar import progress_bar
 from utils.data.containers import in_container
-from utils.data.image_reading import read_batches
+from utils.data.image_batches import read_batches
 from utils.runs.files import atomic_write
 
 FORMAT = 4  # of the file; raise it when `models.preprocess.resize_and_crop` makes other pixels

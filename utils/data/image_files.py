@@ -16,7 +16,7 @@ from models.preprocess import DRAWN_BY_PROGRAMS, NEED_A_PACKAGE, is_one_colour
 from models.progress_bar import progress_bar
 from utils.data.caption_formats import SPLITS
 from utils.data.containers import Place, in_container, index_of
-from utils.data.image_reading import read_image
+from utils.data.image_batches import read_image
 
 NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG"}  # formats that Pillow names but cannot read
 AT_A_TIME = 1024  # images that wait for a thread

@@ -16,9 +16,9 @@ from models.files import read_lines
 from models.preprocess import Preprocess
 from models.scripts import from_here
 from utils.data.class_folders import class_folders, words_of
+from utils.data.image_batches import ImageReader, read_batches
 from utils.data.image_cache import decode_once, gather
 from utils.data.image_files import find_images
-from utils.data.image_reading import ImageReader, read_batches
 from utils.data.torchvision_sets import (
     TORCHVISION_SETS,
     class_names,

@@ -25,7 +25,7 @@ from models.run_files import (
     run_folder,
 )
 from utils.data.annotations import SPLITS
-from utils.data.image_reading import read_image
+from utils.data.image_batches import read_image
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.retrieval.encode import Features
 from utils.retrieval.plots import chart_svg

@@ -18,7 +18,7 @@ from flickr8k.render_demo import render_demo
 from models.errors import InputError
 from models.preprocess import open_image
 from utils import Flickr8kDataset
-from utils.data import image_reading
+from utils.data import image_batches
 from utils.data.image_files import check_images, check_splits, find_images
 
 
@@ -245,7 +245,7 @@ def test_the_cache_decodes_each_image_once_and_finds_what_a_check_finds(
     for name in broken:
         (root / "images" / f"{name}.png").write_bytes(b"none")
     opened = Counter()
-    monkeypatch.setattr(image_reading, "open_image", partial(count_opened, opened))
+    monkeypatch.setattr(image_batches, "open_image", partial(count_opened, opened))
     checked = outcome(root, cached=False)
     assert len(opened) == 14 and set(opened.values()) == {1}
     opened.clear()

@@ -21,8 +21,8 @@ from models import progress_bar
 from models.clip_utils import create_model
 from models.errors import InputError
 from utils import Flickr8kDataset
-from utils.data import image_reading
-from utils.data.image_reading import Loaded, collate, read_batches
+from utils.data import image_batches
+from utils.data.image_batches import Loaded, collate, read_batches
 from utils.machine import interrupt, memory
 
 SCRATCH = ["--resume_training", "none", "--model", "ViT-demo", "--batch_size", "8", "--epochs", "1",
@@ -41,10 +41,10 @@ def test_shared_memory_is_used_if_two_batches_of_every_worker_fit(workers, batch
     images = torch.randint(256, (batch, 3, 4, 4), dtype=torch.uint8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            image_reading, "get_worker_info", lambda: SimpleNamespace(num_workers=workers)
+            image_batches, "get_worker_info", lambda: SimpleNamespace(num_workers=workers)
         )
         room = 2 * workers * batch * 3 * 4 * 4 - lacking
-        patch.setattr(image_reading, "free_shared_memory", lambda: room)
+        patch.setattr(image_batches, "free_shared_memory", lambda: room)
         handed = collate(Loaded(images.clone(), [0], {}))
     assert np.array_equal(np.asarray(handed.images), images)
     if lacking > 0:
@@ -57,7 +57,7 @@ def test_a_batch_that_finds_no_room_at_the_last_moment_goes_through_the_pipe(mon
     def full(_):
         raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
 
-    monkeypatch.setattr(image_reading, "get_worker_info", lambda: SimpleNamespace(num_workers=1))
+    monkeypatch.setattr(image_batches, "get_worker_info", lambda: SimpleNamespace(num_workers=1))
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     handed = collate(Loaded(torch.ones(2, 3), [0], {}))
     assert isinstance(handed.images, np.ndarray) and (handed.images == 1).all()
@@ -83,7 +83,7 @@ def test_where_there_is_no_limit_of_its_own_nothing_is_known_of_shared_memory(
     reason="the workers are to inherit a patch",
 )
 def test_batches_through_pipes_are_those_of_the_data_set(data, monkeypatch):
-    monkeypatch.setattr(image_reading, "free_shared_memory", lambda: 0)
+    monkeypatch.setattr(image_batches, "free_shared_memory", lambda: 0)
     dataset = Flickr8kDataset(data, 32)
     batches = [[0, 5, 2], [7, 1], [3]]
     for rows, loaded in zip(batches, read_batches(dataset.reader, batches, 2), strict=True):
@@ -133,7 +133,7 @@ class Stuck(list):
 def wait_for_workers_that_do_not_deliver():
     """As when a disk in the network has gone."""
     progress_bar.INTERVAL, interrupt.ONE_SIGNAL = 0, 0.2
-    image_reading.ImageReader.__getitem__ = Stuck.__getitem__
+    image_batches.ImageReader.__getitem__ = Stuck.__getitem__
 
 
 @pytest.mark.slow
