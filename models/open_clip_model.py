@@ -128,11 +128,6 @@ class OpenClipModel(CLIP):
         if isinstance(self.tokenizer, HFTokenizer):
             self.tokenizer.save(folder)
 
-    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
-        if images.ndim == 4:  # the convolutions of timm's towers are faster so
-            images = images.contiguous(memory_format=torch.channels_last)
-        return super().encode_image(images, normalize)
-
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
         if text := getattr(self.text, "config", None):  # of transformers, which masks padding
             tokens = tokens[:, (tokens != text.pad_token_id).any(dim=0)]
