@@ -19,6 +19,7 @@ from utils.runs.arguments import (
     number,
     path,
     positive,
+    shards,
     starting_point,
     workers,
 )
@@ -47,7 +48,7 @@ def build_parser() -> ArgumentParser:
         help="folder with images and {en,cn}_{train,val}.json, .csv, ..., or one table with a "
         "column split; or with folders train/ and val/ of tar shards, of images beside texts, of "
         "class folders or of Hugging Face's datasets (default: %(default)s)")
-    add("--stream", nargs="+", metavar="SHARDS",
+    add("--stream", type=shards, nargs="+", metavar="SHARDS",
         help="stream the training data from tar shards, where a disk is too small or too far; what "
         "webdataset opens (pip install webdataset), such as \"cc3m/{00000..00331}.tar\"; "
         "--dataset_path is for validation alone")

@@ -3,12 +3,13 @@
 import hashlib
 import os
 import random
+import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from models.files import decoded, read_json
 from models.preprocess import open_image
 from utils.data.annotations import collect, read_captions
 from utils.data.caption_folders import caption_of, endings_of, shard_records
+from utils.machine.memory import CONTINUE
+from utils.runs.arguments import is_remote
 
 BUFFER = 1000  # samples, as files, among which each worker draws the next one
 
@@ -41,10 +44,10 @@ class Stream:
 
     def __init__(self, patterns: Sequence[str], samples: int | None = None):
         self.shards = [shard for pattern in patterns for shard in _expanded(pattern)]
-        local = [Path(shard) for shard in self.shards if not _is_remote(shard)]
+        local = [Path(shard) for shard in self.shards if not is_remote(shard)]
         if lost := [str(s) for s in local if not (s.is_file() and tarfile.is_tarfile(s))]:
             raise InputError(f"--stream: {len(lost)} of {len(self.shards)} shards are missing or "
-                             f"no tars: {listed(lost)}; get new copies")  # fmt: skip
+                             f"no tars: {listed(lost)}; mend the path or the files")  # fmt: skip
         if not samples and (len(local) < len(self.shards) or {s.suffix for s in local} != {".tar"}):
             raise InputError("--stream: give --stream_samples N, the number of samples in all "
                              "shards, which only .tar files on a disk tell")  # fmt: skip
@@ -69,7 +72,7 @@ def _expanded(pattern: str) -> list[str]:
         from webdataset.shardlists import expand_urls
     except ImportError:
         raise InputError("--stream needs webdataset; pip install webdataset") from None
-    if os.sep == "\\" and not _is_remote(pattern):
+    if os.sep == "\\" and not is_remote(pattern):
         pattern = pattern.replace("\\", "/")  # before a brace, \ would take away its meaning
     try:
         return expand_urls(pattern)
@@ -77,14 +80,10 @@ def _expanded(pattern: str) -> list[str]:
         raise InputError(f"--stream {pattern}: {one_line(error)}") from None
 
 
-def _is_remote(shard: str) -> bool:
-    return "://" in shard or shard.startswith("pipe:")
-
-
 def _count(shards: list[Path]) -> int:
     stats = (read_json(shard.with_name(f"{shard.stem}_stats.json")) for shard in shards)
     found = [(content or {}).get("successes") for content in stats]
-    if all(isinstance(number, int) for number in found):
+    if all(type(number) is int and number > 0 for number in found):
         return sum(found)
     parts = (collect(shard, shard_records(shard), str) for shard in shards)
     return sum(len(pairs) for part in parts for pairs in part.values())
@@ -131,7 +130,9 @@ class StreamedParts(IterableDataset):
     def _samples(self, worker: int, workers: int, skip: int) -> Iterator[tuple[Tensor, str]]:
         """Images and captions without end. Raises `InputError` if no shard has any."""
         import webdataset
+        from webdataset.gopen import gopen_schemes
 
+        gopen_schemes.update(http=_curl, https=_curl)
         order = np.random.default_rng(self.seed).permutation(len(self.shards)).tolist()
         rank, size = self.processes
         readers, fruitless = size * workers, 0
@@ -155,7 +156,8 @@ class StreamedParts(IterableDataset):
                     self.problems.append(str(error))
             if fruitless == readers:
                 why = next(iter(self.problems), "it is empty")
-                raise InputError(f"--stream: no sample of any shard can be read; the first: {why}")
+                raise InputError("--stream: no sample of any shard can be read, of which the files "
+                                 f"follow each other; the first: {why}; {CONTINUE}")  # fmt: skip
 
     def _read(self, sample: dict[str, bytes | str]) -> tuple[Tensor, str]:
         """The image and the caption of one of webdataset's samples. Raises `InputError`."""
@@ -174,5 +176,16 @@ class StreamedParts(IterableDataset):
     def _note(self, error: Exception) -> bool:
         """Go on after an error of a shard, whose name webdataset adds to the arguments."""
         texts = [text for text in error.args if isinstance(text, str)]
-        self.problems.append(one_line(": ".join(reversed(texts)) or repr(error)))
+        problem = one_line(": ".join(reversed(texts)) or repr(error))
+        if code := re.search(r"exit (\d+) \(read\)", problem):
+            problem = f"{texts[-1]}: its command, or curl, ended with code {code[1]}"
+        self.problems.append(problem)
         return True
+
+
+def _curl(url: str, mode: str = "rb", bufsize: int = 8192) -> Any:
+    """Read an address, as webdataset does, until no byte has come for a minute."""
+    from webdataset.gopen import Pipe
+
+    command = ["curl", "-fsL", "--speed-limit", "1", "--speed-time", "60", url]
+    return Pipe(command, mode=mode, bufsize=bufsize, ignore_status=[141, 23])

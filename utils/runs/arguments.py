@@ -42,6 +42,15 @@ fraction = _within(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
 workers = integer(0, 256)  # processes that read images; more fill the memory with Python alone
 
 
+def shards(text: str) -> str:
+    """A pattern of webdataset's; a path is made absolute, so that a run goes on from any folder."""
+    return text if is_remote(text) else str(Path(text).expanduser().absolute())
+
+
+def is_remote(shard: str) -> bool:
+    return "://" in shard or shard.startswith("pipe:")
+
+
 def picture(text: str) -> Path:
     """The path of a picture to write, checked before anything is computed for it."""
     return checked(writable_file(text), picture_format)

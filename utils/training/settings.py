@@ -191,6 +191,8 @@ def _contradictions(args: Namespace) -> Iterator[str]:
         yield ("--cache_features with --lock_image needs the same images in every epoch: add "
                "--no_augment")  # fmt: skip
 
+    if args.stream_samples and not args.stream:
+        yield "--stream_samples counts what --stream names: add it, or leave both out"
     for name in ("cache", "cache_features", "strict"):
         if args.stream and getattr(args, name) not in (None, False):
             yield f"--{name} needs all images beforehand, not a --stream: leave one of them out"
@@ -223,7 +225,7 @@ def read_data(
     training split."""
     lists = [caption_file(folder, language, "test") for language in languages]
     splits = ["train", "val", "test"] if all(map(Path.exists, lists)) else ["train", "val"]
-    sets = {"train": stream} if stream else {}
+    sets = {} if stream is None else {"train": stream}
     for split in splits[len(sets) :]:
         sets[split] = Flickr8kDataset(folder, language=languages, split=split)
     check_batch_size(batch_size, len(sets["train"]), processes)
