@@ -22,7 +22,7 @@ from utils.runs.arguments import picture
             "--batch-size: there is no such option; did you mean --batch_size?",
         ),
         (["--xyz"], "--xyz: there is no such option; --help lists them"),
-        (["stray"], "stray: there is no such option; --help lists them"),
+        (["xyz"], "xyz: there is no such option; --help lists them"),
         (["--epochs"], "argument --epochs: expected one argument"),
     ],
 )

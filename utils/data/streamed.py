@@ -156,7 +156,7 @@ class StreamedParts(IterableDataset):
                     self.problems.append(str(error))
             if fruitless == readers:
                 why = next(iter(self.problems), "it is empty")
-                raise InputError("--stream: no sample of any shard can be read, of which the files "
+                raise InputError("stream: no sample of any shard can be read, of which the files "
                                  f"follow each other; the first: {why}; {CONTINUE}")  # fmt: skip
 
     def _read(self, sample: dict[str, bytes | str]) -> tuple[Tensor, str]:
