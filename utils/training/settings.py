@@ -190,7 +190,6 @@ def _contradictions(args: Namespace) -> Iterator[str]:
     if args.cache_features and args.lock_image == 0 and not args.no_augment:
         yield ("--cache_features with --lock_image needs the same images in every epoch: add "
                "--no_augment")  # fmt: skip
-
     if args.stream_samples and not args.stream:
         yield "--stream_samples counts what --stream names: add it, or leave both out"
     for name in ("cache", "cache_features", "strict"):
