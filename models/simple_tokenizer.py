@@ -8,6 +8,7 @@ import gzip
 import html
 import re
 from array import array
+from collections.abc import Iterator
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -50,6 +51,11 @@ def chunks(text: str) -> list[str]:
     return text.lower().split()
 
 
+def _cleaned(texts: list[str]) -> Iterator[str]:
+    """The texts with spaces as their only white space, after the repairs of `chunks`."""
+    return (text if PLAIN.fullmatch(text) else " ".join(chunks(text)) for text in texts)
+
+
 class SimpleTokenizer:
     """Text to token ids, with the 49,408 tokens of all published CLIP models.
 
@@ -86,11 +92,14 @@ class SimpleTokenizer:
     def encode_all(self, texts: list[str]) -> bytes:
         """The token ids of all texts, end to end, each with start-of-text and end-of-text token, as
         C integers. One long string is encoded much faster than many."""
-        cleaned = (t if PLAIN.fullmatch(t) else " ".join(chunks(t)) for t in texts)
-        lines = "\n".join(["", *cleaned, ""]).lower().replace("\n", " \n ")
+        lines = "\n".join(["", *_cleaned(texts), ""]).lower().replace("\n", " \n ")
         encoded = b"".join(map(self.of_chunk.__getitem__, lines.split(" ")))
         around = len(self.of_chunk["\n"]) // 2  # before the first text and after the last
         return encoded[around:-around]
+
+    def without_spaces(self, texts: list[str]) -> list[str]:
+        """The texts as their tokens see them, but for white space."""
+        return "\n".join(_cleaned(texts)).lower().replace(" ", "").split("\n")
 
     def transformers_files(self, context_length: int) -> dict[str, Any]:
         merges = map(" ".join, self.merges)

@@ -1,7 +1,8 @@
 """Texts to rows of token ids, by the tokenizer of a model."""
 
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property, lru_cache
 from itertools import chain, islice, pairwise
 from typing import Any, Protocol
 
@@ -13,6 +14,8 @@ from models.errors import InputError, quoted
 from models.simple_tokenizer import SimpleTokenizer
 
 PIECE = 2**14  # texts that are tokenised at a time
+AT_ONCE = 2**20  # texts that are tokenised before the first is used, which takes seconds
+SAMPLE = 2**17  # texts
 
 
 class Tokenizer(Protocol):
@@ -46,67 +49,130 @@ def chinese_tokenizer() -> Tokenizer:
 
 
 class TokenizedTexts:
-    """n texts as token ids, end to end, so that a short text takes little memory.
+    """n texts as token ids. `tokens[rows]` is int32 `[len(rows), context_length]` with padding,
+    where long texts are cut before their end-of-text token.
 
-    Text i is `ids[starts[i] : starts[i + 1]]`: the start-of-text token, all tokens of the text and
-    the end-of-text token. `tokens[rows]` is int32 `[len(rows), context_length]` with padding, where
-    long texts are cut before their end-of-text token. `first_equal[i]` is the first text that has
-    the same tokens, uncut.
+    All are tokenised when the first ones are asked for, unless they are more than `AT_ONCE` and of
+    CLIP's tokenizer: then only what is asked for is tokenised, each time.
     """
 
-    def __init__(self, tokenizer: Tokenizer, texts: Iterable[str], context_length: int):
-        self.tokenizer, self.context_length = tokenizer, context_length
-        parts, lengths, digests = [np.empty(0, np.uint16)], [], []
-        texts = iter(texts)
-        while piece := [*islice(texts, PIECE)]:
-            ids, ends = _encoded(tokenizer, piece)
-            parts.append(ids.astype(np.uint16) if ids.max() < 2**16 else ids)
-            lengths.append(np.diff(ends, prepend=0))
-            data, ends = ids.tobytes(), [0, *(ends * ids.itemsize).tolist()]
-            # Of 64 bits: two different ones of ten million texts are equal once in 300,000 sets.
-            found = (hash(data[start:end]) for start, end in pairwise(ends))
-            digests.append(np.fromiter(found, np.int64, len(piece)))
-        self.ids = np.concatenate(parts)
-        del parts  # as large as all tokens
-        self.starts = np.cumsum(np.concatenate([[0], *lengths]))
-        digest = np.concatenate([np.empty(0, np.int64), *digests])
-        del lengths, digests
-        _, first, which = np.unique(digest, return_index=True, return_inverse=True)
-        self.first_equal = torch.from_numpy(first[which])
+    def __init__(self, tokenizer: Tokenizer, texts: Sequence[str], context_length: int):
+        self.tokenizer, self.texts, self.context_length = tokenizer, texts, context_length
+        self.is_lazy = len(texts) > AT_ONCE and isinstance(tokenizer, SimpleTokenizer)
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
+        return len(self.texts)
 
     def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> Tensor:
-        rows = np.arange(len(self))[rows] if isinstance(rows, int | slice) else np.asarray(rows)
-        first, lengths = self.starts[rows, None], self.lengths[rows, None]
+        rows = range(len(self))[rows] if isinstance(rows, int | slice) else rows
+        rows = np.asarray(rows, np.int64)
+        if self.is_lazy and rows.size < len(self):
+            return self._of(rows.flatten())[:].view(*rows.shape, self.context_length)
+        ids, starts = self._encoded
+        first, lengths = starts[rows, None], self.lengths[rows, None]
         places = np.arange(self.context_length)
-        tokens = self.ids[np.minimum(first + places, len(self.ids) - 1)].astype(np.int32)
+        tokens = ids[np.minimum(first + places, len(ids) - 1)].astype(np.int32)
         tokens[places >= lengths] = self.tokenizer.padding
         is_cut = lengths[..., 0] > self.context_length
         tokens[..., -1] = np.where(is_cut, self.tokenizer.end_of_text, tokens[..., -1])
         return torch.from_numpy(tokens)
+
+    def sample(self) -> "TokenizedTexts":
+        """The same texts, or if they are lazy, some of all parts of them."""
+        return self._of(np.arange(0, len(self), len(self) // SAMPLE)) if self.is_lazy else self
+
+    def _of(self, rows: np.ndarray) -> "TokenizedTexts":
+        texts = [self.texts[row] for row in rows.tolist()]
+        return TokenizedTexts(self.tokenizer, texts, self.context_length)
+
+    @cached_property
+    def _encoded(self) -> tuple[np.ndarray, np.ndarray]:
+        """All ids end to end, so that a short text takes little memory: text i, with its start and
+        end, is from `starts[i]` to `starts[i + 1]`."""
+        parts, lengths = [np.empty(0, np.uint16)], [[0]]
+        for piece in _pieces(self.texts):
+            ids, ends = _encoded(self.tokenizer, piece)
+            parts.append(ids.astype(np.uint16) if ids.max() < 2**16 else ids)
+            lengths.append(np.diff(ends, prepend=0))
+        return np.concatenate(parts), np.cumsum(np.concatenate(lengths))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """The number of tokens of each text, uncut, with start and end: `[n]`."""
+        return np.diff(self._encoded[1])
 
     @property
     def is_cut(self) -> np.ndarray:
         """Whether a text does not fit into its row: `[n]`."""
         return self.lengths > self.context_length
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """The number of tokens of each text, uncut, with start and end: `[n]`."""
-        return np.diff(self.starts)
+    @cached_property
+    def full(self) -> tuple[np.ndarray, np.ndarray]:
+        """The texts that fill their rows or are cut, and their `lengths`."""
+        if self.is_lazy:  # a token has at least a byte
+            rows = np.flatnonzero(self._compact[2] + 2 >= self.context_length)
+            lengths = self._of(rows).lengths
+        else:
+            rows, lengths = np.arange(len(self)), self.lengths
+        is_full = lengths >= self.context_length
+        return rows[is_full], lengths[is_full]
+
+    @cached_property
+    def first_equal(self) -> Tensor:
+        """For each text, the first one that has the same tokens, uncut: `[n]`."""
+        if not self.is_lazy:
+            return torch.from_numpy(_first_equal(self._token_digests()))
+        compact, texts, _ = self._compact
+        first = _first_equal(compact)
+        # "a way" and "away" are equal without white space alone.
+        doubtful = np.zeros(len(self), bool)
+        doubtful[first[texts != texts[first]]] = True
+        if len(rows := np.flatnonzero(doubtful[first])):
+            digests = compact.copy()
+            digests[rows] = self._of(rows)._token_digests()
+            first = _first_equal(digests)
+        return torch.from_numpy(first)
+
+    def _token_digests(self) -> np.ndarray:
+        """Of 64 bits: two different ones of ten million texts are equal once in 300,000 sets."""
+        ids, starts = self._encoded
+        data, ends = ids.tobytes(), (starts * ids.itemsize).tolist()
+        return np.fromiter((hash(data[i:k]) for i, k in pairwise(ends)), np.int64, len(self))
+
+    @cached_property
+    def _compact(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Digests of the texts as tokens see them but for white space, digests of the texts, and
+        the sizes of the former in bytes: each `[n]`."""
+        compact, texts, sizes = array("q"), array("q"), array("q")
+        for piece in _pieces(self.texts):
+            cleaned = self.tokenizer.without_spaces(piece)
+            compact.extend(map(hash, cleaned))
+            texts.extend(map(hash, piece))
+            sizes.extend(len(text.encode()) for text in cleaned)
+        return tuple(map(np.asarray, (compact, texts, sizes)))
 
     def counts(self, size: int) -> np.ndarray:
         """How often each id is in `tokens[:]`, with padding: `[size]`, or longer if an id is."""
-        counts = np.zeros(max(size, int(self.ids.max(initial=0)) + 1), np.int64)
-        for start in range(0, len(self.ids), PIECE):  # numpy makes 64 bits of each
-            counts += np.bincount(self.ids[start : start + PIECE], minlength=len(counts))
+        ids, starts = self._encoded
+        counts = np.zeros(max(size, int(ids.max(initial=0)) + 1), np.int64)
+        for start in range(0, len(ids), PIECE):  # numpy makes 64 bits of each
+            counts += np.bincount(ids[start : start + PIECE], minlength=len(counts))
         counts[self.tokenizer.padding] += np.maximum(self.context_length - self.lengths, 0).sum()
         for text in np.flatnonzero(self.is_cut):
-            cut = slice(self.starts[text] + self.context_length - 1, self.starts[text + 1] - 1)
-            np.subtract.at(counts, self.ids[cut], 1)
+            cut = slice(starts[text] + self.context_length - 1, starts[text + 1] - 1)
+            np.subtract.at(counts, ids[cut], 1)
         return counts
+
+
+def _pieces(texts: Iterable[str]) -> Iterator[list[str]]:
+    texts = iter(texts)
+    return iter(lambda: [*islice(texts, PIECE)], [])
+
+
+def _first_equal(values: np.ndarray) -> np.ndarray:
+    """For each value the index of the first one that equals it: `[n]`."""
+    _, first, which = np.unique(values, return_index=True, return_inverse=True)
+    return first[which]
 
 
 def _encoded(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:

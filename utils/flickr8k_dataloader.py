@@ -237,21 +237,23 @@ class Flickr8kDataset(Dataset):
 
     def count_cut_captions(self) -> int:
         """The number of captions longer than the text tower's context."""
-        return int(self.tokens.is_cut.sum())
+        return int((self.tokens.full[1] > self.context_length).sum())
 
     def count_alike_captions(self) -> int:
         """The number of captions that equal a different text after cutting."""
         texts: dict[bytes, list[int]] = {}
-        for caption in np.flatnonzero(self.tokens.lengths >= self.context_length).tolist():
+        for caption in self.tokens.full[0].tolist():
             text = int(self.tokens.first_equal[caption])
             texts.setdefault(self.tokens[caption].numpy().tobytes(), []).append(text)
         return sum(len(alike) for alike in texts.values() if len(set(alike)) > 1)
 
     def share_of_fragments(self) -> float:
-        """The share of the captions' tokens that are parts of words, or unknown."""
-        counts = self.tokens.counts(self.tokenizer.words.stop)
+        """The share of the captions' tokens that are parts of words, or unknown; of very many
+        captions, that of a sample."""
+        captions = self.tokens.sample()
+        counts = captions.counts(self.tokenizer.words.stop)
         counts[self.tokenizer.padding] = 0
-        of_words = counts.sum() - 2 * len(self.text)  # without start and end
+        of_words = counts.sum() - 2 * len(captions)  # without start and end
         return float(counts[self.tokenizer.fragments].sum() / max(1, of_words))
 
     def count_shared_captions(self) -> int:
@@ -506,7 +508,7 @@ class StreamLoader(TrainLoader):
         for step, of_batch in enumerate(zip(*[parts] * max(1, workers), strict=True), start):
             images, captions, problems = zip(*of_batch, strict=True)
             left_out.extend(chain(*problems))
-            texts = chain(*captions)
+            texts = [*chain(*captions)]
             tokens = TokenizedTexts(dataset.tokenizer, texts, dataset.context_length)[:]
             random = np.random.default_rng((self.seed, epoch, step, 1))
             crops = draw_crops(self.batch_size, random)[shard.start : shard.stop]
