@@ -306,5 +306,6 @@ def read_captions(captions: object) -> list[str]:
 def _is_empty(caption: object) -> bool:
     """Whether there is no caption, also in the spellings of pandas' missing value."""
     if isinstance(caption, str):
-        return caption.strip().lower() in NOTHING
+        stripped = caption.strip()
+        return len(stripped) < 5 and stripped.lower() in NOTHING
     return caption is None or caption != caption  # nan

@@ -79,9 +79,11 @@ class StringsBuilder:
         return Strings(np.frombuffer(self.data, np.uint8), starts_of(self.sizes))
 
     def _pack(self) -> None:
-        encoded = [string.encode(errors="surrogatepass") for string in self.waiting]
-        self.data += b"".join(encoded)
-        self.sizes.extend(map(len, encoded))
+        strings, joined = self.waiting, "".join(self.waiting)
+        if not joined.isascii():  # encoding all at once is faster
+            strings = [string.encode(errors="surrogatepass") for string in strings]
+        self.data += joined.encode(errors="surrogatepass")
+        self.sizes.extend(map(len, strings))
         self.waiting.clear()
 
 
