@@ -109,8 +109,8 @@ class TokenizedTexts:
     @cached_property
     def full(self) -> tuple[np.ndarray, np.ndarray]:
         """The texts that fill their rows or are cut, and their `lengths`."""
-        if self.is_lazy:  # a token has at least a byte
-            rows = np.flatnonzero(self._compact[2] + 2 >= self.context_length)
+        if self.is_lazy:
+            rows = self._scanned[1]
             lengths = self._of(rows).lengths
         else:
             rows, lengths = np.arange(len(self)), self.lengths
@@ -120,36 +120,33 @@ class TokenizedTexts:
     @cached_property
     def first_equal(self) -> Tensor:
         """For each text, the first one that has the same tokens, uncut: `[n]`."""
-        if not self.is_lazy:
-            return torch.from_numpy(_first_equal(self._token_digests()))
-        compact, texts, _ = self._compact
-        first = _first_equal(compact)
-        # "a way" and "away" are equal without white space alone.
-        doubtful = np.zeros(len(self), bool)
-        doubtful[first[texts != texts[first]]] = True
-        if len(rows := np.flatnonzero(doubtful[first])):
-            digests = compact.copy()
-            digests[rows] = self._of(rows)._token_digests()
-            first = _first_equal(digests)
-        return torch.from_numpy(first)
-
-    def _token_digests(self) -> np.ndarray:
-        """Of 64 bits: two different ones of ten million texts are equal once in 300,000 sets."""
-        ids, starts = self._encoded
-        data, ends = ids.tobytes(), (starts * ids.itemsize).tolist()
-        return np.fromiter((hash(data[i:k]) for i, k in pairwise(ends)), np.int64, len(self))
+        equal = self._scanned[0] if self.is_lazy else _first_equal(self._token_digests())
+        return torch.from_numpy(equal)
 
     @cached_property
-    def _compact(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Digests of the texts as tokens see them but for white space, digests of the texts, and
-        the sizes of the former in bytes: each `[n]`."""
+    def _scanned(self) -> tuple[np.ndarray, np.ndarray]:
+        """`first_equal`, and the texts that may be `full`, almost without tokens."""
         compact, texts, sizes = array("q"), array("q"), array("q")
         for piece in _pieces(self.texts):
             cleaned = self.tokenizer.without_spaces(piece)
             compact.extend(map(hash, cleaned))
             texts.extend(map(hash, piece))
             sizes.extend(len(text.encode()) for text in cleaned)
-        return tuple(map(np.asarray, (compact, texts, sizes)))
+        compact, texts, sizes = map(np.asarray, (compact, texts, sizes))
+        first = _first_equal(compact)
+        # Without spaces "a way" equals "away": tokens decide where such texts are not the same.
+        doubtful = np.zeros(len(self), bool)
+        doubtful[first[texts != texts[first]]] = True
+        if len(rows := np.flatnonzero(doubtful[first])):
+            compact[rows] = self._of(rows)._token_digests()
+            first = _first_equal(compact)
+        return first, np.flatnonzero(sizes + 2 >= self.context_length)  # a token has a byte or more
+
+    def _token_digests(self) -> np.ndarray:
+        """Of 64 bits: two different ones of ten million texts are equal once in 300,000 sets."""
+        ids, starts = self._encoded
+        data, ends = ids.tobytes(), (starts * ids.itemsize).tolist()
+        return np.fromiter((hash(data[i:k]) for i, k in pairwise(ends)), np.int64, len(self))
 
     def counts(self, size: int) -> np.ndarray:
         """How often each id is in `tokens[:]`, with padding: `[size]`, or longer if an id is."""

@@ -3,9 +3,12 @@
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
+from socket import gethostname
+from tempfile import TemporaryDirectory
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from models.device import pick_device
 from models.errors import InputError
+from utils.machine.mapped import map_arrays, write_arrays
 
 T = TypeVar("T")
 LONGEST_WAIT = timedelta(hours=12)  # for rank 0, which downloads, checks and decodes
@@ -75,6 +79,28 @@ class Processes(NamedTuple):
         if self.size > 1:
             dist.broadcast_object_list(values, device=torch.device("cpu"))
         return values[0]
+
+    def shared(self, compute: Callable[[], T]) -> T:
+        """What `compute` returns, or the `InputError` that it raises: one process of each machine
+        computes it, and its arrays are in memory once for all of them."""
+        if self.size == 1:
+            return compute()
+        is_first = os.environ["LOCAL_RANK"] == "0"
+        with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            file, error = Path(folder) / "shared", None
+            if is_first:
+                try:
+                    write_arrays(compute(), file)
+                except InputError as raised:
+                    error = raised
+            found = [None] * self.size
+            dist.all_gather_object(found, is_first and (gethostname(), str(file), error))
+            file, error = next(one[1:] for one in found if one and one[0] == gethostname())
+            value = None if error else map_arrays(file)
+            self.any(False)  # until all have opened the file
+        if error:
+            raise error
+        return value
 
     @contextmanager
     def rank_0_first(self) -> Iterator[None]:

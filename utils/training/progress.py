@@ -27,7 +27,9 @@ MANY_FRAGMENTS = 0.25
 def announce(
     run: Run, state: State, loader: TrainLoader, sets: dict[str, Flickr8kDataset], epochs: int
 ) -> None:
-    """Print the data, the model and the folder of the run, with warnings and hints."""
+    """Print the data, the model and the folder of the run, with warnings and hints, on rank 0."""
+    if not loader.processes.is_rank_0:
+        return
     start, data = run.arguments["resume_training"], run.arguments["dataset_path"]
     name = f"{run.arguments['model']} from scratch" if start == "none" else start
     count = sum(p.numel() for p in state.model.parameters())

@@ -208,7 +208,9 @@ def get_data(
     check_arguments(args)
     unlabelled = find_unlabelled(args.distill_data or [])
     stream = Stream(args.stream, args.stream_samples) if args.stream else None
-    sets = read_data(args.dataset_path, args.language, args.batch_size, processes, stream=stream)
+    sets = processes.shared(
+        lambda: read_data(args.dataset_path, args.language, args.batch_size, processes, stream)
+    )
     return sets, Retention(args.retention or [], args.language, processes), unlabelled
 
 

@@ -9,7 +9,9 @@ import sys
 from dataclasses import replace
 from functools import partial
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from spawned import as_rank, in_processes, new_store
 from flickr8k.render_demo import render_demo
 from models.clip import CLIP
 from models.clip_utils import create_model
+from models.errors import InputError
 from models.lora import add_lora
 from models.weights.registry import CONFIGS
 from utils import Flickr8kDataset, contrastive_loss
@@ -284,6 +287,38 @@ def train_in_two_processes(cwd, *arguments, dies=None):
     return [
         (process.exitcode, file.read_text()) for process, file in zip(started, errors, strict=True)
     ]
+
+
+def read_shared(processes, data):
+    """What shares the data set's captions, and how often this process reads them, on two machines
+    with two processes each; then the error of a folder without captions."""
+    machine, local = divmod(processes.rank, 2)
+    read = []
+
+    def compute(folder):
+        read.append(folder)
+        return Flickr8kDataset(folder)
+
+    with (
+        patch.dict(os.environ, LOCAL_RANK=str(local)),
+        patch("utils.machine.processes.gethostname", lambda: f"machine {machine}"),
+    ):
+        dataset = processes.shared(partial(compute, data))
+        maps = Path("/proc/self/maps").read_text() if sys.platform == "linux" else "/shared"
+        try:
+            processes.shared(partial(compute, data / "images"))
+        except InputError as error:
+            return [*dataset.text], [*dataset.image], len(read), "/shared" in maps, str(error)
+
+
+def test_a_machine_reads_the_data_once_for_all_its_processes(data):
+    results = in_processes(4, read_shared, data)
+    dataset = Flickr8kDataset(data)
+    with pytest.raises(InputError) as raised:
+        Flickr8kDataset(data / "images")
+    for rank, (texts, images, read, mapped, error) in enumerate(results):
+        assert texts == dataset.text and images == dataset.image
+        assert read == (2 if rank % 2 == 0 else 0) and mapped and error == str(raised.value)
 
 
 @pytest.mark.slow
