@@ -5,8 +5,8 @@
 A list of so many images with five captions each is written into a temporary folder: captions of
 twelve words, frequent and rare ones, and small JPEG files in folders of 10,000, which are links to
 one file a folder. A process of its own then does what train.py does with the data until the first
-batch has come: it reads the lists, looks for the images, tokenises, finds equal captions, prints
-the warnings, and draws the first epoch. Its memory is that at the peak, with torch; the seconds are
+batch has come: it reads the lists, looks for the images, finds equal captions, prints the
+warnings, and draws the first epoch. Its memory is that at the peak, with torch; the seconds are
 without the imports. Then two workers read 3,200 images, forked or spawned; the memory is what one
 of them has for itself alone. Linux only.
 """
@@ -85,8 +85,8 @@ def start_training(root: Path, method: str) -> list[float]:
     tell("lists and files")
     for dataset in sets.values():
         dataset.prepare_for(model)
-        len(dataset.tokens)
-    tell("tokens")
+        len(dataset.text_ids)
+    tell("equal captions")
     loader = TrainLoader(sets["train"], BATCH_SIZE, torch.device("cpu"), num_workers=2,
                          captions_per_image=2)  # fmt: skip
     for dataset in sets.values():
@@ -95,7 +95,6 @@ def start_training(root: Path, method: str) -> list[float]:
     for line in caption_warnings(sets["train"], sets["val"]):
         print(line)
     tell("warnings")
-    sets["train"].tokens.counts(model.config.vocab_size)
     batches = loader.epoch(1)
     next(batches)
     tell("first batch")

@@ -23,7 +23,7 @@ from torch import Tensor
 from models.host import run_script
 from utils.machine.precision import Precision
 from utils.retrieval.search import most_similar
-from utils.retrieval.store import FILE, Store
+from utils.retrieval.store import FILES, Store
 
 FIRST = 10
 
@@ -55,7 +55,7 @@ def load_from_store(made: Tensor, folder: Path) -> Tensor:
     precision = Precision(torch.device("cpu"), use_amp=False)
     store = Store("images", model, folder / "weights.pt", "made", precision)
     store.features_of(keys, lambda rows: (rows, made[rows]), len(keys))
-    (file,) = folder.rglob(FILE)
+    (file,) = folder.rglob(FILES)
     loaded: list[Tensor] = []
     start = time.perf_counter()
     peak = extra_peak_megabytes(lambda: loaded.append(store.features_of(keys, None, 1)[1]))

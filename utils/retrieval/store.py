@@ -1,13 +1,16 @@
 """A cache of features on disk, so that the same weights encode an image or a caption once.
 
 A store is a folder in `RUN/features/`, or in `features/` beside a weights file; it may be deleted.
-`features.safetensors` holds `features`, float16 `[n, d]`, normalised, and `about`, JSON with their
-`keys` and a digest of what they were made with.
+Each of its files holds `features`, float16 `[n, d]`, normalised, and `about`, JSON with their
+`keys` and a digest of what they were made with. New features come in a file of their own; all
+files become one when there are `MOST_FILES`, or one of them is damaged or of other weights, or half
+of the features are of no use any more.
 """
 
 import hashlib
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -28,7 +31,8 @@ from utils.machine.precision import Precision
 from utils.runs.files import atomic_write, writing
 
 FORMAT = 3  # raise it when the same weights and inputs give other features
-FILE = "features.safetensors"
+FILES = "*.safetensors"
+MOST_FILES = 10
 Kind = Literal["images", "captions"]
 # Indices of keys -> those of them that it could encode, and their features `[n, d]`.
 Encode = Callable[[list[int]], tuple[list[int], Tensor]]
@@ -49,51 +53,61 @@ class Store:
     def features_of(self, keys: list[str], encode: Encode, batch_size: int) -> tuple[list, Tensor]:
         """The indices of the keys that `encode` could encode, and their features, float16 `[n, d]`
         on the CPU. New ones are encoded in batches and cached, also those before Ctrl-C or an
-        error; those of other keys are dropped. Raises `InputError` for NaN and infinity."""
-        cached, features = self._read()
+        error. Raises `InputError` for NaN and infinity."""
+        files, cached, parts = self._read()
         if cached == keys:
-            return list(range(len(keys))), features
-        known, encoded, parts = set(cached), list(cached), [features]
-        del features  # a million take a gigabyte
-        missing = [i for i, key in enumerate(keys) if key not in known]
+            return list(range(len(keys))), _joined(parts)
+        row_of = {key: row for row, key in enumerate(cached)}
+        missing = [i for i, key in enumerate(keys) if key not in row_of]
+        encoded: list[str] = []
+        new = [torch.empty(0, self.d, dtype=torch.float16)]
         unit = self.kind.removesuffix("s")
         try:
             with progress_bar(total=len(missing), desc=f"encoding {self.kind}", unit=unit) as bar:
                 for start in range(0, len(missing), batch_size):
                     batch = missing[start : start + batch_size]
-                    done, new = encode(batch)
-                    if not new.isfinite().all():
+                    done, features = encode(batch)
+                    if not features.isfinite().all():
                         raise InputError("the features of this model are not finite: take others")
                     encoded += [keys[i] for i in done]
-                    parts.append(new.half().cpu())
+                    new.append(features.half().cpu())
                     bar.update(len(batch))
         finally:
-            row_of = {key: row for row, key in enumerate(encoded)}
+            row_of |= {key: row for row, key in enumerate(encoded, len(cached))}
             found = [i for i, key in enumerate(keys) if key in row_of]
-            names = [keys[i] for i in found]
-            features = torch.cat(parts)
-            parts.clear()
-            if names != encoded:
-                features = features[[row_of[name] for name in names]]
-            if names != cached:
-                self._save(names, features)
+            rows = [row_of[keys[i]] for i in found]
+            parts.append(torch.cat(new))
+            features = _joined(parts)
+            is_stale = 2 * len(rows) <= len(features) or len(parts) - 2 < len(files)
+            if rows != list(range(len(features))):
+                features = features[rows]
+            if rows and (is_stale or (encoded and len(files) == MOST_FILES)):
+                parts.clear()  # Windows removes no file that is mapped into memory
+                self._save([keys[i] for i in found], features, instead_of=files)
+            elif encoded:
+                self._save(encoded, parts[-1])
         return found, features
 
-    def _read(self) -> tuple[list[str], Tensor]:
-        """The keys and their features, unless the file is missing, damaged or made with other
-        weights. It does not stay mapped: Windows could not replace it."""
-        with suppress(Exception):  # a damaged file can break its reader in any way
-            tensors = load_file(self.folder / FILE)
-            about = json.loads(tensors["about"].numpy().tobytes())
-            if about["made_with"] == self.made_with:
-                return about["keys"], tensors["features"].clone()
-        return [], torch.empty(0, self.d, dtype=torch.float16)
+    def _read(self) -> tuple[list[Path], list[str], list[Tensor]]:
+        """All files, the keys in those that are whole and of the same weights, and no features and
+        then those of each such file, mapped into memory."""
+        files, keys = sorted(self.folder.glob(FILES)), []
+        parts = [torch.empty(0, self.d, dtype=torch.float16)]
+        for file in files:
+            with suppress(Exception):  # a damaged file can break its reader in any way
+                tensors = load_file(file)
+                about = json.loads(tensors["about"].numpy().tobytes())
+                if about["made_with"] == self.made_with:
+                    features = tensors["features"]
+                    keys += about["keys"]
+                    parts.append(features)
+        return files, keys, parts
 
-    def _save(self, keys: list[str], features: Tensor) -> None:
-        """Write the store. A full disk or a read-only folder does not end a search."""
-        file = self.folder / FILE
+    def _save(self, keys: list[str], features: Tensor, instead_of: Sequence[Path] = ()) -> None:
+        """Write a file, and remove others. A full disk or a read-only folder ends no search."""
         about = json.dumps({"made_with": self.made_with, "keys": keys}).encode()
         about = torch.frombuffer(bytearray(about), dtype=torch.uint8)
+        file = self.folder / f"{time.time_ns():020}.safetensors"
         try:
             with writing(file), atomic_write(file) as temporary:
                 content = {"features": features, "about": about}
@@ -101,6 +115,16 @@ class Store:
             print(f"features of {len(keys):,} {self.kind} are cached in {self.folder}")
         except (InputError, SafetensorError) as error:
             print(f"warning: features are not cached: {error.__cause__ or error}")
+            return
+        for other in instead_of:
+            with suppress(OSError):  # another program reads it
+                other.unlink()
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The rows of all parts, without a copy of the only one."""
+    filled = [part for part in parts if len(part)]
+    return filled[0] if len(filled) == 1 else torch.cat(parts)
 
 
 def _made_with(model: CLIP, kind: Kind) -> str:

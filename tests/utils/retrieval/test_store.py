@@ -87,12 +87,15 @@ def searched(model, weights, folder) -> int:
     return counted.images
 
 
-def stored(place: Path) -> list[str]:
-    """The keys in the only store below a folder."""
-    (file,) = place.rglob(store.FILE)
-    with safe_open(file, "np") as content:
-        assert content.get_tensor("features").dtype == np.float16
-        return json.loads(content.get_tensor("about").tobytes())["keys"]
+def stored(place: Path) -> list[list[str]]:
+    """The keys in the files of the only store below a folder, the oldest first."""
+    keys = []
+    for file in sorted(place.rglob(store.FILES)):
+        with safe_open(file, "np") as content:
+            assert content.get_tensor("features").dtype == np.float16
+            keys.append(json.loads(content.get_tensor("about").tobytes())["keys"])
+            assert len(content.get_tensor("features")) == len(keys[-1])
+    return keys
 
 
 def test_an_image_is_encoded_once_and_again_when_it_has_changed(weights, folder):
@@ -108,8 +111,25 @@ def test_an_image_is_encoded_once_and_again_when_it_has_changed(weights, folder)
     for gone in ("a/moved.png", "b/2.png"):
         (folder / gone).unlink()
     assert searched(model, weights, folder) == 0
-    names = {key.split(" ", 3)[3] for key in stored(kept)}
+    (keys,) = stored(kept)  # of ten images, half are gone
+    names = {key.split(" ", 3)[3] for key in keys}
     assert names == {"a/1.png", "a/5.png", "b/0.png", "b/4.png", "new/deep/6.PNG"}
+
+
+def test_new_images_are_written_beside_the_others_until_there_are_many_files(
+    weights, folder, monkeypatch
+):
+    """So that ten new ones of a million take ten features' room and time."""
+    monkeypatch.setattr(store, "MOST_FILES", 3)
+    model, kept = demo(), weights.parents[1] / "features"
+    for number, sizes in enumerate([[6], [6, 1], [6, 1, 1], [9]]):
+        if number:
+            draw(folder / "a" / f"0{number}.png", 10 + number)  # among the others, in their order
+        assert searched(model, weights, folder) == (1 if number else 6)
+        before = [(file, file.stat().st_mtime_ns) for file in kept.rglob(store.FILES)]
+        assert [len(keys) for keys in stored(kept)] == sizes
+        assert searched(model, weights, folder) == 0
+        assert before == [(file, file.stat().st_mtime_ns) for file in kept.rglob(store.FILES)]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="its files have no time of their change")
@@ -225,15 +245,19 @@ def damaged(content: bytes):
 
 def test_a_damaged_store_is_computed_anew(weights, folder):
     model = demo()
+
+    def file() -> Path:
+        (found,) = weights.parents[1].rglob(store.FILES)
+        return found
+
     searched(model, weights, folder)
-    (file,) = weights.parents[1].rglob(store.FILE)
-    for content in damaged(file.read_bytes()):
-        file.write_bytes(content)
+    for content in damaged(file().read_bytes()):
+        file().write_bytes(content)
         assert searched(model, weights, folder) == 6
         assert searched(model, weights, folder) == 0
-    save_file({"features": torch.zeros(6, 256)}, file)  # another program's
+    save_file({"features": torch.zeros(6, 256)}, file())  # another program's
     assert searched(model, weights, folder) == 6
-    file.unlink()  # by the user
+    file().unlink()  # by the user
     assert searched(model, weights, folder) == 6
 
 
@@ -254,7 +278,7 @@ def test_weights_in_no_run_have_features_beside_them(tmp_path, folder):
     weights = tmp_path / "models_pth" / "ViT.pt"
     save_weights(demo(), weights)
     searched(demo(), weights, folder)
-    assert len(stored(weights.parent / "features")) == 6
+    assert [len(keys) for keys in stored(weights.parent / "features")] == [6]
 
 
 def test_images_that_cannot_be_read_are_named_and_passed_over(weights, folder, capsys):
@@ -272,7 +296,7 @@ def test_features_that_are_not_finite_are_not_cached(weights, folder):
         model.visual.proj.fill_(math.inf)
     with pytest.raises(InputError, match="not finite"):
         image_features(model, weights, folder, find_images(folder), FLOAT32)
-    assert not list(weights.parents[1].rglob(store.FILE))
+    assert not list(weights.parents[1].rglob(store.FILES))
 
 
 def test_ctrl_c_keeps_what_was_encoded(weights, folder, monkeypatch, capsys):
