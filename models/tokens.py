@@ -107,32 +107,18 @@ class TokenizedTexts:
         return self.lengths > self.context_length
 
     @cached_property
-    def full(self) -> tuple[np.ndarray, np.ndarray]:
-        """The texts that fill their rows or are cut, and their `lengths`."""
-        if self.is_lazy:
-            rows = self._scanned[1]
-            lengths = self._of(rows).lengths
-        else:
-            rows, lengths = np.arange(len(self)), self.lengths
-        is_full = lengths >= self.context_length
-        return rows[is_full], lengths[is_full]
-
-    @cached_property
     def first_equal(self) -> Tensor:
         """For each text, the first one that has the same tokens, uncut: `[n]`."""
-        equal = self._scanned[0] if self.is_lazy else _first_equal(self._token_digests())
+        equal = self._first_equal() if self.is_lazy else _first_equal(self._token_digests())
         return torch.from_numpy(equal)
 
-    @cached_property
-    def _scanned(self) -> tuple[np.ndarray, np.ndarray]:
-        """`first_equal`, and the texts that may be `full`, almost without tokens."""
-        compact, texts, sizes = array("q"), array("q"), array("q")
+    def _first_equal(self) -> np.ndarray:
+        """The same, almost without tokens."""
+        compact, texts = array("q"), array("q")
         for piece in _pieces(self.texts):
-            cleaned = self.tokenizer.without_spaces(piece)
-            compact.extend(map(hash, cleaned))
+            compact.extend(map(hash, self.tokenizer.without_spaces(piece)))
             texts.extend(map(hash, piece))
-            sizes.extend(len(text.encode()) for text in cleaned)
-        compact, texts, sizes = map(np.asarray, (compact, texts, sizes))
+        compact, texts = np.asarray(compact), np.asarray(texts)
         first = _first_equal(compact)
         # Without spaces "a way" equals "away": tokens decide where such texts are not the same.
         doubtful = np.zeros(len(self), bool)
@@ -140,7 +126,7 @@ class TokenizedTexts:
         if len(rows := np.flatnonzero(doubtful[first])):
             compact[rows] = self._of(rows)._token_digests()
             first = _first_equal(compact)
-        return first, np.flatnonzero(sizes + 2 >= self.context_length)  # a token has a byte or more
+        return first
 
     def _token_digests(self) -> np.ndarray:
         """Of 64 bits: two different ones of ten million texts are equal once in 300,000 sets."""

@@ -236,20 +236,23 @@ class Flickr8kDataset(Dataset):
         return digest.hexdigest()
 
     def count_cut_captions(self) -> int:
-        """The number of captions longer than the text tower's context."""
-        return int((self.tokens.full[1] > self.context_length).sum())
+        """The number of captions longer than the text tower's context; of very many captions, this
+        and the next two are those of a sample, extrapolated."""
+        captions = self.tokens.sample()
+        return int(captions.is_cut.sum()) * len(self.text) // max(1, len(captions))
 
     def count_alike_captions(self) -> int:
         """The number of captions that equal a different text after cutting."""
         texts: dict[bytes, list[int]] = {}
-        for caption in self.tokens.full[0].tolist():
-            text = int(self.tokens.first_equal[caption])
-            texts.setdefault(self.tokens[caption].numpy().tobytes(), []).append(text)
-        return sum(len(alike) for alike in texts.values() if len(set(alike)) > 1)
+        captions = self.tokens.sample()
+        for caption in np.flatnonzero(captions.lengths >= self.context_length).tolist():
+            text = int(captions.first_equal[caption])
+            texts.setdefault(captions[caption].numpy().tobytes(), []).append(text)
+        alike = sum(len(alike) for alike in texts.values() if len(set(alike)) > 1)
+        return alike * len(self.text) // max(1, len(captions))
 
     def share_of_fragments(self) -> float:
-        """The share of the captions' tokens that are parts of words, or unknown; of very many
-        captions, that of a sample."""
+        """The share of the captions' tokens that are parts of words, or unknown."""
         captions = self.tokens.sample()
         counts = captions.counts(self.tokenizer.words.stop)
         counts[self.tokenizer.padding] = 0

@@ -51,11 +51,10 @@ def test_texts_are_those_of_encode(at_once, texts):
         ours = TokenizedTexts(clip, texts, LENGTH)
     assert ours.is_lazy == (len(texts) > at_once)
     assert ours.first_equal.tolist() == [alone.index(ids) for ids in alone]
-    full = np.flatnonzero(lengths >= LENGTH)
-    assert [each.tolist() for each in ours.full] == [full.tolist(), lengths[full].tolist()]
     some = np.arange(len(texts)).reshape(-1, 1)[::2]
     assert torch.equal(ours[some], rows[some]) and torch.equal(ours[0], rows[0])
     assert torch.equal(ours[1:], rows[1:]) and torch.equal(ours[:], rows)
+    assert np.array_equal(ours.lengths, lengths)
     assert np.array_equal(ours.counts(49408), np.bincount(rows.flatten(), minlength=49408))
 
 
@@ -70,5 +69,5 @@ def test_only_what_is_asked_for_is_tokenised():
         chinese = TokenizedTexts(chinese_tokenizer(), ["ሀ", "ለ", *texts], 77)
         assert chinese.first_equal[:3].tolist() == [0, 0, 2]  # two unknown characters
     with patch.object(SimpleTokenizer, "encode_all", wraps=clip_tokenizer().encode_all) as encode:
-        lazy.first_equal, lazy.full, lazy[3:5]
+        lazy.first_equal, lazy[3:5]
         assert [call.args for call in encode.call_args_list] == [(texts[3:5],)]
