@@ -15,7 +15,7 @@ from models.simple_tokenizer import SimpleTokenizer
 
 PIECE = 2**14  # texts that are tokenised at a time
 AT_ONCE = 2**20  # texts that are tokenised before the first is used, which takes seconds
-SAMPLE = 2**17  # texts
+SAMPLE = 2**15  # texts
 
 
 class Tokenizer(Protocol):
@@ -77,6 +77,7 @@ class TokenizedTexts:
         tokens[..., -1] = np.where(is_cut, self.tokenizer.end_of_text, tokens[..., -1])
         return torch.from_numpy(tokens)
 
+    @cached_property
     def sample(self) -> "TokenizedTexts":
         """The same texts, or if they are lazy, some of all parts of them."""
         return self._of(np.arange(0, len(self), len(self) // SAMPLE)) if self.is_lazy else self
@@ -113,20 +114,15 @@ class TokenizedTexts:
         return torch.from_numpy(equal)
 
     def _first_equal(self) -> np.ndarray:
-        """The same, almost without tokens."""
-        compact, texts = array("q"), array("q")
+        """The same, with tokens only of texts that are equal but for white space and case."""
+        digests = array("q")
         for piece in _pieces(self.texts):
-            compact.extend(map(hash, self.tokenizer.without_spaces(piece)))
-            texts.extend(map(hash, piece))
-        compact, texts = np.asarray(compact), np.asarray(texts)
-        first = _first_equal(compact)
-        # Without spaces "a way" equals "away": tokens decide where such texts are not the same.
-        doubtful = np.zeros(len(self), bool)
-        doubtful[first[texts != texts[first]]] = True
-        if len(rows := np.flatnonzero(doubtful[first])):
-            compact[rows] = self._of(rows)._token_digests()
-            first = _first_equal(compact)
-        return first
+            digests.extend(map(hash, self.tokenizer.without_spaces(piece)))
+        digests = np.asarray(digests)
+        first = _first_equal(digests)
+        repeated = np.flatnonzero(np.bincount(first)[first] > 1)
+        digests[repeated] = self._of(repeated)._token_digests()
+        return _first_equal(digests)
 
     def _token_digests(self) -> np.ndarray:
         """Of 64 bits: two different ones of ten million texts are equal once in 300,000 sets."""

@@ -64,8 +64,8 @@ def test_only_what_is_asked_for_is_tokenised():
     texts = [f"{i} dogs" for i in range(100)]
     with patch.object(tokens, "AT_ONCE", 9), patch.object(tokens, "SAMPLE", 10):
         lazy = TokenizedTexts(clip_tokenizer(), texts, 77)
-        assert lazy.sample().texts == texts[::10]
-        assert TokenizedTexts(clip_tokenizer(), texts[:9], 77).sample().texts == texts[:9]
+        assert lazy.sample.texts == texts[::10]
+        assert TokenizedTexts(clip_tokenizer(), texts[:9], 77).sample.texts == texts[:9]
         chinese = TokenizedTexts(chinese_tokenizer(), ["ሀ", "ለ", *texts], 77)
         assert chinese.first_equal[:3].tolist() == [0, 0, 2]  # two unknown characters
     with patch.object(SimpleTokenizer, "encode_all", wraps=clip_tokenizer().encode_all) as encode:
