@@ -99,8 +99,7 @@ def caption(args: argparse.Namespace) -> None:
     if model.logit_bias is not None:
         print("each caption has a probability of its own: they need not add up to 100%")
     elif len(captions) == 1:
-        print("a single caption has no rival, so that its probability is 100% whatever the image "
-              "shows: look at its similarity")  # fmt: skip
+        print("a single caption has no rival, so that its probability is 100%: see its similarity")
     if args.text:
         with precision.autocast():
             text_features = encode_texts(model, model.tokenize(captions, truncate=True))
@@ -203,22 +202,18 @@ def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
         return read_lines(captions_file, "caption")
     trained = trained_on(weights)
     if trained is None:
-        raise InputError(
-            f"{weights}: does not belong to a run of train.py: add --text or --captions_file"
-        )
+        raise InputError(f"{weights}: not of a run of train.py: add --text or --captions_file")
     captions = []
     for language in trained.languages:
         validation = caption_file(trained.dataset_path, language, "val")
-        missing = missing_annotations(validation)
-        if missing:
+        if missing := missing_annotations(validation):
             raise InputError(f"{missing}, of the weights' run; add --text or --captions_file")
         captions += read_annotations(validation, "val", language).captions
     return captions
 
 
 def output_folder(weights: str | Path) -> Path:
-    """`predictions/` in the folder of the weights' run, or else in the current folder. Raises
-    `InputError` if it cannot be written."""
+    """`predictions/` in the folder of the weights' run, or else in the current folder, checked."""
     folder = (run_folder(weights) or Path.cwd()) / "predictions"
     check_writable_folder(folder)
     return folder

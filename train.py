@@ -68,15 +68,14 @@ def build_parser() -> ArgumentParser:
     add("--cache", nargs="?", const="", metavar="FOLDER",
         help="decode images once, into FOLDER (default: .cache in the data), as --retention does")
     add("--val_images", type=integer(1), default=5000, metavar="N",
-        help="of more validation images, score N drawn at random after each epoch, and all at the "
-        "end: the time grows with their square (default: %(default)s)")
+        help="of more validation images, score N after each epoch, all at the end (default: "
+        "%(default)s)")
     add("--num_workers", type=workers,
         help="processes that read images (default: 4 with a GPU, 0 without)")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=integer(1),
-        help="passes over the training images; the rate ends at zero (default: 10; from scratch "
-        "20)")
+        help="passes over the training images (default: 10; from scratch 20)")
     add("--batch_size", type=integer(2), default=64,
         help="images per step, on all GPUs together; take as many as fit (default: %(default)s)")
     add("--lr", type=positive,
@@ -89,14 +88,11 @@ def build_parser() -> ArgumentParser:
         help="adam and sgd add the weight decay to the gradient, adamw does not; sgd needs a far "
         "higher --lr (default: %(default)s)")
     add("--momentum", type=number(below=1), default=0.9,
-        help="how much of the earlier steps goes on in each step: the momentum of SGD, beta1 of "
-        "Adam and AdamW (default: %(default)s)")
+        help="momentum of SGD, beta1 of Adam and AdamW (default: %(default)s)")
     add("--weight_decay", type=number(), default=0.1,
-        help="how fast matrices shrink towards zero; biases and gains do not (default: "
-        "%(default)s)")
+        help="of matrices; biases and gains have none (default: %(default)s)")
     add("--patience", type=integer(0), metavar="EPOCHS",
-        help="stop after EPOCHS epochs without a better mean recall (default: 3; from scratch, and "
-        "with 0, never)")
+        help="stop after EPOCHS without better mean recall; 0: never (default: 3; from scratch 0)")
 
     add = parser.add_argument_group("against forgetting").add_argument
     add("--layer_decay", type=fraction, default=1.0, metavar="FACTOR",
@@ -110,9 +106,8 @@ def build_parser() -> ArgumentParser:
     add("--lora", type=integer(1, 1024), metavar="RANK",
         help="train low-rank changes of the transformers' matrices, of RANK such as 8: less memory")
     add("--distill", type=number(), metavar="WEIGHT",
-        help="weight of distillation: the distance of the features to those of the starting model, "
-        "on images in random colours and captions of random words, is added to the loss, in "
-        "proportion to the starting logit scale; 6 for pictures that are foreign to the model "
+        help="weight of distillation: features stay near those of the starting model, on images in "
+        "random colours and captions of random words; 6 for pictures that are foreign to the model "
         "(drawings, scans, other sensors) and where old abilities must stay (default: 0, none)")
     add("--distill_data", type=name_or_path, nargs="+", metavar="PATH",
         help="distil on these images of any kind (a folder) and sentences (a text file with one a "
@@ -129,8 +124,7 @@ def build_parser() -> ArgumentParser:
         help="after each epoch, also score DATA: a folder of class folders or a set of torchvision "
         "(zero-shot top-1), or a folder like --dataset_path (mean recall)")
     add("--max_forgetting", type=number(), metavar="POINTS",
-        help="with --retention, --wise_ft takes the best mixture that loses at most so many points "
-        "there (default: 2)")
+        help="points that the mixture of --wise_ft may lose on sets of --retention (default: 2)")
 
     add = parser.add_argument_group("memory, speed, interruptions").add_argument
     add("--use_amp", action="store_true",
@@ -182,7 +176,7 @@ def main() -> None:
     run, steps = phases.open_run(args, resumed, model, loader, sets), len(loader)
     state = phases.get_state(args, resumed, model, loader, run)
     del resumed  # a second copy of the moments
-    val = phases.get_scored(sets["val"], args.val_images)
+    val = sets["val"].sample(args.val_images)  # scored after each epoch
     announce(run, state, loader, sets, args.epochs)
     table = EpochTable(state, args.epochs, steps)
     evaluator = Evaluator(loader, state.precision, processes)

@@ -1,5 +1,4 @@
-"""Your own data set: caption files in any format of `read_records`, and the images that they
-name by the ends of their paths."""
+"""Your own data set: caption files in any format of `read_records`, and the images they name."""
 
 import random
 import re
@@ -105,9 +104,7 @@ def _records(file: SourceFile) -> Iterator[Record]:
 def split_at_random(names: Set[str]) -> Splits:
     """Split images 6 : 1 : 1 into train, val and test. Raises `InputError` for less than three."""
     if len(names) < 3:
-        raise InputError(
-            f"{len(names)} images, where train, val and test take at least 3; add some"
-        )
+        raise InputError(f"{len(names)} images, and train, val, test take at least 3; add some")
     shuffled = sorted(names)
     random.Random(0).shuffle(shuffled)
     n_held_out = max(1, len(shuffled) // 8)

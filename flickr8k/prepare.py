@@ -28,7 +28,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import chain
 from pathlib import Path
 
@@ -94,14 +94,8 @@ def karpathys_file(files: FileIndex) -> SourceFile | None:
     return next(filter(None, map(files.named, KARPATHYS)), None)
 
 
-def has_official_splits(files: FileIndex) -> bool:
-    """Whether the files hold captions and the splits of published scores."""
-    return all(map(files.named, OFFICIAL)) or karpathys_file(files) is not None
-
-
 def read_official(files: FileIndex) -> tuple[Captions, Splits, Copied] | None:
-    """Captions and official splits; None without Karpathy's JSON and the official zip. Raises
-    `InputError` for only some of the latter's files."""
+    """Captions and official splits, or None; `InputError` for only some of the official files."""
     missing = [name for name in OFFICIAL if not files.named(name)]
     if not missing:
         captions = read_tokens(files.named(TOKENS))
@@ -110,9 +104,7 @@ def read_official(files: FileIndex) -> tuple[Captions, Splits, Copied] | None:
     elif file := karpathys_file(files):
         captions, splits = read_karpathy(file)
     elif len(missing) < len(OFFICIAL):
-        raise InputError(
-            f"some official files, not {', '.join(missing)}; add --source {TEXT_ZIP} or --download"
-        )
+        raise InputError(f"no {', '.join(missing)}; add --source {TEXT_ZIP} or --download")
     else:
         return None
     captions = {f"images/{name}": texts for name, texts in captions.items()}
@@ -142,7 +134,7 @@ def prepare(
     with ExitStack() as open_zips:
         found = find_files(sources, open_zips)
         files = FileIndex((file for file in found if not file.below(root / "images")), root)
-        if download and not has_official_splits(files):
+        if download and not (all(map(files.named, OFFICIAL)) or karpathys_file(files)):
             files.add(zip_members(_download(TEXT_ZIP, root), open_zips))
         official = read_official(files)
         captions, splits, copied = official or read_own(found, root, sources, language)
@@ -178,12 +170,10 @@ def prepare(
 def _annotations(images: list[str], captions: Captions) -> bytes:
     """The content of the caption file of `images`."""
     for image in images:
-        try:
-            usable = image_path(image) == image
-        except ValueError:
-            usable = False
-        if not usable:
-            raise InputError(f"{image}: this name cannot be used everywhere; rename the image")
+        with suppress(ValueError):
+            if image_path(image) == image:
+                continue
+        raise InputError(f"{image}: this name cannot be used everywhere; rename the image")
     return annotations_json((image, captions[image]) for image in sorted(images))
 
 
@@ -212,8 +202,7 @@ def main() -> None:
              f"copy (archive.zip) add {TEXT_ZIP} or --download for the official splits")
     add("--output", type=scripts.writable_folder, default=Path(__file__).resolve().parent,
         help="folder to write into (default: the folder of this script)")
-    add("--language", choices=["en", "cn"], default="en",
-        help="language of the captions (default: en)")
+    add("--language", choices=["en", "cn"], default="en", help="of the captions (default: en)")
     # fmt: on
     args = parser.parse_args()
     if not (args.download or args.source):

@@ -1,7 +1,6 @@
 """Render the demo set: 2,000 training and 200 validation images of coloured shapes, 64x64 pixels,
 with five English and five Chinese captions each. An image shows one object. No two images have the
-same shape, colour, size, place and background, and every caption names all five.
-"""
+same shape, colour, size, place and background, and every caption names all five."""
 
 import math
 import random

@@ -12,11 +12,8 @@ def attend(
     qkv: tuple[Tensor, Tensor, Tensor], heads: int, mask: Tensor | None = None, causal: bool = False
 ) -> Tensor:
     """Queries `[n, q, w]`, keys and values `[n, length, w]` -> the mixed values for each query,
-    `[n, q, w]`, by `heads` heads (Vaswani et al. 2017, section 3.2).
-
-    `mask` is bool `[n, 1, 1, length]`, True for the keys attended to. If `causal`, a query attends
-    to no key after its own position.
-    """
+    `[n, q, w]`, by `heads` heads (Vaswani et al. 2017, section 3.2). The bool `[n, 1, 1, length]`
+    `mask` is True for the keys attended to. If `causal`, a query attends to no key after it."""
     query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in qkv)
     if query.dtype is torch.bfloat16 and query.device.type == "cpu":
         # torch's own function takes four times as long for it, backward pass included.

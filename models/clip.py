@@ -72,7 +72,6 @@ class CLIP(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of the parameters."""
         return self.logit_scale.device
 
     def tokenize(self, texts: str | list[str], truncate: bool = False) -> Tensor:
@@ -91,12 +90,9 @@ class CLIP(nn.Module):
 
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
         """Token ids `[n, <=context_length]` of `tokenize` -> features `[n, d]`; with `normalize`,
-        in float32 and of length 1.
-
-        Tokens after the end of a text cannot change its feature and are left out, see `pack`. Keep
-        `tokens` on the CPU: the shapes depend on them, and it would wait for a GPU. Raises
-        `InputError` for rows that are too long.
-        """
+        in float32 and of length 1. Tokens after the end of a text cannot change its feature and are
+        left out, see `pack`. Keep `tokens` on the CPU: the shapes depend on them, and it would wait
+        for a GPU."""
         if tokens.shape[1] > self.context_length:
             length = tokens.shape[1]
             raise InputError(f"texts of {length} tokens; this model reads {self.context_length}")
@@ -121,12 +117,9 @@ class CLIP(nn.Module):
         return self.text_tower.encode(self, ids, positions, layout) @ self.text_projection
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Images `[n, 3, r, r]` and token ids `[m, <=context_length]` -> logits.
-
-        `logits_per_image` `[n, m]` are the cosine similarities times `exp(logit_scale)` (Radford et
-        al. 2021, figure 3), plus the `logit_bias` if there is one, `logits_per_text` `[m, n]` their
-        transpose.
-        """
+        """Images `[n, 3, r, r]` and token ids `[m, <=context_length]` -> logits: `logits_per_image`
+        `[n, m]`, the cosine similarities times `exp(logit_scale)` (Radford et al. 2021, figure 3),
+        plus the `logit_bias` if there is one, and their transpose `logits_per_text` `[m, n]`."""
         image_features = self.encode_image(images, normalize=True)
         text_features = self.encode_text(tokens, normalize=True)
         logits_per_image = self.logit_scale.exp() * image_features @ text_features.T
@@ -157,8 +150,7 @@ class CLIP(nn.Module):
                 module.grad_checkpointing = True
 
     def compile_towers(self) -> None:
-        """Compile both towers for training mode: the image tower for each size of batch, the text
-        tower for any number of tokens."""
+        """Compile both towers for training mode, for each size of batch, any number of tokens."""
         compile_for_training(self.visual, dynamic=False)
         compile_for_training(self.text_tower.blocks(self), dynamic=True)
 

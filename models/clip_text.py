@@ -11,9 +11,8 @@ from models.transformer import BlockStack, LayerNorm, Transformer, embedding
 
 
 class TextTower:
-    """A causal transformer whose output is read at the last token. Each of `TEXT_TOWERS` has what
-    this one has. The published names of weights make its modules attributes of the model, which the
-    methods therefore take."""
+    """A causal transformer, read at the last token. Each of `TEXT_TOWERS` has what this one has.
+    The modules are attributes of the model, as the published names of weights have it."""
 
     causal = True  # a token attends to none after it, and the feature is read at the last
     language = "English"  # of the texts in the training of the published models
@@ -38,7 +37,6 @@ class TextTower:
         model.ln_final = LayerNorm(width)
 
     def initialize(self, model: nn.Module) -> None:
-        """Draw random weights for training from scratch."""
         model.transformer.initialize()
         nn.init.normal_(model.token_embedding.weight, std=0.02)
         nn.init.normal_(model.positional_embedding, std=0.01)

@@ -1,5 +1,4 @@
-"""`load` and `build_model` make models with weights, `create_model` makes models without. As a
-script, this file downloads weights, or lists those that have a name."""
+"""`load`, `build_model` and `create_model`; as a script, weights to download or to list."""
 
 import os
 import sys
@@ -61,8 +60,7 @@ the cache of the library huggingface_hub. Its environment variables:
 
 def create_model(name: str, input_shape: int | None = None) -> CLIP:
     """The model of `CONFIGS` with that name and random weights, for training from scratch;
-    `input_shape` is another image resolution, in pixels. Raises `InputError` for an unknown name
-    and for an impossible resolution."""
+    `input_shape` is another image resolution, in pixels. `InputError` if there is none such."""
     if name not in CONFIGS:
         names = f"{near_names(name, CONFIGS)}; the names are {', '.join(CONFIGS)}"
         raise InputError(f"no model is called {name!r}{names}")
@@ -143,14 +141,11 @@ def build_model(
     config: Config | OpenClipConfig | None = None,
     input_shape: int | None = None,
 ) -> CLIP:
-    """A float32 CLIP in evaluation mode with these weights.
-
-    Without a `config`, the sizes are inferred from the shapes of the weights; the rest is as in the
-    published models (QuickGELU, heads of width 64, preprocessing). `input_shape` is another image
-    resolution, in pixels, to which the positional embedding of the image tower is interpolated.
-    Raises `InputError` if the weights do not fit a CLIP or the `config`, if they hold NaN or
-    infinity, or for an impossible resolution.
-    """
+    """A float32 CLIP in evaluation mode with these weights. Without a `config`, the sizes are
+    inferred from the shapes of the weights; the rest is as in the published models (QuickGELU,
+    heads of width 64, preprocessing). `input_shape` is another image resolution, in pixels, to
+    which the positional embedding of the image tower is interpolated. Raises `InputError` if the
+    weights do not fit, hold NaN or infinity, or for an impossible resolution."""
     config = config or infer_config(state_dict)
     weights = {key: t.float() if t.is_floating_point() else t for key, t in state_dict.items()}
     is_own = not isinstance(config, OpenClipConfig)
@@ -176,8 +171,7 @@ def build_model(
 def tokenize(
     texts: str | list[str], context_length: int = CONTEXT_LENGTH, truncate: bool = False
 ) -> Tensor:
-    """n texts -> int32 token ids `[n, context_length]` for the published models, see `token_rows`;
-    `model.tokenize` uses the model's own tokenizer."""
+    """n texts -> int32 ids `[n, context_length]` of the published models, see `token_rows`."""
     return token_rows(clip_tokenizer(), texts, context_length, truncate)
 
 
@@ -191,14 +185,10 @@ def list_models() -> None:
 
 
 def main() -> None:
-    parser = ArgumentParser(
-        description="Download the weights of a CLIP model and print their path, or list the\n"
-        "weights that have a name.",
-        epilog=HELP,
-    )
+    about = "Download weights of a CLIP and print their path, or list all that have a name."
+    parser = ArgumentParser(description=about, epilog=HELP)
     task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--model", metavar="NAME", help="weights to download: a name of the list, or "
-                      "OWNER/NAME of a repository on the Hugging Face hub")  # fmt: skip
+    task.add_argument("--model", metavar="NAME", help="weights to download: see below")
     task.add_argument("--list", action="store_true", help="list the names and training data")
     args = parser.parse_args()
     if args.list:

@@ -27,8 +27,7 @@ from models.weights.formats import FORMATS
 
 def convert(model: CLIP, output: Path, to: str, half: bool = False) -> None:
     """Write a float32 model to `output` in one atomic step, floats as float16 if `half`. Raises
-    `InputError` if `output` exists, if the format cannot hold the model, if a number exceeds
-    float16, or if the disk is full."""
+    `InputError` if the format or float16 cannot hold the model, and as `check_output` does."""
     check_output(output, to)
     if isinstance(model, OpenClipModel) and to != "open_clip":
         raise InputError("a model that open_clip builds; take its own format, --format open_clip")
@@ -46,8 +45,7 @@ def convert(model: CLIP, output: Path, to: str, half: bool = False) -> None:
             written.rename(output)
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"{output}: cannot be written ({one_line(error)}), and nothing of it is left; make "
-            "room, or name another place"
+            f"{output}: cannot be written ({one_line(error)}); make room, or name another place"
         ) from error
 
 

@@ -1,5 +1,4 @@
-"""The device that computes: the CPU, a GPU with CUDA, or the GPU of a Mac (Apple's `mps`, never
-tested: no Mac was available)."""
+"""The device that computes: the CPU, a GPU with CUDA, or a Mac's (`mps`, which is not tested)."""
 
 from collections.abc import Callable
 
@@ -31,23 +30,20 @@ def moved(model: nn.Module, device: torch.device) -> nn.Module:
         if "out of memory" not in str(error):
             raise
         raise InputError(
-            f"the memory of {device} is too full for the model: end other programs there, or take "
-            "another --device or a smaller model"
+            f"the memory of {device} is too full for the model: take another --device or model"
         ) from error
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on the device. The CPU does not wait for a CUDA GPU, which reads pinned memory. It
-    waits for `mps`, because torch could read the tensor after its memory was freed (pytorch issue
-    189690)."""
+    """`tensor` on the device. The CPU does not wait for CUDA, which reads pinned memory; for `mps`
+    it does, because torch could read freed memory (pytorch issue 189690)."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def download(number: Tensor) -> Callable[[], float]:
-    """A function that returns the number, once its device has computed it. On CUDA, what is asked
-    of the GPU after `download` is not waited for."""
+    """A function that returns the number, and waits on CUDA for no later work of the GPU."""
     if number.device.type != "cuda":
         return number.item
     copy, is_there = number.to("cpu", non_blocking=True), torch.cuda.Event()

@@ -32,8 +32,7 @@ def listed(names: Collection[str]) -> str:
 
 
 def near_names(name: str, known: Iterable[str]) -> str:
-    """The end of an error message, "; did you mean ...?", with the `known` names that are similar
-    to `name` in any case; empty if there are none."""
+    """The end of a message, "; did you mean ...?", with `known` names like `name`, or nothing."""
     by_lower = {known_name.lower(): known_name for known_name in known}
     near = difflib.get_close_matches(name.lower(), by_lower, cutoff=0.7)
     return f"; did you mean {' or '.join(by_lower[match] for match in near)}?" if near else ""
@@ -41,8 +40,7 @@ def near_names(name: str, known: Iterable[str]) -> str:
 
 @contextmanager
 def naming(file: str) -> Iterator[None]:
-    """Put the name of `file` before an `InputError` raised within. Add a remedy, that for a damaged
-    file, to an error without one (after a semicolon)."""
+    """Put `file` before an `InputError` raised within, and a remedy behind one that has none."""
     try:
         yield
     except InputError as error:

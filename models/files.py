@@ -11,8 +11,7 @@ from models.errors import InputError, naming, one_line
 
 
 def probably_meant(name: str, others: Iterable[str]) -> str:
-    """A hint, in brackets, for the message on a missing file `name`: one of `others` with another
-    case or with an ending. Empty if there is none."""
+    """A hint for a message: one of `others` in another case or with an ending, or nothing."""
     for other in others:
         if name and name.casefold() in (other.casefold(), other.rpartition(".")[0].casefold()):
             return f" (there is {other})"
@@ -20,8 +19,7 @@ def probably_meant(name: str, others: Iterable[str]) -> str:
 
 
 def file_version(path: Path) -> str:
-    """The size and times of the file at `path`, which differ after a change. On Windows they stay
-    if someone restores them."""
+    """The size and times of the file at `path`, which differ after a change."""
     try:
         status = path.stat()
     except (OSError, ValueError):  # a link to nothing; an impossible name
@@ -41,14 +39,12 @@ def check_writable_folder(folder: Path) -> None:
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise InputError(
-            f"{folder}: cannot be written (nothing may be written into {there.resolve()}); name "
-            "another folder"
+            f"{folder}: cannot be written, since {there.resolve()} cannot; name another folder"
         )
 
 
 def read_json(file: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None if there is no such file. Raises `InputError`, which starts
-    with the file's name, for anything else."""
+    """The object in a JSON file, None without a file. An `InputError` starts with its name."""
     if not file.exists():
         return None
     with naming(file.name):
@@ -62,7 +58,6 @@ def read_json(file: Path) -> dict[str, Any] | None:
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write `content` as indented JSON."""
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -25,12 +25,9 @@ def garbage_unsearched() -> Iterator[None]:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main()`; a notebook gets its streams and signal handlers back.
-
-    An `InputError` or an `OSError` ends the script with its message and exit code 2 (with `--debug`
-    among the arguments, with its traceback), Ctrl-C with 130, and an output that is closed, as by
-    `| head`, with 141 and no message.
-    """
+    """Run a script's `main()`; a notebook gets its streams and signal handlers back. An
+    `InputError` or an `OSError` ends it with its message and exit code 2 (with `--debug`, with its
+    traceback), Ctrl-C with 130, a closed output, as by `| head`, with 141."""
     streams = sys.stdout, sys.stderr
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     sys.stdout, sys.stderr = map(_any_text, streams)

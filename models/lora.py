@@ -15,12 +15,10 @@ ALPHA = 8
 
 
 class LowRank(nn.Module):
-    """The change of a matrix `[out, in]`: `ALPHA / rank * b @ a`, which is zero at first.
-
-    In a stack of `parts` matrices, such as those of queries, keys and values, each matrix has a
-    change of its own. `a` is `[parts, rank, in]` and starts Gaussian, `b` is
-    `[parts, out / parts, rank]` and starts as zero.
-    """
+    """The change of a matrix `[out, in]`: `ALPHA / rank * b @ a`, which is zero at first. In a
+    stack of `parts` matrices, such as those of queries, keys and values, each has a change of its
+    own: `a` is `[parts, rank, in]` and starts Gaussian, `b` is `[parts, out / parts, rank]` and
+    starts as zero."""
 
     def __init__(self, weight: Tensor, rank: int, parts: int = 1):
         super().__init__()
@@ -40,15 +38,9 @@ class LowRank(nn.Module):
 def add_lora(model: CLIP, rank: int) -> None:
     """Freeze all parameters, and add a trainable change of this rank, zero at first, to every
     linear layer of both transformers (attention and MLP) that was trainable, as in the paper
-    (section 4.2) and in CLIP-LoRA (Zanella & Ben Ayed 2024). Raises `InputError` for a ResNet, and
-    for a model that open_clip builds."""
-    if not isinstance(model.config, Config):
-        raise InputError("--lora changes this project's own transformers, and this model is built "
-                         "by open_clip: leave --lora out, or try --lock_image N")  # fmt: skip
-    if not model.config.is_vit:
-        raise InputError(
-            "--lora is for transformers, not for a ResNet: take a ViT, or leave it out"
-        )
+    (section 4.2) and in CLIP-LoRA (Zanella & Ben Ayed 2024). `InputError` for other towers."""
+    if not isinstance(model.config, Config) or not model.config.is_vit:
+        raise InputError("--lora is for this project's own ViTs: leave it out, or try --lock_image")
     learned = {parameter for parameter in model.parameters() if parameter.requires_grad}
     model.requires_grad_(False)
     for module in list(model.modules()):

@@ -1,5 +1,4 @@
-"""Any model of the library open_clip, with the interface of `models.clip.CLIP`: SigLIP, MetaCLIP 2,
-EVA, MobileCLIP, and others with towers of timm or transformers."""
+"""Any model of the library open_clip (SigLIP, EVA, ...), with the interface of `CLIP`."""
 
 import copy
 import json
@@ -64,11 +63,8 @@ def open_clip_config(content: dict[str, Any], folder: Path, reason: str) -> Open
 
 class OpenClipModel(CLIP):
     """The towers `visual` and `text` as open_clip builds them, `logit_scale`, and in a SigLIP
-    `logit_bias`; the keys of the weights are open_clip's.
-
-    Nothing is dropped at random in training: with dropout, gradient caching and resumed runs would
-    not be exact. Raises `InputError` if open_clip cannot build the model.
-    """
+    `logit_bias`; the keys of the weights are open_clip's. Nothing is dropped at random in training:
+    with dropout, gradient caching and resumed runs would not be exact."""
 
     def __init__(self, config: OpenClipConfig):
         nn.Module.__init__(self)
@@ -116,8 +112,7 @@ class OpenClipModel(CLIP):
 
     @property
     def projections(self) -> dict[str, nn.Module]:
-        """The last projections of towers from timm and transformers, which learn though the rest of
-        a tower is frozen, by tower: "image", "text"."""
+        """The last projections of towers from timm and transformers, which are never frozen."""
         head = getattr(self.visual, "head", None)
         image = getattr(head, "proj", None) or getattr(head, "mlp", None)
         found = {"image": image, "text": getattr(self.text, "proj", None)}

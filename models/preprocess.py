@@ -32,9 +32,8 @@ with suppress(ImportError):
 
 
 def open_image(path: str | os.PathLike, content: bytes | None = None) -> Image.Image:
-    """The image in a file, or the first frame of an animation, upright and in RGB. Raises
-    `InputError` for a file without a readable image. If a file at `path` is part of another one,
-    `content` is what it holds."""
+    """The image in a file, or the first frame of an animation, upright and in RGB; or `InputError`.
+    `content` is what the file at `path`, if it is part of another one, holds."""
     try:
         file = Path(path).expanduser()
         if content is None and not file.is_file():
@@ -78,11 +77,6 @@ def _grey_of_8_bits(image: Image.Image) -> Image.Image:
     n_bytes = max(1, -(-int(largest).bit_length() // 8))
     white = 1 if image.mode == "F" and largest < 2 else 256**n_bytes - 1
     return Image.fromarray((values / (white / 255)).clip(0, 255).round().astype(np.uint8))
-
-
-def is_one_colour(image: Image.Image) -> bool:
-    """Whether all pixels of an RGB image are equal."""
-    return image.getcolors(1) is not None
 
 
 def normalize(images: Tensor, mean: Colour = OPENAI_MEAN, std: Colour = OPENAI_STD) -> Tensor:

@@ -9,10 +9,8 @@ from models.config import Config
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions, with a shortcut around them (He et al. 2016, figure 5).
-
-    With a stride s, average pooling before the last convolution and in the shortcut makes the image
-    s times smaller. A convolution with a stride would skip pixels (Zhang 2019).
+    """1x1, 3x3 and 1x1 convolutions, with a shortcut around them (He et al. 2016, figure 5). With a
+    stride, average pooling makes the image smaller: a convolution would skip pixels (Zhang 2019).
     """
 
     expansion = 4
@@ -46,9 +44,8 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool2d(nn.Module):
-    """Multi-head attention that turns a feature map into one feature (Radford et al. 2021, section
-    2.4). The query is the mean over all positions of the map; it attends to every position and to
-    itself."""
+    """Multi-head attention of the mean over a feature map's positions to itself and all of them
+    (Radford et al. 2021, section 2.4)."""
 
     def __init__(self, side: int, width: int, heads: int, output_dim: int):
         super().__init__()

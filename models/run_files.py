@@ -25,20 +25,18 @@ class TrainedOn(NamedTuple):
 
 
 def run_weights(run: Path) -> Path | None:
-    """The weights of a run that count: the mixture that --wise_ft chose or, before that, those of
-    the best epoch. None for another folder."""
+    """The weights of a run that count: --wise_ft's mixture, or else the best epoch's; or None."""
     return next((file for file in (run / MIXTURE, run / BEST) if file.is_file()), None)
 
 
 def runs_in(folder: Path) -> list[str]:
     """The runs with weights in a folder, the newest first."""
-    runs = {weights.parents[1] for weights in folder.glob("*/weights/*.pth")}
-    return sorted(map(str, runs), key=os.path.getmtime, reverse=True)
+    files = sorted(folder.glob(f"*/{BEST}"), key=os.path.getmtime, reverse=True)
+    return [str(file.parents[1]) for file in files]
 
 
 def run_folder(weights: str | Path) -> Path | None:
-    """The folder of the run of a weights file `RUN/weights/<file>`, or `weights` itself if that is
-    the folder of a run; else None."""
+    """The run's folder of a file `RUN/weights/<file>`, or `weights` if that is one; else None."""
     weights = Path(weights).expanduser().resolve()
     run = weights.parent.parent if weights.is_file() else weights
     return run if (run / ARGUMENTS).is_file() else None
@@ -56,6 +54,4 @@ def trained_on(weights: str | Path) -> TrainedOn | None:
         languages = [languages] if isinstance(languages, str) else list(map(str, languages))
         return TrainedOn(Path(arguments["dataset_path"]), languages)
     except (LookupError, TypeError):
-        raise InputError(
-            f"{run / ARGUMENTS}: should hold dataset_path and language; mend it"
-        ) from None
+        raise InputError(f"{run / ARGUMENTS}: should hold dataset_path and language") from None

@@ -1,5 +1,4 @@
-"""The argument parser of all scripts, its types for paths, and the folder of the scripts. Imports
-no torch, so that `--help` answers at once."""
+"""The argument parser of all scripts, types for paths, the scripts' folder; without torch."""
 
 import argparse
 import difflib

@@ -14,7 +14,6 @@ class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), an approximation of GELU (Hendrycks & Gimpel 2016, section 2)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """A tensor of any shape -> the same shape."""
         return _QuickGELU.apply(x)
 
 
@@ -50,8 +49,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class _LayerNorm(torch.autograd.Function):
-    """Of a low-precision tensor with a float32 gain and bias. Autograd alone would keep the input
-    in float32 for the backward pass."""
+    """Of a low-precision tensor with a float32 gain. Autograd alone would keep it in float32."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -135,11 +133,9 @@ class ResidualAttentionBlock(nn.Module):
 
 class BlockStack(nn.Module):
     """A stack of `blocks`. The output is that of the pooled token of each sequence, so that the
-    last block computes only keys and values of the other tokens.
-
-    With mixed precision the residual stream has the low-precision type in training mode, with or
-    without gradients, to save memory; in evaluation mode it is float32, for scores closer to those
-    of float32."""
+    last block computes only keys and values of the other tokens. With mixed precision the residual
+    stream has the low-precision type in training mode, to save memory; in evaluation mode it is
+    float32, for scores closer to those of float32."""
 
     grad_checkpointing = False  # recompute blocks in the backward pass (Chen et al. 2016)
 

@@ -41,7 +41,6 @@ class VisionTransformer(nn.Module):
         return self.ln_post(x) @ self.proj
 
     def initialize(self) -> None:
-        """Draw random weights for training from scratch."""
         std = self.proj.shape[0] ** -0.5
         for weight in (self.class_embedding, self.positional_embedding, self.proj):
             nn.init.normal_(weight, std=std)

@@ -1,8 +1,6 @@
-"""The tokenizer of Chinese-CLIP: text to the ids of BERT's word pieces (Devlin et al. 2019).
-
-Each Chinese character is a word. Other words are split, from their start, into the longest pieces
-in the vocabulary (Wu et al. 2016, section 4.1).
-"""
+"""The tokenizer of Chinese-CLIP: text to the ids of BERT's word pieces (Devlin et al. 2019). Each
+Chinese character is a word. Other words are split, from their start, into the longest pieces in the
+vocabulary (Wu et al. 2016, section 4.1)."""
 
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,10 @@ LONGEST_WORD = 200  # characters; a longer word is unknown
 
 
 class WordPieceTokenizer:
-    """Text to token ids, with the 21,128 tokens of BERT's Chinese vocabulary.
-
-    Text loses control characters and accents and is put into lower case; “ and ”, which the
-    vocabulary lacks, become ", as in Chinese-CLIP's training data. Text never becomes a special
-    token: a caption's `[SEP]` becomes tokens for its brackets and letters, as in cn_clip.
-    """
+    """Text to token ids, with the 21,128 tokens of BERT's Chinese vocabulary. Text loses control
+    characters and accents and is put into lower case; “ and ”, which the vocabulary lacks, become
+    ", as in Chinese-CLIP's training data. Text never becomes a special token: a caption's `[SEP]`
+    becomes tokens for its brackets and letters, as in cn_clip."""
 
     def __init__(self, vocabulary_file: Path = VOCABULARY_FILE):
         # Not splitlines: one of the tokens is a line separator (U+2028).

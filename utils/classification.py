@@ -72,10 +72,9 @@ def zero_shot_classifier(
     processes: Processes = ALONE,
 ) -> Tensor:
     """Normalised class embeddings `[labels, d]`, on the model's device: the mean of a label's
-    normalised features in all templates (Radford et al. 2021, section 3.1.4). Raises `InputError`
-    for texts longer than the model's context."""
+    normalised features in all templates (Radford et al. 2021, section 3.1.4)."""
     texts = [template.replace("{}", label) for label in labels for template in templates]
-    features = encode_texts(model, model.tokenize(texts), processes=processes)
+    features = encode_texts(model, model.tokenize(texts), processes)
     if len(templates) == 1:
         return features  # not normalised twice: the same bits as the model's own
     return F.normalize(features.view(len(labels), len(templates), -1).mean(dim=1), dim=-1)
@@ -96,8 +95,7 @@ def readable_features(
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> Accuracy:
-    """The accuracy of `scores` `[n, c]` for `labels` `[n]`; of equal scores the lower index ranks
-    first. Raises `InputError` for a NaN, and if there are no images."""
+    """The accuracy of `scores` `[n, c]` for `labels` `[n]`; of equals the lower index is first."""
     scores, labels = scores.cpu(), labels.cpu()
     if not len(labels):
         raise InputError("nothing to score: there are no images that can be read")
@@ -225,11 +223,9 @@ def build_parser() -> ArgumentParser:
         f"{', '.join(TEMPLATE_SETS)} (cn: Chinese), or a file with one a line and {{}} for the "
         "name (default: photo, for a Chinese model cn_photo)")
     add("--linear_probe", action="store_true",
-        help="also score a logistic regression, trained on the image features of train/ (or "
-        "torchvision's training images)")
+        help="also score a logistic regression on the image features of the training images")
     add_scoring(parser)
-    add("--json", type=writable_file, metavar="FILE",
-        help="write the scores, with those of each class")
+    add("--json", type=writable_file, metavar="FILE", help="write the scores, also of each class")
     add("--csv", type=answer_file, metavar="FILE",
         help="write a row an image: path, label, prediction, its probability; as JSON lines if "
         "FILE ends in .jsonl")
@@ -261,8 +257,7 @@ def main() -> None:
     model, preprocess = load(weights, args.device, activation=args.activation)
     alike = first_alike(model.tokenizer, source.classes, model.context_length)
     if repeated := [name for i, name in enumerate(source.classes) if alike[i] != i]:
-        print(f"warning: several classes are called {one_line(repeated[0])}; images are only ever "
-              "taken for the first of them")  # fmt: skip
+        print(f"warning: several classes are called {one_line(repeated[0])}; only the first counts")
 
     templates = templates or TEMPLATE_SETS[model.text_tower.templates]
     precision = Precision(model.device, args.use_amp)

@@ -82,8 +82,7 @@ def contrastive_loss(
 
 
 def squared_distance(features: Tensor, targets: Tensor) -> Tensor:
-    """The sum over the rows of `features` of the squared distance to the same row of `targets`,
-    both `[n, d]` and normalised first."""
+    """The sum of the squared distances between rows of both, `[n, d]`, normalised first."""
     features, targets = (F.normalize(x.float(), dim=-1) for x in (features, targets))
     return (features - targets).square().sum()
 
@@ -136,8 +135,7 @@ def _cross_entropies(
 def _fill_positives(
     pairs: Tensor, value: float, start: int, k: int, shared: tuple[Tensor, Tensor] | None
 ) -> None:
-    """Set `pairs` `[b, n * k]` of images and texts to a value where the text is a positive of the
-    image; see `_negatives`."""
+    """Set `pairs` `[b, n * k]` of images and texts to a value where the text is a positive."""
     pairs.unflatten(1, (-1, k)).diagonal(start).fill_(value)  # an image's own captions
     if shared:
         positives, columns = shared

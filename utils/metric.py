@@ -90,14 +90,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--split", choices=["val", "test"], default="val", help="images to score (default: val)")
     add_scoring(parser)
     add("--json", type=writable_file, metavar="FILE", help="write the scores, K from 1 to 10")
-    add("--plot", type=picture, metavar="FILE",
-        help="plot recall and mAP against K, e.g. R_mAP.png")
+    add("--plot", type=picture, metavar="FILE", help="plot recall and mAP against K (R_mAP.png)")
     add("--report", type=writable_file, metavar="FILE",
-        help="write a page for a browser: scores, curves and the first answers to each query, e.g. "
-        "report.html")
+        help="write an HTML page: scores, curves and the first answers to each query")
     add("--plain_protocol", action="store_true",
-        help="a caption is a positive of its own image alone, even if other images have the same "
-        "caption; to compare with scores of other programs")
+        help="a caption is a positive of its own image alone, as in other programs")
     # fmt: on
     return parser
 
@@ -128,8 +125,7 @@ def main() -> None:
     print(f"{dataset_path}: {len(dataset)} images, {len(dataset.text)} captions "
           "(percent; ranks from 1)")  # fmt: skip
     if shared := dataset.count_shared_captions():
-        print(f"{shared} of the captions belong to several images, and are positives of each "
-              "(--plain_protocol: of their own image alone)")  # fmt: skip
+        print(f"{shared} of the captions belong to several images (see --plain_protocol)")
     if alike := dataset.count_alike_captions():
         print(f"warning: {alike} captions are different texts, but {ALIKE}")
     print(format_table(scores, args.split))
@@ -145,17 +141,14 @@ def main() -> None:
 
 
 def data_to_score_on(args: argparse.Namespace, weights: str | Path) -> TrainedOn:
-    """The data to score on: of the command line, else of the weights' run, else flickr8k/. Raises
-    `InputError` for missing captions."""
+    """The data to score on: of the command line, else of the weights' run, else flickr8k/."""
     run = None if args.dataset_path and args.language else trained_on(weights)
     run = run or TrainedOn(from_here("flickr8k"), ["en"])
     dataset_path = args.dataset_path or run.dataset_path
     languages = list(dict.fromkeys(args.language or run.languages))
     for language in languages:
-        missing = missing_annotations(caption_file(dataset_path, language, args.split))
-        if missing:
-            advice = "name the data to score on with --dataset_path and --language"
-            raise InputError(f"{missing}; {advice}")
+        if missing := missing_annotations(caption_file(dataset_path, language, args.split)):
+            raise InputError(f"{missing}; name the data with --dataset_path and --language")
     return TrainedOn(dataset_path, languages)
 
 

@@ -35,13 +35,11 @@ UNTOLD = (
 def read_weights(
     path: Path, activation: str | None = None
 ) -> tuple[dict[str, Tensor], Config | OpenClipConfig]:
-    """The weights at `path` with our keys, and the description of their model.
-
-    A folder holds weights of one of `FORMATS`, in one file or in several with an index, and their
-    description; or an adapter of peft. The description of a file is in it, see `read_file`, or lies
-    beside it; one of cn_clip needs none. `activation` is for a state dict without a description.
-    Raises `InputError` for unusable files and for other models; the caller names `path`.
-    """
+    """The weights at `path` with our keys, and the description of their model. A folder holds
+    weights of one of `FORMATS`, in one file or in several with an index, and their description; or
+    an adapter of peft. The description of a file is in it, see `read_file`, or lies beside it; one
+    of cn_clip needs none. `activation` is for a state dict without a description. `InputError`s do
+    not name `path`."""
     if (path / peft.CONFIG_FILE).exists():
         with peft.merged_folder(path) as folder:
             return read_weights(folder)

@@ -62,8 +62,7 @@ def published_copy(name: str) -> HubWeights:
 
 
 def fetch(name: str) -> Path:
-    """The folder of the weights `name` and their description, downloaded if need be. Raises
-    `InputError` if they are not available, or not those of a CLIP model."""
+    """The folder of the weights `name`, downloaded if need be. `InputError` if there are none."""
     repository = repository_of(name)
     try:
         return cached(repository) or _download(repository)
@@ -72,16 +71,14 @@ def fetch(name: str) -> Path:
 
 
 def fetch_published(name: str, path: Path) -> Path:
-    """OpenAI's weights: the file at `path`, downloaded if need be, or the folder of their copy on
-    the hub. Raises `InputError` if neither is available."""
+    """OpenAI's weights: the file at `path`, downloaded if need be, or their copy on the hub."""
     copy = published_copy(name)
     if not path.exists() and (folder := cached(copy.repository)):
         return folder
     try:
         return download(weights_url(name), path, SHA256[name])
     except Unavailable as unavailable:
-        print(f"{path.name}: not available from {weights_url(name)}; using its copy "
-              f"{copy.repository} on the Hugging Face hub", file=sys.stderr)  # fmt: skip
+        print(f"{weights_url(name)} is not available; using {copy.repository}", file=sys.stderr)
         try:
             return fetch(copy.name)
         except InputError as error:
@@ -171,9 +168,8 @@ def _explained(name: str) -> Iterator[None]:
     except Exception as error:  # of the disk, requests or httpx
         raise InputError(
             f"no file or folder here, and {constants.ENDPOINT} does not give it "
-            f"({one_line(error.__cause__ or error)}); run it again (with HF_HUB_DISABLE_XET=1 "
-            "where a mirror has the small files alone), name a mirror "
-            f"(HF_ENDPOINT=https://<mirror>), or get {WANTED}, by other means, put them into one "
-            f"folder and give that folder{near}\nfrom {address}/tree/main\n"
+            f"({one_line(error.__cause__ or error)}); run it again, name a mirror "
+            "(HF_ENDPOINT=https://<mirror>, HF_HUB_DISABLE_XET=1 if it has small files alone), or "
+            f"put {WANTED}, into a folder and give that folder{near}\nfrom {address}/tree/main\n"
             f"(not complete in the cache {constants.HF_HUB_CACHE}; HF_HOME names another)"
         ) from None

@@ -51,8 +51,7 @@ UNUSED = (None, False, {}, "")
 
 
 def to_ours(weights: Weights) -> Weights:
-    """The weights, Long-CLIP's two positional embeddings of texts joined: the first for the
-    positions that it keeps, the second for the others."""
+    """The weights, Long-CLIP's two positional embeddings of texts joined."""
     others = weights.get("positional_embedding_res")
     if others is None:
         return weights
@@ -148,8 +147,7 @@ def to_open_clip(config: Config | OpenClipConfig) -> dict[str, Any]:
 
 
 def _tower(model: dict, name: str, fields: dict) -> tuple[dict[str, Any], Any]:
-    """The fields of `Config` on one tower, and the ratio of its MLPs' width to its own. Raises
-    `OtherTowers` for a field that no tower of ours has."""
+    """The fields of `Config` on one tower, and the ratio of its MLPs' width; or `OtherTowers`."""
     tower = model[name]
     known = {"mlp_ratio", *(theirs for theirs, _ in fields.values())}
     for field, value in tower.items():

@@ -4,7 +4,7 @@ import mmap
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,7 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The weights in a published TorchScript archive or in a state dict (.pt, .pth, .bin,
     .safetensors), wrapped or not, see `unwrap`; and open_clip's description of their model if the
     file tells it (an archive, a checkpoint of train.py, a .safetensors of convert.py). Floats are
-    float32, except from .safetensors. Raises `InputError` for any other file; the caller names it.
-    """
+    float32, except from .safetensors. Raises `InputError`, without the name, for other files."""
     with _intact():
         if _is_safetensors(path):
             weights, description = safetensors_file.read(path)
@@ -50,15 +49,13 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         return weights, content.get("config") if _is_checkpoint(content) else None
 
 
-def read_content(path: Path, is_wanted: Callable[[Any], bool]) -> Any | None:
-    """The content of an archive of `torch.save`: numbers, texts, lists, tuples, dicts, and tensors,
-    floats as float32. None for any other file, and if `is_wanted` refuses the content, before
-    tensors are read. Raises `InputError` for damaged content."""
+def read_checkpoint_content(path: Path) -> dict[str, Any] | None:
+    """The content of a checkpoint of train.py, floats as float32; None for another file."""
     try:
         archive = Archive(path)
     except Exception:  # `read_file` says what it is
         return None
-    if not is_wanted(archive.content):
+    if not _is_checkpoint(archive.content):
         return None
     with _intact():
         return archive.filled(archive.content)
@@ -89,8 +86,7 @@ class Archive:
             record = memoryview(file)[start:][: info.file_size]
             self.records[info.filename.partition("/")[2]] = record
         if "data.pkl" not in self.records:
-            raise InputError("an archive without data.pkl, so not torch's; if the weights file is "
-                             "in it, unpack it")  # fmt: skip
+            raise InputError("an archive without data.pkl, so not torch's; unpack the file in it")
         self.content = PlainUnpickler(bytes(self.records["data.pkl"])).load()
         self.is_script = "constants.pkl" in self.records
         if self.is_script:
@@ -142,17 +138,16 @@ def unwrap(content: Any) -> dict[str, Any]:
 
 def _is_checkpoint(content: Any) -> bool:
     """Whether this is a checkpoint of train.py, which may hold an average besides the model."""
-    return isinstance(content, dict) and {"format", "model", "average"} <= content.keys()
+    return isinstance(content, dict) and {"format", "arguments", "model"} <= content.keys()
 
 
 def _tensors(content: dict) -> dict[str, Any]:
-    """The tensors in dicts in dicts and in modules, by their names joined with dots. A dict that
-    has two names is searched once."""
+    """The tensors in nested dicts and modules, by their names joined with dots."""
     found, seen, waiting = {}, set(), [("", content)]
     for name, value in waiting:  # which grows
         if isinstance(value, Tensor | PlainTensor):
             found[name] = value
-        elif isinstance(value, dict) and id(value) not in seen:
+        elif isinstance(value, dict) and id(value) not in seen:  # one may have two names
             seen.add(id(value))
             if isinstance(value, PlainObject) and value.is_module:
                 value = dict(value.tensors())
@@ -180,6 +175,4 @@ def _is_safetensors(path: Path) -> bool:
         return False
     if start.startswith(b"\x80"):
         raise InputError("a bare pickle, as of torch before 1.6; save it anew with torch.save")
-    raise InputError(
-        f"{describe(path)}, not weights; download it anew, as .safetensors, .bin, .pt or .pth"
-    )
+    raise InputError(f"{describe(path)}, not weights; download it anew")

@@ -220,8 +220,7 @@ def _check(section: dict, only: dict[str, tuple], where: str = "") -> None:
 
 
 def _preprocessing(content: dict[str, Any], text_tower: str) -> dict[str, Any]:
-    """The fields of `Config` in preprocessor_config.json. Raises `InputError` for what we lack,
-    such as a crop smaller than the short side."""
+    """The fields of `Config` in preprocessor_config.json. `InputError` for what our models lack."""
     if not content:
         return {"resize_mode": "squash"} if text_tower == "bert" else {}  # as the authors do
     _check(content, PREPROCESSOR_ONLY | {"resample": (*INTERPOLATIONS,)})

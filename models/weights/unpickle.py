@@ -1,8 +1,6 @@
-"""Restricted unpickling of checkpoints: nothing that a file names is imported or run.
-
-It stays while torch below 2.10 is allowed, because a file could make torch's own `weights_only`
-corrupt memory (CVE-2026-24747). It also skips objects that `weights_only` refuses.
-"""
+"""Restricted unpickling of checkpoints: nothing that a file names is imported or run. It stays
+while torch below 2.10 is allowed, because a file could make torch's own `weights_only` corrupt
+memory (CVE-2026-24747). It also skips objects that `weights_only` refuses."""
 
 import pickle
 import pickletools

@@ -229,7 +229,7 @@ def test_unusable_images_end_in_one_line(work):
         (["--captions_file", "none.txt"], "none.txt: no captions in it"),
         (
             ["--weights", "alone.pth"],
-            "alone.pth: does not belong to a run of train.py.* --text or --captions_file",
+            "alone.pth: not of a run of train.py.* --text or --captions_file",
         ),
         (["--weights", "ViT-B/33"], "ViT-B/33: neither a file nor .* the names are RN50, RN101"),
         (["--weights", ""], "--weights: the path is empty"),

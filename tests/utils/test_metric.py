@@ -326,7 +326,7 @@ def test_script_writes_a_report_of_the_run(trained, score):
 @pytest.mark.parametrize(
     "run, arguments, message",
     [
-        (("gone", "en"), [], "gone: no such folder; name the data to score on with --dataset_path"),
+        (("gone", "en"), [], "gone: no such folder; name the data with --dataset_path"),
         (("mine", "en"), [], "mine: no en_val.json in it, only cn_val.json; .* and --language"),
         (("data", "en"), ["--split", "test"], "data: no en_test.json in it"),
         (("data", "en"), ["--split", "train"], r"--split: .*choose from '?val'?, '?test'?"),

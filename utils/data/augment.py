@@ -1,9 +1,6 @@
-"""Random changes of images and captions.
-
-To train on, images are only cropped: a flip, a rotation or other colours can make a caption false
-("on the left", "a red shirt"), and a crop to at least 90% of the area leaves nearly every caption
-true. Colours and words change in the inputs of distillation, which need not match.
-"""
+"""Random changes of images and captions. To train on, images are only cropped: a flip or other
+colours can make a caption false ("on the left", "a red shirt"), and a crop to at least 90% of the
+area leaves nearly every caption true. Colours and words change in the inputs of distillation."""
 
 import math
 
@@ -18,9 +15,8 @@ OFFSET = 0.3  # standard deviation of a channel's offset
 
 
 def draw_crops(n: int, random: np.random.Generator) -> Tensor:
-    """n random square crops, `[n, 3]`: side, as a share of the image's, centre x, centre y, from -1
-    to 1, y downwards. The area is uniform from `MIN_AREA` to 1, the centre uniform where the crop
-    lies within the image."""
+    """n random square crops `[n, 3]`: side, as a share of the image's, and centre x, y (down), from
+    -1 to 1. The area is uniform from `MIN_AREA` to 1, the centre uniform within the image."""
     side = np.sqrt(random.uniform(MIN_AREA, 1, n))
     centre = random.uniform(-1, 1, (n, 2)) * (1 - side[:, None])
     return torch.from_numpy(np.column_stack([side, centre]).astype(np.float32))
@@ -40,17 +36,15 @@ def crop(images: Tensor, crops: Tensor) -> Tensor:
 
 
 def sample_without_border(images: Tensor, grid: Tensor) -> Tensor:
-    """`grid_sample` with padding by the border, which not every torch has for `mps`: all places are
-    clamped to the centres of the outermost pixels."""
+    """`grid_sample` with padding by the border, which not every torch has for `mps`."""
     outermost = 1 - 1 / images.shape[-1]
     return F.grid_sample(images, grid.clamp(-outermost, outermost), align_corners=False)
 
 
 def draw_recolourings(n: int, random: np.random.Generator) -> Tensor:
-    """n random affine maps of colours, `[n, 3, 4]`, for normalised images: for each new channel the
-    factors of the old channels, and an offset. Hues are turned by a uniform angle about grey, and
-    each channel gets a factor (`GAIN`) and an offset (`OFFSET`). The map is mixed with the identity
-    by a uniform weight for each image."""
+    """n random affine maps of colours, `[n, 3, 4]`: for each new channel the factors of the old
+    ones, and an offset. Hues are turned by a uniform angle about grey, each channel gets a `GAIN`
+    and an `OFFSET`, and the map is mixed with the identity by a uniform weight for each image."""
     turns = hue_turns(random.uniform(0, 2 * math.pi, n))
     gains = random.uniform(*GAIN, (n, 3, 1))
     offsets = random.normal(0, OFFSET, (n, 3, 1))

@@ -18,8 +18,7 @@ def class_folders(root: Path) -> list[Path]:
 
 
 def words_of(keys: list[str]) -> list[str]:
-    """Folders' names as words: `big_cat` as "big cat", `BigCat` as "Big Cat", and `001.cat` as
-    "cat", if all start with a number and the rests differ."""
+    """Folders' names as words: `BigCat` as "Big Cat"; if all have numbers, `001.cat` as "cat"."""
     rests = [LEADING_NUMBER.sub("", key) for key in keys]
     if all(map(str.__ne__, rests, keys)) and len({*rests}) == len(keys):
         keys = rests

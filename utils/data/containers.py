@@ -1,9 +1,6 @@
 """Images inside other files, read by random access: `00000.tar/000000012.jpg` is the member of a
-tar, `train_imgs.tsv/1000002` the line of a table in base64, `data.arrow/17` a row.
-
-A container is indexed once, by the process that looks for the images; worker processes get the
-places of the images with their names.
-"""
+tar, `train_imgs.tsv/1000002` the line of a table in base64, `data.arrow/17` a row. A container is
+indexed once, by the process that looks for the images; workers get the places with the names."""
 
 import base64
 import binascii
@@ -74,9 +71,7 @@ def _tar_members(file: Path) -> dict[str, Place]:
                 raise tarfile.ReadError("it does not end as a tar does")
             return places
     except tarfile.TarError as error:
-        raise InputError(
-            f"{file}: is no tar, or is cut short ({one_line(error)}); get a new copy"
-        ) from None
+        raise InputError(f"{file}: is no whole tar ({one_line(error)}); get a new copy") from None
 
 
 def _bytes_at(file: Path, start: int, size: int) -> bytes:

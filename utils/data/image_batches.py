@@ -60,9 +60,8 @@ class ImageReader:
         try:
             picture = upright_rgb(self.pictures[index][0])
         except Exception as error:  # a broken file can make Pillow's decoders raise anything
-            raise InputError(
-                f"{self.paths[index]}: not a readable image ({one_line(error)})"
-            ) from None
+            problem = f"not a readable image ({one_line(error)})"
+            raise InputError(f"{self.paths[index]}: {problem}") from None
         return self.prepare(picture)
 
 
@@ -88,8 +87,7 @@ def read_batches(
     substitute: bool = False,
 ) -> Iterator[Loaded]:
     """The images at lists of indices in `reader`, of which this process reads `part` of each. With
-    `substitute`, another image takes the place of an unreadable one. Otherwise it raises
-    `InputError`, as does a killed worker."""
+    `substitute`, another takes the place of an unreadable one, else `InputError`."""
     return read_in_workers(_Batches(reader, part, substitute), num_workers, batches)
 
 

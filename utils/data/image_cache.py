@@ -41,13 +41,10 @@ def decode_once(
     num_workers: int = 0,
 ) -> tuple[Tensor, dict[int, str]]:
     """The pixels of all images, uint8 `[n, 3, side, side]`, and {index: problem} of the unreadable
-    images, which others replace.
-
-    They are in the file `<name>_<side>.pixels` in `folder` (by default `.cache` in the data set's
-    root), which all runs share, or on a GPU if they take, with those of other sets, at most a
-    quarter of its free memory. `dataset` has `root`, the paths `image` below it, `preprocess` and a
-    `reader`. Raises `InputError` if the file cannot be written.
-    """
+    images, which others replace. They are in the file `<name>_<side>.pixels` in `folder` (by
+    default `.cache` in the data set's root), which all runs share, or on a GPU if they take, with
+    those of other sets, at most a quarter of its free memory. `dataset` has `root`, the paths
+    `image` below it, `preprocess` and a `reader`."""
     folder = dataset.root.resolve() / ".cache" if folder is None else Path(folder).expanduser()
     file = folder / f"{name}_{dataset.preprocess.side}.pixels"
     rows = [rows.tolist() for rows in torch.arange(len(dataset)).split(BUILD_BATCH)]
@@ -66,11 +63,9 @@ def cached_pixels(
     file: Path, dataset: Dataset, batches: Iterable[tuple[Tensor, dict[int, str]]]
 ) -> tuple[Tensor, dict[int, str]]:
     """The pixels of all images, mapped from `file`, read-only, and {index: reason} of unreadable
-    ones: their problem without their path, since the data set may move.
-
-    If `file` is missing or stale, it is written from `batches`: the images in their order, and the
-    problems of unreadable ones. Several runs may do so at once.
-    """
+    ones: their problem without their path, since the data set may move. If `file` is missing or
+    stale, it is written from `batches`: the images in their order, and the problems of unreadable
+    ones. Several runs may do so at once."""
     side = dataset.preprocess.side
     shape = (len(dataset), 3, side, side)
     fingerprint = _fingerprint(dataset.root, dataset.image, dataset.preprocess)

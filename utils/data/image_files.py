@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from models.errors import InputError, listed
-from models.preprocess import DRAWN_BY_PROGRAMS, NEED_A_PACKAGE, is_one_colour
+from models.preprocess import DRAWN_BY_PROGRAMS, NEED_A_PACKAGE
 from models.progress_bar import progress_bar
 from utils.data.caption_formats import SPLITS
 from utils.data.containers import Place, in_container, index_of
@@ -24,9 +24,8 @@ AT_A_TIME = 1024  # images that wait for a thread
 
 def find_images(folder: Path) -> list[Path]:
     """The image files below `folder`, by the endings of Pillow's formats: sorted paths relative to
-    it, without hidden files and folders (".name"). Links are followed, but no folder is entered
-    twice. A warning counts photographs that need a package. Raises `InputError` without images.
-    """
+    it, without hidden ones (".name"). Links are followed, but no folder is entered twice. A warning
+    counts photographs that need a package. Raises `InputError` without images."""
     Image.init()
     readable = Image.OPEN.keys() - DRAWN_BY_PROGRAMS - NOT_DECODED
     endings = {end for end, kind in Image.registered_extensions().items() if kind in readable}
@@ -62,9 +61,8 @@ def _warn(error: OSError) -> None:
 
 def locate(root: Path, names: Sequence[str]) -> tuple[list[str], np.ndarray | None]:
     """Those of `names`, paths below `root`, that are not there; and the places of images that lie
-    in containers, `[n, 2]`, or None if none does. Each folder is listed once, since on a disk in
-    the network a question about each file takes long. Raises `InputError` for a broken container.
-    """
+    in containers, `[n, 2]`, or None if none does. Each folder is listed once, since a question
+    about each file takes long in the network. Raises `InputError` for a broken container."""
     containers: dict[str, tuple[dict[str, Place], str] | None] = {}
     in_folder: dict[str, set[str]] = {}
     places, missing = None, set()
@@ -94,8 +92,7 @@ def locate(root: Path, names: Sequence[str]) -> tuple[list[str], np.ndarray | No
 
 def check_splits(sets: dict[str, Dataset], num_workers: int, train_too: bool = False) -> None:
     """Warn of training images that are in other splits. Raise `InputError` with a list of the
-    unreadable images of the other splits and, with `train_too`, of training. `sets` are by split.
-    """
+    unreadable images of the other splits and, with `train_too`, of training."""
     held_out = {split: dataset for split, dataset in sets.items() if split != "train"}
     for split, dataset in held_out.items():
         scored = set(dataset.image)
@@ -108,8 +105,7 @@ def check_splits(sets: dict[str, Dataset], num_workers: int, train_too: bool = F
 
 
 def refuse_unreadable(sets: list[Dataset], num_workers: int) -> None:
-    """Decode all images that are not cached yet; raise `InputError` with a list of the unreadable
-    ones. Warn of pictures of one colour."""
+    """Raise `InputError` with a list of unreadable images; warn of pictures of one colour."""
     not_cached = chain.from_iterable(dataset.image for dataset in sets if dataset.cached is None)
     found, plain = check_images(list(dict.fromkeys(not_cached)), num_workers)
     known = chain.from_iterable(dataset.unreadable.values() for dataset in sets)
@@ -120,8 +116,7 @@ def refuse_unreadable(sets: list[Dataset], num_workers: int) -> None:
 
 
 def check_images(images: list[str], num_workers: int = 0) -> tuple[list[str], list[str]]:
-    """Decode images in `num_workers` threads: "path: reason" of each unreadable one, and the paths
-    of those of one colour."""
+    """The problem of each unreadable image, and the paths of those of one colour."""
     problems, plain = [], []
     size = len(images)
     with (
@@ -142,6 +137,6 @@ def check_images(images: list[str], num_workers: int = 0) -> tuple[list[str], li
 def _read(path: str) -> str | bool:
     """The problem of the image at `path`, or else whether it is of one colour."""
     try:
-        return is_one_colour(read_image(path))
+        return read_image(path).getcolors(1) is not None
     except InputError as error:
         return str(error)

@@ -31,12 +31,9 @@ BUFFER = 1000  # samples, as files, among which each worker draws the next one
 
 class Stream:
     """The shards of a training set, with so many samples in all: an image and one caption each.
-
     `patterns` are webdataset's: paths, URLs and commands `pipe:...`, with braces as in
     `{00000..00331}.tar`. Tars on a disk, or img2dataset's `00000_stats.json` beside each, tell the
-    number of `samples`. Raises `InputError` without webdataset, if shards on a disk are missing or
-    broken, and where the number has to be given.
-    """
+    number of `samples`. Raises `InputError` where neither does, and without usable shards."""
 
     image = ()  # none is a file
     tokens = None  # not known before they come
@@ -49,8 +46,7 @@ class Stream:
             raise InputError(f"--stream: {len(lost)} of {len(self.shards)} shards are missing or "
                              f"no tars: {listed(lost)}; mend the path or the files")  # fmt: skip
         if not samples and (len(local) < len(self.shards) or {s.suffix for s in local} != {".tar"}):
-            raise InputError("--stream: give --stream_samples N, the number of samples in all "
-                             "shards, which only .tar files on a disk tell")  # fmt: skip
+            raise InputError("--stream: give --stream_samples N; only .tar files on a disk tell it")
         self.samples = samples or _count(local)
 
     def __len__(self) -> int:
@@ -100,10 +96,8 @@ class Part(NamedTuple):
 @dataclass
 class StreamedParts(IterableDataset):
     """A process's part of the `batches` of an epoch, `rows` samples each. Of w workers, each yields
-    every w-th of them, from shards of its own, which the epoch shuffles; when these are used up, it
-    goes on with those of the next worker. The samples of a resumed epoch's first batches are read
-    and dropped, also broken ones.
-    """
+    every w-th of them, from shards of its own, which the epoch shuffles, then from the next one's.
+    The samples of a resumed epoch's first batches are read and dropped, also broken ones."""
 
     shards: list[str]
     prepare: Callable[[Image.Image], Tensor]

@@ -38,8 +38,7 @@ TEMPLATE_SETS = {
 
 
 def read_templates(name: str) -> list[str]:
-    """The templates of the set of that name, or of a text file with one a line. Raises `InputError`
-    if there is neither, and for a template without `{}`."""
+    """The templates of the set of that name, or of a text file with one a line; or `InputError`."""
     if name in TEMPLATE_SETS:
         return TEMPLATE_SETS[name]
     file = Path(name)

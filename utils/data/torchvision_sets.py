@@ -51,16 +51,13 @@ TORCHVISION_SETS = {
 
 
 def open_torchvision_set(name: str, root: Path, is_train: bool) -> Dataset:
-    """A data set of `TORCHVISION_SETS` in `root`, downloaded if needed. Raises `InputError` for a
-    set that has no such images, or cannot be read or downloaded."""
+    """A data set of `TORCHVISION_SETS` in `root`, downloaded if needed; or `InputError`."""
     import torchvision  # takes seconds
 
     known = TORCHVISION_SETS[name]
     split = known.train if is_train else known.scored
     if split is None:
-        raise InputError(
-            f"{name}: has no training images of its own in torchvision; leave --linear_probe out"
-        )
+        raise InputError(f"{name}: has no training images of its own; leave --linear_probe out")
     loader = getattr(torchvision.datasets, known.loader)
     downloading = {} if name == "imagenet" else {"download": True}  # ImageNet has no such option
     for arguments in (split, split | downloading):

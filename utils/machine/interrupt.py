@@ -21,7 +21,6 @@ class Interrupt:
         self.before = {number: signal.signal(number, self._note) for number in STOPPING}
 
     def has_come(self) -> bool:
-        """Whether a signal has come."""
         return self.signal is not None
 
     def release(self) -> None:
@@ -56,8 +55,7 @@ def signals_held_back() -> Iterator[None]:
 
 
 def leave_signals_to_parent(_worker: int) -> None:
-    """Make a worker ignore Ctrl-C and SIGTERM, which reach it as well: its parent needs it for the
-    rest of the step, and ends it."""
+    """Make a worker ignore Ctrl-C and SIGTERM: its parent needs it until the step has ended."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
 

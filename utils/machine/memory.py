@@ -34,22 +34,15 @@ def explained(remedies: str = "") -> Iterator[None]:
 
 
 def free_shared_memory() -> int | None:
-    """The number of free bytes in the memory that processes share; None where it has no limit of
-    its own. (A container of Docker has 64 MB in all.)"""
+    """The free bytes of the memory that processes share (in Docker 64 MB); None without a limit."""
     if not os.path.isdir(SHARED_MEMORY):  # noqa: PTH112 - a Path of Windows has no statvfs
         return None
     status = os.statvfs(SHARED_MEMORY)
     return status.f_bavail * status.f_frsize
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    """Let the peak count from here, on a GPU with CUDA."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
 def peak_memory_mb(device: torch.device) -> float:
-    """The peak memory in MiB: the GPU's if `device` is one, since `reset_peak_memory`, else that of
+    """The peak memory in MiB: the GPU's if `device` is one, since it was last reset, else that of
     this process. `mps` counts no peak: there it is the memory that torch holds now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20

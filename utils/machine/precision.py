@@ -23,12 +23,9 @@ def tf32_products(are_allowed: bool) -> Iterator[None]:
 
 class Precision:
     """The number format of the forward pass, and the loss scale of backward pass and update.
-    Products in float32 are exact outside `tf32_products`.
-
-    Mixed precision is bfloat16 if the device has it, else float16 with a loss scale that keeps
-    small gradients from vanishing (Micikevicius et al. 2018, section 3.2). Not every torch has a
-    loss scale for `mps`: on a Mac without bfloat16, `use_amp` raises `InputError`.
-    """
+    Products in float32 are exact outside `tf32_products`. Mixed precision is bfloat16 if the device
+    has it, else float16 with a loss scale that keeps small gradients from vanishing (Micikevicius
+    et al. 2018, section 3.2)."""
 
     def __init__(self, device: torch.device, use_amp: bool):
         has_bfloat16 = True
@@ -58,7 +55,6 @@ class Precision:
         return "float32, TF32 products" if self.device.type == "cuda" else "float32"
 
     def autocast(self) -> torch.autocast:
-        """The context of a forward pass."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.use_amp)
 
     def backward(self, loss: Tensor) -> None:
@@ -66,8 +62,7 @@ class Precision:
         self.scaler.scale(loss).backward()
 
     def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
-        """One step of the optimizer, with the gradients unscaled and clipped to a norm of
-        `max_norm`. They are deleted afterwards."""
+        """One step of the optimizer, with gradients clipped to a norm of `max_norm`."""
         self.scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         self.scaler.step(optimizer)

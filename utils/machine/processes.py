@@ -116,8 +116,7 @@ ALONE = Processes()
 
 
 def join_processes(device: str | None) -> tuple[Processes, torch.device]:
-    """This process's place among those that torchrun or srun has started, or `ALONE`; and its
-    device: with CUDA, each process of a machine takes a GPU of its own."""
+    """This process's place among those of torchrun or srun, and its device, a GPU each."""
     if "LOCAL_RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         os.environ.update(torchrun_variables(os.environ))
     size = int(os.environ.get("WORLD_SIZE", 1))
@@ -126,8 +125,8 @@ def join_processes(device: str | None) -> tuple[Processes, torch.device]:
     local = int(os.environ["LOCAL_RANK"])
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cuda", "cpu"):
-        raise InputError(f"--device {device}: leave it out, each process takes a GPU of its own; "
-                         "without CUDA, start one process alone or add --device cpu")  # fmt: skip
+        raise InputError(f"--device {device}: of several processes each takes a GPU of its own: "
+                         "leave it out, or add --device cpu")  # fmt: skip
     backend = "gloo"
     if device == "cuda":
         if local >= torch.cuda.device_count():

@@ -136,8 +136,7 @@ def _encoder(model: CLIP, tower: str, cache: bool) -> tuple[Callable[[Tensor], T
 
 
 def distinct(captions: list[str], model: CLIP) -> list[str]:
-    """The captions without those whose tokens, after cutting, are an earlier caption's. Prints how
-    many are left out, and how many are cut."""
+    """The captions without those that the model reads like an earlier one; prints how many."""
     count_cut(captions, model)
     alike = first_alike(model.tokenizer, captions, model.context_length)
     found = [caption for i, caption in enumerate(captions) if alike[i] == i]
@@ -157,8 +156,7 @@ def count_cut(captions: list[str], model: CLIP) -> None:
 def cached_caption_features(
     model: CLIP, weights: Path, source: str, captions: list[str], precision: Precision
 ) -> Tensor:
-    """Features of distinct captions, as of `encode_texts`, rounded to float16 and cached beside
-    `weights` as those of `source`. Long captions are cut."""
+    """Features of distinct captions, rounded to float16 and cached as those of `source`."""
 
     def encode(rows: list[int]) -> tuple[list[int], Tensor]:
         tokens = model.tokenize([captions[row] for row in rows], truncate=True)

@@ -104,8 +104,7 @@ def fonts_for(text: str) -> list[str]:
 
 
 def draw_ranking(image: Image.Image, ranked: list[Ranked], path: Path) -> None:
-    """Write a picture: the image, and beside it the probability of each caption as a bar (the
-    highest is the longest), its similarity, and the caption."""
+    """Write a picture: the image, and beside it each caption's probability and similarity."""
     captions = [_filled(one_line(r.caption), 4.3, 10) for r in ranked]  # no control characters
     fonts = fonts_for("".join(captions))
     heights = [0.25 + 0.19 * (1 + caption.count("\n")) for caption in captions]
@@ -183,8 +182,7 @@ def plot_wise_ft(
     rows: list[dict[str, float]], best: dict[str, float], path: Path, max_forgetting: float
 ) -> None:
     """Write a plot against alpha: mean recall and R@1 on the new data; in a second panel the scores
-    on the sets of --retention, with a line where their mean is `max_forgetting` points lower. A
-    star stands at the chosen row `best`."""
+    on the sets of --retention, with a line at `max_forgetting`. A star stands at the row `best`."""
     panels = {"new data: validation": {"mean recall": [row["mean_recall"] for row in rows]}}
     for way, title in TITLES.items():
         panels["new data: validation"][f"R@1, {title}"] = [row[f"{way}_R@1"] for row in rows]
@@ -214,8 +212,7 @@ def plot_wise_ft(
 def _draw_paths(
     axes: Axes, rows: list[dict[str, float]], curves: Mapping[str, Sequence[float]]
 ) -> None:
-    """Draw scores of the `rows` against alpha: a colour for each of the `curves`, a style for each
-    epoch. The start is the first point of all."""
+    """Draw scores against alpha: a colour for each of the `curves`, a style for each epoch."""
     epochs = dict.fromkeys(row["epoch"] for row in rows)
     for number, (name, scores) in enumerate(curves.items()):
         for epoch, style in zip(epochs, ("o-", "s--"), strict=False):
@@ -255,8 +252,7 @@ def plot_confusion(confusions: dict[str, Tensor], classes: Sequence[str], path: 
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure in the format of the path's suffix, PNG without one. Raises `InputError` if
-    the format is unknown or the file cannot be written."""
+    """Write a figure in the format of the path's suffix, PNG without one; or `InputError`."""
     kind = picture_format(path)
     with warnings.catch_warnings(), writing(path), atomic_write(path) as temporary:
         warnings.simplefilter("ignore", UserWarning)  # of missing characters: see `fonts_for`

@@ -26,8 +26,7 @@ class Ranked(NamedTuple):
 def rank_captions(
     captions: list[str], text_features: Tensor, image: Tensor, model: CLIP
 ) -> list[Ranked]:
-    """The captions, the most similar to an image first, from the model's normalised features
-    `text_features` `[captions, d]` and `image` `[d]`."""
+    """The captions, the most similar to `image` first; features are `[captions, d]` and `[d]`."""
     similarity = (text_features @ image[:, None]).squeeze(1)
     probability = model.probabilities(similarity)
     order = similarity.argsort(descending=True).tolist()
@@ -124,8 +123,7 @@ def _first(scores: Tensor, positives: Tensor, k: int) -> Answers:
 
 
 def positive_indices(positives: Positives, queries: int, gallery: int) -> Tensor:
-    """Gallery indices of each query's positives, `[queries, most]`, -1 where it has fewer. Raises
-    `InputError` for unusable positives."""
+    """Gallery indices of each query's positives, `[queries, most]`, -1 where it has fewer."""
     if not queries or not gallery:
         raise InputError(f"nothing to score: {queries} queries, {gallery} to rank")
     if len(positives) > queries:

@@ -12,18 +12,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from models import run_files
 from models.files import read_json
 from models.progress_bar import progress_bar
-from models.run_files import (
-    ARGUMENTS,
-    BEST,
-    LAST,
-    METRICS,
-    MIXTURE,
-    MIXTURES,
-    TEST_METRICS,
-    run_folder,
-)
 from utils.data.annotations import SPLITS
 from utils.data.image_batches import read_image
 from utils.flickr8k_dataloader import Flickr8kDataset
@@ -53,9 +44,10 @@ def write_report(
     """Write one HTML file, which loads no other file, about `weights` on `dataset`: the `scores` (K
     from 1 to 10), the arguments and epochs of the weights' run, and the first answers to the
     queries, hardest first. Raises `InputError` for an unreadable image or an unwritable file."""
-    run = run_folder(weights)
-    epochs = read_csv(run / METRICS) if run and (run / METRICS).exists() else []
-    arguments = read_json(run / ARGUMENTS) if run else {}
+    run = run_files.run_folder(weights)
+    metrics = run and run / run_files.METRICS
+    epochs = read_csv(metrics) if metrics and metrics.exists() else []
+    arguments = read_json(run / run_files.ARGUMENTS) if run else {}
     epoch, of_epoch = _epoch(Path(weights), run, epochs) if epochs else (None, "")
     directions, shown = _directions(dataset, features)
     page = _render(
@@ -90,21 +82,23 @@ def _model(weights: str | Path, arguments: dict[str, object]) -> str:
 
 def _epoch(weights: Path, run: Path, epochs: list[dict[str, float]]) -> tuple[float | None, str]:
     """The epoch that a run's weights are of, if their name tells, and words for it."""
-    if weights.name == Path(MIXTURE).name and (run / MIXTURES).exists():
-        chosen = next(row for row in read_csv(run / MIXTURES) if row["chosen"])
+    mixtures = run / run_files.MIXTURES
+    if weights.name == Path(run_files.MIXTURE).name and mixtures.exists():
+        chosen = next(row for row in read_csv(mixtures) if row["chosen"])
         if chosen["alpha"] == 0:
             return 0, "0, the weights before training"
         mixed = f"mixed with the start, alpha {chosen['alpha']:g}"
         return chosen["epoch"], f"{chosen['epoch']:g}, {mixed}"
     best = max(epochs, key=lambda row: row["mean_recall"] if row["epoch"] else 0)["epoch"]
-    of_file = {Path(BEST).name: best, Path(LAST).name: epochs[-1]["epoch"]}
+    last = epochs[-1]["epoch"]
+    of_file = {Path(run_files.BEST).name: best, Path(run_files.LAST).name: last}
     epoch = of_file.get(weights.name)
-    return epoch, "" if epoch is None else f"{epoch:g} of {epochs[-1]['epoch']:g}"
+    return epoch, "" if epoch is None else f"{epoch:g} of {last:g}"
 
 
 def _test_scores(run: Path) -> dict[str, list[tuple[str, str]]]:
     """Mean recall and R@1 on the test split before and after training, with intervals, if any."""
-    content = read_json(run / TEST_METRICS) or {}
+    content = read_json(run / run_files.TEST_METRICS) or {}
     found = {}
     for name, scores in {"before": content.get("before"), "after": content}.items():
         if scores:

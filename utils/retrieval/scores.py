@@ -49,11 +49,9 @@ class Scores:
         return float(np.mean([way.recall[k] for way in (self.i2t, self.t2i) for k in K_VALUES]))
 
     def by_title(self) -> dict[str, DirectionScores]:
-        """Both directions, by their titles."""
         return {title: getattr(self, way) for way, title in TITLES.items()}
 
     def as_dict(self) -> dict[str, dict[str, float]]:
-        """What `compute_metrics` returns."""
         return {"i2t": self.i2t.named(), "t2i": self.t2i.named()}
 
     def for_json(self) -> dict[str, dict[str, float] | float]:

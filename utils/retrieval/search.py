@@ -24,9 +24,8 @@ BLOCK = 2**11  # features at a time: their float32 copies fit into the CPU's cac
 def image_features(
     model: CLIP, weights: Path, folder: Path, images: list[Path], precision: Precision
 ) -> tuple[list[Path], Tensor]:
-    """The readable `images` of a folder (paths relative to it) and their normalised features
-    `[n, d]`, float16 on the CPU, cached beside `weights` by path, size and time. Unreadable images
-    are named. Raises `InputError` if all are."""
+    """The readable `images` of a folder (paths relative to it) and their normalised features `[n,
+    d]`, float16 on the CPU, cached beside `weights`. Raises `InputError` if all are unreadable."""
     problems: list[str] = []
 
     def encode(rows: list[int]) -> tuple[list[int], Tensor]:
@@ -68,8 +67,7 @@ def _read(preprocess: Preprocess, path: Path) -> Tensor | str:
 
 
 def most_similar(features: Tensor, query: Tensor, count: int) -> list[tuple[int, float]]:
-    """(index, cosine) of the `count` features most similar to `query` `[d]`, the most similar
-    first. `features` `[n, d]` are float16; both are normalised."""
+    """(index, cosine) of the `count` best of float16 `features` `[n, d]` for `query`, in order."""
     query = query.cpu()
     # Not a matrix product: it rounds equal features alike, which a BLAS does not promise.
     products = (block.float().mul_(query) for block in features.split(BLOCK))

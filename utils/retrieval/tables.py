@@ -14,11 +14,10 @@ def retained(row: Mapping[str, float]) -> dict[str, float]:
 
 
 def points_lost(now: Mapping[str, float], before: Mapping[str, float]) -> float:
-    """The mean loss on the sets of --retention, in points of percent, since the row `before`;
-    rounded, so that 60.1 - 58.1 is no more than 2."""
+    """The mean loss on the sets of --retention, in points of percent, since the row `before`."""
     was = retained(before)
     lost = [was[name] - score for name, score in retained(now).items()]
-    return round(sum(lost) / len(lost), 6)
+    return round(sum(lost) / len(lost), 6)  # so that 60.1 - 58.1 is no more than 2
 
 
 def score_table(scores: Scores) -> dict[str, dict[str, float]]:

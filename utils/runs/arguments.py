@@ -74,9 +74,7 @@ answer_file = _ending_in(".csv", ".jsonl")
 def feature_file(text: str) -> Path:
     file = _ending_in(".npy", ".parquet")(text)
     if file.suffix.lower() == ".parquet" and not find_spec("pyarrow"):
-        raise argparse.ArgumentTypeError(
-            f"{text:.60}: needs pyarrow (pip install pyarrow); or name a file that ends in .npy"
-        )
+        raise argparse.ArgumentTypeError(f"{text:.60}: pip install pyarrow, or name an .npy")
     return file
 
 
@@ -109,8 +107,7 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         f"{PUBLISHED} where there is no run)")
     add_activation(parser)
     add("--use_amp", action="store_true",
-        help="mixed precision, faster on a GPU, and on a CPU that computes in bfloat16: bfloat16 "
-        "where the device has it, else float16; similarities stay float32")
+        help="mixed precision: bfloat16 where the device has it, else float16")
     # fmt: on
     add("--device", help="cuda, cuda:1, mps or cpu (default: the first there is)")
 
@@ -119,6 +116,5 @@ def add_scoring(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of all scripts that score weights."""
     add = parser.add_argument
     add("--batch_size", type=integer(1), default=64, help="images at a time (default: %(default)s)")
-    add("--num_workers", type=workers, default=0,
-        help="processes that read images (default: 0, this one reads them)")  # fmt: skip
+    add("--num_workers", type=workers, default=0, help="processes that read images (default: 0)")
     add_loading(parser)

@@ -12,15 +12,14 @@ from models.lora import merged
 from models.open_clip_model import OpenClipModel
 from models.weights.interface import save_archive
 from models.weights.open_clip import CONFIG_FILE, to_open_clip
-from models.weights.read import read_content
+from models.weights.read import read_checkpoint_content
 from utils.runs.files import atomic_write, writing
 
 FORMAT = 11  # of checkpoint.pth; raised whenever its fields change
 
 
 def save_weights(model: CLIP, path: Path) -> None:
-    """Write the state dict as float16, with low-rank changes merged, and beside it the model's
-    description in open_clip's format."""
+    """Write float16 weights, low-rank changes merged, and open_clip's description beside them."""
     weights = {
         key: tensor.half() if tensor.is_floating_point() else tensor
         for key, tensor in merged(model.state_dict()).items()
@@ -49,21 +48,15 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        state = read_content(path, _is_checkpoint)
+        state = read_checkpoint_content(path)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     if state and state["format"] != FORMAT:
         raise InputError(
-            f"{path}: a checkpoint of format {state['format']}, where this program "
-            f"reads {FORMAT}; continue it with the version that wrote it, or start anew from its "
-            "weights"
+            f"{path}: a checkpoint of format {state['format']}, where this program reads {FORMAT}; "
+            "continue it with the version that wrote it, or start anew from its weights"
         )
     return state
-
-
-def _is_checkpoint(content: object) -> bool:
-    """Whether this is the content of a checkpoint, of any format."""
-    return isinstance(content, dict) and {"format", "arguments"} <= content.keys()
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

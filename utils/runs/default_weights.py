@@ -4,30 +4,20 @@ from contextlib import suppress
 from pathlib import Path
 
 from models.errors import InputError, one_line
-from models.run_files import BEST, run_folder, run_weights, trained_on
+from models.run_files import run_folder, run_weights, runs_in, trained_on
 from models.scripts import SCRIPTS
 
 PUBLISHED = "ViT-B/32"
 
 
-def finished_runs() -> list[Path]:
-    """The runs of logs/ with weights, the newest first, here or else beside the scripts."""
-    for logs in (Path("logs"), SCRIPTS / "logs"):
-        if found := list(logs.glob(f"*/{BEST}")):
-            found.sort(key=lambda file: file.stat().st_mtime, reverse=True)
-            return [file.parents[1] for file in found]
-    return []
-
-
 def weights_to_use(named: str | None) -> str | Path:
-    """The weights that `--weights` names, or the default; prints which. Raises `InputError` for
-    what is neither a name nor a path."""
+    """The weights that `--weights` names, or the default; prints which."""
     from models.clip_utils import check_name
 
     if named:
         weights, whose = named, "a run's" if run_folder(named) else ""
-    elif runs := finished_runs():
-        weights, whose = run_weights(runs[0]), "the newest run's"
+    elif runs := runs_in(Path("logs")) or runs_in(SCRIPTS / "logs"):
+        weights, whose = run_weights(Path(runs[0])), "the newest run's"
     else:
         weights, whose = PUBLISHED, "published: no run in logs/ has weights yet"
     check_name(weights)

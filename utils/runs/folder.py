@@ -84,13 +84,10 @@ def new_run_folder(log_dir: str | os.PathLike, name: str) -> Path:
 
 def reopen_run_folder(checkpoint: str | os.PathLike, state: dict[str, Any]) -> Path:
     """The folder of the run of `RUN/weights/checkpoint.pth`. Unfinished files of a killed run are
-    removed, and tables written anew from `state`, the checkpoint's content. Raises `InputError` for
-    a checkpoint outside the folder of a run."""
+    removed, and tables written anew from the checkpoint's `state`."""
     weights = Path(checkpoint).expanduser().resolve().parent
     if weights.name != "weights":
-        raise InputError(
-            f"{checkpoint}: a run goes on in its own folder: put it back to RUN/{CHECKPOINT}"
-        )
+        raise InputError(f"{checkpoint}: put it back to RUN/{CHECKPOINT}, the run's own folder")
     run = weights.parent
     rows = state["rows"]
     history = [f"Epoch {r['epoch']}: train: {r['train_loss']} val: {r['val_loss']}\n" for r in rows]

@@ -15,9 +15,8 @@ BEFORE_PLACE = re.compile(r"的([^\W\da-z的在是和]{1,4})(?=在|\W|$)")
 
 
 def labels_to_try(captions: list[list[str]]) -> tuple[str, str]:
-    """The noun that is said of the first image far more often than of all, and of those of the
-    other images the most frequent one that the first image's captions lack. Without nouns: the
-    start of the shortest caption."""
+    """The noun that is said of the first image far more often than of all, or else the start of
+    its shortest caption; and the most frequent one of the others that its captions lack."""
     by_image = [Counter(noun for text in texts for noun in _nouns(text)) for texts in captions]
     of_all = sum(by_image, Counter())
     nouns = [

@@ -1,5 +1,4 @@
-"""Records of a run: the console's log; losses as text and as a plot, and losses and scores for
-TensorBoard and wandb. Errors of writing name the file."""
+"""Records of a run: the console's log; losses as text and plot, for TensorBoard and wandb."""
 
 import io
 from argparse import Namespace

@@ -46,9 +46,8 @@ def distill_from_start(
     model: CLIP, start_weights: Path, weight: float, captions: TokenizedTexts | None
 ) -> Distillation:
     """Distillation from `start_weights`, the file of the starting model, which shares the frozen
-    parameters with `model`, in training on `captions` (None: on a stream, which may have any word).
-    `weight` counts at a logit scale of `TUNED_SCALE`: half the squared distance is 1 minus the
-    cosine, which the scale multiplies."""
+    parameters with `model`, in training on `captions` (None: any words). `weight` counts at a logit
+    scale of `TUNED_SCALE`: the scale multiplies cosines, 1 minus half the squared distance."""
     start, _ = load(start_weights, model.device)
     start.requires_grad_(False)
     for name, parameter in start.named_parameters():

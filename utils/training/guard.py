@@ -24,10 +24,9 @@ EARLY_IMAGES = 500  # at most
 
 class Guard:
     """Compares the mean recall on validation with that of the starting weights: after each epoch,
-    and within the first ones every quarter of an epoch on a subset. The comparison is a bootstrap
-    of paired samples. If its 95% interval is below zero, the run goes on from the starting weights,
-    with a third of the rate, a new optimizer and a new warm-up. A state without a `baseline`, which
-    `note_start` sets, is not guarded."""
+    and within the first ones every quarter of an epoch on a subset. If the 95% interval of paired
+    bootstrap samples is below zero, the run goes on from the starting weights, with a third of the
+    rate, a new optimizer and a new warm-up. Without `note_start` it does nothing."""
 
     def __init__(
         self,

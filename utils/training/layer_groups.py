@@ -63,7 +63,6 @@ def tower_of(name: str) -> str:
 
 
 def trainable_towers(model: CLIP) -> list[str]:
-    """The towers with trainable parameters."""
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     return sorted({tower_of(name) for name in names if not name.startswith("logit_")})
 
@@ -99,8 +98,7 @@ def freeze_and_adapt(
         if unlocked is not None:
             freeze(model, tower, unlocked)
     if not trainable_towers(model):
-        raise InputError("--lock_image and --lock_text together leave nothing to train: unlock "
-                         "some blocks of one, such as --lock_text 2")  # fmt: skip
+        raise InputError("--lock_image and --lock_text leave nothing to train: try --lock_text 2")
     if lora and not any(".lora." in name for name, _ in model.named_parameters()):
         add_lora(model, lora)
 
@@ -117,20 +115,16 @@ def train_mode(model: nn.Module, is_from_scratch: bool = False) -> None:
 def whole_batch_norms(
     model: CLIP, device: torch.device, processes: Processes, grad_cache: int | None
 ) -> CLIP:
-    """The model with batch norms over the batch of all processes. Raises `InputError` for chunks of
-    a batch and on CPUs, which have none."""
+    """The model with batch norms over the batch of all processes; else `InputError`."""
     is_whole = processes.size == 1 and not grad_cache
     if is_whole or not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         return model
     if grad_cache:
         raise InputError("--grad_cache: a ResNet's batch norm mixes the images of a batch, so that "
                          "chunks would change it; take a ViT, or --grad_checkpointing")  # fmt: skip
-    if isinstance(model, OpenClipModel):  # torch would drop the activations in timm's
-        raise InputError("the batch norms of this image tower of open_clip work in one process "
-                         "alone: start one, or take a ViT")  # fmt: skip
-    if device.type != "cuda":
-        raise InputError("a ResNet's batch norm works across processes on GPUs alone: train it "
-                         "with one process, or take a ViT")  # fmt: skip
+    if isinstance(model, OpenClipModel) or device.type != "cuda":
+        # In timm's, torch would drop the activations; on CPUs it has none.
+        raise InputError("batch norms here work in one process alone: start one, or take a ViT")
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
@@ -140,8 +134,7 @@ def cache_features(
 ) -> dict[str, Tensor]:
     """Compute the features of frozen towers once, normalised, float32; of a tower whose last
     projection learns, the inputs of that. `loader` takes those of the training data; those of
-    `val_set`, by tower, are returned. Images have to be the same in every epoch. Raises
-    `InputError` for unreadable training images, which no other can replace."""
+    `val_set`, by tower, are returned. `InputError` for unreadable training images."""
     of_val: dict[str, Tensor] = {}
     processes = loader.processes
     for tower in frozen_towers(model):

@@ -58,19 +58,10 @@ def parameter_groups(
     return list(groups.values())
 
 
-def replace_groups(optimizer: torch.optim.Optimizer, groups: list[dict]) -> None:
-    """Replace the parameter groups of a new optimizer."""
-    optimizer.param_groups.clear()
-    for group in groups:
-        optimizer.add_param_group(group)
-
-
 class Schedule(NamedTuple):
     """Linear warmup from zero to `peak`, then half a cosine to zero (Loshchilov & Hutter 2017). A
-    run that goes back to its starting weights begins a new one, with a third of the rate.
-
-    `warmup_steps` None: a twentieth of the steps, but at least 50, and at most a fifth of them.
-    """
+    run that goes back to its starting weights begins a new one, with a third of the rate. Without
+    `warmup_steps` they are a twentieth of the steps, but at least 50, and at most a fifth."""
 
     peak: float
     warmup_steps: int | None

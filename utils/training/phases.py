@@ -36,7 +36,7 @@ from utils.runs.records import Log, Losses
 from utils.runs.wandb_run import Wandb
 from utils.training.distillation import distill_from_start
 from utils.training.layer_groups import freeze_and_adapt, whole_batch_norms
-from utils.training.optimizer import parameter_groups, replace_groups
+from utils.training.optimizer import parameter_groups
 from utils.training.retention import Retention
 from utils.training.settings import as_saved, how_it_goes_on, without_effect
 from utils.training.state import State
@@ -99,8 +99,7 @@ def get_loader(
 def open_run(
     args: Namespace, resumed: Checkpoint | None, model: CLIP, loader: TrainLoader, sets: Splits
 ) -> Run:
-    """The run's folder with its arguments, console log and history of losses. Raises `InputError`
-    for other data than those of the `resumed` run."""
+    """The run's folder with its arguments, log and losses. `InputError` for data of another run."""
     data = sets["train"].fingerprint() + sets["val"].fingerprint()
     run = Run(loader.processes, as_saved(args, resumed), data)
     if resumed and data != resumed["data"]:
@@ -141,7 +140,9 @@ def get_state(
     groups = parameter_groups(
         model, args.momentum, args.weight_decay, args.layer_decay, _is_from_scratch(args, resumed)
     )
-    replace_groups(optimizer, groups)
+    optimizer.param_groups.clear()
+    for group in groups:
+        optimizer.add_param_group(group)
     distillation = None
     if args.distill:
         distillation = distill_from_start(
@@ -159,15 +160,6 @@ def get_state(
         if distillation:
             distillation.start.compile_towers()
     return state
-
-
-def get_scored(val_set: Flickr8kDataset, images: int) -> Flickr8kDataset:
-    """The validation images to score after each epoch: all, or a random sample of so many."""
-    sample = val_set.sample(images)
-    if sample is not val_set:
-        print(f"scores after each epoch are of {len(sample):,} of the {len(val_set):,} validation "
-              "images, drawn at random (--val_images); all are scored at the end")  # fmt: skip
-    return sample
 
 
 def finish(

@@ -14,7 +14,7 @@ from models.errors import InputError
 from models.progress_bar import progress_bar
 from utils.data.annotations import SPLITS
 from utils.flickr8k_dataloader import ALIKE, Batch, Flickr8kDataset, TrainLoader
-from utils.machine.memory import peak_memory_mb, reset_peak_memory
+from utils.machine.memory import peak_memory_mb
 from utils.retrieval.tables import retained
 from utils.runs.folder import Run
 from utils.training.state import State
@@ -39,15 +39,15 @@ def announce(
     processes = f"{size} processes, " if size > 1 else ""
     images = ", ".join(f"{len(dataset)} {SPLITS[split]} images" for split, dataset in sets.items())
     print(f"data: {images}, {data}")
+    scored, of = run.arguments["val_images"], len(sets["val"])
+    if scored < of:
+        print(f"scored after each epoch: {scored:,} of {of:,} validation images (--val_images)")
     print(f"model: {name}, {count / 1e6:.1f} M parameters{which}; {processes}{loader.device}, "
           f"{state.precision}")  # fmt: skip
     captioned = [sets[split] for split in ("train", "val") if sets[split].tokens]
-    for line in caption_warnings(*captioned):
-        print(line)
-    print(f"results in {run.folder}")
+    print(*caption_warnings(*captioned), f"results in {run.folder}", sep="\n")
     if len(state.epochs) == epochs:
-        print(f"this run is finished, with all {epochs} epochs behind it: nothing is trained; more "
-              "--epochs go on with it")  # fmt: skip
+        print(f"this run has all its {epochs} epochs: nothing is trained; more --epochs go on")
     elif state.precision.leaves_bfloat16:
         print("hint: this CPU has instructions for bfloat16: --use_amp trains faster with them")
 
@@ -63,8 +63,7 @@ def caption_warnings(*sets: Flickr8kDataset) -> Iterator[str]:
     if warning := tokenizer_warning(sets[0]):
         yield warning
     if shared := sum(dataset.count_shared_captions() for dataset in sets):
-        yield (f"{shared} captions ({shared / texts:.2%}) belong to several images, and are "
-               "positives of each of them")  # fmt: skip
+        yield f"{shared} captions ({shared / texts:.2%}) belong to several images: positives of all"
 
 
 def tokenizer_warning(dataset: Flickr8kDataset) -> str | None:
@@ -80,10 +79,9 @@ def tokenizer_warning(dataset: Flickr8kDataset) -> str | None:
 
 
 def epochs_left(state: State, epochs: int, patience: int | None) -> Iterator[int]:
-    """The numbers of the epochs that a run of `epochs` has still to train, until the best mean
-    recall is `patience` epochs old."""
+    """The epochs still to train, until the best mean recall is `patience` epochs old."""
     for epoch in range(len(state.epochs) + 1, epochs + 1):
-        if patience and state.epochs_since_best >= patience:
+        if patience and state.epochs and epoch > state.best_epoch + patience:
             print(f"no better mean recall in {patience} epochs (--patience): training ends")
             return
         yield epoch
@@ -144,12 +142,12 @@ class EpochTable:
 
 
 class Progress(AbstractContextManager):
-    """The progress bar, speed, peak memory and losses of an epoch, of which `done` steps were made
-    by an earlier program."""
+    """The progress bar, speed, peak memory and losses of an epoch after its `done` steps."""
 
     def __init__(self, loader: TrainLoader, epoch: int, done: int = 0):
         self.device = loader.device
-        reset_peak_memory(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         self.batch_size = loader.batch_size
         self.bar = progress_bar(
             total=len(loader) * loader.batch_size,
@@ -183,8 +181,7 @@ class Progress(AbstractContextManager):
         self.bar.update(self.batch_size)
 
     def summary(self, losses: list[Tensor], rate: float) -> dict[str, float]:
-        """Columns of a table: the mean of the `losses`, the `rate`, the speed, the waiting, the
-        peak memory."""
+        """Columns of a table: mean of the `losses`, `rate`, speed, waiting, peak memory."""
         self._show_last()
         seconds = time.perf_counter() - self.started
         return {

@@ -19,9 +19,8 @@ from utils.retrieval.tables import RETENTION, points_lost
 
 class Retention:
     """The sets named by `data`, if any: folders of class folders, data sets of torchvision, folders
-    of captioned images. Scores are computed in float32. Raises `InputError` for an unusable set.
-    `prepare_for` comes before the first `measure`.
-    """
+    of captioned images. They are scored in float32, after `prepare_for`. `InputError` for unusable
+    ones."""
 
     def __init__(self, data: Sequence[str], languages: Sequence[str], processes: Processes = ALONE):
         self.sets: dict[str, LabelledImages | Flickr8kDataset] = {}

@@ -45,12 +45,10 @@ FIXED_IN_AN_EPOCH = ("batch_size", "captions_per_image", "no_augment", "seed")
 def resolve_arguments(
     given: Namespace, defaults: Namespace
 ) -> tuple[Namespace, dict[str, Any] | None]:
-    """The arguments, and the checkpoint of the run that they continue, or None.
-
-    What the command line leaves open, None in `given`, comes from the continued run or the demo,
-    then from the recipe for training from scratch or for fine-tuning, then from the `defaults`.
-    Raises `InputError` for contradictions and for a damaged checkpoint.
-    """
+    """The arguments, and the checkpoint of the run that they continue, or None. What the command
+    line leaves open, None in `given`, comes from the continued run or the demo, then from the
+    recipe for training from scratch or for fine-tuning, then from the `defaults`. Raises
+    `InputError` for contradictions and for a damaged checkpoint."""
     typed = {name: value for name, value in vars(given).items() if value is not None}
     demo = DEMO if given.demo else {}
     if demo and given.language == ["cn"]:
@@ -70,11 +68,9 @@ def resolve_arguments(
         args |= {name: value for name, value in recipe.items() if args[name] is None}
         check_writable_folder(args["log_dir"])
         if args["optimizer_type"] == "sgd" and given.lr is None:
-            raise InputError("--optimizer_type sgd: the default rate is Adam's, and SGD needs a "
-                             "far higher one: give --lr, such as 1e-2")  # fmt: skip
+            raise InputError("--optimizer_type sgd needs a higher rate: give --lr, such as 1e-2")
     if given.max_forgetting is not None and not args["retention"]:
-        raise InputError("--max_forgetting is about the sets of --retention: add it, or leave both "
-                         "out")  # fmt: skip
+        raise InputError("--max_forgetting is for --retention: add that, or leave both out")
     for contradiction in _contradictions(Namespace(**args)):
         raise InputError(contradiction)
     return Namespace(**args), resumed
@@ -82,11 +78,10 @@ def resolve_arguments(
 
 def _check_continued(args: dict[str, Any], resumed: dict[str, Any]) -> None:
     """Raise `InputError` for arguments that a run cannot change."""
-    measured = retained(resumed["start"] or {})
-    if set(names_of(args["retention"] or [])) - measured.keys():
+    own = retained(resumed["start"] or {})
+    if set(names_of(args["retention"] or [])) - own.keys():
         raise InputError(
-            "--retention: a run goes on with sets that it has measured before training, wherever "
-            f"they lie: {', '.join(measured) or 'it has none'}; to change them, start a new run"
+            f"--retention: a run goes on with sets that it has measured: {', '.join(own) or 'none'}"
         )
     for name in FIXED + FIXED_IN_AN_EPOCH if resumed["losses"] else FIXED:
         if args[name] != resumed["arguments"][name]:
@@ -95,16 +90,13 @@ def _check_continued(args: dict[str, Any], resumed: dict[str, Any]) -> None:
                 f"it, start a new run from the run's {LAST}"
             )
     if args["epochs"] < len(resumed["rows"]):
-        raise InputError(f"--epochs {args['epochs']}: the run has {len(resumed['rows'])} epochs "
-                         "already")  # fmt: skip
+        raise InputError(f"--epochs {args['epochs']}: the run has {len(resumed['rows'])} epochs")
 
 
 def default_rate(config: Config, batch_size: int, lora: int | None) -> float:
-    """The default peak learning rate of fine-tuning, rounded to two digits.
-
-    Adam's best rate falls as the inverse of the widest tower's width (Yang et al. 2021, "Tensor
-    Programs V", table 3), and rises as the root of the batch (Malladi et al. 2022).
-    """
+    """The default peak learning rate of fine-tuning: falls as the inverse of the widest tower's
+    width (Yang et al. 2021, "Tensor Programs V", table 3), rises as the root of the batch (Malladi
+    et al. 2022)."""
     if lora:
         return LORA_RATE
     width = max(config.last_width, config.transformer_width)
@@ -146,11 +138,9 @@ def without_effect(args: Namespace, steps: int, processes: Processes = ALONE) ->
     if args.grad_cache and args.grad_cache >= largest:
         yield f"--grad_cache {args.grad_cache} has no effect: a process has {largest} images a step"
     if averaged > steps:
-        yield (f"--ema {args.ema:g} averages over about {averaged:,.0f} steps, and this run has "
-               f"{steps:,}: it stays near the start; lower --ema")  # fmt: skip
+        yield f"--ema {args.ema:g} averages about {averaged:,.0f} steps, and this run has {steps:,}"
     if args.lora and (args.lock_image or args.lock_text):
-        yield ("of the blocks that --lock_image and --lock_text leave unfrozen, --lora trains low-"
-               "rank changes only")  # fmt: skip
+        yield "of blocks that are not locked, --lora trains low-rank changes only"
 
 
 def check_arguments(args: Namespace) -> None:
@@ -175,21 +165,16 @@ def _contradictions(args: Namespace) -> Iterator[str]:
     if args.demo and not from_scratch:
         yield "--demo trains from scratch: leave --resume_training out"
     if from_scratch and not args.model:
-        yield ("--resume_training none trains from scratch and needs --model, such as ViT-demo or "
-               "ViT-B/32")  # fmt: skip
+        yield "--resume_training none needs --model, such as ViT-demo or ViT-B/32"
     if args.model and not from_scratch:
-        yield ("--model is for training from scratch: add --resume_training none, or leave --model "
-               "out, since weights bring their architecture")  # fmt: skip
+        yield "--model trains from scratch: add --resume_training none, or leave --model out"
     for name in ("retention", "wise_ft", "lora", "distill", "distill_data"):
         if from_scratch and getattr(args, name):
-            yield (f"--{name} needs weights to start from: give --resume_training WEIGHTS, or "
-                   f"leave --{name} out")  # fmt: skip
+            yield f"--{name} needs weights to start from: give --resume_training WEIGHTS"
     if args.cache_features and 0 not in (args.lock_image, args.lock_text):
-        yield ("--cache_features is for a frozen tower: add --lock_image or --lock_text, without a "
-               "number")  # fmt: skip
+        yield "--cache_features needs a frozen tower: --lock_image or --lock_text without a number"
     if args.cache_features and args.lock_image == 0 and not args.no_augment:
-        yield ("--cache_features with --lock_image needs the same images in every epoch: add "
-               "--no_augment")  # fmt: skip
+        yield "--cache_features of images needs the same ones in every epoch: add --no_augment"
     if args.stream_samples and not args.stream:
         yield "--stream_samples counts what --stream names: add it, or leave both out"
     for name in ("cache", "cache_features", "strict"):
@@ -200,8 +185,7 @@ def _contradictions(args: Namespace) -> Iterator[str]:
 def get_data(
     args: Namespace, processes: Processes
 ) -> tuple[dict[str, Flickr8kDataset | Stream], Retention, Unlabelled]:
-    """The data by split, that of --retention and that of --distill_data, after checks of the
-    arguments. Renders the demo's images."""
+    """The data by split, that of --retention and that of --distill_data; renders the demo's."""
     with processes.rank_0_first():  # rank 0 renders
         if args.demo:
             render_demo(args.dataset_path)
@@ -222,8 +206,7 @@ def read_data(
     stream: Stream | None = None,
 ) -> dict[str, Flickr8kDataset | Stream]:
     """The data set by split: "train" (or a `stream`), "val" and, if all languages have a list,
-    "test". Raises `InputError` for unusable lists, missing images, and a batch larger than the
-    training split."""
+    "test". Raises `InputError` for unusable data, and a batch larger than the training split."""
     lists = [caption_file(folder, language, "test") for language in languages]
     splits = ["train", "val", "test"] if all(map(Path.exists, lists)) else ["train", "val"]
     sets = {} if stream is None else {"train": stream}

@@ -71,11 +71,6 @@ class State:
         """The number of the epoch with the best mean recall; of equal ones the first."""
         return max(self.epochs, key=lambda row: row["mean_recall"])["epoch"]
 
-    @property
-    def epochs_since_best(self) -> int:
-        """How many epochs have passed since the best one."""
-        return len(self.epochs) - self.best_epoch if self.epochs else 0
-
     def update(self, loss: Tensor) -> None:
         """One step of the optimizer with the parameters' gradients; `loss` is the batch's."""
         self.precision.update(self.model, self.optimizer, MAX_GRAD_NORM)
@@ -109,8 +104,7 @@ class State:
         val_loss: float,
         retention: dict[str, float],
     ) -> None:
-        """Add the row of the epoch that has ended. `trained` comes from `Progress.summary`,
-        `retention` from `Retention.measure`."""
+        """Add the row of the epoch that has ended; `trained` comes from `Progress.summary`."""
         epoch = {"epoch": len(self.epochs) + 1, **trained}
         self.epochs.append({**epoch, **self._row(scores, val_loss), **retention})
         self.losses = []
@@ -120,8 +114,7 @@ class State:
         return {"val_loss": val_loss, **scores.columns(), "logit_scale": scale}
 
     def release(self) -> None:
-        """Free the memory of weights, gradients and moments, even if others refer to them: the
-        models that are scored after training need it."""
+        """Free the memory of weights, gradients and moments, even if others refer to them."""
         start = self.distillation and self.distillation.start
         models: list[nn.Module | None] = [self.model, self.average, start]
         for parameter in (p for model in models if model for p in model.parameters()):

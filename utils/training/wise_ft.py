@@ -29,9 +29,9 @@ def weights_of(file: Path) -> dict[str, Tensor]:
 
 
 class Mixtures:
-    """Mixtures of the weights `start` (alpha 0) and those of some epochs (1), in the folder `run`.
-    `model` takes the weights of each. The chosen one loses at most `max_forgetting` points on the
-    sets of --retention, if one does."""
+    """Mixtures of the weights `start` (alpha 0) and those of some epochs (1), which `model` takes
+    in turn. The chosen one loses at most `max_forgetting` points on sets of --retention, if any
+    does."""
 
     def __init__(self, model: CLIP, start: Mapping[str, Tensor], run: Path, max_forgetting: float):
         self.model = model
@@ -44,8 +44,7 @@ class Mixtures:
     def each(
         self, epoch: int, tuned: Mapping[str, Tensor], alphas: Sequence[float]
     ) -> Iterator[None]:
-        """The model is at each alpha in turn, on the way to the weights `tuned` of an epoch. The
-        start, where all ways begin, comes once."""
+        """The model is at each alpha in turn, on the way to `tuned`; the start comes once."""
         for alpha in alphas:
             if alpha == 0 and any(row["alpha"] == 0 for row in self.rows):
                 continue
@@ -54,8 +53,7 @@ class Mixtures:
             yield
 
     def add(self, scores: Scores, val_loss: float, retention: Mapping[str, float]) -> None:
-        """Add a row of the present mixture's scores, and of `Retention.compare`, to wise_ft.csv;
-        save its weights if they are the best so far."""
+        """Add the present mixture's row to wise_ft.csv; save its weights if they are the best."""
         row = {**self.point, "mean_recall": scores.mean_recall, "val_loss": val_loss}
         self.rows.append({**row, **retention, **scores.columns()})
         if best_row(self.rows, self.max_forgetting) is self.rows[-1]:
@@ -78,8 +76,7 @@ class Mixtures:
         print(f"WiSE-FT, mixtures with the start: {which}, epoch {best['epoch']} at alpha "
               f"{best['alpha']:g}: {chosen}; all: {MIXTURES}, {plot.name}")  # fmt: skip
         if best["alpha"] == 0:
-            print("alpha 0 is the weights that training started from: it has gained nothing; try "
-                  "a higher --lr or more --epochs")  # fmt: skip
+            print("alpha 0 is the start: it has gained nothing; try a higher --lr or more --epochs")
         return chosen
 
 

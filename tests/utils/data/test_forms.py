@@ -233,7 +233,7 @@ def test_what_is_wrong_with_a_form_is_told_in_one_line(tmp_path):
     shards = tmp_path / "train"
     as_shards(tmp_path, "train")
     (shards / "00002.tar").write_bytes(b"no tar" * 200)
-    with pytest.raises(InputError, match=r"00002\.tar: is no tar, or is cut short"):
+    with pytest.raises(InputError, match=r"00002\.tar: is no whole tar"):
         Flickr8kDataset(tmp_path)
     write_tar(shards / "00002.tar", {"7.png": encoded(7), "8.png": encoded(8), "8.txt": b"x"})
     with pytest.raises(InputError, match=r"00002\.tar/7: should be an image beside a \.txt"):
@@ -244,7 +244,7 @@ def test_what_is_wrong_with_a_form_is_told_in_one_line(tmp_path):
     broken = bytearray((shards / "00001.tar").read_bytes())
     broken[second : second + tarfile.BLOCKSIZE] = b"?" * tarfile.BLOCKSIZE
     (shards / "00003.tar").write_bytes(broken)
-    with pytest.raises(InputError, match=r"00003\.tar: is no tar, or is cut short"):
+    with pytest.raises(InputError, match=r"00003\.tar: is no whole tar"):
         Flickr8kDataset(tmp_path)
     texts = tmp_path / "texts"
     as_texts(texts, "train")

@@ -56,7 +56,7 @@ def end_epoch(run, model, *recalls):
 
 
 def test_of_equal_epochs_the_first_is_the_best(run, model):
-    """As in `State.epochs_since_best`."""
+    """As in `State.best_epoch`."""
     for recalls, best in (
         ([5.0], 1),
         ([5.0, 5.0], 1),

@@ -12,7 +12,6 @@ from utils.training.optimizer import (
     EMBEDDING_FACTOR,
     Schedule,
     parameter_groups,
-    replace_groups,
     set_learning_rate,
 )
 
@@ -31,8 +30,8 @@ def test_steps_are_those_of_torch_with_clips_settings(kind):
     torch.manual_seed(0)
     model, peer = tiny_clip(), tiny_clip()
     peer.load_state_dict(model.state_dict())
-    optimizer = getattr(torch.optim, kind)(model.parameters(), lr=1.0)
-    replace_groups(optimizer, parameter_groups(model, momentum=0.8, weight_decay=0.3))
+    groups = parameter_groups(model, momentum=0.8, weight_decay=0.3)
+    optimizer = getattr(torch.optim, kind)(groups, lr=1.0)
     set_learning_rate(optimizer, 0.01)
     groups = [
         {"params": [p for p in peer.parameters() if (p.ndim >= 2) == is_matrix], "weight_decay": w}
@@ -71,8 +70,7 @@ def test_fine_tuned_words_move_less_and_unused_ones_not_at_all(name):
     torch.manual_seed(0)
     model = tiny_clip(NAMED[name])
     groups = parameter_groups(model, 0.9, 0.1, layer_decay=0.5, is_from_scratch=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
-    replace_groups(optimizer, groups)
+    optimizer = torch.optim.AdamW(groups, lr=1.0)
     set_learning_rate(optimizer, 0.01)
     words = word_embedding(model).weight
     before, matrix = words.detach().clone(), model.visual.conv1.weight.detach().clone()

@@ -90,7 +90,7 @@ def taken(file, content):
     state.restore(found)
     train_a_step(state)
     assert all(p.isfinite().all() for p in state.model.parameters())
-    assert state.epochs_since_best >= 0
+    assert not state.epochs or state.best_epoch <= len(state.epochs)
     save_checkpoint(file, arguments=found["arguments"], **state.state_dict())
     if state.epochs:
         write_csv(file.with_suffix(".csv"), [*state.epochs, {"epoch": 9, "mean_recall": 1.0}])

@@ -11,6 +11,7 @@ from tiny import tiny_clip
 from models.clip_utils import create_model
 from utils.machine.precision import Precision
 from utils.training.distillation import Distillation
+from utils.training.progress import epochs_left
 from utils.training.state import State
 
 CPU = torch.device("cpu")
@@ -72,11 +73,13 @@ def test_what_is_scored_is_the_average_of_the_weights_after_each_step():
 
 def test_of_equal_epochs_the_first_is_the_best():
     """As for the file of the best weights, see test_folder.py: patience counts from it."""
-    for recalls, since in [([], 0), ([5.0], 0), ([5.0, 5.0, 4.0], 2), ([4.0, 5.0, 5.0, 5.0], 2)]:
-        state = state_of()
+    assert next(epochs_left(state_of(), 9, patience=1)) == 1
+    for recalls, best in [([6.0, 5.0], 1), ([5.0, 5.0, 4.0], 1), ([4.0, 5.0, 5.0, 5.0], 2)]:
+        state, done = state_of(), len(recalls)
         state.epochs = [{"epoch": n, "mean_recall": r} for n, r in enumerate(recalls, 1)]
-        assert state.epochs_since_best == since, recalls
-        assert not recalls or state.best_epoch == len(recalls) - since
+        assert state.best_epoch == best
+        assert not [*epochs_left(state, 9, patience=done - best)]
+        assert next(epochs_left(state, 9, patience=done - best + 1)) == done + 1
 
 
 def test_a_run_goes_on_with_its_moments_and_scores_and_with_the_settings_of_now():
