@@ -213,7 +213,8 @@ def read_captions(captions_file: Path | None, weights: str | Path) -> list[str]:
 
 
 def output_folder(weights: str | Path) -> Path:
-    """`predictions/` in the folder of the weights' run, or else in the current folder, checked."""
+    """`predictions/` in the folder of the weights' run, or else in the current folder. Raises
+    `InputError` if it cannot be written."""
     folder = (run_folder(weights) or Path.cwd()) / "predictions"
     check_writable_folder(folder)
     return folder

@@ -89,9 +89,11 @@ def main() -> None:
     if image is not None:
         show(args.labels, probs.cpu().numpy())
     if model.logit_bias is not None:
-        print("each label has a probability of its own: they need not add up to 1; all may be low")
+        print("each label has a probability of its own (sigmoid): they need not add up to 1, and "
+              "where all are low, none of the labels fits")  # fmt: skip
     elif len(args.labels) == 1 and image is not None:
-        print(f"a single label has no rival, look at its similarity: {similarities.item():.3f}")
+        print("a single label has no rival, so that its probability is 1 whatever the image shows; "
+              f"its similarity is {similarities.item():.3f}")  # fmt: skip
     if args.threshold is None:
         found = [[args.labels[best]] for best in similarities.argmax(dim=1)]
     else:

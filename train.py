@@ -88,7 +88,7 @@ def build_parser() -> ArgumentParser:
         help="adam and sgd add the weight decay to the gradient, adamw does not; sgd needs a far "
         "higher --lr (default: %(default)s)")
     add("--momentum", type=number(below=1), default=0.9,
-        help="momentum of SGD, beta1 of Adam and AdamW (default: %(default)s)")
+        help="of SGD; beta1 of Adam and AdamW (default: %(default)s)")
     add("--weight_decay", type=number(), default=0.1,
         help="of matrices; biases and gains have none (default: %(default)s)")
     add("--patience", type=integer(0), metavar="EPOCHS",

@@ -88,7 +88,8 @@ def absolute(path: Path) -> Path:
 
 
 def find_files(sources: Iterable[Path], open_zips: ExitStack) -> list[SourceFile]:
-    """All files in `sources`, each once, without hidden ones, which macOS and killed runs leave."""
+    """All files in `sources`, each once, without hidden ones, which macOS and killed runs leave.
+    Raises `InputError` for a missing or unreadable source."""
     files: list[SourceFile] = []
     for source in sources:
         if not source.exists():

@@ -90,9 +90,12 @@ class CLIP(nn.Module):
 
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
         """Token ids `[n, <=context_length]` of `tokenize` -> features `[n, d]`; with `normalize`,
-        in float32 and of length 1. Tokens after the end of a text cannot change its feature and are
-        left out, see `pack`. Keep `tokens` on the CPU: the shapes depend on them, and it would wait
-        for a GPU."""
+        in float32 and of length 1.
+
+        Tokens after the end of a text cannot change its feature and are left out, see `pack`. Keep
+        `tokens` on the CPU: the shapes depend on them, and it would wait for a GPU. Raises
+        `InputError` for rows that are too long.
+        """
         if tokens.shape[1] > self.context_length:
             length = tokens.shape[1]
             raise InputError(f"texts of {length} tokens; this model reads {self.context_length}")

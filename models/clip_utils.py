@@ -188,7 +188,8 @@ def main() -> None:
     about = "Download weights of a CLIP and print their path, or list all that have a name."
     parser = ArgumentParser(description=about, epilog=HELP)
     task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--model", metavar="NAME", help="weights to download: see below")
+    task.add_argument("--model", metavar="NAME", help="weights to download: a name of the list, or "
+                      "OWNER/NAME of a repository on the Hugging Face hub")  # fmt: skip
     task.add_argument("--list", action="store_true", help="list the names and training data")
     args = parser.parse_args()
     if args.list:

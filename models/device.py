@@ -30,7 +30,8 @@ def moved(model: nn.Module, device: torch.device) -> nn.Module:
         if "out of memory" not in str(error):
             raise
         raise InputError(
-            f"the memory of {device} is too full for the model: take another --device or model"
+            f"the memory of {device} is too full for the model: end other programs there, or take "
+            "another --device"
         ) from error
 
 

@@ -40,7 +40,8 @@ def add_lora(model: CLIP, rank: int) -> None:
     linear layer of both transformers (attention and MLP) that was trainable, as in the paper
     (section 4.2) and in CLIP-LoRA (Zanella & Ben Ayed 2024). `InputError` for other towers."""
     if not isinstance(model.config, Config) or not model.config.is_vit:
-        raise InputError("--lora is for this project's own ViTs: leave it out, or try --lock_image")
+        raise InputError("--lora is for CLIP's own ViTs, not for ResNets and models that open_clip "
+                         "builds: leave it out, or try --lock_image N")  # fmt: skip
     learned = {parameter for parameter in model.parameters() if parameter.requires_grad}
     model.requires_grad_(False)
     for module in list(model.modules()):

@@ -63,8 +63,11 @@ def open_clip_config(content: dict[str, Any], folder: Path, reason: str) -> Open
 
 class OpenClipModel(CLIP):
     """The towers `visual` and `text` as open_clip builds them, `logit_scale`, and in a SigLIP
-    `logit_bias`; the keys of the weights are open_clip's. Nothing is dropped at random in training:
-    with dropout, gradient caching and resumed runs would not be exact."""
+    `logit_bias`; the keys of the weights are open_clip's.
+
+    Nothing is dropped at random in training: with dropout, gradient caching and resumed runs would
+    not be exact. Raises `InputError` if open_clip cannot build the model.
+    """
 
     def __init__(self, config: OpenClipConfig):
         nn.Module.__init__(self)

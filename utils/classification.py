@@ -72,7 +72,8 @@ def zero_shot_classifier(
     processes: Processes = ALONE,
 ) -> Tensor:
     """Normalised class embeddings `[labels, d]`, on the model's device: the mean of a label's
-    normalised features in all templates (Radford et al. 2021, section 3.1.4)."""
+    normalised features in all templates (Radford et al. 2021, section 3.1.4). Raises `InputError`
+    for texts longer than the model's context."""
     texts = [template.replace("{}", label) for label in labels for template in templates]
     features = encode_texts(model, model.tokenize(texts), processes)
     if len(templates) == 1:
@@ -95,7 +96,8 @@ def readable_features(
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> Accuracy:
-    """The accuracy of `scores` `[n, c]` for `labels` `[n]`; of equals the lower index is first."""
+    """The accuracy of `scores` `[n, c]` for `labels` `[n]`; of equal scores the lower index ranks
+    first. Raises `InputError` for a NaN, and if there are no images."""
     scores, labels = scores.cpu(), labels.cpu()
     if not len(labels):
         raise InputError("nothing to score: there are no images that can be read")
@@ -223,7 +225,8 @@ def build_parser() -> ArgumentParser:
         f"{', '.join(TEMPLATE_SETS)} (cn: Chinese), or a file with one a line and {{}} for the "
         "name (default: photo, for a Chinese model cn_photo)")
     add("--linear_probe", action="store_true",
-        help="also score a logistic regression on the image features of the training images")
+        help="also score a logistic regression, trained on the image features of train/ (or "
+        "torchvision's training images)")
     add_scoring(parser)
     add("--json", type=writable_file, metavar="FILE", help="write the scores, also of each class")
     add("--csv", type=answer_file, metavar="FILE",

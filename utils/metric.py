@@ -94,7 +94,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--report", type=writable_file, metavar="FILE",
         help="write an HTML page: scores, curves and the first answers to each query")
     add("--plain_protocol", action="store_true",
-        help="a caption is a positive of its own image alone, as in other programs")
+        help="a caption is a positive of its own image alone, even if other images have the same "
+        "caption; to compare with scores of other programs")
     # fmt: on
     return parser
 
@@ -125,7 +126,8 @@ def main() -> None:
     print(f"{dataset_path}: {len(dataset)} images, {len(dataset.text)} captions "
           "(percent; ranks from 1)")  # fmt: skip
     if shared := dataset.count_shared_captions():
-        print(f"{shared} of the captions belong to several images (see --plain_protocol)")
+        print(f"{shared} of the captions belong to several images, and are positives of each "
+              "(--plain_protocol: of their own image alone)")  # fmt: skip
     if alike := dataset.count_alike_captions():
         print(f"warning: {alike} captions are different texts, but {ALIKE}")
     print(format_table(scores, args.split))
@@ -141,7 +143,8 @@ def main() -> None:
 
 
 def data_to_score_on(args: argparse.Namespace, weights: str | Path) -> TrainedOn:
-    """The data to score on: of the command line, else of the weights' run, else flickr8k/."""
+    """The data to score on: of the command line, else of the weights' run, else flickr8k/. Raises
+    `InputError` for missing captions."""
     run = None if args.dataset_path and args.language else trained_on(weights)
     run = run or TrainedOn(from_here("flickr8k"), ["en"])
     dataset_path = args.dataset_path or run.dataset_path

@@ -71,7 +71,8 @@ def fetch(name: str) -> Path:
 
 
 def fetch_published(name: str, path: Path) -> Path:
-    """OpenAI's weights: the file at `path`, downloaded if need be, or their copy on the hub."""
+    """OpenAI's weights: the file at `path`, downloaded if need be, or the folder of their copy on
+    the hub. Raises `InputError` if neither is available."""
     copy = published_copy(name)
     if not path.exists() and (folder := cached(copy.repository)):
         return folder

@@ -147,7 +147,8 @@ def to_open_clip(config: Config | OpenClipConfig) -> dict[str, Any]:
 
 
 def _tower(model: dict, name: str, fields: dict) -> tuple[dict[str, Any], Any]:
-    """The fields of `Config` on one tower, and the ratio of its MLPs' width; or `OtherTowers`."""
+    """The fields of `Config` on one tower, and the ratio of its MLPs' width to its own. Raises
+    `OtherTowers` for a field that no tower of ours has."""
     tower = model[name]
     known = {"mlp_ratio", *(theirs for theirs, _ in fields.values())}
     for field, value in tower.items():

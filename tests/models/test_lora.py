@@ -139,5 +139,5 @@ def test_what_is_locked_has_no_change_and_a_resnet_no_transformer():
     block = "visual.transformer.resblocks.2"
     layers = ("attn", "attn.out_proj", "mlp.c_fc", "mlp.c_proj")
     assert names == {f"{block}.{layer}" for layer in layers}
-    with pytest.raises(InputError, match=r"--lora is for this project's own ViTs"):
+    with pytest.raises(InputError, match=r"--lora is for CLIP's own ViTs"):
         add_lora(create_model("RN50", 32), 2)

@@ -41,10 +41,13 @@ def decode_once(
     num_workers: int = 0,
 ) -> tuple[Tensor, dict[int, str]]:
     """The pixels of all images, uint8 `[n, 3, side, side]`, and {index: problem} of the unreadable
-    images, which others replace. They are in the file `<name>_<side>.pixels` in `folder` (by
-    default `.cache` in the data set's root), which all runs share, or on a GPU if they take, with
-    those of other sets, at most a quarter of its free memory. `dataset` has `root`, the paths
-    `image` below it, `preprocess` and a `reader`."""
+    images, which others replace.
+
+    They are in the file `<name>_<side>.pixels` in `folder` (by default `.cache` in the data set's
+    root), which all runs share, or on a GPU if they take, with those of other sets, at most a
+    quarter of its free memory. `dataset` has `root`, the paths `image` below it, `preprocess` and a
+    `reader`. Raises `InputError` if the file cannot be written.
+    """
     folder = dataset.root.resolve() / ".cache" if folder is None else Path(folder).expanduser()
     file = folder / f"{name}_{dataset.preprocess.side}.pixels"
     rows = [rows.tolist() for rows in torch.arange(len(dataset)).split(BUILD_BATCH)]

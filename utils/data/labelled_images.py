@@ -81,11 +81,14 @@ def find_labelled_images(
     names_file: Path | None = None,
     option: str = "--data",
 ) -> LabelledImages:
-    """The images to score on, or to train on, of `data`: a folder or a set of torchvision. A folder
-    holds `train/` and `val/` (or `valid/` or `test/`) with class folders, or class folders alone,
-    all to score on. A set is downloaded to `data_root`, by default `torchvision_data` beside the
-    scripts. `names_file` names the classes: one a line in the order of the sorted folders (2 before
-    10), or lines `folder<TAB>name` or `folder name`. `option` is the script's option for `data`."""
+    """The images to score on, or to train on, of `data`: a folder or a set of torchvision.
+
+    A folder holds `train/` and `val/` (or `valid/` or `test/`) with class folders, or class folders
+    alone, all to score on. A set is downloaded to `data_root`, by default `torchvision_data` beside
+    the scripts. `names_file` names the classes: one a line in the order of the sorted folders (2
+    before 10), or lines `folder<TAB>name` or `folder name`. Raises `InputError` for unusable data
+    or names; `option` is the script's option for `data`.
+    """
     root = Path(data).expanduser()
     if root.is_dir():
         found = _class_folders(root, is_train)
@@ -114,11 +117,15 @@ def _class_folders(root: Path, is_train: bool) -> LabelledImages:
     names = [folder.name for folder in folders]
     if scored is None and (names == ["train"] or (is_train and names)):
         raise InputError(
-            f"{root}: has train/, and no val/ (or valid/ or test/); add it or name {root / 'train'}"
+            f"{root}: has train/, and no val/ (or valid/ or test/) beside it; move some images of "
+            f"each class there, or name {root / 'train'} to score on its images"
         )
     if len(folders) < 2:
         found = f"only one class folder in it, {names[0]}" if names else "no class folders"
-        raise InputError(f"{split}: {found}; give a folder with a folder of images for each class")
+        raise InputError(
+            f"{split}: {found}; give a folder with a folder of images for each class, or with "
+            "train/ and val/ that have such folders in them"
+        )
     if is_train and (unpaired := {folder.name for folder in class_folders(scored)} ^ set(names)):
         raise InputError(
             f"{root}: a linear probe needs the same class folders in {split} and {scored}; only "

@@ -46,7 +46,8 @@ class Stream:
             raise InputError(f"--stream: {len(lost)} of {len(self.shards)} shards are missing or "
                              f"no tars: {listed(lost)}; mend the path or the files")  # fmt: skip
         if not samples and (len(local) < len(self.shards) or {s.suffix for s in local} != {".tar"}):
-            raise InputError("--stream: give --stream_samples N; only .tar files on a disk tell it")
+            raise InputError("--stream: give --stream_samples N, the number of samples in all "
+                             "shards, which only .tar files on a disk tell")  # fmt: skip
         self.samples = samples or _count(local)
 
     def __len__(self) -> int:

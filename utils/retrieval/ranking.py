@@ -123,7 +123,8 @@ def _first(scores: Tensor, positives: Tensor, k: int) -> Answers:
 
 
 def positive_indices(positives: Positives, queries: int, gallery: int) -> Tensor:
-    """Gallery indices of each query's positives, `[queries, most]`, -1 where it has fewer."""
+    """Gallery indices of each query's positives, `[queries, most]`, -1 where it has fewer. Raises
+    `InputError` for unusable positives."""
     if not queries or not gallery:
         raise InputError(f"nothing to score: {queries} queries, {gallery} to rank")
     if len(positives) > queries:

@@ -11,7 +11,8 @@ PUBLISHED = "ViT-B/32"
 
 
 def weights_to_use(named: str | None) -> str | Path:
-    """The weights that `--weights` names, or the default; prints which."""
+    """The weights that `--weights` names, or the default; prints which. Raises `InputError` for
+    what is neither a name nor a path."""
     from models.clip_utils import check_name
 
     if named:

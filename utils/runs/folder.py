@@ -84,7 +84,8 @@ def new_run_folder(log_dir: str | os.PathLike, name: str) -> Path:
 
 def reopen_run_folder(checkpoint: str | os.PathLike, state: dict[str, Any]) -> Path:
     """The folder of the run of `RUN/weights/checkpoint.pth`. Unfinished files of a killed run are
-    removed, and tables written anew from the checkpoint's `state`."""
+    removed, and tables written anew from `state`, the checkpoint's content. Raises `InputError` for
+    a checkpoint outside the folder of a run."""
     weights = Path(checkpoint).expanduser().resolve().parent
     if weights.name != "weights":
         raise InputError(f"{checkpoint}: put it back to RUN/{CHECKPOINT}, the run's own folder")

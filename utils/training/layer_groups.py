@@ -98,7 +98,8 @@ def freeze_and_adapt(
         if unlocked is not None:
             freeze(model, tower, unlocked)
     if not trainable_towers(model):
-        raise InputError("--lock_image and --lock_text leave nothing to train: try --lock_text 2")
+        raise InputError("--lock_image and --lock_text together leave nothing to train: unlock "
+                         "some blocks of one, such as --lock_text 2")  # fmt: skip
     if lora and not any(".lora." in name for name, _ in model.named_parameters()):
         add_lora(model, lora)
 
@@ -124,7 +125,8 @@ def whole_batch_norms(
                          "chunks would change it; take a ViT, or --grad_checkpointing")  # fmt: skip
     if isinstance(model, OpenClipModel) or device.type != "cuda":
         # In timm's, torch would drop the activations; on CPUs it has none.
-        raise InputError("batch norms here work in one process alone: start one, or take a ViT")
+        raise InputError("the batch norms of this image tower work in one process alone here: "
+                         "start one, or take a ViT")  # fmt: skip
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 

@@ -81,7 +81,8 @@ def _check_continued(args: dict[str, Any], resumed: dict[str, Any]) -> None:
     own = retained(resumed["start"] or {})
     if set(names_of(args["retention"] or [])) - own.keys():
         raise InputError(
-            f"--retention: a run goes on with sets that it has measured: {', '.join(own) or 'none'}"
+            "--retention: a run goes on with sets that it has measured before training, "
+            f"{', '.join(own) or 'none here'}; to change them, start a new run"
         )
     for name in FIXED + FIXED_IN_AN_EPOCH if resumed["losses"] else FIXED:
         if args[name] != resumed["arguments"][name]:
@@ -138,9 +139,10 @@ def without_effect(args: Namespace, steps: int, processes: Processes = ALONE) ->
     if args.grad_cache and args.grad_cache >= largest:
         yield f"--grad_cache {args.grad_cache} has no effect: a process has {largest} images a step"
     if averaged > steps:
-        yield f"--ema {args.ema:g} averages about {averaged:,.0f} steps, and this run has {steps:,}"
+        yield (f"--ema {args.ema:g} averages over about {averaged:,.0f} steps, and this run has "
+               f"{steps:,}: lower it")  # fmt: skip
     if args.lora and (args.lock_image or args.lock_text):
-        yield "of blocks that are not locked, --lora trains low-rank changes only"
+        yield "of the blocks that are not locked, --lora trains low-rank changes only"
 
 
 def check_arguments(args: Namespace) -> None:
@@ -167,10 +169,10 @@ def _contradictions(args: Namespace) -> Iterator[str]:
     if from_scratch and not args.model:
         yield "--resume_training none needs --model, such as ViT-demo or ViT-B/32"
     if args.model and not from_scratch:
-        yield "--model trains from scratch: add --resume_training none, or leave --model out"
+        yield "--model is for training from scratch: add --resume_training none, or leave it out"
     for name in ("retention", "wise_ft", "lora", "distill", "distill_data"):
         if from_scratch and getattr(args, name):
-            yield f"--{name} needs weights to start from: give --resume_training WEIGHTS"
+            yield f"--{name} needs weights to start from (--resume_training), or leave it out"
     if args.cache_features and 0 not in (args.lock_image, args.lock_text):
         yield "--cache_features needs a frozen tower: --lock_image or --lock_text without a number"
     if args.cache_features and args.lock_image == 0 and not args.no_augment:
