@@ -175,4 +175,6 @@ def _is_safetensors(path: Path) -> bool:
         return False
     if start.startswith(b"\x80"):
         raise InputError("a bare pickle, as of torch before 1.6; save it anew with torch.save")
-    raise InputError(f"{describe(path)}, not weights; download .safetensors, .bin, .pt or .pth")
+    raise InputError(
+        f"{describe(path)}, not weights; download it anew, as .safetensors, .bin, .pt or .pth"
+    )

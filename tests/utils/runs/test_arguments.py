@@ -85,7 +85,7 @@ def test_a_refusal_says_the_range(parse, text, wanted):
     [
         (answer_file, "a.xlsx", r"a.xlsx: name a file that ends in .csv or .jsonl"),
         (feature_file, "a", r"a: name a file that ends in .npy or .parquet"),
-        (feature_file, "a.parquet", r"a.parquet: pip install pyarrow, or name"),
+        (feature_file, "a.parquet", r"a.parquet: needs pyarrow \(pip install pyarrow\); or name"),
         (feature_file, "folder.npy", r"folder.npy: is a folder"),
     ],
 )
