@@ -21,7 +21,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from models.config import Config
+from models.config import VOCABULARY, Config
 from models.tokens import clip_tokenizer
 from models.weights.registry import CONFIGS
 
@@ -33,9 +33,10 @@ def open_clip_model(
     name: str,
     vision_layers: int | tuple[int, ...] | None = None,
     text_layers: int | None = None,
+    vocabulary: int = VOCABULARY,
 ) -> nn.Module:
     """open_clip's model of a published architecture, with random weights. `vision_layers` and
-    `text_layers` are for a model of less depth."""
+    `text_layers` are for a model of less depth, `vocabulary` for one that knows fewer tokens."""
     config = CONFIGS[name]
     vision = {
         "layers": vision_layers or config.vision_layers,
@@ -47,6 +48,7 @@ def open_clip_model(
         "width": config.transformer_width,
         "heads": config.transformer_heads,
         "layers": text_layers or config.transformer_layers,
+        "vocab_size": vocabulary,
     }
     torch.manual_seed(0)
     model = open_clip.model.CLIP(config.embed_dim, vision, text, quick_gelu=True)
@@ -69,7 +71,7 @@ def transformers_model(weights: dict[str, Tensor]) -> CLIPModel:
     """transformers' CLIP with these weights, whose image tower is a ViT."""
     width, _, patch, _ = weights["visual.conv1.weight"].shape
     side = int((len(weights["visual.positional_embedding"]) - 1) ** 0.5) * patch
-    text_width = len(weights["ln_final.weight"])
+    vocabulary, text_width = weights["token_embedding.weight"].shape
 
     def tower(width: int, prefix: str) -> dict:
         layers = 1 + max(
@@ -84,7 +86,7 @@ def transformers_model(weights: dict[str, Tensor]) -> CLIPModel:
 
     config = CLIPConfig(
         text_config=tower(text_width, "transformer.resblocks.")
-        | {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 49407},
+        | {"vocab_size": vocabulary, "max_position_embeddings": 77, "eos_token_id": vocabulary - 1},
         vision_config=tower(width, "visual.transformer.resblocks.")
         | {"image_size": side, "patch_size": patch},
         projection_dim=weights["text_projection"].shape[1],

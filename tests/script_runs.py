@@ -1,6 +1,7 @@
 """Running the project's scripts as a user does."""
 
 import atexit
+import io
 import multiprocessing
 import os
 import runpy
@@ -10,10 +11,12 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from functools import cache
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import IO, Any, NamedTuple
+from unittest.mock import MagicMock
 
 import pytest
 from PIL import Image
@@ -48,6 +51,15 @@ def run_script(
         done = _run_forked(script, arguments, cwd, stdin, how)
     assert done.returncode == code, done.stdout + done.stderr
     return done
+
+
+def printed_by(main: Callable[[], None], *arguments: object, cwd: Path) -> str:
+    """What the `main` of a script prints in this process, which has its packages already."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(sys, "argv", [main.__module__, *map(str, arguments)])
+        patch.chdir(cwd)
+        main()
+    return printed.getvalue()
 
 
 def error_line(script: str, *arguments: object, cwd: Path, code: int = 2, **how: object) -> str:
@@ -108,18 +120,27 @@ class Undrawn(NamedTuple):
     prepare: Callable[[], object] | None
 
     def __call__(self) -> None:
-        from matplotlib.figure import Figure  # which writes a list of fonts into the home
+        from utils.retrieval import plots  # matplotlib writes a list of fonts into the home
 
-        Figure.savefig = _save_empty
+        plots.Figure = Blank
         if self.prepare:
             self.prepare()
 
 
-def _save_empty(figure: object, file: Path | IO[bytes], *, format: str, **style: object) -> None:
-    if format == "svg":
-        file.write(b"<svg/>")
-    else:
-        Image.new("L", (1, 1)).save(file, format)
+class Blank(MagicMock):
+    """A figure on which anything can be drawn, and nothing shows."""
+
+    def subplots(self, rows: int = 1, columns: int | None = None, **how: object) -> object:
+        panels = [MagicMock(**{"plot.return_value": [MagicMock()]}) for _ in range(columns or 1)]
+        if columns is None:
+            return panels[0]
+        return panels if how.get("squeeze", True) else [panels]
+
+    def savefig(self, file: Path | IO[bytes], *, format: str, **style: object) -> None:
+        if format == "svg":
+            file.write(b"<svg/>")
+        else:
+            Image.new("L", (1, 1)).save(file, format)
 
 
 def _run_forked(

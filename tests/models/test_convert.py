@@ -2,6 +2,7 @@
 
 import json
 import stat
+from dataclasses import replace
 
 import numpy as np
 import onnxruntime
@@ -11,13 +12,12 @@ import torch
 import torch.nn.functional as F
 from peers import disturb
 from PIL import Image
-from script_runs import ROOT, error_line, printed_code, run_script
+from script_runs import ROOT, error_line, printed_by, printed_code, run_script
 from tiny import NAMED, tiny_clip
 from transformers import CLIPModel, CLIPProcessor
 
 from models import load, tokenize
-from models.clip_utils import create_model
-from models.convert import check_output, convert
+from models.convert import check_output, convert, main
 from models.errors import InputError
 from models.preprocess import open_image
 from models.weights import onnx
@@ -51,13 +51,17 @@ def ours(weights):
 @pytest.fixture(scope="module", params=TOWERS)
 def pair(request, tmp_path_factory):
     """open_clip's model, and ours with its weights: GELU with a ViT, QuickGELU with a ResNet."""
+    quick = request.param == "ResNet"
+    text = TEXT | {"layers": 1} if quick else TEXT
+    return make_pair(tmp_path_factory.mktemp("theirs"), TOWERS[request.param], text, quick)
+
+
+def make_pair(folder, vision, text, quick=False):
     torch.manual_seed(0)
-    tower, quick = TOWERS[request.param], request.param == "ResNet"
-    theirs = open_clip.model.CLIP(48, tower, TEXT, quick_gelu=quick).eval()
+    theirs = open_clip.model.CLIP(48, vision, text, quick_gelu=quick).eval()
     disturb(theirs)
-    folder = tmp_path_factory.mktemp("theirs")
     torch.save(theirs.state_dict(), folder / open_clip.constants.HF_WEIGHTS_NAME)
-    description = {"embed_dim": 48, "quick_gelu": quick, "vision_cfg": tower, "text_cfg": TEXT}
+    description = {"embed_dim": 48, "quick_gelu": quick, "vision_cfg": vision, "text_cfg": text}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": description}))
     return theirs, load(folder, "cpu")[0]
 
@@ -69,6 +73,26 @@ def inputs(model, n):
     tokens = torch.randint(0, 49407, (n, 20), generator=generator)
     tokens[range(n), [1 + 5 * i % 19 for i in range(n)]] = 49407
     return torch.randn(n, 3, side, side, generator=generator), tokens
+
+
+@pytest.fixture(scope="module")
+def exported(pair, tmp_path_factory):
+    """(folder of ONNX files with the weights of a pair, what convert.py printed, torch's programs).
+    The weights of the ResNet lie beside the files, as those of a large model."""
+    _, model = pair
+    folder, programs = tmp_path_factory.mktemp("onnx"), []
+    convert(model, folder / "weights.safetensors", "safetensors")
+    export = torch.onnx.export
+
+    def noted(*arguments, **how):
+        programs.append(export(*arguments, **how))
+        return programs[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", noted)
+        patch.setattr(onnx, "LARGEST_FILE", onnx.LARGEST_FILE if model.config.is_vit else 0)
+        printed = printed_by(main, "weights.safetensors", "out", "--format", "onnx", cwd=folder)
+    return folder / "out", printed, programs
 
 
 def assert_onnx_gives(theirs, folder, model, tolerance):
@@ -147,34 +171,30 @@ def test_one_safetensors_file_describes_its_model(weights, ours, tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "other").stat().st_mode)
 
 
-@pytest.mark.slow
-def test_a_round_trip_through_every_format_changes_nothing(pair, tmp_path, monkeypatch):
-    """From open_clip's model to ours, through each format of weights, and to ONNX."""
-    theirs, model = pair
+def test_a_round_trip_through_every_format_changes_nothing(pair, tmp_path):
+    """From open_clip's model to ours, through each format of weights."""
+    _, model = pair
     passed_on = model
     for name in ["open_clip", *["transformers"] * model.config.is_vit, "safetensors"]:
         path = tmp_path / f"{name}.safetensors"
         convert(passed_on, path, name)
         passed_on, _ = load(path, "cpu")
         assert_same(passed_on, model)
-    if not model.config.is_vit:  # as for a large model: the weights beside the file
-        monkeypatch.setattr(onnx, "LARGEST_FILE", 0)
-    folder = tmp_path / "onnx"
-    convert(passed_on, folder, "onnx")
+
+
+@pytest.mark.slow
+def test_onnx_has_the_features_of_open_clip_and_no_paths_of_this_computer(pair, exported):
+    (theirs, model), (folder, *_) = pair, exported
     assert (folder / "image.onnx.data").exists() == (not model.config.is_vit)
     assert not any(str(ROOT).encode() in path.read_bytes() for path in folder.iterdir())
     assert_onnx_gives(theirs, folder, model, 1e-4)
 
 
-@pytest.mark.slow
 def test_half_the_size_keeps_the_features_within_float16s_accuracy(pair, tmp_path):
-    theirs, model = pair
-    for name in ["open_clip", "safetensors", *["transformers", "onnx"] * model.config.is_vit]:
+    _, model = pair
+    for name in ["open_clip", "safetensors", *["transformers"] * model.config.is_vit]:
         path = tmp_path / f"{name}.safetensors"
         convert(model, path, name, half=True)
-        if name == "onnx":
-            assert_onnx_gives(theirs, path, model, 1e-2)
-            continue
         back = load(path, "cpu")[0].state_dict()
         for key, tensor in model.state_dict().items():
             rounded = tensor.half().float() if tensor.is_floating_point() else tensor
@@ -183,10 +203,18 @@ def test_half_the_size_keeps_the_features_within_float16s_accuracy(pair, tmp_pat
 
 
 @pytest.mark.slow
-def test_onnx_answers_as_the_printed_code_says(weights, ours, tmp_path, monkeypatch):
+def test_half_the_size_of_onnx_keeps_the_features_within_float16s_accuracy(tmp_path):
+    theirs, model = make_pair(tmp_path, TOWERS["ViT"] | {"layers": 1}, TEXT | {"layers": 1})
+    convert(model, tmp_path / "half", "onnx", half=True)
+    assert_onnx_gives(theirs, tmp_path / "half", model, 1e-2)
+    assert all(t.dtype != torch.float16 for t in model.state_dict().values())
+
+
+@pytest.mark.slow
+def test_onnx_answers_as_the_printed_code_says(pair, exported, monkeypatch):
     """Images are prepared by what stands in clip.json alone."""
-    done = run_script("models/convert.py", weights, "out", "--format", "onnx", cwd=tmp_path)
-    image = json.loads((tmp_path / "out" / "clip.json").read_text("utf-8"))["image"]
+    (_, model), (folder, printed, _) = pair, exported
+    image = json.loads((folder / "clip.json").read_text("utf-8"))["image"]
     with Image.open(ROOT / "R_mAP.png") as picture:
         short = min(picture.size)
         size = [int(image["size"] * side / short) for side in picture.size]
@@ -196,13 +224,13 @@ def test_onnx_answers_as_the_printed_code_says(weights, ours, tmp_path, monkeypa
         pixels = np.asarray(picture.convert("RGB").resize(size, resample).crop(box), np.float32)
     images = ((pixels / 255 - image["mean"]) / image["std"]).transpose(2, 0, 1)[None]
     texts = [*CAPTIONS, "bird " * 90]
-    model, own_images, *_ = ours
+    own_images = model.preprocess(open_image(ROOT / "R_mAP.png"))[None]
     with torch.no_grad():
-        expected, _ = model(own_images[:1], model.tokenize(texts, truncate=True))
-    monkeypatch.chdir(tmp_path)
+        expected, _ = model(own_images, model.tokenize(texts, truncate=True))
+    monkeypatch.chdir(folder.parent)
     for given in (texts, texts[:2]):  # shorter rows
         found = {"images": images.astype(np.float32), "texts": given}
-        exec(printed_code(done.stdout), found)
+        exec(printed_code(printed), found)
         logits = torch.from_numpy(found["logits"]).float()
         torch.testing.assert_close(logits, expected[:, : len(given)], atol=1e-3, rtol=1e-4)
 
@@ -219,7 +247,11 @@ def test_nothing_is_overwritten_and_no_half_is_left(weights, tmp_path):
     arguments = [weights, "out", "--format", "open_clip"]
     line = error_line("models/convert.py", *arguments, cwd=tmp_path)
     assert "out: exists already" in line
-    save_weights(create_model("RN50", 32), tmp_path / "resnet.pth")
+    resnet = replace(
+        NAMED["ViT-tiny"], vision_layers=(1, 1, 1, 1), vision_width=8, vision_patch_size=None,
+        vision_mlp_width=None,
+    )  # fmt: skip
+    save_weights(tiny_clip(resnet), tmp_path / "resnet.pth")
     arguments = ["resnet.pth", "new", "--format", "transformers"]
     line = error_line("models/convert.py", *arguments, cwd=tmp_path)
     assert "no CLIP with a ResNet" in line
@@ -244,14 +276,24 @@ def small_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "onnx")) for name in FORMATS]
-)
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "onnx"])
 def test_a_full_disk_leaves_nothing(name, small_disk, tmp_path):
     model = tiny_clip(*[NAMED["cn-tiny"]] * (name == "cn_clip")).eval()
+    assert_nothing_is_left(model, tmp_path, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", ["ViT"], indirect=True)
+def test_a_full_disk_leaves_nothing_of_onnx(pair, exported, small_disk, tmp_path, monkeypatch):
+    programs = iter(exported[-1])
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: next(programs))
+    assert_nothing_is_left(pair[1], tmp_path, "onnx")
+
+
+def assert_nothing_is_left(model, folder, to):
     with pytest.raises(InputError, match=r"out\.safetensors: cannot be written \(.*too large"):
-        convert(model, tmp_path / "out.safetensors", name)
-    assert not any(tmp_path.iterdir())
+        convert(model, folder / "out.safetensors", to)
+    assert not any(folder.iterdir())
 
 
 def test_weights_beyond_float16_are_refused(tmp_path):

@@ -78,6 +78,7 @@ texts = st.lists(unusual | st.text(max_size=6) | st.characters(categories=None),
 texts = texts.map("".join)
 
 
+@pytest.mark.slow
 @settings(max_examples=1000)
 @given(text=texts)
 @example(text="")
@@ -98,6 +99,7 @@ def test_many_texts_are_encoded_as_each_alone(ours, many):
 plain = st.text([*map(chr, range(32, 127)), "一", "鿿", "狗"]) | st.text("AaEe'\"`^~,;#x19 狗")
 
 
+@pytest.mark.slow
 @settings(max_examples=1000)
 @given(text=plain.filter(PLAIN.fullmatch))
 @example(text="".join(map(chr, range(0x4E00, 0xA000))))
@@ -140,6 +142,7 @@ def test_special_tokens_are_not_made_from_text(ours, literal):
 # --- tokenize -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("language", ["en", "cn"])
 def test_tokenize_equals_open_clip_on_all_captions(reference, language):
     texts = captions(f"{language}_train.json", f"{language}_val.json")

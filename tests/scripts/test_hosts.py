@@ -17,17 +17,19 @@ from pathlib import Path
 
 import pytest
 from script_runs import ROOT, run_script, set_variables
+from tiny import NAMED
 
 from flickr8k.render_demo import render_demo
 from models import host as host_module
 from models import progress_bar as bars
 from models.errors import InputError
 from models.host import garbage_unsearched
+from models.weights.registry import CONFIGS
 from utils.machine.interrupt import Interrupt
 from utils.retrieval.plots import save_figure
 from utils.runs.commands import quoted
 
-SCRATCH = ["--resume_training", "none", "--model", "ViT-demo", "--batch_size", 16, "--epochs", 1]
+SCRATCH = ["--resume_training", "none", "--model", "ViT-tiny", "--batch_size", 16, "--epochs", 1]
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no bash")
 
 
@@ -207,6 +209,7 @@ def test_scripts_run_in_ipython(data, tmp_path, monkeypatch, capsys):
     from IPython.core.interactiveshell import InteractiveShell
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(CONFIGS, "ViT-tiny", NAMED["ViT-tiny"])
     shell = InteractiveShell()
     before = sys.stdout, sys.stderr, sys.excepthook
     arguments = quoted([*SCRATCH, "--dataset_path", data])
@@ -233,7 +236,17 @@ def test_train_runs_for_an_unknown_user_without_a_console(data, tmp_path):
     """And with Chinese names, where the locale has no Chinese."""
     shutil.copytree(data, tmp_path / "数据")
     (tmp_path / "unknown.py").write_text(UNKNOWN_USER)
-    train = ["unknown.py", ROOT, *SCRATCH, "--num_workers", 1, "--dataset_path", "数据"]
+    train = [
+        "unknown.py",
+        ROOT,
+        *SCRATCH,
+        "--model",
+        "ViT-demo",
+        "--num_workers",
+        1,
+        "--dataset_path",
+        "数据",
+    ]
     environment = os.environ | {"LANG": "C", "LC_ALL": "POSIX"}
     done = subprocess.run(
         ["bash", "-c", f"{quoted([sys.executable, *train])} --log_dir 日志 <&- >&-"],

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import sys
 
 import pytest
@@ -27,6 +28,11 @@ def data(tmp_path_factory):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / image.name).write_bytes(image.read_bytes())
     return root
+
+
+def import_torch_once():
+    """In the server of which workers are forks, not in each of them."""
+    multiprocessing.set_forkserver_preload(["torch"])
 
 
 def train(data, cwd, language, *arguments, **how):
@@ -59,13 +65,13 @@ def test_workers_that_are_no_forks_change_no_result(
     for folder in (alone, others):
         folder.mkdir()
     workers = ["--num_workers", 1]
+    how = {"start_method": start_method, "prepare": import_torch_once}
     expected, expected_rows = train(data, alone, language, *caches[0])
-    found, rows = train(data, others, language, *workers, *caches[1], start_method=start_method)
+    found, rows = train(data, others, language, *workers, *caches[1], **how)
     assert rows == expected_rows
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     arguments = [argument.format(data) for argument in arguments]
     run_script(script, *arguments, "--json", "scores.json", cwd=alone)
-    run_script(script, *arguments, "--json", "scores.json", *workers, cwd=others,
-               start_method=start_method)  # fmt: skip
+    run_script(script, *arguments, "--json", "scores.json", *workers, cwd=others, **how)
     scores = [json.loads((folder / "scores.json").read_text()) for folder in (alone, others)]
     assert scores[0] == scores[1]

@@ -14,6 +14,7 @@ from definitions import by_definition
 from PIL import Image
 from script_runs import ROOT, error_line, run_script
 
+from flickr8k import render_demo as render_demo_module
 from flickr8k.render_demo import render_demo
 from models import CLIP, load
 from models.errors import InputError
@@ -298,12 +299,13 @@ def say_that_it_compiles():
     CLIP.compile_towers = lambda model: print("compiled while training:", model.training)
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_weights_in_bfloat16_at_another_resolution(trained, data, work):
     weights = trained[0] / "weights" / "best_epoch_weights.pth"
     compiling = [] if sys.platform == "win32" else ["--compile"]
     done = run_script(
         "train.py", "--resume_training", weights, "--dataset_path", data, "--epochs", 1,
-        "--warmup_epochs", 0.5, "--batch_size", 16, "--input_shape", 96, "--use_amp",
+        "--warmup_epochs", 0.5, "--batch_size", 16, "--input_shape", 32, "--use_amp",
         "--optimizer_type", "sgd", "--lr", 1e-4, "--language", "cn", "--num_workers", 1,
         "--grad_checkpointing", "--cache", "pixels", "--log_dir", "tuned", "--distill", 6,
         *compiling, cwd=work, prepare=say_that_it_compiles,
@@ -313,7 +315,7 @@ def test_fine_tuning_starts_from_weights_in_bfloat16_at_another_resolution(train
     assert "\n   start" in done.stdout and "mixed, bfloat16" in done.stdout
     (run,) = (work / "tuned").iterdir()
     model, _ = load(run / "weights" / "best_epoch_weights.pth", "cpu")
-    assert model.visual.input_resolution == 96
+    assert model.visual.input_resolution == 32
     assert {path.suffix for path in (work / "pixels").iterdir()} == {".pixels"}
 
 
@@ -354,12 +356,18 @@ def test_the_data_set_is_looked_for_beside_the_script(work, monkeypatch):
         assert from_here("a/b") == found
 
 
+def draw_nothing():
+    """What an image of the demo shows."""
+    render_demo_module.draw = lambda *_: Image.new("RGB", (64, 64))
+
+
 def test_the_demo_goes_where_it_is_told_or_says_that_it_cannot(work):
     (work / "no_folder").touch()
     line = error_line("train.py", "--demo", "--dataset_path", "no_folder", cwd=work)
     assert "no_folder: cannot be written" in line
     given = ["--demo", "--dataset_path", "new", "--batch_size", 10_000]
-    assert "2000 training images" in error_line("train.py", *given, cwd=work)
+    line = error_line("train.py", *given, cwd=work, prepare=draw_nothing)
+    assert "2000 training images" in line
     assert (work / "new" / "cn_val.json").is_file()
 
 

@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from tiny import NAMED, tiny_clip
 
-from models.clip_utils import create_model, tokenize
+from models.clip_utils import tokenize
 from models.tokens import TokenizedTexts
 from utils.data.augment import draw_recolourings
 from utils.flickr8k_dataloader import Batch
@@ -20,9 +21,13 @@ from utils.training.layer_groups import TOWERS, freeze, train_mode
 CPU = torch.device("cpu")
 
 
+def small(name):
+    return tiny_clip(NAMED[name])
+
+
 def batch_of(n, k):
     generator = torch.Generator().manual_seed(n)
-    images = torch.randint(0, 256, (n, 3, 64, 64), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator)
     crops = torch.tensor([[0.96, 0.02, -0.03]]).repeat(n, 1)
     ids = torch.arange(n * k) % (n * k - 2)  # the last two are the first two once more
     tokens = tokenize([f"{'a red ' * (i % 5)}bird {i}" for i in ids])
@@ -56,12 +61,12 @@ def assert_same_gradients(found, expected):
 @pytest.mark.parametrize("weight", [None, 3.0])
 def test_chunks_bring_the_gradients_of_the_whole_batch(n, k, chunk, locked, weight):
     torch.manual_seed(0)
-    model = create_model("ViT-demo")
+    model = small("ViT-tiny")
     for tower in locked:
         freeze(model, tower, unlocked=0)
     precision = Precision(CPU, use_amp=False)
     learned = [tower for tower in TOWERS if tower not in locked]
-    distillation = distillation_from(create_model("ViT-demo"), weight, learned) if weight else None
+    distillation = distillation_from(small("ViT-tiny"), weight, learned) if weight else None
     loss, expected = gradients(model, batch_of(n, k), precision, None, distillation)
     chunked_loss, found = gradients(model, batch_of(n, k), precision, chunk, distillation)
     assert chunked_loss == pytest.approx(loss.item(), rel=1e-6)
@@ -70,7 +75,7 @@ def test_chunks_bring_the_gradients_of_the_whole_batch(n, k, chunk, locked, weig
 
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_a_locked_tower_has_no_second_forward_pass(monkeypatch, tower):
-    model = create_model("ViT-demo")
+    model = small("ViT-tiny")
     freeze(model, tower, unlocked=0)
     encoded = []
     for name in ("image", "text"):
@@ -85,8 +90,8 @@ def test_a_locked_tower_has_no_second_forward_pass(monkeypatch, tower):
 
 def test_chunks_bring_the_gradients_of_the_whole_batch_to_a_chinese_clip():
     torch.manual_seed(0)
-    model = create_model("cn-demo")
-    freeze(model, "text", unlocked=2)
+    model = small("cn-tiny")
+    freeze(model, "text", unlocked=1)
     precision, batch = Precision(CPU, use_amp=False), batch_of(6, 2)
     texts = [f"{'一只' * (i % 5)}鸟 {i}" for i in range(12)]
     batch = batch._replace(tokens=model.tokenize(texts))
@@ -104,7 +109,7 @@ def normalised(features):
 def test_distillation_adds_the_mean_squared_distance_to_the_features_of_the_start(k):
     """Its gradients are the difference that a weight makes; the loss that is told is without it."""
     torch.manual_seed(0)
-    model, start = create_model("ViT-demo"), create_model("ViT-demo")
+    model, start = small("ViT-tiny"), small("ViT-tiny")
     batch = batch_of(5, k)
     precision = Precision(CPU, use_amp=False)
     loss, without = gradients(model, batch, precision, None)
@@ -127,7 +132,7 @@ def test_distillation_adds_the_mean_squared_distance_to_the_features_of_the_star
 
 
 def test_the_starting_model_shares_the_frozen_parameters_and_keeps_the_others(tmp_path):
-    model = create_model("ViT-demo")
+    model = small("ViT-tiny")
     freeze(model, "text", unlocked=1)
     file = tmp_path / "start_weights.pth"
     captions = TokenizedTexts(model.tokenizer, ["a bird"], model.context_length)
@@ -151,7 +156,7 @@ def test_the_starting_model_shares_the_frozen_parameters_and_keeps_the_others(tm
 def test_distillation_weighs_as_much_beside_the_loss_at_any_logit_scale(tmp_path):
     """Between unit vectors, half the squared distance is 1 minus the cosine, and the scale times
     that is what the distance can change in a logit."""
-    model, file = create_model("ViT-demo"), tmp_path / "start_weights.pth"
+    model, file = small("ViT-tiny"), tmp_path / "start_weights.pth"
     weights = []
     for scale in (TUNED_SCALE, 10 * TUNED_SCALE):
         torch.nn.init.constant_(model.logit_scale, math.log(scale))
@@ -161,18 +166,18 @@ def test_distillation_weighs_as_much_beside_the_loss_at_any_logit_scale(tmp_path
     assert weights == pytest.approx([6.0, 60.0], rel=1e-2)
 
 
-@pytest.mark.parametrize("name", ["ViT-demo", "cn-demo"])
+@pytest.mark.parametrize("name", ["ViT-tiny", "cn-tiny"])
 def test_distillation_moves_no_word_that_the_captions_do_not_have(name, tmp_path):
     """It sees others, in place of the captions' own."""
     torch.manual_seed(0)
-    model, file = create_model(name), tmp_path / "start_weights.pth"
-    save_weights(create_model(name), file)
+    model, file = small(name), tmp_path / "start_weights.pth"
+    save_weights(small(name), file)
     texts = TokenizedTexts(model.tokenizer, ["一只鸟", "a bird", "two birds"], model.context_length)
     captions = texts[:]
     others = model.tokenize(["树 a", "鸟 tree", "three trees"])
     batch = batch_of(3, 1)._replace(tokens=captions, texts=None)
     batch = batch._replace(altered=batch._replace(tokens=others))
-    words = model.bert.embeddings.word_embeddings if name == "cn-demo" else model.token_embedding
+    words = model.bert.embeddings.word_embeddings if name == "cn-tiny" else model.token_embedding
     for chunk in (None, 1):
         distillation = distill_from_start(model, file, 1e3, texts)
         gradients(model, batch, Precision(CPU, use_amp=False), chunk, distillation)
@@ -184,7 +189,7 @@ def test_distillation_moves_no_word_that_the_captions_do_not_have(name, tmp_path
 def test_equal_texts_are_no_wrong_answers(chunk):
     """Where all images have the one text, nothing is wrong: the loss is zero, and so is the
     gradient."""
-    model = create_model("ViT-demo")
+    model = small("ViT-tiny")
     batch = batch_of(6, 1)
     batch = batch._replace(tokens=tokenize(["a bird"] * 6), texts=torch.full((6, 1), 3))
     loss, found = gradients(model, batch, Precision(CPU, use_amp=False), chunk)
@@ -196,7 +201,7 @@ def test_chunks_in_mixed_precision_bring_the_gradients_of_the_whole_batch_to_its
     """The rounding of bfloat16 itself is the measure: chunks may not be further from float32 than
     the whole batch in bfloat16 is."""
     torch.manual_seed(0)
-    model = create_model("ViT-demo")
+    model = small("ViT-tiny")
     batch = batch_of(12, 2)
     _, exact = gradients(model, batch, Precision(CPU, use_amp=False), None)
     mixed = Precision(CPU, use_amp=True)
@@ -212,7 +217,7 @@ def test_chunks_in_mixed_precision_bring_the_gradients_of_the_whole_batch_to_its
 
 def test_a_scaled_loss_scales_the_gradients_of_every_chunk():
     torch.manual_seed(0)
-    model = create_model("ViT-demo")
+    model = small("ViT-tiny")
     precision = Precision(CPU, use_amp=False)
     _, expected = gradients(model, batch_of(6, 1), precision, 4)
     precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -223,7 +228,7 @@ def test_a_scaled_loss_scales_the_gradients_of_every_chunk():
 
 def test_mixed_precision_sees_the_same_images_as_float32(monkeypatch):
     """Cropped, and for distillation recoloured: bfloat16 would round places and colours."""
-    model, seen = create_model("ViT-demo"), []
+    model, seen = small("ViT-tiny"), []
     encode = model.encode_image
     monkeypatch.setattr(model, "encode_image", lambda images: seen.append(images) or encode(images))
     distillation = distillation_from(model, 1.0)
@@ -237,7 +242,7 @@ def test_mixed_precision_computes_the_same_features_with_and_without_gradients(m
     """Or gradient caching would take the loss of one model and the gradients of another, and the
     starting model would be at a distance from itself."""
     torch.manual_seed(0)
-    model, features = create_model("ViT-demo"), []
+    model, features = small("ViT-tiny"), []
     train_mode(model)
     for name in ("encode_image", "encode_text"):
         encode = getattr(model, name)

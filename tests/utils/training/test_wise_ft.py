@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from script_runs import error_line, run_script
+from tiny import NAMED, tiny_clip
 from torch import nn
 
 from flickr8k.render_demo import render_demo
-from models.clip_utils import create_model
 from utils.training.wise_ft import Mixtures, best_row, mix_into
 
 SCRATCH = ["--resume_training", "none", "--model", "ViT-demo", "--lr", "1e-3", "--batch_size", "16"]
@@ -38,7 +38,7 @@ def alpha_of(model, tuned):
 def mixed(tmp_path, alphas, scores_at, max_forgetting=2.0):
     """(chosen file, rows, the tuned weights) of a path from zeros; `scores_at(alpha)` gives R@1 and
     the scores of --retention, where alpha is read off the model's weights."""
-    model = create_model("ViT-demo")
+    model = tiny_clip(NAMED["ViT-tiny"])
     tuned = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     start = {key: torch.zeros_like(tensor) for key, tensor in tuned.items()}
     (tmp_path / "weights").mkdir()
@@ -68,7 +68,7 @@ def test_the_best_point_of_the_path_is_chosen(tmp_path):
 def test_the_best_point_of_the_ways_to_two_epochs_is_chosen(tmp_path, capsys):
     """The weights of the last epoch are twice those of the best one, and the score is highest at
     0.8 of these: the point 0.4 on the way to the last. Both ways begin at one point."""
-    model = create_model("ViT-demo")
+    model = tiny_clip(NAMED["ViT-tiny"])
     best = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     last = {key: 2 * tensor for key, tensor in best.items()}
     start = {key: torch.zeros_like(tensor) for key, tensor in best.items()}

@@ -69,17 +69,22 @@ def dataset(tmp_path_factory):
     "changed",
     [
         {},
-        {"amp": False},
-        {"cache": False},
-        {"grad_cache": 2},
         {"lock_image": 0},
         {"lock_text": 0, "lock_image": 1},
-        {"lora": 4},
-        {"distill": 5.0, "grad_cache": 3},
-        {"grad_checkpointing": True},
         {"model": "Chinese"},
-        {"model": "Chinese", "lora": 2, "amp": False, "grad_checkpointing": True},
         {"model": "ResNet"},
+        *(
+            pytest.param(changed, marks=pytest.mark.slow)
+            for changed in (
+                {"amp": False},
+                {"cache": False},
+                {"grad_cache": 3},
+                {"lora": 4},
+                {"distill": 5.0, "grad_cache": 3},
+                {"grad_checkpointing": True},
+                {"model": "Chinese", "lora": 2, "amp": False, "grad_checkpointing": True},
+            )
+        ),
     ],
     ids=str,
 )
