@@ -68,8 +68,8 @@ def build_parser() -> ArgumentParser:
     add("--cache", nargs="?", const="", metavar="FOLDER",
         help="decode images once, into FOLDER (default: .cache in the data), as --retention does")
     add("--val_images", type=integer(1), default=5000, metavar="N",
-        help="of more validation images, score N after each epoch, all at the end (default: "
-        "%(default)s)")
+        help="of more validation images, score N random ones after each epoch, all at the end "
+        "(default: %(default)s)")
     add("--num_workers", type=workers,
         help="processes that read images (default: 4 with a GPU, 0 without)")
 
@@ -88,9 +88,9 @@ def build_parser() -> ArgumentParser:
         help="adam and sgd add the weight decay to the gradient, adamw does not; sgd needs a far "
         "higher --lr (default: %(default)s)")
     add("--momentum", type=number(below=1), default=0.9,
-        help="of SGD; beta1 of Adam and AdamW (default: %(default)s)")
+        help="momentum of SGD; beta1 of Adam and AdamW (default: %(default)s)")
     add("--weight_decay", type=number(), default=0.1,
-        help="of matrices; biases and gains have none (default: %(default)s)")
+        help="weight decay of matrices; biases and gains have none (default: %(default)s)")
     add("--patience", type=integer(0), metavar="EPOCHS",
         help="stop after EPOCHS without better mean recall; 0: never (default: 3; from scratch 0)")
 

@@ -31,7 +31,7 @@ def moved(model: nn.Module, device: torch.device) -> nn.Module:
             raise
         raise InputError(
             f"the memory of {device} is too full for the model: end other programs there, or take "
-            "another --device"
+            "another --device or a smaller model"
         ) from error
 
 

@@ -39,7 +39,8 @@ def check_writable_folder(folder: Path) -> None:
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise InputError(
-            f"{folder}: cannot be written, since {there.resolve()} cannot; name another folder"
+            f"{folder}: cannot be written (nothing may be written into {there.resolve()}); name "
+            "another folder"
         )
 
 

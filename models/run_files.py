@@ -54,4 +54,6 @@ def trained_on(weights: str | Path) -> TrainedOn | None:
         languages = [languages] if isinstance(languages, str) else list(map(str, languages))
         return TrainedOn(Path(arguments["dataset_path"]), languages)
     except (LookupError, TypeError):
-        raise InputError(f"{run / ARGUMENTS}: should hold dataset_path and language") from None
+        raise InputError(
+            f"{run / ARGUMENTS}: should hold dataset_path and language; mend it"
+        ) from None

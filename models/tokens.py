@@ -67,7 +67,7 @@ class TokenizedTexts:
         rows = range(len(self))[rows] if isinstance(rows, int | slice) else rows
         rows = np.asarray(rows, np.int64)
         if self.is_lazy and rows.size < len(self):
-            return self._of(rows.flatten())[:].view(*rows.shape, self.context_length)
+            return self.of(rows.flatten())[:].view(*rows.shape, self.context_length)
         ids, starts = self._encoded
         first, lengths = starts[rows, None], self.lengths[rows, None]
         places = np.arange(self.context_length)
@@ -79,10 +79,12 @@ class TokenizedTexts:
 
     @cached_property
     def sample(self) -> "TokenizedTexts":
-        """The same texts, or if they are lazy, some of all parts of them."""
-        return self._of(np.arange(0, len(self), len(self) // SAMPLE)) if self.is_lazy else self
+        """The same texts, or if they are lazy, some of them, drawn at random."""
+        drawn = np.random.default_rng(0).choice(len(self), min(SAMPLE, len(self)), replace=False)
+        return self.of(np.sort(drawn)) if self.is_lazy else self
 
-    def _of(self, rows: np.ndarray) -> "TokenizedTexts":
+    def of(self, rows: np.ndarray) -> "TokenizedTexts":
+        """The texts at these indices."""
         texts = [self.texts[row] for row in rows.tolist()]
         return TokenizedTexts(self.tokenizer, texts, self.context_length)
 
@@ -121,7 +123,7 @@ class TokenizedTexts:
         digests = np.asarray(digests)
         first = _first_equal(digests)
         repeated = np.flatnonzero(np.bincount(first)[first] > 1)
-        digests[repeated] = self._of(repeated)._token_digests()
+        digests[repeated] = self.of(repeated)._token_digests()
         return _first_equal(digests)
 
     def _token_digests(self) -> np.ndarray:

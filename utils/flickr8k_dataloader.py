@@ -237,23 +237,28 @@ class Flickr8kDataset(Dataset):
         return digest.hexdigest()
 
     def count_cut_captions(self) -> int:
-        """The number of captions longer than the text tower's context; of very many captions, this
-        and the next two are those of a sample, extrapolated."""
+        """The number of captions longer than the text tower's context; of very many captions, an
+        estimate from a sample."""
         captions = self.tokens.sample
         return int(captions.is_cut.sum()) * len(self.text) // max(1, len(captions))
 
     def count_alike_captions(self) -> int:
         """The number of captions that equal a different text after cutting."""
+        captions = self.tokens
+        if not captions.sample.is_cut.any():
+            return 0
+        if captions.is_lazy:  # a token has a byte or more
+            bytes_left = self.context_length - 2
+            captions = captions.of(np.flatnonzero(np.diff(self.text.starts) >= bytes_left))
         texts: dict[bytes, list[int]] = {}
-        captions = self.tokens.sample
         for caption in np.flatnonzero(captions.lengths >= self.context_length).tolist():
             text = int(captions.first_equal[caption])
             texts.setdefault(captions[caption].numpy().tobytes(), []).append(text)
-        alike = sum(len(alike) for alike in texts.values() if len(set(alike)) > 1)
-        return alike * len(self.text) // max(1, len(captions))
+        return sum(len(alike) for alike in texts.values() if len(set(alike)) > 1)
 
     def share_of_fragments(self) -> float:
-        """The share of the captions' tokens that are parts of words, or unknown."""
+        """The share of the captions' tokens that are parts of words, or unknown; an estimate like
+        `count_cut_captions`."""
         captions = self.tokens.sample
         counts = captions.counts(self.tokenizer.words.stop)
         counts[self.tokenizer.padding] = 0

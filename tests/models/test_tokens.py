@@ -59,12 +59,12 @@ def test_texts_are_those_of_encode(at_once, texts):
 
 
 def test_only_what_is_asked_for_is_tokenised():
-    """Of very many texts the sample is spread over all of them; tokenizers whose tokens do not
+    """Of very many texts there is a sample; tokenizers whose tokens do not
     keep all characters, as BERT's, cannot compare texts without them."""
     texts = [f"{i} dogs" for i in range(100)]
     with patch.object(tokens, "AT_ONCE", 9), patch.object(tokens, "SAMPLE", 10):
         lazy = TokenizedTexts(clip_tokenizer(), texts, 77)
-        assert lazy.sample.texts == texts[::10]
+        assert len(set(lazy.sample.texts)) == 10 and set(lazy.sample.texts) < set(texts)
         assert TokenizedTexts(clip_tokenizer(), texts[:9], 77).sample.texts == texts[:9]
         chinese = TokenizedTexts(chinese_tokenizer(), ["ሀ", "ለ", *texts], 77)
         assert chinese.first_equal[:3].tolist() == [0, 0, 2]  # two unknown characters

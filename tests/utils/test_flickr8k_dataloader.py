@@ -4,6 +4,7 @@ import json
 import math
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -265,6 +266,10 @@ def test_texts_that_are_equal_only_once_they_are_cut_stay_their_images_own(tmp_p
     assert (dataset.tokens[0] == dataset.tokens[:4]).all()
     assert dataset.txt_to_img == {0: 0, 1: [0, 1], 2: 1, 3: [0, 1], 4: 2}
     assert (dataset.count_cut_captions(), dataset.count_alike_captions()) == (4, 4)
+    with patch("models.tokens.AT_ONCE", 2):  # as of a very large set
+        lazy = Flickr8kDataset(tmp_path, 8, is_train=False, model=create_model(model))
+        assert (lazy.count_cut_captions(), lazy.count_alike_captions()) == (4, 4)
+    assert lazy.txt_to_img == dataset.txt_to_img
     features, texts = torch.ones(2, 3), dataset.text_ids[[0, 2]][:, None]
     loss = contrastive_loss(features, features, torch.tensor(0.0), texts=texts)
     assert loss.item() == pytest.approx(math.log(2))

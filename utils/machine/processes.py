@@ -10,6 +10,7 @@ from pathlib import Path
 from socket import gethostname
 from tempfile import TemporaryDirectory
 from typing import NamedTuple, TypeVar
+from uuid import getnode
 
 import torch
 import torch.distributed as dist
@@ -85,22 +86,27 @@ class Processes(NamedTuple):
         computes it, and its arrays are in memory once for all of them."""
         if self.size == 1:
             return compute()
-        is_first = os.environ["LOCAL_RANK"] == "0"
+        machines = self._gathered((gethostname(), getnode()))
+        first = machines.index(machines[self.rank])
         with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             file, error = Path(folder) / "shared", None
-            if is_first:
+            if self.rank == first:
                 try:
                     write_arrays(compute(), file)
                 except InputError as raised:
                     error = raised
-            found = [None] * self.size
-            dist.all_gather_object(found, is_first and (gethostname(), str(file), error))
-            file, error = next(one[1:] for one in found if one and one[0] == gethostname())
+            file, error = self._gathered((str(file), error))[first]
             value = None if error else map_arrays(file)
             self.any(False)  # until all have opened the file
         if error:
             raise error
         return value
+
+    def _gathered(self, value: T) -> list[T]:
+        """The values of all processes."""
+        values = [value] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     @contextmanager
     def rank_0_first(self) -> Iterator[None]:

@@ -59,8 +59,7 @@ class Store:
             return list(range(len(keys))), _joined(parts)
         row_of = {key: row for row, key in enumerate(cached)}
         missing = [i for i, key in enumerate(keys) if key not in row_of]
-        encoded: list[str] = []
-        new = [torch.empty(0, self.d, dtype=torch.float16)]
+        new: list[tuple[list[str], Tensor]] = []
         unit = self.kind.removesuffix("s")
         try:
             with progress_bar(total=len(missing), desc=f"encoding {self.kind}", unit=unit) as bar:
@@ -69,19 +68,19 @@ class Store:
                     done, features = encode(batch)
                     if not features.isfinite().all():
                         raise InputError("the features of this model are not finite: take others")
-                    encoded += [keys[i] for i in done]
-                    new.append(features.half().cpu())
+                    new.append(([keys[i] for i in done], features.half().cpu()))
                     bar.update(len(batch))
         finally:
+            encoded = [key for names, _ in new for key in names]
             row_of |= {key: row for row, key in enumerate(encoded, len(cached))}
             found = [i for i, key in enumerate(keys) if key in row_of]
             rows = [row_of[keys[i]] for i in found]
-            parts.append(torch.cat(new))
+            parts.append(torch.cat([parts[0], *(features for _, features in new)]))
             features = _joined(parts)
             is_stale = 2 * len(rows) <= len(features) or len(parts) - 2 < len(files)
             if rows != list(range(len(features))):
                 features = features[rows]
-            if rows and (is_stale or (encoded and len(files) == MOST_FILES)):
+            if rows and (is_stale or (encoded and len(files) >= MOST_FILES)):
                 parts.clear()  # Windows removes no file that is mapped into memory
                 self._save([keys[i] for i in found], features, instead_of=files)
             elif encoded:
@@ -97,9 +96,9 @@ class Store:
             with suppress(Exception):  # a damaged file can break its reader in any way
                 tensors = load_file(file)
                 about = json.loads(tensors["about"].numpy().tobytes())
-                if about["made_with"] == self.made_with:
-                    features = tensors["features"]
-                    keys += about["keys"]
+                names, features = about["keys"], tensors["features"]
+                if about["made_with"] == self.made_with and len(names) == len(features):
+                    keys += names
                     parts.append(features)
         return files, keys, parts
 

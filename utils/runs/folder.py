@@ -88,7 +88,8 @@ def reopen_run_folder(checkpoint: str | os.PathLike, state: dict[str, Any]) -> P
     a checkpoint outside the folder of a run."""
     weights = Path(checkpoint).expanduser().resolve().parent
     if weights.name != "weights":
-        raise InputError(f"{checkpoint}: put it back to RUN/{CHECKPOINT}, the run's own folder")
+        raise InputError(f"{checkpoint}: a run goes on in its folder: put it back to "
+                         f"RUN/{CHECKPOINT}")  # fmt: skip
     run = weights.parent
     rows = state["rows"]
     history = [f"Epoch {r['epoch']}: train: {r['train_loss']} val: {r['val_loss']}\n" for r in rows]

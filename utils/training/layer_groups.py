@@ -125,8 +125,8 @@ def whole_batch_norms(
                          "chunks would change it; take a ViT, or --grad_checkpointing")  # fmt: skip
     if isinstance(model, OpenClipModel) or device.type != "cuda":
         # In timm's, torch would drop the activations; on CPUs it has none.
-        raise InputError("the batch norms of this image tower work in one process alone here: "
-                         "start one, or take a ViT")  # fmt: skip
+        raise InputError("the batch norms of this image tower work in one process alone (a "
+                         "ResNet's on GPUs in several): start one, or take a ViT")  # fmt: skip
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 

@@ -47,7 +47,8 @@ def announce(
     captioned = [sets[split] for split in ("train", "val") if sets[split].tokens]
     print(*caption_warnings(*captioned), f"results in {run.folder}", sep="\n")
     if len(state.epochs) == epochs:
-        print(f"this run is finished, all {epochs} epochs: nothing is trained; more --epochs go on")
+        print(f"this run is finished, all {epochs} epochs: nothing is trained; to go on, raise "
+              "--epochs")  # fmt: skip
     elif state.precision.leaves_bfloat16:
         print("hint: this CPU has instructions for bfloat16: --use_amp trains faster with them")
 

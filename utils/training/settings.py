@@ -91,7 +91,7 @@ def _check_continued(args: dict[str, Any], resumed: dict[str, Any]) -> None:
                 f"it, start a new run from the run's {LAST}"
             )
     if args["epochs"] < len(resumed["rows"]):
-        raise InputError(f"--epochs {args['epochs']}: the run has {len(resumed['rows'])} epochs")
+        raise InputError(f"--epochs {args['epochs']}: the run has {len(resumed['rows'])} already")
 
 
 def default_rate(config: Config, batch_size: int, lora: int | None) -> float:
@@ -169,10 +169,11 @@ def _contradictions(args: Namespace) -> Iterator[str]:
     if from_scratch and not args.model:
         yield "--resume_training none needs --model, such as ViT-demo or ViT-B/32"
     if args.model and not from_scratch:
-        yield "--model is for training from scratch: add --resume_training none, or leave it out"
+        yield "--model trains from scratch: add --resume_training none, or leave --model out"
     for name in ("retention", "wise_ft", "lora", "distill", "distill_data"):
         if from_scratch and getattr(args, name):
-            yield f"--{name} needs weights to start from (--resume_training), or leave it out"
+            yield (f"--{name} needs weights to start from: give --resume_training WEIGHTS, or "
+                   f"leave --{name} out")  # fmt: skip
     if args.cache_features and 0 not in (args.lock_image, args.lock_text):
         yield "--cache_features needs a frozen tower: --lock_image or --lock_text without a number"
     if args.cache_features and args.lock_image == 0 and not args.no_augment:

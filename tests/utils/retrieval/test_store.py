@@ -4,6 +4,7 @@ store and the programs that use it."""
 import json
 import math
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -130,6 +131,11 @@ def test_new_images_are_written_beside_the_others_until_there_are_many_files(
         assert [len(keys) for keys in stored(kept)] == sizes
         assert searched(model, weights, folder) == 0
         assert before == [(file, file.stat().st_mtime_ns) for file in kept.rglob(store.FILES)]
+    (file,) = kept.rglob(store.FILES)
+    for copy in "abcd":  # as several programs may leave
+        shutil.copy(file, file.with_stem(file.stem + copy))
+    draw(folder / "a" / "new.png", 20)
+    assert searched(model, weights, folder) == 1 and [len(keys) for keys in stored(kept)] == [10]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="its files have no time of their change")
