@@ -86,7 +86,8 @@ class Archive:
             record = memoryview(file)[start:][: info.file_size]
             self.records[info.filename.partition("/")[2]] = record
         if "data.pkl" not in self.records:
-            raise InputError("an archive without data.pkl, so not torch's; unpack the file in it")
+            raise InputError("an archive without data.pkl, so not torch's; if the weights file is "
+                             "in it, unpack it")  # fmt: skip
         self.content = PlainUnpickler(bytes(self.records["data.pkl"])).load()
         self.is_script = "constants.pkl" in self.records
         if self.is_script:
