@@ -41,7 +41,7 @@ from utils.retrieval.plots import save_figure
 from utils.runs.arguments import positive
 from utils.runs.checkpoint import save_weights
 
-EPOCHS = 25  # of the world before
+PRETRAINING = "--epochs 10 --input_shape 32"  # in the world before
 TUNING = ("--epochs", 10, "--batch_size", 64, "--wise_ft", 1, *RESEARCH)
 DEFAULT = 4e-5  # of train.py, for this model and batch size
 BEFORE, PLAIN = "before fine-tuning", "plain"
@@ -88,7 +88,7 @@ def make_start(output: Path, seed: int, shifts: list[str]) -> Path:
     """The weights that all runs start from, in the folder of the worlds of this seed."""
     start = output / str(seed) / "start.pth"
     if not start.exists():
-        model, _ = load(pretrain(output, seed, "foundation", EPOCHS), "cpu")
+        model, _ = load(pretrain(output, seed, "foundation", PRETRAINING), "cpu")
         torch.nn.init.constant_(model.logit_scale, MAX_LOGIT_SCALE)
         save_weights(model, start)
     for shift in shifts:
