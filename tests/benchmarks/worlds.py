@@ -117,8 +117,8 @@ VARIED = Look(hue=(-8, 8), blur=(0, 0.8), noise=(0, 12))
 BOTH = ((demo.OUTLINES, EN), (OTHER_OUTLINES, OTHER_WORDING))
 RENAMED = tuple((shapes, Wording(w.sentences, w.words | UNSEEN)) for shapes, w in BOTH)
 SHIFTS = {
-    "hues turned": World(BOTH, VARIED._replace(hue=(16, 32))),
-    "blurred and noisy": World(BOTH, VARIED._replace(blur=(2.5, 3.5), noise=(60, 80))),
+    "hues turned": World(BOTH, VARIED._replace(hue=(20, 36))),
+    "blurred and noisy": World(BOTH, VARIED._replace(blur=(3, 4), noise=(80, 100))),
     "new words for colours": World(RENAMED, VARIED),
 }
 WORLDS = {
