@@ -136,7 +136,7 @@ def print_results(results: Results) -> None:
             name = f"{program}, {rate:g}" if rate else program
             rows.append([shift, name, *columns, *[""] * (3 - len(columns))])
     seeds = len(next(iter(results.values())))
-    print(f"\nmean recall, percent, mean ± standard deviation over {seeds} seeds\n")
+    print(f"\nmean recall, percent, mean ± standard deviation; seeds: {seeds}\n")
     print_table(["shift", "settings", "gained", "kept", "lowest epoch, above the start"], rows)
 
 
