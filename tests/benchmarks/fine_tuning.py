@@ -109,13 +109,13 @@ def all_settings() -> list[tuple[str, str]]:
 # Runs
 
 
-def pretrain(output: Path, seed: int) -> Path:
-    """The weights of a model that has learned A."""
-    data = render_world(output / str(seed) / "A", "A", seed)
+def pretrain(output: Path, seed: int, world: str = "A", arguments: str = "--epochs 28") -> Path:
+    """The weights of a model that has learned this world, with these arguments of train.py."""
+    data = render_world(output / str(seed) / world, world, seed)
     run = train(
         output / str(seed) / "pretrained",
-        *("--resume_training", "none", "--model", "ViT-demo", "--epochs", 28, "--batch_size", 50),
-        *("--dataset_path", data, "--seed", seed, "--device", "cpu", "--cache"),
+        *("--resume_training", "none", "--model", "ViT-demo", "--batch_size", 50),
+        *("--dataset_path", data, "--seed", seed, "--device", "cpu", "--cache", *arguments.split()),
     )
     return run / "weights" / "last_epoch_weights.pth"
 

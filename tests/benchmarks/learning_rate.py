@@ -1,157 +1,174 @@
-"""Which learning rate does fine-tuning want, and what does that depend on?
+"""Does the default rate suit a model that knows much already? Rates around it, in small worlds.
 
-    python tests/benchmarks/learning_rate.py
+    python tests/benchmarks/learning_rate.py --seeds 0
 
-Models of three widths (both towers' widths are in the proportion of ViT-demo's) learn world A of
-`worlds.py` and are fine-tuned on B with rates a factor of two apart, which are told as rate times
-width; the model of ViT-demo's width also with layer decay, in other batches, and on fewer images.
-The score is the mean of what is gained on B and what is kept of A, on validation images, as it
-serves to choose a default. All scores are kept in `--output`, and what is there is not computed
-again.
+ViT-demo learns 8,000 varied images (`worlds.py`) and gets the logit scale of published models, 100.
+It then learns shifts of that world, each by 930 steps of 64 images. Reported are the mean recall on
+test images of the shift (gained) and of the world before (kept), both of the epoch that is best on
+validation images of the shift, and how far the lowest epoch lies above the start on those. All
+scores are kept in `--output`, and what is there is not computed again.
 """
 
-from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
 import torch
-from fine_tuning import RESEARCH, scores_of
+from fine_tuning import RESEARCH, pretrain
 from measure import print_table
-from photographs import share_images
-from runs import add_jobs, build_parser, jobs, over_seeds, scored, train
-from worlds import render_world
+from runs import (
+    add_jobs,
+    build_parser,
+    jobs,
+    mean_recall,
+    over_seeds,
+    score,
+    scored,
+    train,
+    validation_recalls,
+)
+from tuned_towers import DISTILL, Scores, draw_rates
+from worlds import SHIFTS, render_world
 
 from models import load
-from models.clip import CLIP
+from models.clip import MAX_LOGIT_SCALE
 from models.host import run_script
-from models.weights.architecture import HEAD_WIDTH
-from models.weights.registry import CONFIGS
-from utils.data.annotations import annotations_json, read_annotations
-from utils.runs.checkpoint import save_weights, write_json
+from models.run_files import run_weights
+from utils.flickr8k_dataloader import Flickr8kDataset
+from utils.retrieval.plots import save_figure
+from utils.runs.arguments import positive
+from utils.runs.checkpoint import save_weights
 
-PRODUCTS = (0.03, 0.06, 0.12, 0.24, 0.48)  # of rate and width
-PRETRAINING = 0.096  # the same, that of `train.py --demo`
-TUNING = ("--epochs", 10, "--distill", 6, "--wise_ft", 1, *RESEARCH)
-FEW = 200  # images
-
-
-class Variant(NamedTuple):
-    """What differs from the defaults: the width of the image tower, and arguments of train.py."""
-
-    width: int = CONFIGS["ViT-demo"].vision_width
-    arguments: str = ""
-    few: bool = False  # images
+PRETRAINING = "--epochs 10 --input_shape 32"  # in the world before
+TUNING = ("--epochs", 10, "--batch_size", 64, "--wise_ft", 1, *RESEARCH)
+DEFAULT = 4e-5  # of train.py, for this model and batch size
+BEFORE, PLAIN = "before fine-tuning", "plain"
 
 
-VARIANTS = {
-    "width 128": Variant(128),
-    "width 192": Variant(),
-    "width 384": Variant(384),
-    "layer decay 0.7": Variant(arguments="--layer_decay 0.7"),
-    "batches of 32": Variant(arguments="--batch_size 32"),
-    "batches of 128": Variant(arguments="--batch_size 128"),
-    f"{FEW} images": Variant(few=True),
-}
+class Setting(NamedTuple):
+    shift: str
+    program: str
+    rate: float = 0.0
+
+
+Results = dict[Setting, list[Scores]]  # a seed after the other
 
 
 def main() -> None:
     parser = build_parser(__doc__, output="logs/learning_rate")
     add_jobs(parser)
+    add = parser.add_argument
+    rates = [DEFAULT, 1.3e-5, 1.2e-4, 4e-6, 6e-4]
+    add("--rates", type=positive, nargs="*", default=rates, help="(default: %(default)s)")
+    add("--distill", type=positive, nargs="*", default=[DEFAULT], metavar="RATE",
+        help="rates with --distill 6 (default: %(default)s)")  # fmt: skip
+    add("--shifts", nargs="+", choices=SHIFTS, default=list(SHIFTS), help="(default: all)")
     args = parser.parse_args()
 
-    widths = sorted({variant.width for variant in VARIANTS.values()}, reverse=True)
+    programs = [(BEFORE,), *product([PLAIN], args.rates), *product([DISTILL], args.distill)]
+    settings = [Setting(shift, *program) for program, shift in product(programs, args.shifts)]
+    results: Results = {setting: [] for setting in settings}
     with jobs(args.jobs) as pool:
-        list(pool.map(lambda each: pretrain(args.output, *each), product(widths, args.seeds)))
-        wanted = list(product(VARIANTS, PRODUCTS, args.seeds))
-        scores = dict(
-            zip(wanted, pool.map(lambda each: tune(args.output, *each), wanted), strict=True)
-        )
-    results = {
-        name: {str(rate): [scores[name, rate, seed] for seed in args.seeds] for rate in PRODUCTS}
-        for name in VARIANTS
-    }
-    write_json(args.output / "learning_rate.json", results)
-    print_results(results)
-    print(f"every seed: {args.output / 'learning_rate.json'}")
+        for seed in args.seeds:
+            start = make_start(args.output, seed, args.shifts)
+            for setting, scores in zip(
+                settings, pool.map(partial(tune, start, seed), settings), strict=True
+            ):
+                results[setting].append(scores)
+            print_results(results)
+    plot(results, Path(__file__).with_suffix(".png"))
 
 
-def pretrain(output: Path, width: int, seed: int) -> Path:
-    """The weights of a model of this width that has learned A."""
-    data = render_world(output / str(seed) / "A", "A", seed)
-    folder = output / str(seed) / f"width {width}"
-    start = folder / "random.pth"
+# Runs
+
+
+def make_start(output: Path, seed: int, shifts: list[str]) -> Path:
+    """The weights that all runs start from, in the folder of the worlds of this seed."""
+    start = output / str(seed) / "start.pth"
     if not start.exists():
-        save_weights(random_model(width, seed), start)
-    run = train(
-        folder,
-        *("--resume_training", start, "--dataset_path", data, "--seed", seed, "--device", "cpu"),
-        *("--cache", "--lr", f"{PRETRAINING / width:.2e}", "--wise_ft", 1, *RESEARCH),
-        *("--epochs", 28, "--batch_size", 50),
-    )
-    return run / "weights" / "last_epoch_weights.pth"
+        model, _ = load(pretrain(output, seed, "foundation", PRETRAINING), "cpu")
+        torch.nn.init.constant_(model.logit_scale, MAX_LOGIT_SCALE)
+        save_weights(model, start)
+    for shift in shifts:
+        render_world(start.parent / shift, shift, seed)
+    return start
 
 
-def random_model(width: int, seed: int) -> CLIP:
-    """ViT-demo with an image tower of this width and a text tower of two thirds of it, in whole
-    attention heads."""
-    heads = round(width * 2 / 3 / HEAD_WIDTH)
-    config = replace(
-        CONFIGS["ViT-demo"],
-        vision_width=width,
-        vision_mlp_width=4 * width,
-        transformer_width=heads * HEAD_WIDTH,
-        transformer_mlp_width=4 * heads * HEAD_WIDTH,
-        transformer_heads=heads,
-    )
-    torch.manual_seed(seed)
-    return CLIP(config).initialize()
+def tune(start: Path, seed: int, setting: Setting) -> Scores:
+    data = start.parent / setting.shift
+    folder = start.parent / "runs" / setting.shift / f"{setting.program} {setting.rate:g}"
 
-
-def tune(output: Path, name: str, rate: float, seed: int) -> dict[str, float]:
-    """What is gained on B and kept of A on validation images, with `rate` times width."""
-    variant, root = VARIANTS[name], output / str(seed)
-    data = {world: render_world(root / world, world, seed) for world in ("A", "B")}
-    train_on = few_images(data["B"], root / "B few") if variant.few else data["B"]
-    folder = root / name / f"{rate:g}"
-
-    def compute() -> dict[str, float]:
+    def compute() -> Scores:
+        if setting.program == BEFORE:
+            return scores_of(start, data)
         run = train(
             folder,
-            *("--resume_training", pretrain(output, variant.width, seed)),
-            *("--dataset_path", train_on, "--seed", seed, "--device", "cpu", "--cache"),
-            *("--lr", f"{rate / variant.width:.2e}", *TUNING, *variant.arguments.split()),
+            *("--resume_training", start, "--dataset_path", data, "--cache", "--seed", seed),
+            *("--device", "cpu", "--lr", setting.rate, *TUNING),
+            *(DISTILL.split() if setting.program == DISTILL else ()),
         )
-        model, _ = load(run / "weights" / "last_epoch_weights.pth", "cpu")
-        found = scores_of(model, data)
-        return {"gained": found["B"]["val"], "kept": found["A"]["val"]}
+        first, *epochs = validation_recalls(run)
+        return {**scores_of(run_weights(run), data), "lowest": min(epochs) - first}
 
     return scored(folder, compute)
 
 
-def few_images(data: Path, folder: Path) -> Path:
-    """The data set with its first training images alone."""
-    folder.mkdir(exist_ok=True)
-    share_images(data / "images", folder / "images")
-    entries = read_annotations(data / "en_train.json")[:FEW]
-    (folder / "en_train.json").write_bytes(annotations_json(entries))
-    (folder / "en_val.json").write_bytes((data / "en_val.json").read_bytes())
-    return folder
+def scores_of(weights: Path, data: Path) -> Scores:
+    """Mean recall on the test images of a shift, and of the world before as "kept"."""
+    model, _ = load(weights, "cpu")
+    folders = {"test": data, "kept": data.parent / "foundation"}
+    return {
+        name: mean_recall(score(model, Flickr8kDataset(folder, split="test", model=model)))
+        for name, folder in folders.items()
+    }
 
 
-def print_results(results: dict[str, dict[str, list[dict[str, float]]]]) -> None:
-    """Each cell: the mean of gained and kept over the seeds with its deviation, then both."""
+# Results
+
+
+def print_results(results: Results) -> None:
     rows = []
-    for name, by_rate in results.items():
-        cells = []
-        for seeds in by_rate.values():
-            both = over_seeds((seed["gained"] + seed["kept"]) / 2 for seed in seeds)
-            gained, kept = (mean(seed[what] for seed in seeds) for what in ("gained", "kept"))
-            cells.append(f"{both} ({gained:.0f}, {kept:.0f})")
-        rows.append([name, *cells])
-    print("\nrate times width: mean of gained and kept, percent ± standard deviation (both)\n")
-    print_table(["", *(f"{rate:g}" for rate in PRODUCTS)], rows)
+    for shift, program in product(shifts_of(results), (BEFORE, PLAIN, DISTILL)):
+        for rate, seeds in by_rate(results, shift, program).items():
+            columns = [over_seeds(one[what] for one in seeds) for what in seeds[0]]
+            name = f"{program}, {rate:g}" if rate else program
+            rows.append([shift, name, *columns, *[""] * (3 - len(columns))])
+    seeds = len(next(iter(results.values())))
+    print(f"\nmean recall, percent, mean ± standard deviation; seeds: {seeds}\n")
+    print_table(["shift", "settings", "gained", "kept", "lowest epoch, above the start"], rows)
+
+
+def plot(results: Results, file: Path) -> None:
+    """What is gained against what is kept, a panel a shift and a line a program."""
+    from matplotlib.figure import Figure
+
+    shifts = shifts_of(results)
+    figure = Figure(figsize=(4.6 * len(shifts), 4.6), layout="constrained")
+    for panel, shift in zip(figure.subplots(1, len(shifts), squeeze=False)[0], shifts, strict=True):
+        (before,) = by_rate(results, shift, BEFORE).values()
+        place = [mean(one[what] for one in before) for what in ("kept", "test")]
+        panel.plot(*place, "k*", markersize=12, label=BEFORE)
+        for program in (PLAIN, DISTILL):
+            if seeds := by_rate(results, shift, program):
+                draw_rates(panel, program, seeds)
+        panel.set(title=shift, xlabel="kept: mean recall in the world before, percent",
+                  ylabel="gained: mean recall in the new world, percent")  # fmt: skip
+        panel.grid(alpha=0.3)
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    save_figure(figure, file)
+
+
+def shifts_of(results: Results) -> list[str]:
+    return list(dict.fromkeys(setting.shift for setting in results))
+
+
+def by_rate(results: Results, shift: str, program: str) -> dict[float, list[Scores]]:
+    """The results of a program in a shift, by rising rate."""
+    return {
+        one.rate: seeds for one, seeds in sorted(results.items()) if one[:2] == (shift, program)
+    }
 
 
 if __name__ == "__main__":

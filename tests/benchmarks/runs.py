@@ -5,6 +5,7 @@ those of `utils.metric`, over the same images and captions for everyone.
 """
 
 import argparse
+import csv
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ import torch
 from measure import ROOT
 
 from models.errors import InputError
+from models.run_files import METRICS
 from utils.flickr8k_dataloader import Flickr8kDataset
 from utils.retrieval.encode import encode_images, encode_texts
 from utils.retrieval.scores import TITLES, score_features
@@ -84,6 +86,12 @@ def train(log_dir: Path, *arguments: object) -> Path:
         start = ["--resume_training", checkpoints[-1]] if checkpoints else arguments
         call(ROOT / "train.py", *start, "--log_dir", log_dir)
     return next(log_dir.glob("*/R_mAP.png")).parent
+
+
+def validation_recalls(run: Path) -> list[float]:
+    """Mean recall on the validation images at the start and after each epoch of a run."""
+    with (run / METRICS).open(encoding="utf-8") as file:
+        return [float(row["mean_recall"]) for row in csv.DictReader(file)]
 
 
 def call(*command: object) -> None:

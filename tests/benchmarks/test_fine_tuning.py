@@ -63,10 +63,10 @@ def test_the_other_world_has_other_words_for_what_tells_images_apart(small, tmp_
     assert not words("B2") & telling
 
 
-def test_hues_are_turned_by_a_quarter(monkeypatch):
-    monkeypatch.setattr(worlds, "NOISE", 0)
+def test_hues_are_turned_by_a_quarter():
+    look = worlds.WORLDS["B"].look._replace(noise=(0, 0))
     red = Image.new("RGB", (8, 8), (200, 0, 0))
-    turned = np.array(worlds.shifted(red, np.random.default_rng(0)))
+    turned = np.array(worlds.shifted(red, look, np.random.default_rng(0)))
     # 90 degrees after red, halfway from yellow (60) to green (120).
     np.testing.assert_allclose(turned[4, 4], [100, 200, 0], atol=2)
 

@@ -12,7 +12,6 @@ towers were aligned on; and how far the lowest epoch lies above the start, on th
 choose.
 """
 
-import csv
 import json
 import random
 import shutil
@@ -23,10 +22,22 @@ from typing import NamedTuple
 
 import torch
 from fine_tuning import spread
+from matplotlib.axes import Axes
 from measure import print_table
 from open_clip_training import train_csv
 from photographs import write_photographs
-from runs import add_data, add_jobs, build_parser, jobs, mean_recall, once, over_seeds, score, train
+from runs import (
+    add_data,
+    add_jobs,
+    build_parser,
+    jobs,
+    mean_recall,
+    once,
+    over_seeds,
+    score,
+    train,
+    validation_recalls,
+)
 
 from models import load
 from models.files import read_json, write_json
@@ -95,18 +106,28 @@ def plot(before: Scores, scores: dict, seeds: list[int], programs: dict, file: P
     panel = figure.subplots()
     panel.plot(before["kept"], before["test"], "k*", markersize=12, label="before fine-tuning")
     for name, rates in programs.items():
-        points = [[scores[seed, (name, rate)] for seed in seeds] for rate in rates]
-        kept, gained = ([[one[c] for one in point] for point in points] for c in ("kept", "test"))
-        kept_mean, gained_mean = [*map(mean, kept)], [*map(mean, gained)]
-        panel.errorbar(kept_mean, gained_mean, xerr=[*map(spread, kept)],
-                       yerr=[*map(spread, gained)], fmt="o-", label=name)  # fmt: skip
-        for rate, place in zip(rates, zip(kept_mean, gained_mean, strict=True), strict=True):
-            panel.annotate(f"{rate:g}", place, textcoords="offset points", xytext=(6, 4))
+        draw_rates(
+            panel, name, {rate: [scores[seed, (name, rate)] for seed in seeds] for rate in rates}
+        )
     panel.set(xlabel="kept: mean recall on photographs of the alignment, percent",
               ylabel="gained: mean recall on new photographs, percent")  # fmt: skip
     panel.legend()
     panel.grid(alpha=0.3)
     save_figure(figure, file)
+
+
+def draw_rates(panel: Axes, label: str, by_rate: dict[float, list[Scores]]) -> None:
+    """A line with a point a rate: the means of what is gained ("test") and kept over the seeds,
+    with the standard deviation."""
+    kept, gained = (
+        [[one[what] for one in seeds] for seeds in by_rate.values()] for what in ("kept", "test")
+    )
+    means = [*map(mean, kept)], [*map(mean, gained)]
+    panel.errorbar(
+        *means, xerr=[*map(spread, kept)], yerr=[*map(spread, gained)], fmt="o-", label=label
+    )
+    for rate, place in zip(by_rate, zip(*means, strict=True), strict=True):
+        panel.annotate(f"{rate:g}", place, textcoords="offset points", xytext=(6, 4))
 
 
 def make_tuning_data(dataset_path: Path, output: Path, images: int) -> dict[str, Path]:
@@ -151,8 +172,7 @@ class Bench(NamedTuple):
             "--seed", seed, "--epochs", self.epochs, "--batch_size", BATCH, "--lr", rate, *TUNING,
             *(program.split() if program == DISTILL else ()),
         )  # fmt: skip
-        with (run / "metrics.csv").open(encoding="utf-8") as file:
-            _, *epochs = [float(row["mean_recall"]) for row in csv.DictReader(file)]
+        _, *epochs = validation_recalls(run)
         test = mean_recall(json.loads((run / "test_metrics.json").read_text("utf-8")))
         lowest = min(epochs) - self.before["val"]
         return {"test": test, **scores_of(run_weights(run), self.data, ()), "lowest": lowest}
