@@ -91,7 +91,8 @@ def _check_continued(args: dict[str, Any], resumed: dict[str, Any]) -> None:
                 f"it, start a new run from the run's {LAST}"
             )
     if args["epochs"] < len(resumed["rows"]):
-        raise InputError(f"--epochs {args['epochs']}: the run has {len(resumed['rows'])} already")
+        raise InputError(f"--epochs {args['epochs']}: the run has {len(resumed['rows'])} epochs "
+                         "already")  # fmt: skip
 
 
 def default_rate(config: Config, batch_size: int, lora: int | None) -> float:
