@@ -123,8 +123,10 @@ class TokenizedTexts:
         digests = np.asarray(digests)
         first = _first_equal(digests)
         repeated = np.flatnonzero(np.bincount(first)[first] > 1)
-        digests[repeated] = self.of(repeated)._token_digests()
-        return _first_equal(digests)
+        if len(repeated):
+            digests[repeated] = self.of(repeated)._token_digests()
+            first = _first_equal(digests)
+        return first
 
     def _token_digests(self) -> np.ndarray:
         """Of 64 bits: two different ones of ten million texts are equal once in 300,000 sets."""

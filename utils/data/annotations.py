@@ -234,20 +234,22 @@ def _read_entry(entry: object, read_image: Callable[[object], str]) -> tuple[str
     """(image, captions) of one entry. Raises one `ValueError` for all its problems."""
     if not isinstance(entry, dict):
         raise ValueError(f"is {type(entry).__name__}, not an object with image and caption")
-    values, problems = [], []
-    for names, parse in ((IMAGE_FIELDS, read_image), (CAPTION_FIELDS, read_captions)):
-        field = first_of(names, entry) or names[0]
+    image, caption = first_of(IMAGE_FIELDS, entry), first_of(CAPTION_FIELDS, entry)
+    try:
+        return read_image(entry[image]), read_captions(entry[caption])
+    except (KeyError, ValueError):
+        wanted = {image or IMAGE_FIELDS[0]: read_image, caption or CAPTION_FIELDS[0]: read_captions}
+    problems = []
+    for field, parse in wanted.items():
         try:
             if field not in entry:
                 raise ValueError("is missing")
-            values.append(parse(entry[field]))
+            parse(entry[field])
         except ValueError as error:
             problems.append(f'"{field}" {error}')
-    if problems:
-        others = [str(key) for key in entry if key not in IMAGE_FIELDS + CAPTION_FIELDS]
-        shown = f" (it has {one_line(', '.join(others))})" if others else ""
-        raise ValueError(f"{'; '.join(problems)}{shown}")
-    return tuple(values)
+    others = [str(key) for key in entry if key not in IMAGE_FIELDS + CAPTION_FIELDS]
+    shown = f" (it has {one_line(', '.join(others))})" if others else ""
+    raise ValueError(f"{'; '.join(problems)}{shown}")
 
 
 def _name(entry: object) -> str:
