@@ -80,8 +80,10 @@ class TokenizedTexts:
     @cached_property
     def sample(self) -> "TokenizedTexts":
         """The same texts, or if they are lazy, some of them, drawn at random."""
+        if not self.is_lazy:
+            return self
         drawn = np.random.default_rng(0).choice(len(self), min(SAMPLE, len(self)), replace=False)
-        return self.of(np.sort(drawn)) if self.is_lazy else self
+        return self.of(np.sort(drawn))
 
     def of(self, rows: np.ndarray) -> "TokenizedTexts":
         """The texts at these indices."""
@@ -111,22 +113,20 @@ class TokenizedTexts:
 
     @cached_property
     def first_equal(self) -> Tensor:
-        """For each text, the first one that has the same tokens, uncut: `[n]`."""
-        equal = self._first_equal() if self.is_lazy else _first_equal(self._token_digests())
-        return torch.from_numpy(equal)
-
-    def _first_equal(self) -> np.ndarray:
-        """The same, with tokens only of texts that are equal but for white space and case."""
+        """For each text, the first one that has the same tokens, uncut: `[n]`. Of lazy texts, those
+        alone are tokenised that are equal but for white space and case."""
+        if not self.is_lazy:
+            return torch.from_numpy(_first_of_equals(self._token_digests()))
         digests = array("q")
         for piece in _pieces(self.texts):
             digests.extend(map(hash, self.tokenizer.without_spaces(piece)))
         digests = np.asarray(digests)
-        first = _first_equal(digests)
+        first = _first_of_equals(digests)
         repeated = np.flatnonzero(np.bincount(first)[first] > 1)
         if len(repeated):
             digests[repeated] = self.of(repeated)._token_digests()
-            first = _first_equal(digests)
-        return first
+            first = _first_of_equals(digests)
+        return torch.from_numpy(first)
 
     def _token_digests(self) -> np.ndarray:
         """Of 64 bits: two different ones of ten million texts are equal once in 300,000 sets."""
@@ -152,7 +152,7 @@ def _pieces(texts: Iterable[str]) -> Iterator[list[str]]:
     return iter(lambda: [*islice(texts, PIECE)], [])
 
 
-def _first_equal(values: np.ndarray) -> np.ndarray:
+def _first_of_equals(values: np.ndarray) -> np.ndarray:
     """For each value the index of the first one that equals it: `[n]`."""
     _, first, which = np.unique(values, return_index=True, return_inverse=True)
     return first[which]
